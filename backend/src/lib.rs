@@ -1,0 +1,1 @@
+//! A vhost-user network back-end that owns its TAP.

@@ -1,0 +1,1 @@
+//! The control socket: its file, its server, its client.

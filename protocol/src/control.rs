@@ -1,0 +1,208 @@
+//! The control socket's protocol: newline-delimited JSON over a Unix stream socket, one request a line, one
+//! reply a line.
+//!
+//! A request is an object with a `command`: `{"command":"status"}`. A reply is the command's own object, or
+//! `{"error":"…"}`. Commands and fields may be added; a reader ignores the fields that it does not know.
+
+use serde::{Deserialize, Serialize};
+
+/// The longest request or reply, in bytes, without its newline.
+pub const MAX_LINE: usize = 64 * 1024;
+
+/// What a client asks of a back-end or of a VMM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Request {
+    /// What the process is and does: [`BackendStatus`] or [`VmmStatus`].
+    Status,
+    /// A back-end's counters: [`BackendStats`].
+    Stats,
+    /// Stops a VM's vCPUs: [`Done`].
+    Pause,
+    /// Lets a paused VM run: [`Done`].
+    Resume,
+    /// Ends the process with exit code 0: [`Done`], sent before it ends.
+    Quit,
+}
+
+/// The answer to a command that gives nothing back: `{"result":"done"}`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Done {
+    /// Always [`DoneResult::Done`].
+    pub result: DoneResult,
+}
+
+impl Done {
+    /// The only value.
+    pub const DONE: Self = Self { result: DoneResult::Done };
+}
+
+/// The word in [`Done`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DoneResult {
+    /// The command was carried out.
+    Done,
+}
+
+/// The answer to a command that was not carried out: `{"error":"…"}`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    /// One line for the operator.
+    pub error: String,
+}
+
+/// Whether a front-end's connection is open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Frontend {
+    /// A session is under way.
+    Connected,
+    /// None is.
+    Disconnected,
+}
+
+/// What a back-end is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BackendState {
+    /// No front-end is connected.
+    Waiting,
+    /// A front-end is connected.
+    Serving,
+}
+
+/// Who moves the frames.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Datapath {
+    /// The back-end's own worker threads.
+    Userspace,
+}
+
+/// A back-end's answer to [`Request::Status`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackendStatus {
+    /// What it is doing.
+    pub state: BackendState,
+    /// The TAP's interface name.
+    pub tap: String,
+    /// How many queue pairs the device has.
+    pub queue_pairs: u16,
+    /// The virtio features that the front-end acknowledged, in hexadecimal with `0x`; `0x0` before it did.
+    pub features: String,
+    /// The vhost-user protocol features that the front-end acknowledged, in hexadecimal with `0x`.
+    pub protocol_features: String,
+    /// Whether a front-end is connected.
+    pub frontend: Frontend,
+    /// Who moves the frames.
+    pub datapath: Datapath,
+    /// Every vring, in the order of the device's virtqueues.
+    pub vrings: Vec<VringStatus>,
+}
+
+/// One vring of a [`BackendStatus`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VringStatus {
+    /// Kicked since it was set up, and not stopped since.
+    pub started: bool,
+    /// `SET_VRING_ENABLE` (vhost-user: "Ring states").
+    pub enabled: bool,
+    /// How many descriptors the front-end gave it; 0 before it did.
+    pub size: u16,
+}
+
+/// A back-end's answer to [`Request::Stats`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackendStats {
+    /// Every queue pair, in order.
+    pub queue_pairs: Vec<QueuePairStats>,
+}
+
+/// The counters of one queue pair since the process started; they run on across sessions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueuePairStats {
+    /// TAP to guest.
+    pub rx: DirectionStats,
+    /// Guest to TAP.
+    pub tx: DirectionStats,
+}
+
+/// The counters of one direction of a queue pair.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DirectionStats {
+    /// Frames delivered.
+    pub frames: u64,
+    /// Their bytes, without the virtio-net header.
+    pub bytes: u64,
+    /// Frames larger than a standard Ethernet frame (1518 bytes): segmentation left to the other side.
+    pub large_frames: u64,
+    /// Frames given up: the guest's buffer too small, the TAP's refusal, an invalid descriptor chain.
+    pub dropped: u64,
+    /// Frames discarded because the vring is started but disabled.
+    pub discarded: u64,
+    /// Notifications from the front-end.
+    pub kicks: u64,
+    /// Notifications to the front-end.
+    pub calls: u64,
+}
+
+/// What a VMM is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmmState {
+    /// The vCPUs run.
+    Running,
+    /// The vCPUs stand still.
+    Paused,
+}
+
+/// A VMM's answer to [`Request::Status`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmmStatus {
+    /// What it is doing.
+    pub state: VmmState,
+    /// How many vCPUs the VM has.
+    pub cpus: u8,
+    /// Guest memory, in bytes.
+    pub memory: u64,
+    /// Every network device, in the order of the command line.
+    pub net: Vec<NetStatus>,
+}
+
+/// One network device of a [`VmmStatus`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetStatus {
+    /// The vhost-user socket's path.
+    pub socket: String,
+    /// Whether its back-end's connection is open.
+    pub backend: Frontend,
+    /// How many queue pairs the device has.
+    pub queue_pairs: u16,
+    /// How many of them the guest's driver uses.
+    pub active_queue_pairs: u16,
+    /// The virtio features that the guest acknowledged, in hexadecimal with `0x`.
+    pub features: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_is_an_object_with_a_command() {
+        let status: Request = serde_json::from_str(r#"{"command":"status"}"#).unwrap();
+        assert_eq!(status, Request::Status);
+        assert_eq!(serde_json::to_string(&Request::Quit).unwrap(), r#"{"command":"quit"}"#);
+    }
+
+    #[test]
+    fn an_unknown_command_is_refused() {
+        assert!(serde_json::from_str::<Request>(r#"{"command":"dance"}"#).is_err());
+    }
+
+    #[test]
+    fn done_reads_as_documented() {
+        assert_eq!(serde_json::to_string(&Done::DONE).unwrap(), r#"{"result":"done"}"#);
+    }
+}
