@@ -1,1 +1,13 @@
-//! The control socket: its file, its server, its client.
+//! The control socket: its file, its server, its client, and what `batonctl` prints.
+//!
+//! [`BoundSocket`] also holds the file of the back-end's vhost-user socket: the rules are the same.
+
+pub mod client;
+mod connection;
+pub mod listing;
+pub mod server;
+pub mod socket_path;
+
+pub use client::{ClientError, ControlClient};
+pub use server::ControlServer;
+pub use socket_path::{BindError, BoundSocket};

@@ -1,0 +1,255 @@
+//! The socket files of a Baton process: bound so that only their owner may connect, never over something that is
+//! still in use, and unlinked only by the process whose socket they are.
+//!
+//! [`BoundSocket`] owns the listener and the file; a file that has been replaced since is left alone.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
+use nix::sys::stat::{Mode, fchmod};
+
+/// Why a socket was not bound. Every message names the path.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// A process listens there.
+    #[error("{}: another process is listening on this socket; end it or choose another path", path.display())]
+    InUse {
+        /// The path asked for.
+        path: PathBuf,
+    },
+    /// A file of another kind is there.
+    #[error("{}: exists and is not a socket; remove it or choose another path", path.display())]
+    NotASocket {
+        /// The path asked for.
+        path: PathBuf,
+    },
+    /// The path does not fit into a socket address (`sun_path`, 107 bytes).
+    #[error("{}: longer than a socket's path may be (107 bytes); choose a shorter one", path.display())]
+    TooLong {
+        /// The path asked for.
+        path: PathBuf,
+    },
+    /// A system call failed.
+    #[error("{}: cannot {step}", path.display())]
+    Io {
+        /// The path asked for.
+        path: PathBuf,
+        /// What was being done.
+        step: &'static str,
+        /// The system's answer.
+        source: io::Error,
+    },
+}
+
+/// A file's identity: device and inode number.
+type Identity = (u64, u64);
+
+/// A listening Unix stream socket and its file, which goes with it.
+#[derive(Debug)]
+pub struct BoundSocket {
+    listener: UnixListener,
+    path: PathBuf,
+    /// `None` until the file is known to be ours.
+    identity: Option<Identity>,
+}
+
+impl BoundSocket {
+    /// Binds `path` and listens. The file has mode 0600 from its first instant, the descriptor is close-on-exec.
+    ///
+    /// # Errors
+    /// A socket file that is already there is replaced only if nobody listens on it. A live one, and a file of
+    /// another kind, are errors.
+    pub fn bind(path: &Path) -> Result<Self, BindError> {
+        let failed = |step, source: io::Error| BindError::Io { path: path.to_owned(), step, source };
+        let path = std::path::absolute(path).map_err(|error| failed("resolve the path", error))?;
+        let address = UnixAddr::new(&path).map_err(|_| BindError::TooLong { path: path.clone() })?;
+
+        remove_stale(&path, &address)?;
+
+        let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
+            .map_err(|errno| failed("create a socket", errno.into()))?;
+        // bind(2) creates the file with the socket's own mode, less the umask: there is no moment at which it is
+        // open to others.
+        fchmod(&fd, Mode::S_IRUSR | Mode::S_IWUSR).map_err(|errno| failed("set the mode", errno.into()))?;
+        bind(fd.as_raw_fd(), &address).map_err(|errno| failed("bind the socket", errno.into()))?;
+        let mut bound = Self { listener: UnixListener::from(fd), path, identity: None };
+        bound.identity = identity_of(&bound.path).map_err(|error| failed("look at the socket", error))?;
+        listen(&bound.listener, Backlog::MAXCONN).map_err(|errno| failed("listen", errno.into()))?;
+        Ok(bound)
+    }
+
+    /// The listening socket, in blocking mode until the caller changes that.
+    pub fn listener(&self) -> &UnixListener {
+        &self.listener
+    }
+
+    /// The socket's absolute path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for BoundSocket {
+    /// Unlinks the file if it is still this socket's. The open socket keeps its inode from being reused.
+    fn drop(&mut self) {
+        if self.identity.is_none() || identity_of(&self.path).ok().flatten() != self.identity {
+            return;
+        }
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            tracing::warn!(path = %self.path.display(), %error, "cannot remove the socket");
+        }
+    }
+}
+
+/// The identity of the file at `path`, without following a symbolic link; `None` if there is none.
+fn identity_of(path: &Path) -> io::Result<Option<Identity>> {
+    match std::fs::symlink_metadata(path) {
+        Ok(metadata) => Ok(Some((metadata.dev(), metadata.ino()))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Makes room at `path`: removes a socket on which nobody listens, refuses anything else.
+fn remove_stale(path: &Path, address: &UnixAddr) -> Result<(), BindError> {
+    let failed = |step, source: io::Error| BindError::Io { path: path.to_owned(), step, source };
+    let metadata = match std::fs::symlink_metadata(path) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(failed("look at the path", error)),
+    };
+    if !metadata.file_type().is_socket() {
+        return Err(BindError::NotASocket { path: path.to_owned() });
+    }
+
+    // Non-blocking, so that a listener with a full backlog says so (EAGAIN) at once.
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let probe = socket(AddressFamily::Unix, SockType::Stream, flags, None)
+        .map_err(|errno| failed("create a socket", errno.into()))?;
+    match connect(probe.as_raw_fd(), address) {
+        Err(Errno::ECONNREFUSED) => {}
+        Err(Errno::ENOENT) => return Ok(()),
+        Err(errno @ (Errno::EACCES | Errno::EPERM)) => {
+            return Err(failed("find out whether the socket there is in use", errno.into()));
+        }
+        _ => return Err(BindError::InUse { path: path.to_owned() }),
+    }
+
+    // Another process may have replaced it since.
+    match identity_of(path).map_err(|error| failed("look at the path", error))? {
+        None => Ok(()),
+        Some(identity) if identity == (metadata.dev(), metadata.ino()) => {
+            std::fs::remove_file(path).map_err(|error| failed("remove the unused socket there", error))
+        }
+        Some(_) => Err(BindError::InUse { path: path.to_owned() }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    fn scratch() -> (tempfile::TempDir, PathBuf) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        (directory, path)
+    }
+
+    #[test]
+    fn the_file_is_for_its_owner_alone() {
+        let (_directory, path) = scratch();
+        let socket = BoundSocket::bind(&path).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o600);
+        assert_eq!(socket.path(), path);
+        UnixStream::connect(&path).unwrap();
+    }
+
+    #[test]
+    fn the_file_goes_with_the_socket() {
+        let (_directory, path) = scratch();
+        drop(BoundSocket::bind(&path).unwrap());
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_stale_socket_is_replaced() {
+        let (_directory, path) = scratch();
+        // The standard library's listener leaves its file behind.
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(path.exists());
+        let _socket = BoundSocket::bind(&path).unwrap();
+        UnixStream::connect(&path).unwrap();
+    }
+
+    #[test]
+    fn a_live_socket_is_refused() {
+        let (_directory, path) = scratch();
+        let live = UnixListener::bind(&path).unwrap();
+        let error = BoundSocket::bind(&path).unwrap_err();
+        assert!(matches!(error, BindError::InUse { .. }), "{error}");
+        assert!(error.to_string().contains(path.to_str().unwrap()));
+        drop(live);
+        BoundSocket::bind(&path).unwrap();
+    }
+
+    #[test]
+    fn a_live_socket_with_a_full_backlog_is_refused() {
+        let (_directory, path) = scratch();
+        let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        bind(fd.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+        listen(&fd, Backlog::new(0).unwrap()).unwrap();
+        let _waiting = UnixStream::connect(&path).unwrap();
+        let error = BoundSocket::bind(&path).unwrap_err();
+        assert!(matches!(error, BindError::InUse { .. }), "{error}");
+    }
+
+    #[test]
+    fn what_is_not_a_socket_is_refused_and_kept() {
+        let (directory, path) = scratch();
+        std::fs::write(&path, "precious").unwrap();
+        let error = BoundSocket::bind(&path).unwrap_err();
+        assert!(matches!(error, BindError::NotASocket { .. }), "{error}");
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+
+        let link = directory.path().join("link");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        let error = BoundSocket::bind(&link).unwrap_err();
+        assert!(matches!(error, BindError::NotASocket { .. }), "{error}");
+    }
+
+    #[test]
+    fn somebody_elses_file_is_not_unlinked() {
+        let (_directory, path) = scratch();
+        let first = BoundSocket::bind(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let second = BoundSocket::bind(&path).unwrap();
+        drop(first);
+        assert!(path.exists());
+        UnixStream::connect(&path).unwrap();
+        drop(second);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_path_that_no_address_can_hold_is_refused() {
+        let (directory, _) = scratch();
+        let error = BoundSocket::bind(&directory.path().join("x".repeat(200))).unwrap_err();
+        assert!(matches!(error, BindError::TooLong { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_missing_directory_is_named() {
+        let (directory, _) = scratch();
+        let path = directory.path().join("none").join("socket");
+        let error = BoundSocket::bind(&path).unwrap_err();
+        assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
+    }
+}

@@ -1,0 +1,69 @@
+//! `batonctl` as a user runs it.
+#![expect(clippy::unwrap_used, reason = "these are tests")]
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use baton_control::{BoundSocket, ControlServer};
+use baton_protocol::control::{Done, Refusal, Request};
+use serde_json::json;
+
+fn served(directory: &Path) -> ControlServer {
+    let socket = BoundSocket::bind(&directory.join("control")).unwrap();
+    ControlServer::start(socket, |request| match request {
+        Request::Status => Ok(json!({"state": "waiting", "vrings": [{"size": 256, "started": true}]})),
+        Request::Quit => Ok(serde_json::to_value(Done::DONE).unwrap()),
+        _ => Err(Refusal { error: "a back-end cannot do this".to_owned() }),
+    })
+    .unwrap()
+}
+
+fn batonctl(directory: &Path, arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_batonctl")).current_dir(directory).args(arguments).output().unwrap()
+}
+
+#[track_caller]
+fn assert_output(output: &Output, code: i32, stdout: &str, stderr: &str) {
+    assert_eq!(String::from_utf8_lossy(&output.stdout), stdout);
+    assert_eq!(String::from_utf8_lossy(&output.stderr), stderr);
+    assert_eq!(output.status.code(), Some(code));
+}
+
+#[test]
+fn a_reply_is_printed_for_people_or_as_json() {
+    let directory = tempfile::tempdir().unwrap();
+    let _server = served(directory.path());
+    let listed = "state:  waiting\n\nvrings:\n   size  started\n0   256      yes\n";
+    assert_output(&batonctl(directory.path(), &["control", "status"]), 0, listed, "");
+    let json = "{\"state\":\"waiting\",\"vrings\":[{\"size\":256,\"started\":true}]}\n";
+    assert_output(&batonctl(directory.path(), &["--json", "control", "status"]), 0, json, "");
+    let done = "{\"result\":\"done\"}\n";
+    assert_output(&batonctl(directory.path(), &["--json", "control", "quit"]), 0, done, "");
+}
+
+#[test]
+fn a_refusal_is_one_line_and_exit_code_1() {
+    let directory = tempfile::tempdir().unwrap();
+    let _server = served(directory.path());
+    let output = batonctl(directory.path(), &["control", "pause"]);
+    assert_output(&output, 1, "", "batonctl: a back-end cannot do this\n");
+}
+
+#[test]
+fn nobody_there_is_one_line_and_exit_code_1() {
+    let directory = tempfile::tempdir().unwrap();
+    let output = batonctl(directory.path(), &["control", "status"]);
+    let line = "batonctl: control: cannot connect; is the process running, with this --control-socket?: \
+                No such file or directory (os error 2)\n";
+    assert_output(&output, 1, "", line);
+}
+
+#[test]
+fn wrong_usage_is_exit_code_2() {
+    let directory = tempfile::tempdir().unwrap();
+    for arguments in [&["control"] as &[&str], &["control", "dance"], &["status"], &[]] {
+        let output = batonctl(directory.path(), arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+        assert!(output.stdout.is_empty());
+    }
+}
