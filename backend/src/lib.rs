@@ -1,1 +1,26 @@
-//! A vhost-user network back-end that owns its TAP.
+//! Baton's back-end: a vhost-user virtio-net device whose dataplane and TAP live in this process.
+//!
+//! [`server`] waits for everything; [`endpoint`] gives front-ends, [`session`] their messages, [`dispatch`] serves
+//! these by changing the [`device`]; its [`dataplane`] moves the frames between guest [`memory`] and the [`tap`].
+
+pub mod args;
+pub mod config_space;
+pub mod control;
+pub mod dataplane;
+pub mod device;
+pub mod dispatch;
+pub mod endpoint;
+pub mod events;
+pub mod features;
+pub mod inherited;
+pub mod mailbox;
+pub mod memory;
+pub mod metrics;
+pub mod net_header;
+pub mod notify;
+pub mod server;
+pub mod session;
+pub mod sigbus;
+pub mod tap;
+pub mod vring;
+pub mod vring_setup;

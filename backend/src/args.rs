@@ -1,0 +1,220 @@
+//! The command line (DESIGN: "Command lines"), checked as far as it can be without touching anything.
+
+use std::ffi::OsString;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{ArgGroup, Parser};
+
+/// A vhost-user network back-end that owns its TAP.
+///
+/// It serves one virtio-net device to one front-end at a time (QEMU, Cloud Hypervisor, DPDK virtio-user, baton-vmm)
+/// and moves the frames between the guest's memory and a TAP.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "baton-backend", version, max_term_width = 100)]
+#[command(group(ArgGroup::new("front-end").args(["socket_path", "fd"]).required(true)))]
+#[command(group(ArgGroup::new("network").args(["tap", "tap_fds"]).required(true)))]
+pub struct Args {
+    /// Listen for the front-end on this Unix socket, and again whenever it has left
+    #[arg(long, value_name = "PATH")]
+    pub socket_path: Option<PathBuf>,
+
+    /// Connect to a front-end that listens on --socket-path, and again whenever it has left
+    #[arg(long, requires = "socket_path", conflicts_with = "fd")]
+    pub client: bool,
+
+    /// Use this inherited socket, connected to a front-end or listening for one
+    #[arg(long, value_name = "N")]
+    pub fd: Option<RawFd>,
+
+    /// Attach to this TAP, or create it for as long as the back-end runs
+    #[arg(long, value_name = "IFNAME")]
+    pub tap: Option<String>,
+
+    /// Use these inherited TAP descriptors, one for each queue pair
+    #[arg(long, value_name = "N[,N...]", value_delimiter = ',')]
+    pub tap_fds: Option<Vec<RawFd>>,
+
+    /// How many queue pairs the device has [default: 1, or one for each of --tap-fds]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=128))]
+    pub queue_pairs: Option<u16>,
+
+    /// Look for work for so many microseconds before waiting for it
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
+    pub poll_us: u32,
+
+    /// Limit how many bytes may be on their way into the network; 0 is no limit
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(0..=0x7fff_ffff))]
+    pub sndbuf: Option<u32>,
+
+    /// The guest's MAC address
+    #[arg(long, value_name = "MAC")]
+    pub mac: Option<MacAddress>,
+
+    /// The guest's MTU
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(68..))]
+    pub mtu: Option<u16>,
+
+    /// Run this program with the TAP's name once it is open
+    #[arg(long, value_name = "PATH|no", default_value = "no")]
+    pub script: Script,
+
+    /// Run this program with the TAP's name at the end
+    #[arg(long, value_name = "PATH|no", default_value = "no")]
+    pub downscript: Script,
+
+    /// Take commands from batonctl on this Unix socket
+    #[arg(long, value_name = "PATH")]
+    pub control_socket: Option<PathBuf>,
+
+    /// How much to log on stderr
+    #[arg(long, value_name = "LEVEL", default_value = "info")]
+    #[arg(value_parser = ["error", "warn", "info", "debug", "trace"])]
+    pub log_level: String,
+
+    /// Print what this program can do, as JSON, and exit (QEMU: "Backend program conventions")
+    #[arg(long)]
+    pub print_capabilities: bool,
+}
+
+/// What a command line asks for.
+#[derive(Debug)]
+pub enum Command {
+    /// Serve.
+    Serve(Box<Args>),
+    /// Print the capabilities and exit.
+    PrintCapabilities,
+}
+
+/// Reads a command line.
+///
+/// # Errors
+/// clap's error, also for `--help` and `--version`.
+pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, clap::Error> {
+    let arguments: Vec<OsString> = arguments.into_iter().collect();
+    // Management asks without knowing which other options would be needed; they are ignored.
+    if arguments.iter().skip(1).any(|argument| argument == "--print-capabilities") {
+        return Ok(Command::PrintCapabilities);
+    }
+    let args = Args::try_parse_from(arguments)?;
+    if let (Some(fds), Some(pairs)) = (&args.tap_fds, args.queue_pairs)
+        && fds.len() != usize::from(pairs)
+    {
+        let message = format!("--tap-fds gives {} descriptors for --queue-pairs={pairs}", fds.len());
+        return Err(clap::Error::raw(clap::error::ErrorKind::WrongNumberOfValues, message));
+    }
+    if args.tap_fds.as_ref().is_some_and(|fds| fds.len() > 128) {
+        let message = "--tap-fds gives more than 128 descriptors";
+        return Err(clap::Error::raw(clap::error::ErrorKind::WrongNumberOfValues, message));
+    }
+    Ok(Command::Serve(Box::new(args)))
+}
+
+/// A unicast Ethernet address, `02:00:00:00:00:01`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MacAddress(pub [u8; 6]);
+
+/// Why a word is no [`MacAddress`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MacError {
+    /// Not six bytes.
+    #[error("use six bytes in hexadecimal, as in 02:00:00:00:00:01")]
+    Form,
+    /// Of a group, or all zeroes.
+    #[error("a network device needs a unicast address: the first byte even, and not all zeroes")]
+    NotUnicast,
+}
+
+impl FromStr for MacAddress {
+    type Err = MacError;
+
+    fn from_str(word: &str) -> Result<Self, MacError> {
+        let mut bytes = [0; 6];
+        let mut parts = word.split(':');
+        for byte in &mut bytes {
+            let part = parts.next().filter(|part| part.len() == 2).ok_or(MacError::Form)?;
+            if !part.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+                return Err(MacError::Form);
+            }
+            *byte = u8::from_str_radix(part, 16).map_err(|_| MacError::Form)?;
+        }
+        if parts.next().is_some() {
+            return Err(MacError::Form);
+        }
+        if bytes[0] & 1 != 0 || bytes == [0; 6] { Err(MacError::NotUnicast) } else { Ok(Self(bytes)) }
+    }
+}
+
+/// A program to run, or none: `no`, as with QEMU, or nothing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Script(pub Option<PathBuf>);
+
+impl FromStr for Script {
+    type Err = std::convert::Infallible;
+
+    fn from_str(word: &str) -> Result<Self, Self::Err> {
+        Ok(Self(Some(word).filter(|word| !matches!(*word, "" | "no")).map(PathBuf::from)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(line: &str) -> Result<Command, clap::Error> {
+        parse(std::iter::once("baton-backend").chain(line.split_whitespace()).map(OsString::from))
+    }
+
+    fn args(line: &str) -> Args {
+        match parsed(line).unwrap() {
+            Command::Serve(args) => *args,
+            Command::PrintCapabilities => panic!("not asked for"),
+        }
+    }
+
+    #[test]
+    fn a_front_end_and_a_network_are_needed() {
+        for line in
+            ["", "--tap=t0", "--socket-path=s", "--socket-path=s --fd=3 --tap=t0", "--client --fd=3 --tap=t0"]
+        {
+            assert!(parsed(line).is_err(), "{line}");
+        }
+        assert_eq!(args("--socket-path=s --tap=t0").tap.unwrap(), "t0");
+    }
+
+    #[test]
+    fn queue_pairs_are_1_to_128() {
+        for pairs in ["0", "129", "-1", "x"] {
+            assert!(parsed(&format!("--socket-path=s --tap=t0 --queue-pairs={pairs}")).is_err(), "{pairs}");
+        }
+        assert_eq!(args("--socket-path=s --tap=t0 --queue-pairs=128").queue_pairs, Some(128));
+    }
+
+    #[test]
+    fn descriptors_and_queue_pairs_agree() {
+        assert_eq!(args("--socket-path=s --tap-fds=5,6").tap_fds.unwrap(), [5, 6]);
+        parsed("--socket-path=s --tap-fds=5,6 --queue-pairs=1").unwrap_err();
+    }
+
+    #[test]
+    fn capabilities_need_nothing_else() {
+        assert!(matches!(parsed("--print-capabilities --socket-path=s"), Ok(Command::PrintCapabilities)));
+    }
+
+    #[test]
+    fn no_and_nothing_are_no_script() {
+        assert_eq!(args("--fd=3 --tap=t0 --script= --downscript=no").script, Script(None));
+        assert_eq!(args("--fd=3 --tap=t0 --script=/x").script, Script(Some("/x".into())));
+    }
+
+    #[test]
+    fn mac_addresses_are_unicast() {
+        assert_eq!("02:00:00:00:00:ff".parse(), Ok(MacAddress([2, 0, 0, 0, 0, 255])));
+        assert_eq!("03:00:00:00:00:ff".parse::<MacAddress>(), Err(MacError::NotUnicast));
+        assert_eq!("00:00:00:00:00:00".parse::<MacAddress>(), Err(MacError::NotUnicast));
+        for word in ["", "02:00:00:00:00", "02:00:00:00:00:00:00", "2:0:0:0:0:0", "+2:00:00:00:00:00"] {
+            assert_eq!(word.parse::<MacAddress>(), Err(MacError::Form), "{word}");
+        }
+    }
+}

@@ -1,0 +1,102 @@
+//! The control socket's side of the back-end: requests come from the control thread, answers from the event loop.
+
+use std::path::Path;
+use std::sync::mpsc::{SyncSender, sync_channel};
+
+use baton_control::server::ControlServer;
+use baton_control::socket_path::{BindError, BoundSocket};
+use baton_protocol::control::{
+    BackendState, BackendStats, BackendStatus, Datapath, Frontend, Refusal, Request, VringStatus,
+};
+use serde_json::Value;
+
+use crate::device::Device;
+use crate::mailbox::Mailer;
+
+/// What a request comes to.
+pub type Answer = Result<Value, Refusal>;
+
+/// A request with the place for its answer.
+#[derive(Debug)]
+pub struct Call {
+    /// What is asked.
+    pub request: Request,
+    answer: SyncSender<Answer>,
+}
+
+impl Call {
+    /// Answers it.
+    pub fn answer(self, answer: Answer) {
+        // The control thread waits for it, unless the process is ending.
+        let _ = self.answer.send(answer);
+    }
+}
+
+/// Why there is no control socket.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// Its path cannot be bound.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// Its thread cannot be made.
+    #[error("cannot serve the control socket")]
+    Start(#[source] std::io::Error),
+}
+
+/// Serves the control socket at `path`; requests go to `calls`.
+///
+/// # Errors
+/// [`ControlError`].
+pub fn start(path: &Path, calls: Mailer<Call>) -> Result<ControlServer, ControlError> {
+    let socket = BoundSocket::bind(path)?;
+    ControlServer::start(socket, move |request| {
+        let (answer, answered) = sync_channel(1);
+        calls.send(Call { request, answer });
+        answered.recv().unwrap_or_else(|_| Err(refusal("the back-end is ending")))
+    })
+    .map_err(ControlError::Start)
+}
+
+/// A refusal in so many words.
+pub fn refusal(error: impl Into<String>) -> Refusal {
+    Refusal { error: error.into() }
+}
+
+/// An answer from a serialisable value.
+pub fn answer(value: &impl serde::Serialize) -> Answer {
+    serde_json::to_value(value).map_err(|error| refusal(error.to_string()))
+}
+
+/// The answer to [`Request::Status`].
+pub fn status(device: &Device, connected: bool) -> BackendStatus {
+    let session = device.session();
+    let vrings = session
+        .vrings
+        .iter()
+        .enumerate()
+        .map(|(index, vring)| {
+            let pair = &device.counters()[index / 2];
+            let direction = if index % 2 == 0 { &pair.rx } else { &pair.tx };
+            VringStatus {
+                started: direction.started.load(std::sync::atomic::Ordering::Relaxed),
+                enabled: vring.enabled,
+                size: vring.size.unwrap_or_default(),
+            }
+        })
+        .collect();
+    BackendStatus {
+        state: if connected { BackendState::Serving } else { BackendState::Waiting },
+        tap: device.tap().name().to_owned(),
+        queue_pairs: u16::try_from(device.pairs()).unwrap_or(u16::MAX),
+        features: format!("{:#x}", session.features.0),
+        protocol_features: format!("{:#x}", session.protocol_features),
+        frontend: if connected { Frontend::Connected } else { Frontend::Disconnected },
+        datapath: Datapath::Userspace,
+        vrings,
+    }
+}
+
+/// The answer to [`Request::Stats`].
+pub fn stats(device: &Device) -> BackendStats {
+    BackendStats { queue_pairs: device.counters().iter().map(|pair| pair.snapshot()).collect() }
+}

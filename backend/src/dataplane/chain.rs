@@ -1,0 +1,178 @@
+//! Descriptor chains as I/O vectors (virtio 1.2 §§2.7.5, 2.7.7): every buffer checked against guest memory, ready
+//! for `readv` and `writev`.
+#![expect(unsafe_code, reason = "reads indirect tables from guest memory")]
+
+use crate::memory::GuestMemory;
+use crate::vring::{Descriptor, Vring};
+
+/// `VIRTQ_DESC_F_NEXT`.
+const NEXT: u16 = 1;
+/// `VIRTQ_DESC_F_WRITE`.
+const WRITE: u16 = 2;
+/// `VIRTQ_DESC_F_INDIRECT`.
+const INDIRECT: u16 = 4;
+
+/// The most vectors that one system call takes (`IOV_MAX`), and thus the longest chain that can be served.
+pub const MAX_VECTORS: usize = 1024;
+
+/// How many descriptors of an indirect table are followed. Empty buffers aside, a chain this long cannot be served.
+const LONGEST: u32 = 2048;
+
+/// Which way the guest's buffers go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// The device reads them.
+    Readable,
+    /// The device writes them.
+    Writable,
+}
+
+/// What makes a chain unusable. It is the guest's mistake and costs only that chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ChainError {
+    /// It goes on for longer than the table has descriptors.
+    #[error("a descriptor chain that loops")]
+    Loop,
+    /// `next` is beyond the table.
+    #[error("a descriptor beyond the table")]
+    Next,
+    /// A readable buffer where a writable one belongs, or the reverse.
+    #[error("a descriptor of the wrong direction")]
+    Direction,
+    /// An indirect table within another, with a continuation, of a bad size, or where none was negotiated.
+    #[error("an invalid indirect descriptor")]
+    Indirect,
+    /// The buffer is not in guest memory.
+    #[error("a buffer outside of guest memory")]
+    Address,
+    /// More than [`MAX_VECTORS`] pieces, or 4 GiB.
+    #[error("a descriptor chain that is too long")]
+    TooLong,
+}
+
+/// A growing list of I/O vectors, all of them into guest memory, or into buffers of the owner's.
+#[derive(Debug, Default)]
+pub struct Vectors(pub Vec<libc::iovec>);
+
+// SAFETY: an iovec is a plain pointer and a length; what it points to is kept by the owner of the list.
+unsafe impl Send for Vectors {}
+
+/// Appends the buffers of the chain that begins at `head` to `vectors` and gives their length in bytes.
+/// Empty buffers are left out.
+///
+/// # Errors
+/// [`ChainError`]; `vectors` is then as before.
+#[inline]
+pub fn append(
+    vring: &Vring,
+    head: u16,
+    direction: Direction,
+    hint: &mut usize,
+    vectors: &mut Vectors,
+) -> Result<u32, ChainError> {
+    let before = vectors.0.len();
+    let mut walk = Walk { memory: vring.memory(), direction, hint, vectors, before, length: 0 };
+    let result = walk.run(vring, head);
+    let length = walk.length;
+    if let Err(error) = result {
+        vectors.0.truncate(before);
+        return Err(error);
+    }
+    Ok(length)
+}
+
+struct Walk<'a> {
+    memory: &'a GuestMemory,
+    direction: Direction,
+    hint: &'a mut usize,
+    vectors: &'a mut Vectors,
+    before: usize,
+    length: u32,
+}
+
+impl Walk<'_> {
+    fn run(&mut self, vring: &Vring, head: u16) -> Result<(), ChainError> {
+        let mut index = head;
+        for _ in 0..vring.size() {
+            let descriptor = vring.descriptor(index).ok_or(ChainError::Next)?;
+            if descriptor.flags & INDIRECT != 0 {
+                if !vring.indirect() || descriptor.flags & NEXT != 0 {
+                    return Err(ChainError::Indirect);
+                }
+                return self.table(descriptor);
+            }
+            self.buffer(descriptor)?;
+            if descriptor.flags & NEXT == 0 {
+                return Ok(());
+            }
+            index = descriptor.next;
+        }
+        Err(ChainError::Loop)
+    }
+
+    fn table(&mut self, table: Descriptor) -> Result<(), ChainError> {
+        let count = table.length / 16;
+        if count == 0 || !table.length.is_multiple_of(16) {
+            return Err(ChainError::Indirect);
+        }
+        let mut index = 0;
+        for _ in 0..count.min(LONGEST) {
+            let descriptor = self.load(table.address, index)?;
+            if descriptor.flags & INDIRECT != 0 {
+                return Err(ChainError::Indirect);
+            }
+            self.buffer(descriptor)?;
+            if descriptor.flags & NEXT == 0 {
+                return Ok(());
+            }
+            index = u32::from(descriptor.next);
+            if index >= count {
+                return Err(ChainError::Next);
+            }
+        }
+        Err(ChainError::Loop)
+    }
+
+    /// Descriptor `index` of the indirect table at `table`, wherever regions begin and end.
+    fn load(&mut self, table: u64, index: u32) -> Result<Descriptor, ChainError> {
+        let address = table.checked_add(16 * u64::from(index)).ok_or(ChainError::Address)?;
+        let (pointer, rest) = self.memory.resolve(address, self.hint).ok_or(ChainError::Address)?;
+        let pointer = pointer.cast::<Descriptor>();
+        if rest >= 16 && pointer.is_aligned() {
+            // SAFETY: 16 bytes of guest memory, aligned; every value is a descriptor.
+            return Ok(unsafe { pointer.read_volatile() });
+        }
+        let mut bytes = [0u8; 16];
+        for (offset, byte) in (0u64..).zip(&mut bytes) {
+            let address = address.checked_add(offset).ok_or(ChainError::Address)?;
+            let (pointer, _) = self.memory.resolve(address, self.hint).ok_or(ChainError::Address)?;
+            // SAFETY: `resolve` gives a pointer to at least one byte.
+            *byte = unsafe { pointer.read_volatile() };
+        }
+        // SAFETY: 16 bytes; every value is a descriptor; the read allows any alignment.
+        Ok(unsafe { bytes.as_ptr().cast::<Descriptor>().read_unaligned() })
+    }
+
+    #[inline]
+    fn buffer(&mut self, descriptor: Descriptor) -> Result<(), ChainError> {
+        let writable = descriptor.flags & WRITE != 0;
+        if writable != (self.direction == Direction::Writable) {
+            return Err(ChainError::Direction);
+        }
+        self.length = self.length.checked_add(descriptor.length).ok_or(ChainError::TooLong)?;
+        let mut address = descriptor.address;
+        let mut rest = descriptor.length as usize;
+        while rest > 0 {
+            let (pointer, contiguous) = self.memory.resolve(address, self.hint).ok_or(ChainError::Address)?;
+            let length = rest.min(contiguous);
+            if self.vectors.0.len() - self.before == MAX_VECTORS {
+                return Err(ChainError::TooLong);
+            }
+            self.vectors.0.push(libc::iovec { iov_base: pointer.cast(), iov_len: length });
+            rest -= length;
+            // Only the last region can end at the top of the address space, and then nothing follows.
+            address = address.wrapping_add(length as u64);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,27 @@
+//! The user-space dataplane: one worker thread a queue pair, straight between guest memory and the TAP.
+//!
+//! [`worker`] owns the threads and the gate at which they park; [`pair`] is what a worker works on, handed over
+//! whole whenever it parks; [`rx`] and [`tx`] move the frames; [`chain`] makes I/O vectors of descriptor chains.
+
+pub mod chain;
+pub mod pair;
+pub mod ring;
+pub mod rx;
+pub mod tx;
+pub mod worker;
+
+/// Frames after which a direction publishes what it completed.
+const BATCH: u16 = 64;
+/// Frames after which the other direction gets its turn.
+const TURN_FRAMES: u32 = 256;
+/// Bytes after which the other direction gets its turn.
+const TURN_BYTES: usize = 512 * 1024;
+
+/// How a direction's turn ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// There is more to do.
+    More,
+    /// Nothing to do until an event comes.
+    Idle,
+}

@@ -1,0 +1,187 @@
+//! A queue pair: all that its worker works on, in one struct that is handed over whole when the worker parks.
+//!
+//! The worker waits in the pair's own epoll instance. Everything there is edge-triggered, so kicks need not be read
+//! (a read would take them from whoever shares the eventfd) and nothing has to be switched off while a ring is full
+//! or stopped; to make up for edges that came while nobody looked, every run begins with a look at everything.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::Turn;
+use super::ring::{Kick, Ring};
+use super::rx::Rx;
+use super::tx::Tx;
+use super::worker::Gate;
+use crate::events::{Epoll, Events, Ready};
+use crate::metrics::PairCounters;
+use crate::tap::TapQueue;
+
+/// How long to wait for events at most, in milliseconds, while a ring has no kick and must be polled.
+const POLLED_WAIT: i32 = 1;
+
+const TAP: u64 = 0;
+const RX_KICK: u64 = 1;
+const TX_KICK: u64 = 2;
+/// The worker's own wake-up, registered by it.
+pub const WAKE: u64 = 3;
+
+/// Which vring of a pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// TAP to guest, virtqueue 2n.
+    Rx,
+    /// Guest to TAP, virtqueue 2n + 1.
+    Tx,
+}
+
+/// One queue pair.
+#[derive(Debug)]
+pub struct QueuePair {
+    index: u16,
+    tap: Arc<TapQueue>,
+    /// TAP to guest.
+    pub rx: Rx,
+    /// Guest to TAP.
+    pub tx: Tx,
+    counters: Arc<PairCounters>,
+    epoll: Epoll,
+    /// How long to look for work before waiting for it.
+    poll: Duration,
+}
+
+impl QueuePair {
+    /// A pair without vrings.
+    ///
+    /// # Errors
+    /// What making an epoll instance fails with.
+    pub fn new(
+        index: u16,
+        tap: Arc<TapQueue>,
+        counters: Arc<PairCounters>,
+        poll: Duration,
+    ) -> io::Result<Self> {
+        let epoll = Epoll::new()?;
+        epoll.add(&*tap, Events::EPOLLIN | Events::EPOLLOUT | Events::EPOLLET, TAP)?;
+        Ok(Self { index, tap, rx: Rx::default(), tx: Tx::default(), counters, epoll, poll })
+    }
+
+    /// Has the worker's wake-up end a wait.
+    ///
+    /// # Errors
+    /// What `epoll_ctl(2)` fails with.
+    pub fn watch_wake(&self, wake: &impl AsFd) -> io::Result<()> {
+        self.epoll.add(wake, Events::EPOLLIN, WAKE)
+    }
+
+    /// Whether a worker has anything to do here.
+    pub fn has_rings(&self) -> bool {
+        self.rx.ring.is_some() || self.tx.ring.is_some()
+    }
+
+    /// Puts a vring in. There must be none on that side.
+    ///
+    /// # Errors
+    /// What watching its kick fails with; the ring is dropped then.
+    pub fn put_ring(&mut self, side: Side, ring: Ring) -> io::Result<()> {
+        let (token, counters) = match side {
+            Side::Rx => (RX_KICK, &self.counters.rx),
+            Side::Tx => (TX_KICK, &self.counters.tx),
+        };
+        if let Kick::Eventfd(kick) = &ring.kick {
+            self.epoll.add(kick, Events::EPOLLIN | Events::EPOLLET, token)?;
+        }
+        counters.started.store(ring.started, Ordering::Relaxed);
+        match side {
+            Side::Rx => self.rx.ring = Some(ring),
+            Side::Tx => self.tx.ring = Some(ring),
+        }
+        Ok(())
+    }
+
+    /// Takes a vring out, with all its chains completed and published or still available.
+    pub fn take_ring(&mut self, side: Side) -> Option<Ring> {
+        let (ring, counters) = match side {
+            Side::Rx => {
+                self.rx.unprepare();
+                (self.rx.ring.take(), &self.counters.rx)
+            }
+            Side::Tx => (self.tx.ring.take(), &self.counters.tx),
+        };
+        let ring = ring?;
+        counters.started.store(false, Ordering::Relaxed);
+        if let Kick::Eventfd(kick) = &ring.kick
+            && let Err(error) = self.epoll.remove(kick)
+        {
+            tracing::warn!(pair = self.index, %error, "cannot stop watching a kick");
+        }
+        Some(ring)
+    }
+
+    /// Moves frames until the gate closes.
+    pub fn run(&mut self, gate: &Gate) {
+        let mut ready = Ready::<4>::default();
+        let (mut look_rx, mut look_tx) = (true, true);
+        let mut last_work = Instant::now();
+        while !gate.closed() {
+            let polling = !self.poll.is_zero() && last_work.elapsed() < self.poll;
+            if look_tx || polling {
+                let turn = self.tx.run(self.index, &self.tap, &self.counters.tx, !polling);
+                look_tx = turn == Turn::More;
+            }
+            if look_rx || polling {
+                look_rx = self.rx.run(self.index, &self.tap, &self.counters.rx) == Turn::More;
+            }
+            if !self.poll.is_zero() && (look_rx || look_tx) {
+                last_work = Instant::now();
+            }
+            let polled = self.polled();
+            let timeout = match (look_rx || look_tx || polling, polled) {
+                (true, _) => 0,
+                (false, true) => POLLED_WAIT,
+                (false, false) => -1,
+            };
+            let events = match self.epoll.wait(timeout, &mut ready) {
+                Ok(events) => events,
+                Err(error) => {
+                    // Only a bug makes this fail; the thread must not spin on it, nor end unseen.
+                    gate.report(&error);
+                    return;
+                }
+            };
+            for (token, events) in events {
+                match token {
+                    TAP => {
+                        look_rx |= events.intersects(Events::EPOLLIN | Events::EPOLLERR);
+                        look_tx |= events.contains(Events::EPOLLOUT) && self.tx.writable();
+                    }
+                    RX_KICK => look_rx |= kicked(self.rx.ring.as_mut(), &self.counters.rx),
+                    TX_KICK => look_tx |= kicked(self.tx.ring.as_mut(), &self.counters.tx),
+                    _ => {}
+                }
+            }
+            look_rx |= polled;
+            look_tx |= polled;
+            if polling && !(look_rx || look_tx) && last_work.elapsed() >= self.poll {
+                // The last look before waiting is the one that asks for kicks.
+                look_tx = true;
+            }
+        }
+    }
+
+    fn polled(&self) -> bool {
+        let polled = |ring: &Option<Ring>| {
+            ring.as_ref().is_some_and(|ring| ring.runs() && matches!(ring.kick, Kick::Polled))
+        };
+        polled(&self.rx.ring) || polled(&self.tx.ring)
+    }
+}
+
+fn kicked(ring: Option<&mut Ring>, counters: &crate::metrics::Direction) -> bool {
+    ring.is_some_and(|ring| {
+        ring.kicked(counters);
+        true
+    })
+}

@@ -1,0 +1,62 @@
+//! A vring within a queue pair: the mapped rings, its state, and its kick.
+//!
+//! Started and enabled are independent (vhost-user: "Ring states"). A ring starts when the front-end kicks it; where
+//! it has been in use before, it starts at once, for its driver may have been told not to kick.
+
+use std::sync::atomic::Ordering;
+
+use crate::metrics::Direction;
+use crate::notify::Notifier;
+use crate::vring::{RingError, Vring};
+
+/// Where a vring's notifications come from (`SET_VRING_KICK`).
+#[derive(Clone, Debug)]
+pub enum Kick {
+    /// An eventfd.
+    Eventfd(Notifier),
+    /// Nowhere: the ring is polled.
+    Polled,
+}
+
+/// A vring that is set up.
+#[derive(Debug)]
+pub struct Ring {
+    /// The mapped rings.
+    pub vring: Vring,
+    /// Its kick.
+    pub kick: Kick,
+    /// Signalled when the ring is out of order (`SET_VRING_ERR`).
+    pub error: Option<Notifier>,
+    /// Whether it was kicked.
+    pub started: bool,
+    /// `SET_VRING_ENABLE`.
+    pub enabled: bool,
+    /// What the guest wrote made no sense; it is not touched any more.
+    pub broken: bool,
+}
+
+impl Ring {
+    /// Whether it may be worked on at all.
+    #[inline]
+    pub fn runs(&self) -> bool {
+        self.started && !self.broken
+    }
+
+    /// A kick came, or may have come.
+    pub fn kicked(&mut self, counters: &Direction) {
+        counters.kicks.add(1);
+        if !self.started {
+            self.started = true;
+            counters.started.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Gives up the ring and tells the front-end.
+    pub fn fail(&mut self, name: &'static str, pair: u16, error: RingError) {
+        self.broken = true;
+        tracing::warn!(pair, vring = name, %error, "vring out of order until it is set up anew");
+        if let Some(notifier) = &self.error {
+            notifier.notify();
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! Guest to TAP. A batch of chains is turned into vectors first, then given to the TAP frame by frame, then
+//! published with one index update and at most one call.
+#![expect(unsafe_code, reason = "gives the kernel vectors into guest memory")]
+
+use super::chain::{self, Direction, MAX_VECTORS, Vectors};
+use super::ring::Ring;
+use super::{BATCH, TURN_BYTES, TURN_FRAMES, Turn};
+use crate::metrics;
+use crate::tap::{Sent, TapQueue};
+use crate::vring::RingError;
+
+/// A chain of the batch.
+#[derive(Clone, Copy, Debug)]
+struct Frame {
+    head: u16,
+    /// Where its vectors begin.
+    first: usize,
+    /// Where they end.
+    end: usize,
+    /// Its bytes, header included; 0 for a chain that cannot be used.
+    length: u32,
+}
+
+/// The transmit side of a queue pair.
+#[derive(Debug, Default)]
+pub struct Tx {
+    /// The vring, while it is set up.
+    pub ring: Option<Ring>,
+    /// Length of the virtio-net header.
+    pub header: usize,
+    batch: Vec<Frame>,
+    vectors: Vectors,
+    hint: usize,
+    /// The TAP's send buffer was full; to be tried again when it is writable.
+    full: bool,
+}
+
+impl Tx {
+    /// The TAP became writable.
+    pub fn writable(&mut self) -> bool {
+        std::mem::take(&mut self.full)
+    }
+
+    /// Sends what the guest has made available, for one turn. Before it is idle it asks for kicks if `arm`.
+    pub fn run(&mut self, pair: u16, tap: &TapQueue, counters: &metrics::Direction, arm: bool) -> Turn {
+        let Some(mut ring) = self.ring.take() else { return Turn::Idle };
+        let turn = if !ring.runs() {
+            Turn::Idle
+        } else {
+            self.turn(&mut ring, tap, counters, arm).unwrap_or_else(|error| {
+                ring.fail("transmit", pair, error);
+                Turn::Idle
+            })
+        };
+        self.ring = Some(ring);
+        turn
+    }
+
+    fn turn(
+        &mut self,
+        ring: &mut Ring,
+        tap: &TapQueue,
+        counters: &metrics::Direction,
+        arm: bool,
+    ) -> Result<Turn, RingError> {
+        let (mut frames, mut bytes) = (0, 0);
+        while frames < TURN_FRAMES && bytes < TURN_BYTES {
+            if self.full && ring.enabled {
+                return Ok(Turn::Idle);
+            }
+            if ring.vring.available(0)? == 0 && (!arm || ring.vring.enable_kicks(0)? == 0) {
+                return Ok(Turn::Idle);
+            }
+            ring.vring.disable_kicks();
+            let result = if ring.enabled {
+                self.fill(ring).map(|()| self.send(ring, tap, counters))
+            } else {
+                discard(ring, counters).map(|discarded| (discarded, 0))
+            };
+            // What was completed before an error is the guest's all the same.
+            if ring.vring.publish() {
+                counters.calls.add(1);
+            }
+            let (sent, length) = result?;
+            frames += sent;
+            bytes += length;
+        }
+        Ok(Turn::More)
+    }
+
+    /// Makes vectors of the next chains.
+    fn fill(&mut self, ring: &mut Ring) -> Result<(), RingError> {
+        self.batch.clear();
+        self.vectors.0.clear();
+        let count = ring.vring.available(0)?.min(BATCH);
+        for nth in 0..count {
+            let head = match ring.vring.head(nth) {
+                Ok(head) => head,
+                // The frames before it go out first.
+                Err(_) if nth > 0 => break,
+                Err(error) => return Err(error),
+            };
+            let first = self.vectors.0.len();
+            let length = match chain::append(
+                &ring.vring,
+                head,
+                Direction::Readable,
+                &mut self.hint,
+                &mut self.vectors,
+            ) {
+                Ok(length) => length,
+                Err(error) => {
+                    tracing::debug!(%error, "transmit chain dropped");
+                    0
+                }
+            };
+            self.batch.push(Frame { head, first, end: self.vectors.0.len(), length });
+            if self.vectors.0.len() >= MAX_VECTORS {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives the batch to the TAP; gives the frames and bytes that it is rid of.
+    fn send(&mut self, ring: &mut Ring, tap: &TapQueue, counters: &metrics::Direction) -> (u32, usize) {
+        let (mut frames, mut bytes) = (0, 0);
+        for frame in &self.batch {
+            let length = frame.length as usize;
+            if length <= self.header {
+                counters.dropped.add(1);
+            } else {
+                // SAFETY: the vectors are guest memory that the ring's memory table keeps mapped; what the guest
+                // does to it meanwhile is the guest's frame.
+                match unsafe { tap.send(&self.vectors.0[frame.first..frame.end]) } {
+                    Sent::Done => counters.frame(length - self.header),
+                    Sent::Refused => counters.dropped.add(1),
+                    Sent::Full => {
+                        self.full = true;
+                        break;
+                    }
+                }
+            }
+            ring.vring.complete(frame.head, 0);
+            frames += 1;
+            bytes += length;
+        }
+        (frames, bytes)
+    }
+}
+
+/// Takes a batch of chains and gives them back unsent: the ring is started but disabled.
+fn discard(ring: &mut Ring, counters: &metrics::Direction) -> Result<u32, RingError> {
+    let count = ring.vring.available(0)?.min(BATCH);
+    for _ in 0..count {
+        let head = ring.vring.head(0)?;
+        ring.vring.complete(head, 0);
+        counters.discarded.add(1);
+    }
+    Ok(u32::from(count))
+}

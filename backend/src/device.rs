@@ -1,0 +1,296 @@
+//! The network device: its TAP, its workers, and the state of the session that drives it.
+//!
+//! All state that a front-end sets is in [`SessionState`], plain and movable; the device makes the dataplane follow
+//! it. Every change goes through [`Device::change`]: the pairs it concerns are parked, their vrings taken out and
+//! their places noted, the state changed, and what is set up whole is put back in and resumed. So no worker ever
+//! sees a change, and an answer to the front-end is given after its effect.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use virtio_bindings::virtio_net;
+
+use crate::dataplane::pair::{QueuePair, Side};
+use crate::dataplane::rx::RxSettings;
+use crate::dataplane::worker::{Worker, WorkerFailure};
+use crate::features::{Features, Offer};
+use crate::mailbox::Mailer;
+use crate::memory::GuestMemory;
+use crate::metrics::PairCounters;
+use crate::net_header::{self, Accepted};
+use crate::tap::{Offloads, Tap, TapError};
+use crate::vring::LayoutError;
+use crate::vring_setup::VringSetup;
+
+/// What the operator decided about the device.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DeviceConfig {
+    /// The guest's MAC address.
+    pub mac: Option<[u8; 6]>,
+    /// The guest's MTU.
+    pub mtu: Option<u16>,
+    /// How long a worker looks for work before it waits.
+    pub poll: Duration,
+}
+
+/// The whole state of a session, as the front-end set it.
+#[derive(Debug, Default)]
+pub struct SessionState {
+    /// Virtio features (`SET_FEATURES`).
+    pub features: Features,
+    /// Protocol features (`SET_PROTOCOL_FEATURES`).
+    pub protocol_features: u64,
+    /// Shared memory.
+    pub memory: Arc<GuestMemory>,
+    /// The vrings: 2n receives, 2n + 1 transmits.
+    pub vrings: Vec<VringSetup>,
+}
+
+/// Why a change was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// A vring does not fit the memory.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// The TAP would not.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// A thread, an epoll instance or the like could not be had.
+    #[error("the dataplane of queue pair {pair} cannot go on")]
+    Dataplane {
+        /// The pair.
+        pair: usize,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A worker thread died.
+    #[error("the worker of queue pair {0} is dead")]
+    Dead(usize),
+}
+
+/// The device.
+#[derive(Debug)]
+pub struct Device {
+    // Declared first: the workers end before the TAP is closed.
+    workers: Vec<Worker>,
+    counters: Vec<Arc<PairCounters>>,
+    tap: Tap,
+    offer: Features,
+    config: DeviceConfig,
+    session: SessionState,
+}
+
+impl Device {
+    /// A device on `tap`, with as many queue pairs as it has queues. `failures` hears of workers that died.
+    ///
+    /// # Errors
+    /// [`DeviceError::Dataplane`].
+    pub fn new(
+        tap: Tap,
+        config: DeviceConfig,
+        failures: &Mailer<WorkerFailure>,
+    ) -> Result<Self, DeviceError> {
+        let offer = Offer {
+            mac: config.mac.is_some(),
+            mtu: config.mtu.is_some(),
+            ufo: tap.has_ufo(),
+            uso: tap.has_uso(),
+        };
+        let mut workers = Vec::new();
+        let mut counters = Vec::new();
+        for (pair, index) in (0..tap.pairs()).zip(0u16..) {
+            let failed = |source| DeviceError::Dataplane { pair, source };
+            let own = Arc::new(PairCounters::default());
+            let queue_pair =
+                QueuePair::new(index, Arc::clone(tap.queue(pair)), Arc::clone(&own), config.poll)
+                    .map_err(failed)?;
+            workers.push(Worker::new(index, queue_pair, failures.clone()).map_err(failed)?);
+            counters.push(own);
+        }
+        let mut device = Self {
+            workers,
+            counters,
+            tap,
+            offer: offer.features(),
+            config,
+            session: SessionState::default(),
+        };
+        device.session = device.new_session();
+        Ok(device)
+    }
+
+    /// What the device offers.
+    pub fn offer(&self) -> Features {
+        self.offer
+    }
+
+    /// What the operator decided.
+    pub fn config(&self) -> &DeviceConfig {
+        &self.config
+    }
+
+    /// How many queue pairs it has, 1 to 128.
+    pub fn pairs(&self) -> usize {
+        self.workers.len()
+    }
+
+    /// The TAP.
+    pub fn tap(&self) -> &Tap {
+        &self.tap
+    }
+
+    /// The counters of each pair.
+    pub fn counters(&self) -> &[Arc<PairCounters>] {
+        &self.counters
+    }
+
+    /// The session's state. Of a ring that runs, `base` is not up to date.
+    pub fn session(&self) -> &SessionState {
+        &self.session
+    }
+
+    fn new_session(&self) -> SessionState {
+        let vrings = (0..2 * self.workers.len()).map(|_| VringSetup::default()).collect();
+        SessionState { vrings, ..SessionState::default() }
+    }
+
+    /// Ends the session: every ring stops, the memory is unmapped, the descriptors are closed.
+    ///
+    /// # Errors
+    /// [`DeviceError::Dead`], and [`DeviceError::Tap`] if its settings cannot be put back.
+    pub fn end_session(&mut self) -> Result<(), DeviceError> {
+        let empty = self.new_session();
+        self.change(.., |session| *session = empty)?;
+        self.set_tap_features(Features::default())
+    }
+
+    /// Changes the session's state with the pairs in `pairs` parked.
+    ///
+    /// A vring that the change makes impossible to map does not run until it is set up anew.
+    ///
+    /// # Errors
+    /// [`DeviceError::Dataplane`] and [`DeviceError::Dead`], after which the session cannot go on.
+    pub fn change<T>(
+        &mut self,
+        pairs: impl std::ops::RangeBounds<usize>,
+        action: impl FnOnce(&mut SessionState) -> T,
+    ) -> Result<T, DeviceError> {
+        let all = 0..self.workers.len();
+        let concerned: Vec<usize> = all.filter(|pair| pairs.contains(pair)).collect();
+        for &pair in &concerned {
+            let worker = self.workers[pair].park().ok_or(DeviceError::Dead(pair))?;
+            for (side, vring) in sides(pair) {
+                if let Some(ring) = worker.take_ring(side) {
+                    self.session.vrings[vring].deactivate(&ring);
+                }
+            }
+        }
+        let result = action(&mut self.session);
+        for pair in concerned {
+            self.put_back(pair)?;
+        }
+        Ok(result)
+    }
+
+    /// Makes a parked pair follow the session's state and resumes it.
+    fn put_back(&mut self, pair: usize) -> Result<(), DeviceError> {
+        let failed = |source| DeviceError::Dataplane { pair, source };
+        let header = self.header_size();
+        let SessionState { features, memory, vrings, .. } = &mut self.session;
+        let worker = self.workers[pair].park().ok_or(DeviceError::Dead(pair))?;
+        worker.rx.settings = RxSettings {
+            header,
+            mergeable: features.has(virtio_net::VIRTIO_NET_F_MRG_RXBUF),
+            accepted: Accepted::from(*features),
+        };
+        worker.tx.header = header;
+        for (side, vring) in sides(pair) {
+            match vrings[vring].activate(memory, *features) {
+                Ok(Some(ring)) => worker.put_ring(side, ring).map_err(failed)?,
+                Ok(None) => {}
+                Err(error) => tracing::warn!(vring, %error, "vring cannot run"),
+            }
+        }
+        self.workers[pair].resume().map_err(failed)
+    }
+
+    /// Length of the virtio-net header that was negotiated.
+    fn header_size(&self) -> usize {
+        if self.session.features.long_header() { net_header::LONG } else { net_header::SHORT }
+    }
+
+    /// Takes the features that the front-end accepted; the TAP follows.
+    ///
+    /// # Errors
+    /// [`DeviceError::Tap`], and all is as before; the others as for [`Self::change`].
+    pub fn set_features(&mut self, features: Features) -> Result<(), DeviceError> {
+        // The workers are parked from before the TAP changes until after.
+        let before = self.session.features;
+        self.park_all()?;
+        let result = self.set_tap_features(features);
+        let features = if result.is_ok() { features } else { before };
+        self.change(.., |session| session.features = features)?;
+        result
+    }
+
+    fn park_all(&mut self) -> Result<(), DeviceError> {
+        for (pair, worker) in self.workers.iter_mut().enumerate() {
+            worker.park().ok_or(DeviceError::Dead(pair))?;
+        }
+        Ok(())
+    }
+
+    fn set_tap_features(&mut self, features: Features) -> Result<(), DeviceError> {
+        let size = if features.long_header() { net_header::LONG } else { net_header::SHORT };
+        self.tap.set_header_size(size)?;
+        self.tap.set_offloads(offloads(features))?;
+        Ok(())
+    }
+
+    /// Attaches the TAP's queues of the enabled pairs and detaches the others.
+    ///
+    /// Only once the first receive ring is set up and enabled: before that, and while a front-end that pauses has
+    /// disabled all rings, every queue keeps the frames it has (a detached queue drops them).
+    ///
+    /// # Errors
+    /// [`DeviceError::Tap`].
+    pub fn follow_enabled_pairs(&mut self) -> Result<(), DeviceError> {
+        let first = &self.session.vrings[0];
+        if !first.enabled || first.kick.is_none() {
+            return Ok(());
+        }
+        for pair in 1..self.workers.len() {
+            self.tap.set_attached(pair, self.session.vrings[2 * pair].enabled)?;
+        }
+        Ok(())
+    }
+}
+
+/// The vrings of a pair.
+fn sides(pair: usize) -> [(Side, usize); 2] {
+    [(Side::Rx, 2 * pair), (Side::Tx, 2 * pair + 1)]
+}
+
+/// What the guest can take, from the features that it accepted.
+fn offloads(features: Features) -> Offloads {
+    if !features.has(virtio_net::VIRTIO_NET_F_GUEST_CSUM) {
+        return Offloads::default();
+    }
+    let tso4 = features.has(virtio_net::VIRTIO_NET_F_GUEST_TSO4);
+    let tso6 = features.has(virtio_net::VIRTIO_NET_F_GUEST_TSO6);
+    let uso = features.has(virtio_net::VIRTIO_NET_F_GUEST_USO4)
+        && features.has(virtio_net::VIRTIO_NET_F_GUEST_USO6);
+    let ecn = features.has(virtio_net::VIRTIO_NET_F_GUEST_ECN) && (tso4 || tso6);
+    let ufo = features.has(virtio_net::VIRTIO_NET_F_GUEST_UFO);
+    [
+        (tso4, Offloads::TSO4),
+        (tso6, Offloads::TSO6),
+        (ecn, Offloads::ECN),
+        (ufo, Offloads::UFO),
+        (uso, Offloads::USO),
+    ]
+    .into_iter()
+    .filter(|(on, _)| *on)
+    .fold(Offloads::CSUM, |offloads, (_, more)| offloads.and(more))
+}

@@ -1,0 +1,396 @@
+//! The front-end's messages, one method each, as the `vhost` crate's request handler calls them.
+//!
+//! A method that returns an error has changed nothing; the crate sends the negative acknowledgement if one was asked
+//! for, after the method's effect or refusal either way. [`Dispatch::take_rejection`] then tells the session that
+//! the error was ours, and the connection as sound as before.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use vhost::VhostUserMemoryRegionBase;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
+    VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+
+use crate::config_space;
+use crate::dataplane::ring::Kick;
+use crate::device::{Device, DeviceError};
+use crate::features::{Features, PROTOCOL_FEATURES};
+use crate::memory::{GuestMemory, MAX_REGIONS, MemoryError, RegionLayout};
+use crate::notify::{Notifier, NotifierError};
+use crate::vring::{self, LayoutError, RingAddresses, Vring, VringLayout};
+
+/// Why a request was rejected.
+#[derive(Debug, thiserror::Error)]
+pub enum Rejection {
+    /// The device has no such vring.
+    #[error("there is no vring {0}")]
+    Index(u32),
+    /// The vring must be stopped first.
+    #[error("vring {0} runs; stop it with GET_VRING_BASE first")]
+    Running(usize),
+    /// A vring does not fit.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// Memory that cannot be shared.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Not an eventfd.
+    #[error(transparent)]
+    Notifier(#[from] NotifierError),
+    /// A split vring's index has 16 bits.
+    #[error("vring base {0:#x} has more than 16 bits")]
+    Base(u32),
+    /// Features that change the protocol or the rings and are not offered.
+    #[error("features {0:#x} are not offered")]
+    Features(u64),
+    /// A message for a protocol feature that is not offered.
+    #[error("{0} is not offered")]
+    NotOffered(&'static str),
+    /// The configuration space cannot be written, or ends before.
+    #[error("no such part of the configuration space")]
+    Config,
+    /// The device could not follow.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}
+
+/// The device with the state of the conversation about it.
+#[derive(Debug)]
+pub struct Dispatch {
+    /// The device.
+    pub device: Device,
+    /// While the request handler is brought to a session's state, requests have no effect: it is known.
+    pub restoring: bool,
+    rejection: Option<Rejection>,
+}
+
+/// What Baton can do beyond the base protocol. `REPLY_ACK` is the crate's own, and always offered.
+pub const PROTOCOL_OFFER: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
+    .union(VhostUserProtocolFeatures::REPLY_ACK)
+    .union(VhostUserProtocolFeatures::CONFIG)
+    .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
+    .union(VhostUserProtocolFeatures::RESET_DEVICE);
+
+impl Dispatch {
+    /// For the first session.
+    pub fn new(device: Device) -> Self {
+        Self { device, restoring: false, rejection: None }
+    }
+
+    /// Why the last request was rejected, if it was.
+    pub fn take_rejection(&mut self) -> Option<Rejection> {
+        self.rejection.take()
+    }
+
+    /// Runs a request, and notes why it is rejected.
+    fn request<T>(
+        &mut self,
+        action: impl FnOnce(&mut Device) -> std::result::Result<T, Rejection>,
+    ) -> Result<T> {
+        action(&mut self.device).map_err(|rejection| {
+            let error = Error::ReqHandlerError(io::Error::other(rejection.to_string()));
+            self.rejection = Some(rejection);
+            error
+        })
+    }
+
+    fn refuse<T>(&mut self, what: &'static str) -> Result<T> {
+        self.request(|_| Err(Rejection::NotOffered(what)))
+    }
+}
+
+/// The index of a vring, if the device has it.
+fn vring_index(device: &Device, index: u32) -> std::result::Result<usize, Rejection> {
+    usize::try_from(index).ok().filter(|index| *index < 2 * device.pairs()).ok_or(Rejection::Index(index))
+}
+
+/// The same for a vring that must not run.
+fn stopped_vring(device: &Device, index: u32) -> std::result::Result<usize, Rejection> {
+    let index = vring_index(device, index)?;
+    if device.session().vrings[index].kick.is_some() { Err(Rejection::Running(index)) } else { Ok(index) }
+}
+
+fn notifier(fd: Option<File>) -> std::result::Result<Option<Notifier>, Rejection> {
+    Ok(fd.map(Notifier::try_from).transpose()?)
+}
+
+fn layout(region: &VhostUserMemoryRegion) -> RegionLayout {
+    RegionLayout {
+        guest_address: region.guest_phys_addr,
+        size: region.memory_size,
+        user_address: region.user_addr,
+        file_offset: region.mmap_offset,
+    }
+}
+
+fn set_memory(device: &mut Device, memory: GuestMemory) -> std::result::Result<(), Rejection> {
+    Ok(device.change(.., |session| session.memory = Arc::new(memory))?)
+}
+
+impl VhostUserBackendReqHandlerMut for Dispatch {
+    fn set_owner(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> Result<()> {
+        // "Should be interpreted as a connection termination" or ignored; disabling the rings does what both want.
+        self.request(|device| {
+            device.change(.., |session| {
+                for vring in &mut session.vrings {
+                    vring.enabled = false;
+                }
+            })?;
+            Ok(())
+        })
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        self.request(|device| {
+            device.change(.., |session| {
+                for vring in &mut session.vrings {
+                    *vring = Default::default();
+                }
+            })?;
+            device.set_features(Features::default())?;
+            Ok(())
+        })
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(self.device.offer().0)
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        if self.restoring {
+            return Ok(());
+        }
+        self.request(|device| {
+            let offer = device.offer();
+            let excess = Features(features & !offer.0);
+            if excess.fundamental() != Features::default() {
+                return Err(Rejection::Features(excess.0));
+            }
+            // A front-end that serves more by itself may name it here.
+            device.set_features(Features(features & offer.0))?;
+            if features & 1 << PROTOCOL_FEATURES == 0 {
+                device.change(.., |session| {
+                    for vring in &mut session.vrings {
+                        vring.enabled = true;
+                    }
+                })?;
+                device.follow_enabled_pairs()?;
+            }
+            Ok(())
+        })
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _: Option<bool>,
+    ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
+        self.request(|device| {
+            let memory = GuestMemory::map(regions.iter().map(layout).zip(files))?;
+            set_memory(device, memory)?;
+            Ok(None)
+        })
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        self.request(|device| {
+            let vring = stopped_vring(device, index)?;
+            let size = vring::check_size(num)?;
+            device.change(vring / 2..=vring / 2, |session| session.vrings[vring].size = Some(size))?;
+            Ok(())
+        })
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        _: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        _: u64,
+    ) -> Result<()> {
+        self.request(|device| {
+            let vring = vring_index(device, index)?;
+            let addresses = RingAddresses { descriptors: descriptor, available, used };
+            let session = device.session();
+            if let Some(size) = session.vrings[vring].size
+                && !session.memory.is_empty()
+            {
+                let layout = VringLayout { size, addresses, event_idx: false, indirect: false };
+                Vring::new(layout, Arc::clone(&session.memory), None)?;
+            }
+            device.change(vring / 2..=vring / 2, |session| {
+                session.vrings[vring].addresses = Some(addresses);
+            })?;
+            Ok(())
+        })
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        self.request(|device| {
+            let vring = stopped_vring(device, index)?;
+            let base = u16::try_from(base).map_err(|_| Rejection::Base(base))?;
+            device.change(vring / 2..=vring / 2, |session| {
+                session.vrings[vring].base = base;
+                session.vrings[vring].base_is_given = true;
+            })?;
+            Ok(())
+        })
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        self.request(|device| {
+            let vring = vring_index(device, index)?;
+            let base = device.change(vring / 2..=vring / 2, |session| {
+                session.vrings[vring].stop();
+                session.vrings[vring].base
+            })?;
+            Ok(VhostUserVringState::new(index, u32::from(base)))
+        })
+    }
+
+    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        self.request(|device| {
+            let vring = vring_index(device, u32::from(index))?;
+            let kick = notifier(fd)?.map_or(Kick::Polled, Kick::Eventfd);
+            device.change(vring / 2..=vring / 2, |session| session.vrings[vring].kick = Some(kick))?;
+            device.follow_enabled_pairs()?;
+            Ok(())
+        })
+    }
+
+    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        self.request(|device| {
+            let vring = vring_index(device, u32::from(index))?;
+            let call = notifier(fd)?;
+            let started = device.change(vring / 2..=vring / 2, |session| {
+                session.vrings[vring].call.clone_from(&call);
+                session.vrings[vring].started
+            })?;
+            // What was completed before may have gone to the old descriptor, unseen.
+            if let (true, Some(call)) = (started, call) {
+                call.notify();
+            }
+            Ok(())
+        })
+    }
+
+    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        self.request(|device| {
+            let vring = vring_index(device, u32::from(index))?;
+            let error = notifier(fd)?;
+            device.change(vring / 2..=vring / 2, |session| session.vrings[vring].error = error)?;
+            Ok(())
+        })
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        Ok(PROTOCOL_OFFER)
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        if self.restoring {
+            return Ok(());
+        }
+        self.request(|device| {
+            device.change(0..0, |session| session.protocol_features = features & PROTOCOL_OFFER.bits())?;
+            Ok(())
+        })
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        // Cloud Hypervisor compares this with the number of vrings, QEMU with that of pairs.
+        Ok(2 * self.device.pairs() as u64)
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        self.request(|device| {
+            let vring = vring_index(device, index)?;
+            device.change(vring / 2..=vring / 2, |session| session.vrings[vring].enabled = enable)?;
+            device.follow_enabled_pairs()?;
+            Ok(())
+        })
+    }
+
+    fn get_config(&mut self, offset: u32, size: u32, _: VhostUserConfigFlags) -> Result<Vec<u8>> {
+        let pairs = u16::try_from(self.device.pairs()).unwrap_or(u16::MAX);
+        // Not noted as a rejection: the crate answers with a length of 0.
+        config_space::read(self.device.config(), pairs, offset, size).ok_or(Error::InvalidParam)
+    }
+
+    fn set_config(&mut self, _: u32, _: &[u8], _: VhostUserConfigFlags) -> Result<()> {
+        self.request(|_| Err(Rejection::Config))
+    }
+
+    fn set_gpu_socket(&mut self, _: GpuBackend) -> Result<()> {
+        self.refuse("a GPU socket")
+    }
+
+    fn get_shared_object(&mut self, _: VhostUserSharedMsg) -> Result<File> {
+        self.refuse("SHARED_OBJECT")
+    }
+
+    fn get_inflight_fd(&mut self, _: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        self.refuse("INFLIGHT_SHMFD")
+    }
+
+    fn set_inflight_fd(&mut self, _: &VhostUserInflight, _: File) -> Result<()> {
+        self.refuse("INFLIGHT_SHMFD")
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(MAX_REGIONS as u64)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        fd: File,
+        _: Option<bool>,
+    ) -> Result<Option<VhostUserMemoryRegionBase>> {
+        self.request(|device| {
+            let memory = device.session().memory.with(layout(region), fd)?;
+            set_memory(device, memory)?;
+            Ok(None)
+        })
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        self.request(|device| {
+            let memory = device.session().memory.without(layout(region))?;
+            set_memory(device, memory)
+        })
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _: VhostTransferStateDirection,
+        _: VhostTransferStatePhase,
+        _: File,
+    ) -> Result<Option<File>> {
+        self.refuse("DEVICE_STATE")
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        self.refuse("DEVICE_STATE")
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        self.refuse("SHMEM")
+    }
+
+    fn set_log_base(&mut self, _: &VhostUserLog, _: File) -> Result<()> {
+        self.refuse("LOG_SHMFD")
+    }
+}

@@ -1,0 +1,151 @@
+//! Where front-ends come from: a listening socket, a front-end that listens, or an inherited socket.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use baton_control::socket_path::{BindError, BoundSocket};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockProtocol, SockType, UnixAddr, connect, getsockopt, socket, sockopt,
+};
+use nix::sys::timer::Expiration;
+use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags, TimerSetTimeFlags};
+
+use crate::inherited;
+
+/// How long after a vain attempt to connect the next one comes.
+const REDIAL: Duration = Duration::from_millis(100);
+
+/// Why there is no endpoint.
+#[derive(Debug, thiserror::Error)]
+pub enum EndpointError {
+    /// The socket's path cannot be bound.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// Not a socket that can be used.
+    #[error("--fd={0} is no Unix stream socket that is connected or listens")]
+    Inherited(RawFd),
+    /// The system would not.
+    #[error("cannot set up the front-end's socket")]
+    System(#[from] io::Error),
+}
+
+/// Where front-ends come from.
+#[derive(Debug)]
+pub enum Endpoint {
+    /// `--socket-path`.
+    Listening(BoundSocket),
+    /// `--fd`, listening.
+    InheritedListener(UnixListener),
+    /// `--fd`, connected; it is gone once used.
+    InheritedConnection(Option<UnixStream>),
+    /// `--socket-path` with `--client`.
+    Client {
+        /// Where the front-end listens.
+        path: PathBuf,
+        /// Runs while there is no connection.
+        redial: TimerFd,
+    },
+}
+
+impl Endpoint {
+    /// Listens on `path`.
+    ///
+    /// # Errors
+    /// [`EndpointError`].
+    pub fn listen(path: &Path) -> Result<Self, EndpointError> {
+        let socket = BoundSocket::bind(path)?;
+        socket.listener().set_nonblocking(true)?;
+        Ok(Self::Listening(socket))
+    }
+
+    /// Connects to `path`, again and again.
+    ///
+    /// # Errors
+    /// [`EndpointError::System`].
+    pub fn client(path: PathBuf) -> Result<Self, EndpointError> {
+        let redial =
+            TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC)
+                .map_err(io::Error::from)?;
+        Ok(Self::Client { path, redial })
+    }
+
+    /// Uses an inherited socket.
+    ///
+    /// # Errors
+    /// [`EndpointError::Inherited`].
+    pub fn inherited(fd: RawFd) -> Result<Self, EndpointError> {
+        let refused = || EndpointError::Inherited(fd);
+        let socket: OwnedFd = inherited::claim(fd).ok_or_else(refused)?;
+        let is = |option| option == Ok(true);
+        let unix = is(getsockopt(&socket, sockopt::SockType).map(|kind| kind == SockType::Stream))
+            && nix::sys::socket::getsockname::<UnixAddr>(socket.as_raw_fd()).is_ok();
+        if !unix {
+            return Err(refused());
+        }
+        if is(getsockopt(&socket, sockopt::AcceptConn)) {
+            let listener = UnixListener::from(socket);
+            listener.set_nonblocking(true)?;
+            return Ok(Self::InheritedListener(listener));
+        }
+        nix::sys::socket::getpeername::<UnixAddr>(socket.as_raw_fd()).map_err(|_| refused())?;
+        Ok(Self::InheritedConnection(Some(UnixStream::from(socket))))
+    }
+
+    /// What becomes readable when it is worth calling [`Self::next_frontend`] again; `None` when there will never be more.
+    pub fn source(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Listening(socket) => Some(socket.listener().as_fd()),
+            Self::InheritedListener(listener) => Some(listener.as_fd()),
+            Self::InheritedConnection(_) => None,
+            Self::Client { redial, .. } => Some(redial.as_fd()),
+        }
+    }
+
+    /// The next front-end's connection, if there is one now.
+    ///
+    /// # Errors
+    /// What the system says, if it is not just that nobody is there.
+    pub fn next_frontend(&mut self) -> io::Result<Option<UnixStream>> {
+        match self {
+            Self::Listening(socket) => accept(socket.listener()),
+            Self::InheritedListener(listener) => accept(listener),
+            Self::InheritedConnection(connection) => Ok(connection.take()),
+            Self::Client { path, redial } => match dial(path) {
+                Ok(connection) => {
+                    redial.unset()?;
+                    Ok(Some(connection))
+                }
+                Err(error) => {
+                    tracing::debug!(path = %path.display(), %error, "no front-end listens");
+                    redial.set(Expiration::OneShot(REDIAL.into()), TimerSetTimeFlags::empty())?;
+                    Ok(None)
+                }
+            },
+        }
+    }
+}
+
+fn accept(listener: &UnixListener) -> io::Result<Option<UnixStream>> {
+    match listener.accept() {
+        Ok((connection, _)) => Ok(Some(connection)),
+        Err(error) => match error.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted => {
+                Ok(None)
+            }
+            _ => Err(error),
+        },
+    }
+}
+
+/// Connects without waiting for a front-end that does not accept.
+fn dial(path: &Path) -> io::Result<UnixStream> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None::<SockProtocol>)?;
+    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    let connection = UnixStream::from(socket);
+    connection.set_nonblocking(false)?;
+    Ok(connection)
+}

@@ -1,0 +1,70 @@
+//! An owned epoll instance over the `epoll` crate, which deals in raw descriptors.
+#![expect(unsafe_code, reason = "takes ownership of the descriptor that epoll_create1 returns")]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+
+pub use epoll::Events;
+
+/// An epoll instance; closed on drop.
+#[derive(Debug)]
+pub struct Epoll(OwnedFd);
+
+/// A buffer of events for [`Epoll::wait`].
+#[derive(Clone, Copy, Debug)]
+pub struct Ready<const N: usize>([epoll::Event; N]);
+
+impl<const N: usize> Default for Ready<N> {
+    fn default() -> Self {
+        Self([epoll::Event::new(Events::empty(), 0); N])
+    }
+}
+
+impl Epoll {
+    /// A new instance, close-on-exec.
+    ///
+    /// # Errors
+    /// What `epoll_create1(2)` fails with.
+    pub fn new() -> io::Result<Self> {
+        let fd = epoll::create(true)?;
+        // SAFETY: `fd` was just created and nobody else has it.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// Watches `fd`; `token` comes back with its events.
+    ///
+    /// # Errors
+    /// What `epoll_ctl(2)` fails with, `EPERM` for a file that cannot be polled.
+    pub fn add(&self, fd: &impl AsFd, events: Events, token: u64) -> io::Result<()> {
+        let event = epoll::Event::new(events, token);
+        epoll::ctl(self.0.as_raw_fd(), epoll::ControlOptions::EPOLL_CTL_ADD, fd.as_fd().as_raw_fd(), event)
+    }
+
+    /// Stops watching `fd`. To be called before it is closed: a registration follows the open file description,
+    /// which another process may hold, too.
+    ///
+    /// # Errors
+    /// What `epoll_ctl(2)` fails with, `ENOENT` where it was not watched.
+    pub fn remove(&self, fd: &impl AsFd) -> io::Result<()> {
+        let event = epoll::Event::new(Events::empty(), 0);
+        epoll::ctl(self.0.as_raw_fd(), epoll::ControlOptions::EPOLL_CTL_DEL, fd.as_fd().as_raw_fd(), event)
+    }
+
+    /// Waits for events and gives their tokens with them; none after `timeout` milliseconds (−1: for ever) or when
+    /// a signal came.
+    ///
+    /// # Errors
+    /// What `epoll_wait(2)` fails with, but for `EINTR`.
+    pub fn wait<'a, const N: usize>(
+        &self,
+        timeout: i32,
+        ready: &'a mut Ready<N>,
+    ) -> io::Result<impl Iterator<Item = (u64, Events)> + use<'a, N>> {
+        let count = match epoll::wait(self.0.as_raw_fd(), timeout, &mut ready.0) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+            Err(error) => return Err(error),
+        };
+        Ok(ready.0[..count].iter().map(|event| (event.data, Events::from_bits_truncate(event.events))))
+    }
+}

@@ -1,0 +1,97 @@
+//! Virtio features by bit number (virtio 1.2 §§2.2, 5.1.3, 6), and what Baton offers.
+
+use virtio_bindings::{virtio_config, virtio_net, virtio_ring};
+
+/// `VHOST_USER_F_PROTOCOL_FEATURES`.
+pub const PROTOCOL_FEATURES: u32 = 30;
+/// `VIRTIO_F_ACCESS_PLATFORM`: addresses would need translation, which is not offered.
+const ACCESS_PLATFORM: u32 = virtio_config::VIRTIO_F_ACCESS_PLATFORM;
+/// `VIRTIO_F_RING_PACKED`: another ring layout, which is not offered.
+const RING_PACKED: u32 = virtio_config::VIRTIO_F_RING_PACKED;
+
+/// A set of virtio features.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Features(pub u64);
+
+impl Features {
+    /// Whether feature `bit` is in the set.
+    #[inline]
+    pub const fn has(self, bit: u32) -> bool {
+        self.0 & (1 << bit) != 0
+    }
+
+    /// The set with the features in `bits`, too.
+    #[must_use]
+    pub fn with(self, bits: &[u32]) -> Self {
+        Self(bits.iter().fold(self.0, |set, bit| set | 1 << bit))
+    }
+
+    /// Whether the virtio-net header has its `num_buffers`.
+    pub fn long_header(self) -> bool {
+        self.has(virtio_config::VIRTIO_F_VERSION_1) || self.has(virtio_net::VIRTIO_NET_F_MRG_RXBUF)
+    }
+
+    /// The features in this set, asked for by a peer, which change what all other messages and the rings mean: they
+    /// cannot be left out of the peer's choice as the rest can.
+    #[must_use]
+    pub fn fundamental(self) -> Self {
+        Self(self.0 & (1 << ACCESS_PLATFORM | 1 << RING_PACKED))
+    }
+}
+
+/// What decides which features a device has, beyond what every device has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Offer {
+    /// `--mac` was given.
+    pub mac: bool,
+    /// `--mtu` was given.
+    pub mtu: bool,
+    /// The TAP does UDP fragmentation offload.
+    pub ufo: bool,
+    /// The TAP does UDP segmentation offload.
+    pub uso: bool,
+}
+
+impl Offer {
+    /// The features of the device.
+    pub fn features(self) -> Features {
+        let mut features = Features::default().with(&[
+            PROTOCOL_FEATURES,
+            virtio_config::VIRTIO_F_VERSION_1,
+            virtio_config::VIRTIO_F_IN_ORDER,
+            virtio_ring::VIRTIO_RING_F_EVENT_IDX,
+            virtio_ring::VIRTIO_RING_F_INDIRECT_DESC,
+            virtio_net::VIRTIO_NET_F_MRG_RXBUF,
+            virtio_net::VIRTIO_NET_F_CSUM,
+            virtio_net::VIRTIO_NET_F_GUEST_CSUM,
+            virtio_net::VIRTIO_NET_F_HOST_TSO4,
+            virtio_net::VIRTIO_NET_F_HOST_TSO6,
+            virtio_net::VIRTIO_NET_F_HOST_ECN,
+            virtio_net::VIRTIO_NET_F_GUEST_TSO4,
+            virtio_net::VIRTIO_NET_F_GUEST_TSO6,
+            virtio_net::VIRTIO_NET_F_GUEST_ECN,
+            virtio_net::VIRTIO_NET_F_STATUS,
+            virtio_net::VIRTIO_NET_F_CTRL_VQ,
+            virtio_net::VIRTIO_NET_F_GUEST_ANNOUNCE,
+            virtio_net::VIRTIO_NET_F_MQ,
+        ]);
+        if self.mac {
+            features = features.with(&[virtio_net::VIRTIO_NET_F_MAC]);
+        }
+        if self.mtu {
+            features = features.with(&[virtio_net::VIRTIO_NET_F_MTU]);
+        }
+        if self.ufo {
+            features =
+                features.with(&[virtio_net::VIRTIO_NET_F_HOST_UFO, virtio_net::VIRTIO_NET_F_GUEST_UFO]);
+        }
+        if self.uso {
+            features = features.with(&[
+                virtio_net::VIRTIO_NET_F_HOST_USO,
+                virtio_net::VIRTIO_NET_F_GUEST_USO4,
+                virtio_net::VIRTIO_NET_F_GUEST_USO6,
+            ]);
+        }
+        features
+    }
+}

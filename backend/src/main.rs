@@ -1,0 +1,129 @@
+//! The back-end program: reads the command line, opens everything, serves, cleans up.
+
+use std::io::{self, Write};
+use std::path::Path;
+use std::process::{Command as Process, ExitCode};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use baton_backend::args::{self, Args, Command, Script};
+use baton_backend::control;
+use baton_backend::device::{Device, DeviceConfig};
+use baton_backend::endpoint::Endpoint;
+use baton_backend::mailbox::mailbox;
+use baton_backend::server::{self, Server};
+use baton_backend::tap::Tap;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+/// `VHostUserBackendCapabilities` of QEMU's `docs/interop/vhost-user.json`.
+const CAPABILITIES: &str = r#"{"type": "net"}"#;
+
+fn main() -> ExitCode {
+    let result = match args::parse(std::env::args_os()) {
+        Ok(Command::Serve(args)) => serve(&args),
+        Ok(Command::PrintCapabilities) => {
+            writeln!(io::stdout(), "{CAPABILITIES}").context("cannot write to standard output")
+        }
+        Err(error) => return usage(&error),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nobody is left to tell if standard error is closed.
+            let _ = writeln!(io::stderr(), "baton-backend: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// One line on stderr and exit code 2; help and version as clap prints them.
+fn usage(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        let _ = error.print();
+        return ExitCode::SUCCESS;
+    }
+    let text = error.to_string();
+    let words: Vec<&str> =
+        text.lines().take_while(|line| !line.starts_with("Usage:")).flat_map(str::split_whitespace).collect();
+    let message = words.join(" ");
+    let message = message.strip_prefix("error: ").unwrap_or(&message);
+    let message = message.split(" For more information").next().unwrap_or(message);
+    let _ = writeln!(io::stderr(), "baton-backend: {message}; see --help");
+    ExitCode::from(2)
+}
+
+fn serve(args: &Args) -> Result<()> {
+    // Inherited descriptors first: nothing of our own can then have their numbers.
+    let inherited = args.fd.map(Endpoint::inherited).transpose()?;
+    let mut tap = match (&args.tap, &args.tap_fds) {
+        (_, Some(fds)) => {
+            ensure!(
+                args.fd.is_none_or(|fd| !fds.contains(&fd)),
+                "--fd and --tap-fds name the same descriptor; give each its own"
+            );
+            Tap::from_fds(fds)?
+        }
+        (Some(name), None) => Tap::open(name, args.queue_pairs.unwrap_or(1))?,
+        (None, None) => bail!("no TAP; use --tap or --tap-fds"),
+    };
+    if let Some(sndbuf) = args.sndbuf {
+        tap.set_sndbuf(if sndbuf == 0 { i32::MAX } else { i32::try_from(sndbuf).unwrap_or(i32::MAX) })?;
+    }
+    tap.set_header_size(baton_backend::net_header::SHORT)?;
+    log_to_stderr(&args.log_level);
+    raise_descriptor_limit();
+    let signals = server::signals().context("cannot take signals")?;
+    let (mailer, calls) = mailbox().context("cannot make a mailbox")?;
+    let control = args.control_socket.as_deref().map(|path| control::start(path, mailer)).transpose()?;
+    let endpoint = match (inherited, &args.socket_path) {
+        (Some(endpoint), _) => endpoint,
+        (None, Some(path)) if args.client => Endpoint::client(path.clone())?,
+        (None, Some(path)) => Endpoint::listen(path)?,
+        (None, None) => bail!("no front-end; use --socket-path or --fd"),
+    };
+    let name = tap.name().to_owned();
+    run_script("--script", &args.script, &name)?;
+    let config = DeviceConfig {
+        mac: args.mac.map(|mac| mac.0),
+        mtu: args.mtu,
+        poll: Duration::from_micros(u64::from(args.poll_us)),
+    };
+    let (mailer, failures) = mailbox().context("cannot make a mailbox")?;
+    let device = Device::new(tap, config, &mailer)?;
+    tracing::info!(tap = name, queue_pairs = device.pairs(), "ready");
+    let result = Server::new(device, endpoint, control, calls, failures, signals).and_then(Server::run);
+    let after = run_script("--downscript", &args.downscript, &name);
+    result?;
+    after
+}
+
+/// Runs a script with the TAP's name and waits for it.
+fn run_script(option: &str, script: &Script, tap: &str) -> Result<()> {
+    let Some(path) = &script.0 else { return Ok(()) };
+    let shown = Path::display(path);
+    let status = Process::new(path)
+        .arg(tap)
+        .status()
+        .with_context(|| format!("{option}: cannot run {shown}; it must be an executable file"))?;
+    ensure!(status.success(), "{option}: {shown} {tap} failed with {status}");
+    Ok(())
+}
+
+fn log_to_stderr(level: &str) {
+    tracing_subscriber::fmt()
+        .with_writer(io::stderr)
+        .with_ansi(false)
+        .with_target(false)
+        // clap has checked the word.
+        .with_max_level(level.parse().unwrap_or(tracing::level_filters::LevelFilter::INFO))
+        .init();
+}
+
+/// Every vring and memory region takes descriptors; the soft limit is for programs that use select(2).
+fn raise_descriptor_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "cannot raise the limit of open descriptors");
+    }
+}

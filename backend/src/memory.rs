@@ -1,0 +1,278 @@
+//! Guest memory as the front-end shares it: an immutable table of mapped regions (vhost-user: "Memory region
+//! description").
+//!
+//! A change of the table makes a new [`GuestMemory`] that shares the mappings it keeps; whoever still uses the old
+//! table keeps its mappings alive. Peers' addresses become host pointers here and nowhere else. Every mapping is
+//! known to [`crate::sigbus`], so a file that its owner truncates costs the session, not the process.
+#![expect(unsafe_code, reason = "turns guest addresses into pointers within a mapping")]
+
+use std::fs::File;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::sync::Arc;
+
+use vm_memory::{FileOffset, MmapRegion};
+
+use crate::sigbus;
+
+/// How many regions a front-end may share (`GET_MAX_MEM_SLOTS`); what QEMU's own back-end library takes.
+pub const MAX_REGIONS: usize = 509;
+
+/// Where a region lies, as the front-end describes it; sizes and offsets in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RegionLayout {
+    /// Guest physical address.
+    pub guest_address: u64,
+    /// Length.
+    pub size: u64,
+    /// Address in the front-end's own address space, used for the vrings.
+    pub user_address: u64,
+    /// Offset of the region's start in the file.
+    pub file_offset: u64,
+}
+
+/// Why a region was not accepted.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// Its size is 0, or an address plus its size overflows.
+    #[error("memory region at guest address {0:#x} is empty or wraps around")]
+    Wraps(u64),
+    /// It shares guest or user addresses with another region.
+    #[error("memory region at guest address {0:#x} overlaps another one")]
+    Overlaps(u64),
+    /// The file ends before the region does.
+    #[error("memory region needs {needed} bytes of a file that has {size}")]
+    BeyondFile {
+        /// Offset plus length of the region.
+        needed: u64,
+        /// Length of the file.
+        size: u64,
+    },
+    /// More than [`MAX_REGIONS`].
+    #[error("more than {MAX_REGIONS} memory regions")]
+    TooMany,
+    /// No region has this layout.
+    #[error("no memory region at guest address {0:#x} has that size and user address")]
+    Unknown(u64),
+    /// The file cannot be inspected.
+    #[error("cannot inspect the file of a memory region")]
+    Inspect(#[source] std::io::Error),
+    /// The file cannot be mapped.
+    #[error("cannot map the memory region at guest address {guest_address:#x}")]
+    Map {
+        /// The region's guest physical address.
+        guest_address: u64,
+        /// What the mapping failed with.
+        #[source]
+        source: vm_memory::mmap::MmapRegionError,
+    },
+}
+
+/// One mapped region.
+#[derive(Debug)]
+struct Region {
+    layout: RegionLayout,
+    host: *mut u8,
+    // Declared before the mapping: the watch ends before the address range can be used for something else.
+    _watch: sigbus::Watch,
+    mapping: MmapRegion,
+}
+
+// SAFETY: the pointer is into `mapping`, which lives as long as the region and may be used from any thread.
+unsafe impl Send for Region {}
+// SAFETY: as above; all access to what it points to is volatile, atomic or done by the kernel.
+unsafe impl Sync for Region {}
+
+impl Region {
+    fn map(layout: RegionLayout, file: File) -> Result<Self, MemoryError> {
+        let RegionLayout { guest_address, size, user_address, file_offset } = layout;
+        let wraps = || MemoryError::Wraps(guest_address);
+        guest_address.checked_add(size).ok_or_else(wraps)?;
+        user_address.checked_add(size).ok_or_else(wraps)?;
+        let needed = file_offset.checked_add(size).ok_or_else(wraps)?;
+        let length = usize::try_from(size).map_err(|_| wraps())?;
+        if length == 0 || isize::try_from(length).is_err() {
+            return Err(wraps());
+        }
+        let metadata = file.metadata().map_err(MemoryError::Inspect)?;
+        // A device (persistent memory, say) has no length of its own; its driver checks the range.
+        if !metadata.file_type().is_char_device() && metadata.size() < needed {
+            return Err(MemoryError::BeyondFile { needed, size: metadata.size() });
+        }
+        let mapping = MmapRegion::from_file(FileOffset::new(file, file_offset), length)
+            .map_err(|source| MemoryError::Map { guest_address, source })?;
+        let host = mapping.as_ptr();
+        let watch = sigbus::Watch::new(host as usize, length).ok_or(MemoryError::TooMany)?;
+        Ok(Self { layout, host, _watch: watch, mapping })
+    }
+
+    fn overlaps(&self, other: &Self) -> bool {
+        let cross = |a: u64, b: u64| a < b + other.layout.size && b < a + self.layout.size;
+        cross(self.layout.guest_address, other.layout.guest_address)
+            || cross(self.layout.user_address, other.layout.user_address)
+    }
+
+    /// The host pointer `offset` bytes into the region, and how many bytes follow.
+    fn at(&self, offset: u64) -> Option<(*mut u8, usize)> {
+        if offset >= self.layout.size {
+            return None;
+        }
+        let offset = usize::try_from(offset).ok()?;
+        // SAFETY: `offset` is less than the mapping's size.
+        let pointer = unsafe { self.host.add(offset) };
+        Some((pointer, self.mapping.size() - offset))
+    }
+}
+
+/// The table of regions, sorted by guest address.
+#[derive(Clone, Debug, Default)]
+pub struct GuestMemory {
+    regions: Vec<Arc<Region>>,
+}
+
+impl GuestMemory {
+    /// Maps a whole table (`SET_MEM_TABLE`).
+    ///
+    /// # Errors
+    /// Any [`MemoryError`]; nothing stays mapped then.
+    pub fn map(regions: impl IntoIterator<Item = (RegionLayout, File)>) -> Result<Self, MemoryError> {
+        let mut memory = Self::default();
+        for (layout, file) in regions {
+            memory.insert(Region::map(layout, file)?)?;
+        }
+        Ok(memory)
+    }
+
+    /// This table with one more region (`ADD_MEM_REG`).
+    ///
+    /// # Errors
+    /// Any [`MemoryError`]; this table is unchanged.
+    pub fn with(&self, layout: RegionLayout, file: File) -> Result<Self, MemoryError> {
+        let mut memory = self.clone();
+        memory.insert(Region::map(layout, file)?)?;
+        Ok(memory)
+    }
+
+    /// This table without the region that has the guest address, user address and size of `layout`
+    /// (`REM_MEM_REG`: the file offset says nothing).
+    ///
+    /// # Errors
+    /// [`MemoryError::Unknown`] where there is none.
+    pub fn without(&self, layout: RegionLayout) -> Result<Self, MemoryError> {
+        let same = |region: &Arc<Region>| {
+            let own = region.layout;
+            (own.guest_address, own.user_address, own.size)
+                == (layout.guest_address, layout.user_address, layout.size)
+        };
+        if !self.regions.iter().any(same) {
+            return Err(MemoryError::Unknown(layout.guest_address));
+        }
+        Ok(Self { regions: self.regions.iter().filter(|region| !same(region)).cloned().collect() })
+    }
+
+    fn insert(&mut self, region: Region) -> Result<(), MemoryError> {
+        if self.regions.len() == MAX_REGIONS {
+            return Err(MemoryError::TooMany);
+        }
+        if self.regions.iter().any(|other| other.overlaps(&region)) {
+            return Err(MemoryError::Overlaps(region.layout.guest_address));
+        }
+        let place =
+            self.regions.partition_point(|other| other.layout.guest_address < region.layout.guest_address);
+        self.regions.insert(place, Arc::new(region));
+        Ok(())
+    }
+
+    /// Whether no memory was shared yet.
+    pub fn is_empty(&self) -> bool {
+        self.regions.is_empty()
+    }
+
+    /// Where guest address `address` is mapped, and how many bytes follow in the same region.
+    ///
+    /// `hint` is a region's index to look at first; it is set to the one that was found.
+    #[inline]
+    pub fn resolve(&self, address: u64, hint: &mut usize) -> Option<(*mut u8, usize)> {
+        if let Some(region) = self.regions.get(*hint)
+            && let Some(found) = region.at(address.wrapping_sub(region.layout.guest_address))
+        {
+            return Some(found);
+        }
+        let after = self.regions.partition_point(|region| region.layout.guest_address <= address);
+        let index = after.checked_sub(1)?;
+        let region = &self.regions[index];
+        let found = region.at(address - region.layout.guest_address)?;
+        *hint = index;
+        Some(found)
+    }
+
+    /// Where `length` bytes at the front-end's address `address` are mapped, if one region holds them all.
+    pub fn resolve_user(&self, address: u64, length: usize) -> Option<*mut u8> {
+        self.regions.iter().find_map(|region| {
+            let (pointer, rest) = region.at(address.wrapping_sub(region.layout.user_address))?;
+            (rest >= length).then_some(pointer)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    fn file(size: u64) -> File {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(size).unwrap();
+        file
+    }
+
+    fn layout(guest_address: u64, user_address: u64) -> RegionLayout {
+        RegionLayout { guest_address, size: 0x1000, user_address, file_offset: 0 }
+    }
+
+    #[test]
+    fn addresses_resolve_within_their_region_only() {
+        let memory = GuestMemory::map([
+            (layout(0x10_0000, 0x7000_0000), file(0x1000)),
+            (layout(0x1000, 0x6000_0000), file(0x1000)),
+        ])
+        .unwrap();
+        let mut hint = 0;
+        assert_eq!(memory.resolve(0x1ffe, &mut hint).unwrap().1, 2);
+        assert!(memory.resolve(0x2000, &mut hint).is_none());
+        assert!(memory.resolve(0xfff, &mut hint).is_none());
+        assert_eq!(memory.resolve(0x10_0000, &mut hint).unwrap().1, 0x1000);
+        assert_eq!(hint, 1);
+        assert!(memory.resolve(u64::MAX, &mut hint).is_none());
+        assert_eq!(
+            memory.resolve_user(0x7000_0010, 8).unwrap(),
+            memory.resolve(0x10_0010, &mut hint).unwrap().0
+        );
+        assert!(memory.resolve_user(0x7000_0ff9, 8).is_none());
+    }
+
+    #[test]
+    fn what_the_peer_wrote_is_seen() {
+        let mut shared = file(0x1000);
+        shared.write_all(b"hello").unwrap();
+        let memory = GuestMemory::map([(layout(0, 0x1000), shared)]).unwrap();
+        let (pointer, _) = memory.resolve(4, &mut 0).unwrap();
+        // SAFETY: `resolve` gave a pointer to at least one byte.
+        assert_eq!(unsafe { pointer.read_volatile() }, b'o');
+    }
+
+    #[test]
+    fn bad_regions_are_refused() {
+        let base = GuestMemory::map([(layout(0x1000, 0x1000), file(0x1000))]).unwrap();
+        let refused = |layout, file| base.with(layout, file).unwrap_err();
+        assert!(matches!(refused(layout(0x1800, 0x9000), file(0x1000)), MemoryError::Overlaps(0x1800)));
+        assert!(matches!(refused(layout(0x8000, 0x1fff), file(0x1000)), MemoryError::Overlaps(_)));
+        assert!(matches!(refused(layout(u64::MAX, 0), file(0x1000)), MemoryError::Wraps(_)));
+        assert!(matches!(refused(layout(0x8000, 0x8000), file(0xfff)), MemoryError::BeyondFile { .. }));
+        let empty = RegionLayout { size: 0, ..layout(0x8000, 0x8000) };
+        assert!(matches!(refused(empty, file(0x1000)), MemoryError::Wraps(_)));
+        let unaligned = RegionLayout { file_offset: 1, ..layout(0x8000, 0x8000) };
+        assert!(matches!(refused(unaligned, file(0x2000)), MemoryError::Map { .. }));
+        assert!(matches!(base.without(layout(0x1000, 0x2000)), Err(MemoryError::Unknown(0x1000))));
+        assert!(base.without(layout(0x1000, 0x1000)).unwrap().is_empty());
+    }
+}

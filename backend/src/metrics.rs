@@ -1,0 +1,82 @@
+//! Counters of a queue pair, written by its worker and read by the control socket. They run on across sessions.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use baton_protocol::control::{DirectionStats, QueuePairStats};
+
+/// The largest frame that is sent as it is: Ethernet header, 1500 bytes, VLAN tag.
+const LARGEST_PLAIN: usize = 1518;
+
+/// One counter, written by a single thread.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds `amount`. There is only one writer, hence no locked instruction.
+    #[inline]
+    pub fn add(&self, amount: u64) {
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(amount), Ordering::Relaxed);
+    }
+
+    fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// The counters of one direction.
+#[derive(Debug, Default)]
+pub struct Direction {
+    frames: Counter,
+    bytes: Counter,
+    large_frames: Counter,
+    /// Frames given up.
+    pub dropped: Counter,
+    /// Frames discarded because the vring is disabled.
+    pub discarded: Counter,
+    /// Notifications received.
+    pub kicks: Counter,
+    /// Notifications sent.
+    pub calls: Counter,
+    /// Whether the vring runs.
+    pub started: AtomicBool,
+}
+
+impl Direction {
+    /// Counts one frame of `length` bytes, its header excluded.
+    #[inline]
+    pub fn frame(&self, length: usize) {
+        self.frames.add(1);
+        self.bytes.add(length as u64);
+        if length > LARGEST_PLAIN {
+            self.large_frames.add(1);
+        }
+    }
+
+    fn snapshot(&self) -> DirectionStats {
+        DirectionStats {
+            frames: self.frames.get(),
+            bytes: self.bytes.get(),
+            large_frames: self.large_frames.get(),
+            dropped: self.dropped.get(),
+            discarded: self.discarded.get(),
+            kicks: self.kicks.get(),
+            calls: self.calls.get(),
+        }
+    }
+}
+
+/// The counters of one queue pair.
+#[derive(Debug, Default)]
+pub struct PairCounters {
+    /// TAP to guest.
+    pub rx: Direction,
+    /// Guest to TAP.
+    pub tx: Direction,
+}
+
+impl PairCounters {
+    /// All of them now.
+    pub fn snapshot(&self) -> QueuePairStats {
+        QueuePairStats { rx: self.rx.snapshot(), tx: self.tx.snapshot() }
+    }
+}

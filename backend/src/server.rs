@@ -1,0 +1,264 @@
+//! The event loop: one thread that waits for front-ends, their messages, control requests and signals, and never
+//! touches a frame.
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use baton_control::server::ControlServer;
+use baton_protocol::control::{Done, Request};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+use crate::control::{self, Call};
+use crate::dataplane::worker::WorkerFailure;
+use crate::device::{Device, DeviceError};
+use crate::dispatch::{Dispatch, Rejection};
+use crate::endpoint::Endpoint;
+use crate::events::{Epoll, Events, Ready};
+use crate::mailbox::Mailbox;
+use crate::session::{Progress, Session, SessionEnd};
+use crate::sigbus;
+
+const SIGNAL: u64 = 0;
+const ENDPOINT: u64 = 1;
+const SESSION: u64 = 2;
+const CALL: u64 = 3;
+const FAILURE: u64 = 4;
+const ALARM: u64 = 5;
+
+/// Why the back-end ended when it should not.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// The device is of no more use.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// A worker thread ended.
+    #[error("the worker of queue pair {pair} failed")]
+    Worker {
+        /// The queue pair.
+        pair: u16,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The system would not.
+    #[error("the event loop failed")]
+    System(#[from] io::Error),
+}
+
+/// The back-end as a whole.
+#[derive(Debug)]
+pub struct Server {
+    epoll: Epoll,
+    // Declared before the control server: its thread waits for an answer until the mailbox is gone.
+    calls: Mailbox<Call>,
+    failures: Mailbox<WorkerFailure>,
+    signals: SignalFd,
+    session: Option<Session>,
+    endpoint: Endpoint,
+    dispatch: Arc<Mutex<Dispatch>>,
+    control: Option<ControlServer>,
+    /// Whether to end, with exit code 0.
+    ending: bool,
+}
+
+/// Blocks the signals that end the process, in this thread and those it makes; they come through the event loop.
+///
+/// # Errors
+/// What `pthread_sigmask(3)` or `signalfd(2)` fails with.
+pub fn signals() -> io::Result<SignalFd> {
+    let mut set = SigSet::empty();
+    set.add(Signal::SIGTERM);
+    set.add(Signal::SIGINT);
+    set.thread_block()?;
+    Ok(SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?)
+}
+
+impl Server {
+    /// A server of `device` for the front-ends that come from `endpoint`.
+    ///
+    /// # Errors
+    /// [`ServerError::System`].
+    pub fn new(
+        device: Device,
+        endpoint: Endpoint,
+        control: Option<ControlServer>,
+        calls: Mailbox<Call>,
+        failures: Mailbox<WorkerFailure>,
+        signals: SignalFd,
+    ) -> Result<Self, ServerError> {
+        let epoll = Epoll::new()?;
+        epoll.add(&signals, Events::EPOLLIN, SIGNAL)?;
+        epoll.add(&calls, Events::EPOLLIN, CALL)?;
+        epoll.add(&failures, Events::EPOLLIN, FAILURE)?;
+        epoll.add(&sigbus::install()?, Events::EPOLLIN, ALARM)?;
+        let dispatch = Arc::new(Mutex::new(Dispatch::new(device)));
+        Ok(Self {
+            epoll,
+            calls,
+            failures,
+            signals,
+            session: None,
+            endpoint,
+            dispatch,
+            control,
+            ending: false,
+        })
+    }
+
+    /// Serves until told to end.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub fn run(mut self) -> Result<(), ServerError> {
+        self.watch_endpoint()?;
+        self.meet()?;
+        let mut ready = Ready::<8>::default();
+        let mut progress = Progress::Waiting;
+        while !self.ending {
+            let timeout = if progress == Progress::More { 0 } else { -1 };
+            let mut look = progress == Progress::More;
+            for (token, _) in self.epoll.wait(timeout, &mut ready)? {
+                match token {
+                    SIGNAL => self.on_signal()?,
+                    ENDPOINT => self.meet()?,
+                    SESSION => look = true,
+                    CALL => self.on_calls(),
+                    FAILURE => self.on_failures()?,
+                    _ => self.on_alarm()?,
+                }
+            }
+            progress = if look { self.talk()? } else { Progress::Waiting };
+        }
+        self.end_session()?;
+        drop(self.calls);
+        if let Some(control) = self.control {
+            control.stop();
+        }
+        Ok(())
+    }
+
+    /// Takes the next front-end, if there is one and none is here.
+    fn meet(&mut self) -> Result<(), ServerError> {
+        if self.session.is_some() {
+            return Ok(());
+        }
+        let connection = match self.endpoint.next_frontend() {
+            Ok(Some(connection)) => connection,
+            Ok(None) => return Ok(()),
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a front-end");
+                return Ok(());
+            }
+        };
+        let session = Session::new(&connection, Arc::clone(&self.dispatch))?;
+        // Another one waits in the backlog meanwhile.
+        if let Some(source) = self.endpoint.source() {
+            self.epoll.remove(&source)?;
+        }
+        let events = Events::EPOLLIN | Events::EPOLLOUT | Events::EPOLLRDHUP | Events::EPOLLET;
+        self.epoll.add(&session, events, SESSION)?;
+        self.session = Some(session);
+        Ok(())
+    }
+
+    fn watch_endpoint(&self) -> Result<(), ServerError> {
+        if let Some(source) = self.endpoint.source() {
+            self.epoll.add(&source, Events::EPOLLIN, ENDPOINT)?;
+        }
+        Ok(())
+    }
+
+    /// Serves the front-end's messages.
+    fn talk(&mut self) -> Result<Progress, ServerError> {
+        let Some(session) = &mut self.session else { return Ok(Progress::Waiting) };
+        let before = session.begun();
+        let result = session.progress();
+        if !before && session.begun() {
+            tracing::info!("front-end connected");
+        }
+        match result {
+            Ok(progress) => Ok(progress),
+            Err(end) => {
+                self.part(end)?;
+                Ok(Progress::Waiting)
+            }
+        }
+    }
+
+    /// The front-end has left, or has to.
+    fn part(&mut self, end: SessionEnd) -> Result<(), ServerError> {
+        let begun = self.session.as_ref().is_some_and(Session::begun);
+        match end {
+            SessionEnd::Left if !begun => tracing::debug!("a connection was closed without a word"),
+            SessionEnd::Left => tracing::info!("front-end disconnected"),
+            SessionEnd::Device(Rejection::Device(error @ DeviceError::Dead(_))) => return Err(error.into()),
+            end => {
+                let error = anyhow::Error::new(end);
+                tracing::warn!(error = format!("{error:#}"), "front-end's session ended");
+            }
+        }
+        self.end_session()?;
+        if self.endpoint.source().is_none() {
+            self.ending = true;
+            return Ok(());
+        }
+        self.watch_endpoint()?;
+        self.meet()
+    }
+
+    fn end_session(&mut self) -> Result<(), ServerError> {
+        if let Some(session) = self.session.take() {
+            // First the rings, then the connection: who sees it closed finds nothing running.
+            lock(&self.dispatch).device.end_session()?;
+            self.epoll.remove(&session)?;
+        }
+        Ok(())
+    }
+
+    fn on_signal(&mut self) -> Result<(), ServerError> {
+        if let Some(signal) = self.signals.read_signal().map_err(io::Error::from)? {
+            tracing::info!(signal = signal.ssi_signo, "ending on a signal");
+            self.ending = true;
+        }
+        Ok(())
+    }
+
+    fn on_calls(&mut self) {
+        while let Some(call) = self.calls.take() {
+            let connected = self.session.as_ref().is_some_and(Session::begun);
+            let dispatch = lock(&self.dispatch);
+            let answer = match call.request {
+                Request::Status => control::answer(&control::status(&dispatch.device, connected)),
+                Request::Stats => control::answer(&control::stats(&dispatch.device)),
+                Request::Quit => {
+                    self.ending = true;
+                    control::answer(&Done::DONE)
+                }
+                Request::Pause | Request::Resume => {
+                    Err(control::refusal("this is a back-end: only a VMM can be paused and resumed"))
+                }
+            };
+            drop(dispatch);
+            call.answer(answer);
+        }
+    }
+
+    fn on_failures(&mut self) -> Result<(), ServerError> {
+        match self.failures.take() {
+            Some(WorkerFailure { pair, error }) => Err(ServerError::Worker { pair, source: error }),
+            None => Ok(()),
+        }
+    }
+
+    fn on_alarm(&mut self) -> Result<(), ServerError> {
+        if sigbus::take_struck() && self.session.is_some() {
+            self.part(SessionEnd::MemoryTruncated)?;
+        }
+        Ok(())
+    }
+}
+
+fn lock(dispatch: &Mutex<Dispatch>) -> MutexGuard<'_, Dispatch> {
+    dispatch.lock().unwrap_or_else(PoisonError::into_inner)
+}

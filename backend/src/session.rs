@@ -1,0 +1,299 @@
+//! One front-end's connection: it begins when the connection is made and ends when either side leaves.
+//!
+//! The `vhost` crate's request handler reads and answers the messages. It would block in the middle of one, and on
+//! an answer that nobody reads, so it is asked for a message only when that is there whole and when the socket has
+//! room for the answer. It keeps no bytes of its own: what is not handled yet stays in the socket.
+#![expect(unsafe_code, reason = "swaps the handler's socket, reads message headers ahead")]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, recv, send};
+use vhost::vhost_user::message::FrontendReq;
+use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
+
+use crate::dispatch::{Dispatch, Rejection};
+use crate::features::PROTOCOL_FEATURES;
+
+/// `struct vhost_user_msg`: request, flags and size, 4 bytes each.
+const HEADER: usize = 12;
+/// The longest body that the crate reads.
+const MAX_BODY: u32 = 4096;
+/// Flag: the sender wants an acknowledgement.
+const NEED_REPLY: u32 = 1 << 3;
+/// Version 1, and "this is a reply".
+const REPLY_FLAGS: u32 = 1 | 1 << 2;
+/// Messages handled before other events get their turn.
+const TURN: u32 = 64;
+
+nix::ioctl_read_bad!(
+    /// Bytes that can be read.
+    fionread,
+    libc::FIONREAD,
+    libc::c_int
+);
+
+/// Why a session ended.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionEnd {
+    /// The front-end closed the connection between two messages.
+    #[error("the front-end left")]
+    Left,
+    /// The front-end closed the connection within a message.
+    #[error("the front-end left in the middle of a message")]
+    Truncated,
+    /// A message that this protocol does not have.
+    #[error("message {request} of {size} bytes is too long")]
+    Oversized {
+        /// The message's type.
+        request: u32,
+        /// Length of its body.
+        size: u32,
+    },
+    /// The crate could not make sense of a message.
+    #[error("cannot serve message {request}")]
+    Protocol {
+        /// The message's type.
+        request: u32,
+        /// What the crate says.
+        #[source]
+        source: VhostError,
+    },
+    /// A request for an answer that cannot be given.
+    #[error("cannot answer message {request}")]
+    Unanswerable {
+        /// The message's type.
+        request: u32,
+        /// Why not.
+        #[source]
+        source: Rejection,
+    },
+    /// The device could not follow.
+    #[error("the device failed")]
+    Device(#[source] Rejection),
+    /// The front-end truncated a file that it shares as memory.
+    #[error("the front-end truncated the memory that it shares")]
+    MemoryTruncated,
+    /// The socket failed.
+    #[error("the front-end's socket failed")]
+    Socket(#[source] io::Error),
+}
+
+/// What the session waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// An event on the socket.
+    Waiting,
+    /// Nothing: there is more to do.
+    More,
+}
+
+/// A session.
+pub struct Session {
+    handler: BackendReqHandler<Mutex<Dispatch>>,
+    dispatch: Arc<Mutex<Dispatch>>,
+    /// Whether a message was seen: a connection that is closed without one is no session.
+    begun: bool,
+}
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Session")
+            .field("socket", &self.handler.as_raw_fd())
+            .field("begun", &self.begun)
+            .finish()
+    }
+}
+
+impl AsFd for Session {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the handler owns its socket and lives as long as the borrow.
+        unsafe { BorrowedFd::borrow_raw(self.handler.as_raw_fd()) }
+    }
+}
+
+impl Session {
+    /// A session on a connected socket.
+    ///
+    /// # Errors
+    /// What preparing the crate's handler fails with.
+    pub fn new(socket: &UnixStream, dispatch: Arc<Mutex<Dispatch>>) -> io::Result<Self> {
+        let (ours, primer) = UnixStream::pair()?;
+        let mut handler = BackendReqHandler::from_stream(ours, Arc::clone(&dispatch));
+        lock(&dispatch).restoring = true;
+        let primed = prime(&mut handler, &primer);
+        lock(&dispatch).restoring = false;
+        primed?;
+        // The handler's own socket becomes the real one.
+        // SAFETY: both are open sockets; the handler keeps using the number that it owns.
+        if unsafe { libc::dup3(socket.as_raw_fd(), handler.as_raw_fd(), libc::O_CLOEXEC) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self { handler, dispatch, begun: false })
+    }
+
+    /// Whether the front-end has said anything.
+    pub fn begun(&self) -> bool {
+        self.begun
+    }
+
+    /// Handles the messages that are there whole.
+    ///
+    /// # Errors
+    /// [`SessionEnd`]: nothing more will come of this connection.
+    pub fn progress(&mut self) -> Result<Progress, SessionEnd> {
+        for _ in 0..TURN {
+            let Some(header) = self.next_message()? else { return Ok(Progress::Waiting) };
+            self.begun = true;
+            self.handle(&header)?;
+        }
+        Ok(Progress::More)
+    }
+
+    /// The header of the next message, if that is there whole and an answer could be sent.
+    fn next_message(&self) -> Result<Option<Header>, SessionEnd> {
+        let mut bytes = [0; HEADER];
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        let length = match recv(self.handler.as_raw_fd(), &mut bytes, flags) {
+            Ok(0) => return Err(SessionEnd::Left),
+            Ok(length) => length,
+            Err(nix::Error::EAGAIN | nix::Error::EINTR) => return Ok(None),
+            Err(nix::Error::ECONNRESET) => return Err(SessionEnd::Left),
+            Err(error) => return Err(SessionEnd::Socket(error.into())),
+        };
+        if length < HEADER {
+            return self.incomplete();
+        }
+        let header = Header::from(bytes);
+        if header.size > MAX_BODY {
+            return Err(SessionEnd::Oversized { request: header.request, size: header.size });
+        }
+        let mut available = 0;
+        // SAFETY: FIONREAD writes an int.
+        unsafe { fionread(self.handler.as_raw_fd(), &raw mut available) }
+            .map_err(|error| SessionEnd::Socket(error.into()))?;
+        // The size was checked just now.
+        let whole = HEADER + header.size as usize;
+        if usize::try_from(available).unwrap_or_default() < whole {
+            return self.incomplete();
+        }
+        if self.poll(PollFlags::POLLOUT)?.contains(PollFlags::POLLOUT) { Ok(Some(header)) } else { Ok(None) }
+    }
+
+    /// Part of a message is there; the rest comes later, or never.
+    fn incomplete(&self) -> Result<Option<Header>, SessionEnd> {
+        let closed = PollFlags::from_bits_retain(libc::POLLRDHUP);
+        let gone = closed | PollFlags::POLLHUP | PollFlags::POLLERR;
+        if self.poll(closed)?.intersects(gone) { Err(SessionEnd::Truncated) } else { Ok(None) }
+    }
+
+    fn poll(&self, flags: PollFlags) -> Result<PollFlags, SessionEnd> {
+        let mut fds = [PollFd::new(self.as_fd(), flags)];
+        poll(&mut fds, PollTimeout::ZERO).map_err(|error| SessionEnd::Socket(error.into()))?;
+        Ok(fds[0].revents().unwrap_or(PollFlags::empty()))
+    }
+
+    fn handle(&mut self, header: &Header) -> Result<(), SessionEnd> {
+        let request = header.request;
+        let result = self.handler.handle_request();
+        let rejection = lock(&self.dispatch).take_rejection();
+        let name = FrontendReq::try_from(request).ok();
+        match (result, rejection) {
+            (Ok(()), None) => {
+                tracing::trace!(?name, "request served");
+                Ok(())
+            }
+            (_, Some(Rejection::Device(source))) => Err(SessionEnd::Device(Rejection::Device(source))),
+            (_, Some(source)) if header.has_answer() => Err(SessionEnd::Unanswerable { request, source }),
+            (_, Some(rejection)) => {
+                tracing::warn!(?name, %rejection, "request rejected");
+                Ok(())
+            }
+            (Err(VhostError::Disconnected), None) => Err(SessionEnd::Left),
+            (Err(source), None) => {
+                self.refuse(header);
+                Err(SessionEnd::Protocol { request, source })
+            }
+        }
+    }
+
+    /// Sends the negative acknowledgement that the crate leaves out for what it does not understand.
+    fn refuse(&self, header: &Header) {
+        // For a memory table it does send one.
+        let sent = header.request == FrontendReq::SET_MEM_TABLE as u32;
+        let negotiated = lock(&self.dispatch).device.session().protocol_features
+            & vhost::vhost_user::VhostUserProtocolFeatures::REPLY_ACK.bits()
+            != 0;
+        if sent || !negotiated || header.flags & NEED_REPLY == 0 || header.has_answer() {
+            return;
+        }
+        let mut reply = [0; HEADER + 8];
+        reply[0..4].copy_from_slice(&header.request.to_ne_bytes());
+        reply[4..8].copy_from_slice(&REPLY_FLAGS.to_ne_bytes());
+        reply[8..12].copy_from_slice(&8u32.to_ne_bytes());
+        reply[12..20].copy_from_slice(&1u64.to_ne_bytes());
+        // The connection ends in any case.
+        let _ = send(self.handler.as_raw_fd(), &reply, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
+    }
+}
+
+/// Brings a fresh handler to the state in which `SET_VRING_ENABLE` is served before `SET_FEATURES`, as QEMU sends it.
+fn prime(handler: &mut BackendReqHandler<Mutex<Dispatch>>, primer: &UnixStream) -> io::Result<()> {
+    let features = 1u64 << PROTOCOL_FEATURES;
+    let messages: [(FrontendReq, &[u8]); 2] =
+        [(FrontendReq::GET_FEATURES, &[]), (FrontendReq::SET_FEATURES, &features.to_ne_bytes())];
+    for (request, body) in messages {
+        let mut message = Vec::with_capacity(HEADER + body.len());
+        message.extend((request as u32).to_ne_bytes());
+        message.extend(1u32.to_ne_bytes());
+        message.extend(u32::try_from(body.len()).unwrap_or_default().to_ne_bytes());
+        message.extend(body);
+        send(primer.as_raw_fd(), &message, MsgFlags::MSG_NOSIGNAL)?;
+        handler.handle_request().map_err(io::Error::other)?;
+    }
+    Ok(())
+}
+
+/// A message's header.
+#[derive(Clone, Copy, Debug)]
+struct Header {
+    request: u32,
+    flags: u32,
+    size: u32,
+}
+
+impl From<[u8; HEADER]> for Header {
+    fn from(bytes: [u8; HEADER]) -> Self {
+        let word = |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        Self { request: word(0), flags: word(4), size: word(8) }
+    }
+}
+
+impl Header {
+    /// Whether the message has an answer of its own, so that an acknowledgement would be taken for it.
+    fn has_answer(&self) -> bool {
+        use FrontendReq as R;
+        matches!(
+            FrontendReq::try_from(self.request),
+            Ok(R::GET_FEATURES
+                | R::GET_VRING_BASE
+                | R::GET_PROTOCOL_FEATURES
+                | R::GET_QUEUE_NUM
+                | R::GET_CONFIG
+                | R::GET_INFLIGHT_FD
+                | R::GET_MAX_MEM_SLOTS
+                | R::GET_STATUS
+                | R::GET_SHARED_OBJECT
+                | R::GET_SHMEM_CONFIG
+                | R::SET_LOG_BASE
+                | R::POSTCOPY_ADVISE)
+        )
+    }
+}
+
+fn lock(dispatch: &Mutex<Dispatch>) -> MutexGuard<'_, Dispatch> {
+    dispatch.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,496 @@
+//! The TAP: one file a queue pair, its offloads and its header size (Linux: `Documentation/networking/tuntap.rst`).
+//!
+//! Baton sets no address and no link state, and a TAP that it creates goes with its last holder. Offloads and header
+//! size belong to the device and `O_NONBLOCK` to the open file, so whoever holds them, too, sees every change.
+#![expect(unsafe_code, reason = "TAP ioctls, and reads and writes through I/O vectors")]
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::mem;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+
+use crate::inherited;
+
+mod ioctl {
+    //! The ioctls by their numbers in `linux/if_tun.h`; those whose argument is a value, as the kernel takes it.
+    const T: u8 = b'T';
+    nix::ioctl_write_ptr_bad!(set_iff, nix::request_code_write!(T, 202, 4), libc::ifreq);
+    nix::ioctl_write_int_bad!(set_offload, nix::request_code_write!(T, 208, 4));
+    nix::ioctl_read_bad!(get_iff, nix::request_code_read!(T, 210, 4), libc::ifreq);
+    nix::ioctl_write_ptr_bad!(set_sndbuf, nix::request_code_write!(T, 212, 4), libc::c_int);
+    nix::ioctl_write_ptr_bad!(set_vnet_hdr_size, nix::request_code_write!(T, 216, 4), libc::c_int);
+    nix::ioctl_write_ptr_bad!(set_queue, nix::request_code_write!(T, 217, 4), libc::ifreq);
+}
+
+/// The largest frame that a TAP gives, header excluded: 64 KiB of IP, an Ethernet header, a VLAN tag.
+pub const MAX_FRAME: usize = 65535 + 14 + 4;
+
+/// `TUN_F_*`: what the reader of a TAP can take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Offloads(u32);
+
+impl Offloads {
+    /// `TUN_F_CSUM`.
+    pub const CSUM: Self = Self(0x01);
+    /// `TUN_F_TSO4`.
+    pub const TSO4: Self = Self(0x02);
+    /// `TUN_F_TSO6`.
+    pub const TSO6: Self = Self(0x04);
+    /// `TUN_F_TSO_ECN`.
+    pub const ECN: Self = Self(0x08);
+    /// `TUN_F_UFO`.
+    pub const UFO: Self = Self(0x10);
+    /// `TUN_F_USO4` and `TUN_F_USO6`, which go together only.
+    pub const USO: Self = Self(0x60);
+
+    /// Both.
+    #[must_use]
+    pub const fn and(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+}
+
+/// Why a TAP is of no use.
+#[derive(Debug, thiserror::Error)]
+pub enum TapError {
+    /// The name does not fit `IFNAMSIZ`.
+    #[error("\"{0}\" is no interface name: use 1 to 15 bytes, without '/' and white space")]
+    Name(String),
+    /// `/dev/net/tun` cannot be opened.
+    #[error("cannot open /dev/net/tun: load the tun module, and run with access to it")]
+    Open(#[source] io::Error),
+    /// `TUNSETIFF` failed.
+    #[error("cannot attach to TAP {name}{hint}")]
+    Attach {
+        /// The interface.
+        name: String,
+        /// What is likely the matter.
+        hint: &'static str,
+        /// The kernel's word.
+        #[source]
+        source: io::Error,
+    },
+    /// Not an open descriptor.
+    #[error("--tap-fds: descriptor {0} is not open, or was given twice")]
+    NotOpen(RawFd),
+    /// Not a TUN/TAP file.
+    #[error("--tap-fds: descriptor {0} is not a TAP that is attached to an interface")]
+    NotTap(RawFd),
+    /// A TUN.
+    #[error("--tap-fds: descriptor {fd} ({name}) is a TUN (IP packets); a TAP (Ethernet frames) is needed")]
+    Tun {
+        /// The descriptor.
+        fd: RawFd,
+        /// Its interface.
+        name: String,
+    },
+    /// Opened without `IFF_VNET_HDR`.
+    #[error("--tap-fds: TAP descriptor {fd} ({name}) was opened without IFF_VNET_HDR; open it with vnet_hdr")]
+    NoVnetHdr {
+        /// The descriptor.
+        fd: RawFd,
+        /// Its interface.
+        name: String,
+    },
+    /// Opened without `IFF_NO_PI`.
+    #[error("--tap-fds: TAP descriptor {fd} ({name}) was opened without IFF_NO_PI")]
+    PacketInfo {
+        /// The descriptor.
+        fd: RawFd,
+        /// Its interface.
+        name: String,
+    },
+    /// Descriptors of different interfaces.
+    #[error("--tap-fds: descriptor {fd} belongs to {name}, the first one to {first}")]
+    Mixed {
+        /// The descriptor.
+        fd: RawFd,
+        /// Its interface.
+        name: String,
+        /// The first descriptor's interface.
+        first: String,
+    },
+    /// Another ioctl failed.
+    #[error("TAP {name}: {operation} failed")]
+    Ioctl {
+        /// The interface.
+        name: String,
+        /// Which ioctl.
+        operation: &'static str,
+        /// The kernel's word.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// What became of a frame given to the TAP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sent {
+    /// The network has it.
+    Done,
+    /// The kernel refused it: a bad header, an interface that is down. It is lost, as on a wire.
+    Refused,
+    /// The send buffer is full; try again when the TAP is writable.
+    Full,
+}
+
+/// What the TAP had to give.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Received {
+    /// A frame of so many bytes, header included.
+    Frame(usize),
+    /// Nothing now.
+    Empty,
+    /// The guest's memory is not there any more, or the kernel is out of memory; the frame is lost.
+    Failed,
+    /// The interface is gone, and will not come back.
+    Gone,
+}
+
+/// One queue of a TAP.
+#[derive(Debug)]
+pub struct TapQueue {
+    file: File,
+    gone: AtomicBool,
+}
+
+impl AsFd for TapQueue {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+impl TapQueue {
+    fn new(file: File) -> Self {
+        Self { file, gone: AtomicBool::new(false) }
+    }
+
+    /// Whether the interface was deleted under the queue.
+    pub fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Relaxed)
+    }
+
+    /// Gives the network one frame, its header first.
+    ///
+    /// # Safety
+    /// Every vector must be readable memory, or memory that may fault (which is an error, not a crash).
+    #[inline]
+    pub unsafe fn send(&self, frame: &[libc::iovec]) -> Sent {
+        let fd = self.file.as_raw_fd();
+        let result = match frame {
+            // A single buffer goes faster without the vector.
+            // SAFETY: as the caller promises.
+            [one] => unsafe { libc::write(fd, one.iov_base, one.iov_len) },
+            // SAFETY: as the caller promises; there are at most IOV_MAX vectors.
+            many => unsafe { libc::writev(fd, many.as_ptr(), count(many)) },
+        };
+        if result >= 0 {
+            return Sent::Done;
+        }
+        match Errno::last() {
+            Errno::EAGAIN => Sent::Full,
+            Errno::EBADFD => {
+                self.gone.store(true, Ordering::Relaxed);
+                Sent::Refused
+            }
+            _ => Sent::Refused,
+        }
+    }
+
+    /// Takes one frame, its header first. What does not fit is cut off, so give room for [`MAX_FRAME`].
+    ///
+    /// # Safety
+    /// Every vector must be memory that nobody but the guest reads or writes meanwhile.
+    #[inline]
+    pub unsafe fn receive(&self, room: &[libc::iovec]) -> Received {
+        // SAFETY: as the caller promises; there are at most IOV_MAX vectors.
+        let result = unsafe { libc::readv(self.file.as_raw_fd(), room.as_ptr(), count(room)) };
+        if let Ok(length) = usize::try_from(result) {
+            return Received::Frame(length);
+        }
+        match Errno::last() {
+            Errno::EAGAIN | Errno::EINTR => Received::Empty,
+            Errno::EBADFD | Errno::EIO => {
+                self.gone.store(true, Ordering::Relaxed);
+                Received::Gone
+            }
+            _ => Received::Failed,
+        }
+    }
+
+    fn set_attached(&self, attached: bool) -> io::Result<()> {
+        let mut request = empty_request();
+        let flags = if attached { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
+        request.ifr_ifru.ifru_flags = flags_word(flags);
+        // SAFETY: TUNSETQUEUE reads an ifreq.
+        unsafe { ioctl::set_queue(self.file.as_raw_fd(), &raw const request) }?;
+        Ok(())
+    }
+}
+
+fn count(vectors: &[libc::iovec]) -> libc::c_int {
+    libc::c_int::try_from(vectors.len()).unwrap_or(libc::c_int::MAX)
+}
+
+/// A TAP with all its queues.
+#[derive(Debug)]
+pub struct Tap {
+    name: String,
+    queues: Vec<Arc<TapQueue>>,
+    attached: Vec<bool>,
+    multi_queue: bool,
+    ufo: bool,
+    uso: bool,
+    offloads: Option<Offloads>,
+    header_size: Option<usize>,
+}
+
+impl Tap {
+    /// Attaches `pairs` queues to TAP `name` in this network namespace, with the flags that it has, or creates it.
+    ///
+    /// # Errors
+    /// [`TapError`]. A TAP that was created is gone again then.
+    pub fn open(name: &str, pairs: u16) -> Result<Self, TapError> {
+        let bad = name.is_empty()
+            || name.len() >= libc::IFNAMSIZ
+            || name.contains(|c: char| c == '/' || c == ':' || c.is_whitespace() || c == '\0');
+        if bad || matches!(name, "." | "..") {
+            return Err(TapError::Name(name.to_owned()));
+        }
+        let (first, multi_queue) = match attach(name, pairs > 1) {
+            // A multi-queue TAP takes no single-queue file.
+            Err(Errno::EINVAL) if pairs == 1 => (attach(name, true), true),
+            other => (other, pairs > 1),
+        };
+        let failed = |errno| {
+            let hint = match errno {
+                Errno::EINVAL if pairs > 1 => {
+                    ": it exists and is no multi-queue TAP; make it with multi_queue, or use --queue-pairs=1"
+                }
+                Errno::EINVAL => ": it is no TAP",
+                Errno::EBUSY => ": another process uses it",
+                Errno::EPERM | Errno::EACCES => {
+                    ": not permitted; run with CAP_NET_ADMIN or as the TAP's owner"
+                }
+                Errno::E2BIG | Errno::ENOSPC => ": it has no queue left",
+                _ => "",
+            };
+            TapError::Attach { name: name.to_owned(), hint, source: errno.into() }
+        };
+        let mut queues = vec![first.map_err(failed)??];
+        while queues.len() < usize::from(pairs) {
+            queues.push(attach(name, true).map_err(failed)??);
+        }
+        Self::from_queues(name.to_owned(), queues, multi_queue, vec![true; usize::from(pairs)])
+    }
+
+    /// Takes over descriptors that the parent process opened, one a queue pair.
+    ///
+    /// # Errors
+    /// [`TapError`], naming the descriptor.
+    pub fn from_fds(fds: &[RawFd]) -> Result<Self, TapError> {
+        let mut queues = Vec::new();
+        let mut attached = Vec::new();
+        let mut multi_queue = false;
+        let mut first: Option<String> = None;
+        for (position, &fd) in fds.iter().enumerate() {
+            let twice = fds[..position].contains(&fd);
+            let file = if twice { None } else { claim(fd) }.ok_or(TapError::NotOpen(fd))?;
+            let mut request = empty_request();
+            // SAFETY: TUNGETIFF fills an ifreq; any other file answers ENOTTY or the like.
+            unsafe { ioctl::get_iff(fd, &raw mut request) }.map_err(|_| TapError::NotTap(fd))?;
+            let name = interface_name(&request);
+            // SAFETY: TUNGETIFF sets the flags.
+            let flags = libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags });
+            if flags & libc::IFF_TAP == 0 {
+                return Err(TapError::Tun { fd, name });
+            }
+            if flags & libc::IFF_VNET_HDR == 0 {
+                return Err(TapError::NoVnetHdr { fd, name });
+            }
+            if flags & libc::IFF_NO_PI == 0 {
+                return Err(TapError::PacketInfo { fd, name });
+            }
+            if let Some(first) = first.as_ref().filter(|first| **first != name) {
+                return Err(TapError::Mixed { fd, name, first: first.clone() });
+            }
+            first = Some(name);
+            multi_queue = flags & libc::IFF_MULTI_QUEUE != 0;
+            attached.push(flags & libc::IFF_DETACH_QUEUE == 0);
+            queues.push(file);
+        }
+        let name = first.ok_or(TapError::NotOpen(-1))?;
+        let mut tap = Self::from_queues(name, queues, multi_queue, attached)?;
+        // Pair 0 is never detached.
+        tap.set_attached(0, true)?;
+        Ok(tap)
+    }
+
+    fn from_queues(
+        name: String,
+        files: Vec<File>,
+        multi_queue: bool,
+        attached: Vec<bool>,
+    ) -> Result<Self, TapError> {
+        let queues = files.into_iter().map(|file| Arc::new(TapQueue::new(file))).collect();
+        let mut tap = Self {
+            name,
+            queues,
+            attached,
+            multi_queue,
+            ufo: false,
+            uso: false,
+            offloads: None,
+            header_size: None,
+        };
+        tap.ufo = tap.set_offloads(Offloads::CSUM.and(Offloads::UFO)).is_ok();
+        let uso = Offloads::CSUM.and(Offloads::TSO4).and(Offloads::TSO6).and(Offloads::USO);
+        tap.uso = tap.set_offloads(uso).is_ok();
+        tap.set_offloads(Offloads::default())?;
+        Ok(tap)
+    }
+
+    /// The interface's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The queue of pair `pair`.
+    pub fn queue(&self, pair: usize) -> &Arc<TapQueue> {
+        &self.queues[pair]
+    }
+
+    /// How many queues it has.
+    pub fn pairs(&self) -> usize {
+        self.queues.len()
+    }
+
+    /// Whether this kernel's TAP does UDP fragmentation offload.
+    pub fn has_ufo(&self) -> bool {
+        self.ufo
+    }
+
+    /// Whether this kernel's TAP does UDP segmentation offload.
+    pub fn has_uso(&self) -> bool {
+        self.uso
+    }
+
+    /// Sets what the guest can take (`TUNSETOFFLOAD`).
+    ///
+    /// # Errors
+    /// [`TapError::Ioctl`]; the kernel refuses offloads that it does not know.
+    pub fn set_offloads(&mut self, offloads: Offloads) -> Result<(), TapError> {
+        if self.offloads == Some(offloads) {
+            return Ok(());
+        }
+        let value = libc::c_int::try_from(offloads.0).unwrap_or_default();
+        // SAFETY: TUNSETOFFLOAD takes its argument by value.
+        unsafe { ioctl::set_offload(self.queues[0].file.as_raw_fd(), value) }
+            .map_err(|errno| self.failed("TUNSETOFFLOAD", errno))?;
+        self.offloads = Some(offloads);
+        Ok(())
+    }
+
+    /// Sets the length of the virtio-net header before each frame, 10 or 12 bytes (`TUNSETVNETHDRSZ`).
+    ///
+    /// # Errors
+    /// [`TapError::Ioctl`].
+    pub fn set_header_size(&mut self, size: usize) -> Result<(), TapError> {
+        if self.header_size == Some(size) {
+            return Ok(());
+        }
+        let value = libc::c_int::try_from(size).unwrap_or_default();
+        // SAFETY: TUNSETVNETHDRSZ reads an int.
+        unsafe { ioctl::set_vnet_hdr_size(self.queues[0].file.as_raw_fd(), &raw const value) }
+            .map_err(|errno| self.failed("TUNSETVNETHDRSZ", errno))?;
+        self.header_size = Some(size);
+        Ok(())
+    }
+
+    /// Limits how many bytes may be on their way into the network (`TUNSETSNDBUF`).
+    ///
+    /// # Errors
+    /// [`TapError::Ioctl`].
+    pub fn set_sndbuf(&self, bytes: i32) -> Result<(), TapError> {
+        for queue in &self.queues {
+            // SAFETY: TUNSETSNDBUF reads an int.
+            unsafe { ioctl::set_sndbuf(queue.file.as_raw_fd(), &raw const bytes) }
+                .map_err(|errno| self.failed("TUNSETSNDBUF", errno))?;
+        }
+        Ok(())
+    }
+
+    /// Lets the kernel deliver frames to pair `pair` or not (`TUNSETQUEUE`). Detaching drops the frames that are
+    /// queued there. Of a single-queue TAP nothing is ever detached, nor is pair 0.
+    ///
+    /// # Errors
+    /// [`TapError::Ioctl`].
+    pub fn set_attached(&mut self, pair: usize, attached: bool) -> Result<(), TapError> {
+        let keep = pair == 0 && !attached;
+        if self.attached[pair] == attached || keep || !self.multi_queue {
+            return Ok(());
+        }
+        self.queues[pair].set_attached(attached).map_err(|source| TapError::Ioctl {
+            name: self.name.clone(),
+            operation: "TUNSETQUEUE",
+            source,
+        })?;
+        self.attached[pair] = attached;
+        Ok(())
+    }
+
+    fn failed(&self, operation: &'static str, errno: Errno) -> TapError {
+        TapError::Ioctl { name: self.name.clone(), operation, source: errno.into() }
+    }
+}
+
+/// The outer error is the descriptor's, the inner one the interface's.
+fn attach(name: &str, multi_queue: bool) -> Result<Result<File, TapError>, Errno> {
+    let file = match OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+        .open("/dev/net/tun")
+    {
+        Ok(file) => file,
+        Err(error) => return Ok(Err(TapError::Open(error))),
+    };
+    let mut request = empty_request();
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from.cast_signed();
+    }
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    request.ifr_ifru.ifru_flags = flags_word(if multi_queue { flags | libc::IFF_MULTI_QUEUE } else { flags });
+    // SAFETY: TUNSETIFF reads an ifreq.
+    unsafe { ioctl::set_iff(file.as_raw_fd(), &raw const request) }?;
+    Ok(Ok(file))
+}
+
+/// Takes ownership of an inherited descriptor, with the flags that those of our own have.
+fn claim(fd: RawFd) -> Option<File> {
+    let owned = inherited::claim(fd)?;
+    let flags = OFlag::from_bits_retain(fcntl(&owned, FcntlArg::F_GETFL).ok()?);
+    fcntl(&owned, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).ok()?;
+    Some(File::from(owned))
+}
+
+fn empty_request() -> libc::ifreq {
+    // SAFETY: an ifreq is plain data for which zeroes are valid.
+    unsafe { mem::zeroed() }
+}
+
+/// `IFF_*` as the 16 bits that an ifreq holds.
+fn flags_word(flags: libc::c_int) -> libc::c_short {
+    u16::try_from(flags).unwrap_or_default().cast_signed()
+}
+
+fn interface_name(request: &libc::ifreq) -> String {
+    let bytes: Vec<u8> = request.ifr_name.iter().map(|c| c.cast_unsigned()).take_while(|b| *b != 0).collect();
+    String::from_utf8_lossy(&bytes).into_owned()
+}

@@ -1,0 +1,101 @@
+//! What the front-end has said of one vring, whole or not, running or not: plain state that a session consists of.
+//!
+//! ```text
+//!   incomplete ──SET_VRING_KICK, the rest being there──▶ set up ──kick (or in use before, or polled)──▶ started
+//!       ▲                                                                                              │
+//!       └──────────────────── GET_VRING_BASE, RESET_DEVICE, end of session ────────────────────────────┘
+//! ```
+//! `enabled` is independent of all that (vhost-user: "Ring states").
+
+use std::sync::Arc;
+
+use crate::dataplane::ring::{Kick, Ring};
+use crate::features::Features;
+use crate::memory::GuestMemory;
+use crate::notify::Notifier;
+use crate::vring::{LayoutError, RingAddresses, Vring, VringLayout};
+
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+/// One vring of a session.
+#[derive(Debug, Default)]
+pub struct VringSetup {
+    /// `SET_VRING_NUM`.
+    pub size: Option<u16>,
+    /// `SET_VRING_ADDR`.
+    pub addresses: Option<RingAddresses>,
+    /// `SET_VRING_BASE`, and where the ring stopped: the next available index.
+    pub base: u16,
+    /// `SET_VRING_KICK`.
+    pub kick: Option<Kick>,
+    /// `SET_VRING_CALL`.
+    pub call: Option<Notifier>,
+    /// `SET_VRING_ERR`.
+    pub error: Option<Notifier>,
+    /// `SET_VRING_ENABLE`.
+    pub enabled: bool,
+    /// Whether the ring was kicked since it was set up.
+    pub started: bool,
+    /// Whether `base` is the front-end's word rather than where this session was. The front-end's may be behind: it
+    /// then goes on from the used index.
+    pub base_is_given: bool,
+    /// What the guest wrote made no sense; nothing is done until the front-end stops the ring.
+    pub broken: bool,
+}
+
+impl VringSetup {
+    /// Maps the vring, if it is set up whole.
+    ///
+    /// # Errors
+    /// [`LayoutError`] where size and addresses do not go with the memory.
+    pub fn activate(
+        &mut self,
+        memory: &Arc<GuestMemory>,
+        features: Features,
+    ) -> Result<Option<Ring>, LayoutError> {
+        let (Some(size), Some(addresses), Some(kick)) = (self.size, self.addresses, &self.kick) else {
+            return Ok(None);
+        };
+        let layout = VringLayout {
+            size,
+            addresses,
+            event_idx: features.has(VIRTIO_RING_F_EVENT_IDX),
+            indirect: features.has(VIRTIO_RING_F_INDIRECT_DESC),
+        };
+        let mut vring = Vring::new(layout, Arc::clone(memory), self.call.clone())?;
+        if self.base_is_given {
+            // Completion is in order, so a used index that is ahead of the base says how far the device got.
+            let ahead = vring.published().wrapping_sub(self.base);
+            if ahead > 0 && ahead <= i16::MAX.unsigned_abs() {
+                self.base = vring.published();
+            }
+            self.base_is_given = false;
+        }
+        vring.set_next_available(self.base);
+        self.started |= matches!(kick, Kick::Polled) || self.base != 0 || vring.was_in_use();
+        Ok(Some(Ring {
+            vring,
+            kick: kick.clone(),
+            error: self.error.clone(),
+            started: self.started,
+            enabled: self.enabled,
+            broken: self.broken,
+        }))
+    }
+
+    /// Notes where a ring is that was taken out of its worker.
+    pub fn deactivate(&mut self, ring: &Ring) {
+        self.base = ring.vring.next_available();
+        self.base_is_given = false;
+        self.started = ring.started;
+        self.broken = ring.broken;
+    }
+
+    /// Stops the ring (`GET_VRING_BASE`): its place is kept, its kick and call are dropped.
+    pub fn stop(&mut self) {
+        self.kick = None;
+        self.call = None;
+        self.started = false;
+        self.broken = false;
+    }
+}
