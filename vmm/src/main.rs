@@ -1,0 +1,37 @@
+//! `baton-vmm`: reads its command line, runs the VM, and says in one line on stderr what went wrong.
+
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+
+use baton_vmm::config::{Config, Unusable};
+
+const FAILURE: u8 = 1;
+const USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    let config = match Config::from_arguments(std::env::args_os()) {
+        Ok(config) => config,
+        Err(Unusable::Information(text)) => {
+            let written = std::io::stdout().write_all(text.as_bytes());
+            return if written.is_ok() { ExitCode::SUCCESS } else { ExitCode::from(FAILURE) };
+        }
+        Err(Unusable::Usage(line)) => {
+            eprintln!("baton-vmm: {line}");
+            return ExitCode::from(USAGE);
+        }
+    };
+    let terminal = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt()
+        .with_ansi(terminal)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .without_time()
+        .init();
+    match baton_vmm::run(&config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("baton-vmm: {:#}", anyhow::Error::from(error));
+            ExitCode::from(FAILURE)
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! Who answers an access to a port or to memory-mapped I/O.
+//!
+//! A bus is filled before the vCPUs start and never changes after, so the vCPU threads look devices up without
+//! a lock; each device has its own.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// What answers in a range of a bus. Offsets are relative to the range; the guest chooses them and the lengths
+/// freely within it.
+pub trait BusDevice: Send {
+    /// Fills `data` with what the guest reads at `offset`.
+    fn read(&mut self, offset: u64, data: &mut [u8]);
+    /// Takes what the guest writes at `offset`.
+    fn write(&mut self, offset: u64, data: &[u8]);
+}
+
+struct Range {
+    start: u64,
+    length: u64,
+    device: Arc<Mutex<dyn BusDevice>>,
+}
+
+/// The ports, or the memory-mapped I/O, of a VM.
+#[derive(Default)]
+pub struct Bus {
+    ranges: Vec<Range>,
+}
+
+impl fmt::Debug for Bus {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_list().entries(self.ranges.iter().map(|range| (range.start, range.length))).finish()
+    }
+}
+
+impl Bus {
+    /// Lets `device` answer at `start..start + length`, which no other device may have.
+    pub fn insert(&mut self, start: u64, length: u64, device: Arc<Mutex<dyn BusDevice>>) {
+        let at = self.ranges.partition_point(|range| range.start < start);
+        debug_assert!(at == 0 || self.ranges[at - 1].start + self.ranges[at - 1].length <= start);
+        debug_assert!(at == self.ranges.len() || start + length <= self.ranges[at].start);
+        self.ranges.insert(at, Range { start, length, device });
+    }
+
+    /// Reads; where nobody answers, all bits are ones, as on a real bus.
+    pub fn read(&self, address: u64, data: &mut [u8]) {
+        match self.find(address) {
+            Some((offset, device)) => {
+                device.lock().unwrap_or_else(PoisonError::into_inner).read(offset, data);
+            }
+            None => data.fill(0xff),
+        }
+    }
+
+    /// Writes; where nobody answers, nothing happens.
+    pub fn write(&self, address: u64, data: &[u8]) {
+        if let Some((offset, device)) = self.find(address) {
+            device.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data);
+        }
+    }
+
+    fn find(&self, address: u64) -> Option<(u64, &Mutex<dyn BusDevice>)> {
+        let at = self.ranges.partition_point(|range| range.start <= address).checked_sub(1)?;
+        let range = &self.ranges[at];
+        let offset = address - range.start;
+        (offset < range.length).then_some((offset, &*range.device))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Default)]
+    struct Recorder {
+        written: Vec<(u64, Vec<u8>)>,
+    }
+
+    impl BusDevice for Recorder {
+        fn read(&mut self, offset: u64, data: &mut [u8]) {
+            data.fill(u8::try_from(offset).unwrap());
+        }
+
+        fn write(&mut self, offset: u64, data: &[u8]) {
+            self.written.push((offset, data.to_vec()));
+        }
+    }
+
+    #[test]
+    fn an_access_reaches_the_device_of_its_range_only() {
+        let (low, high) =
+            (Arc::new(Mutex::new(Recorder::default())), Arc::new(Mutex::new(Recorder::default())));
+        let mut bus = Bus::default();
+        bus.insert(0x200, 8, high.clone());
+        bus.insert(0x100, 8, low.clone());
+
+        bus.write(0x107, &[1, 2]);
+        bus.write(0x108, &[3]);
+        bus.write(0x200, &[4]);
+        bus.write(0xff, &[5]);
+
+        assert_eq!(low.lock().unwrap().written, [(7, vec![1, 2])]);
+        assert_eq!(high.lock().unwrap().written, [(0, vec![4])]);
+    }
+
+    #[test]
+    fn nobody_answers_with_ones() {
+        let mut bus = Bus::default();
+        bus.insert(0x100, 8, Arc::new(Mutex::new(Recorder::default())));
+        let mut data = [0; 2];
+        bus.read(0x103, &mut data);
+        assert_eq!(data, [3, 3]);
+        bus.read(0x109, &mut data);
+        assert_eq!(data, [0xff, 0xff]);
+    }
+}

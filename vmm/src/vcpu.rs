@@ -1,0 +1,334 @@
+//! The vCPU threads: each owns its vCPU, and runs the guest on it until it is told to pause or to stop.
+//!
+//! ```text
+//!            pause                       stop
+//! Running ──────────▶ Paused   Running, Paused ──────▶ Stopped
+//!         ◀──────────
+//!            resume
+//! ```
+//! To pause or stop, the gate's state is changed first and then every thread is signalled. The signal's handler
+//! sets `immediate_exit` in the vCPU's shared page, and a thread clears it only *before* it looks at the gate, so
+//! no order of the two can lose a request. A paused vCPU has completed its last port or memory-mapped access:
+//! its registers are consistent.
+#![expect(unsafe_code, reason = "the signal handler writes to the vCPU's shared page")]
+
+use std::cell::Cell;
+use std::ffi::{c_int, c_void};
+use std::ptr;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{Builder, JoinHandle};
+
+use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use libc::siginfo_t;
+use thiserror::Error;
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use crate::mmio_bus::Bus;
+use crate::power::{Crash, EndSignal, GuestEnd};
+
+/// Why the vCPU threads could not be started.
+#[derive(Debug, Error)]
+pub enum VcpuError {
+    /// No handler for the signal that interrupts a vCPU.
+    #[error("cannot install the vCPUs' signal handler")]
+    Signal(#[source] vmm_sys_util::errno::Error),
+    /// No thread.
+    #[error("cannot start a vCPU's thread")]
+    Thread(#[source] std::io::Error),
+}
+
+/// What the vCPUs are to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// Run the guest.
+    Running,
+    /// Stand still, and be ready to go on.
+    Paused,
+    /// End.
+    Stopped,
+}
+
+#[derive(Debug)]
+struct GateState {
+    wanted: Wanted,
+    /// Threads that have not ended.
+    alive: usize,
+    /// Threads that stand still.
+    parked: usize,
+}
+
+/// Where the vCPU threads stop when they shall not run.
+#[derive(Debug)]
+struct Gate {
+    state: Mutex<GateState>,
+    changed: Condvar,
+}
+
+impl Gate {
+    fn lock(&self) -> MutexGuard<'_, GateState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait_while<F>(&self, state: MutexGuard<'_, GateState>, condition: F)
+    where
+        F: FnMut(&mut GateState) -> bool,
+    {
+        drop(self.changed.wait_while(state, condition).unwrap_or_else(PoisonError::into_inner));
+    }
+
+    fn wanted(&self) -> Wanted {
+        self.lock().wanted
+    }
+
+    fn want(&self, wanted: Wanted) {
+        self.lock().wanted = wanted;
+        self.changed.notify_all();
+    }
+
+    /// Stands still as long as that is wanted.
+    fn park(&self) {
+        let mut state = self.lock();
+        state.parked += 1;
+        self.changed.notify_all();
+        let mut state = self
+            .changed
+            .wait_while(state, |state| state.wanted == Wanted::Paused)
+            .unwrap_or_else(PoisonError::into_inner);
+        state.parked -= 1;
+    }
+
+    /// Waits until every living thread stands still.
+    fn wait_for_parked(&self) {
+        self.wait_while(self.lock(), |state| state.wanted == Wanted::Paused && state.parked < state.alive);
+    }
+
+    fn leave(&self) {
+        self.lock().alive -= 1;
+        self.changed.notify_all();
+    }
+}
+
+/// The ports and the memory-mapped I/O that the vCPUs' accesses go to.
+#[derive(Debug)]
+pub struct Buses {
+    /// I/O ports.
+    pub ports: Bus,
+    /// Memory-mapped I/O.
+    pub memory: Bus,
+}
+
+/// All vCPUs of a VM.
+#[derive(Debug)]
+pub struct Vcpus {
+    gate: Arc<Gate>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Vcpus {
+    /// Starts one thread for each vCPU, paused.
+    pub fn start(vcpus: Vec<VcpuFd>, buses: &Arc<Buses>, end: &EndSignal) -> Result<Self, VcpuError> {
+        register_signal_handler(SIGRTMIN(), leave_guest).map_err(VcpuError::Signal)?;
+        let state = GateState { wanted: Wanted::Paused, alive: vcpus.len(), parked: 0 };
+        let gate = Arc::new(Gate { state: Mutex::new(state), changed: Condvar::new() });
+        let mut threads = Vec::new();
+        for (id, fd) in (0u8..).zip(vcpus) {
+            let (gate, buses, end) = (Arc::clone(&gate), Arc::clone(buses), end.clone());
+            let mut vcpu = Vcpu { id, fd, gate, buses, end };
+            let thread = Builder::new().name(format!("vcpu{id}")).spawn(move || vcpu.run());
+            threads.push(thread.map_err(VcpuError::Thread)?);
+        }
+        Ok(Self { gate, threads: Mutex::new(threads) })
+    }
+
+    /// What the vCPUs are doing.
+    pub fn state(&self) -> Wanted {
+        self.gate.wanted()
+    }
+
+    /// Lets them run; not once they were stopped.
+    pub fn resume(&self) {
+        let _order = self.threads();
+        if self.gate.wanted() == Wanted::Paused {
+            self.gate.want(Wanted::Running);
+        }
+    }
+
+    /// Makes them stand still, and returns when they do.
+    pub fn pause(&self) {
+        let threads = self.threads();
+        if self.gate.wanted() == Wanted::Running {
+            self.gate.want(Wanted::Paused);
+            interrupt(&threads);
+        }
+        // Not with the lock held: a vCPU that cannot leave a device must not keep the VM from being stopped.
+        drop(threads);
+        self.gate.wait_for_parked();
+    }
+
+    /// Ends them, and returns when they have ended.
+    pub fn stop(&self) {
+        let mut threads = self.threads();
+        self.gate.want(Wanted::Stopped);
+        interrupt(&threads);
+        for thread in threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a vCPU's thread panicked");
+            }
+        }
+    }
+
+    /// The threads, and with them the right to change what is wanted.
+    fn threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn interrupt(threads: &[JoinHandle<()>]) {
+    for thread in threads {
+        // A thread that has ended by itself needs no interruption.
+        if let Err(error) = thread.kill(SIGRTMIN()) {
+            tracing::debug!("cannot signal a vCPU's thread: {error}");
+        }
+    }
+}
+
+thread_local! {
+    /// The shared page of the vCPU that this thread runs; null in every other thread.
+    static SHARED_PAGE: Cell<*mut kvm_run> = const { Cell::new(ptr::null_mut()) };
+}
+
+extern "C" fn leave_guest(_signal: c_int, _info: *mut siginfo_t, _context: *mut c_void) {
+    let page = SHARED_PAGE.get();
+    if page.is_null() {
+        return;
+    }
+    // SAFETY: a thread sets the pointer to its own vCPU's mapping and clears it before that is unmapped; the
+    // handler runs in that thread.
+    let flag = unsafe { &raw mut (*page).immediate_exit };
+    // SAFETY: as above; the byte is only ever accessed by this thread and the kernel.
+    unsafe { flag.write_volatile(1) };
+}
+
+/// One vCPU, owned by its thread.
+struct Vcpu {
+    id: u8,
+    fd: VcpuFd,
+    gate: Arc<Gate>,
+    buses: Arc<Buses>,
+    end: EndSignal,
+}
+
+/// What a return from the guest means for the thread.
+#[derive(Debug, PartialEq, Eq)]
+enum Next {
+    /// Enter the guest again.
+    Enter,
+    /// Look at the gate: the kernel has nothing left to complete.
+    Look,
+    /// The guest cannot go on.
+    End,
+}
+
+impl Vcpu {
+    fn run(&mut self) {
+        SHARED_PAGE.set(ptr::from_mut(self.fd.get_kvm_run()));
+        let guard = Leaving { gate: Arc::clone(&self.gate), end: self.end.clone(), id: self.id };
+        self.run_guest();
+        SHARED_PAGE.set(ptr::null_mut());
+        drop(guard);
+    }
+
+    fn run_guest(&mut self) {
+        loop {
+            self.fd.set_kvm_immediate_exit(0);
+            match self.gate.wanted() {
+                Wanted::Stopped => return,
+                Wanted::Running => {
+                    if self.enter() == Next::End {
+                        return;
+                    }
+                }
+                Wanted::Paused => {
+                    if !self.complete() {
+                        return;
+                    }
+                    self.gate.park();
+                }
+            }
+        }
+    }
+
+    /// Lets the kernel complete the last access without running the guest; false if the guest cannot go on.
+    fn complete(&mut self) -> bool {
+        loop {
+            self.fd.set_kvm_immediate_exit(1);
+            match self.enter() {
+                Next::Enter => {}
+                Next::Look => return true,
+                Next::End => return false,
+            }
+        }
+    }
+
+    /// Runs the guest until it needs something.
+    fn enter(&mut self) -> Next {
+        let crash = |reason: String| Crash::Kvm { vcpu: self.id, reason };
+        let end = match self.fd.run() {
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                self.buses.memory.read(address, data);
+                return Next::Enter;
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                self.buses.memory.write(address, data);
+                return Next::Enter;
+            }
+            Ok(VcpuExit::IoIn(port, data)) => {
+                self.buses.ports.read(u64::from(port), data);
+                return Next::Enter;
+            }
+            Ok(VcpuExit::IoOut(port, data)) => {
+                self.buses.ports.write(u64::from(port), data);
+                return Next::Enter;
+            }
+            Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => return Next::Enter,
+            Ok(VcpuExit::Shutdown) => {
+                let rip = self.fd.get_regs().map_or(0, |registers| registers.rip);
+                GuestEnd::Crash(Crash::TripleFault { vcpu: self.id, rip })
+            }
+            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => GuestEnd::PowerOff,
+            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => GuestEnd::Reset,
+            Ok(VcpuExit::FailEntry(reason, _)) => {
+                GuestEnd::Crash(crash(format!("entry failed, hardware reason {reason:#x}")))
+            }
+            Ok(VcpuExit::InternalError) => {
+                let rip = self.fd.get_regs().map_or(0, |registers| registers.rip);
+                GuestEnd::Crash(crash(format!("internal error at instruction {rip:#x}")))
+            }
+            Ok(other) => GuestEnd::Crash(crash(format!("unexpected exit {other:?}"))),
+            Err(error) if error.errno() == libc::EINTR => return Next::Look,
+            Err(error) if error.errno() == libc::EAGAIN => return Next::Enter,
+            Err(error) => GuestEnd::Crash(crash(error.to_string())),
+        };
+        self.end.report(end);
+        Next::End
+    }
+}
+
+/// Tells the gate that a thread has ended, however it did.
+struct Leaving {
+    gate: Arc<Gate>,
+    end: EndSignal,
+    id: u8,
+}
+
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            SHARED_PAGE.set(ptr::null_mut());
+            let reason = "its thread panicked".to_owned();
+            self.end.report(GuestEnd::Crash(Crash::Kvm { vcpu: self.id, reason }));
+        }
+        self.gate.leave();
+    }
+}
