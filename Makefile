@@ -1,0 +1,31 @@
+# What a developer runs. Everything sets itself up: see tests/setup.
+
+.PHONY: help setup demo test check clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make demo    boot a VM on baton-vmm and baton-backend, and show its network at work'
+	@echo 'make test    run all the tests'
+	@echo 'make check   format, lints and documentation'
+	@echo 'make setup   only install what these need; they do it themselves'
+	@echo 'make clean   remove what was built'
+
+setup:
+	@tests/setup
+
+demo: setup
+	cargo build --release --workspace --bins
+	target/release/demo
+
+test: setup
+	cargo build --workspace --bins
+	cargo nextest run --workspace
+	cargo test --workspace --doc
+
+check:
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --document-private-items
+
+clean:
+	cargo clean

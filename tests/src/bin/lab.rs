@@ -1,0 +1,78 @@
+//! `lab`: starts the lab for the tests, or runs a program in it.
+
+use std::env;
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::os::unix::process::parent_id;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use baton_tests::lab::{self, Job, Outcome, Place, Running};
+use clap::{Parser, Subcommand};
+
+/// Starts the lab for the tests, or runs a program in it.
+#[derive(Debug, Parser)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Prepare a run of nextest, as its set-up script: start the lab if this machine needs one.
+    Up,
+    /// Run a program in a lab of its own, as root.
+    Run {
+        /// The program's path.
+        program: PathBuf,
+        /// What it is started with.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Be the lab's supervisor.
+    #[command(hide = true)]
+    Supervise {
+        #[arg(long)]
+        owner: u32,
+        #[arg(long)]
+        folder: PathBuf,
+    },
+    /// Be the first process of the lab's machine.
+    #[command(hide = true)]
+    Agent,
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Command::Up => up(),
+        Command::Run { program, arguments } => run(program, arguments),
+        Command::Supervise { owner, folder } => lab::supervise(owner, &folder).map(|()| ExitCode::SUCCESS),
+        Command::Agent => lab::agent().map(|()| ExitCode::SUCCESS),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("lab: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+/// nextest tells its set-up scripts where to say what the tests' environment is to be.
+fn up() -> Result<ExitCode> {
+    let place = Place::prepare(parent_id())?;
+    let path = env::var_os("NEXTEST_ENV")
+        .context("NEXTEST_ENV is not set: nextest runs this, see .config/nextest.toml")?;
+    let mut file = OpenOptions::new().append(true).open(path).context("cannot write to NEXTEST_ENV")?;
+    writeln!(file, "{}={place}", lab::PLACE).context("cannot write to NEXTEST_ENV")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run(program: PathBuf, arguments: Vec<String>) -> Result<ExitCode> {
+    let lab = Running::start(std::process::id())?;
+    match lab.run(&Job::here(program, arguments)?, &mut |_| ())? {
+        Outcome::Exited(code) => Ok(u8::try_from(code).map_or(ExitCode::FAILURE, ExitCode::from)),
+        outcome => {
+            eprintln!("lab: {outcome}");
+            Ok(ExitCode::FAILURE)
+        }
+    }
+}

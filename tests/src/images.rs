@@ -1,0 +1,137 @@
+//! The kernels and the initramfs images that virtual machines boot: the guest's, and the lab's own.
+//!
+//! Kernels come from `tests/setup`. An image is made anew whenever it is asked for, and its file replaced only if it
+//! changed, so there is no question whether it is up to date.
+
+mod cpio;
+mod libraries;
+mod modules;
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use tempfile::NamedTempFile;
+
+use self::cpio::Cpio;
+use crate::{places, programs};
+
+/// The guest's kernel as Debian delivers it: a bzImage.
+pub fn guest_kernel() -> Result<PathBuf> {
+    places::set_up(Path::new("guest-kernel/vmlinuz"))
+}
+
+/// The guest's kernel as an uncompressed ELF file.
+pub fn guest_vmlinux() -> Result<PathBuf> {
+    places::set_up(Path::new("guest-kernel/vmlinux"))
+}
+
+/// The guest's initramfs: a root shell on `ttyS0`, virtio-net over MMIO and PCI, busybox, `ethtool` and `traffic`.
+///
+/// [`crate::guest::Guest`] speaks with that shell. The script that starts it is `images/guest-init`.
+pub fn guest_initramfs() -> Result<PathBuf> {
+    let kernel = places::set_up(Path::new("guest-kernel/lib"))?;
+    let mut image = Cpio::new();
+    image.folder("root");
+    busybox(&mut image, include_bytes!("images/guest-init"))?;
+    let modules = ["virtio_mmio", "virtio_pci", "virtio_net"];
+    add_modules(&mut image, &kernel, &modules)?;
+    for program in [programs::traffic()?, found("ethtool")?] {
+        add_program(&mut image, &program)?;
+    }
+    store("guest.cpio", &image.finish())
+}
+
+/// The initramfs of the lab's machine, which goes on to the root file system that it is given: `images/lab-init`.
+pub(crate) fn lab_initramfs() -> Result<PathBuf> {
+    let kernel = places::set_up(Path::new("lab-kernel/lib"))?;
+    let mut image = Cpio::new();
+    busybox(&mut image, include_bytes!("images/lab-init"))?;
+    add_modules(&mut image, &kernel, &["virtio_pci", "9pnet_virtio", "9p", "overlay", "virtio_console"])?;
+    store("lab.cpio", &image.finish())
+}
+
+/// The kernel of the lab's machine.
+pub(crate) fn lab_kernel() -> Result<PathBuf> {
+    places::set_up(Path::new("lab-kernel/vmlinuz"))
+}
+
+/// The folder that holds the modules of [`lab_kernel`], by its version.
+pub(crate) fn lab_modules() -> Result<PathBuf> {
+    places::set_up(Path::new("lab-kernel/lib/modules"))
+}
+
+/// Busybox, `init`, and what any Linux needs.
+fn busybox(image: &mut Cpio, init: &[u8]) -> Result<()> {
+    for folder in ["bin", "dev", "lib", "modules", "proc", "sys", "tmp"] {
+        image.folder(folder);
+    }
+    // The kernel opens it before it runs init.
+    image.character_device("dev/console", 5, 1);
+    image.file("init", 0o755, init);
+    image.file("bin/busybox", 0o755, &read(&found("busybox")?)?);
+    image.link("bin/sh", "busybox");
+    Ok(())
+}
+
+/// The modules and all that they depend on, in `modules/`; `modules/order` says in which order to load them.
+fn add_modules(image: &mut Cpio, kernel: &Path, names: &[&str]) -> Result<()> {
+    let mut order = String::new();
+    for module in modules::with_dependencies(&kernel.join("modules"), names)? {
+        image.file(&format!("modules/{}.ko", module.name), 0o644, &module.contents);
+        order.push_str(&module.name);
+        order.push('\n');
+    }
+    image.file("modules/order", 0o644, order.as_bytes());
+    Ok(())
+}
+
+/// A program in `bin/`, without its symbols, and its shared libraries where it looks for them.
+fn add_program(image: &mut Cpio, program: &Path) -> Result<()> {
+    let name = program.file_name().and_then(|name| name.to_str()).context("a program without a name")?;
+    image.file(&format!("bin/{name}"), 0o755, &stripped(program)?);
+    for library in libraries::of(program)? {
+        let path = library.to_str().context("a library whose path is not UTF-8")?.trim_start_matches('/');
+        image.file(path, 0o755, &read(&library)?);
+    }
+    Ok(())
+}
+
+fn stripped(program: &Path) -> Result<Vec<u8>> {
+    let output = NamedTempFile::new().context("cannot make a temporary file")?;
+    let status = Command::new("strip").arg("-o").arg(output.path()).arg(program).status();
+    if !status.context("cannot run strip")?.success() {
+        bail!("strip failed on {}", program.display());
+    }
+    read(output.path())
+}
+
+/// Writes an image, unless it is there already.
+fn store(name: &str, contents: &[u8]) -> Result<PathBuf> {
+    let folder = places::lab()?;
+    let path = folder.join(name);
+    if fs::read(&path).is_ok_and(|present| present == contents) {
+        return Ok(path);
+    }
+    let mut file =
+        NamedTempFile::new_in(&folder).with_context(|| format!("cannot write {}", folder.display()))?;
+    file.write_all(contents).with_context(|| format!("cannot write {}", path.display()))?;
+    // Replaced in one step, so that nobody boots half an image.
+    file.persist(&path).with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(path)
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+/// Where a program of this machine is.
+pub(crate) fn found(program: &str) -> Result<PathBuf> {
+    let folders = ["/usr/bin", "/usr/sbin", "/bin", "/sbin", "/usr/local/bin", "/usr/local/sbin"];
+    match folders.iter().map(|folder| Path::new(folder).join(program)).find(|path| path.is_file()) {
+        Some(path) => Ok(path),
+        None => bail!("{program} is not installed; run tests/setup"),
+    }
+}

@@ -1,0 +1,81 @@
+//! The lab's machine: a QEMU that emulates a processor with virtualization, and shares this machine's files with it.
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+
+use crate::{images, places, programs};
+
+/// The name of the port by which the agent speaks with the supervisor.
+pub(super) const PORT: &str = "baton.agent";
+
+/// A machine that runs or has run. It ends when this is dropped, and with the thread that started it.
+#[derive(Debug)]
+pub(super) struct Machine {
+    qemu: Child,
+}
+
+impl Machine {
+    /// Starts it, and returns the connection to its agent. Its console is kept in `logs`.
+    pub(super) fn start(logs: &Path) -> Result<(Self, UnixStream)> {
+        let (port, qemu_port) = UnixStream::pair().context("cannot make a pair of sockets")?;
+        let qemu_port = OwnedFd::from(qemu_port);
+        fcntl(&qemu_port, FcntlArg::F_SETFD(FdFlag::empty())).context("cannot pass a socket on")?;
+        let errors = File::create(logs.join("lab-qemu.log")).context("cannot write the lab's logs")?;
+
+        let mut command = Command::new(images::found("setpriv")?);
+        command.args(["--pdeathsig", "KILL", "qemu-system-x86_64", "-nodefaults", "-no-user-config"]);
+        command.args(["-display", "none", "-monitor", "none", "-no-reboot"]);
+        command.args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "5G"]);
+        command.arg("-kernel").arg(images::lab_kernel()?).arg("-initrd").arg(images::lab_initramfs()?);
+        command.arg("-append").arg(kernel_command_line(logs)?);
+        command.arg("-serial").arg(option("file:", &logs.join("lab-console.log"))?);
+        command.args(["-fsdev", "local,id=machine,path=/,security_model=none,readonly=on,multidevs=remap"]);
+        command.args(["-device", "virtio-9p-pci,fsdev=machine,mount_tag=machine"]);
+        command.arg("-fsdev").arg(option("local,id=logs,security_model=none,path=", logs)?);
+        command.args(["-device", "virtio-9p-pci,fsdev=logs,mount_tag=logs"]);
+        command.args(["-device", "virtio-serial-pci"]);
+        command.arg("-chardev").arg(format!("socket,id=agent,fd={}", qemu_port.as_raw_fd()));
+        command.args(["-device", &format!("virtserialport,chardev=agent,name={PORT}")]);
+        let qemu = command
+            .stdin(Stdio::null())
+            .stdout(errors.try_clone().context("cannot write the lab's logs")?)
+            .stderr(errors)
+            .spawn()
+            .context("cannot start qemu-system-x86_64")?;
+        Ok((Self { qemu }, port))
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // Both fail only if it has ended already.
+        let _ = self.qemu.kill();
+        let _ = self.qemu.wait();
+    }
+}
+
+fn kernel_command_line(logs: &Path) -> Result<String> {
+    let agent = programs::lab()?;
+    let modules = images::lab_modules()?;
+    let mut line = "console=ttyS0 quiet panic=-1".to_owned();
+    for (name, path) in [("agent", agent.as_path()), ("modules", &modules), ("logs", logs)] {
+        let path = path.to_str().filter(|path| !path.contains([' ', '"']));
+        let Some(path) = path else {
+            bail!("the lab cannot use {}: it has a space in its path", places::target()?.display());
+        };
+        line.push_str(&format!(" lab.{name}={path}"));
+    }
+    Ok(line)
+}
+
+/// An option of QEMU that ends with a path, in which commas are doubled.
+fn option(start: &str, path: &Path) -> Result<String> {
+    let path = path.to_str().with_context(|| format!("{} is not UTF-8", path.display()))?;
+    Ok(format!("{start}{}", path.replace(',', ",,")))
+}

@@ -1,0 +1,67 @@
+//! Finds out whether this machine can do what the lab is for.
+//!
+//! A `/dev/kvm` proves little: there are hypervisors without hardware behind it that interpret the guest's kernel, a
+//! thousand times slower and not completely. So a guest counts to a million, and the time it takes tells.
+
+#![expect(unsafe_code, reason = "gives KVM its guest memory")]
+
+use std::fs::OpenOptions;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::{Kvm, VcpuExit};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+
+/// Hardware takes 1 ms, hardware in a virtual machine or its emulation some 10 ms, an interpreter more than a second.
+const PATIENCE: Duration = Duration::from_millis(300);
+
+/// Whether KVM can run Linux, vhost-net and TAPs are there, and this process may use them all.
+pub(super) fn has_all() -> bool {
+    let opens = |path| OpenOptions::new().read(true).write(true).open(path).is_ok();
+    nix::unistd::geteuid().is_root()
+        && opens("/dev/vhost-net")
+        && opens("/dev/net/tun")
+        && time_to_count().is_ok_and(|time| time < PATIENCE)
+}
+
+/// How long a guest takes to count from a million down to zero.
+fn time_to_count() -> Result<Duration> {
+    const START: u64 = 0x1000;
+    const CODE: [u8; 11] = [
+        0x66, 0xb9, 0x40, 0x42, 0x0f, 0x00, // mov ecx, 1000000
+        0x66, 0x49, // again: dec ecx
+        0x75, 0xfc, // jnz again
+        0xf4, // hlt
+    ];
+    let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x2000)])?;
+    memory.write_slice(&CODE, GuestAddress(START))?;
+    let host = memory.get_host_address(GuestAddress(0))?;
+
+    let kvm = Kvm::new().context("cannot open /dev/kvm")?;
+    let vm = kvm.create_vm()?;
+    let region = kvm_userspace_memory_region {
+        slot: 0,
+        guest_phys_addr: 0,
+        memory_size: 0x2000,
+        userspace_addr: host.expose_provenance() as u64,
+        flags: 0,
+    };
+    // SAFETY: `memory` maps these 0x2000 bytes and outlives `vm`, which is dropped before it.
+    unsafe { vm.set_user_memory_region(region) }?;
+    let mut vcpu = vm.create_vcpu(0)?;
+    let mut segments = vcpu.get_sregs()?;
+    segments.cs.base = 0;
+    segments.cs.selector = 0;
+    vcpu.set_sregs(&segments)?;
+    let mut registers = vcpu.get_regs()?;
+    registers.rip = START;
+    registers.rflags = 2;
+    vcpu.set_regs(&registers)?;
+
+    let start = Instant::now();
+    match vcpu.run()? {
+        VcpuExit::Hlt => Ok(start.elapsed()),
+        exit => bail!("the counting guest ended with {exit:?}"),
+    }
+}

@@ -1,0 +1,80 @@
+//! The lab itself: what its machine has, that guests boot in it, and that it reports what happens there.
+
+use std::env;
+use std::fs::OpenOptions;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use baton_tests::guest::{Accelerator, Qemu};
+use baton_tests::{lab, places};
+
+#[test]
+fn has_kvm_vhost_net_and_taps() -> Result<()> {
+    lab::run(|| {
+        for path in ["/dev/kvm", "/dev/vhost-net", "/dev/net/tun"] {
+            OpenOptions::new().read(true).write(true).open(path).context(path)?;
+        }
+        ensure!(nix::unistd::geteuid().is_root());
+        Ok(())
+    })
+}
+
+#[test]
+fn boots_a_guest_under_kvm() -> Result<()> {
+    lab::run(|| {
+        let mut guest = Qemu::new(Accelerator::Kvm, 2, "512M")?.start("guest")?;
+        guest.wait_for_shell()?;
+        ensure!(guest.check("nproc")? == "2\n");
+        ensure!(guest.check("echo 'one  two'; echo three >&2")? == "one  two\nthree\n");
+        ensure!(guest.run("exit_code() { return 7; }; exit_code")?.status == 7);
+        guest.check("ethtool --version && traffic --help")?;
+        ensure!(guest.power_off()?.success());
+        Ok(())
+    })
+}
+
+#[test]
+fn keeps_the_logs_of_a_test() -> Result<()> {
+    lab::run(|| Ok(std::fs::write(places::test_logs()?.join("note"), "kept")?))?;
+    ensure!(std::fs::read_to_string(places::test_logs()?.join("note"))? == "kept");
+    Ok(())
+}
+
+/// Not a test, but what the tests below have run: fails in the way it is told.
+#[test]
+#[ignore = "fails on purpose"]
+fn fails() -> Result<()> {
+    lab::run(|| match env::var("FAIL_BY").as_deref() {
+        Ok("panic") => panic!("told to panic"),
+        Ok("error") => anyhow::bail!("told to fail"),
+        Ok("signal") => std::process::abort(),
+        _ => Ok(()),
+    })
+}
+
+/// Runs [`fails`] as nextest would, and returns whether it passed, and what it wrote.
+fn run_fails(by: &str) -> Result<(bool, String)> {
+    let output = Command::new(env::current_exe()?)
+        .args(["--exact", "fails", "--nocapture", "--include-ignored"])
+        .env("FAIL_BY", by)
+        .output()?;
+    let text = [output.stdout, output.stderr].concat();
+    Ok((output.status.success(), String::from_utf8_lossy(&text).into_owned()))
+}
+
+#[test]
+fn reports_failures() -> Result<()> {
+    for (by, word) in [("panic", "told to panic"), ("error", "told to fail"), ("signal", "SIGABRT")] {
+        let (passed, text) = run_fails(by)?;
+        ensure!(!passed, "passed in spite of {by}: {text}");
+        ensure!(text.contains(word), "{by} is not mentioned: {text}");
+    }
+    Ok(())
+}
+
+#[test]
+fn reports_success() -> Result<()> {
+    let (passed, text) = run_fails("nothing")?;
+    ensure!(passed, "{text}");
+    Ok(())
+}
