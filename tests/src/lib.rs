@@ -1,9 +1,18 @@
-//! What the process-level tests share: [`programs`] under test, guest [`images`], a [`guest`]'s console, network
-//! [`traffic`], and the [`lab`], which runs a test in a machine that has what this one lacks.
+//! What the process-level tests share.
+//!
+//! The [`programs`] under test run as [`process`]es, a [`backend`] among them, in a [`netns`] of the test's own, with a
+//! [`packet_socket`] on the TAP for [`frames`], and a [`fake_frontend`] or a [`guest`] (booted from [`images`],
+//! making [`traffic`]) on the other side. The [`lab`] runs a test in a machine that has what this one lacks.
 
+pub mod backend;
+pub mod fake_frontend;
+pub mod frames;
 pub mod guest;
 pub mod images;
 pub mod lab;
+pub mod netns;
+pub mod packet_socket;
 pub mod places;
+pub mod process;
 pub mod programs;
 pub mod traffic;

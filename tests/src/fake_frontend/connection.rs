@@ -1,0 +1,384 @@
+//! The front-end's end of a vhost-user socket: any bytes and descriptors out, checked replies in, and a helper for
+//! every message that a well-behaved front-end sends.
+
+use std::io::{self, ErrorKind, IoSlice, Read};
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
+
+use super::memory::{GuestMemory, Region};
+use super::queue::RingAddresses;
+use super::wire::{HEADER_SIZE, Message, NEED_REPLY, NO_FD, REPLY, VERSION, request, u32_at, u64_at};
+
+/// How long a reply may take. Only catches a back-end that hangs.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A reply, as it came.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reply {
+    /// The request that it answers.
+    pub request: u32,
+    /// Its flags.
+    pub flags: u32,
+    /// What is behind its header.
+    pub payload: Vec<u8>,
+}
+
+/// A connection to a back-end.
+#[derive(Debug)]
+pub struct Connection {
+    stream: UnixStream,
+    /// Ask for an acknowledgement of every request that has no reply of its own, and check it.
+    pub acknowledged: bool,
+}
+
+impl Connection {
+    /// Connects to a listening back-end.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn connect(path: &Path) -> Result<Self> {
+        let stream = UnixStream::connect(path).with_context(|| format!("connect to {}", path.display()))?;
+        Self::new(stream)
+    }
+
+    /// Speaks on a connected socket.
+    ///
+    /// # Errors
+    /// If the socket takes no time-out.
+    pub fn new(stream: UnixStream) -> Result<Self> {
+        stream.set_nonblocking(false)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        Ok(Self { stream, acknowledged: false })
+    }
+
+    /// The socket.
+    pub fn stream(&self) -> &UnixStream {
+        &self.stream
+    }
+
+    /// Sends these bytes, with descriptors on the first of them.
+    ///
+    /// # Errors
+    /// The system's: in particular `EPIPE` and `ECONNRESET`, when the back-end has closed the connection.
+    pub fn send_bytes(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let fds: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let mut rights = if fds.is_empty() { &[][..] } else { &rights[..] };
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let flags = MsgFlags::MSG_NOSIGNAL;
+            let socket = self.stream.as_raw_fd();
+            let sent = sendmsg::<UnixAddr>(socket, &[IoSlice::new(rest)], rights, flags, None)?;
+            rest = &rest[sent..];
+            rights = &[];
+        }
+        Ok(())
+    }
+
+    /// Sends a message.
+    ///
+    /// # Errors
+    /// Those of [`Self::send_bytes`].
+    pub fn send(&self, message: &Message, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.send_bytes(&message.encode(), fds)
+    }
+
+    /// Waits for the next reply.
+    ///
+    /// # Errors
+    /// If the back-end closes the connection, or what it says is no reply.
+    pub fn receive(&self) -> Result<Reply> {
+        self.try_receive()?.context("the back-end has closed the connection")
+    }
+
+    /// Waits for the next reply; `None` if the back-end has closed the connection instead.
+    ///
+    /// # Errors
+    /// If what it says is no reply.
+    pub fn try_receive(&self) -> Result<Option<Reply>> {
+        let mut header = [0; HEADER_SIZE];
+        match (&self.stream).read_exact(&mut header) {
+            Ok(()) => {}
+            Err(error) if is_closed(&error) => return Ok(None),
+            Err(error) => return Err(error).context("no reply"),
+        }
+        let number = |offset| u32_at(&header, offset).unwrap_or_default();
+        let (request, flags, size) = (number(0), number(4), number(8));
+        ensure!(flags & !NEED_REPLY == VERSION | REPLY, "a reply with flags {flags:#x}");
+        ensure!(size <= 4096, "a reply of {size} bytes");
+        let mut payload = vec![0; usize::try_from(size)?];
+        (&self.stream).read_exact(&mut payload).context("a reply was cut off")?;
+        Ok(Some(Reply { request, flags, payload }))
+    }
+
+    /// Waits until the back-end closes the connection.
+    ///
+    /// # Errors
+    /// If it says something first.
+    pub fn wait_closed(&self) -> Result<()> {
+        match self.try_receive()? {
+            None => Ok(()),
+            Some(reply) => bail!("the back-end answered {reply:?} instead of closing the connection"),
+        }
+    }
+
+    /// Sends a message that has a reply of its own, and gives the reply's payload.
+    ///
+    /// # Errors
+    /// If there is none, or another.
+    pub fn ask(&self, message: &Message) -> Result<Vec<u8>> {
+        self.send(message, &[])?;
+        let reply = self.receive().with_context(|| format!("request {}", message.request))?;
+        ensure!(reply.request == message.request, "{reply:?} to request {}", message.request);
+        Ok(reply.payload)
+    }
+
+    /// Sends a message that has a 64-bit number as its reply.
+    ///
+    /// # Errors
+    /// Those of [`Self::ask`].
+    pub fn ask_u64(&self, message: &Message) -> Result<u64> {
+        let payload = self.ask(message)?;
+        ensure!(payload.len() == 8, "a reply of {} bytes to request {}", payload.len(), message.request);
+        u64_at(&payload, 0).context("a short reply")
+    }
+
+    /// Sends a message and asks for its acknowledgement; gives the acknowledgement's number, of which 0 is success.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn acknowledge(&self, message: &Message, fds: &[BorrowedFd<'_>]) -> Result<u64> {
+        self.send(&message.clone().with_need_reply(), fds)?;
+        let reply = self.receive().with_context(|| format!("request {}", message.request))?;
+        ensure!(reply.request == message.request, "{reply:?} to request {}", message.request);
+        ensure!(reply.payload.len() == 8, "{reply:?} is no acknowledgement");
+        u64_at(&reply.payload, 0).context("a short reply")
+    }
+
+    /// Sends a message that has no reply of its own. With [`Self::acknowledged`], its acknowledgement is awaited.
+    ///
+    /// # Errors
+    /// If the message is not acknowledged or refused.
+    pub fn tell(&self, message: &Message, fds: &[BorrowedFd<'_>]) -> Result<()> {
+        if self.acknowledged {
+            let answer = self.acknowledge(message, fds)?;
+            ensure!(answer == 0, "request {} was refused ({answer})", message.request);
+        } else {
+            self.send(message, fds).with_context(|| format!("request {}", message.request))?;
+        }
+        Ok(())
+    }
+
+    /// `GET_FEATURES`. Also a barrier: everything sent before has been dealt with when it returns.
+    ///
+    /// # Errors
+    /// Those of [`Self::ask`].
+    pub fn get_features(&self) -> Result<u64> {
+        self.ask_u64(&Message::empty(request::GET_FEATURES))
+    }
+
+    /// `SET_FEATURES`
+    ///
+    /// # Errors
+    /// Those of [`Self::tell`].
+    pub fn set_features(&self, features: u64) -> Result<()> {
+        self.tell(&Message::u64(request::SET_FEATURES, features), &[])
+    }
+
+    /// `GET_PROTOCOL_FEATURES`
+    ///
+    /// # Errors
+    /// Those of [`Self::ask`].
+    pub fn get_protocol_features(&self) -> Result<u64> {
+        self.ask_u64(&Message::empty(request::GET_PROTOCOL_FEATURES))
+    }
+
+    /// `SET_PROTOCOL_FEATURES`
+    ///
+    /// # Errors
+    /// Those of [`Self::tell`].
+    pub fn set_protocol_features(&self, features: u64) -> Result<()> {
+        self.tell(&Message::u64(request::SET_PROTOCOL_FEATURES, features), &[])
+    }
+
+    /// `SET_OWNER`
+    ///
+    /// # Errors
+    /// Those of [`Self::tell`].
+    pub fn set_owner(&self) -> Result<()> {
+        self.tell(&Message::empty(request::SET_OWNER), &[])
+    }
+
+    /// `GET_QUEUE_NUM`
+    ///
+    /// # Errors
+    /// Those of [`Self::ask`].
+    pub fn get_queue_num(&self) -> Result<u64> {
+        self.ask_u64(&Message::empty(request::GET_QUEUE_NUM))
+    }
+
+    /// `GET_CONFIG`: `length` bytes of the configuration space from `offset`.
+    ///
+    /// # Errors
+    /// If the reply is of another size.
+    pub fn get_config(&self, offset: u32, length: u32) -> Result<Vec<u8>> {
+        let payload = self.ask(&Message::get_config(offset, length))?;
+        ensure!(payload.len() == 12 + usize::try_from(length)?, "a config of {} bytes", payload.len());
+        ensure!(u32_at(&payload, 0) == Some(offset) && u32_at(&payload, 4) == Some(length), "another range");
+        Ok(payload[12..].to_vec())
+    }
+
+    /// `SET_MEM_TABLE` with all of a guest's regions.
+    ///
+    /// # Errors
+    /// Those of [`Self::tell`].
+    pub fn set_memory_table(&self, memory: &GuestMemory) -> Result<()> {
+        let places: Vec<_> = memory.regions().iter().map(|region| region.place).collect();
+        let fds: Vec<_> = memory.regions().iter().map(Region::file).collect();
+        self.tell(&Message::memory_table(&places), &fds)
+    }
+
+    /// `ADD_MEM_REG`
+    ///
+    /// # Errors
+    /// Those of [`Self::tell`].
+    pub fn add_memory_region(&self, region: &Region) -> Result<()> {
+        self.tell(&Message::single_region(request::ADD_MEM_REG, &region.place), &[region.file()])
+    }
+
+    /// `REM_MEM_REG`
+    ///
+    /// # Errors
+    /// Those of [`Self::tell`].
+    pub fn remove_memory_region(&self, region: &Region) -> Result<()> {
+        self.tell(&Message::single_region(request::REM_MEM_REG, &region.place), &[])
+    }
+
+    /// `SET_VRING_NUM`
+    ///
+    /// # Errors
+    /// Those of [`Self::tell`].
+    pub fn set_vring_num(&self, index: u32, size: u16) -> Result<()> {
+        self.tell(&Message::vring_state(request::SET_VRING_NUM, index, size.into()), &[])
+    }
+
+    /// `SET_VRING_ADDR`, from guest addresses.
+    ///
+    /// # Errors
+    /// Those of [`Self::tell`].
+    pub fn set_vring_addresses(&self, index: u32, memory: &GuestMemory, rings: RingAddresses) -> Result<()> {
+        let [descriptors, used, available] =
+            [rings.descriptors, rings.used, rings.available].map(|address| memory.user_address(address));
+        self.tell(&Message::vring_addresses(index, descriptors, used, available), &[])
+    }
+
+    /// `SET_VRING_BASE`
+    ///
+    /// # Errors
+    /// Those of [`Self::tell`].
+    pub fn set_vring_base(&self, index: u32, base: u16) -> Result<()> {
+        self.tell(&Message::vring_state(request::SET_VRING_BASE, index, base.into()), &[])
+    }
+
+    /// `GET_VRING_BASE`: stops the vring and gives its next available index.
+    ///
+    /// # Errors
+    /// Those of [`Self::ask`], and if the reply is about another vring.
+    pub fn get_vring_base(&self, index: u32) -> Result<u32> {
+        let payload = self.ask(&Message::vring_state(request::GET_VRING_BASE, index, 0))?;
+        ensure!(
+            payload.len() == 8 && u32_at(&payload, 0) == Some(index),
+            "base of vring {index}: {payload:?}"
+        );
+        u32_at(&payload, 4).context("a short reply")
+    }
+
+    /// `SET_VRING_KICK` with an eventfd, or without one: then the back-end polls.
+    ///
+    /// # Errors
+    /// Those of [`Self::tell`].
+    pub fn set_vring_kick(&self, index: u32, fd: Option<BorrowedFd<'_>>) -> Result<()> {
+        self.set_vring_fd(request::SET_VRING_KICK, index, fd)
+    }
+
+    /// `SET_VRING_CALL` with an eventfd, or without one: then the driver polls.
+    ///
+    /// # Errors
+    /// Those of [`Self::tell`].
+    pub fn set_vring_call(&self, index: u32, fd: Option<BorrowedFd<'_>>) -> Result<()> {
+        self.set_vring_fd(request::SET_VRING_CALL, index, fd)
+    }
+
+    fn set_vring_fd(&self, request: u32, index: u32, fd: Option<BorrowedFd<'_>>) -> Result<()> {
+        let without = if fd.is_some() { 0 } else { NO_FD };
+        self.tell(&Message::u64(request, u64::from(index) | without), fd.as_slice())
+    }
+
+    /// `SET_VRING_ENABLE`
+    ///
+    /// # Errors
+    /// Those of [`Self::tell`].
+    pub fn set_vring_enable(&self, index: u32, enabled: bool) -> Result<()> {
+        self.tell(&Message::vring_state(request::SET_VRING_ENABLE, index, enabled.into()), &[])
+    }
+}
+
+/// Whether an error says that the other side has gone.
+fn is_closed(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::thread;
+
+    use super::*;
+
+    fn pair() -> (Connection, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        (Connection::new(ours).unwrap(), theirs)
+    }
+
+    fn reply(request: u32, payload: &[u8]) -> Vec<u8> {
+        Message::new(request, payload.to_vec()).with_flags(VERSION | REPLY).encode()
+    }
+
+    #[test]
+    fn a_question_gets_its_answer() {
+        let (connection, mut back_end) = pair();
+        let server = thread::spawn(move || {
+            let mut request = [0; HEADER_SIZE];
+            back_end.read_exact(&mut request).unwrap();
+            assert_eq!(request, [1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+            back_end.write_all(&reply(request::GET_FEATURES, &5u64.to_le_bytes())).unwrap();
+        });
+        assert_eq!(connection.get_features().unwrap(), 5);
+        server.join().unwrap();
+    }
+
+    #[test]
+    fn a_refusal_and_an_answer_to_something_else_are_errors() {
+        let (mut connection, mut back_end) = pair();
+        connection.acknowledged = true;
+        back_end.write_all(&reply(request::SET_OWNER, &1u64.to_le_bytes())).unwrap();
+        assert!(connection.set_owner().unwrap_err().to_string().contains("refused"));
+        back_end.write_all(&reply(request::SET_FEATURES, &0u64.to_le_bytes())).unwrap();
+        connection.set_owner().unwrap_err();
+    }
+
+    #[test]
+    fn a_closed_connection_is_told_from_a_reply() {
+        let (connection, mut back_end) = pair();
+        back_end.write_all(&reply(request::SET_OWNER, &[])).unwrap();
+        connection.wait_closed().unwrap_err();
+        drop(back_end);
+        connection.wait_closed().unwrap();
+    }
+}

@@ -1,0 +1,239 @@
+//! The vhost-user messages as bytes (vhost-user specification: "Message Specification").
+//!
+//! Everything can be said here that the specification forbids: a [`Message`] holds whatever numbers it was given.
+
+/// Request codes (vhost-user: "Front-end message types").
+pub mod request {
+    /// `VHOST_USER_GET_FEATURES`
+    pub const GET_FEATURES: u32 = 1;
+    /// `VHOST_USER_SET_FEATURES`
+    pub const SET_FEATURES: u32 = 2;
+    /// `VHOST_USER_SET_OWNER`
+    pub const SET_OWNER: u32 = 3;
+    /// `VHOST_USER_RESET_OWNER`
+    pub const RESET_OWNER: u32 = 4;
+    /// `VHOST_USER_SET_MEM_TABLE`
+    pub const SET_MEM_TABLE: u32 = 5;
+    /// `VHOST_USER_SET_LOG_BASE`
+    pub const SET_LOG_BASE: u32 = 6;
+    /// `VHOST_USER_SET_LOG_FD`
+    pub const SET_LOG_FD: u32 = 7;
+    /// `VHOST_USER_SET_VRING_NUM`
+    pub const SET_VRING_NUM: u32 = 8;
+    /// `VHOST_USER_SET_VRING_ADDR`
+    pub const SET_VRING_ADDR: u32 = 9;
+    /// `VHOST_USER_SET_VRING_BASE`
+    pub const SET_VRING_BASE: u32 = 10;
+    /// `VHOST_USER_GET_VRING_BASE`
+    pub const GET_VRING_BASE: u32 = 11;
+    /// `VHOST_USER_SET_VRING_KICK`
+    pub const SET_VRING_KICK: u32 = 12;
+    /// `VHOST_USER_SET_VRING_CALL`
+    pub const SET_VRING_CALL: u32 = 13;
+    /// `VHOST_USER_SET_VRING_ERR`
+    pub const SET_VRING_ERR: u32 = 14;
+    /// `VHOST_USER_GET_PROTOCOL_FEATURES`
+    pub const GET_PROTOCOL_FEATURES: u32 = 15;
+    /// `VHOST_USER_SET_PROTOCOL_FEATURES`
+    pub const SET_PROTOCOL_FEATURES: u32 = 16;
+    /// `VHOST_USER_GET_QUEUE_NUM`
+    pub const GET_QUEUE_NUM: u32 = 17;
+    /// `VHOST_USER_SET_VRING_ENABLE`
+    pub const SET_VRING_ENABLE: u32 = 18;
+    /// `VHOST_USER_SEND_RARP`
+    pub const SEND_RARP: u32 = 19;
+    /// `VHOST_USER_NET_SET_MTU`
+    pub const NET_SET_MTU: u32 = 20;
+    /// `VHOST_USER_GET_CONFIG`
+    pub const GET_CONFIG: u32 = 24;
+    /// `VHOST_USER_SET_CONFIG`
+    pub const SET_CONFIG: u32 = 25;
+    /// `VHOST_USER_RESET_DEVICE`
+    pub const RESET_DEVICE: u32 = 34;
+    /// `VHOST_USER_GET_MAX_MEM_SLOTS`
+    pub const GET_MAX_MEM_SLOTS: u32 = 36;
+    /// `VHOST_USER_ADD_MEM_REG`
+    pub const ADD_MEM_REG: u32 = 37;
+    /// `VHOST_USER_REM_MEM_REG`
+    pub const REM_MEM_REG: u32 = 38;
+    /// The highest code that any front-end is known to send; used where all of them are tried.
+    pub const LAST: u32 = 44;
+}
+
+/// The protocol version, in the lowest two bits of a message's flags.
+pub const VERSION: u32 = 0x1;
+/// Message flag: this is a reply.
+pub const REPLY: u32 = 0x4;
+/// Message flag: the front-end wants an acknowledgement.
+pub const NEED_REPLY: u32 = 0x8;
+/// In the payload of `SET_VRING_KICK`, `_CALL` and `_ERR`: no file descriptor comes with it.
+pub const NO_FD: u64 = 0x100;
+/// The length of a message's header.
+pub const HEADER_SIZE: usize = 12;
+
+/// Protocol feature bits (vhost-user: "Protocol features").
+pub mod protocol {
+    /// `VHOST_USER_PROTOCOL_F_MQ`
+    pub const MQ: u64 = 1 << 0;
+    /// `VHOST_USER_PROTOCOL_F_REPLY_ACK`
+    pub const REPLY_ACK: u64 = 1 << 3;
+    /// `VHOST_USER_PROTOCOL_F_CONFIG`
+    pub const CONFIG: u64 = 1 << 9;
+    /// `VHOST_USER_PROTOCOL_F_RESET_DEVICE`
+    pub const RESET_DEVICE: u64 = 1 << 13;
+    /// `VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS`
+    pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
+}
+
+/// One message, right or wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Message {
+    /// The request code.
+    pub request: u32,
+    /// Version, [`REPLY`] and [`NEED_REPLY`].
+    pub flags: u32,
+    /// The size that the header claims.
+    pub size: u32,
+    /// The bytes behind the header.
+    pub payload: Vec<u8>,
+}
+
+impl Message {
+    /// A well-formed request with this payload.
+    pub fn new(request: u32, payload: Vec<u8>) -> Self {
+        let size = u32::try_from(payload.len()).unwrap_or(u32::MAX);
+        Self { request, flags: VERSION, size, payload }
+    }
+
+    /// A request without a payload.
+    pub fn empty(request: u32) -> Self {
+        Self::new(request, Vec::new())
+    }
+
+    /// A request whose payload is one 64-bit number.
+    pub fn u64(request: u32, value: u64) -> Self {
+        Self::new(request, value.to_le_bytes().to_vec())
+    }
+
+    /// A request whose payload is a vring state: an index and a number.
+    pub fn vring_state(request: u32, index: u32, number: u32) -> Self {
+        Self::new(request, [index.to_le_bytes(), number.to_le_bytes()].concat())
+    }
+
+    /// `SET_VRING_ADDR`, with addresses in the front-end's address space.
+    pub fn vring_addresses(index: u32, descriptors: u64, used: u64, available: u64) -> Self {
+        let mut payload = [index.to_le_bytes(), 0u32.to_le_bytes()].concat();
+        for address in [descriptors, used, available, 0] {
+            payload.extend_from_slice(&address.to_le_bytes());
+        }
+        Self::new(request::SET_VRING_ADDR, payload)
+    }
+
+    /// `SET_MEM_TABLE`.
+    pub fn memory_table(regions: &[MemoryRegion]) -> Self {
+        let count = u32::try_from(regions.len()).unwrap_or(u32::MAX);
+        let mut payload = [count.to_le_bytes(), 0u32.to_le_bytes()].concat();
+        payload.extend(regions.iter().flat_map(MemoryRegion::encode));
+        Self::new(request::SET_MEM_TABLE, payload)
+    }
+
+    /// `ADD_MEM_REG` or `REM_MEM_REG`.
+    pub fn single_region(request: u32, region: &MemoryRegion) -> Self {
+        let mut payload = 0u64.to_le_bytes().to_vec();
+        payload.extend(region.encode());
+        Self::new(request, payload)
+    }
+
+    /// `GET_CONFIG`, with room for `length` bytes from `offset`.
+    pub fn get_config(offset: u32, length: u32) -> Self {
+        let mut payload = [offset, length, 0].map(u32::to_le_bytes).concat();
+        payload.resize(payload.len() + usize::try_from(length).unwrap_or(0), 0);
+        Self::new(request::GET_CONFIG, payload)
+    }
+
+    /// The same message with these flags.
+    pub fn with_flags(self, flags: u32) -> Self {
+        Self { flags, ..self }
+    }
+
+    /// The same message, asking for an acknowledgement.
+    pub fn with_need_reply(self) -> Self {
+        Self { flags: self.flags | NEED_REPLY, ..self }
+    }
+
+    /// The same message, whose header lies about its size.
+    pub fn with_size(self, size: u32) -> Self {
+        Self { size, ..self }
+    }
+
+    /// The bytes to send.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut bytes = [self.request, self.flags, self.size].map(u32::to_le_bytes).concat();
+        bytes.extend_from_slice(&self.payload);
+        bytes
+    }
+}
+
+/// A memory region as a message describes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryRegion {
+    /// Its first guest physical address.
+    pub guest_address: u64,
+    /// Its size in bytes.
+    pub size: u64,
+    /// Its first address in the front-end's address space, in which ring addresses are given.
+    pub user_address: u64,
+    /// Where it begins in its file.
+    pub file_offset: u64,
+}
+
+impl MemoryRegion {
+    fn encode(&self) -> Vec<u8> {
+        [self.guest_address, self.size, self.user_address, self.file_offset].map(u64::to_le_bytes).concat()
+    }
+}
+
+/// Reads the little-endian number of four bytes at `offset`.
+pub fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
+    Some(u32::from_le_bytes(bytes.get(offset..)?.first_chunk().copied()?))
+}
+
+/// Reads the little-endian number of eight bytes at `offset`.
+pub fn u64_at(bytes: &[u8], offset: usize) -> Option<u64> {
+    Some(u64::from_le_bytes(bytes.get(offset..)?.first_chunk().copied()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_is_header_and_payload() {
+        let message = Message::vring_state(request::SET_VRING_NUM, 2, 0x1234).with_need_reply();
+        let expected = [8, 0, 0, 0, 9, 0, 0, 0, 8, 0, 0, 0, 2, 0, 0, 0, 0x34, 0x12, 0, 0];
+        assert_eq!(message.encode(), expected);
+    }
+
+    #[test]
+    fn sizes_are_the_specifications() {
+        let region = MemoryRegion { guest_address: 1, size: 2, user_address: 3, file_offset: 4 };
+        assert_eq!(Message::memory_table(&[region, region]).size, 8 + 2 * 32);
+        assert_eq!(Message::single_region(request::ADD_MEM_REG, &region).size, 40);
+        assert_eq!(Message::vring_addresses(0, 1, 2, 3).size, 40);
+        assert_eq!(Message::get_config(0, 12).size, 24);
+        assert_eq!(Message::empty(request::GET_FEATURES).encode().len(), HEADER_SIZE);
+    }
+
+    #[test]
+    fn a_header_may_lie() {
+        assert_eq!(Message::empty(1).with_size(0xffff_ffff).encode()[8..], [0xff; 4]);
+    }
+
+    #[test]
+    fn numbers_are_read_where_they_are() {
+        let bytes = [1, 0, 0, 0, 2, 0, 0, 0, 3];
+        assert_eq!(u32_at(&bytes, 4), Some(2));
+        assert_eq!(u64_at(&bytes, 0), Some(0x2_0000_0001));
+        assert_eq!(u32_at(&bytes, 6), None);
+    }
+}

@@ -1,0 +1,244 @@
+//! A network namespace of a test's own, with TAPs in it.
+//!
+//! The namespace belongs to the thread that entered it, to the threads and processes started from there, and to the
+//! TAPs' open files; when the last of these is gone — however the test ended — so is the namespace with all in it.
+#![expect(unsafe_code, reason = "interfaces are configured by ioctl")]
+
+use std::fs::File;
+use std::marker::PhantomData;
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+
+use anyhow::{Context, Result, ensure};
+use nix::errno::Errno;
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+
+/// A namespace that this thread is in until the value is dropped.
+#[derive(Debug)]
+pub struct Netns {
+    before: File,
+    /// Namespaces are the thread's.
+    _thread: PhantomData<*const ()>,
+}
+
+impl Netns {
+    /// Takes this thread into a new, empty network namespace, in which interfaces say nothing by themselves: no IPv6.
+    ///
+    /// # Errors
+    /// Without the privilege to do so (`CAP_SYS_ADMIN`).
+    pub fn enter() -> Result<Self> {
+        let before = File::open("/proc/thread-self/ns/net").context("this thread's network namespace")?;
+        unshare(CloneFlags::CLONE_NEWNET).context("a new network namespace (this test must run as root)")?;
+        for scope in ["all", "default"] {
+            let path = format!("/proc/sys/net/ipv6/conf/{scope}/disable_ipv6");
+            // A kernel without IPv6 has no such file.
+            if std::path::Path::new(&path).exists() {
+                std::fs::write(&path, "1").context(path)?;
+            }
+        }
+        Ok(Self { before, _thread: PhantomData })
+    }
+
+    /// Creates a TAP with a virtio-net header and `queues` queues, brings it up and gives its queues. It lives as long
+    /// as one of them is open, or [`set_persistent`] was called.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn create_tap(&self, name: &str, queues: usize) -> Result<Vec<OwnedFd>> {
+        let multi_queue = if queues > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
+        let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | multi_queue;
+        let queues = (0..queues).map(|_| open_tun(name, flags)).collect::<Result<Vec<_>>>()?;
+        set_up(name)?;
+        Ok(queues)
+    }
+
+    /// Creates a TAP that stays without an open file, brings it up and closes it: for a back-end to find.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn create_persistent_tap(&self, name: &str, multi_queue: bool) -> Result<()> {
+        let multi_queue = if multi_queue { libc::IFF_MULTI_QUEUE } else { 0 };
+        let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | multi_queue;
+        let tap = open_tun(name, flags)?;
+        set_persistent(&tap)?;
+        set_up(name)
+    }
+}
+
+impl Drop for Netns {
+    fn drop(&mut self) {
+        setns(&self.before, CloneFlags::CLONE_NEWNET).expect("the namespace this thread came from");
+    }
+}
+
+/// An `ifreq` for this interface.
+fn interface_request(name: &str) -> Result<libc::ifreq> {
+    ensure!(name.len() < libc::IFNAMSIZ, "{name}: too long for an interface's name");
+    // SAFETY: `ifreq` is plain data, for which all zeroes is a value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (target, source) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *target = libc::c_char::from_ne_bytes([source]);
+    }
+    Ok(request)
+}
+
+/// Issues an interface ioctl on a throw-away socket of this thread's namespace.
+fn interface_ioctl(request: libc::Ioctl, argument: &mut libc::ifreq) -> Result<()> {
+    let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+    // SAFETY: every request used here takes a pointer to an `ifreq`, which lives through the call.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), request, &raw mut *argument) };
+    Errno::result(result).with_context(|| format!("interface ioctl {request:#x}"))?;
+    Ok(())
+}
+
+/// Opens a queue of a TUN or TAP interface with exactly these flags, creating it where there is none.
+///
+/// # Errors
+/// The system's.
+pub fn open_tun(name: &str, flags: libc::c_int) -> Result<OwnedFd> {
+    let file = File::options().read(true).write(true).open("/dev/net/tun").context("/dev/net/tun")?;
+    let mut request = interface_request(name)?;
+    request.ifr_ifru.ifru_flags = i16::from_ne_bytes(flags.to_ne_bytes()[..2].try_into()?);
+    // SAFETY: TUNSETIFF takes a pointer to an `ifreq`, which lives through the call.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
+    Errno::result(result).with_context(|| format!("TUNSETIFF {name}"))?;
+    // SAFETY: the descriptor was just given up by its owner.
+    Ok(unsafe { OwnedFd::from_raw_fd(file.into_raw_fd()) })
+}
+
+/// Keeps a TAP when its last file is closed.
+///
+/// # Errors
+/// The system's.
+pub fn set_persistent(tap: &OwnedFd) -> Result<()> {
+    // SAFETY: TUNSETPERSIST takes a number.
+    let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETPERSIST, 1) };
+    Errno::result(result).context("TUNSETPERSIST")?;
+    Ok(())
+}
+
+/// An interface's `IFF_` flags.
+fn flags(name: &str) -> Result<libc::c_short> {
+    let mut request = interface_request(name)?;
+    interface_ioctl(libc::SIOCGIFFLAGS, &mut request)?;
+    // SAFETY: SIOCGIFFLAGS has filled this field in.
+    Ok(unsafe { request.ifr_ifru.ifru_flags })
+}
+
+/// Whether an interface of that name exists in this thread's namespace.
+pub fn exists(name: &str) -> bool {
+    flags(name).is_ok()
+}
+
+/// Brings an interface up.
+///
+/// # Errors
+/// The system's, also where there is no such interface.
+pub fn set_up(name: &str) -> Result<()> {
+    let mut request = interface_request(name)?;
+    request.ifr_ifru.ifru_flags = flags(name)? | libc::c_short::try_from(libc::IFF_UP)?;
+    interface_ioctl(libc::SIOCSIFFLAGS, &mut request).with_context(|| format!("bring {name} up"))
+}
+
+/// Whether an interface is up.
+///
+/// # Errors
+/// Where there is no such interface.
+pub fn is_up(name: &str) -> Result<bool> {
+    Ok(flags(name)? & libc::c_short::try_from(libc::IFF_UP)? != 0)
+}
+
+/// Sets an interface's MTU.
+///
+/// # Errors
+/// The system's.
+pub fn set_mtu(name: &str, mtu: i32) -> Result<()> {
+    let mut request = interface_request(name)?;
+    request.ifr_ifru.ifru_mtu = mtu;
+    interface_ioctl(libc::SIOCSIFMTU, &mut request).with_context(|| format!("MTU of {name}"))
+}
+
+/// An interface's index.
+///
+/// # Errors
+/// Where there is no such interface.
+pub fn interface_index(name: &str) -> Result<i32> {
+    let mut request = interface_request(name)?;
+    interface_ioctl(libc::SIOCGIFINDEX, &mut request).with_context(|| format!("index of {name}"))?;
+    // SAFETY: SIOCGIFINDEX has filled this field in.
+    Ok(unsafe { request.ifr_ifru.ifru_ifindex })
+}
+
+/// An interface's counters, as the kernel sees it: for a TAP, `rx` is what its owner wrote.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Frames written by the TAP's owner.
+    pub rx_packets: u64,
+    /// Frames given up on the way from the TAP's owner.
+    pub rx_dropped: u64,
+    /// Frames for the TAP's owner.
+    pub tx_packets: u64,
+    /// Frames for the TAP's owner for which there was no room, or no queue.
+    pub tx_dropped: u64,
+}
+
+/// Reads an interface's counters.
+///
+/// # Errors
+/// Where there is no such interface.
+pub fn counters(name: &str) -> Result<Counters> {
+    let text = std::fs::read_to_string("/proc/thread-self/net/dev")?;
+    parse_counters(&text, name).with_context(|| format!("{name} is not in /proc/net/dev"))
+}
+
+fn parse_counters(text: &str, name: &str) -> Option<Counters> {
+    let line = text.lines().find_map(|line| line.trim_start().strip_prefix(name)?.strip_prefix(':'))?;
+    let numbers: Vec<u64> = line.split_whitespace().map_while(|number| number.parse().ok()).collect();
+    Some(Counters {
+        rx_packets: *numbers.get(1)?,
+        rx_dropped: *numbers.get(3)?,
+        tx_packets: *numbers.get(9)?,
+        tx_dropped: *numbers.get(11)?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_are_read_from_their_columns() {
+        let text = "Inter-|   Receive                                                |  Transmit\n \
+            face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo colls carrier compressed\n \
+            lo: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16\n\
+            tap0: 100 101 102 103 104 105 106 107 108 109 110 111 112 113 114 115\n";
+        let expected = Counters { rx_packets: 101, rx_dropped: 103, tx_packets: 109, tx_dropped: 111 };
+        assert_eq!(parse_counters(text, "tap0"), Some(expected));
+        assert_eq!(parse_counters(text, "tap"), None);
+    }
+
+    #[test]
+    fn a_tap_goes_with_its_last_queue() {
+        let netns = Netns::enter().unwrap();
+        let queues = netns.create_tap("tap0", 2).unwrap();
+        assert!(is_up("tap0").unwrap());
+        drop(queues);
+        assert!(!exists("tap0"));
+    }
+
+    #[test]
+    fn a_persistent_tap_stays() {
+        let netns = Netns::enter().unwrap();
+        netns.create_persistent_tap("tap0", false).unwrap();
+        assert!(is_up("tap0").unwrap());
+        assert_eq!(counters("tap0").unwrap(), Counters::default());
+    }
+
+    #[test]
+    fn a_namespace_is_left_again() {
+        let netns = Netns::enter().unwrap();
+        let _queues = netns.create_tap("baton-test0", 1).unwrap();
+        drop(netns);
+        assert!(!exists("baton-test0"));
+    }
+}

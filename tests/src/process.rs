@@ -1,0 +1,302 @@
+//! A program under test: started with inherited descriptors, its log kept, and gone with the test.
+//!
+//! It is in the network namespace of the thread that starts it, and is killed when that thread ends in any way.
+#![expect(
+    unsafe_code,
+    reason = "a child's descriptors and its death with its parent are arranged before exec"
+)]
+
+use std::ffi::OsString;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
+
+/// How long anything may take. Only catches what hangs.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How often is looked where the kernel reports no event.
+const TICK: Duration = Duration::from_millis(1);
+
+/// Where a program of this workspace is: beside the test's own.
+///
+/// # Errors
+/// If it has not been built.
+pub fn program(name: &str) -> Result<PathBuf> {
+    let test = std::env::current_exe().context("the test's own path")?;
+    let path = test.ancestors().nth(2).context("the target directory")?.join(name);
+    ensure!(path.exists(), "{} is not built: cargo build --workspace", path.display());
+    Ok(path)
+}
+
+/// A running program.
+#[derive(Debug)]
+pub struct Process {
+    child: Child,
+    pidfd: OwnedFd,
+    log: std::fs::File,
+    status: Option<ExitStatus>,
+}
+
+impl Process {
+    /// Starts `path`. The child inherits `fds` under their numbers here, and no others.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start(path: &Path, arguments: &[OsString], fds: &[BorrowedFd<'_>]) -> Result<Self> {
+        let log = tempfile::tempfile().context("a file for the log")?;
+        let fds: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let parent = nix::unistd::getpid();
+        let mut command = Command::new(path);
+        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log.try_clone()?);
+        let before_exec = move || {
+            nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+            if nix::unistd::getppid() != parent {
+                return Err(Errno::ESRCH.into());
+            }
+            for &fd in &fds {
+                // SAFETY: takes numbers only; the descriptor is the parent's, which keeps it open until the exec.
+                Errno::result(unsafe { libc::fcntl(fd, libc::F_SETFD, 0) })?;
+            }
+            Ok(())
+        };
+        // SAFETY: the closure only makes system calls.
+        unsafe { command.pre_exec(before_exec) };
+        let child = command.spawn().with_context(|| format!("start {}", path.display()))?;
+        let pid = libc::pid_t::try_from(child.id())?;
+        // SAFETY: takes numbers only. The child has not been waited for, so the number is still its own.
+        let pidfd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+        // SAFETY: the descriptor was just created and belongs to nobody else.
+        let pidfd = unsafe { OwnedFd::from_raw_fd(RawFd::try_from(pidfd)?) };
+        Ok(Self { child, pidfd, log, status: None })
+    }
+
+    /// Its process number.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What it has said on its standard error so far.
+    pub fn log(&self) -> String {
+        // Read at offsets of its own: the file's belongs to the child, which writes there.
+        let mut bytes = Vec::new();
+        let mut chunk = [0; 4096];
+        loop {
+            match self.log.read_at(&mut chunk, bytes.len() as u64) {
+                Ok(0) => return String::from_utf8_lossy(&bytes).into_owned(),
+                Ok(count) => bytes.extend_from_slice(&chunk[..count]),
+                Err(error) => return format!("(the log cannot be read: {error})"),
+            }
+        }
+    }
+
+    /// Waits for up to `time` for its end.
+    fn ends_within(&mut self, time: Duration) -> Result<bool> {
+        if self.status.is_none() {
+            let mut fds = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
+            if poll(&mut fds, PollTimeout::try_from(time)?)? == 0 {
+                return Ok(false);
+            }
+            self.status = Some(self.child.wait()?);
+        }
+        Ok(true)
+    }
+
+    /// Whether it still runs.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn is_running(&mut self) -> Result<bool> {
+        Ok(!self.ends_within(Duration::ZERO)?)
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// If it goes on.
+    pub fn wait(&mut self) -> Result<ExitStatus> {
+        ensure!(self.ends_within(PATIENCE)?, "process {} does not end", self.pid());
+        self.status.context("an ended process has a status")
+    }
+
+    /// Sends it a signal.
+    ///
+    /// # Errors
+    /// If it has ended.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        ensure!(self.status.is_none(), "process {} has ended", self.pid());
+        let pidfd = self.pidfd.as_raw_fd();
+        // SAFETY: takes numbers, and a null pointer for "no more information".
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_pidfd_send_signal,
+                pidfd,
+                signal as libc::c_int,
+                std::ptr::null::<()>(),
+                0,
+            )
+        };
+        Errno::result(result).with_context(|| format!("send {signal}"))?;
+        Ok(())
+    }
+
+    /// Waits until `condition` gives something, for as long as the process runs.
+    ///
+    /// # Errors
+    /// If it ends, or the condition does not come true; the condition's own.
+    pub fn wait_until<T>(
+        &mut self,
+        what: &str,
+        mut condition: impl FnMut(&Self) -> Result<Option<T>>,
+    ) -> Result<T> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(value) = condition(self)? {
+                return Ok(value);
+            }
+            if self.ends_within(TICK)? {
+                bail!("the process ended ({:?}) before {what}; its log:\n{}", self.status, self.log());
+            }
+            ensure!(Instant::now() < deadline, "waited in vain until {what}");
+        }
+    }
+
+    /// Connects to a socket on which it will listen soon.
+    ///
+    /// # Errors
+    /// If it does not.
+    pub fn connect(&mut self, path: &Path) -> Result<UnixStream> {
+        self.wait_until(&format!("it listened on {}", path.display()), |_| Ok(UnixStream::connect(path).ok()))
+    }
+
+    /// How many descriptors it has open.
+    ///
+    /// # Errors
+    /// If it has ended.
+    pub fn open_fds(&self) -> Result<usize> {
+        Ok(std::fs::read_dir(format!("/proc/{}/fd", self.pid()))?.count())
+    }
+
+    /// Where its descriptors point, for the message of a failed test.
+    ///
+    /// # Errors
+    /// If it has ended.
+    pub fn fd_targets(&self) -> Result<Vec<String>> {
+        let mut targets = Vec::new();
+        for entry in std::fs::read_dir(format!("/proc/{}/fd", self.pid()))? {
+            // One that has been closed since is no target.
+            if let Ok(target) = std::fs::read_link(entry?.path()) {
+                targets.push(target.display().to_string());
+            }
+        }
+        targets.sort();
+        Ok(targets)
+    }
+
+    /// Waits until it has exactly this many descriptors open.
+    ///
+    /// # Errors
+    /// If it never has.
+    pub fn wait_open_fds(&mut self, expected: usize) -> Result<()> {
+        let what = format!("it had {expected} descriptors open");
+        let result = self.wait_until(&what, |process| Ok((process.open_fds()? == expected).then_some(())));
+        result.with_context(|| format!("open: {:#?}", self.fd_targets().unwrap_or_default()))
+    }
+
+    /// How many bytes of its own memory (not shared with the guest) it has in RAM.
+    ///
+    /// # Errors
+    /// If it has ended.
+    pub fn resident_bytes(&self) -> Result<u64> {
+        let text = std::fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
+        let line = text.lines().find_map(|line| line.strip_prefix("RssAnon:")).context("no RssAnon")?;
+        let kibibytes: u64 = line.trim().trim_end_matches(" kB").parse().context("RssAnon")?;
+        Ok(kibibytes * 1024)
+    }
+
+    /// How many threads it has.
+    ///
+    /// # Errors
+    /// If it has ended.
+    pub fn threads(&self) -> Result<usize> {
+        Ok(std::fs::read_dir(format!("/proc/{}/task", self.pid()))?.count())
+    }
+
+    /// The numbers of its threads with this name.
+    ///
+    /// # Errors
+    /// If it has ended.
+    pub fn threads_named(&self, name: &str) -> Result<Vec<u32>> {
+        let mut numbers = Vec::new();
+        for entry in std::fs::read_dir(format!("/proc/{}/task", self.pid()))? {
+            let entry = entry?;
+            if std::fs::read_to_string(entry.path().join("comm"))?.trim_end() == name {
+                numbers.push(entry.file_name().to_string_lossy().parse()?);
+            }
+        }
+        Ok(numbers)
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if self.status.is_none() {
+            // Nothing that fails here can be helped: it dies with this thread in any case.
+            let _ = self.signal(Signal::SIGKILL);
+            let _ = self.child.wait();
+        }
+        if std::thread::panicking() {
+            eprintln!("--- log of process {} ---\n{}--- end ---", self.pid(), self.log());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str, fds: &[BorrowedFd<'_>]) -> Process {
+        Process::start(Path::new("/bin/sh"), &["-c".into(), script.into()], fds).unwrap()
+    }
+
+    #[test]
+    fn a_program_leaves_its_log_and_its_status() {
+        let mut process = shell("echo hello >&2; exit 3", &[]);
+        assert_eq!(process.wait().unwrap().code(), Some(3));
+        assert_eq!(process.log(), "hello\n");
+        assert!(!process.is_running().unwrap());
+    }
+
+    #[test]
+    fn a_program_is_killed_with_its_handle() {
+        let process = shell("exec sleep 1000", &[]);
+        let pid = process.pid();
+        assert!(Path::new(&format!("/proc/{pid}")).exists());
+        drop(process);
+        assert!(!Path::new(&format!("/proc/{pid}")).exists());
+    }
+
+    #[test]
+    fn descriptors_are_inherited_when_named() {
+        let (reader, writer) = nix::unistd::pipe().unwrap();
+        let mut process = shell(&format!("echo hi >&{}", writer.as_raw_fd()), &[writer.as_fd()]);
+        process.wait().unwrap();
+        let mut bytes = [0; 10];
+        assert_eq!(nix::unistd::read(&reader, &mut bytes).unwrap(), 3);
+    }
+
+    #[test]
+    fn an_early_end_is_not_waited_out() {
+        let mut process = shell("echo broken >&2; exit 1", &[]);
+        let error = process.connect(Path::new("/nonexistent")).unwrap_err();
+        assert!(error.to_string().contains("broken"), "{error}");
+    }
+}
