@@ -111,6 +111,14 @@ impl Region {
             || cross(self.layout.user_address, other.layout.user_address)
     }
 
+    /// Whether `file` is what the region maps.
+    fn is_of(&self, file: &File) -> Result<bool, MemoryError> {
+        let Some(own) = self.mapping.file_offset() else { return Ok(false) };
+        let own = own.file().metadata().map_err(MemoryError::Inspect)?;
+        let other = file.metadata().map_err(MemoryError::Inspect)?;
+        Ok((own.dev(), own.ino()) == (other.dev(), other.ino()))
+    }
+
     /// The host pointer `offset` bytes into the region, and how many bytes follow.
     fn at(&self, offset: u64) -> Option<(*mut u8, usize)> {
         if offset >= self.layout.size {
@@ -123,10 +131,18 @@ impl Region {
     }
 }
 
+/// A region in the table.
+#[derive(Clone, Debug)]
+struct Entry {
+    region: Arc<Region>,
+    /// How often it was shared: QEMU before 8.0 adds, and removes, every region once for each queue pair.
+    count: u32,
+}
+
 /// The table of regions, sorted by guest address.
 #[derive(Clone, Debug, Default)]
 pub struct GuestMemory {
-    regions: Vec<Arc<Region>>,
+    entries: Vec<Entry>,
 }
 
 impl GuestMemory {
@@ -142,13 +158,20 @@ impl GuestMemory {
         Ok(memory)
     }
 
-    /// This table with one more region (`ADD_MEM_REG`).
+    /// This table with one more region (`ADD_MEM_REG`). One that is there already, of the same file, is there once
+    /// more: to be removed as often as it was added.
     ///
     /// # Errors
     /// Any [`MemoryError`]; this table is unchanged.
     pub fn with(&self, layout: RegionLayout, file: File) -> Result<Self, MemoryError> {
         let mut memory = self.clone();
-        memory.insert(Region::map(layout, file)?)?;
+        if let Some(entry) = memory.entries.iter_mut().find(|entry| entry.region.layout == layout)
+            && entry.region.is_of(&file)?
+        {
+            entry.count += 1;
+        } else {
+            memory.insert(Region::map(layout, file)?)?;
+        }
         Ok(memory)
     }
 
@@ -158,33 +181,36 @@ impl GuestMemory {
     /// # Errors
     /// [`MemoryError::Unknown`] where there is none.
     pub fn without(&self, layout: RegionLayout) -> Result<Self, MemoryError> {
-        let same = |region: &Arc<Region>| {
-            let own = region.layout;
+        let same = |entry: &Entry| {
+            let own = entry.region.layout;
             (own.guest_address, own.user_address, own.size)
                 == (layout.guest_address, layout.user_address, layout.size)
         };
-        if !self.regions.iter().any(same) {
-            return Err(MemoryError::Unknown(layout.guest_address));
+        let mut memory = self.clone();
+        let index = memory.entries.iter().position(same).ok_or(MemoryError::Unknown(layout.guest_address))?;
+        memory.entries[index].count -= 1;
+        if memory.entries[index].count == 0 {
+            memory.entries.remove(index);
         }
-        Ok(Self { regions: self.regions.iter().filter(|region| !same(region)).cloned().collect() })
+        Ok(memory)
     }
 
     fn insert(&mut self, region: Region) -> Result<(), MemoryError> {
-        if self.regions.len() == MAX_REGIONS {
+        if self.entries.len() == MAX_REGIONS {
             return Err(MemoryError::TooMany);
         }
-        if self.regions.iter().any(|other| other.overlaps(&region)) {
+        if self.entries.iter().any(|other| other.region.overlaps(&region)) {
             return Err(MemoryError::Overlaps(region.layout.guest_address));
         }
-        let place =
-            self.regions.partition_point(|other| other.layout.guest_address < region.layout.guest_address);
-        self.regions.insert(place, Arc::new(region));
+        let below = |other: &Entry| other.region.layout.guest_address < region.layout.guest_address;
+        let place = self.entries.partition_point(below);
+        self.entries.insert(place, Entry { region: Arc::new(region), count: 1 });
         Ok(())
     }
 
     /// Whether no memory was shared yet.
     pub fn is_empty(&self) -> bool {
-        self.regions.is_empty()
+        self.entries.is_empty()
     }
 
     /// Where guest address `address` is mapped, and how many bytes follow in the same region.
@@ -192,14 +218,14 @@ impl GuestMemory {
     /// `hint` is a region's index to look at first; it is set to the one that was found.
     #[inline]
     pub fn resolve(&self, address: u64, hint: &mut usize) -> Option<(*mut u8, usize)> {
-        if let Some(region) = self.regions.get(*hint)
+        if let Some(Entry { region, .. }) = self.entries.get(*hint)
             && let Some(found) = region.at(address.wrapping_sub(region.layout.guest_address))
         {
             return Some(found);
         }
-        let after = self.regions.partition_point(|region| region.layout.guest_address <= address);
+        let after = self.entries.partition_point(|entry| entry.region.layout.guest_address <= address);
         let index = after.checked_sub(1)?;
-        let region = &self.regions[index];
+        let region = &self.entries[index].region;
         let found = region.at(address - region.layout.guest_address)?;
         *hint = index;
         Some(found)
@@ -207,7 +233,7 @@ impl GuestMemory {
 
     /// Where `length` bytes at the front-end's address `address` are mapped, if one region holds them all.
     pub fn resolve_user(&self, address: u64, length: usize) -> Option<*mut u8> {
-        self.regions.iter().find_map(|region| {
+        self.entries.iter().find_map(|Entry { region, .. }| {
             let (pointer, rest) = region.at(address.wrapping_sub(region.layout.user_address))?;
             (rest >= length).then_some(pointer)
         })
@@ -274,5 +300,18 @@ mod tests {
         assert!(matches!(refused(unaligned, file(0x2000)), MemoryError::Map { .. }));
         assert!(matches!(base.without(layout(0x1000, 0x2000)), Err(MemoryError::Unknown(0x1000))));
         assert!(base.without(layout(0x1000, 0x1000)).unwrap().is_empty());
+        // The same place, but another file.
+        assert!(matches!(refused(layout(0x1000, 0x1000), file(0x1000)), MemoryError::Overlaps(_)));
+    }
+
+    #[test]
+    fn a_region_goes_when_it_was_removed_as_often_as_added() {
+        let shared = file(0x1000);
+        let again = shared.try_clone().unwrap();
+        let once = GuestMemory::map([(layout(0, 0), shared)]).unwrap();
+        let twice = once.with(layout(0, 0), again).unwrap();
+        let once = twice.without(layout(0, 0)).unwrap();
+        assert!(!once.is_empty());
+        assert!(once.without(layout(0, 0)).unwrap().is_empty());
     }
 }

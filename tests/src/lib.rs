@@ -2,7 +2,7 @@
 //!
 //! The [`programs`] under test run as [`process`]es, a [`backend`] among them, in a [`netns`] of the test's own, with a
 //! [`packet_socket`] on the TAP for [`frames`], and a [`fake_frontend`] or a [`guest`] (booted from [`images`],
-//! making [`traffic`]) on the other side. The [`lab`] runs a test in a machine that has what this one lacks.
+//! making [`traffic`]) on the other side; a [`link`] is all of that with checks. The [`lab`] runs a test in a machine that has what this one lacks.
 
 pub mod backend;
 pub mod fake_frontend;
@@ -10,6 +10,7 @@ pub mod frames;
 pub mod guest;
 pub mod images;
 pub mod lab;
+pub mod link;
 pub mod netns;
 pub mod packet_socket;
 pub mod places;

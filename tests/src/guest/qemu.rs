@@ -6,6 +6,7 @@ use anyhow::Result;
 
 use super::{Guest, KERNEL_COMMAND_LINE};
 use crate::images;
+use crate::link::Meeting;
 
 /// What runs the guest's instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,16 +54,20 @@ impl Qemu {
         self
     }
 
-    /// A network device whose back-end listens on this socket, and listens again should it leave.
+    /// A network device whose back-end meets QEMU at this socket, and again should it leave.
     ///
     /// Without MSI-X where QEMU emulates: some versions' vhost-user does not work with both.
-    pub fn vhost_user(self, id: &str, socket: &str, mac: &str, queue_pairs: u16) -> Self {
+    pub fn vhost_user(self, id: &str, socket: &str, meeting: Meeting, mac: &str, queue_pairs: u16) -> Self {
         let queues = if queue_pairs > 1 { format!(",queues={queue_pairs}") } else { String::new() };
         let mq = if queue_pairs > 1 { ",mq=on" } else { "" };
         let socket = socket.replace(',', ",,");
+        let how = match meeting {
+            Meeting::BackendListens => "reconnect=1",
+            Meeting::FrontendListens => "server=on",
+        };
         self.args([
             "-chardev",
-            &format!("socket,id=chardev-{id},path={socket},reconnect=1"),
+            &format!("socket,id=chardev-{id},path={socket},{how}"),
             "-netdev",
             &format!("vhost-user,id=netdev-{id},chardev=chardev-{id}{queues}"),
             "-device",

@@ -1,0 +1,275 @@
+//! A guest and the network, joined by a back-end and its TAP: addresses at both ends, and checks of the traffic.
+//!
+//! The same checks serve every front-end that runs a Linux guest. The network's end is the TAP's own interface, in the
+//! namespace of the test; `traffic serve` runs at both ends.
+
+use std::ffi::OsString;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use baton_control::ControlClient;
+use baton_protocol::control::{BackendStats, BackendStatus, Request};
+use serde_json::Value;
+
+use crate::guest::Guest;
+use crate::netns::Netns;
+use crate::process::Process;
+use crate::programs;
+
+/// The TAP's interface.
+pub const TAP: &str = "tap0";
+/// The address of the network's end.
+pub const HOST: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 1);
+/// The guest's address.
+pub const GUEST: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 2);
+/// The guest's MAC address.
+pub const MAC: &str = "02:ba:70:00:00:02";
+/// Where `traffic serve` listens at both ends.
+const PORT: u16 = 7000;
+
+/// How back-end and front-end find each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Meeting {
+    /// The back-end listens.
+    BackendListens,
+    /// The front-end listens; the back-end is a client.
+    FrontendListens,
+}
+
+/// A back-end on a TAP that outlives it, with the network's end ready.
+#[derive(Debug)]
+pub struct Link {
+    /// The running back-end.
+    pub backend: Process,
+    arguments: Vec<OsString>,
+    socket: PathBuf,
+    control: PathBuf,
+    queue_pairs: u16,
+    _server: Process,
+    _directory: tempfile::TempDir,
+    _netns: Netns,
+}
+
+impl Link {
+    /// Sets up the network and starts a back-end of so many queue pairs.
+    ///
+    /// # Errors
+    /// If anything cannot be set up.
+    pub fn new(meeting: Meeting, queue_pairs: u16) -> Result<Self> {
+        let netns = Netns::enter()?;
+        netns.create_persistent_tap(TAP, queue_pairs > 1)?;
+        ip(&["addr", "add", &format!("{HOST}/24"), "dev", TAP])?;
+        ip(&["link", "set", "lo", "up"])?;
+        // What the guest resolves once it need not again, however slow it is.
+        ip(&["neigh", "add", &GUEST.to_string(), "lladdr", MAC, "dev", TAP])?;
+        let directory = tempfile::tempdir()?;
+        let socket = directory.path().join("vhost-user");
+        let control = directory.path().join("control");
+        let mut arguments = vec![
+            option("--socket-path=", &socket),
+            option("--control-socket=", &control),
+            format!("--tap={TAP}").into(),
+            format!("--queue-pairs={queue_pairs}").into(),
+            "--log-level=debug".into(),
+        ];
+        if meeting == Meeting::FrontendListens {
+            arguments.push("--client".into());
+        }
+        let backend = Process::start(&programs::backend()?, &arguments, &[])?;
+        let listen = format!("--listen={HOST}:{PORT}");
+        let server = Process::start(&programs::traffic()?, &["serve".into(), listen.into()], &[])?;
+        let mut link = Self {
+            backend,
+            arguments,
+            socket,
+            control,
+            queue_pairs,
+            _server: server,
+            _directory: directory,
+            _netns: netns,
+        };
+        link.status()?;
+        Ok(link)
+    }
+
+    /// The vhost-user socket.
+    ///
+    /// # Errors
+    /// If its path is not UTF-8.
+    pub fn socket(&self) -> Result<&str> {
+        self.socket.to_str().context("a path that is not UTF-8")
+    }
+
+    /// Kills the back-end and starts another one in its place.
+    ///
+    /// # Errors
+    /// If that does not start.
+    pub fn restart_backend(&mut self) -> Result<()> {
+        self.backend.signal(nix::sys::signal::Signal::SIGKILL)?;
+        self.backend.wait()?;
+        self.backend = Process::start(&programs::backend()?, &self.arguments, &[])?;
+        self.status()?;
+        Ok(())
+    }
+
+    fn ask<T: serde::de::DeserializeOwned>(&mut self, request: &Request) -> Result<T> {
+        self.backend.connect(&self.control)?;
+        let answer = ControlClient::connect(&self.control)?.call(request)?;
+        serde_json::from_value(answer).context("the back-end's answer")
+    }
+
+    /// The back-end's status.
+    ///
+    /// # Errors
+    /// If it does not answer.
+    pub fn status(&mut self) -> Result<BackendStatus> {
+        self.ask(&Request::Status)
+    }
+
+    /// The back-end's counters.
+    ///
+    /// # Errors
+    /// If it does not answer.
+    pub fn stats(&mut self) -> Result<BackendStats> {
+        self.ask(&Request::Stats)
+    }
+
+    /// Waits until the front-end's first rings run.
+    ///
+    /// # Errors
+    /// If they never do.
+    pub fn wait_serving(&mut self) -> Result<()> {
+        let mut client = ControlClient::connect(&self.control)?;
+        self.backend.wait_until("a front-end's rings ran", |_| {
+            let status: BackendStatus = serde_json::from_value(client.call(&Request::Status)?)?;
+            Ok(status.vrings[..2].iter().all(|vring| vring.started && vring.enabled).then_some(()))
+        })
+    }
+
+    /// Gives a guest that has just booted its address and its end of the checks.
+    ///
+    /// # Errors
+    /// If it cannot be.
+    pub fn bring_up(&self, guest: &mut Guest) -> Result<()> {
+        guest.check("ip link set lo up; ip link set eth0 up")?;
+        guest.check(&format!("ip addr add {GUEST}/24 dev eth0"))?;
+        if self.queue_pairs > 1 {
+            // Linux begins with as many as it has processors.
+            let command = format!("ethtool -L eth0 combined {}", self.queue_pairs);
+            guest.check(&format!(
+                "{command} || ethtool -l eth0 | grep -q 'Combined:.*{}'",
+                self.queue_pairs
+            ))?;
+        }
+        guest.check(&format!("traffic serve --listen={GUEST}:{PORT} --background"))?;
+        Ok(())
+    }
+
+    /// Pings both ways, none may be lost.
+    ///
+    /// # Errors
+    /// If one is.
+    pub fn check_pings(&self, guest: &mut Guest, count: u32) -> Result<()> {
+        let count = count.to_string();
+        let output = Command::new("ping")
+            .args(["-n", "-q", "-i", "0.01", "-W", "30", "-c", &count, &GUEST.to_string()])
+            .output()
+            .context("cannot run ping")?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        ensure!(text.contains(&format!("{count} received")), "pings to the guest were lost: {text}");
+        let text = guest.check(&format!("ping -q -A -W 30 -c {count} {HOST}"))?;
+        ensure!(text.contains(&format!("{count} packets received")), "the guest's pings were lost: {text}");
+        Ok(())
+    }
+
+    /// So many bytes over TCP each way in each of so many streams, their sums compared.
+    ///
+    /// # Errors
+    /// If they differ, or a stream breaks.
+    pub fn check_bulk(&self, guest: &mut Guest, bytes: u64, streams: u16) -> Result<()> {
+        for direction in ["up", "down"] {
+            guest.check(&format!(
+                "traffic bulk {HOST}:{PORT} --direction={direction} --bytes={bytes} --streams={streams}"
+            ))?;
+        }
+        Ok(())
+    }
+
+    /// Numbered datagrams each way: none lost, doubled or overtaken in its flow.
+    ///
+    /// # Errors
+    /// If one is.
+    pub fn check_flows(&self, guest: &mut Guest, count: u32, flows: u16, rate: u32) -> Result<()> {
+        for direction in ["up", "down"] {
+            let text = guest.check(&format!(
+                "traffic flows {HOST}:{PORT} --direction={direction} --count={count} --flows={flows} --rate={rate}"
+            ))?;
+            let outcome: Value = serde_json::from_str(text.trim()).context("what traffic wrote")?;
+            if outcome["received"] != count {
+                bail!("of {count} datagrams {direction}: {outcome}");
+            }
+        }
+        Ok(())
+    }
+
+    /// A frame of every size from 60 bytes to the MTU there and back.
+    ///
+    /// # Errors
+    /// If one is lost or damaged.
+    pub fn check_sizes(&self, guest: &mut Guest) -> Result<()> {
+        guest.check(&format!("traffic sizes {HOST}:{PORT}"))?;
+        Ok(())
+    }
+
+    /// That every queue pair has carried frames both ways, and frames larger than the MTU crossed the TAP both ways.
+    ///
+    /// # Errors
+    /// If not so.
+    pub fn check_counters(&mut self) -> Result<()> {
+        let stats = self.stats()?;
+        for (pair, counters) in stats.queue_pairs.iter().enumerate() {
+            ensure!(counters.rx.frames > 0 && counters.tx.frames > 0, "pair {pair} was not used: {stats:?}");
+        }
+        let large = |of: fn(&baton_protocol::control::QueuePairStats) -> u64| {
+            stats.queue_pairs.iter().any(|p| of(p) > 0)
+        };
+        ensure!(large(|pair| pair.rx.large_frames), "no large frame went to the guest: {stats:?}");
+        ensure!(large(|pair| pair.tx.large_frames), "no large frame came from the guest: {stats:?}");
+        Ok(())
+    }
+
+    /// What to look at when a check has failed.
+    pub fn evidence(&mut self) -> String {
+        format!("status: {:?}\nstats: {:?}\nlog:\n{}", self.status(), self.stats(), self.backend.log())
+    }
+
+    /// That the back-end runs and has not panicked.
+    ///
+    /// # Errors
+    /// If not so.
+    pub fn check_healthy(&mut self) -> Result<()> {
+        let log = self.backend.log();
+        ensure!(self.backend.is_running()?, "the back-end has ended:\n{log}");
+        ensure!(!log.contains("panicked"), "the back-end has panicked:\n{log}");
+        Ok(())
+    }
+}
+
+/// Runs `ip`.
+///
+/// # Errors
+/// If it fails.
+pub fn ip(arguments: &[&str]) -> Result<()> {
+    let output = Command::new("ip").args(arguments).output().context("cannot run ip")?;
+    let text = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "ip {}: {text}", arguments.join(" "));
+    Ok(())
+}
+
+fn option(name: &str, path: &Path) -> OsString {
+    let mut option = OsString::from(name);
+    option.push(path);
+    option
+}

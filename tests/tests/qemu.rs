@@ -1,0 +1,63 @@
+//! QEMU as the front-end, emulating a Linux guest: traffic, and restarts of either side.
+
+use anyhow::{Context, Result, ensure};
+use baton_tests::guest::{Accelerator, Guest, Qemu};
+use baton_tests::link::{Link, MAC, Meeting};
+
+fn boot(link: &Link, meeting: Meeting, queue_pairs: u16, name: &str) -> Result<Guest> {
+    let mut guest = Qemu::new(Accelerator::Tcg, queue_pairs, "512M")?
+        .vhost_user("net0", link.socket()?, meeting, MAC, queue_pairs)
+        .start(name)?;
+    guest.wait_for_shell()?;
+    link.bring_up(&mut guest)?;
+    Ok(guest)
+}
+
+/// Traffic; the same after the back-end was killed and another one took its place under the running guest; the same
+/// for a new guest after QEMU was killed.
+fn serves(meeting: Meeting, queue_pairs: u16) -> Result<()> {
+    let mut link = Link::new(meeting, queue_pairs)?;
+    serves_on(&mut link, meeting, queue_pairs).with_context(|| link.evidence())
+}
+
+fn serves_on(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Result<()> {
+    let mut guest = boot(link, meeting, queue_pairs, "first")?;
+    link.check_pings(&mut guest, 50)?;
+    link.check_bulk(&mut guest, 16 << 20, queue_pairs)?;
+    link.check_flows(&mut guest, 2000, 8, 2000)?;
+    link.check_counters()?;
+
+    link.restart_backend()?;
+    link.wait_serving()?;
+    link.check_pings(&mut guest, 50)?;
+    link.check_bulk(&mut guest, 4 << 20, queue_pairs)?;
+
+    // Killed, not switched off.
+    drop(guest);
+    let mut guest = boot(link, meeting, queue_pairs, "second")?;
+    link.check_pings(&mut guest, 50)?;
+    link.check_bulk(&mut guest, 4 << 20, queue_pairs)?;
+    link.check_healthy()?;
+    ensure!(guest.power_off()?.success());
+    Ok(())
+}
+
+#[test]
+fn one_pair_listening() -> Result<()> {
+    serves(Meeting::BackendListens, 1)
+}
+
+#[test]
+fn one_pair_as_client() -> Result<()> {
+    serves(Meeting::FrontendListens, 1)
+}
+
+#[test]
+fn four_pairs_listening() -> Result<()> {
+    serves(Meeting::BackendListens, 4)
+}
+
+#[test]
+fn four_pairs_as_client() -> Result<()> {
+    serves(Meeting::FrontendListens, 4)
+}
