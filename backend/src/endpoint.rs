@@ -47,6 +47,8 @@ pub enum Endpoint {
         path: PathBuf,
         /// Runs while there is no connection.
         redial: TimerFd,
+        /// Whether the log says that nobody is there.
+        told: bool,
     },
 }
 
@@ -69,7 +71,7 @@ impl Endpoint {
         let redial =
             TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC)
                 .map_err(io::Error::from)?;
-        Ok(Self::Client { path, redial })
+        Ok(Self::Client { path, redial, told: false })
     }
 
     /// Uses an inherited socket.
@@ -113,13 +115,17 @@ impl Endpoint {
             Self::Listening(socket) => accept(socket.listener()),
             Self::InheritedListener(listener) => accept(listener),
             Self::InheritedConnection(connection) => Ok(connection.take()),
-            Self::Client { path, redial } => match dial(path) {
+            Self::Client { path, redial, told } => match dial(path) {
                 Ok(connection) => {
                     redial.unset()?;
+                    *told = false;
                     Ok(Some(connection))
                 }
                 Err(error) => {
-                    tracing::debug!(path = %path.display(), %error, "no front-end listens");
+                    if !*told {
+                        tracing::info!(path = %path.display(), %error, "no front-end listens yet");
+                        *told = true;
+                    }
                     redial.set(Expiration::OneShot(REDIAL.into()), TimerSetTimeFlags::empty())?;
                     Ok(None)
                 }

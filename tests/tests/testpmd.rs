@@ -1,0 +1,104 @@
+//! DPDK's `dpdk-testpmd` as the front-end, with its `net_virtio_user` device: a virtio driver and vhost-user front-end
+//! in one process, which answers pings.
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use baton_tests::link::{GUEST, Link, MAC, Meeting};
+use baton_tests::process::Process;
+
+/// Starts testpmd and waits until the back-end serves it.
+fn start(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Result<Process> {
+    let server = match meeting {
+        Meeting::BackendListens => "",
+        Meeting::FrontendListens => {
+            // A testpmd that was killed leaves its socket, and the next one will not bind over it.
+            let _ = std::fs::remove_file(link.socket()?);
+            ",server=1"
+        }
+    };
+    let device = format!(
+        "--vdev=net_virtio_user0,path={},queues={queue_pairs},queue_size=1024,mac={MAC}{server}",
+        link.socket()?
+    );
+    // Of its own, for several tests at once.
+    let prefix = format!("--file-prefix=baton-{}", std::process::id());
+    let queues = [format!("--rxq={queue_pairs}"), format!("--txq={queue_pairs}")];
+    let arguments: Vec<OsString> =
+        ["--lcores=0@0,1@0", "--no-pci", "--no-telemetry", "--no-huge", "-m", "256"]
+            .into_iter()
+            .chain([device.as_str(), &prefix, "--", "--nb-cores=1", "--total-num-mbufs=8192"])
+            .chain(["--rxd=1024", "--txd=1024", "--forward-mode=icmpecho", "--stats-period=3600"])
+            // What comes before it forwards waits for it, rather than being thrown away.
+            .chain(["--no-flush-rx"])
+            .chain(queues.iter().map(String::as_str))
+            .map(OsString::from)
+            .collect();
+    let program = Path::new("/usr/bin/dpdk-testpmd");
+    let mut testpmd = Process::start(program, &arguments, &[])?;
+    link.wait_serving().with_context(|| format!("testpmd:\n{}", testpmd.log()))?;
+    ensure!(testpmd.is_running()?, "testpmd has ended:\n{}", testpmd.log());
+    Ok(testpmd)
+}
+
+/// Pings from several processes, so that several flows come. None may be lost.
+fn check_pings(flows: u32) -> Result<()> {
+    for _ in 0..flows {
+        let output = Command::new("ping")
+            .args(["-n", "-q", "-i", "0.01", "-W", "30", "-c", "100", &GUEST.to_string()])
+            .output()
+            .context("cannot run ping")?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        ensure!(text.contains("100 received"), "pings were lost: {text}");
+    }
+    Ok(())
+}
+
+fn serves_on(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Result<()> {
+    let flows = u32::from(queue_pairs);
+    let testpmd = start(link, meeting, queue_pairs)?;
+    check_pings(flows)?;
+
+    // Another front-end, the same back-end.
+    drop(testpmd);
+    let mut testpmd = start(link, meeting, queue_pairs)?;
+    check_pings(flows)?;
+
+    link.restart_backend()?;
+    if meeting == Meeting::BackendListens {
+        // As a client, virtio-user does not connect again.
+        drop(testpmd);
+        testpmd = start(link, meeting, queue_pairs)?;
+    }
+    link.wait_serving()?;
+    check_pings(flows)?;
+    ensure!(testpmd.is_running()?, "testpmd has ended:\n{}", testpmd.log());
+    link.check_healthy()
+}
+
+fn serves(meeting: Meeting, queue_pairs: u16) -> Result<()> {
+    let mut link = Link::new(meeting, queue_pairs)?;
+    serves_on(&mut link, meeting, queue_pairs).with_context(|| link.evidence())
+}
+
+#[test]
+fn one_pair_listening() -> Result<()> {
+    serves(Meeting::BackendListens, 1)
+}
+
+#[test]
+fn one_pair_as_client() -> Result<()> {
+    serves(Meeting::FrontendListens, 1)
+}
+
+#[test]
+fn two_pairs_listening() -> Result<()> {
+    serves(Meeting::BackendListens, 2)
+}
+
+#[test]
+fn two_pairs_as_client() -> Result<()> {
+    serves(Meeting::FrontendListens, 2)
+}
