@@ -1,17 +1,20 @@
 //! `baton-backend` for a test: with its sockets in a directory of its own, and a TAP in a namespace of its own.
 
 use std::ffi::OsString;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use baton_control::ControlClient;
-use baton_protocol::control::{BackendStats, BackendStatus, QueuePairStats, Request};
+use baton_protocol::control::{BackendStats, BackendStatus, Frontend, QueuePairStats, Request};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::fake_frontend::{Connection, Device, Options};
+use crate::fake_frontend::{Connection, Device, NetHeader, Options};
+use crate::frames;
 use crate::netns::Netns;
 use crate::packet_socket::PacketSocket;
-use crate::process::{Process, program};
+use crate::process::{PATIENCE, Process, program};
 
 /// The TAP of a [`Rig`].
 pub const TAP: &str = "tap0";
@@ -25,6 +28,7 @@ pub struct Backend {
     pub socket: PathBuf,
     /// The control socket's path.
     pub control: PathBuf,
+    client: Option<ControlClient>,
     directory: tempfile::TempDir,
 }
 
@@ -60,7 +64,8 @@ impl Backend {
         all.push(option);
         all.extend(arguments.iter().map(OsString::from));
         let process = Process::start(&program("baton-backend")?, &all, fds)?;
-        Ok(Self { process, socket: directory.path().join("vhost-user"), control, directory })
+        let socket = directory.path().join("vhost-user");
+        Ok(Self { process, socket, control, client: None, directory })
     }
 
     /// The directory of its sockets.
@@ -84,13 +89,20 @@ impl Backend {
         Device::on_stream(self.process.connect(&self.socket)?, options)
     }
 
-    /// Asks something over the control socket.
+    /// Asks something over the control socket. The connection is kept, so that it is among the open descriptors always.
     ///
     /// # Errors
     /// If there is no answer.
     pub fn ask(&mut self, request: &Request) -> Result<serde_json::Value> {
-        self.process.connect(&self.control)?;
-        Ok(ControlClient::connect(&self.control)?.call(request)?)
+        let client = match &mut self.client {
+            Some(client) => client,
+            None => {
+                let control = &self.control;
+                let connect = |_: &Process| Ok(ControlClient::connect(control).ok());
+                self.client.insert(self.process.wait_until("it served its control socket", connect)?)
+            }
+        };
+        Ok(client.call(request)?)
     }
 
     /// Its status.
@@ -126,12 +138,28 @@ impl Backend {
         pair: usize,
         condition: impl Fn(&QueuePairStats) -> bool,
     ) -> Result<()> {
-        let mut client = ControlClient::connect(&self.control)?;
-        self.process.wait_until("its counters were as expected", |_| {
-            let stats: BackendStats = serde_json::from_value(client.call(&Request::Stats)?)?;
-            let stats = stats.queue_pairs.get(pair).context("no such pair")?;
-            Ok(condition(stats).then_some(()))
-        })
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let stats = self.pair_stats(pair)?;
+            if condition(&stats) {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "the counters of pair {pair} stay {stats:?}");
+        }
+    }
+
+    /// How many descriptors it has open while no front-end is connected.
+    ///
+    /// # Errors
+    /// If there is no answer.
+    pub fn fds_at_rest(&mut self) -> Result<usize> {
+        let deadline = Instant::now() + PATIENCE;
+        // Control clients that have gone have been noticed once a request made after that is answered.
+        self.status()?;
+        while self.status()?.frontend != Frontend::Disconnected {
+            ensure!(Instant::now() < deadline, "the front-end stays connected");
+        }
+        self.process.open_fds()
     }
 
     /// That it runs, and has neither panicked nor complained about itself.
@@ -184,35 +212,116 @@ impl Rig {
         self.backend.device(options)
     }
 
+    /// Sends frames through a device's transmit ring and sees them arrive: after that, the pair's worker has looked at
+    /// everything that was there before.
+    ///
+    /// # Errors
+    /// If they do not arrive.
+    pub fn worker_rounds(&mut self, device: &mut Device, pair: usize) -> Result<()> {
+        for round in 0..10 {
+            let frame = frames::numbered(round, 60);
+            device.send(pair, &NetHeader::default(), &frame)?;
+            let (_, received) = self.network.receive()?;
+            ensure!(received == frame, "the network received something else");
+        }
+        Ok(())
+    }
+
+    /// Sends numbered frames from the network.
+    ///
+    /// # Errors
+    /// If the TAP takes no more.
+    pub fn inject(&self, numbers: std::ops::Range<u32>, length: usize) -> Result<()> {
+        for number in numbers {
+            self.network.send(&frames::numbered(number, length))?;
+        }
+        Ok(())
+    }
+
+    /// Sends numbered frames from the guest, without waiting for the device to take them.
+    ///
+    /// # Errors
+    /// If it does not take as many as the ring has no room for.
+    pub fn transmit(&self, device: &mut Device, numbers: std::ops::Range<u32>, length: usize) -> Result<()> {
+        for number in numbers {
+            device.send(0, &NetHeader::default(), &frames::numbered(number, length))?;
+        }
+        Ok(())
+    }
+
+    /// Checks that exactly these numbered frames are the next ones to arrive in the guest.
+    ///
+    /// # Errors
+    /// If others arrive, or none.
+    pub fn expect_in_guest(&self, device: &mut Device, numbers: std::ops::Range<u32>) -> Result<()> {
+        for number in numbers {
+            let (_, frame) = device.receive(0).with_context(|| format!("waiting for frame {number}"))?;
+            ensure!(
+                frames::number_of(&frame) == Some(number),
+                "frame {number} is {:?}",
+                frames::number_of(&frame)
+            );
+        }
+        Ok(())
+    }
+
+    /// Checks that exactly these numbered frames are the next ones to arrive on the network.
+    ///
+    /// # Errors
+    /// If others arrive, or none.
+    pub fn expect_on_network(&mut self, numbers: std::ops::Range<u32>) -> Result<()> {
+        for number in numbers {
+            let (_, frame) = self.network.receive().with_context(|| format!("waiting for frame {number}"))?;
+            ensure!(
+                frames::number_of(&frame) == Some(number),
+                "frame {number} is {:?}",
+                frames::number_of(&frame)
+            );
+        }
+        Ok(())
+    }
+
+    /// Waits for a frame on whichever queue pair the kernel has put it: gives that pair, and the frame.
+    ///
+    /// # Errors
+    /// If none arrives.
+    pub fn receive_on_any(&self, device: &mut Device) -> Result<(usize, Vec<u8>)> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut frame = Vec::new();
+        loop {
+            for pair in 0..device.pairs.len() {
+                if device.try_receive(pair, &mut frame)?.is_some() {
+                    return Ok((pair, frame));
+                }
+            }
+            let calls = device.pairs.iter_mut().map(|pair| pair.receive.queue.enable_calls());
+            if calls.fold(true, |idle, none| idle & none) {
+                let left = deadline.saturating_duration_since(Instant::now());
+                let fds = device.pairs.iter().map(|pair| pair.receive.call.as_fd());
+                let mut fds: Vec<_> = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+                poll(&mut fds, PollTimeout::try_from(left)?)?;
+                for pair in &device.pairs {
+                    pair.receive.take_calls()?;
+                }
+                ensure!(Instant::now() < deadline, "no frame arrived in the guest");
+            }
+        }
+    }
+
     /// Sends a frame each way through a device, and checks that it arrives.
     ///
     /// # Errors
     /// If it does not.
     pub fn check_traffic(&mut self, device: &mut Device) -> Result<()> {
         for pair in 0..device.pairs.len() {
-            let frame = crate::frames::numbered(u32::try_from(pair)?, 100 + pair);
-            device.send(pair, &crate::fake_frontend::NetHeader::default(), &frame)?;
+            let frame = frames::numbered(u32::try_from(pair)?, 100 + pair);
+            device.send(pair, &NetHeader::default(), &frame)?;
             let (_, received) = self.network.receive()?;
             ensure!(received == frame, "the network received something else");
         }
-        let frame = crate::frames::numbered(77, 177);
+        let frame = frames::numbered(77, 177);
         self.network.send(&frame)?;
-        // Which queue of several it is given to is the kernel's choice.
-        let deadline = std::time::Instant::now() + crate::process::PATIENCE;
-        let mut received = Vec::new();
-        'found: loop {
-            for pair in 0..device.pairs.len() {
-                if device.try_receive(pair, &mut received)?.is_some() {
-                    break 'found;
-                }
-            }
-            if device.pairs.len() == 1 {
-                device.receive_until(0, &mut received, deadline)?;
-                break;
-            }
-            ensure!(std::time::Instant::now() < deadline, "no frame arrived in the guest");
-            std::thread::yield_now();
-        }
+        let (_, received) = self.receive_on_any(device)?;
         ensure!(received == frame, "the guest received something else");
         Ok(())
     }

@@ -122,7 +122,6 @@ impl Ring {
                 Slot { pieces, table, capacity }
             })
             .collect();
-        let event_fd = || EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
         Ok(Self {
             index,
             free: (0..u16::try_from(slots.len())?).rev().collect(),
@@ -339,19 +338,77 @@ impl Device {
         if index.is_multiple_of(2) { &pair.receive } else { &pair.transmit }
     }
 
+    /// A ring by its vring index, to be changed.
+    pub fn ring_mut(&mut self, index: u32) -> &mut Ring {
+        let pair = &mut self.pairs[index as usize / 2];
+        if index.is_multiple_of(2) { &mut pair.receive } else { &mut pair.transmit }
+    }
+
+    /// Stops a ring: gives its next available index.
+    ///
+    /// # Errors
+    /// If there is no answer, or an index that is none.
+    pub fn stop_ring(&self, index: u32) -> Result<u16> {
+        let base = self.connection.get_vring_base(index)?;
+        u16::try_from(base).with_context(|| format!("vring {index} stopped at {base:#x}"))
+    }
+
+    /// Starts a stopped ring again, with fresh eventfds.
+    ///
+    /// # Errors
+    /// If the back-end refuses.
+    pub fn restart_ring(&mut self, index: u32, base: u16) -> Result<()> {
+        let ring = self.ring_mut(index);
+        (ring.kick, ring.call) = (event_fd()?, event_fd()?);
+        self.set_up_ring(index, base)?;
+        self.ring(index).kick()
+    }
+
+    /// Goes on with another connection, the way QEMU does: everything is negotiated and set up again, each ring at
+    /// its used index, with the chains that the device has.
+    ///
+    /// # Errors
+    /// If the back-end refuses.
+    pub fn reconnect(&mut self, connection: Connection) -> Result<()> {
+        self.connection = connection;
+        self.negotiate()?;
+        self.connection.set_memory_table(&self.memory)?;
+        for index in 0..2 * u32::from(self.options.queue_pairs) {
+            let base = self.ring(index).queue.used_index();
+            self.restart_ring(index, base)?;
+            self.connection.set_vring_enable(index, true)?;
+        }
+        Ok(())
+    }
+
     /// Makes all receive buffers available, and kicks.
     ///
     /// # Errors
     /// The system's.
     pub fn fill_receive_rings(&mut self) -> Result<()> {
-        for pair in &mut self.pairs {
-            while let Some(slot) = pair.receive.free.pop() {
-                post(&mut pair.receive, &self.memory, slot, self.options.canaries)?;
-            }
-            pair.receive.queue.publish();
-            pair.receive.kick()?;
+        for pair in 0..self.pairs.len() {
+            self.post_receive_buffers(pair, usize::MAX)?;
+            self.pairs[pair].receive.kick()?;
         }
         Ok(())
+    }
+
+    /// Makes up to `count` receive buffers available that are not yet, and shows them to the device without a kick.
+    /// Gives how many there were.
+    ///
+    /// # Errors
+    /// If the queue has no descriptors for them.
+    pub fn post_receive_buffers(&mut self, pair: usize, count: usize) -> Result<usize> {
+        let ring = &mut self.pairs[pair].receive;
+        let mut posted = 0;
+        while posted < count
+            && let Some(slot) = ring.free.pop()
+        {
+            post(ring, &self.memory, slot, self.options.canaries)?;
+            posted += 1;
+        }
+        ring.queue.publish();
+        Ok(posted)
     }
 
     /// The length of the header in front of frames.
@@ -477,6 +534,10 @@ impl Device {
         let header = self.receive_until(pair, &mut frame, Instant::now() + PATIENCE)?;
         Ok((header, frame))
     }
+}
+
+fn event_fd() -> Result<EventFd> {
+    EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).context("an eventfd")
 }
 
 /// Copies header and frame into a slot's pieces.

@@ -105,6 +105,18 @@ impl GuestMemory {
         SharedSlice::new(&region.mapping, usize::try_from(offset).expect("an offset"), length)
     }
 
+    /// A copy of everything: what a test compares with later to see that nothing was written.
+    pub fn snapshot(&self) -> Vec<Vec<u8>> {
+        self.regions
+            .iter()
+            .zip(&self.taken)
+            .map(|(region, &taken)| {
+                let length = usize::try_from(taken).expect("a region's size");
+                SharedSlice::new(&region.mapping, 0, length).to_vec()
+            })
+            .collect()
+    }
+
     /// A guest address in the front-end's address space.
     ///
     /// # Panics

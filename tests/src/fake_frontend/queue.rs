@@ -124,6 +124,17 @@ impl DriverQueue {
         self.in_order = in_order;
     }
 
+    /// Puts all indices to `index`, as if that many chains had been used. Only while the device has none.
+    ///
+    /// # Panics
+    /// If it has some.
+    pub fn start_at(&mut self, index: u16) {
+        assert!(self.outstanding.is_empty(), "the device has chains");
+        (self.next_available, self.published, self.kicked, self.next_used) = (index, index, index, index);
+        self.set_available_index(index);
+        self.used.store_u16(2, index, Ordering::Release);
+    }
+
     /// Where it is.
     pub fn addresses(&self) -> RingAddresses {
         self.addresses

@@ -1,0 +1,420 @@
+//! Every feature, also where the front-end accepts only some: header sizes, mergeable buffers, long chains, indirect
+//! tables, event indices, checksums and segmentation in both directions.
+#![expect(clippy::unwrap_used, reason = "these are tests")]
+
+use std::time::{Duration, Instant};
+
+use baton_tests::backend::{Rig, TAP};
+use baton_tests::fake_frontend::net::{
+    DATA_VALID, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP, GSO_UDP_L4, NEEDS_CSUM, NetHeader, features,
+};
+use baton_tests::fake_frontend::{Device, Options};
+use baton_tests::frames::{self, ETHERNET, Network, Segment, Transport, checksum_is_right, segment};
+use baton_tests::netns;
+
+const BASIC: u64 = features::PROTOCOL_FEATURES | features::VERSION_1;
+const GUEST_OFFLOADS: u64 = features::GUEST_CSUM
+    | features::GUEST_TSO4
+    | features::GUEST_TSO6
+    | features::GUEST_ECN
+    | features::GUEST_USO4
+    | features::GUEST_USO6;
+const HOST_OFFLOADS: u64 = features::CSUM
+    | features::HOST_TSO4
+    | features::HOST_TSO6
+    | features::HOST_ECN
+    | features::HOST_UFO
+    | features::HOST_USO;
+/// ORed to a TCP `gso_type`: congestion was noticed.
+const GSO_ECN: u8 = 0x80;
+
+fn with(features: u64) -> Options {
+    Options { features, ..Options::default() }
+}
+
+/// Frames of all sizes both ways, and in bursts that fill the rings.
+fn check_sizes(rig: &mut Rig, device: &mut Device, largest: usize) {
+    let sizes: Vec<usize> = (60..200).chain((200..largest).step_by(37)).chain([largest]).collect();
+    for (number, &size) in (0u32..).zip(&sizes) {
+        rig.inject(number..number + 1, size).unwrap();
+        let (header, frame) = device.receive(0).unwrap();
+        assert_eq!((frames::number_of(&frame), frame.len()), (Some(number), size));
+        assert_eq!((header.gso_type, header.flags & NEEDS_CSUM), (GSO_NONE, 0));
+        rig.transmit(device, number..number + 1, size).unwrap();
+        let (_, frame) = rig.network.receive().unwrap();
+        assert_eq!((frames::number_of(&frame), frame.len()), (Some(number), size));
+    }
+    for round in 0..10 {
+        let numbers = round * 100..(round + 1) * 100;
+        rig.inject(numbers.clone(), 100).unwrap();
+        rig.transmit(device, numbers.clone(), 100).unwrap();
+        rig.expect_in_guest(device, numbers.clone()).unwrap();
+        rig.expect_on_network(numbers).unwrap();
+    }
+    device.wait_transmitted(0).unwrap();
+}
+
+#[test]
+fn the_short_header_works() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    let mut device = rig.device(with(features::PROTOCOL_FEATURES)).unwrap();
+    assert_eq!(device.header_length(), 10);
+    check_sizes(&mut rig, &mut device, 1514);
+}
+
+#[test]
+fn mergeable_buffers_work_without_version_1() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    let features = features::PROTOCOL_FEATURES | features::MRG_RXBUF;
+    let mut device = rig.device(Options { receive_pieces: vec![256], ..with(features) }).unwrap();
+    assert_eq!(device.header_length(), 12);
+    check_sizes(&mut rig, &mut device, 1514);
+}
+
+#[test]
+fn the_long_header_works_without_mergeable_buffers() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    let mut device = rig.device(with(BASIC)).unwrap();
+    check_sizes(&mut rig, &mut device, 1514);
+}
+
+#[test]
+fn a_mergeable_frame_spans_many_buffers() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    netns::set_mtu(TAP, 9000).unwrap();
+    let features = BASIC | features::MRG_RXBUF;
+    for pieces in [vec![300], vec![12, 100], vec![7, 5, 1, 99], vec![4096]] {
+        let mut device = rig.device(Options {
+            receive_pieces: pieces,
+            queue_size: 1024,
+            transmit_pieces: vec![9100],
+            ..with(features)
+        });
+        let device = device.as_mut().unwrap();
+        check_sizes(&mut rig, device, 9014);
+    }
+}
+
+#[test]
+fn chains_of_19_descriptors_work() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    netns::set_mtu(TAP, 9000).unwrap();
+    // A header of its own and 18 pages or less: what Linux posts without mergeable buffers.
+    let pieces: Vec<u32> = std::iter::once(12).chain([512; 18]).collect();
+    let options =
+        Options { receive_pieces: pieces.clone(), transmit_pieces: pieces, queue_size: 1024, ..with(BASIC) };
+    let mut device = rig.device(options).unwrap();
+    check_sizes(&mut rig, &mut device, 9014);
+}
+
+#[test]
+fn indirect_tables_work() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    let features = BASIC | features::INDIRECT_DESC;
+    for pieces in [vec![2048], vec![12, 2000], vec![100; 19], vec![16; 100]] {
+        for merge in [0, features::MRG_RXBUF] {
+            let options = Options {
+                receive_pieces: pieces.clone(),
+                transmit_pieces: pieces.clone(),
+                indirect: true,
+                ..with(features | merge)
+            };
+            let mut device = rig.device(options).unwrap();
+            check_sizes(&mut rig, &mut device, 1514);
+        }
+    }
+}
+
+#[test]
+fn event_indices_and_order_work() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    for extra in [features::EVENT_IDX, features::IN_ORDER, features::EVENT_IDX | features::IN_ORDER] {
+        let mut device = rig.device(with(BASIC | features::MRG_RXBUF | extra)).unwrap();
+        check_sizes(&mut rig, &mut device, 1514);
+    }
+}
+
+#[test]
+fn a_driver_that_wants_no_calls_gets_none() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    for extra in [0, features::EVENT_IDX] {
+        let mut device = rig.device(with(BASIC | extra)).unwrap();
+        rig.check_traffic(&mut device).unwrap();
+        device.wait_transmitted(0).unwrap();
+        for index in [0, 1] {
+            device.ring_mut(index).queue.disable_calls();
+        }
+        // Until the worker has seen the wish: a call may have been decided on before.
+        rig.transmit(&mut device, 0..1, 100).unwrap();
+        rig.expect_on_network(0..1).unwrap();
+        while device.pairs[0].transmit.queue.used_index() != device.pairs[0].transmit.queue.next_available() {
+            std::thread::yield_now();
+        }
+        device.connection.get_features().unwrap();
+        for index in [0, 1] {
+            device.ring(index).take_calls().unwrap();
+        }
+
+        rig.transmit(&mut device, 0..50, 100).unwrap();
+        rig.expect_on_network(0..50).unwrap();
+        rig.inject(0..50, 100).unwrap();
+        let used = device.pairs[0].receive.queue.used_index();
+        while device.pairs[0].receive.queue.used_index().wrapping_sub(used) < 50 {
+            std::thread::yield_now();
+        }
+        device.connection.get_features().unwrap();
+        assert_eq!(device.ring(0).take_calls().unwrap(), 0, "calls for received frames");
+        assert_eq!(device.ring(1).take_calls().unwrap(), 0, "calls for transmitted frames");
+        // And is called when it wants to be again.
+        rig.expect_in_guest(&mut device, 0..50).unwrap();
+        rig.check_traffic(&mut device).unwrap();
+    }
+}
+
+#[test]
+fn a_call_comes_when_the_used_index_passes_the_event_index() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    let mut device = rig.device(with(BASIC | features::EVENT_IDX)).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    for round in 0..20 {
+        let used = device.pairs[0].receive.queue.used_index();
+        device.pairs[0].receive.queue.set_used_event(used.wrapping_add(9));
+        device.ring(0).take_calls().unwrap();
+        rig.inject(round * 10..(round + 1) * 10, 100).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(30);
+        assert!(device.ring(0).wait_call(deadline).unwrap(), "no call in round {round}");
+        assert_eq!(device.pairs[0].receive.queue.used_index().wrapping_sub(used), 10, "called too early");
+        rig.expect_in_guest(&mut device, round * 10..(round + 1) * 10).unwrap();
+    }
+}
+
+#[test]
+fn kicks_are_asked_for_only_when_the_ring_is_empty() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    let mut device = rig.device(with(BASIC | features::EVENT_IDX)).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    device.wait_transmitted(0).unwrap();
+    let before = rig.backend.pair_stats(0).unwrap().tx.kicks;
+    // One kick for all of these: the device asked for it at the first only.
+    for number in 0..200 {
+        assert!(device.enqueue(0, &NetHeader::default(), &frames::numbered(number, 100)).unwrap());
+    }
+    device.flush(0).unwrap();
+    rig.expect_on_network(0..200).unwrap();
+    device.wait_transmitted(0).unwrap();
+    assert_eq!(rig.backend.pair_stats(0).unwrap().tx.kicks, before + 1);
+    let queue = &device.pairs[0].transmit.queue;
+    while queue.available_event() != queue.next_available() {
+        std::thread::yield_now();
+    }
+}
+
+/// The header for a segment that is to be cut.
+fn gso(segment: &Segment, gso_type: u8, gso_size: u16) -> NetHeader {
+    NetHeader {
+        flags: NEEDS_CSUM,
+        gso_type,
+        hdr_len: u16::try_from(segment.payload_offset).unwrap(),
+        gso_size,
+        csum_start: u16::try_from(segment.transport_offset).unwrap(),
+        csum_offset: u16::try_from(segment.checksum_offset).unwrap(),
+        num_buffers: 0,
+    }
+}
+
+fn payload(length: usize) -> Vec<u8> {
+    (0..length).map(|number| u8::try_from(number % 251).unwrap()).collect()
+}
+
+fn offered(rig: &mut Rig) -> u64 {
+    rig.backend.connect().unwrap().get_features().unwrap()
+}
+
+#[test]
+fn the_guests_partial_checksums_and_large_segments_reach_the_network_as_such() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    let offered = offered(&mut rig);
+    let cases = [
+        (0, Network::V4, Transport::Tcp, GSO_NONE, 1000),
+        (0, Network::V6, Transport::Udp, GSO_NONE, 1000),
+        (features::HOST_TSO4, Network::V4, Transport::Tcp, GSO_TCPV4, 60_000),
+        (features::HOST_TSO6, Network::V6, Transport::Tcp, GSO_TCPV6, 60_000),
+        (features::HOST_TSO4 | features::HOST_ECN, Network::V4, Transport::Tcp, GSO_TCPV4 | GSO_ECN, 60_000),
+        (features::HOST_USO, Network::V4, Transport::Udp, GSO_UDP_L4, 60_000),
+        (features::HOST_USO, Network::V6, Transport::Udp, GSO_UDP_L4, 60_000),
+    ];
+    for (feature, network, transport, gso_type, length) in cases {
+        let features = BASIC | features::CSUM | feature;
+        if features & !offered != 0 {
+            // This kernel's TAP does not have it.
+            continue;
+        }
+        let mut device = rig.device(with(features).with_large_frames()).unwrap();
+        let segment = segment(network, transport, &payload(length));
+        let size = if gso_type == GSO_NONE { 0 } else { 1400 };
+        let header = gso(&segment, gso_type, size);
+        device.send(0, &header, &segment.bytes).unwrap();
+        let (received, frame) = rig.network.receive().unwrap();
+        assert!(frame == segment.bytes, "{network:?} {transport:?} {gso_type:#x}: another frame");
+        assert_eq!((received.gso_type, received.gso_size), (gso_type, size), "{network:?} {transport:?}");
+        assert_ne!(received.flags & NEEDS_CSUM, 0);
+        assert_eq!((received.csum_start, received.csum_offset), (header.csum_start, header.csum_offset));
+    }
+    assert!(offered & HOST_OFFLOADS & !features::HOST_UFO & !features::HOST_USO != 0);
+    assert!(rig.backend.pair_stats(0).unwrap().tx.large_frames >= 3);
+}
+
+#[test]
+fn udp_fragmentation_is_taken_from_the_guest_where_it_is_offered() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    if offered(&mut rig) & features::HOST_UFO == 0 {
+        return;
+    }
+    let mut device =
+        rig.device(with(BASIC | features::CSUM | features::HOST_UFO).with_large_frames()).unwrap();
+    let segment = segment(Network::V4, Transport::Udp, &payload(20_000));
+    device.send(0, &gso(&segment, GSO_UDP, 1400), &segment.bytes).unwrap();
+    let (_, frame) = rig.network.receive().unwrap();
+    assert!(frame == segment.bytes);
+}
+
+#[test]
+fn large_segments_reach_a_guest_that_takes_them() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    let offered = offered(&mut rig);
+    let uso = features::GUEST_USO4 | features::GUEST_USO6;
+    let cases = [
+        (features::GUEST_TSO4, Network::V4, Transport::Tcp, GSO_TCPV4),
+        (features::GUEST_TSO6, Network::V6, Transport::Tcp, GSO_TCPV6),
+        (features::GUEST_TSO4 | features::GUEST_ECN, Network::V4, Transport::Tcp, GSO_TCPV4 | GSO_ECN),
+        (uso, Network::V4, Transport::Udp, GSO_UDP_L4),
+        (uso, Network::V6, Transport::Udp, GSO_UDP_L4),
+    ];
+    for (feature, network, transport, gso_type) in cases {
+        for merge in [0, features::MRG_RXBUF] {
+            let features = BASIC | features::GUEST_CSUM | feature | merge;
+            if features & !offered != 0 {
+                // This kernel's TAP does not have it.
+                continue;
+            }
+            let mut device = rig.device(with(features).with_large_frames()).unwrap();
+            let segment = segment(network, transport, &payload(60_000));
+            let header = gso(&segment, gso_type, 1400);
+            rig.network.send_with(&header, &segment.bytes).unwrap();
+            let (received, frame) = device.receive(0).unwrap();
+            assert!(
+                frame == segment.bytes,
+                "{network:?} {transport:?}: another frame of {} bytes",
+                frame.len()
+            );
+            assert_eq!((received.gso_type, received.gso_size), (gso_type, 1400));
+            assert_ne!(received.flags & NEEDS_CSUM, 0);
+            assert_eq!((received.csum_start, received.csum_offset), (header.csum_start, header.csum_offset));
+            assert_eq!(received.num_buffers, if merge == 0 { 1 } else { 30 });
+        }
+    }
+    assert!(rig.backend.pair_stats(0).unwrap().rx.large_frames >= 6);
+}
+
+#[test]
+fn a_guest_without_segmentation_offload_gets_segments() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    let everything = GUEST_OFFLOADS & offered(&mut rig);
+    let tcp6 = (Network::V6, Transport::Tcp, GSO_TCPV6);
+    let tcp4 = (Network::V4, Transport::Tcp, GSO_TCPV4);
+    let cases = [
+        // Nothing at all: not even a partial checksum.
+        (0, tcp4),
+        (features::GUEST_CSUM, tcp4),
+        (features::GUEST_CSUM, tcp6),
+        // Everything but what it would take.
+        (everything & !features::GUEST_TSO4 & !features::GUEST_ECN, tcp4),
+        (everything & !features::GUEST_TSO6 & !features::GUEST_ECN, tcp6),
+        // Segmentation offload means nothing without partial checksums.
+        (everything & !features::GUEST_CSUM, tcp4),
+    ];
+    for (guest, (network, transport, gso_type)) in cases {
+        let mut device = rig.device(with(BASIC | features::MRG_RXBUF | guest)).unwrap();
+        let payload = payload(14_000);
+        let segment = segment(network, transport, &payload);
+        rig.network.send_with(&gso(&segment, gso_type, 1400), &segment.bytes).unwrap();
+        let mut joined = Vec::new();
+        for _ in 0..10 {
+            let (header, frame) = device.receive(0).unwrap();
+            assert_eq!(header.gso_type, GSO_NONE, "guest features {guest:#x}");
+            assert_eq!(frame.len(), segment.payload_offset + 1400);
+            joined.extend_from_slice(&frame[segment.payload_offset..]);
+            if guest & features::GUEST_CSUM == 0 {
+                assert_eq!(header.flags & (NEEDS_CSUM | DATA_VALID), 0, "guest features {guest:#x}");
+            }
+            if header.flags & NEEDS_CSUM == 0 {
+                assert!(checksum_is_right(&frame), "guest features {guest:#x}");
+            }
+        }
+        assert!(joined == payload);
+    }
+}
+
+#[test]
+fn a_guest_without_checksum_offload_gets_whole_checksums() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    for guest in [0, features::GUEST_CSUM] {
+        let mut device = rig.device(with(BASIC | guest)).unwrap();
+        let segment = segment(Network::V4, Transport::Udp, &payload(500));
+        rig.network.send_with(&gso(&segment, GSO_NONE, 0), &segment.bytes).unwrap();
+        let (header, frame) = device.receive(0).unwrap();
+        assert_eq!(frame.len(), segment.bytes.len());
+        if guest == 0 {
+            assert_eq!(header.flags, 0);
+            assert!(checksum_is_right(&frame));
+        } else {
+            assert_ne!(header.flags & NEEDS_CSUM, 0);
+            assert!(frame == segment.bytes);
+        }
+    }
+}
+
+#[test]
+fn offloads_follow_each_session() {
+    // What one guest took, the next does not: the TAP must not remember.
+    let mut rig = Rig::new(1, &[]).unwrap();
+    let all = BASIC | features::MRG_RXBUF | features::GUEST_CSUM | features::GUEST_TSO4;
+    let segment = segment(Network::V4, Transport::Tcp, &payload(14_000));
+    for round in 0..4 {
+        let takes_large = round % 2 == 0;
+        let features = if takes_large { all } else { features::PROTOCOL_FEATURES };
+        let mut device = rig.device(with(features)).unwrap();
+        rig.network.send_with(&gso(&segment, GSO_TCPV4, 1400), &segment.bytes).unwrap();
+        let (_, frame) = device.receive(0).unwrap();
+        let expected = if takes_large { segment.bytes.len() } else { ETHERNET + 40 + 1400 };
+        assert_eq!(frame.len(), expected, "round {round}");
+        let rest = if takes_large { 0 } else { 9 };
+        for _ in 0..rest {
+            device.receive(0).unwrap();
+        }
+        rig.check_traffic(&mut device).unwrap();
+    }
+}
+
+#[test]
+fn any_choice_of_the_features_works() {
+    let mut rig = Rig::new(1, &["--mac=02:00:00:00:00:05", "--mtu=1500"]).unwrap();
+    let offered = offered(&mut rig);
+    let optional = [
+        features::VERSION_1,
+        features::MRG_RXBUF,
+        features::EVENT_IDX,
+        features::INDIRECT_DESC,
+        features::IN_ORDER,
+        GUEST_OFFLOADS,
+        HOST_OFFLOADS | features::GUEST_CSUM,
+        features::MQ | features::CTRL_VQ | features::GUEST_ANNOUNCE,
+        features::MAC | features::MTU | features::STATUS,
+    ];
+    for choice in 0..1u32 << optional.len() {
+        let chosen = (0..).zip(optional).filter(|(bit, _)| choice >> bit & 1 != 0);
+        let features = chosen.fold(features::PROTOCOL_FEATURES, |all, (_, some)| all | some) & offered;
+        let mut device = rig.device(Options { queue_size: 32, ..with(features) }).unwrap();
+        rig.check_traffic(&mut device).unwrap_or_else(|error| panic!("features {features:#x}: {error:#}"));
+    }
+}

@@ -1,0 +1,235 @@
+//! Several queue pairs: how many there are, how the TAP's queues follow them, and that no frame is lost on the way.
+#![expect(clippy::unwrap_used, reason = "these are tests")]
+
+use baton_tests::backend::{Backend, Rig, TAP};
+use baton_tests::fake_frontend::net::{NetHeader, features};
+use baton_tests::fake_frontend::wire::{Message, request};
+use baton_tests::fake_frontend::{Device, Options};
+use baton_tests::frames::{self, Network, Transport, segment};
+use baton_tests::netns::Netns;
+
+fn options(queue_pairs: u16) -> Options {
+    let features = Options::default().features | features::MQ;
+    Options { queue_pairs, features, ..Options::default() }
+}
+
+/// A frame of the UDP flow with this source port, carrying a number.
+fn flow(port: u16, number: u32) -> Vec<u8> {
+    let mut frame = segment(Network::V4, Transport::Udp, &number.to_be_bytes());
+    let place = frame.transport_offset;
+    frame.bytes[place..place + 2].copy_from_slice(&port.to_be_bytes());
+    frame.bytes
+}
+
+fn number_in(frame: &[u8]) -> u32 {
+    u32::from_be_bytes(frame[frame.len() - 4..].try_into().unwrap())
+}
+
+/// A flow that the kernel puts on queue pair `wanted`.
+fn flow_on(rig: &mut Rig, device: &mut Device, wanted: usize) -> u16 {
+    for port in 2000..3000 {
+        rig.network.send(&flow(port, 0)).unwrap();
+        if rig.receive_on_any(device).unwrap().0 == wanted {
+            return port;
+        }
+    }
+    panic!("no flow of a thousand is on queue pair {wanted}");
+}
+
+#[test]
+fn get_queue_num_gives_the_number_of_vrings() {
+    for queue_pairs in [1, 3, 128] {
+        let mut rig = Rig::new(queue_pairs, &[]).unwrap();
+        let connection = rig.backend.connect().unwrap();
+        connection.get_features().unwrap();
+        let protocol = connection.get_protocol_features().unwrap();
+        connection.set_protocol_features(protocol).unwrap();
+        assert_eq!(connection.get_queue_num().unwrap(), 2 * u64::from(queue_pairs));
+    }
+}
+
+#[test]
+fn indices_beyond_the_last_vring_are_refused() {
+    let mut rig = Rig::new(3, &[]).unwrap();
+    for index in [6, 7, 256, u32::MAX] {
+        for request in [
+            request::SET_VRING_NUM,
+            request::SET_VRING_BASE,
+            request::GET_VRING_BASE,
+            request::SET_VRING_ENABLE,
+        ] {
+            let device = rig.device(Options::default()).unwrap();
+            let message = Message::vring_state(request, index, 1).with_need_reply();
+            device.connection.send(&message, &[]).unwrap();
+            if let Some(reply) = device.connection.try_receive().unwrap() {
+                assert_eq!(reply.payload.len(), 8);
+                assert_ne!(reply.payload, [0; 8], "{message:?} was acknowledged");
+            }
+        }
+    }
+    let mut device = rig.device(options(3)).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+}
+
+#[test]
+fn every_pair_carries_frames_both_ways() {
+    let mut rig = Rig::new(4, &[]).unwrap();
+    let mut device = rig.device(options(4)).unwrap();
+    for pair in 0..4 {
+        let port = flow_on(&mut rig, &mut device, pair);
+        for number in 1..100 {
+            rig.network.send(&flow(port, number)).unwrap();
+            let (_, frame) = device.receive(pair).unwrap();
+            assert_eq!(number_in(&frame), number);
+            device.send(pair, &NetHeader::default(), &frame).unwrap();
+            assert_eq!(rig.network.receive().unwrap().1, frame);
+        }
+    }
+    let stats = rig.backend.stats().unwrap();
+    assert!(stats.queue_pairs.iter().all(|pair| pair.rx.frames >= 99 && pair.tx.frames == 99), "{stats:?}");
+}
+
+#[test]
+fn many_pairs_work() {
+    let mut rig = Rig::new(128, &[]).unwrap();
+    let mut device = rig.device(Options { queue_size: 16, ..options(128) }).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+}
+
+#[test]
+fn a_device_that_enables_fewer_pairs_receives_everything_on_those() {
+    let mut rig = Rig::new(4, &[]).unwrap();
+    let mut device = rig.device(options(2)).unwrap();
+    for port in 2000..2100 {
+        rig.network.send(&flow(port, u32::from(port))).unwrap();
+        let (_, frame) = rig.receive_on_any(&mut device).unwrap();
+        assert_eq!(number_in(&frame), u32::from(port));
+    }
+}
+
+#[test]
+fn without_multi_queue_everything_is_received_on_the_first_pair() {
+    let mut rig = Rig::new(4, &[]).unwrap();
+    let mut device = rig.device(Options::default()).unwrap();
+    for port in 2000..2100 {
+        rig.network.send(&flow(port, u32::from(port))).unwrap();
+        let (_, frame) = device.receive(0).unwrap();
+        assert_eq!(number_in(&frame), u32::from(port));
+    }
+}
+
+#[test]
+fn a_disabled_pairs_flows_go_to_the_others() {
+    let mut rig = Rig::new(2, &[]).unwrap();
+    let mut device = rig.device(options(2)).unwrap();
+    let port = flow_on(&mut rig, &mut device, 1);
+    for round in 0..20 {
+        for index in [2, 3] {
+            device.connection.set_vring_enable(index, false).unwrap();
+        }
+        for number in 0..20 {
+            rig.network.send(&flow(port, round * 100 + number)).unwrap();
+            let (_, frame) = device.receive(0).unwrap();
+            assert_eq!(number_in(&frame), round * 100 + number);
+        }
+        // Twice is once: attaching an attached queue is an error to the kernel.
+        for index in [2, 3, 2, 3] {
+            device.connection.set_vring_enable(index, true).unwrap();
+        }
+        for number in 20..40 {
+            rig.network.send(&flow(port, round * 100 + number)).unwrap();
+            let (_, frame) = rig.receive_on_any(&mut device).unwrap();
+            assert_eq!(number_in(&frame), round * 100 + number);
+        }
+    }
+    flow_on(&mut rig, &mut device, 1);
+    rig.check_traffic(&mut device).unwrap();
+}
+
+#[test]
+fn a_stopped_pair_keeps_its_frames() {
+    let mut rig = Rig::new(2, &[]).unwrap();
+    let mut device = rig.device(options(2)).unwrap();
+    let port = flow_on(&mut rig, &mut device, 1);
+    for round in 0..20 {
+        let base = device.stop_ring(2).unwrap();
+        for number in 0..50 {
+            rig.network.send(&flow(port, round * 100 + number)).unwrap();
+        }
+        device.connection.get_features().unwrap();
+        device.restart_ring(2, base).unwrap();
+        for number in 0..50 {
+            let (_, frame) = device.receive(1).unwrap();
+            assert_eq!(number_in(&frame), round * 100 + number);
+        }
+    }
+}
+
+#[test]
+fn a_pause_of_all_rings_keeps_every_frame() {
+    let mut rig = Rig::new(2, &[]).unwrap();
+    let mut device = rig.device(options(2)).unwrap();
+    let ports = [flow_on(&mut rig, &mut device, 0), flow_on(&mut rig, &mut device, 1)];
+    // Cloud Hypervisor pauses like this, the first pair first; frames that are in the TAP's queues by then must stay.
+    for index in 0..4 {
+        device.connection.set_vring_enable(index, false).unwrap();
+    }
+    for number in 0..50 {
+        for port in ports {
+            rig.network.send(&flow(port, number)).unwrap();
+        }
+    }
+    device.connection.get_features().unwrap();
+    for index in 0..4 {
+        device.connection.set_vring_enable(index, true).unwrap();
+    }
+    for pair in [0, 1] {
+        for number in 0..50 {
+            let (_, frame) = device.receive(pair).unwrap();
+            assert_eq!(number_in(&frame), number, "pair {pair}");
+        }
+    }
+}
+
+#[test]
+fn frames_that_wait_on_the_first_pair_survive_its_disabling() {
+    let mut rig = Rig::new(2, &[]).unwrap();
+    let mut device = rig.device(options(2)).unwrap();
+    let port = flow_on(&mut rig, &mut device, 0);
+    device.connection.set_vring_enable(0, false).unwrap();
+    for number in 0..50 {
+        rig.network.send(&flow(port, number)).unwrap();
+    }
+    device.connection.set_vring_enable(0, true).unwrap();
+    for number in 0..50 {
+        assert_eq!(number_in(&device.receive(0).unwrap().1), number);
+    }
+}
+
+#[test]
+fn transmissions_of_a_disabled_pair_are_discarded() {
+    let mut rig = Rig::new(2, &[]).unwrap();
+    let mut device = rig.device(options(2)).unwrap();
+    for index in [2, 3] {
+        device.connection.set_vring_enable(index, false).unwrap();
+    }
+    // A detached TAP queue would still take them.
+    for number in 0..10 {
+        device.send(1, &NetHeader::default(), &frames::numbered(number, 100)).unwrap();
+    }
+    device.wait_transmitted(1).unwrap();
+    rig.backend.wait_pair_stats(1, |stats| stats.tx.discarded == 10).unwrap();
+    rig.transmit(&mut device, 20..21, 100).unwrap();
+    rig.expect_on_network(20..21).unwrap();
+}
+
+#[test]
+fn a_tap_of_one_queue_is_refused_for_two_pairs() {
+    let netns = Netns::enter().unwrap();
+    netns.create_persistent_tap(TAP, false).unwrap();
+    let tap = format!("--tap={TAP}");
+    let mut backend = Backend::listening(&[&tap, "--queue-pairs=2"], &[]).unwrap();
+    assert_eq!(backend.process.wait().unwrap().code(), Some(1));
+    let log = backend.process.log();
+    assert!(log.lines().count() == 1 && log.contains(TAP) && log.contains("multi"), "{log}");
+}

@@ -1,0 +1,162 @@
+//! From one front-end to the next: nothing is left of the last session, real front-ends' habits are served, and a
+//! worker that fails is heard of.
+#![expect(clippy::unwrap_used, reason = "these are tests")]
+
+use std::os::fd::AsFd;
+use std::process::Command;
+
+use baton_protocol::control::{BackendState, Frontend};
+use baton_tests::backend::{Rig, TAP};
+use baton_tests::fake_frontend::wire::protocol;
+use baton_tests::fake_frontend::{Device, Options, features};
+
+#[test]
+fn a_new_connection_is_a_new_session() {
+    let mut rig = Rig::new(2, &[]).unwrap();
+    let at_rest = rig.backend.fds_at_rest().unwrap();
+    let features = Options::default().features | features::MQ | features::EVENT_IDX;
+    let mut device = rig.device(Options { queue_pairs: 2, features, ..Options::default() }).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    drop(device);
+    assert_eq!(rig.backend.fds_at_rest().unwrap(), at_rest);
+    let status = rig.backend.status().unwrap();
+    assert_eq!(status.state, BackendState::Waiting);
+    assert_eq!((status.features.as_str(), status.protocol_features.as_str()), ("0x0", "0x0"));
+    assert!(
+        status.vrings.iter().all(|vring| !vring.started && !vring.enabled && vring.size == 0),
+        "{:?}",
+        status.vrings
+    );
+
+    // Other features, another header, fewer rings, other memory.
+    let features = features::PROTOCOL_FEATURES;
+    let mut device =
+        rig.device(Options { features, protocol_features: 0, queue_size: 64, ..Options::default() }).unwrap();
+    let status = rig.backend.status().unwrap();
+    assert_eq!((status.state, status.frontend), (BackendState::Serving, Frontend::Connected));
+    assert_eq!(status.features, "0x40000000");
+    rig.check_traffic(&mut device).unwrap();
+}
+
+#[test]
+fn rings_of_the_last_session_do_not_run_in_the_next() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    let mut device = rig.device(Options::default()).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    let connection = rig.backend.connect().unwrap();
+    let old = std::mem::replace(&mut device.connection, connection);
+    drop(old);
+    // The new session has begun once this is answered.
+    device.connection.get_features().unwrap();
+    let before = device.memory.snapshot();
+    rig.inject(0..10, 100).unwrap();
+    device.ring(0).kick().unwrap();
+    device.ring(1).kick().unwrap();
+    device.connection.get_features().unwrap();
+    assert!(device.memory.snapshot() == before, "the old session's memory was written");
+}
+
+#[test]
+fn a_connection_closed_without_a_byte_is_no_session() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    for _ in 0..20 {
+        drop(rig.backend.connect().unwrap());
+    }
+    let mut device = rig.device(Options::default()).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+}
+
+#[test]
+fn a_second_front_end_waits_its_turn() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    let mut first = rig.device(Options::default()).unwrap();
+    let second = rig.backend.connect().unwrap();
+    second.send(&baton_tests::fake_frontend::wire::Message::empty(1), &[]).unwrap();
+    rig.check_traffic(&mut first).unwrap();
+    drop(first);
+    assert_eq!(second.receive().unwrap().request, 1);
+    drop(second);
+    let mut device = rig.device(Options::default()).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+}
+
+/// QEMU 7.2, and with acknowledgements 10.0.
+fn enabled_before_set_features(acknowledged: bool) {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    let mut device = Device::new(rig.backend.connect().unwrap(), Options::default()).unwrap();
+    device.connection.get_features().unwrap();
+    device.connection.get_protocol_features().unwrap();
+    device.connection.set_protocol_features(protocol::MQ | protocol::REPLY_ACK).unwrap();
+    device.connection.set_owner().unwrap();
+    device.connection.acknowledged = acknowledged;
+    for index in [0, 1] {
+        device.connection.set_vring_enable(index, true).unwrap();
+    }
+    device.connection.set_features(device.options.features).unwrap();
+    device.connection.set_memory_table(&device.memory).unwrap();
+    for index in [0, 1] {
+        // Kick before call, as QEMU does.
+        device.set_up_ring(index, 0).unwrap();
+    }
+    device.fill_receive_rings().unwrap();
+    rig.check_traffic(&mut device).unwrap();
+}
+
+#[test]
+fn set_vring_enable_before_set_features_is_kept() {
+    enabled_before_set_features(false);
+}
+
+#[test]
+fn set_vring_enable_before_set_features_is_acknowledged_and_kept() {
+    enabled_before_set_features(true);
+}
+
+#[test]
+fn a_front_end_may_set_up_everything_anew_on_the_same_connection() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    // virtio-user, reconfigured: ENABLE 0, GET_VRING_BASE, CALL, other features, another memory table.
+    let features = Options::default().features;
+    let choices = [
+        features,
+        features & !features::MRG_RXBUF,
+        features::PROTOCOL_FEATURES,
+        features | features::EVENT_IDX,
+    ];
+    let mut device = rig.device(Options::default()).unwrap();
+    for features in choices {
+        for index in [0, 1] {
+            device.connection.set_vring_enable(index, false).unwrap();
+            device.stop_ring(index).unwrap();
+        }
+        let Device { connection, .. } = device;
+        device = Device::new(connection, Options { features, ..Options::default() }).unwrap();
+        for index in [0, 1] {
+            let ring = device.ring(index);
+            device.connection.set_vring_call(index, Some(ring.call.as_fd())).unwrap();
+        }
+        device.connection.set_features(features).unwrap();
+        for pair in &mut device.pairs {
+            for ring in [&mut pair.receive, &mut pair.transmit] {
+                ring.queue.negotiated(features & features::EVENT_IDX != 0, false);
+            }
+        }
+        device.set_up().unwrap();
+        device.fill_receive_rings().unwrap();
+        rig.check_traffic(&mut device).unwrap();
+    }
+}
+
+#[test]
+fn a_worker_that_fails_is_heard_of() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    let mut device = rig.device(Options::default()).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    // The TAP is taken away: the worker can go on with nothing.
+    assert!(Command::new("ip").args(["link", "delete", TAP]).status().unwrap().success());
+    let status = rig.backend.process.wait().unwrap();
+    assert_eq!(status.code(), Some(1));
+    let log = rig.backend.process.log();
+    assert!(log.lines().last().unwrap().contains(TAP), "{log}");
+    assert!(!rig.backend.socket.exists() && !rig.backend.control.exists(), "sockets were left behind");
+}

@@ -1,0 +1,284 @@
+//! When a vring runs, and what a running one does (vhost-user: "Ring states"): the states are independent, and a
+//! worker never touches what it must not.
+#![expect(clippy::unwrap_used, reason = "these are tests")]
+
+use std::os::fd::AsFd;
+
+use baton_tests::backend::Rig;
+use baton_tests::fake_frontend::net::features;
+use baton_tests::fake_frontend::{Device, Options};
+
+const RX: u32 = 0;
+const TX: u32 = 1;
+
+/// A device that is set up but for `SET_VRING_ENABLE` and kicks.
+fn prepared(rig: &mut Rig, options: Options) -> Device {
+    let mut device = Device::new(rig.backend.connect().unwrap(), options).unwrap();
+    device.negotiate().unwrap();
+    device.connection.set_memory_table(&device.memory).unwrap();
+    for index in [RX, TX] {
+        device.set_up_ring(index, 0).unwrap();
+    }
+    device
+}
+
+#[test]
+fn enabling_is_remembered_while_a_ring_is_stopped() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    let mut device = Device::new(rig.backend.connect().unwrap(), Options::default()).unwrap();
+    device.negotiate().unwrap();
+    // Before there is anything to enable.
+    for index in [RX, TX] {
+        device.connection.set_vring_enable(index, true).unwrap();
+    }
+    device.connection.set_memory_table(&device.memory).unwrap();
+    for index in [RX, TX] {
+        device.set_up_ring(index, 0).unwrap();
+    }
+    device.fill_receive_rings().unwrap();
+    rig.check_traffic(&mut device).unwrap();
+
+    // Stopping does not disable.
+    for index in [RX, TX] {
+        let base = device.stop_ring(index).unwrap();
+        device.restart_ring(index, base).unwrap();
+    }
+    rig.check_traffic(&mut device).unwrap();
+}
+
+#[test]
+fn disabling_is_remembered_while_a_ring_is_stopped() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    let mut device = rig.device(Options::default()).unwrap();
+    let base = device.stop_ring(RX).unwrap();
+    device.connection.set_vring_enable(RX, false).unwrap();
+    device.restart_ring(RX, base).unwrap();
+
+    rig.inject(0..3, 100).unwrap();
+    rig.worker_rounds(&mut device, 0).unwrap();
+    assert!(!device.pairs[0].receive.queue.has_used(), "a disabled ring received");
+    device.connection.set_vring_enable(RX, true).unwrap();
+    rig.expect_in_guest(&mut device, 0..3).unwrap();
+}
+
+#[test]
+fn a_ring_starts_with_a_kick() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    let mut device = prepared(&mut rig, Options::default());
+    for index in [RX, TX] {
+        device.connection.set_vring_enable(index, true).unwrap();
+    }
+    device.post_receive_buffers(0, 16).unwrap();
+    rig.inject(0..3, 100).unwrap();
+    rig.worker_rounds(&mut device, 0).unwrap();
+    assert!(!device.pairs[0].receive.queue.has_used(), "a ring that was not kicked received");
+    let vrings = rig.backend.status().unwrap().vrings;
+    assert!(!vrings[0].started && vrings[1].started, "{vrings:?}");
+
+    device.pairs[0].receive.kick().unwrap();
+    rig.expect_in_guest(&mut device, 0..3).unwrap();
+}
+
+#[test]
+fn a_ring_without_a_kick_descriptor_runs_at_once_and_is_polled() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    let mut device = Device::new(rig.backend.connect().unwrap(), Options::default()).unwrap();
+    device.negotiate().unwrap();
+    device.connection.set_memory_table(&device.memory).unwrap();
+    device.post_receive_buffers(0, 16).unwrap();
+    for index in [RX, TX] {
+        let ring = device.ring(index);
+        device.connection.set_vring_num(index, ring.queue.size()).unwrap();
+        device.connection.set_vring_base(index, 0).unwrap();
+        device.connection.set_vring_addresses(index, &device.memory, ring.queue.addresses()).unwrap();
+        device.connection.set_vring_call(index, Some(ring.call.as_fd())).unwrap();
+        device.connection.set_vring_enable(index, true).unwrap();
+        device.connection.set_vring_kick(index, None).unwrap();
+    }
+    // Nobody reads these kicks.
+    rig.transmit(&mut device, 0..5, 100).unwrap();
+    rig.expect_on_network(0..5).unwrap();
+    rig.inject(0..16, 100).unwrap();
+    rig.expect_in_guest(&mut device, 0..16).unwrap();
+    // The buffers given back are found without a kick, too.
+    rig.inject(16..32, 100).unwrap();
+    rig.expect_in_guest(&mut device, 16..32).unwrap();
+}
+
+#[test]
+fn a_started_and_disabled_transmit_ring_is_consumed_and_discarded() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    let mut device = rig.device(Options::default()).unwrap();
+    device.connection.set_vring_enable(TX, false).unwrap();
+    rig.transmit(&mut device, 0..300, 100).unwrap();
+    device.wait_transmitted(0).unwrap();
+    rig.backend.wait_pair_stats(0, |stats| stats.tx.discarded == 300).unwrap();
+
+    device.connection.set_vring_enable(TX, true).unwrap();
+    rig.transmit(&mut device, 1000..1003, 100).unwrap();
+    rig.expect_on_network(1000..1003).unwrap();
+    assert_eq!(rig.network.drain().unwrap(), 0, "a discarded frame reached the TAP");
+    assert_eq!(rig.backend.pair_stats(0).unwrap().tx.frames, 3);
+}
+
+#[test]
+fn a_started_and_disabled_receive_ring_receives_nothing_new() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    let mut device = rig.device(Options::default()).unwrap();
+    device.connection.set_vring_enable(RX, false).unwrap();
+    rig.inject(0..50, 100).unwrap();
+    rig.worker_rounds(&mut device, 0).unwrap();
+    assert!(!device.pairs[0].receive.queue.has_used(), "a disabled ring received");
+    device.connection.set_vring_enable(RX, true).unwrap();
+    rig.expect_in_guest(&mut device, 0..50).unwrap();
+}
+
+#[test]
+fn without_protocol_features_set_features_enables_all_rings() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    let features = features::VERSION_1 | features::MRG_RXBUF;
+    let mut device = prepared(&mut rig, Options { features, ..Options::default() });
+    device.fill_receive_rings().unwrap();
+    rig.check_traffic(&mut device).unwrap();
+}
+
+#[test]
+fn with_protocol_features_set_features_leaves_the_rings_alone() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    let mut device = prepared(&mut rig, Options::default());
+    device.fill_receive_rings().unwrap();
+    // Neither was enabled.
+    rig.inject(0..1, 100).unwrap();
+    rig.transmit(&mut device, 0..1, 100).unwrap();
+    device.wait_transmitted(0).unwrap();
+    rig.backend.wait_pair_stats(0, |stats| stats.tx.discarded == 1).unwrap();
+    assert!(!device.pairs[0].receive.queue.has_used());
+
+    // Each stays as it is.
+    device.connection.set_vring_enable(TX, true).unwrap();
+    device.connection.set_features(device.options.features).unwrap();
+    rig.worker_rounds(&mut device, 0).unwrap();
+    assert!(!device.pairs[0].receive.queue.has_used());
+    device.connection.set_vring_enable(RX, true).unwrap();
+    device.connection.set_features(device.options.features).unwrap();
+    rig.expect_in_guest(&mut device, 0..1).unwrap();
+}
+
+#[test]
+fn nothing_is_written_to_guest_memory_while_all_rings_are_disabled() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    let mut device = rig.device(Options::default()).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    device.wait_transmitted(0).unwrap();
+    for index in [RX, TX] {
+        device.connection.set_vring_enable(index, false).unwrap();
+    }
+    // The worker has nothing left to write once it has discarded this one.
+    rig.transmit(&mut device, 0..1, 100).unwrap();
+    device.wait_transmitted(0).unwrap();
+    device.connection.get_features().unwrap();
+    let before = device.memory.snapshot();
+    device.pairs[0].receive.take_calls().unwrap();
+
+    rig.inject(0..100, 100).unwrap();
+    // A notification without a buffer makes the worker look around.
+    for index in [RX, TX] {
+        device.ring(index).kick().unwrap();
+    }
+    rig.backend.wait_pair_stats(0, |stats| stats.tx.kicks >= 2).unwrap();
+    device.connection.get_features().unwrap();
+    assert!(device.memory.snapshot() == before, "guest memory was written while all rings were disabled");
+    assert_eq!(device.pairs[0].receive.take_calls().unwrap(), 0);
+
+    for index in [RX, TX] {
+        device.connection.set_vring_enable(index, true).unwrap();
+    }
+    rig.expect_in_guest(&mut device, 0..100).unwrap();
+}
+
+/// Sends `change` again and again while frames are on their way in both directions: none may be lost or reordered.
+fn under_traffic(change: impl Fn(&Device)) {
+    const ROUNDS: u32 = 100;
+    const BURST: u32 = 20;
+    let mut rig = Rig::new(1, &[]).unwrap();
+    let mut device = rig.device(Options::default()).unwrap();
+    for round in 0..ROUNDS {
+        let numbers = round * BURST..(round + 1) * BURST;
+        rig.inject(numbers.clone(), 200).unwrap();
+        rig.transmit(&mut device, numbers.clone(), 200).unwrap();
+        change(&device);
+        rig.expect_in_guest(&mut device, numbers.clone()).unwrap();
+        rig.expect_on_network(numbers).unwrap();
+    }
+    assert_eq!(rig.network.drain().unwrap(), 0);
+}
+
+#[test]
+fn set_features_may_come_while_rings_run() {
+    under_traffic(|device| device.connection.set_features(device.options.features).unwrap());
+}
+
+#[test]
+fn set_mem_table_may_come_while_rings_run() {
+    under_traffic(|device| device.connection.set_memory_table(&device.memory).unwrap());
+}
+
+#[test]
+fn set_vring_addr_may_come_while_rings_run() {
+    under_traffic(|device| {
+        for index in [RX, TX] {
+            let addresses = device.ring(index).queue.addresses();
+            device.connection.set_vring_addresses(index, &device.memory, addresses).unwrap();
+        }
+    });
+}
+
+#[test]
+fn kick_and_call_descriptors_may_be_replaced_while_rings_run() {
+    under_traffic(|device| {
+        for index in [RX, TX] {
+            let ring = device.ring(index);
+            device.connection.set_vring_call(index, Some(ring.call.as_fd())).unwrap();
+            device.connection.set_vring_kick(index, Some(ring.kick.as_fd())).unwrap();
+        }
+    });
+}
+
+#[test]
+fn a_suspended_device_is_silent_and_still_answers() {
+    let mut rig = Rig::new(2, &[]).unwrap();
+    let features = Options::default().features | features::MQ;
+    let options = Options { queue_pairs: 2, features, ..Options::default() };
+    let mut device = rig.device(options).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    let bases: Vec<_> = (0..4).map(|index| device.stop_ring(index).unwrap()).collect();
+    let before = device.memory.snapshot();
+    for index in 0..4 {
+        device.ring(index).take_calls().unwrap();
+    }
+
+    rig.inject(0..50, 100).unwrap();
+    for index in 0..4 {
+        device.ring(index).kick().unwrap();
+    }
+    for _ in 0..20 {
+        // Each would fail if the back-end had said anything by itself.
+        device.connection.get_features().unwrap();
+        device.connection.get_protocol_features().unwrap();
+        assert_eq!(device.connection.get_queue_num().unwrap(), 4);
+        device.connection.set_features(device.options.features).unwrap();
+    }
+    assert!(device.memory.snapshot() == before, "guest memory was written while suspended");
+    for index in 0..4 {
+        assert_eq!(device.ring(index).take_calls().unwrap(), 0, "vring {index} was called");
+    }
+
+    for (index, &base) in (0..).zip(&bases) {
+        device.restart_ring(index, base).unwrap();
+    }
+    // Nobody has taken the frames from the TAP meanwhile. They are all of one flow, and so in one queue.
+    for number in 0..50 {
+        let (_, frame) = rig.receive_on_any(&mut device).unwrap();
+        assert_eq!(baton_tests::frames::number_of(&frame), Some(number));
+    }
+}
