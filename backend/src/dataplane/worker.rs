@@ -164,7 +164,10 @@ impl Worker {
     /// # Errors
     /// What making a thread fails with; the pair stays here.
     pub fn resume(&mut self) -> io::Result<()> {
-        if !self.here.as_ref().is_some_and(|pair| pair.has_rings()) {
+        let Some(pair) = &self.here else { return Ok(()) };
+        // Also where there is nothing to run: a stopped ring's descriptors are dropped.
+        self.calls.clear();
+        if !pair.has_rings() {
             return Ok(());
         }
         if self.thread.is_none() {
@@ -173,7 +176,6 @@ impl Worker {
             self.thread = Some(std::thread::Builder::new().name(name).spawn(move || work(&shared))?);
         }
         let Some(pair) = self.here.take() else { return Ok(()) };
-        self.calls.clear();
         for ring in [&pair.rx.ring, &pair.tx.ring].into_iter().flatten() {
             self.calls.extend(ring.vring.call().cloned());
             self.calls.extend(ring.error.clone());
