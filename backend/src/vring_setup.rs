@@ -72,7 +72,10 @@ impl VringSetup {
             self.base_is_given = false;
         }
         vring.set_next_available(self.base);
-        self.started |= matches!(kick, Kick::Polled) || self.base != 0 || vring.was_in_use();
+        // A ring in use may get no further kick. While it is disabled it waits for one, all the same: a front-end that
+        // comes back enables it last, and what waits in a transmit ring is not to be discarded until then.
+        let in_use = self.base != 0 || vring.was_in_use();
+        self.started |= matches!(kick, Kick::Polled) || self.enabled && in_use;
         Ok(Some(Ring {
             vring,
             kick: kick.clone(),
