@@ -14,7 +14,8 @@ use crate::fake_frontend::{Connection, Device, NetHeader, Options};
 use crate::frames;
 use crate::netns::Netns;
 use crate::packet_socket::PacketSocket;
-use crate::process::{PATIENCE, Process, program};
+use crate::process::{PATIENCE, Process};
+use crate::programs;
 
 /// The TAP of a [`Rig`].
 pub const TAP: &str = "tap0";
@@ -63,7 +64,7 @@ impl Backend {
         option.push(&control);
         all.push(option);
         all.extend(arguments.iter().map(OsString::from));
-        let process = Process::start(&program("baton-backend")?, &all, fds)?;
+        let process = Process::start(&programs::backend()?, &all, fds)?;
         let socket = directory.path().join("vhost-user");
         Ok(Self { process, socket, control, client: None, directory })
     }

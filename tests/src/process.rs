@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -25,17 +25,6 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// How often is looked where the kernel reports no event.
 const TICK: Duration = Duration::from_millis(1);
-
-/// Where a program of this workspace is: beside the test's own.
-///
-/// # Errors
-/// If it has not been built.
-pub fn program(name: &str) -> Result<PathBuf> {
-    let test = std::env::current_exe().context("the test's own path")?;
-    let path = test.ancestors().nth(2).context("the target directory")?.join(name);
-    ensure!(path.exists(), "{} is not built: cargo build --workspace", path.display());
-    Ok(path)
-}
 
 /// A running program.
 #[derive(Debug)]

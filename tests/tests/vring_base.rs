@@ -2,11 +2,12 @@
 //! frame in hand.
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
-use baton_tests::backend::{Rig, TAP};
+use baton_tests::backend::{Backend, Rig, TAP};
 use baton_tests::fake_frontend::net::{NetHeader, features};
 use baton_tests::fake_frontend::{Device, Options};
 use baton_tests::frames;
 use baton_tests::netns;
+use nix::sys::signal::Signal;
 
 const RX: u32 = 0;
 const TX: u32 = 1;
@@ -156,6 +157,12 @@ fn used_device(rig: &mut Rig) -> Device {
     device
 }
 
+/// Replaces a back-end that has died.
+fn restart(rig: &mut Rig) {
+    let tap = format!("--tap={TAP}");
+    rig.backend = Backend::listening(&[&tap], &[]).unwrap();
+}
+
 #[test]
 fn a_reconnecting_front_end_goes_on_from_the_used_index() {
     let mut rig = Rig::new(1, &[]).unwrap();
@@ -193,6 +200,34 @@ fn a_ring_in_use_that_is_given_base_0_goes_on_from_its_used_index() {
 }
 
 #[test]
+fn frames_that_wait_in_a_ring_survive_a_reconnect() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    let mut device = used_device(&mut rig);
+    rig.backend.process.signal(Signal::SIGKILL).unwrap();
+    rig.backend.process.wait().unwrap();
+    for number in 0..50 {
+        let frame = frames::numbered(number, 100);
+        assert!(device.enqueue(0, &NetHeader::default(), &frame).unwrap());
+    }
+    // Not by a kick, which would start the ring before it is enabled.
+    device.pairs[0].transmit.queue.publish();
+
+    restart(&mut rig);
+    device.connection = rig.backend.connect().unwrap();
+    device.negotiate().unwrap();
+    device.connection.set_memory_table(&device.memory).unwrap();
+    // virtio-user enables when all is set up, and kicks no more.
+    for index in [RX, TX] {
+        device.set_up_ring(index, 0).unwrap();
+    }
+    for index in [RX, TX] {
+        device.connection.set_vring_enable(index, true).unwrap();
+    }
+    rig.expect_on_network(0..50).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+}
+
+#[test]
 fn completion_in_order_replays_right_after_a_crash() {
     let mut rig = Rig::new(1, &[]).unwrap();
     let mut device = used_device(&mut rig);
@@ -200,15 +235,17 @@ fn completion_in_order_replays_right_after_a_crash() {
     for number in 0..200 {
         let frame = frames::numbered(number, 100);
         assert!(device.enqueue(0, &NetHeader::default(), &frame).unwrap());
-        device.flush(0).unwrap();
-        if number == 100 {
-            rig.backend.process.signal(nix::sys::signal::Signal::SIGKILL).unwrap();
-        }
     }
+    device.flush(0).unwrap();
+    let queue = &device.pairs[0].transmit.queue;
+    let first = queue.used_index();
+    while queue.used_index() == first {
+        std::hint::spin_loop();
+    }
+    rig.backend.process.signal(Signal::SIGKILL).unwrap();
     rig.backend.process.wait().unwrap();
 
-    let tap = format!("--tap={TAP}");
-    rig.backend = baton_tests::backend::Backend::listening(&[&tap], &[]).unwrap();
+    restart(&mut rig);
     let connection = rig.backend.connect().unwrap();
     device.reconnect(connection).unwrap();
     device.wait_transmitted(0).unwrap();

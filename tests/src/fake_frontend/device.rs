@@ -375,8 +375,8 @@ impl Device {
         self.connection.set_memory_table(&self.memory)?;
         for index in 0..2 * u32::from(self.options.queue_pairs) {
             let base = self.ring(index).queue.used_index();
-            self.restart_ring(index, base)?;
             self.connection.set_vring_enable(index, true)?;
+            self.restart_ring(index, base)?;
         }
         Ok(())
     }
