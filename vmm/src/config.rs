@@ -190,7 +190,7 @@ impl FromStr for SerialTarget {
 }
 
 /// An Ethernet address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Mac(pub [u8; 6]);
 
 impl Mac {
@@ -198,6 +198,11 @@ impl Mac {
     pub fn locally_administered(mut random: [u8; 6]) -> Self {
         random[0] = (random[0] & !0x01) | 0x02;
         Self(random)
+    }
+
+    /// Neither a group's address nor none at all.
+    pub fn is_unicast(self) -> bool {
+        self.0[0] & 1 == 0 && self.0 != [0; 6]
     }
 }
 
@@ -215,10 +220,8 @@ impl FromStr for Mac {
             }
             *byte = u8::from_str_radix(part, 16).map_err(|_| error())?;
         }
-        if parts.next().is_some() || bytes[0] & 1 != 0 || bytes == [0; 6] {
-            return Err(error());
-        }
-        Ok(Self(bytes))
+        let mac = Self(bytes);
+        if parts.next().is_none() && mac.is_unicast() { Ok(mac) } else { Err(error()) }
     }
 }
 

@@ -10,6 +10,7 @@ use thiserror::Error;
 
 use crate::event;
 use crate::vcpu::{Vcpus, Wanted};
+use crate::virtio::net::NetShared;
 
 /// Why there is no control socket.
 #[derive(Debug, Error)]
@@ -31,6 +32,8 @@ pub struct Controlled {
     pub memory: u64,
     /// How many vCPUs there are.
     pub cpus: u8,
+    /// The network devices.
+    pub net: Vec<Arc<NetShared>>,
     /// Signalled to end the VMM.
     pub quit: vmm_sys_util::eventfd::EventFd,
 }
@@ -61,7 +64,12 @@ impl Controlled {
             Wanted::Running => VmmState::Running,
             Wanted::Paused | Wanted::Stopped => VmmState::Paused,
         };
-        VmmStatus { state, cpus: self.cpus, memory: self.memory, net: Vec::new() }
+        VmmStatus {
+            state,
+            cpus: self.cpus,
+            memory: self.memory,
+            net: self.net.iter().map(|net| net.status()).collect(),
+        }
     }
 }
 

@@ -2,7 +2,8 @@
 //! back-ends.
 //!
 //! [`config`] reads the command line, [`run()`] does the rest: guest memory and the kernel in it (`memory`,
-//! `boot`, `acpi`), the VM (`vm`, `cpu_state`, `vcpu`), its devices (`mmio_bus`, `serial`, `power`), the
+//! `boot`, `acpi`), the VM (`vm`, `cpu_state`, `vcpu`), its devices (`mmio_bus`, `serial`, `power`, `virtio`) and
+//! their back-ends (`vhost_user`), the
 //! control socket (`control`), and the loop that waits for the end (`run`).
 
 pub mod config;
@@ -20,6 +21,8 @@ mod run;
 mod serial;
 mod terminal;
 mod vcpu;
+mod vhost_user;
+mod virtio;
 mod vm;
 
 pub use run::{RunError, run};

@@ -52,14 +52,10 @@ pub enum GuestEnd {
 #[derive(Debug, Error)]
 pub enum Crash {
     /// An exception while one was handled while one was handled.
-    #[error(
-        "the guest crashed with a triple fault on vCPU {vcpu} at instruction {rip:#x}; look at the end of its console"
-    )]
+    #[error("the guest crashed with a triple fault on vCPU {vcpu}; look at the end of its console")]
     TripleFault {
         /// The vCPU.
         vcpu: u8,
-        /// Its instruction pointer.
-        rip: u64,
     },
     /// KVM could not run the guest.
     #[error("KVM cannot run vCPU {vcpu}: {reason}")]

@@ -22,13 +22,18 @@ use crate::control::{self, ControlError, Controlled};
 use crate::event;
 use crate::memory::{self, MemoryError};
 use crate::mmio_bus::Bus;
-use crate::platform::{MAX_VIRTIO_DEVICES, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS, virtio_slots};
+use crate::platform::{
+    MAX_VIRTIO_DEVICES, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS, VIRTIO_MMIO_SIZE, VirtioSlot, virtio_slots,
+};
 use crate::power::{
     ACPI_PORT, ACPI_PORTS, AcpiRegisters, Crash, EndSignal, GuestEnd, I8042, I8042_PORT, I8042_PORTS,
 };
 use crate::serial::{SerialError, SharedConsole};
 use crate::terminal::RawTerminal;
 use crate::vcpu::{Buses, VcpuError, Vcpus};
+use crate::virtio::mmio_transport::{MmioTransport, QUEUE_NOTIFY};
+use crate::virtio::net::NetShared;
+use crate::virtio::net_worker::{NetError, NetThread};
 use crate::vm::{Vm, VmError};
 
 /// The signals that end the VMM as if it had been told to quit.
@@ -71,6 +76,9 @@ pub enum RunError {
     /// No console.
     #[error(transparent)]
     Serial(#[from] SerialError),
+    /// No back-end.
+    #[error(transparent)]
+    Net(#[from] NetError),
     /// No control socket.
     #[error(transparent)]
     Control(#[from] ControlError),
@@ -97,7 +105,14 @@ pub fn run(config: &Config) -> Result<(), RunError> {
     ports.insert(u64::from(SERIAL_PORT), u64::from(SERIAL_PORTS), console.device.clone());
     ports.insert(u64::from(ACPI_PORT), ACPI_PORTS, Arc::new(Mutex::new(AcpiRegisters(end.clone()))));
     ports.insert(u64::from(I8042_PORT), I8042_PORTS, Arc::new(Mutex::new(I8042(end.clone()))));
-    let memory = Bus::default();
+    let mut memory = Bus::default();
+    let mut devices = Vec::new();
+    for (index, (net, slot)) in config.net.iter().zip(&slots).enumerate() {
+        let (thread, device) = NetThread::start(format!("net{index}"), net, vm.memory().clone())?;
+        connect_device(&vm, &thread.shared, *slot)?;
+        memory.insert(slot.address, VIRTIO_MMIO_SIZE, Arc::new(Mutex::new(MmioTransport::new(device))));
+        devices.push(thread);
+    }
 
     let vcpus = vm.create_vcpus(config.cpus, entry)?;
     let vcpus = Arc::new(Vcpus::start(vcpus, &Arc::new(Buses { ports, memory }), &end)?);
@@ -107,8 +122,9 @@ pub fn run(config: &Config) -> Result<(), RunError> {
     let control_server = match control_socket {
         Some(socket) => {
             let quit = quit.try_clone().map_err(RunError::Events)?;
+            let net = devices.iter().map(|device| Arc::clone(&device.shared)).collect();
             let controlled =
-                Controlled { vcpus: vcpus.clone(), memory: config.memory.0, cpus: config.cpus, quit };
+                Controlled { vcpus: vcpus.clone(), memory: config.memory.0, cpus: config.cpus, net, quit };
             Some(control::serve(socket, controlled)?)
         }
         None => None,
@@ -116,6 +132,8 @@ pub fn run(config: &Config) -> Result<(), RunError> {
     vcpus.resume();
     let waker = Wakers { signals: &signals, end: &end, quit: &quit };
     let ended = waker.wait_for_end(interactive.then_some(&console));
+    // First the devices' connections, so that a vCPU that waits for a back-end can end.
+    devices.into_iter().for_each(NetThread::stop);
     vcpus.stop();
     drop(control_server);
     drop(terminal);
@@ -131,6 +149,18 @@ pub fn run(config: &Config) -> Result<(), RunError> {
         }
         None => Ok(()),
     }
+}
+
+/// Connects a device's doorbells and interrupts to the guest, without the VMM in between.
+fn connect_device(vm: &Vm, shared: &NetShared, slot: VirtioSlot) -> Result<(), VmError> {
+    let doorbell = slot.address + QUEUE_NOTIFY;
+    for (queue, kick) in (0u32..).zip(&shared.kicks) {
+        vm.connect_doorbell(kick, doorbell, queue)?;
+    }
+    for interrupt in shared.calls.iter().chain([shared.events.interrupt()]) {
+        vm.connect_interrupt(interrupt, slot.gsi)?;
+    }
+    Ok(())
 }
 
 /// Blocks the signals that end the VMM, in every thread that is started from now on, so that only the main

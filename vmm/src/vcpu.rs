@@ -292,10 +292,7 @@ impl Vcpu {
                 return Next::Enter;
             }
             Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => return Next::Enter,
-            Ok(VcpuExit::Shutdown) => {
-                let rip = self.fd.get_regs().map_or(0, |registers| registers.rip);
-                GuestEnd::Crash(Crash::TripleFault { vcpu: self.id, rip })
-            }
+            Ok(VcpuExit::Shutdown) => GuestEnd::Crash(Crash::TripleFault { vcpu: self.id }),
             Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => GuestEnd::PowerOff,
             Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => GuestEnd::Reset,
             Ok(VcpuExit::FailEntry(reason, _)) => {

@@ -3,7 +3,7 @@
 #![expect(unsafe_code, reason = "KVM is given the address of guest memory")]
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
-use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use thiserror::Error;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
@@ -107,5 +107,10 @@ impl Vm {
     /// Each signal of `event` becomes an edge on interrupt line `gsi`.
     pub fn connect_interrupt(&self, event: &EventFd, gsi: u32) -> Result<(), VmError> {
         self.fd.register_irqfd(event, gsi).map_err(refused("irqfd"))
+    }
+
+    /// The guest's writes of `value`, four bytes wide, to `address` become signals of `event`.
+    pub fn connect_doorbell(&self, event: &EventFd, address: u64, value: u32) -> Result<(), VmError> {
+        self.fd.register_ioevent(event, &IoEventAddress::Mmio(address), value).map_err(refused("ioeventfd"))
     }
 }

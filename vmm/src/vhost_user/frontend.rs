@@ -1,0 +1,283 @@
+//! One connection to a back-end, from `SET_OWNER` to its end (vhost-user specification, "Starting and stopping
+//! rings" and "Multiple queue support").
+//!
+//! A [`Link`] knows what the back-end offers and which rings it has started, and nothing of the guest. Any error
+//! leaves the connection in an unknown state: whoever gets one drops the link and connects anew.
+
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use thiserror::Error;
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::memory::GuestMemory;
+use crate::virtio::{QueueSetup, feature};
+
+/// `VHOST_USER_F_PROTOCOL_FEATURES`.
+const PROTOCOL_FEATURES: u64 = feature(30);
+/// The rings that a back-end without the MQ protocol feature has.
+const RINGS_WITHOUT_MULTI_QUEUE: u16 = 2;
+/// The part of virtio-net's configuration space that a VMM asks for: MAC, status, queue pairs, MTU.
+pub const CONFIG_SIZE: usize = 12;
+
+/// How long a back-end may take to answer before the connection is given up.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What can go wrong between the VMM and its back-end.
+#[derive(Debug, Error)]
+pub enum LinkError {
+    /// Nobody listens.
+    #[error("no back-end answers at {}: start baton-backend there first", path.display())]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The connection cannot be set up on this side.
+    #[error("cannot prepare the connection to the back-end")]
+    Socket(#[source] io::Error),
+    /// A message failed: refused, or the connection broke.
+    #[error("the back-end did not carry out {message}")]
+    Message {
+        /// Its name in the specification.
+        message: &'static str,
+        /// What the protocol's crate said.
+        #[source]
+        source: vhost::Error,
+    },
+    /// A back-end for legacy virtio only.
+    #[error("the back-end does not offer virtio 1 (VIRTIO_F_VERSION_1)")]
+    Legacy,
+    /// Too few rings.
+    #[error("the back-end serves {offered} vrings, and {needed} are needed: start it with --queue-pairs={}", needed / 2)]
+    TooFewRings {
+        /// What it serves.
+        offered: u64,
+        /// Two for each queue pair.
+        needed: u16,
+    },
+    /// Guest memory that has no file, or a ring that is not in guest memory.
+    #[error("guest memory cannot be shared")]
+    Memory(#[source] vhost::Error),
+    /// A ring that is not in guest memory.
+    #[error("a virtqueue is not in guest memory")]
+    Ring(#[source] vm_memory::GuestMemoryError),
+}
+
+fn failed(message: &'static str) -> impl FnOnce(vhost::Error) -> LinkError {
+    move |source| LinkError::Message { message, source }
+}
+
+/// What a back-end offers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offer {
+    /// Its virtio features.
+    pub features: u64,
+    /// The start of its configuration space, if it has one.
+    pub config: Option<[u8; CONFIG_SIZE]>,
+}
+
+/// A ring that shall be started.
+#[derive(Debug)]
+pub struct RingStart<'a> {
+    /// Its index.
+    pub index: usize,
+    /// Where it is.
+    pub setup: QueueSetup,
+    /// The next available index to be processed.
+    pub base: u16,
+    /// Whether its queue pair is in use.
+    pub enabled: bool,
+    /// The driver's notifications.
+    pub kick: &'a EventFd,
+    /// The device's interrupts.
+    pub call: &'a EventFd,
+}
+
+/// Connects without waiting: a listener whose backlog is full counts as none.
+pub fn connect_to(path: &Path) -> Result<UnixStream, LinkError> {
+    let connected = || -> Result<OwnedFd, Errno> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+        connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+        Ok(socket)
+    };
+    let stream = connected()
+        .map(UnixStream::from)
+        .map_err(|error| LinkError::Connect { path: path.to_owned(), source: error.into() })?;
+    stream.set_nonblocking(false).map_err(LinkError::Socket)?;
+    Ok(stream)
+}
+
+/// Ends a connection from another thread, so that nobody waits for an answer any longer.
+#[derive(Debug)]
+pub struct Cutter(UnixStream);
+
+impl Cutter {
+    /// For the connection `stream`.
+    pub fn new(stream: &UnixStream) -> Result<Self, LinkError> {
+        stream.try_clone().map(Self).map_err(LinkError::Socket)
+    }
+
+    /// Cuts it.
+    pub fn cut(&self) {
+        // A connection that is closed already needs no cut.
+        let _ = self.0.shutdown(Shutdown::Both);
+    }
+}
+
+/// A connection to a back-end, after the handshake.
+pub struct Link {
+    frontend: Frontend,
+    /// The same socket, to watch.
+    socket: UnixStream,
+    offer: Offer,
+    protocol: VhostUserProtocolFeatures,
+    has_protocol_features: bool,
+    started: Vec<usize>,
+}
+
+impl Link {
+    /// Greets the back-end at the other end of `stream`, which is to serve at least `rings` vrings.
+    pub fn establish(stream: UnixStream, rings: u16) -> Result<Self, LinkError> {
+        let socket = stream.try_clone().map_err(LinkError::Socket)?;
+        let mut frontend = Frontend::from_stream(stream, u64::from(RINGS_WITHOUT_MULTI_QUEUE));
+        frontend.set_owner().map_err(failed("SET_OWNER"))?;
+        let features = frontend.get_features().map_err(failed("GET_FEATURES"))?;
+        if features & feature(VIRTIO_F_VERSION_1) == 0 {
+            return Err(LinkError::Legacy);
+        }
+        let has_protocol_features = features & PROTOCOL_FEATURES != 0;
+        let protocol = if has_protocol_features {
+            negotiate(&mut frontend)?
+        } else {
+            VhostUserProtocolFeatures::empty()
+        };
+        let offered = if protocol.contains(VhostUserProtocolFeatures::MQ) {
+            frontend.get_queue_num().map_err(failed("GET_QUEUE_NUM"))?
+        } else {
+            u64::from(RINGS_WITHOUT_MULTI_QUEUE)
+        };
+        if offered < u64::from(rings) {
+            return Err(LinkError::TooFewRings { offered, needed: rings });
+        }
+        let config = if protocol.contains(VhostUserProtocolFeatures::CONFIG) {
+            Some(read_config(&mut frontend)?)
+        } else {
+            None
+        };
+        let offer = Offer { features, config };
+        Ok(Self { frontend, socket, offer, protocol, has_protocol_features, started: Vec::new() })
+    }
+
+    /// What the back-end offers.
+    pub fn offer(&self) -> &Offer {
+        &self.offer
+    }
+
+    /// The connection, to be watched: a back-end that says anything unasked has ended it or broken the protocol.
+    pub fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    /// Starts the device: acknowledges `features`, shares `memory`, and sets `rings` up.
+    pub fn start(
+        &mut self,
+        features: u64,
+        memory: &GuestMemory,
+        rings: &[RingStart<'_>],
+    ) -> Result<(), LinkError> {
+        let protocol = if self.has_protocol_features { PROTOCOL_FEATURES } else { 0 };
+        self.frontend.set_features(features | protocol).map_err(failed("SET_FEATURES"))?;
+        let regions: Result<Vec<_>, _> =
+            memory.iter().map(VhostUserMemoryRegionInfo::from_guest_region).collect();
+        self.frontend.set_mem_table(&regions.map_err(LinkError::Memory)?).map_err(failed("SET_MEM_TABLE"))?;
+        for ring in rings {
+            self.start_ring(ring, memory)?;
+        }
+        for ring in rings {
+            self.enable(ring.index, ring.enabled)?;
+        }
+        Ok(())
+    }
+
+    fn start_ring(&mut self, ring: &RingStart<'_>, memory: &GuestMemory) -> Result<(), LinkError> {
+        let address = |guest: u64| {
+            let pointer = memory.get_host_address(GuestAddress(guest)).map_err(LinkError::Ring)?;
+            Ok::<u64, LinkError>(pointer.addr() as u64)
+        };
+        let place = VringConfigData {
+            queue_max_size: ring.setup.size,
+            queue_size: ring.setup.size,
+            flags: 0,
+            desc_table_addr: address(ring.setup.descriptor_table)?,
+            used_ring_addr: address(ring.setup.used_ring)?,
+            avail_ring_addr: address(ring.setup.available_ring)?,
+            log_addr: None,
+        };
+        let (frontend, index) = (&self.frontend, ring.index);
+        frontend.set_vring_num(index, ring.setup.size).map_err(failed("SET_VRING_NUM"))?;
+        frontend.set_vring_base(index, ring.base).map_err(failed("SET_VRING_BASE"))?;
+        frontend.set_vring_addr(index, &place).map_err(failed("SET_VRING_ADDR"))?;
+        frontend.set_vring_call(index, ring.call).map_err(failed("SET_VRING_CALL"))?;
+        self.started.push(index);
+        frontend.set_vring_kick(index, ring.kick).map_err(failed("SET_VRING_KICK"))
+    }
+
+    /// Enables or disables a ring. Without protocol features all rings are always enabled.
+    pub fn enable(&mut self, index: usize, enabled: bool) -> Result<(), LinkError> {
+        if !self.has_protocol_features {
+            return Ok(());
+        }
+        self.frontend.set_vring_enable(index, enabled).map_err(failed("SET_VRING_ENABLE"))
+    }
+
+    /// Stops the device: on return, the back-end has left every ring and touches no guest memory.
+    pub fn stop(&mut self) -> Result<(), LinkError> {
+        let started = std::mem::take(&mut self.started);
+        for &index in &started {
+            self.frontend.get_vring_base(index).map_err(failed("GET_VRING_BASE"))?;
+        }
+        if self.protocol.contains(VhostUserProtocolFeatures::RESET_DEVICE) {
+            return self.frontend.reset_device().map_err(failed("RESET_DEVICE"));
+        }
+        started.iter().try_for_each(|&index| self.enable(index, false))
+    }
+}
+
+fn negotiate(frontend: &mut Frontend) -> Result<VhostUserProtocolFeatures, LinkError> {
+    let wanted = VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::REPLY_ACK
+        | VhostUserProtocolFeatures::CONFIG
+        | VhostUserProtocolFeatures::RESET_DEVICE;
+    let offered = frontend.get_protocol_features().map_err(failed("GET_PROTOCOL_FEATURES"))?;
+    let protocol = offered & wanted;
+    frontend.set_protocol_features(protocol).map_err(failed("SET_PROTOCOL_FEATURES"))?;
+    if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
+        frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+    }
+    Ok(protocol)
+}
+
+fn read_config(frontend: &mut Frontend) -> Result<[u8; CONFIG_SIZE], LinkError> {
+    let size = u32::try_from(CONFIG_SIZE).unwrap_or(u32::MAX);
+    let (_, bytes) = frontend
+        .get_config(0, size, VhostUserConfigFlags::empty(), &[0; CONFIG_SIZE])
+        .map_err(failed("GET_CONFIG"))?;
+    let mut config = [0; CONFIG_SIZE];
+    config.copy_from_slice(&bytes);
+    Ok(config)
+}

@@ -1,0 +1,3 @@
+//! The front-end's side of vhost-user.
+
+pub mod frontend;

@@ -1,0 +1,276 @@
+//! The control virtqueue of a network device (Virtio 1.2, section 5.1.6.5), served by the VMM: the vhost-user
+//! protocol has no place for it.
+//!
+//! A command is a chain of a class, a command and its data for the device to read, and one byte for the device
+//! to write. A chain that is none is given back unanswered; a ring that is none ends the service until the
+//! driver resets the device.
+
+use std::io::{Read, Write};
+
+use thiserror::Error;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_CTRL_MQ,
+    VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_ERR, VIRTIO_NET_OK,
+};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+
+use crate::memory::GuestMemory;
+
+const CLASS_ANNOUNCE: u8 = narrow(VIRTIO_NET_CTRL_ANNOUNCE);
+const ANNOUNCE_ACKNOWLEDGE: u8 = narrow(VIRTIO_NET_CTRL_ANNOUNCE_ACK);
+const CLASS_MULTI_QUEUE: u8 = narrow(VIRTIO_NET_CTRL_MQ);
+const MULTI_QUEUE_SET_PAIRS: u8 = narrow(VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET);
+const OK: u8 = narrow(VIRTIO_NET_OK);
+const ERROR: u8 = narrow(VIRTIO_NET_ERR);
+
+/// A constant of the specification that is one byte on the wire.
+const fn narrow(constant: u32) -> u8 {
+    assert!(constant <= 0xff);
+    constant.to_le_bytes()[0]
+}
+
+/// What a driver commands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// The announcement that was asked for has been sent.
+    AcknowledgeAnnounce,
+    /// Use this many queue pairs from now on.
+    SetQueuePairs(u16),
+}
+
+/// The command was not carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refused;
+
+/// The ring contradicts itself: only a reset helps.
+#[derive(Debug, Error)]
+#[error("the control virtqueue is broken")]
+pub struct Broken(#[from] virtio_queue::Error);
+
+/// A control virtqueue, owned by the device's thread.
+#[derive(Debug)]
+pub struct ControlQueue {
+    queue: Queue,
+}
+
+/// What is left to do after a round of service.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Served {
+    /// The driver wants to know that commands were answered.
+    pub interrupt: bool,
+    /// There may be more commands: a guest must not keep the thread from its other work.
+    pub more: bool,
+}
+
+impl ControlQueue {
+    /// A virtqueue whose place was checked; with EVENT_IDX as negotiated.
+    pub fn new(mut queue: Queue, event_idx: bool) -> Self {
+        queue.set_event_idx(event_idx);
+        Self { queue }
+    }
+
+    /// Carries out the commands that are available, at most one ring full of them.
+    pub fn serve<F>(&mut self, memory: &GuestMemory, mut carry_out: F) -> Result<Served, Broken>
+    where
+        F: FnMut(Command) -> Result<(), Refused>,
+    {
+        let mut served = Served::default();
+        for _ in 0..self.queue.size() {
+            let Some(chain) = self.queue.iter(memory)?.next() else {
+                if self.queue.enable_notification(memory)? {
+                    continue;
+                }
+                return Ok(served);
+            };
+            let head = chain.head_index();
+            let written = answer(memory, &chain, &mut carry_out);
+            self.queue.add_used(memory, head, written)?;
+            served.interrupt |= self.queue.needs_notification(memory)?;
+        }
+        served.more = true;
+        Ok(served)
+    }
+}
+
+/// Carries out the command in a chain; gives how many bytes were written for the driver.
+fn answer<F>(memory: &GuestMemory, chain: &DescriptorChain<&GuestMemory>, carry_out: &mut F) -> u32
+where
+    F: FnMut(Command) -> Result<(), Refused>,
+{
+    // The place for the answer comes first: a command that cannot be answered must have no effect.
+    let Ok(mut writer) = chain.clone().writer(memory) else { return 0 };
+    if writer.available_bytes() == 0 {
+        return 0;
+    }
+    let outcome = match chain.clone().reader(memory) {
+        Ok(mut reader) => parse(&mut reader).and_then(carry_out),
+        Err(_) => Err(Refused),
+    };
+    match writer.write_all(&[if outcome.is_ok() { OK } else { ERROR }]) {
+        Ok(()) => 1,
+        Err(_) => 0,
+    }
+}
+
+fn parse(reader: &mut impl Read) -> Result<Command, Refused> {
+    let mut header = [0; 2];
+    reader.read_exact(&mut header).map_err(|_| Refused)?;
+    match header {
+        [CLASS_ANNOUNCE, ANNOUNCE_ACKNOWLEDGE] => Ok(Command::AcknowledgeAnnounce),
+        [CLASS_MULTI_QUEUE, MULTI_QUEUE_SET_PAIRS] => {
+            let mut pairs = [0; 2];
+            reader.read_exact(&mut pairs).map_err(|_| Refused)?;
+            Ok(Command::SetQueuePairs(u16::from_le_bytes(pairs)))
+        }
+        _ => Err(Refused),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use virtio_queue::desc::RawDescriptor;
+    use virtio_queue::desc::split::Descriptor;
+    use virtio_queue::mock::MockSplitQueue;
+    use vm_memory::{Address, Bytes, GuestAddress};
+
+    const WRITE: u16 = 2;
+    const NEXT: u16 = 1;
+    const INDIRECT: u16 = 4;
+    const REQUEST: u64 = 0x10_0000;
+    const ANSWER: u64 = 0x20_0000;
+    const UNANSWERED: u8 = 0x55;
+    /// The mock's own used ring overlaps its available ring.
+    const USED_RING: GuestAddress = GuestAddress(0x8000);
+
+    fn memory() -> GuestMemory {
+        crate::memory::allocate(64 << 20).unwrap()
+    }
+
+    fn control_queue(ring: &MockSplitQueue<'_, GuestMemory>, event_idx: bool) -> ControlQueue {
+        let mut queue: Queue = ring.create_queue().unwrap();
+        queue.try_set_used_ring_address(USED_RING).unwrap();
+        ControlQueue::new(queue, event_idx)
+    }
+
+    fn descriptor(address: u64, length: u32, flags: u16, next: u16) -> RawDescriptor {
+        RawDescriptor::from(Descriptor::new(address, length, flags, next))
+    }
+
+    /// What comes of one chain: the commands carried out, the answer, and how many bytes it is said to have.
+    fn serve(chain: &[RawDescriptor], request: &[u8]) -> (Vec<Command>, u8, u32) {
+        let memory = memory();
+        memory.write_slice(request, GuestAddress(REQUEST)).unwrap();
+        memory.write_obj(UNANSWERED, GuestAddress(ANSWER)).unwrap();
+        let ring = MockSplitQueue::create(&memory, GuestAddress(0x1000), 16);
+        ring.add_desc_chains(chain, 0).unwrap();
+        let mut control = control_queue(&ring, false);
+        let mut commands = Vec::new();
+        let served = control
+            .serve(&memory, |command| {
+                commands.push(command);
+                if command == Command::SetQueuePairs(99) { Err(Refused) } else { Ok(()) }
+            })
+            .unwrap();
+        assert_eq!(served, Served { interrupt: true, more: false });
+        assert_eq!(memory.read_obj::<u16>(USED_RING.unchecked_add(2)).unwrap(), 1);
+        let length = memory.read_obj::<u32>(USED_RING.unchecked_add(8)).unwrap();
+        (commands, memory.read_obj(GuestAddress(ANSWER)).unwrap(), length)
+    }
+
+    fn two_part(request: &[u8]) -> (Vec<Command>, u8, u32) {
+        let length = u32::try_from(request.len()).unwrap();
+        serve(&[descriptor(REQUEST, length, NEXT, 1), descriptor(ANSWER, 1, WRITE, 0)], request)
+    }
+
+    #[test]
+    fn commands_are_carried_out() {
+        assert_eq!(two_part(&[4, 0, 3, 0]), (vec![Command::SetQueuePairs(3)], OK, 1));
+        assert_eq!(two_part(&[3, 0]), (vec![Command::AcknowledgeAnnounce], OK, 1));
+    }
+
+    #[test]
+    fn a_command_may_be_spread_over_descriptors() {
+        let chain = [
+            descriptor(REQUEST, 1, NEXT, 1),
+            descriptor(REQUEST + 1, 2, NEXT, 2),
+            descriptor(REQUEST + 3, 1, NEXT, 3),
+            descriptor(ANSWER, 1, WRITE, 0),
+        ];
+        assert_eq!(serve(&chain, &[4, 0, 3, 0]), (vec![Command::SetQueuePairs(3)], OK, 1));
+    }
+
+    #[test]
+    fn a_command_that_fails_or_is_unknown_is_refused() {
+        assert_eq!(two_part(&[4, 0, 99, 0]), (vec![Command::SetQueuePairs(99)], ERROR, 1));
+        for unknown in [&[0, 0, 1][..], &[4, 1, 1, 0], &[3, 1], &[255, 255]] {
+            assert_eq!(two_part(unknown), (vec![], ERROR, 1), "{unknown:?}");
+        }
+    }
+
+    #[test]
+    fn a_command_that_is_too_short_is_refused() {
+        for short in [&[][..], &[4], &[4, 0], &[4, 0, 3]] {
+            assert_eq!(two_part(short), (vec![], ERROR, 1), "{short:?}");
+        }
+    }
+
+    #[test]
+    fn a_chain_without_room_for_the_answer_has_no_effect() {
+        let no_answer = [descriptor(REQUEST, 4, 0, 0)];
+        assert_eq!(serve(&no_answer, &[4, 0, 3, 0]), (vec![], UNANSWERED, 0));
+        let empty_answer = [descriptor(REQUEST, 4, NEXT, 1), descriptor(ANSWER, 0, WRITE, 0)];
+        assert_eq!(serve(&empty_answer, &[4, 0, 3, 0]), (vec![], UNANSWERED, 0));
+    }
+
+    #[test]
+    fn a_chain_outside_memory_has_no_effect() {
+        for (request, answer) in [(REQUEST, u64::MAX - 1), (REQUEST, 64 << 20), (u64::MAX, ANSWER)] {
+            let chain = [descriptor(request, 4, NEXT, 1), descriptor(answer, 1, WRITE, 0)];
+            let (commands, _, _) = serve(&chain, &[4, 0, 3, 0]);
+            assert_eq!(commands, []);
+        }
+    }
+
+    #[test]
+    fn loops_and_wild_indirect_tables_end() {
+        let looped = [descriptor(REQUEST, 4, NEXT, 1), descriptor(REQUEST, 4, NEXT, 0)];
+        assert_eq!(serve(&looped, &[4, 0, 3, 0]).0, []);
+        let wild_next = [descriptor(REQUEST, 4, NEXT, 9999)];
+        assert_eq!(serve(&wild_next, &[4, 0, 3, 0]).0, []);
+        for (address, length) in [(0x30_0000, 3), (0x30_0000, !15), (!15, 64)] {
+            assert_eq!(serve(&[descriptor(address, length, INDIRECT, 0)], &[4, 0, 3, 0]).0, []);
+        }
+    }
+
+    #[test]
+    fn a_ring_with_too_many_chains_is_broken() {
+        let memory = memory();
+        let ring = MockSplitQueue::create(&memory, GuestAddress(0x1000), 16);
+        let mut control = control_queue(&ring, true);
+        ring.avail().idx().store(17);
+        control.serve(&memory, |_| Ok(())).unwrap_err();
+    }
+
+    #[test]
+    fn an_endless_guest_does_not_hold_the_thread() {
+        let memory = memory();
+        let ring = MockSplitQueue::create(&memory, GuestAddress(0x1000), 16);
+        let chain = [descriptor(REQUEST, 4, NEXT, 1), descriptor(ANSWER, 1, WRITE, 0)];
+        ring.add_desc_chains(&chain, 0).unwrap();
+        memory.write_slice(&[4, 0, 3, 0], GuestAddress(REQUEST)).unwrap();
+        let mut control = control_queue(&ring, false);
+        for entry in 0..16 {
+            ring.avail().ring().ref_at(entry).unwrap().store(0);
+        }
+        let mut commands = 0_u16;
+        let served = control
+            .serve(&memory, |_| {
+                commands += 1;
+                ring.avail().idx().store((commands + 1).to_le());
+                Ok(())
+            })
+            .unwrap();
+        assert_eq!((commands, served), (16, Served { interrupt: true, more: true }));
+    }
+}

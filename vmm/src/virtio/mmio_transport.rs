@@ -1,0 +1,484 @@
+//! The virtio-mmio transport, version 2 (Virtio 1.2, section 4.2): the registers through which a guest finds,
+//! configures and starts a device.
+//!
+//! Neither notifications nor the back-end's interrupts come through here: they are ioeventfds and irqfds. What
+//! does come is a read of InterruptStatus and a write of InterruptACK for each interrupt. The VMM does not see
+//! the back-end's calls, so InterruptStatus always says that a virtqueue may have been used; a driver looks at
+//! its virtqueues and finds out. An interrupt of two coalesced calls can thus never be lost.
+//!
+//! The guest is not trusted: an access in the wrong size or at the wrong time does nothing.
+
+use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_config::{
+    VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
+    VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
+};
+use virtio_bindings::virtio_mmio::{
+    VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_CONFIG_GENERATION, VIRTIO_MMIO_DEVICE_FEATURES,
+    VIRTIO_MMIO_DEVICE_FEATURES_SEL, VIRTIO_MMIO_DEVICE_ID, VIRTIO_MMIO_DRIVER_FEATURES,
+    VIRTIO_MMIO_DRIVER_FEATURES_SEL, VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING,
+    VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_MAGIC_VALUE,
+    VIRTIO_MMIO_QUEUE_AVAIL_HIGH, VIRTIO_MMIO_QUEUE_AVAIL_LOW, VIRTIO_MMIO_QUEUE_DESC_HIGH,
+    VIRTIO_MMIO_QUEUE_DESC_LOW, VIRTIO_MMIO_QUEUE_NOTIFY, VIRTIO_MMIO_QUEUE_NUM, VIRTIO_MMIO_QUEUE_NUM_MAX,
+    VIRTIO_MMIO_QUEUE_READY, VIRTIO_MMIO_QUEUE_SEL, VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW,
+    VIRTIO_MMIO_SHM_BASE_HIGH, VIRTIO_MMIO_SHM_BASE_LOW, VIRTIO_MMIO_SHM_LEN_HIGH, VIRTIO_MMIO_SHM_LEN_LOW,
+    VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VENDOR_ID, VIRTIO_MMIO_VERSION,
+};
+
+use super::{Activation, QueueSetup, VirtioDevice, feature};
+use crate::mmio_bus::BusDevice;
+
+const MAGIC: u32 = u32::from_le_bytes(*b"virt");
+const VERSION: u32 = 2;
+const VENDOR: u32 = u32::from_le_bytes(*b"BTON");
+/// What a shared-memory register says when there is no such region.
+const NO_SHARED_MEMORY: u32 = u32::MAX;
+const CONFIG: u64 = VIRTIO_MMIO_CONFIG as u64;
+
+/// Where QueueNotify lies among the registers: the doorbell for ioeventfds.
+pub const QUEUE_NOTIFY: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
+
+/// Every status bit that a driver may set.
+const DRIVER_STATUS: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE
+    | VIRTIO_CONFIG_S_DRIVER
+    | VIRTIO_CONFIG_S_FEATURES_OK
+    | VIRTIO_CONFIG_S_DRIVER_OK
+    | VIRTIO_CONFIG_S_FAILED;
+
+/// The registers that a driver has written. Plain data.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Registers {
+    status: u32,
+    device_features_select: u32,
+    driver_features_select: u32,
+    driver_features: u64,
+    queue_select: u32,
+    queues: Vec<QueueSetup>,
+}
+
+impl Registers {
+    fn after_reset(queue_sizes: &[u16]) -> Self {
+        Self {
+            status: 0,
+            device_features_select: 0,
+            driver_features_select: 0,
+            driver_features: 0,
+            queue_select: 0,
+            queues: queue_sizes.iter().map(|&size| QueueSetup { size, ..QueueSetup::default() }).collect(),
+        }
+    }
+}
+
+/// A device and its registers.
+#[derive(Debug)]
+pub struct MmioTransport<D> {
+    registers: Registers,
+    device: D,
+}
+
+impl<D: VirtioDevice> MmioTransport<D> {
+    /// A device that no driver has touched.
+    pub fn new(device: D) -> Self {
+        Self { registers: Registers::after_reset(device.queue_sizes()), device }
+    }
+
+    fn has(&self, bit: u32) -> bool {
+        self.registers.status & bit != 0
+    }
+
+    fn read_register(&self, register: u32) -> u32 {
+        let registers = &self.registers;
+        let queue = self.selected_queue();
+        match register {
+            VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
+            VIRTIO_MMIO_VERSION => VERSION,
+            VIRTIO_MMIO_DEVICE_ID => self.device.device_type(),
+            VIRTIO_MMIO_VENDOR_ID => VENDOR,
+            VIRTIO_MMIO_DEVICE_FEATURES => half(self.device.features(), registers.device_features_select),
+            VIRTIO_MMIO_QUEUE_NUM_MAX => {
+                queue.map_or(0, |(index, _)| u32::from(self.device.queue_sizes()[index]))
+            }
+            VIRTIO_MMIO_QUEUE_READY => queue.map_or(0, |(_, queue)| u32::from(queue.ready)),
+            VIRTIO_MMIO_INTERRUPT_STATUS => {
+                let config = if self.device.events().config_pending() { VIRTIO_MMIO_INT_CONFIG } else { 0 };
+                VIRTIO_MMIO_INT_VRING | config
+            }
+            VIRTIO_MMIO_STATUS => {
+                let needs_reset = self.has(VIRTIO_CONFIG_S_DRIVER_OK) && self.device.events().needs_reset();
+                registers.status | if needs_reset { VIRTIO_CONFIG_S_NEEDS_RESET } else { 0 }
+            }
+            VIRTIO_MMIO_SHM_LEN_LOW
+            | VIRTIO_MMIO_SHM_LEN_HIGH
+            | VIRTIO_MMIO_SHM_BASE_LOW
+            | VIRTIO_MMIO_SHM_BASE_HIGH => NO_SHARED_MEMORY,
+            VIRTIO_MMIO_CONFIG_GENERATION => self.device.events().config_generation(),
+            _ => 0,
+        }
+    }
+
+    fn write_register(&mut self, register: u32, value: u32) {
+        match register {
+            VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.registers.device_features_select = value,
+            VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.registers.driver_features_select = value,
+            VIRTIO_MMIO_DRIVER_FEATURES => self.write_features(value),
+            VIRTIO_MMIO_QUEUE_SEL => self.registers.queue_select = value,
+            VIRTIO_MMIO_QUEUE_NOTIFY => {
+                if let Ok(queue) = u16::try_from(value)
+                    && usize::from(queue) < self.registers.queues.len()
+                {
+                    self.device.notify(queue);
+                }
+            }
+            VIRTIO_MMIO_INTERRUPT_ACK => {
+                if value & VIRTIO_MMIO_INT_CONFIG != 0 {
+                    self.device.events().acknowledge_config();
+                }
+            }
+            VIRTIO_MMIO_STATUS => self.write_status(value),
+            _ => self.write_queue(register, value),
+        }
+    }
+
+    fn write_features(&mut self, value: u32) {
+        if !self.has(VIRTIO_CONFIG_S_DRIVER) || self.has(VIRTIO_CONFIG_S_FEATURES_OK) {
+            return;
+        }
+        let features = &mut self.registers.driver_features;
+        match self.registers.driver_features_select {
+            0 => set_low(features, value),
+            1 => set_high(features, value),
+            _ => {}
+        }
+    }
+
+    fn selected_queue(&self) -> Option<(usize, &QueueSetup)> {
+        let index = usize::try_from(self.registers.queue_select).ok()?;
+        Some((index, self.registers.queues.get(index)?))
+    }
+
+    fn write_queue(&mut self, register: u32, value: u32) {
+        let Some((index, queue)) = self.selected_queue() else { return };
+        // Linux takes virtqueues away only after a reset; a device that runs keeps them until then.
+        let configurable = self.has(VIRTIO_CONFIG_S_FEATURES_OK) && !self.has(VIRTIO_CONFIG_S_DRIVER_OK);
+        if !configurable || (queue.ready && register != VIRTIO_MMIO_QUEUE_READY) {
+            return;
+        }
+        let max = self.device.queue_sizes()[index];
+        let queue = &mut self.registers.queues[index];
+        match register {
+            VIRTIO_MMIO_QUEUE_NUM => queue.size = u16::try_from(value).unwrap_or(0),
+            VIRTIO_MMIO_QUEUE_READY => {
+                queue.ready = value == 1 && queue.size.is_power_of_two() && queue.size <= max;
+            }
+            VIRTIO_MMIO_QUEUE_DESC_LOW => set_low(&mut queue.descriptor_table, value),
+            VIRTIO_MMIO_QUEUE_DESC_HIGH => set_high(&mut queue.descriptor_table, value),
+            VIRTIO_MMIO_QUEUE_AVAIL_LOW => set_low(&mut queue.available_ring, value),
+            VIRTIO_MMIO_QUEUE_AVAIL_HIGH => set_high(&mut queue.available_ring, value),
+            VIRTIO_MMIO_QUEUE_USED_LOW => set_low(&mut queue.used_ring, value),
+            VIRTIO_MMIO_QUEUE_USED_HIGH => set_high(&mut queue.used_ring, value),
+            _ => {}
+        }
+    }
+
+    fn write_status(&mut self, value: u32) {
+        if value == 0 {
+            self.reset();
+            return;
+        }
+        // A driver only ever adds bits; NEEDS_RESET is the device's and may be written back.
+        let added = value & DRIVER_STATUS & !self.registers.status;
+        for bit in [VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_FAILED] {
+            self.registers.status |= added & bit;
+        }
+        if added & VIRTIO_CONFIG_S_FEATURES_OK != 0
+            && self.has(VIRTIO_CONFIG_S_DRIVER)
+            && self.features_acceptable()
+        {
+            self.registers.status |= VIRTIO_CONFIG_S_FEATURES_OK;
+        }
+        if added & VIRTIO_CONFIG_S_DRIVER_OK != 0 && self.has(VIRTIO_CONFIG_S_FEATURES_OK) {
+            self.registers.status |= VIRTIO_CONFIG_S_DRIVER_OK;
+            let activation = Activation {
+                features: self.registers.driver_features,
+                queues: self.registers.queues.clone(),
+            };
+            if let Err(error) = self.device.activate(activation) {
+                tracing::warn!("{error}");
+                self.device.events().need_reset();
+            }
+        }
+    }
+
+    fn features_acceptable(&self) -> bool {
+        let wanted = self.registers.driver_features;
+        wanted & !self.device.features() == 0 && wanted & feature(VIRTIO_F_VERSION_1) != 0
+    }
+
+    fn reset(&mut self) {
+        if self.has(VIRTIO_CONFIG_S_DRIVER_OK) {
+            self.device.reset();
+        }
+        self.device.events().clear();
+        self.registers = Registers::after_reset(self.device.queue_sizes());
+    }
+}
+
+impl<D: VirtioDevice> BusDevice for MmioTransport<D> {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        if let Some(offset) = offset.checked_sub(CONFIG) {
+            self.device.read_config(offset, data);
+            return;
+        }
+        let register = u32::try_from(offset).ok().filter(|register| register.is_multiple_of(4));
+        match (register, <&mut [u8; 4]>::try_from(&mut *data)) {
+            (Some(register), Ok(data)) => *data = self.read_register(register).to_le_bytes(),
+            _ => data.fill(0),
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        // Nothing in a network device's configuration space can be written by a driver of version 1.
+        if offset >= CONFIG {
+            return;
+        }
+        let register = u32::try_from(offset).ok().filter(|register| register.is_multiple_of(4));
+        if let (Some(register), Ok(data)) = (register, data.try_into()) {
+            self.write_register(register, u32::from_le_bytes(data));
+        }
+    }
+}
+
+/// The low (0) or the high (1) half of a feature mask; there are no further ones.
+fn half(mask: u64, select: u32) -> u32 {
+    let [a, b, c, d, e, f, g, h] = mask.to_le_bytes();
+    match select {
+        0 => u32::from_le_bytes([a, b, c, d]),
+        1 => u32::from_le_bytes([e, f, g, h]),
+        _ => 0,
+    }
+}
+
+fn set_low(address: &mut u64, value: u32) {
+    *address = *address & !u64::from(u32::MAX) | u64::from(value);
+}
+
+fn set_high(address: &mut u64, value: u32) {
+    *address = *address & u64::from(u32::MAX) | u64::from(value) << 32;
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+    use crate::virtio::{CannotActivate, DeviceEvents};
+
+    const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << 5;
+
+    struct Fake {
+        events: DeviceEvents,
+        notified: RefCell<Vec<u16>>,
+        activations: Vec<Activation>,
+        resets: usize,
+        fails: bool,
+    }
+
+    impl VirtioDevice for Fake {
+        fn device_type(&self) -> u32 {
+            1
+        }
+        fn queue_sizes(&self) -> &[u16] {
+            &[256, 64]
+        }
+        fn features(&self) -> u64 {
+            FEATURES
+        }
+        fn read_config(&self, offset: u64, data: &mut [u8]) {
+            data.fill(u8::try_from(offset).unwrap_or(0));
+        }
+        fn events(&self) -> &DeviceEvents {
+            &self.events
+        }
+        fn notify(&self, queue: u16) {
+            self.notified.borrow_mut().push(queue);
+        }
+        fn activate(&mut self, activation: Activation) -> Result<(), CannotActivate> {
+            self.activations.push(activation);
+            if self.fails { Err(CannotActivate) } else { Ok(()) }
+        }
+        fn reset(&mut self) {
+            self.resets += 1;
+        }
+    }
+
+    fn transport() -> MmioTransport<Fake> {
+        MmioTransport::new(Fake {
+            events: DeviceEvents::new().unwrap(),
+            notified: RefCell::default(),
+            activations: Vec::new(),
+            resets: 0,
+            fails: false,
+        })
+    }
+
+    impl MmioTransport<Fake> {
+        fn get(&mut self, register: u32) -> u32 {
+            let mut data = [0xaa; 4];
+            self.read(u64::from(register), &mut data);
+            u32::from_le_bytes(data)
+        }
+
+        fn set(&mut self, register: u32, value: u32) {
+            self.write(u64::from(register), &value.to_le_bytes());
+        }
+
+        fn negotiate(&mut self, features: u64) {
+            for status in [1, 3] {
+                self.set(VIRTIO_MMIO_STATUS, status);
+            }
+            for (select, value) in [(0, half(features, 0)), (1, half(features, 1))] {
+                self.set(VIRTIO_MMIO_DRIVER_FEATURES_SEL, select);
+                self.set(VIRTIO_MMIO_DRIVER_FEATURES, value);
+            }
+            self.set(VIRTIO_MMIO_STATUS, 0xb);
+        }
+    }
+
+    #[test]
+    fn it_is_a_version_2_network_device() {
+        let mut transport = transport();
+        assert_eq!(transport.get(0), 0x7472_6976);
+        assert_eq!([transport.get(4), transport.get(8)], [2, 1]);
+        transport.set(VIRTIO_MMIO_DEVICE_FEATURES_SEL, 1);
+        assert_eq!(transport.get(VIRTIO_MMIO_DEVICE_FEATURES), 1);
+        transport.set(VIRTIO_MMIO_DEVICE_FEATURES_SEL, 2);
+        assert_eq!(transport.get(VIRTIO_MMIO_DEVICE_FEATURES), 0);
+        assert_eq!(transport.get(VIRTIO_MMIO_SHM_LEN_LOW), u32::MAX);
+    }
+
+    #[test]
+    fn a_driver_starts_and_resets_the_device() {
+        let mut transport = transport();
+        transport.negotiate(FEATURES);
+        transport.set(VIRTIO_MMIO_QUEUE_SEL, 1);
+        assert_eq!(transport.get(VIRTIO_MMIO_QUEUE_NUM_MAX), 64);
+        transport.set(VIRTIO_MMIO_QUEUE_NUM, 32);
+        transport.set(VIRTIO_MMIO_QUEUE_DESC_LOW, 0x1000);
+        transport.set(VIRTIO_MMIO_QUEUE_DESC_HIGH, 1);
+        transport.set(VIRTIO_MMIO_QUEUE_AVAIL_LOW, 0x2000);
+        transport.set(VIRTIO_MMIO_QUEUE_USED_HIGH, 2);
+        transport.set(VIRTIO_MMIO_QUEUE_READY, 1);
+        transport.set(VIRTIO_MMIO_QUEUE_NUM, 16);
+        transport.set(VIRTIO_MMIO_STATUS, 0xf);
+        transport.set(VIRTIO_MMIO_STATUS, 0xf);
+
+        let ready = QueueSetup {
+            size: 32,
+            ready: true,
+            descriptor_table: 0x1_0000_1000,
+            available_ring: 0x2000,
+            used_ring: 0x2_0000_0000,
+        };
+        let unused = QueueSetup { size: 256, ..QueueSetup::default() };
+        assert_eq!(
+            transport.device.activations,
+            [Activation { features: FEATURES, queues: vec![unused, ready] }]
+        );
+        transport.set(VIRTIO_MMIO_STATUS, 0);
+        assert_eq!((transport.device.resets, transport.get(VIRTIO_MMIO_STATUS)), (1, 0));
+        assert_eq!(transport.registers, Registers::after_reset(&[256, 64]));
+    }
+
+    #[test]
+    fn features_that_were_not_offered_are_not_accepted() {
+        for wrong in [FEATURES | 1 << 6, 1 << 5] {
+            let mut transport = transport();
+            transport.negotiate(wrong);
+            assert_eq!(transport.get(VIRTIO_MMIO_STATUS), 3);
+            transport.set(VIRTIO_MMIO_STATUS, 0xf);
+            assert_eq!(transport.get(VIRTIO_MMIO_STATUS), 3);
+            assert!(transport.device.activations.is_empty());
+        }
+    }
+
+    #[test]
+    fn features_are_settled_once_they_are_accepted() {
+        let mut transport = transport();
+        transport.negotiate(FEATURES);
+        transport.set(VIRTIO_MMIO_DRIVER_FEATURES_SEL, 0);
+        transport.set(VIRTIO_MMIO_DRIVER_FEATURES, u32::MAX);
+        assert_eq!(transport.registers.driver_features, FEATURES);
+    }
+
+    #[test]
+    fn a_queue_of_a_wrong_size_is_never_ready() {
+        let mut transport = transport();
+        transport.negotiate(FEATURES);
+        for size in [0, 3, 512, 0x1_0040, u32::MAX] {
+            transport.set(VIRTIO_MMIO_QUEUE_NUM, size);
+            transport.set(VIRTIO_MMIO_QUEUE_READY, 1);
+            assert_eq!(transport.get(VIRTIO_MMIO_QUEUE_READY), 0, "{size}");
+        }
+        transport.set(VIRTIO_MMIO_QUEUE_SEL, 2);
+        transport.set(VIRTIO_MMIO_QUEUE_READY, 1);
+        assert_eq!(
+            [transport.get(VIRTIO_MMIO_QUEUE_NUM_MAX), transport.get(VIRTIO_MMIO_QUEUE_READY)],
+            [0, 0]
+        );
+    }
+
+    #[test]
+    fn a_device_that_cannot_start_needs_a_reset() {
+        let mut transport = transport();
+        transport.device.fails = true;
+        transport.negotiate(FEATURES);
+        transport.set(VIRTIO_MMIO_STATUS, 0xf);
+        assert_eq!(transport.get(VIRTIO_MMIO_STATUS), 0xf | VIRTIO_CONFIG_S_NEEDS_RESET);
+        assert_eq!(transport.get(VIRTIO_MMIO_INTERRUPT_STATUS), 3);
+        transport.set(VIRTIO_MMIO_INTERRUPT_ACK, 3);
+        assert_eq!(transport.get(VIRTIO_MMIO_INTERRUPT_STATUS), 1);
+        transport.set(VIRTIO_MMIO_STATUS, 0);
+        assert_eq!(transport.get(VIRTIO_MMIO_STATUS), 0);
+    }
+
+    #[test]
+    fn only_existing_queues_are_notified() {
+        let mut transport = transport();
+        for queue in [1, 2, 0x1_0000, u32::MAX, 0] {
+            transport.set(VIRTIO_MMIO_QUEUE_NOTIFY, queue);
+        }
+        assert_eq!(*transport.device.notified.borrow(), [1, 0]);
+    }
+
+    #[test]
+    fn odd_accesses_do_nothing() {
+        let mut transport = transport();
+        transport.write(u64::from(VIRTIO_MMIO_STATUS), &[1]);
+        transport.write(u64::from(VIRTIO_MMIO_STATUS) + 1, &[1, 0, 0, 0]);
+        transport.write(u64::from(VIRTIO_MMIO_STATUS), &[1; 8]);
+        transport.write(CONFIG, &[1; 4]);
+        transport.write(u64::MAX, &[1; 4]);
+        assert_eq!(transport.registers, Registers::after_reset(&[256, 64]));
+        let mut data = [0xaa; 2];
+        transport.read(2, &mut data);
+        assert_eq!(data, [0; 2]);
+        transport.read(CONFIG + 4, &mut data);
+        assert_eq!(data, [4; 2]);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_sequence_of_accesses_panics(
+            accesses in proptest::collection::vec((0_u64..0x120, 0_usize..9, proptest::prelude::any::<u64>()), 0..200),
+        ) {
+            let mut transport = transport();
+            for (offset, length, value) in accesses {
+                transport.write(offset, &value.to_le_bytes()[..length.min(8)]);
+                transport.read(offset, &mut [0; 8][..length.min(8)]);
+            }
+            for activation in &transport.device.activations {
+                assert_eq!(activation.features & !FEATURES, 0);
+            }
+        }
+    }
+}

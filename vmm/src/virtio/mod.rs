@@ -1,0 +1,198 @@
+//! Virtio devices (Virtual I/O Device Version 1.2): the transport that a guest drives, and what is behind it.
+//!
+//! [`mmio_transport`] is a register file that any [`VirtioDevice`] can stand behind. The only one is [`net`],
+//! whose data virtqueues are served by its back-end and whose control virtqueue ([`control_queue`]) by its own
+//! thread ([`net_worker`]).
+
+pub mod control_queue;
+pub mod mmio_transport;
+pub mod net;
+pub mod net_worker;
+
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use virtio_queue::{Queue, QueueT};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::event;
+use crate::memory::GuestMemory;
+
+/// The feature bit `number` as a mask.
+pub const fn feature(number: u32) -> u64 {
+    1 << number
+}
+
+/// What the driver has told about a virtqueue. Plain data and untrusted: [`QueueSetup::check`] decides.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueSetup {
+    /// How many descriptors it has.
+    pub size: u16,
+    /// Whether the driver uses it.
+    pub ready: bool,
+    /// The descriptor table's guest address.
+    pub descriptor_table: u64,
+    /// The available ring's guest address.
+    pub available_ring: u64,
+    /// The used ring's guest address.
+    pub used_ring: u64,
+}
+
+/// A virtqueue that does not lie in guest memory.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[error("virtqueue {index} of {size} descriptors is misaligned or not in guest memory")]
+pub struct InvalidQueue {
+    /// Its index.
+    pub index: usize,
+    /// Its size.
+    pub size: u16,
+}
+
+impl QueueSetup {
+    /// The virtqueue, if all of it lies in guest memory.
+    pub fn check(&self, index: usize, memory: &GuestMemory) -> Result<Queue, InvalidQueue> {
+        let invalid = InvalidQueue { index, size: self.size };
+        let mut queue = Queue::new(self.size).map_err(|_| invalid)?;
+        queue
+            .try_set_desc_table_address(vm_memory::GuestAddress(self.descriptor_table))
+            .map_err(|_| invalid)?;
+        queue
+            .try_set_avail_ring_address(vm_memory::GuestAddress(self.available_ring))
+            .map_err(|_| invalid)?;
+        queue.try_set_used_ring_address(vm_memory::GuestAddress(self.used_ring)).map_err(|_| invalid)?;
+        queue.set_ready(true);
+        if queue.is_valid(memory) { Ok(queue) } else { Err(invalid) }
+    }
+}
+
+/// What a driver has negotiated when it starts a device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Activation {
+    /// The features it acknowledged: a subset of those offered.
+    pub features: u64,
+    /// All virtqueues, ready or not.
+    pub queues: Vec<QueueSetup>,
+}
+
+/// The device cannot be started as the driver wants it.
+#[derive(Debug, Error)]
+#[error("the device cannot be started")]
+pub struct CannotActivate;
+
+/// What a transport asks of a device. All methods are called with the transport locked.
+pub trait VirtioDevice: Send {
+    /// The virtio device type.
+    fn device_type(&self) -> u32;
+    /// The largest size of each virtqueue.
+    fn queue_sizes(&self) -> &[u16];
+    /// The features offered.
+    fn features(&self) -> u64;
+    /// Fills `data` from the configuration space; with zeros beyond its end.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// What the device tells the driver unasked.
+    fn events(&self) -> &DeviceEvents;
+    /// The driver has made buffers available in a virtqueue.
+    fn notify(&self, queue: u16);
+    /// The driver is ready.
+    fn activate(&mut self, activation: Activation) -> Result<(), CannotActivate>;
+    /// Stops the device; on return it touches no guest memory any more.
+    fn reset(&mut self);
+}
+
+/// What a device tells its driver unasked: that its configuration has changed, or that it needs a reset.
+#[derive(Debug)]
+pub struct DeviceEvents {
+    interrupt: EventFd,
+    config_pending: AtomicBool,
+    config_generation: AtomicU32,
+    needs_reset: AtomicBool,
+}
+
+impl DeviceEvents {
+    /// Nothing to tell.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self {
+            interrupt: event::new()?,
+            config_pending: AtomicBool::new(false),
+            config_generation: AtomicU32::new(0),
+            needs_reset: AtomicBool::new(false),
+        })
+    }
+
+    /// The interrupt for these events, to be registered as an irqfd.
+    pub fn interrupt(&self) -> &EventFd {
+        &self.interrupt
+    }
+
+    /// The configuration space has changed.
+    pub fn config_changed(&self) {
+        self.config_generation.fetch_add(1, Ordering::SeqCst);
+        self.config_pending.store(true, Ordering::SeqCst);
+        event::signal(&self.interrupt);
+    }
+
+    /// The driver has driven the device into a state that only a reset ends.
+    pub fn need_reset(&self) {
+        self.needs_reset.store(true, Ordering::SeqCst);
+        self.config_changed();
+    }
+
+    fn config_pending(&self) -> bool {
+        self.config_pending.load(Ordering::SeqCst)
+    }
+
+    fn acknowledge_config(&self) {
+        self.config_pending.store(false, Ordering::SeqCst);
+    }
+
+    fn config_generation(&self) -> u32 {
+        self.config_generation.load(Ordering::SeqCst)
+    }
+
+    fn needs_reset(&self) -> bool {
+        self.needs_reset.load(Ordering::SeqCst)
+    }
+
+    fn clear(&self) {
+        self.config_pending.store(false, Ordering::SeqCst);
+        self.needs_reset.store(false, Ordering::SeqCst);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn queue() -> QueueSetup {
+        QueueSetup {
+            size: 16,
+            ready: true,
+            descriptor_table: 0x1000,
+            available_ring: 0x2000,
+            used_ring: 0x3000,
+        }
+    }
+
+    #[test]
+    fn a_queue_must_lie_in_guest_memory() {
+        let memory = crate::memory::allocate(64 << 20).unwrap();
+        queue().check(0, &memory).unwrap();
+        let end = 64 << 20;
+        for wrong in [
+            QueueSetup { size: 0, ..queue() },
+            QueueSetup { size: 3, ..queue() },
+            QueueSetup { size: 65535, ..queue() },
+            QueueSetup { descriptor_table: end - 16, ..queue() },
+            QueueSetup { descriptor_table: 0x1008, ..queue() },
+            QueueSetup { available_ring: end - 4, ..queue() },
+            QueueSetup { available_ring: 0x2001, ..queue() },
+            QueueSetup { used_ring: u64::MAX - 3, ..queue() },
+            QueueSetup { used_ring: 0x3002, ..queue() },
+            QueueSetup { used_ring: end, ..queue() },
+        ] {
+            assert!(wrong.check(0, &memory).is_err(), "{wrong:?}");
+        }
+    }
+}
