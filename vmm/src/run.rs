@@ -6,6 +6,7 @@
 
 use std::io::stdin;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use nix::errno::Errno;
@@ -77,8 +78,14 @@ pub enum RunError {
     #[error(transparent)]
     Serial(#[from] SerialError),
     /// No back-end.
-    #[error(transparent)]
-    Net(#[from] NetError),
+    #[error("back-end at {}", socket.display())]
+    Net {
+        /// The device's socket.
+        socket: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: NetError,
+    },
     /// No control socket.
     #[error(transparent)]
     Control(#[from] ControlError),
@@ -108,7 +115,8 @@ pub fn run(config: &Config) -> Result<(), RunError> {
     let mut memory = Bus::default();
     let mut devices = Vec::new();
     for (index, (net, slot)) in config.net.iter().zip(&slots).enumerate() {
-        let (thread, device) = NetThread::start(format!("net{index}"), net, vm.memory().clone())?;
+        let (thread, device) = NetThread::start(format!("net{index}"), net, vm.memory().clone())
+            .map_err(|source| RunError::Net { socket: net.socket.clone(), source })?;
         connect_device(&vm, &thread.shared, *slot)?;
         memory.insert(slot.address, VIRTIO_MMIO_SIZE, Arc::new(Mutex::new(MmioTransport::new(device))));
         devices.push(thread);

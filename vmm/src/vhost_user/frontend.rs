@@ -8,7 +8,7 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -21,6 +21,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::watchdog::Watchdog;
 use crate::memory::GuestMemory;
 use crate::virtio::{QueueSetup, feature};
 
@@ -38,19 +39,16 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Debug, Error)]
 pub enum LinkError {
     /// Nobody listens.
-    #[error("no back-end answers at {}: start baton-backend there first", path.display())]
-    Connect {
-        /// The socket.
-        path: PathBuf,
-        /// What the kernel said.
-        #[source]
-        source: io::Error,
-    },
+    #[error("cannot connect: start baton-backend there first")]
+    Connect(#[source] io::Error),
     /// The connection cannot be set up on this side.
-    #[error("cannot prepare the connection to the back-end")]
+    #[error("cannot prepare the connection")]
     Socket(#[source] io::Error),
-    /// A message failed: refused, or the connection broke.
-    #[error("the back-end did not carry out {message}")]
+    /// No answer for too long.
+    #[error("no answer within {} s: is it stuck, or does it serve another front-end?", PATIENCE.as_secs())]
+    Silent,
+    /// A message was refused, or the connection broke.
+    #[error("{message} failed")]
     Message {
         /// Its name in the specification.
         message: &'static str,
@@ -59,10 +57,10 @@ pub enum LinkError {
         source: vhost::Error,
     },
     /// A back-end for legacy virtio only.
-    #[error("the back-end does not offer virtio 1 (VIRTIO_F_VERSION_1)")]
+    #[error("it does not offer virtio 1 (VIRTIO_F_VERSION_1)")]
     Legacy,
     /// Too few rings.
-    #[error("the back-end serves {offered} vrings, and {needed} are needed: start it with --queue-pairs={}", needed / 2)]
+    #[error("it serves {offered} vrings, and {needed} are needed: start it with --queue-pairs={}", needed / 2)]
     TooFewRings {
         /// What it serves.
         offered: u64,
@@ -115,9 +113,7 @@ pub fn connect_to(path: &Path) -> Result<UnixStream, LinkError> {
         connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
         Ok(socket)
     };
-    let stream = connected()
-        .map(UnixStream::from)
-        .map_err(|error| LinkError::Connect { path: path.to_owned(), source: error.into() })?;
+    let stream = connected().map(UnixStream::from).map_err(|error| LinkError::Connect(error.into()))?;
     stream.set_nonblocking(false).map_err(LinkError::Socket)?;
     Ok(stream)
 }
@@ -148,25 +144,50 @@ pub struct Link {
     protocol: VhostUserProtocolFeatures,
     has_protocol_features: bool,
     started: Vec<usize>,
+    watchdog: Watchdog,
 }
 
 impl Link {
     /// Greets the back-end at the other end of `stream`, which is to serve at least `rings` vrings.
     pub fn establish(stream: UnixStream, rings: u16) -> Result<Self, LinkError> {
         let socket = stream.try_clone().map_err(LinkError::Socket)?;
-        let mut frontend = Frontend::from_stream(stream, u64::from(RINGS_WITHOUT_MULTI_QUEUE));
+        let watched = stream.try_clone().map_err(LinkError::Socket)?;
+        let mut link = Self {
+            frontend: Frontend::from_stream(stream, u64::from(RINGS_WITHOUT_MULTI_QUEUE)),
+            socket,
+            offer: Offer { features: 0, config: None },
+            protocol: VhostUserProtocolFeatures::empty(),
+            has_protocol_features: false,
+            started: Vec::new(),
+            watchdog: Watchdog::start(watched, PATIENCE).map_err(LinkError::Socket)?,
+        };
+        link.in_time(|link| link.greet(rings))?;
+        Ok(link)
+    }
+
+    /// Carries an exchange out, unless it takes too long.
+    fn in_time<F>(&mut self, exchange: F) -> Result<(), LinkError>
+    where
+        F: FnOnce(&mut Self) -> Result<(), LinkError>,
+    {
+        let watch = self.watchdog.watch();
+        let outcome = exchange(self);
+        drop(watch);
+        outcome.map_err(|error| if self.watchdog.has_cut() { LinkError::Silent } else { error })
+    }
+
+    fn greet(&mut self, rings: u16) -> Result<(), LinkError> {
+        let frontend = &mut self.frontend;
         frontend.set_owner().map_err(failed("SET_OWNER"))?;
         let features = frontend.get_features().map_err(failed("GET_FEATURES"))?;
         if features & feature(VIRTIO_F_VERSION_1) == 0 {
             return Err(LinkError::Legacy);
         }
-        let has_protocol_features = features & PROTOCOL_FEATURES != 0;
-        let protocol = if has_protocol_features {
-            negotiate(&mut frontend)?
-        } else {
-            VhostUserProtocolFeatures::empty()
-        };
-        let offered = if protocol.contains(VhostUserProtocolFeatures::MQ) {
+        self.has_protocol_features = features & PROTOCOL_FEATURES != 0;
+        if self.has_protocol_features {
+            self.protocol = negotiate(frontend)?;
+        }
+        let offered = if self.protocol.contains(VhostUserProtocolFeatures::MQ) {
             frontend.get_queue_num().map_err(failed("GET_QUEUE_NUM"))?
         } else {
             u64::from(RINGS_WITHOUT_MULTI_QUEUE)
@@ -174,13 +195,10 @@ impl Link {
         if offered < u64::from(rings) {
             return Err(LinkError::TooFewRings { offered, needed: rings });
         }
-        let config = if protocol.contains(VhostUserProtocolFeatures::CONFIG) {
-            Some(read_config(&mut frontend)?)
-        } else {
-            None
-        };
-        let offer = Offer { features, config };
-        Ok(Self { frontend, socket, offer, protocol, has_protocol_features, started: Vec::new() })
+        let has_config = self.protocol.contains(VhostUserProtocolFeatures::CONFIG);
+        let config = if has_config { Some(read_config(frontend)?) } else { None };
+        self.offer = Offer { features, config };
+        Ok(())
     }
 
     /// What the back-end offers.
@@ -200,6 +218,15 @@ impl Link {
         memory: &GuestMemory,
         rings: &[RingStart<'_>],
     ) -> Result<(), LinkError> {
+        self.in_time(|link| link.start_device(features, memory, rings))
+    }
+
+    fn start_device(
+        &mut self,
+        features: u64,
+        memory: &GuestMemory,
+        rings: &[RingStart<'_>],
+    ) -> Result<(), LinkError> {
         let protocol = if self.has_protocol_features { PROTOCOL_FEATURES } else { 0 };
         self.frontend.set_features(features | protocol).map_err(failed("SET_FEATURES"))?;
         let regions: Result<Vec<_>, _> =
@@ -209,7 +236,7 @@ impl Link {
             self.start_ring(ring, memory)?;
         }
         for ring in rings {
-            self.enable(ring.index, ring.enabled)?;
+            self.enable_ring(ring.index, ring.enabled)?;
         }
         Ok(())
     }
@@ -237,16 +264,28 @@ impl Link {
         frontend.set_vring_kick(index, ring.kick).map_err(failed("SET_VRING_KICK"))
     }
 
-    /// Enables or disables a ring. Without protocol features all rings are always enabled.
-    pub fn enable(&mut self, index: usize, enabled: bool) -> Result<(), LinkError> {
+    fn enable_ring(&mut self, index: usize, enabled: bool) -> Result<(), LinkError> {
         if !self.has_protocol_features {
             return Ok(());
         }
         self.frontend.set_vring_enable(index, enabled).map_err(failed("SET_VRING_ENABLE"))
     }
 
+    /// Enables the rings of the first `pairs` queue pairs that are started, and disables the others. Without protocol
+    /// features all rings are always enabled.
+    pub fn enable_pairs(&mut self, pairs: u16) -> Result<(), LinkError> {
+        self.in_time(|link| {
+            let started = link.started.clone();
+            started.iter().try_for_each(|&index| link.enable_ring(index, index / 2 < usize::from(pairs)))
+        })
+    }
+
     /// Stops the device: on return, the back-end has left every ring and touches no guest memory.
     pub fn stop(&mut self) -> Result<(), LinkError> {
+        self.in_time(Self::stop_device)
+    }
+
+    fn stop_device(&mut self) -> Result<(), LinkError> {
         let started = std::mem::take(&mut self.started);
         for &index in &started {
             self.frontend.get_vring_base(index).map_err(failed("GET_VRING_BASE"))?;
@@ -254,7 +293,7 @@ impl Link {
         if self.protocol.contains(VhostUserProtocolFeatures::RESET_DEVICE) {
             return self.frontend.reset_device().map_err(failed("RESET_DEVICE"));
         }
-        started.iter().try_for_each(|&index| self.enable(index, false))
+        started.iter().try_for_each(|&index| self.enable_ring(index, false))
     }
 }
 

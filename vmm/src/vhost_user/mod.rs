@@ -1,3 +1,4 @@
-//! The front-end's side of vhost-user.
+//! The front-end's side of vhost-user: connections to back-ends, and the patience that the VMM has with them.
 
 pub mod frontend;
+pub mod watchdog;

@@ -5,7 +5,7 @@
 //! [`NetShared`]. Starting and resetting wait for the thread, because a driver may rely on them being done.
 
 use std::io;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::{path::PathBuf, sync::Arc};
 
@@ -27,7 +27,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::{Activation, CannotActivate, DeviceEvents, VirtioDevice, feature};
 use crate::config::{Mac, NetConfig};
 use crate::event;
-use crate::vhost_user::frontend::{CONFIG_SIZE, Cutter, Offer, PATIENCE};
+use crate::vhost_user::frontend::{CONFIG_SIZE, Cutter, Offer};
 
 /// The largest size of a data virtqueue.
 pub const DATA_QUEUE_SIZE: u16 = 1024;
@@ -69,10 +69,10 @@ const OWN_FEATURES: u64 =
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum OfferError {
     /// Several queue pairs, and a back-end for one.
-    #[error("the back-end does not offer VIRTIO_NET_F_MQ, which {0} queue pairs need")]
+    #[error("it does not offer VIRTIO_NET_F_MQ, which {0} queue pairs need")]
     NoMultiQueue(u16),
     /// A back-end that came back with less than the guest uses.
-    #[error("the back-end no longer offers the features {0:#x}, which the guest uses")]
+    #[error("it does not offer the features {0:#x}, which the guest uses")]
     FeaturesLost(u64),
 }
 
@@ -224,7 +224,8 @@ impl NetShared {
         *self.cutter.lock().unwrap_or_else(PoisonError::into_inner) = cutter;
     }
 
-    fn cut(&self) {
+    /// Ends the connection, so that the device's thread can end whatever its back-end does.
+    pub fn cut(&self) {
         if let Some(cutter) = &*self.cutter.lock().unwrap_or_else(PoisonError::into_inner) {
             cutter.cut();
         }
@@ -275,19 +276,6 @@ impl Net {
         queue_sizes.push(CONTROL_QUEUE_SIZE);
         Self { shared, mailbox, queue_sizes }
     }
-
-    /// Waits for the thread's answer. A back-end that keeps it waiting loses its connection.
-    fn wait<T>(&self, answer: &Receiver<T>) -> Option<T> {
-        match answer.recv_timeout(PATIENCE) {
-            Ok(answer) => Some(answer),
-            Err(RecvTimeoutError::Disconnected) => None,
-            Err(RecvTimeoutError::Timeout) => {
-                tracing::warn!("{}: the back-end does not answer", self.shared.socket.display());
-                self.shared.cut();
-                answer.recv().ok()
-            }
-        }
-    }
 }
 
 impl VirtioDevice for Net {
@@ -327,18 +315,13 @@ impl VirtioDevice for Net {
     fn activate(&mut self, activation: Activation) -> Result<(), CannotActivate> {
         let (sender, answer) = sync_channel(1);
         self.mailbox.send(Command::Start(activation, sender));
-        self.wait(&answer).unwrap_or(Err(CannotActivate))
+        answer.recv().unwrap_or(Err(CannotActivate))
     }
 
     fn reset(&mut self) {
         let (sender, answer) = sync_channel(1);
         self.mailbox.send(Command::Reset(sender));
         // No answer: the thread has ended, and its connection with it.
-        self.wait(&answer);
+        let _ = answer.recv();
     }
-}
-
-/// Cuts the connection, so that the device's thread can end whatever its back-end does.
-pub fn cut(shared: &NetShared) {
-    shared.cut();
 }

@@ -25,12 +25,12 @@ use virtio_queue::QueueT;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::control_queue::{self, ControlQueue, Refused};
-use super::net::{Command, Identity, Mailbox, Net, NetShared, OfferError, check_offer, cut, for_backend};
+use super::net::{Command, Identity, Mailbox, Net, NetShared, OfferError, check_offer, for_backend};
 use super::{Activation, CannotActivate, InvalidQueue, QueueSetup, feature};
 use crate::config::{Mac, NetConfig};
 use crate::event;
 use crate::memory::GuestMemory;
-use crate::vhost_user::frontend::{Cutter, Link, LinkError, PATIENCE, RingStart, connect_to};
+use crate::vhost_user::frontend::{Cutter, Link, LinkError, RingStart, connect_to};
 
 /// How often a lost back-end is looked for. Nothing announces a Unix socket that listens again.
 const RECONNECT_INTERVAL: Duration = Duration::from_millis(100);
@@ -50,9 +50,6 @@ pub enum NetError {
     /// A virtqueue's used index cannot be read.
     #[error("cannot read a virtqueue's used index")]
     UsedIndex(#[source] virtio_queue::Error),
-    /// It accepts connections but does not speak.
-    #[error("the back-end at {} does not answer: does it serve another front-end?", .0.display())]
-    Silent(std::path::PathBuf),
     /// No thread, no events.
     #[error("cannot start a network device's thread")]
     Thread(#[source] std::io::Error),
@@ -99,7 +96,9 @@ impl NetThread {
             }
         };
         let thread = Builder::new().name(name).spawn(run).map_err(NetError::Thread)?;
-        greeting.recv_timeout(PATIENCE).map_err(|_| NetError::Silent(config.socket.clone()))??;
+        greeting.recv().unwrap_or_else(|_| {
+            Err(NetError::Thread(std::io::Error::other("it ended before it had greeted its back-end")))
+        })?;
         let net = Net::new(Arc::clone(&shared), Mailbox { commands: commands.clone(), wake: clone()? });
         Ok((Self { shared, mailbox: Mailbox { commands, wake }, thread }, net))
     }
@@ -107,7 +106,7 @@ impl NetThread {
     /// Ends the thread and with it the connection.
     pub fn stop(self) {
         self.mailbox.send(Command::Quit);
-        cut(&self.shared);
+        self.shared.cut();
         if self.thread.join().is_err() {
             tracing::error!("a network device's thread panicked");
         }
@@ -301,7 +300,7 @@ impl Worker {
     }
 
     fn serve_control(&mut self) {
-        let Some(Started { features, queues, control: Some(control), pairs }) = &mut self.device else {
+        let Some(Started { features, control: Some(control), pairs, .. }) = &mut self.device else {
             return;
         };
         let (kick, call) = (&self.shared.kicks[control.index], &self.shared.calls[control.index]);
@@ -322,7 +321,7 @@ impl Worker {
                 shared.set_driver(*features, wanted);
                 if let Some(link) = link.as_mut().filter(|_| broken_link.is_none()) {
                     // If it fails, the next back-end gets it right from the start.
-                    broken_link = enable_pairs(link, queues, wanted).err();
+                    broken_link = link.enable_pairs(wanted).err();
                 }
                 Ok(())
             }
@@ -376,10 +375,11 @@ impl Worker {
                 }
             }
             // Nobody listens: that is what is being waited for.
-            Err(NetError::Link(LinkError::Connect { .. })) => self.drop_link(),
+            Err(NetError::Link(LinkError::Connect(_))) => self.drop_link(),
             Err(error) => {
                 self.drop_link();
-                self.complain(&format!("the back-end that came back cannot be used: {}", one_line(&error)));
+                let socket = self.config.socket.display();
+                self.complain(&format!("the back-end at {socket} cannot be used: {}", one_line(&error)));
             }
         }
     }
@@ -404,14 +404,6 @@ impl Worker {
             self.complaint = Some(complaint.to_owned());
         }
     }
-}
-
-fn enable_pairs(link: &mut Link, queues: &[QueueSetup], pairs: u16) -> Result<(), LinkError> {
-    let started = queues.iter().enumerate().filter(|(_, queue)| queue.ready);
-    for (index, _) in started {
-        link.enable(index, index / 2 < usize::from(pairs))?;
-    }
-    Ok(())
 }
 
 /// An error with its causes.

@@ -1,0 +1,170 @@
+//! Cuts a connection whose other end takes too long to answer.
+//!
+//! The protocol's crate waits for an answer without limit. A back-end that is stopped or stuck, or that has not
+//! accepted the connection because it serves another front-end, would keep whoever asked (and with it a vCPU)
+//! waiting for ever. A thread for each connection shuts it down when that happens, which ends the wait with an
+//! error.
+//!
+//! ```text
+//!         watch                  time is up
+//! Idle ──────────▶ Waiting ───────────────────▶ Cut
+//!      ◀──────────
+//!       Watch dropped
+//! ```
+
+use std::io;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{Builder, JoinHandle};
+use std::time::{Duration, Instant};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Nobody waits for an answer.
+    Idle,
+    /// Somebody waits, until then.
+    Waiting(Instant),
+    /// The wait was too long: the connection is shut down.
+    Cut,
+    /// There is nothing left to watch.
+    Ended,
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Moves on, but never from an end.
+    fn enter(&self, next: State) {
+        let mut state = self.lock();
+        if matches!(*state, State::Idle | State::Waiting(_)) {
+            *state = next;
+            self.changed.notify_all();
+        }
+    }
+}
+
+/// The watch over one connection.
+#[derive(Debug)]
+pub struct Watchdog {
+    shared: Arc<Shared>,
+    patience: Duration,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Watchdog {
+    /// Watches over `connection`; an answer may take as long as `patience`.
+    pub fn start(connection: UnixStream, patience: Duration) -> io::Result<Self> {
+        let shared = Arc::new(Shared { state: Mutex::new(State::Idle), changed: Condvar::new() });
+        let thread = {
+            let shared = Arc::clone(&shared);
+            Builder::new().name("watchdog".to_owned()).spawn(move || keep_watch(&shared, &connection))?
+        };
+        Ok(Self { shared, patience, thread: Some(thread) })
+    }
+
+    /// The time starts; it stops when the result is dropped.
+    pub fn watch(&self) -> Watch {
+        self.shared.enter(State::Waiting(Instant::now() + self.patience));
+        Watch(Arc::clone(&self.shared))
+    }
+
+    /// Whether a wait was too long.
+    pub fn has_cut(&self) -> bool {
+        *self.shared.lock() == State::Cut
+    }
+}
+
+impl Drop for Watchdog {
+    fn drop(&mut self) {
+        self.shared.enter(State::Ended);
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("a connection's watchdog panicked");
+        }
+    }
+}
+
+/// Somebody waits for an answer.
+#[derive(Debug)]
+pub struct Watch(Arc<Shared>);
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.0.enter(State::Idle);
+    }
+}
+
+fn keep_watch(shared: &Shared, connection: &UnixStream) {
+    let mut state = shared.lock();
+    loop {
+        state = match *state {
+            State::Idle => shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+            State::Waiting(until) => match until.checked_duration_since(Instant::now()) {
+                Some(rest) if !rest.is_zero() => {
+                    shared.changed.wait_timeout(state, rest).unwrap_or_else(PoisonError::into_inner).0
+                }
+                _ => {
+                    *state = State::Cut;
+                    state
+                }
+            },
+            State::Cut => {
+                // It may be gone already: then the wait is over, too.
+                let _ = connection.shutdown(Shutdown::Both);
+                return;
+            }
+            State::Ended => return,
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+
+    const LONG: Duration = Duration::from_secs(600);
+
+    fn watched(patience: Duration) -> (UnixStream, UnixStream, Watchdog) {
+        let (here, there) = UnixStream::pair().unwrap();
+        let watchdog = Watchdog::start(here.try_clone().unwrap(), patience).unwrap();
+        (here, there, watchdog)
+    }
+
+    #[test]
+    fn a_silent_connection_is_cut() {
+        let (mut here, _there, watchdog) = watched(Duration::from_millis(10));
+        let watch = watchdog.watch();
+        assert_eq!(here.read(&mut [0]).unwrap(), 0);
+        drop(watch);
+        assert!(watchdog.has_cut());
+    }
+
+    #[test]
+    fn a_wait_that_ended_in_time_has_no_consequence() {
+        let (mut here, mut there, watchdog) = watched(LONG);
+        for _ in 0..3 {
+            let _watch = watchdog.watch();
+            there.write_all(&[1]).unwrap();
+            here.read_exact(&mut [0]).unwrap();
+        }
+        assert_eq!(*watchdog.shared.lock(), State::Idle);
+        assert!(!watchdog.has_cut());
+    }
+
+    #[test]
+    fn it_ends_with_its_connection_even_in_a_wait() {
+        let (_here, _there, watchdog) = watched(LONG);
+        let watch = watchdog.watch();
+        drop(watchdog);
+        drop(watch);
+    }
+}
