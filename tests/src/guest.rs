@@ -19,7 +19,7 @@ pub use self::qemu::{Accelerator, Qemu};
 use crate::{images, places};
 
 /// How long a guest may take to boot, and each command: what is longer hangs, on the slowest of machines too.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What every guest's kernel is told: nothing but the shell is on the console, and a panic ends the guest.
 pub const KERNEL_COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=1 panic=-1";
@@ -89,7 +89,7 @@ impl Guest {
     /// Waits until something is on the console that was not waited for before.
     pub fn wait_for(&mut self, text: &str) -> Result<()> {
         let waited = self.console.wait_for(text, PATIENCE).map(drop);
-        waited.with_context(|| format!("the guest {} did not say {text:?}; {}", self.name, self.see()))
+        waited.map_err(|error| self.failed(error, &format!("{text:?} was not said")))
     }
 
     /// Runs a command, and waits until it has ended. It has no input.
@@ -102,7 +102,7 @@ impl Guest {
     pub fn check(&mut self, command: &str) -> Result<String> {
         let Finished { status, output } = self.run(command)?;
         if status != 0 {
-            bail!("in the guest {}: {command:?} ended with {status}: {output}", self.name);
+            bail!("the guest {}: {command:?} ended with {status}: {output}", self.name);
         }
         Ok(output)
     }
@@ -116,7 +116,7 @@ impl Guest {
         let number = self.commands;
         // The quotes keep the markers out of an echo, should there be one.
         self.type_line(&format!(
-            "echo BE''GIN-{number}; eval '{}' </dev/null; echo; echo EN''D-{number}=$?=",
+            "echo BE''GIN-{number}; eval '{}' </dev/null; s=$?; echo; echo EN''D-{number}=$s=",
             command.replace('\'', r"'\''")
         ))
     }
@@ -125,7 +125,7 @@ impl Guest {
     pub fn finish(&mut self, command: &str) -> Result<Finished> {
         let number = self.commands;
         let result = self.hear(number);
-        result.with_context(|| format!("in the guest {}: {command:?} did not end; {}", self.name, self.see()))
+        result.map_err(|error| self.failed(error, &format!("{command:?} did not end")))
     }
 
     fn hear(&mut self, number: u64) -> Result<Finished> {
@@ -139,7 +139,7 @@ impl Guest {
     /// Writes a line on the console.
     pub fn type_line(&mut self, line: &str) -> Result<()> {
         let typed = self.input.write_all(format!("{line}\n").as_bytes()).and_then(|()| self.input.flush());
-        typed.with_context(|| format!("the guest {} takes no input; {}", self.name, self.see()))
+        typed.map_err(|error| self.failed(error.into(), "no input is taken"))
     }
 
     /// All that has been on the console.
@@ -167,12 +167,18 @@ impl Guest {
     pub fn wait(mut self) -> Result<ExitStatus> {
         // Standard output is closed by the end of the process.
         let ended = self.console.wait_for_end(PATIENCE);
-        ended.with_context(|| format!("the guest {} did not end; {}", self.name, self.see()))?;
+        ended.map_err(|error| self.failed(error, "it did not end"))?;
         self.program.wait().context("cannot wait for a guest's program")
     }
 
-    fn see(&self) -> String {
-        format!("see {}", self.logs.join(format!("{}.console", self.name)).display())
+    /// Says what went wrong, what became of the program, and where to read on.
+    fn failed(&mut self, error: anyhow::Error, what: &str) -> anyhow::Error {
+        let ended = match self.program.try_wait() {
+            Ok(Some(status)) => format!("; its program ended with {status}"),
+            _ => String::new(),
+        };
+        let console = self.logs.join(format!("{}.console", self.name));
+        error.context(format!("the guest {}: {what}{ended}; see {}", self.name, console.display()))
     }
 }
 
