@@ -5,6 +5,7 @@
 
 mod console;
 mod qemu;
+mod vmm;
 
 use std::fs::File;
 use std::io::Write;
@@ -16,6 +17,7 @@ use anyhow::{Context, Result, bail};
 
 use self::console::Console;
 pub use self::qemu::{Accelerator, Qemu};
+pub use self::vmm::Vmm;
 use crate::{images, places};
 
 /// How long a guest may take to boot, and each command: what is longer hangs, on the slowest of machines too.

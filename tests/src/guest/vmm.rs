@@ -1,0 +1,57 @@
+//! A guest on baton-vmm.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::Result;
+
+use super::Guest;
+use crate::{images, programs};
+
+/// A baton-vmm about to be started.
+#[derive(Debug)]
+pub struct Vmm {
+    command: Command,
+}
+
+impl Vmm {
+    /// With these vCPUs and this memory (as its `--memory`), and no device but the console.
+    ///
+    /// # Errors
+    /// If it was not built, or the guest's images are not there.
+    pub fn new(cpus: u16, memory: &str) -> Result<Self> {
+        Self::with_kernel(&images::guest_vmlinux()?, cpus, memory)
+    }
+
+    /// As [`Self::new`], with a kernel to choose.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn with_kernel(kernel: &Path, cpus: u16, memory: &str) -> Result<Self> {
+        let mut command = Command::new(programs::vmm()?);
+        command.arg("--kernel").arg(kernel).arg("--initrd").arg(images::guest_initramfs()?);
+        command.args(["--cpus", &cpus.to_string(), "--memory", memory, "--cmdline", "quiet loglevel=1"]);
+        Ok(Self { command })
+    }
+
+    /// Further options.
+    #[must_use]
+    pub fn args<'a>(mut self, arguments: impl IntoIterator<Item = &'a str>) -> Self {
+        self.command.args(arguments);
+        self
+    }
+
+    /// A network device whose back-end listens on this socket.
+    #[must_use]
+    pub fn net(self, socket: &str, mac: &str, queue_pairs: u16) -> Self {
+        self.args(["--net", &format!("socket={socket},mac={mac},queue-pairs={queue_pairs}")])
+    }
+
+    /// Starts it: [`Guest::start`].
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start(self, name: &str) -> Result<Guest> {
+        Guest::start(&self.command, name)
+    }
+}

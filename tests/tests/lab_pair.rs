@@ -1,0 +1,65 @@
+//! The pair: a Linux guest on baton-vmm, its network through baton-backend and a TAP.
+
+use anyhow::{Context, Result, ensure};
+use baton_tests::guest::{Guest, Vmm};
+use baton_tests::lab;
+use baton_tests::link::{Link, MAC, Meeting};
+
+fn boot(link: &Link, queue_pairs: u16, name: &str) -> Result<Guest> {
+    let mut guest = Vmm::new(queue_pairs, "512M")?.net(link.socket()?, MAC, queue_pairs).start(name)?;
+    guest.wait_for_shell()?;
+    link.bring_up(&mut guest)?;
+    Ok(guest)
+}
+
+/// Pings, bulk TCP, frames of every size, numbered datagrams; every pair used, frames larger than the MTU both ways.
+fn carries(queue_pairs: u16) -> Result<()> {
+    let mut link = Link::new(Meeting::BackendListens, queue_pairs)?;
+    let mut body = || {
+        let mut guest = boot(&link, queue_pairs, "guest")?;
+        link.check_pings(&mut guest, 100)?;
+        link.check_sizes(&mut guest)?;
+        link.check_flows(&mut guest, 10_000, 16, 2_000)?;
+        link.check_bulk(&mut guest, (64 << 20) / u64::from(queue_pairs), queue_pairs)?;
+        link.check_counters()?;
+        link.check_healthy()?;
+        ensure!(guest.power_off()?.success(), "a guest that was switched off is no failure");
+        Ok(())
+    };
+    let result = body();
+    result.with_context(|| link.evidence())
+}
+
+#[test]
+fn one_pair_carries_everything() -> Result<()> {
+    lab::run(|| carries(1))
+}
+
+#[test]
+fn four_pairs_carry_everything() -> Result<()> {
+    lab::run(|| carries(4))
+}
+
+#[test]
+fn goes_on_when_either_side_was_killed() -> Result<()> {
+    lab::run(|| {
+        let mut link = Link::new(Meeting::BackendListens, 4)?;
+        let mut body = || {
+            let mut guest = boot(&link, 4, "first")?;
+            link.check_pings(&mut guest, 20)?;
+            for _ in 0..3 {
+                link.restart_backend()?;
+                link.wait_serving()?;
+                link.check_pings(&mut guest, 20)?;
+                link.check_bulk(&mut guest, 1 << 20, 4)?;
+            }
+            // Killed, not switched off.
+            drop(guest);
+            let mut guest = boot(&link, 4, "second")?;
+            link.check_pings(&mut guest, 20)?;
+            link.check_healthy()
+        };
+        let result = body();
+        result.with_context(|| link.evidence())
+    })
+}
