@@ -21,7 +21,7 @@ pub use self::vmm::Vmm;
 use crate::{images, places};
 
 /// How long a guest may take to boot, and each command: what is longer hangs, on the slowest of machines too.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(300);
 
 /// What every guest's kernel is told: nothing but the shell is on the console, and a panic ends the guest.
 pub const KERNEL_COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=1 panic=-1";
