@@ -134,6 +134,10 @@ impl QueuePair {
             if look_rx || polling {
                 look_rx = self.rx.run(self.index, &self.tap, &self.counters.rx) == Turn::More;
             }
+            if self.tap.is_gone() {
+                gate.report(&io::Error::other("the TAP was deleted"));
+                return;
+            }
             if !self.poll.is_zero() && (look_rx || look_tx) {
                 last_work = Instant::now();
             }

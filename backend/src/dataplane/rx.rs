@@ -290,11 +290,8 @@ impl Rx {
                 counters.dropped.add(1);
                 return Ok(Some(0));
             }
-            Received::Empty => return Ok(None),
-            Received::Gone => {
-                tracing::error!("the TAP is gone; nothing more will be received");
-                return Ok(None);
-            }
+            // That it is gone is for the pair to report.
+            Received::Empty | Received::Gone => return Ok(None),
         };
         self.adapt(length);
         if length <= room.bytes {
