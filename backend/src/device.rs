@@ -46,6 +46,16 @@ pub struct SessionState {
     pub vrings: Vec<VringSetup>,
 }
 
+impl SessionState {
+    /// `SET_VRING_ENABLE`.
+    pub fn set_enabled(&mut self, vring: usize, enabled: bool) {
+        let paused = !enabled && !self.vrings[0].enabled;
+        let vring = &mut self.vrings[vring];
+        vring.paused = paused && (vring.enabled || vring.paused);
+        vring.enabled = enabled;
+    }
+}
+
 /// Why a change was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
@@ -251,7 +261,8 @@ impl Device {
     /// Attaches the TAP's queues of the enabled pairs and detaches the others.
     ///
     /// Only once the first receive ring is set up and enabled: before that, and while a front-end that pauses has
-    /// disabled all rings, every queue keeps the frames it has (a detached queue drops them).
+    /// disabled all rings, every queue keeps the frames it has (a detached queue drops them); and when it goes on, until
+    /// it has enabled again what it had paused.
     ///
     /// # Errors
     /// [`DeviceError::Tap`].
@@ -261,7 +272,8 @@ impl Device {
             return Ok(());
         }
         for pair in 1..self.workers.len() {
-            self.tap.set_attached(pair, self.session.vrings[2 * pair].enabled)?;
+            let receive = &self.session.vrings[2 * pair];
+            self.tap.set_attached(pair, receive.enabled || receive.paused)?;
         }
         Ok(())
     }

@@ -317,7 +317,7 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
         self.request(|device| {
             let vring = vring_index(device, index)?;
-            device.change(vring / 2..=vring / 2, |session| session.vrings[vring].enabled = enable)?;
+            device.change(vring / 2..=vring / 2, |session| session.set_enabled(vring, enable))?;
             device.follow_enabled_pairs()?;
             Ok(())
         })

@@ -41,6 +41,8 @@ pub struct VringSetup {
     pub base_is_given: bool,
     /// What the guest wrote made no sense; nothing is done until the front-end stops the ring.
     pub broken: bool,
+    /// Disabled while the first receive ring was disabled: the front-end pauses the device, and will go on.
+    pub paused: bool,
 }
 
 impl VringSetup {
@@ -100,5 +102,6 @@ impl VringSetup {
         self.call = None;
         self.started = false;
         self.broken = false;
+        self.paused = false;
     }
 }
