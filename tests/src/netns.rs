@@ -8,6 +8,8 @@ use std::fs::File;
 use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns, unshare};
@@ -146,6 +148,21 @@ pub fn set_up(name: &str) -> Result<()> {
 /// Where there is no such interface.
 pub fn is_up(name: &str) -> Result<bool> {
     Ok(flags(name)? & libc::c_short::try_from(libc::IFF_UP)? != 0)
+}
+
+/// Waits until the kernel has noticed that an interface has its carrier, and lets frames through to it.
+///
+/// # Errors
+/// If it has none, and where there is no such interface.
+pub fn wait_running(name: &str) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let running = libc::c_short::try_from(libc::IFF_RUNNING)?;
+    while flags(name)? & running == 0 {
+        ensure!(Instant::now() < deadline, "{name} has no carrier");
+        std::thread::yield_now();
+    }
+    // The flag shows before the queueing discipline is there, but under one lock, which this takes, too.
+    set_up(name)
 }
 
 /// Sets an interface's MTU.

@@ -16,7 +16,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::uio::{readv, writev};
 
 use crate::fake_frontend::NetHeader;
-use crate::netns::interface_index;
+use crate::netns::{interface_index, wait_running};
 
 /// The length of the header on packet sockets.
 const HEADER_LENGTH: usize = 10;
@@ -37,6 +37,23 @@ impl PacketSocket {
     /// # Errors
     /// Where there is no such interface, or no privilege.
     pub fn open(interface: &str) -> Result<Self> {
+        let socket = Self::open_queued_now(interface)?;
+        // Straight to the driver: no queueing discipline that waits for the carrier, or drops.
+        set_option(&socket.socket, libc::PACKET_QDISC_BYPASS, 1)?;
+        Ok(socket)
+    }
+
+    /// Opens a socket whose frames pass the interface's queueing discipline, as everybody's do: only there are large
+    /// ones cut into segments by the kernel. Waits until that works, which takes the TAP's owner to be there.
+    ///
+    /// # Errors
+    /// Those of [`Self::open`], and if the interface has nobody who reads it.
+    pub fn open_queued(interface: &str) -> Result<Self> {
+        wait_running(interface)?;
+        Self::open_queued_now(interface)
+    }
+
+    fn open_queued_now(interface: &str) -> Result<Self> {
         let index = interface_index(interface)?;
         let protocol = u16::try_from(libc::ETH_P_ALL)?.to_be();
         let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
@@ -47,8 +64,6 @@ impl PacketSocket {
         let socket = unsafe { OwnedFd::from_raw_fd(fd) };
         set_option(&socket, libc::PACKET_VNET_HDR, 1)?;
         set_option(&socket, libc::PACKET_IGNORE_OUTGOING, 1)?;
-        // Straight to the driver: no queueing discipline that waits for the carrier, or drops.
-        set_option(&socket, libc::PACKET_QDISC_BYPASS, 1)?;
         let size: libc::c_int = 8 << 20;
         nix::sys::socket::setsockopt(
             &socket,

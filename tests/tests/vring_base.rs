@@ -209,7 +209,7 @@ fn frames_that_wait_in_a_ring_survive_a_reconnect() {
         let frame = frames::numbered(number, 100);
         assert!(device.enqueue(0, &NetHeader::default(), &frame).unwrap());
     }
-    // Not by a kick, which would start the ring before it is enabled.
+    // Without a kick, which would start the ring before it is enabled.
     device.pairs[0].transmit.queue.publish();
 
     restart(&mut rig);
@@ -218,6 +218,7 @@ fn frames_that_wait_in_a_ring_survive_a_reconnect() {
     device.connection.set_memory_table(&device.memory).unwrap();
     // virtio-user enables when all is set up, and kicks no more.
     for index in [RX, TX] {
+        device.ring_mut(index).renew_events().unwrap();
         device.set_up_ring(index, 0).unwrap();
     }
     for index in [RX, TX] {

@@ -173,6 +173,15 @@ impl Ring {
         Ok(())
     }
 
+    /// Makes fresh eventfds, in which no notification is left.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn renew_events(&mut self) -> Result<()> {
+        (self.kick, self.call) = (event_fd()?, event_fd()?);
+        Ok(())
+    }
+
     /// Takes the calls so far: how many there were.
     ///
     /// # Errors
@@ -358,8 +367,7 @@ impl Device {
     /// # Errors
     /// If the back-end refuses.
     pub fn restart_ring(&mut self, index: u32, base: u16) -> Result<()> {
-        let ring = self.ring_mut(index);
-        (ring.kick, ring.call) = (event_fd()?, event_fd()?);
+        self.ring_mut(index).renew_events()?;
         self.set_up_ring(index, base)?;
         self.ring(index).kick()
     }
