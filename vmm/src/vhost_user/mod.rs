@@ -1,4 +1,6 @@
 //! The front-end's side of vhost-user: connections to back-ends, and the patience that the VMM has with them.
 
+#[cfg(test)]
+pub mod fake_backend;
 pub mod frontend;
 pub mod watchdog;

@@ -2,9 +2,10 @@
 //!
 //! [`mmio_transport`] is a register file that any [`VirtioDevice`] can stand behind. The only one is [`net`],
 //! whose data virtqueues are served by its back-end and whose control virtqueue ([`control_queue`]) by its own
-//! thread ([`net_worker`]).
+//! thread ([`net_worker`]); a lost back-end is looked for by yet another ([`dialler`]).
 
 pub mod control_queue;
+pub mod dialler;
 pub mod mmio_transport;
 pub mod net;
 pub mod net_worker;

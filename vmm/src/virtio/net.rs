@@ -5,9 +5,10 @@
 //! [`NetShared`]. Starting and resetting wait for the thread, because a driver may rely on them being done.
 
 use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::{path::PathBuf, sync::Arc};
 
 use baton_protocol::control::{Frontend as Connection, NetStatus};
 use thiserror::Error;
@@ -182,6 +183,16 @@ impl NetShared {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The back-end's socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// How many queue pairs the device has.
+    pub fn queue_pairs(&self) -> u16 {
+        self.queue_pairs
+    }
+
     /// What the control socket says about the device.
     pub fn status(&self) -> NetStatus {
         let live = *self.live();
@@ -323,5 +334,88 @@ impl VirtioDevice for Net {
         self.mailbox.send(Command::Reset(sender));
         // No answer: the thread has ended, and its connection with it.
         let _ = answer.recv();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FALLBACK: Mac = Mac([2, 0, 0, 0, 0, 1]);
+    const BACKEND: Mac = Mac([0x52, 0x54, 0, 1, 2, 3]);
+    const EVERYTHING: Offer =
+        Offer { features: u64::MAX, config: Some([0x52, 0x54, 0, 1, 2, 3, 1, 0, 4, 0, 0x78, 0x05]) };
+
+    fn has(identity: &Identity, bit: u32) -> bool {
+        identity.features & feature(bit) != 0
+    }
+
+    #[test]
+    fn only_what_both_can_is_offered() {
+        let identity = Identity::new(&EVERYTHING, 4, None, FALLBACK).unwrap();
+        assert_eq!(identity.features, BACKEND_FEATURES | OWN_FEATURES);
+        let least = Offer { features: feature(VIRTIO_F_VERSION_1), config: None };
+        let identity = Identity::new(&least, 1, None, FALLBACK).unwrap();
+        assert_eq!(identity.features, feature(VIRTIO_F_VERSION_1) | OWN_FEATURES);
+    }
+
+    #[test]
+    fn several_pairs_need_multi_queue_and_one_does_not_offer_it() {
+        let without = Offer { features: !feature(VIRTIO_NET_F_MQ), ..EVERYTHING };
+        assert_eq!(Identity::new(&without, 2, None, FALLBACK), Err(OfferError::NoMultiQueue(2)));
+        assert!(!has(&Identity::new(&EVERYTHING, 1, None, FALLBACK).unwrap(), VIRTIO_NET_F_MQ));
+    }
+
+    #[test]
+    fn the_configured_address_comes_before_the_back_ends() {
+        let configured = Mac([0x52, 0x54, 0, 9, 9, 9]);
+        let mac = |offer: &Offer, mac| Identity::new(offer, 1, mac, FALLBACK).unwrap().mac;
+        assert_eq!(mac(&EVERYTHING, Some(configured)), configured);
+        assert_eq!(mac(&EVERYTHING, None), BACKEND);
+        let no_feature = Offer { features: !feature(VIRTIO_NET_F_MAC), ..EVERYTHING };
+        assert_eq!(mac(&no_feature, None), FALLBACK);
+        let no_address = Offer { config: Some([0; CONFIG_SIZE]), ..EVERYTHING };
+        assert_eq!(mac(&no_address, None), FALLBACK);
+    }
+
+    #[test]
+    fn an_mtu_that_is_none_is_not_offered() {
+        assert_eq!(Identity::new(&EVERYTHING, 1, None, FALLBACK).unwrap().mtu, 1400);
+        for config in [None, Some([0; CONFIG_SIZE])] {
+            let offer = Offer { config, ..EVERYTHING };
+            assert!(!has(&Identity::new(&offer, 1, None, FALLBACK).unwrap(), VIRTIO_NET_F_MTU));
+        }
+    }
+
+    #[test]
+    fn the_back_end_hears_of_its_features_only() {
+        assert_eq!(
+            for_backend(OWN_FEATURES | feature(VIRTIO_NET_F_MRG_RXBUF)),
+            feature(VIRTIO_NET_F_MRG_RXBUF)
+        );
+        let lost = Offer { features: !feature(VIRTIO_NET_F_CSUM), config: None };
+        assert_eq!(check_offer(OWN_FEATURES | feature(VIRTIO_NET_F_MQ), &lost), Ok(()));
+        assert_eq!(check_offer(feature(VIRTIO_NET_F_CSUM), &lost), Err(OfferError::FeaturesLost(1)));
+    }
+
+    #[test]
+    fn the_configuration_space_has_an_end() {
+        let config: NetConfig = "socket=/s,queue-pairs=4".parse().unwrap();
+        let shared = Arc::new(NetShared::new(&config).unwrap());
+        shared.offer(Identity::new(&EVERYTHING, 4, None, FALLBACK).unwrap());
+        let (commands, _receiver) = std::sync::mpsc::channel();
+        let net = Net::new(shared, Mailbox { commands, wake: event::new().unwrap() });
+        let read = |offset, length| {
+            let mut data = vec![0xaa; length];
+            net.read_config(offset, &mut data);
+            data
+        };
+        assert_eq!(read(0, 8), [0x52, 0x54, 0, 1, 2, 3, 1, 0]);
+        assert_eq!(read(8, 8), [4, 0, 0x78, 5, 0, 0, 0, 0]);
+        assert_eq!(read(11, 2), [5, 0]);
+        assert_eq!(read(u64::MAX, 4), [0; 4]);
+        net.shared.set_announce(true);
+        assert_eq!(read(6, 2), [3, 0]);
+        assert_eq!(net.queue_sizes(), [1024, 1024, 1024, 1024, 1024, 1024, 1024, 1024, 64]);
     }
 }

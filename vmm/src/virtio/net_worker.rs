@@ -14,7 +14,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::thread::{Builder, JoinHandle};
-use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -25,15 +24,13 @@ use virtio_queue::QueueT;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::control_queue::{self, ControlQueue, Refused};
+use super::dialler::{Dialler, dial};
 use super::net::{Command, Identity, Mailbox, Net, NetShared, OfferError, check_offer, for_backend};
 use super::{Activation, CannotActivate, InvalidQueue, QueueSetup, feature};
 use crate::config::{Mac, NetConfig};
 use crate::event;
 use crate::memory::GuestMemory;
-use crate::vhost_user::frontend::{Cutter, Link, LinkError, RingStart, connect_to};
-
-/// How often a lost back-end is looked for. Nothing announces a Unix socket that listens again.
-const RECONNECT_INTERVAL: Duration = Duration::from_millis(100);
+use crate::vhost_user::frontend::{Link, LinkError, RingStart};
 
 /// Why a device has no back-end.
 #[derive(Debug, Error)]
@@ -80,21 +77,23 @@ impl NetThread {
             commands: receiver,
             wake: clone()?,
             link: None,
+            dialler: None,
             device: None,
             complaint: None,
         };
         let (greeted, greeting) = channel();
-        let run = move || match worker.connect() {
-            Ok(()) => {
-                if greeted.send(Ok(())).is_ok() {
-                    worker.run();
+        let run =
+            move || match dial(&worker.shared).map_err(NetError::from).and_then(|link| worker.adopt(link)) {
+                Ok(()) => {
+                    if greeted.send(Ok(())).is_ok() {
+                        worker.run();
+                    }
                 }
-            }
-            // Nobody waits any longer: the VMM is ending.
-            Err(error) => {
-                let _ = greeted.send(Err(error));
-            }
-        };
+                // Nobody waits any longer: the VMM is ending.
+                Err(error) => {
+                    let _ = greeted.send(Err(error));
+                }
+            };
         let thread = Builder::new().name(name).spawn(run).map_err(NetError::Thread)?;
         greeting.recv().unwrap_or_else(|_| {
             Err(NetError::Thread(std::io::Error::other("it ended before it had greeted its back-end")))
@@ -145,6 +144,8 @@ struct Worker {
     commands: Receiver<Command>,
     wake: EventFd,
     link: Option<Link>,
+    /// The search for a back-end, while there is none.
+    dialler: Option<Dialler>,
     device: Option<Started>,
     /// What was last said about the missing back-end, so that it is said once.
     complaint: Option<String>,
@@ -193,11 +194,7 @@ impl Worker {
         let control = self.control_kick().map(event::descriptor).map(&mut watch);
         let backend = self.link.as_ref().map(Link::socket).map(&mut watch);
         let mut events: Vec<_> = watched.into_iter().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
-        let timeout = match self.link {
-            Some(_) => PollTimeout::NONE,
-            None => PollTimeout::try_from(RECONNECT_INTERVAL).unwrap_or(PollTimeout::MAX),
-        };
-        poll(&mut events, timeout)?;
+        poll(&mut events, PollTimeout::NONE)?;
         let ready = |index: Option<usize>| index.is_some_and(|index| events[index].any().unwrap_or(true));
         Ok(Woken { command: ready(Some(0)), control: ready(control), backend: ready(backend) })
     }
@@ -349,11 +346,8 @@ impl Worker {
         }
     }
 
-    /// Connects and greets; the driver's rings are not touched.
-    fn connect(&mut self) -> Result<(), NetError> {
-        let stream = connect_to(&self.config.socket)?;
-        self.shared.set_cutter(Some(Cutter::new(&stream)?));
-        let link = Link::establish(stream, self.config.queue_pairs * 2)?;
+    /// Takes a greeted back-end on; the driver's rings are not touched.
+    fn adopt(&mut self, link: Link) -> Result<(), NetError> {
         let identity = Identity::new(link.offer(), self.config.queue_pairs, self.config.mac, self.fallback)?;
         if self.device.is_none() {
             self.shared.offer(identity);
@@ -363,24 +357,42 @@ impl Worker {
         Ok(())
     }
 
+    /// Looks for a back-end, and takes it on when it is found.
     fn reconnect(&mut self) {
-        match self.connect().and_then(|()| self.start_rings(true)) {
-            Ok(()) => {
-                self.complaint = None;
-                tracing::info!("{}: the back-end at {} is back", self.name, self.config.socket.display());
-                let announces =
-                    |device: &Started| device.features & feature(VIRTIO_NET_F_GUEST_ANNOUNCE) != 0;
-                if self.device.as_ref().is_some_and(announces) {
-                    self.shared.set_announce(true);
+        if let Some(outcome) = self.dialler.as_ref().and_then(Dialler::found) {
+            self.dialler = None;
+            match outcome
+                .map_err(NetError::from)
+                .and_then(|link| self.adopt(link))
+                .and_then(|()| self.start_rings(true))
+            {
+                Ok(()) => self.welcome(),
+                Err(error) => {
+                    self.drop_link();
+                    let socket = self.config.socket.display();
+                    self.complain(&format!("the back-end at {socket} cannot be used: {}", one_line(&error)));
                 }
             }
-            // Nobody listens: that is what is being waited for.
-            Err(NetError::Link(LinkError::Connect(_))) => self.drop_link(),
-            Err(error) => {
-                self.drop_link();
-                let socket = self.config.socket.display();
-                self.complain(&format!("the back-end at {socket} cannot be used: {}", one_line(&error)));
+        }
+        if self.link.is_none() && self.dialler.is_none() {
+            let dialler =
+                self.wake.try_clone().and_then(|wake| Dialler::start(Arc::clone(&self.shared), wake));
+            match dialler {
+                Ok(dialler) => self.dialler = Some(dialler),
+                Err(error) => {
+                    tracing::error!("{}: cannot look for a back-end: {error}", self.name);
+                    self.shared.events.need_reset();
+                }
             }
+        }
+    }
+
+    fn welcome(&mut self) {
+        self.complaint = None;
+        tracing::info!("{}: the back-end at {} is back", self.name, self.config.socket.display());
+        let announces = |device: &Started| device.features & feature(VIRTIO_NET_F_GUEST_ANNOUNCE) != 0;
+        if self.device.as_ref().is_some_and(announces) {
+            self.shared.set_announce(true);
         }
     }
 
@@ -417,3 +429,6 @@ fn one_line(error: &NetError) -> String {
     }
     line
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,220 @@
+//! The device's thread against a back-end that writes down what it is asked.
+
+use std::os::unix::net::UnixListener;
+use std::time::{Duration, Instant};
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::*;
+use crate::vhost_user::fake_backend::{FakeBackend, Serving};
+use crate::virtio::VirtioDevice;
+
+/// Only catches a test that hangs.
+const LIMIT: Duration = Duration::from_secs(60);
+const VERSION_1: u64 = 1 << 32;
+const MULTI_QUEUE: u64 = 1 << 22;
+const ANNOUNCE: u64 = 1 << 21;
+
+/// A device with two queue pairs, its guest's memory, and the place of its back-end.
+struct Bench {
+    listener: UnixListener,
+    memory: GuestMemory,
+    thread: NetThread,
+    net: Net,
+    _directory: tempfile::TempDir,
+}
+
+fn bench() -> (Bench, Serving) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    let memory = crate::memory::allocate(64 << 20).unwrap();
+    let config: NetConfig = format!("socket={},queue-pairs=2", path.display()).parse().unwrap();
+    let starter = {
+        let memory = memory.clone();
+        std::thread::spawn(move || NetThread::start("net0".to_owned(), &config, memory).unwrap())
+    };
+    let serving = FakeBackend::new(4).serve(listener.accept().unwrap().0);
+    let (thread, net) = starter.join().unwrap();
+    (Bench { listener, memory, thread, net, _directory: directory }, serving)
+}
+
+/// Virtqueue `index` at a place of its own.
+fn queue(index: u64) -> QueueSetup {
+    let place = 0x10_0000 * (index + 1);
+    QueueSetup {
+        size: 16,
+        ready: true,
+        descriptor_table: place,
+        available_ring: place + 0x1000,
+        used_ring: place + 0x2000,
+    }
+}
+
+fn activation(features: u64) -> Activation {
+    Activation { features, queues: (0..5).map(queue).collect() }
+}
+
+fn wait_until<F: FnMut() -> bool>(mut condition: F) {
+    let limit = Instant::now() + LIMIT;
+    while !condition() {
+        assert!(Instant::now() < limit, "it never happened");
+        std::thread::yield_now();
+    }
+}
+
+fn log_of(serving: &Serving, message: &str) -> Vec<String> {
+    let log = serving.backend.lock().unwrap().log.clone();
+    log.into_iter().filter(|entry| entry.starts_with(message)).collect()
+}
+
+impl Bench {
+    /// Puts a command into the control virtqueue (index 4) and rings its bell.
+    fn command(&self, number: u16, request: &[u8]) {
+        let control = queue(4);
+        let (buffer, answer) = (0x80_0000, 0x81_0000);
+        self.memory.write_slice(request, GuestAddress(buffer)).unwrap();
+        let length = u32::try_from(request.len()).unwrap();
+        for (index, (address, length, flags, next)) in
+            [(buffer, length, 1_u16, 1_u16), (answer, 1, 2, 0)].into_iter().enumerate()
+        {
+            let at = GuestAddress(control.descriptor_table + 16 * u64::try_from(index).unwrap());
+            let bytes = [
+                &address.to_le_bytes()[..],
+                &length.to_le_bytes(),
+                &flags.to_le_bytes(),
+                &next.to_le_bytes(),
+            ];
+            self.memory.write_slice(&bytes.concat(), at).unwrap();
+        }
+        self.memory.write_obj(number + 1, GuestAddress(control.available_ring + 2)).unwrap();
+        self.net.notify(4);
+        let used = GuestAddress(control.used_ring + 2);
+        wait_until(|| self.memory.read_obj::<u16>(used).unwrap() == number + 1);
+    }
+}
+
+#[test]
+fn the_driver_chooses_its_queue_pairs() {
+    let (mut bench, serving) = bench();
+    bench.net.activate(activation(VERSION_1 | MULTI_QUEUE)).unwrap();
+    let enables = || log_of(&serving, "SET_VRING_ENABLE");
+    assert_eq!(enables(), ["0 1", "1 1", "2 0", "3 0"].map(|ring| format!("SET_VRING_ENABLE {ring}")));
+
+    bench.command(0, &[4, 0, 2, 0]);
+    let all = ["0 1", "1 1", "2 1", "3 1"].map(|ring| format!("SET_VRING_ENABLE {ring}"));
+    assert_eq!(enables()[4..], all);
+    assert_eq!(bench.thread.shared.status().active_queue_pairs, 2);
+    bench.command(1, &[4, 0, 3, 0]);
+    assert_eq!(bench.memory.read_obj::<u8>(GuestAddress(0x81_0000)).unwrap(), 1);
+    assert_eq!(enables().len(), 8);
+
+    bench.net.reset();
+    assert_eq!(log_of(&serving, "GET_VRING_BASE").len(), 4);
+    assert_eq!(bench.thread.shared.status().active_queue_pairs, 1);
+    bench.thread.stop();
+    drop(serving.finish());
+}
+
+#[test]
+fn a_new_back_end_goes_on_where_the_lost_one_stopped() {
+    let (mut bench, serving) = bench();
+    bench.net.activate(activation(VERSION_1 | MULTI_QUEUE | ANNOUNCE)).unwrap();
+    bench.command(0, &[4, 0, 2, 0]);
+    for (index, used) in [(0, 7_u16), (1, 65535), (2, 0), (3, 1)] {
+        bench.memory.write_obj(used, GuestAddress(queue(index).used_ring + 2)).unwrap();
+    }
+    for event in bench.thread.shared.kicks.iter().chain(&bench.thread.shared.calls) {
+        event::take(event);
+    }
+
+    bench.thread.shared.cut();
+    drop(serving.finish());
+    let second = FakeBackend::new(4).serve(bench.listener.accept().unwrap().0);
+    wait_until(|| log_of(&second, "SET_VRING_ENABLE").len() == 4);
+
+    assert_eq!(log_of(&second, "SET_FEATURES"), ["SET_FEATURES 0x140600000"]);
+    let bases = ["0 7", "1 65535", "2 0", "3 1"].map(|ring| format!("SET_VRING_BASE {ring}"));
+    assert_eq!(log_of(&second, "SET_VRING_BASE"), bases);
+    let enables = ["0 1", "1 1", "2 1", "3 1"].map(|ring| format!("SET_VRING_ENABLE {ring}"));
+    assert_eq!(log_of(&second, "SET_VRING_ENABLE"), enables);
+    for index in 0..4 {
+        wait_until(|| event::take(&bench.thread.shared.kicks[index]));
+        wait_until(|| event::take(&bench.thread.shared.calls[index]));
+    }
+    let mut status = [0; 2];
+    wait_until(|| {
+        bench.net.read_config(6, &mut status);
+        status == [3, 0]
+    });
+    bench.command(1, &[3, 0]);
+    bench.net.read_config(6, &mut status);
+    assert_eq!(status, [1, 0]);
+    bench.thread.stop();
+    drop(second.finish());
+}
+
+#[test]
+fn a_back_end_with_fewer_features_is_not_used() {
+    let (mut bench, serving) = bench();
+    bench.net.activate(activation(VERSION_1 | MULTI_QUEUE)).unwrap();
+    bench.thread.shared.cut();
+    drop(serving.finish());
+
+    let mut lesser = FakeBackend::new(4);
+    lesser.features &= !MULTI_QUEUE;
+    let log = lesser.serve(bench.listener.accept().unwrap().0).finish().log;
+    assert!(!log.iter().any(|entry| entry.starts_with("SET_FEATURES")), "{log:?}");
+    let second = FakeBackend::new(4).serve(bench.listener.accept().unwrap().0);
+    wait_until(|| log_of(&second, "SET_VRING_ENABLE").len() == 4);
+    bench.thread.stop();
+    drop(second.finish());
+}
+
+#[test]
+fn a_driver_may_come_and_go_while_there_is_no_back_end() {
+    let (mut bench, serving) = bench();
+    bench.thread.shared.cut();
+    drop(serving.finish());
+    bench.net.activate(activation(VERSION_1)).unwrap();
+    bench.net.reset();
+    bench.net.activate(activation(VERSION_1 | MULTI_QUEUE)).unwrap();
+    bench.thread.stop();
+}
+
+#[test]
+fn virtqueues_outside_memory_are_refused_before_the_back_end_sees_them() {
+    let (mut bench, serving) = bench();
+    let mut wrong = activation(VERSION_1 | MULTI_QUEUE);
+    wrong.queues[1].used_ring = 64 << 20;
+    assert!(bench.net.activate(wrong).is_err());
+    assert!(log_of(&serving, "SET_FEATURES").is_empty());
+    bench.net.activate(activation(VERSION_1 | MULTI_QUEUE)).unwrap();
+    bench.thread.stop();
+    drop(serving.finish());
+}
+
+#[test]
+fn queues_that_are_not_ready_are_never_started() {
+    let (mut bench, serving) = bench();
+    let mut some = activation(VERSION_1);
+    for index in [1, 3, 4] {
+        some.queues[index].ready = false;
+    }
+    bench.net.activate(some).unwrap();
+    // Without multi-queue virtqueue 2 is the control virtqueue.
+    assert_eq!(log_of(&serving, "SET_VRING_KICK"), ["SET_VRING_KICK 0"]);
+    bench.thread.stop();
+    drop(serving.finish());
+}
+
+#[test]
+fn a_broken_control_ring_needs_a_reset() {
+    let (mut bench, _serving) = bench();
+    bench.net.activate(activation(VERSION_1 | MULTI_QUEUE)).unwrap();
+    bench.memory.write_obj(17_u16, GuestAddress(queue(4).available_ring + 2)).unwrap();
+    bench.net.notify(4);
+    wait_until(|| bench.thread.shared.events.needs_reset());
+    bench.net.reset();
+    bench.thread.stop();
+}
