@@ -18,6 +18,14 @@ impl Counter {
         self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(amount), Ordering::Relaxed);
     }
 
+    /// Makes it `value` if it is less.
+    #[inline]
+    fn raise(&self, value: u64) {
+        if self.get() < value {
+            self.0.store(value, Ordering::Relaxed);
+        }
+    }
+
     fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
@@ -29,6 +37,7 @@ pub struct Direction {
     frames: Counter,
     bytes: Counter,
     large_frames: Counter,
+    largest_frame: Counter,
     /// Frames given up.
     pub dropped: Counter,
     /// Frames discarded because the vring is disabled.
@@ -50,6 +59,7 @@ impl Direction {
         if length > LARGEST_PLAIN {
             self.large_frames.add(1);
         }
+        self.largest_frame.raise(length as u64);
     }
 
     fn snapshot(&self) -> DirectionStats {
@@ -57,6 +67,7 @@ impl Direction {
             frames: self.frames.get(),
             bytes: self.bytes.get(),
             large_frames: self.large_frames.get(),
+            largest_frame: self.largest_frame.get(),
             dropped: self.dropped.get(),
             discarded: self.discarded.get(),
             kicks: self.kicks.get(),

@@ -137,6 +137,8 @@ pub struct DirectionStats {
     pub bytes: u64,
     /// Frames larger than a standard Ethernet frame (1518 bytes): segmentation left to the other side.
     pub large_frames: u64,
+    /// The largest frame so far, in bytes.
+    pub largest_frame: u64,
     /// Frames given up: the guest's buffer too small, the TAP's refusal, an invalid descriptor chain.
     pub dropped: u64,
     /// Frames discarded because the vring is started but disabled.
