@@ -151,7 +151,12 @@ impl Guest {
 
     /// What the program that runs the guest has said.
     pub fn log(&self) -> String {
-        std::fs::read_to_string(self.logs.join(format!("{}.log", self.name))).unwrap_or_default()
+        std::fs::read_to_string(self.log_path()).unwrap_or_default()
+    }
+
+    /// Where that is kept.
+    pub fn log_path(&self) -> PathBuf {
+        self.logs.join(format!("{}.log", self.name))
     }
 
     /// The process that runs the guest.

@@ -12,6 +12,7 @@ use crate::{images, programs};
 #[derive(Debug)]
 pub struct Vmm {
     command: Command,
+    parameters: String,
 }
 
 impl Vmm {
@@ -30,8 +31,16 @@ impl Vmm {
     pub fn with_kernel(kernel: &Path, cpus: u16, memory: &str) -> Result<Self> {
         let mut command = Command::new(programs::vmm()?);
         command.arg("--kernel").arg(kernel).arg("--initrd").arg(images::guest_initramfs()?);
-        command.args(["--cpus", &cpus.to_string(), "--memory", memory, "--cmdline", "quiet loglevel=1"]);
-        Ok(Self { command })
+        command.args(["--cpus", &cpus.to_string(), "--memory", memory]);
+        Ok(Self { command, parameters: "quiet loglevel=1".to_owned() })
+    }
+
+    /// Further kernel parameters.
+    #[must_use]
+    pub fn parameters(mut self, parameters: &str) -> Self {
+        self.parameters.push(' ');
+        self.parameters.push_str(parameters);
+        self
     }
 
     /// Further options.
@@ -51,7 +60,8 @@ impl Vmm {
     ///
     /// # Errors
     /// If it cannot be started.
-    pub fn start(self, name: &str) -> Result<Guest> {
+    pub fn start(mut self, name: &str) -> Result<Guest> {
+        self.command.args(["--cmdline", &self.parameters]);
         Guest::start(&self.command, name)
     }
 }

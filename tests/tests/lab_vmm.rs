@@ -1,0 +1,120 @@
+//! baton-vmm by itself: kernels, processors, memory, devices, and the ways in which a guest ends.
+
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use baton_control::ControlClient;
+use baton_protocol::control::{Request, VmmState, VmmStatus};
+use baton_tests::guest::Vmm;
+use baton_tests::link::{Link, MAC, Meeting};
+use baton_tests::{images, lab, programs};
+
+#[test]
+fn boots_a_bzimage() -> Result<()> {
+    lab::run(|| {
+        let mut guest = Vmm::with_kernel(&images::guest_kernel()?, 2, "512M")?.start("guest")?;
+        guest.wait_for_shell()?;
+        ensure!(guest.check("nproc")? == "2\n");
+        ensure!(guest.power_off()?.success());
+        Ok(())
+    })
+}
+
+#[test]
+fn boots_sixteen_processors() -> Result<()> {
+    lab::run(|| {
+        let mut guest = Vmm::new(16, "1G")?.start("guest")?;
+        guest.wait_for_shell()?;
+        ensure!(guest.check("nproc")? == "16\n");
+        ensure!(guest.power_off()?.success());
+        Ok(())
+    })
+}
+
+#[test]
+fn has_memory_above_the_hole_below_4_gib() -> Result<()> {
+    lab::run(|| {
+        let mut guest = Vmm::new(1, "5G")?.start("guest")?;
+        guest.wait_for_shell()?;
+        let text = guest.check("awk '/MemTotal/ { print $2 }' /proc/meminfo")?;
+        let kibibytes: u64 = text.trim().parse().with_context(|| format!("{text:?} is no number"))?;
+        ensure!(kibibytes > 4_700_000, "the guest has {kibibytes} KiB");
+        ensure!(guest.check("grep 'System RAM' /proc/iomem")?.contains("100000000-"));
+        ensure!(guest.power_off()?.success());
+        Ok(())
+    })
+}
+
+#[test]
+fn a_reset_ends_it_without_failure() -> Result<()> {
+    lab::run(|| {
+        let mut guest = Vmm::new(1, "512M")?.start("guest")?;
+        guest.wait_for_shell()?;
+        guest.type_line("reboot -f")?;
+        ensure!(guest.wait()?.success());
+        Ok(())
+    })
+}
+
+#[test]
+fn a_triple_fault_is_a_failure_in_one_line() -> Result<()> {
+    lab::run(|| {
+        // The kernel's last resort when it is told to reboot that way.
+        let mut guest = Vmm::new(1, "512M")?.parameters("reboot=t").start("guest")?;
+        guest.wait_for_shell()?;
+        guest.type_line("reboot -f")?;
+        let log = guest.log_path();
+        let status = guest.wait()?;
+        let text = std::fs::read_to_string(log)?;
+        ensure!(status.code() == Some(1), "{status}: {text}");
+        ensure!(text.to_lowercase().contains("triple fault") && text.lines().count() == 1, "{text}");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_back_end_that_is_not_there_is_a_failure_in_one_line() -> Result<()> {
+    lab::run(|| {
+        let output = Command::new(programs::vmm()?)
+            .arg("--kernel")
+            .arg(images::guest_vmlinux()?)
+            .args(["--net", "socket=/nonexistent/socket"])
+            .output()?;
+        let text = String::from_utf8(output.stderr)?;
+        ensure!(output.status.code() == Some(1), "{}: {text}", output.status);
+        ensure!(text.contains("/nonexistent/socket") && text.lines().count() == 1, "{text}");
+        Ok(())
+    })
+}
+
+#[test]
+fn tells_its_status_pauses_and_goes_on() -> Result<()> {
+    lab::run(|| {
+        let mut link = Link::new(Meeting::BackendListens, 2)?;
+        let directory = tempfile::tempdir()?;
+        let path = directory.path().join("control");
+        let option = format!("--control-socket={}", path.display());
+        let mut guest =
+            Vmm::new(2, "512M")?.net(link.socket()?, MAC, 2).args([option.as_str()]).start("guest")?;
+        guest.wait_for_shell()?;
+        link.bring_up(&mut guest)?;
+        let mut control = ControlClient::connect(&path)?;
+        let mut ask = |request| control.call(&request).context("the VMM's answer");
+        let status: VmmStatus = serde_json::from_value(ask(Request::Status)?)?;
+        ensure!(
+            status.state == VmmState::Running && status.cpus == 2 && status.memory == 512 << 20,
+            "{status:?}"
+        );
+        ensure!(status.net.len() == 1 && status.net[0].active_queue_pairs == 2, "{status:?}");
+        for _ in 0..3 {
+            ask(Request::Pause)?;
+            let status: VmmStatus = serde_json::from_value(ask(Request::Status)?)?;
+            ensure!(status.state == VmmState::Paused, "{status:?}");
+            ask(Request::Resume)?;
+            link.check_pings(&mut guest, 10)?;
+        }
+        ask(Request::Quit)?;
+        ensure!(guest.wait()?.success());
+        link.check_healthy()
+    })
+}
