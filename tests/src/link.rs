@@ -27,7 +27,7 @@ pub const GUEST: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 2);
 /// The guest's MAC address.
 pub const MAC: &str = "02:ba:70:00:00:02";
 /// Where `traffic serve` listens at both ends.
-const PORT: u16 = 7000;
+pub const PORT: u16 = 7000;
 
 /// How many segments TCP puts into a frame at least; on a slow machine it would be few.
 const SEGMENTS: &str = "/proc/sys/net/ipv4/tcp_min_tso_segs";
@@ -106,6 +106,18 @@ impl Link {
     /// If its path is not UTF-8.
     pub fn socket(&self) -> Result<&str> {
         self.socket.to_str().context("a path that is not UTF-8")
+    }
+
+    /// The back-end's control socket.
+    pub fn control(&self) -> &Path {
+        &self.control
+    }
+
+    /// The back-end's command line, for people.
+    pub fn command_line(&self) -> String {
+        let arguments = self.arguments.iter().map(|argument| argument.to_string_lossy());
+        let words: Vec<_> = ["baton-backend".into()].into_iter().chain(arguments).collect();
+        words.join(" ")
     }
 
     /// Kills the back-end and starts another one in its place.

@@ -56,6 +56,15 @@ impl Vmm {
         self.args(["--net", &format!("socket={socket},mac={mac},queue-pairs={queue_pairs}")])
     }
 
+    /// The command line, for people.
+    pub fn command_line(&self) -> String {
+        let words = self.command.get_args().map(|word| match word.to_string_lossy() {
+            word if word.contains(' ') => format!("'{word}'"),
+            word => word.into_owned(),
+        });
+        ["baton-vmm".to_owned()].into_iter().chain(words).collect::<Vec<_>>().join(" ")
+    }
+
     /// Starts it: [`Guest::start`].
     ///
     /// # Errors
@@ -63,5 +72,13 @@ impl Vmm {
     pub fn start(mut self, name: &str) -> Result<Guest> {
         self.command.args(["--cmdline", &self.parameters]);
         Guest::start(&self.command, name)
+    }
+
+    /// Starts it: [`Guest::start_with_logs`].
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start_with_logs(self, name: &str, logs: &Path) -> Result<Guest> {
+        Guest::start_with_logs(&self.command, name, logs)
     }
 }

@@ -1,0 +1,183 @@
+//! `demo`: boots a Linux guest on `baton-vmm` with its network on `baton-backend` and a TAP, shows it at work, and
+//! sums up. In the lab where this machine's KVM cannot run Linux.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::io::{self, Write};
+use std::path::Path;
+use std::process::{Command, ExitCode};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use baton_protocol::control::BackendStats;
+use baton_tests::guest::{Guest, Vmm};
+use baton_tests::lab::{Job, Outcome, Place};
+use baton_tests::link::{GUEST, HOST, Link, MAC, Meeting, PORT, TAP};
+use baton_tests::traffic::bulk;
+use baton_tests::{images, places, programs};
+
+const QUEUE_PAIRS: u16 = 2;
+const PINGS: u32 = 50;
+const BULK: u64 = 32 << 20;
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("demo: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whether all went well.
+fn run() -> Result<bool> {
+    match Place::find()? {
+        Place::Here => demonstrate(),
+        Place::Lab(lab) => {
+            say(
+                "KVM on this machine cannot run Linux, or vhost-net or root's rights are missing: going to the lab, an",
+            )?;
+            say("emulated machine that has them. All is real there but the speed.")?;
+            let outcome = lab.run(&Job::here(std::env::current_exe()?, [])?, &mut |_| ())?;
+            Ok(outcome == Outcome::Exited(0))
+        }
+    }
+}
+
+fn demonstrate() -> Result<bool> {
+    let start = Instant::now();
+    let logs = places::logs()?.join("demo");
+    fs::create_dir_all(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
+
+    let mut link = Link::new(Meeting::BackendListens, QUEUE_PAIRS)?;
+    let vmm = Vmm::new(QUEUE_PAIRS, "512M")?.net(link.socket()?, MAC, QUEUE_PAIRS);
+    heading("What runs")?;
+    say(&link.command_line())?;
+    say(&vmm.command_line())?;
+
+    heading("The guest's console")?;
+    let mut guest = vmm.start_with_logs("guest", &logs)?;
+    guest.wait_for_shell()?;
+    link.bring_up(&mut guest)?;
+    for command in ["uname -a", "nproc", "ethtool -i eth0", "ip -o -f inet address", "ethtool -l eth0"] {
+        say(&format!("guest# {command}"))?;
+        say(guest.check(command)?.trim_end())?;
+    }
+
+    heading("Its network")?;
+    let traffic = measure(&mut guest)?;
+    say(&traffic.text)?;
+    let stats = link.stats()?;
+    say(&batonctl(link.control(), "stats")?)?;
+    link.check_healthy()?;
+    ensure!(guest.power_off()?.success(), "baton-vmm did not end well");
+
+    heading("Summary")?;
+    say(&summary(&stats, &traffic, start)?)?;
+    heading("The same by hand, as root where KVM can run Linux")?;
+    say(&by_hand()?)?;
+    Ok(traffic.lost == 0)
+}
+
+/// What went through the network, as seen by those who sent and received it.
+struct Traffic {
+    text: String,
+    lost: u32,
+    bytes: u64,
+}
+
+fn measure(guest: &mut Guest) -> Result<Traffic> {
+    let (count, guest_address, host_address) = (PINGS.to_string(), GUEST.to_string(), HOST.to_string());
+    let output = Command::new("ping")
+        .args(["-n", "-q", "-i", "0.02", "-W", "30", "-c", &count, &guest_address])
+        .output()
+        .context("cannot run ping")?;
+    let to_guest = lost(&String::from_utf8_lossy(&output.stdout))?;
+    let from_guest = lost(&guest.run(&format!("ping -q -A -W 30 -c {count} {host_address}"))?.output)?;
+    let mut text = String::new();
+    writeln!(text, "ping  network -> guest   {PINGS} sent, {to_guest} lost")?;
+    writeln!(text, "ping  guest -> network   {PINGS} sent, {from_guest} lost")?;
+    let mut bytes = 0;
+    for (direction, way) in [("up", "guest -> network"), ("down", "network -> guest")] {
+        let command = format!("traffic bulk {HOST}:{PORT} --direction={direction} --bytes={BULK}");
+        let outcome = guest.check(&command)?;
+        let outcome: bulk::Outcome = serde_json::from_str(outcome.trim()).context("what traffic wrote")?;
+        let (sums, mebibytes) = (outcome.sums.join(" "), outcome.bytes >> 20);
+        let seconds = outcome.seconds;
+        writeln!(text, "TCP   {way}   {mebibytes} MiB in {seconds:.1} s, CRC-32 {sums} at both ends")?;
+        bytes += outcome.bytes;
+    }
+    Ok(Traffic { text: text.trim_end().to_owned(), lost: to_guest + from_guest, bytes })
+}
+
+/// How many pings were lost, by the words of either ping program: `50 packets transmitted, 50 [packets ]received`.
+fn lost(text: &str) -> Result<u32> {
+    let line = text.lines().find(|line| line.contains("packets transmitted"));
+    let line = line.with_context(|| format!("ping said: {text}"))?;
+    let mut numbers = line.split(", ").filter_map(|part| part.split_whitespace().next()?.parse::<u32>().ok());
+    let (Some(sent), Some(received)) = (numbers.next(), numbers.next()) else { bail!("ping said: {line}") };
+    Ok(sent.saturating_sub(received))
+}
+
+fn summary(stats: &BackendStats, traffic: &Traffic, start: Instant) -> Result<String> {
+    let mut text = String::new();
+    for (pair, counters) in stats.queue_pairs.iter().enumerate() {
+        let (rx, tx) = (&counters.rx, &counters.tx);
+        writeln!(
+            text,
+            "queue pair {pair}: {} frames to the guest, {} from it, {} of them larger than an Ethernet frame, {} dropped",
+            rx.frames,
+            tx.frames,
+            rx.large_frames + tx.large_frames,
+            rx.dropped + tx.dropped
+        )?;
+    }
+    writeln!(text, "lost pings: {} of {}", traffic.lost, 2 * PINGS)?;
+    writeln!(text, "TCP: {} bytes, all sums equal", traffic.bytes)?;
+    write!(text, "in {:.0} s, boot included", start.elapsed().as_secs_f64())?;
+    Ok(text)
+}
+
+fn by_hand() -> Result<String> {
+    let (backend, vmm, batonctl) = (programs::backend()?, programs::vmm()?, programs::batonctl()?);
+    let (kernel, initramfs) = (images::guest_kernel()?, images::guest_initramfs()?);
+    let mut text = String::new();
+    let backend = backend.display();
+    writeln!(text, "{backend} --socket-path=/tmp/net.sock --tap={TAP} --control-socket=/tmp/backend.sock &")?;
+    writeln!(text, "ip address add {HOST}/24 dev {TAP} && ip link set {TAP} up")?;
+    writeln!(
+        text,
+        "{} --kernel={} --initrd={} --net socket=/tmp/net.sock,mac={MAC}",
+        vmm.display(),
+        kernel.display(),
+        initramfs.display()
+    )?;
+    writeln!(text, "  guest# ip address add {GUEST}/24 dev eth0 && ip link set eth0 up && ping {HOST}")?;
+    writeln!(text, "  guest# poweroff -f")?;
+    write!(text, "{} /tmp/backend.sock stats", batonctl.display())?;
+    Ok(text)
+}
+
+fn batonctl(control: &Path, command: &str) -> Result<String> {
+    let output = Command::new(programs::batonctl()?)
+        .arg(control)
+        .arg(command)
+        .output()
+        .context("cannot run batonctl")?;
+    ensure!(output.status.success(), "batonctl: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(format!(
+        "batonctl {} {command}\n{}",
+        control.display(),
+        String::from_utf8_lossy(&output.stdout).trim_end()
+    ))
+}
+
+fn heading(text: &str) -> Result<()> {
+    say(&format!("\n=== {text}"))
+}
+
+fn say(text: &str) -> Result<()> {
+    writeln!(io::stdout(), "{text}").context("cannot write to standard output")
+}
