@@ -6,7 +6,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use baton_tests::guest::{Accelerator, Qemu};
-use baton_tests::{lab, places};
+use baton_tests::lab::{self, Place};
+use baton_tests::places;
 
 #[test]
 fn has_kvm_vhost_net_and_taps() -> Result<()> {
@@ -48,8 +49,14 @@ fn fails() -> Result<()> {
         Ok("panic") => panic!("told to panic"),
         Ok("error") => anyhow::bail!("told to fail"),
         Ok("signal") => std::process::abort(),
+        Ok("crash") if is_lab_machine() => Ok(std::fs::write("/proc/sysrq-trigger", "c")?),
         _ => Ok(()),
     })
+}
+
+/// Whether this process runs in the lab's machine, not on one that needs no lab.
+fn is_lab_machine() -> bool {
+    std::fs::read_to_string("/proc/1/comm").is_ok_and(|name| name == "lab\n")
 }
 
 /// Runs [`fails`] as nextest would, and returns whether it passed, and what it wrote.
@@ -76,5 +83,17 @@ fn reports_failures() -> Result<()> {
 fn reports_success() -> Result<()> {
     let (passed, text) = run_fails("nothing")?;
     ensure!(passed, "{text}");
+    Ok(())
+}
+
+#[test]
+fn goes_on_after_its_machine_broke_down() -> Result<()> {
+    // Where tests need no lab there is no machine of its own to break.
+    if let Place::Lab(_) = Place::find()? {
+        let (passed, text) = run_fails("crash")?;
+        ensure!(!passed, "passed although its machine crashed: {text}");
+        ensure!(text.contains("the lab's machine has ended"), "{text}");
+        reports_success()?;
+    }
     Ok(())
 }

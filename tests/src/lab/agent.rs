@@ -16,7 +16,7 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 use super::machine::PORT;
-use super::message::{Job, Order, Outcome, Report, Stream, send};
+use super::message::{HEARTBEAT, Job, Order, Outcome, Report, Stream, send};
 
 /// What the kernel loads for the tests, beyond what it loads by itself when asked for it.
 const MODULES: [&str; 4] = ["kvm_amd", "tun", "vhost_net", "veth"];
@@ -49,6 +49,13 @@ fn serve() -> Result<()> {
         OpenOptions::new().read(true).write(true).open(&path).context("cannot open the supervisor's port")?;
     let port = Arc::new(Mutex::new(orders.try_clone().context("cannot share the port")?));
     report(&port, &Report::Ready);
+    let heart = Arc::clone(&port);
+    thread::spawn(move || {
+        loop {
+            thread::sleep(HEARTBEAT);
+            report(&heart, &Report::Alive);
+        }
+    });
     // Also for a job that is ordered to end before it has a process.
     let to_end = Arc::new(AtomicBool::new(false));
     for line in BufReader::new(orders).lines() {

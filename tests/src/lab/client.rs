@@ -86,7 +86,7 @@ impl Running {
                 }
                 Report::Ended(outcome) => return Ok(outcome),
                 Report::Lost(reason) => bail!("{reason}; see the lab's logs in {}", self.logs.display()),
-                Report::Ready => (),
+                Report::Ready | Report::Alive => (),
             }
         }
         bail!("the lab has ended; see its logs in {}", self.logs.display())

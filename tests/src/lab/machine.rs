@@ -14,6 +14,10 @@ use crate::{images, places, programs};
 /// The name of the port by which the agent speaks with the supervisor.
 pub(super) const PORT: &str = "baton.agent";
 
+/// All that QEMU can emulate, but for what Linux uses where it is there and makes it slower: a fifth level of page
+/// tables, which count twice where guests run, and protection keys.
+const PROCESSOR: &str = "max,-la57,-pku";
+
 /// A machine that runs or has run. It ends when this is dropped, and with the thread that started it.
 #[derive(Debug)]
 pub(super) struct Machine {
@@ -21,20 +25,22 @@ pub(super) struct Machine {
 }
 
 impl Machine {
-    /// Starts it, and returns the connection to its agent. Its console is kept in `logs`.
-    pub(super) fn start(logs: &Path) -> Result<(Self, UnixStream)> {
+    /// Starts it, the lab's first machine or a later one, and returns the connection to its agent. Its console is kept
+    /// in `logs`.
+    pub(super) fn start(logs: &Path, number: u32) -> Result<(Self, UnixStream)> {
         let (port, qemu_port) = UnixStream::pair().context("cannot make a pair of sockets")?;
         let qemu_port = OwnedFd::from(qemu_port);
         fcntl(&qemu_port, FcntlArg::F_SETFD(FdFlag::empty())).context("cannot pass a socket on")?;
-        let errors = File::create(logs.join("lab-qemu.log")).context("cannot write the lab's logs")?;
+        let errors = File::create(logs.join(format!("lab-qemu-{number}.log")))
+            .context("cannot write the lab's logs")?;
 
         let mut command = Command::new(images::found("setpriv")?);
         command.args(["--pdeathsig", "KILL", "qemu-system-x86_64", "-nodefaults", "-no-user-config"]);
         command.args(["-display", "none", "-monitor", "none", "-no-reboot"]);
-        command.args(["-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "5G"]);
+        command.args(["-accel", "tcg,thread=multi", "-cpu", PROCESSOR, "-smp", "2", "-m", "5G"]);
         command.arg("-kernel").arg(images::lab_kernel()?).arg("-initrd").arg(images::lab_initramfs()?);
         command.arg("-append").arg(kernel_command_line(logs)?);
-        command.arg("-serial").arg(option("file:", &logs.join("lab-console.log"))?);
+        command.arg("-serial").arg(option("file:", &logs.join(format!("lab-console-{number}.log")))?);
         command.args(["-fsdev", "local,id=machine,path=/,security_model=none,readonly=on,multidevs=remap"]);
         command.args(["-device", "virtio-9p-pci,fsdev=machine,mount_tag=machine"]);
         command.arg("-fsdev").arg(option("local,id=logs,security_model=none,path=", logs)?);

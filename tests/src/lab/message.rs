@@ -7,11 +7,15 @@ use std::env;
 use std::fmt;
 use std::io::{self, Write};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::place::Place;
+
+/// How often the agent says that it is alive.
+pub(super) const HEARTBEAT: Duration = Duration::from_secs(5);
 
 /// A program to be run in the lab.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,6 +59,8 @@ pub(super) enum Order {
 pub(super) enum Report {
     /// The machine is up.
     Ready,
+    /// It still is, which is said every [`HEARTBEAT`].
+    Alive,
     /// A line that the job has written, with its end unless it had none.
     Output { stream: Stream, text: String },
     /// The job has ended, and nothing that it started is left.

@@ -3,9 +3,12 @@
 //!
 //! ```text
 //!  Booting ──Ready──▶ Idle ──a client's job──▶ Busy ──Ended──▶ Idle
-//!     │                 │                        ├──client leaves──▶ Ending ──Ended──▶ Idle
-//!     └───────── the machine ends ───────────────┴──▶ Lost: every client is told why
+//!     │                                          └──client leaves──▶ Ending ──Ended──▶ Idle
+//!     ├── the machine ends, or is silent ──▶ Lost: every client is told why
+//!  Idle, Busy, Ending ── the machine ends, or is silent ──▶ Booting: another machine; a client is told why
 //! ```
+//!
+//! So a machine that breaks down fails the one test that it runs. A test is never run again.
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -24,6 +27,9 @@ use crate::places;
 
 /// How long the machine may take to come up: it needs some 5 seconds on a machine with nothing else to do.
 const BOOT: Duration = Duration::from_secs(180);
+
+/// How long a machine may be silent: a multiple of the agent's heartbeat, since a busy machine may skip some.
+const SILENCE: Duration = Duration::from_secs(90);
 
 /// How long a client may take to say what it wants.
 const REQUEST: Duration = Duration::from_secs(10);
@@ -52,11 +58,15 @@ struct Supervisor {
     state: State,
     /// What has arrived of the agent's next line.
     line: Vec<u8>,
+    /// When the agent was last heard.
+    heard: Instant,
     machine: Option<Machine>,
+    /// How many machines there have been.
+    machines: u32,
 }
 
 enum State {
-    Booting { until: Instant },
+    Booting,
     Idle,
     Busy(UnixStream),
     Ending,
@@ -72,14 +82,25 @@ enum Event {
 }
 
 impl Supervisor {
-    /// A machine that cannot be started is lost, so that the clients learn why.
     fn start(listener: UnixListener) -> Result<Self> {
-        let logs = places::logs()?;
-        let (machine, port, state) = match Machine::start(&logs) {
-            Ok((machine, port)) => (Some(machine), port, State::Booting { until: Instant::now() + BOOT }),
-            Err(error) => (None, UnixStream::pair()?.0, State::Lost(format!("{error:#}"))),
-        };
-        Ok(Self { listener, port, state, line: Vec::new(), machine })
+        let (port, _) = UnixStream::pair().context("cannot make a pair of sockets")?;
+        let (state, line, heard) = (State::Booting, Vec::new(), Instant::now());
+        let mut supervisor = Self { listener, port, state, line, heard, machine: None, machines: 0 };
+        supervisor.boot();
+        Ok(supervisor)
+    }
+
+    /// Starts a machine. One that cannot be started is lost, so that the clients learn why.
+    fn boot(&mut self) {
+        self.machines += 1;
+        self.line.clear();
+        self.heard = Instant::now();
+        match places::logs().and_then(|logs| Machine::start(&logs, self.machines)) {
+            Ok((machine, port)) => {
+                (self.machine, self.port, self.state) = (Some(machine), port, State::Booting);
+            }
+            Err(error) => self.state = State::Lost(format!("{error:#}")),
+        }
     }
 
     fn run(&mut self, owner: &OwnedFd) -> Result<()> {
@@ -88,7 +109,9 @@ impl Supervisor {
                 Event::OwnerEnded => return Ok(()),
                 Event::Port => self.read_port(),
                 Event::Client => self.hear_client()?,
-                Event::Timeout => self.lose(format!("the lab's machine did not come up within {BOOT:?}")),
+                Event::Timeout => {
+                    self.lose(format!("the lab's machine was silent for {:?}", self.heard.elapsed()));
+                }
             }
         }
     }
@@ -110,15 +133,17 @@ impl Supervisor {
                 fds.push(readable(client.as_fd()));
                 events.push(Event::Client);
             }
-            State::Booting { .. } | State::Ending => (),
+            State::Booting | State::Ending => (),
         }
-        let timeout = match self.state {
-            State::Booting { until } => {
-                PollTimeout::try_from(until.saturating_duration_since(Instant::now()))
-                    .unwrap_or(PollTimeout::MAX)
-            }
-            _ => PollTimeout::NONE,
+        let patience = match self.state {
+            State::Booting => Some(BOOT),
+            State::Idle | State::Busy(_) | State::Ending => Some(SILENCE),
+            State::Lost(_) => None,
         };
+        let timeout = patience.map_or(PollTimeout::NONE, |patience| {
+            let left = (self.heard + patience).saturating_duration_since(Instant::now());
+            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+        });
         loop {
             match poll(&mut fds, timeout) {
                 Ok(_) => break,
@@ -137,6 +162,7 @@ impl Supervisor {
             Ok(0) => self.lose("the lab's machine has ended".to_owned()),
             Err(error) => self.lose(format!("the lab's machine cannot be reached: {error}")),
             Ok(length) => {
+                self.heard = Instant::now();
                 self.line.extend_from_slice(&bytes[..length]);
                 while let Some(end) = self.line.iter().position(|&byte| byte == b'\n') {
                     let line: Vec<u8> = self.line.drain(..=end).collect();
@@ -152,7 +178,8 @@ impl Supervisor {
     fn handle(&mut self, report: &Report) {
         let ended = matches!(report, Report::Ended(_));
         match &self.state {
-            State::Booting { .. } if *report == Report::Ready => self.state = State::Idle,
+            _ if *report == Report::Alive => (),
+            State::Booting if *report == Report::Ready => self.state = State::Idle,
             State::Busy(client) => {
                 // A client that has gone is noticed when it is read from.
                 let _ = send(client, report);
@@ -162,7 +189,7 @@ impl Supervisor {
             }
             State::Ending if ended => self.state = State::Idle,
             State::Ending | State::Lost(_) => (),
-            State::Booting { .. } | State::Idle => {
+            State::Booting | State::Idle => {
                 self.lose(format!("the lab's agent said {report:?} unasked"));
             }
         }
@@ -182,7 +209,7 @@ impl Supervisor {
                 let (client, _) = self.listener.accept().context("cannot accept a client")?;
                 let _ = send(&client, &Report::Lost(reason.clone()));
             }
-            State::Booting { .. } | State::Idle | State::Ending => {
+            State::Booting | State::Idle | State::Ending => {
                 let (client, _) = self.listener.accept().context("cannot accept a client")?;
                 // One that says nothing, or nothing of sense, is no client.
                 if let Ok(job) = request(&client) {
@@ -200,12 +227,18 @@ impl Supervisor {
         }
     }
 
+    /// Gives the machine up. One that had come up is followed by another.
     fn lose(&mut self, reason: String) {
-        if let State::Busy(client) = &self.state {
-            let _ = send(client, &Report::Lost(reason.clone()));
-        }
+        eprintln!("machine {}: {reason}", self.machines);
         self.machine = None;
-        self.state = State::Lost(reason);
+        match &self.state {
+            State::Booting | State::Lost(_) => self.state = State::Lost(reason),
+            State::Busy(client) => {
+                let _ = send(client, &Report::Lost(reason));
+                self.boot();
+            }
+            State::Idle | State::Ending => self.boot(),
+        }
     }
 }
 
