@@ -1,0 +1,365 @@
+//! The back-end's command line: where front-ends and TAPs come from, its sockets, its end, and its refusals.
+#![expect(clippy::unwrap_used, reason = "these are tests")]
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::Command;
+
+use baton_protocol::control::{BackendState, Datapath, Done, Request};
+use baton_tests::backend::{Backend, Rig, TAP};
+use baton_tests::fake_frontend::{Connection, Device, NetHeader, Options};
+use baton_tests::frames;
+use baton_tests::netns::{self, Netns, open_tun};
+use baton_tests::packet_socket::PacketSocket;
+use baton_tests::programs;
+use nix::sys::signal::Signal;
+
+const TAP_OPTION: &str = "--tap=tap0";
+
+/// Sends a frame each way on a device's first pair.
+fn check_traffic(device: &mut Device, network: &mut PacketSocket) {
+    let frame = frames::numbered(1, 100);
+    device.send(0, &NetHeader::default(), &frame).unwrap();
+    assert_eq!(network.receive().unwrap().1, frame);
+    network.send(&frame).unwrap();
+    assert_eq!(device.receive(0).unwrap().1, frame);
+}
+
+/// That a back-end ends with this code and one line on its standard error that has all of these words.
+fn assert_refuses(mut backend: Backend, code: i32, words: &[&str]) {
+    assert_eq!(backend.process.wait().unwrap().code(), Some(code));
+    let log = backend.process.log();
+    assert_eq!(log.lines().count(), 1, "{log}");
+    for word in words {
+        assert!(log.contains(word), "no \"{word}\" in: {log}");
+    }
+    assert!(!backend.socket.exists() && !backend.control.exists(), "sockets were left behind");
+}
+
+#[test]
+fn it_listens_again_after_a_front_end_has_left() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    let pid = rig.backend.process.pid();
+    for _ in 0..10 {
+        let mut device = rig.device(Options::default()).unwrap();
+        rig.check_traffic(&mut device).unwrap();
+    }
+    rig.backend.check_healthy().unwrap();
+    assert_eq!(rig.backend.process.pid(), pid);
+}
+
+#[test]
+fn as_a_client_it_connects_and_reconnects() {
+    let netns = Netns::enter().unwrap();
+    netns.create_persistent_tap(TAP, false).unwrap();
+    let mut network = PacketSocket::open(TAP).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("front-end");
+    let option = format!("--socket-path={}", path.display());
+
+    // Nobody listens there yet.
+    let mut backend = Backend::with_arguments(&[TAP_OPTION, &option, "--client"], &[]).unwrap();
+    assert_eq!(backend.status().unwrap().state, BackendState::Waiting);
+    for _ in 0..2 {
+        let listener = UnixListener::bind(&path).unwrap();
+        for _ in 0..3 {
+            let mut device = Device::on_stream(listener.accept().unwrap().0, Options::default()).unwrap();
+            check_traffic(&mut device, &mut network);
+            assert_eq!(backend.status().unwrap().state, BackendState::Serving);
+        }
+        // The front-end dies and leaves its socket's file behind; another one comes.
+        drop(listener);
+        std::fs::remove_file(&path).unwrap();
+    }
+    backend.check_healthy().unwrap();
+}
+
+#[test]
+fn a_connected_socket_is_served_until_it_is_closed() {
+    let netns = Netns::enter().unwrap();
+    netns.create_persistent_tap(TAP, false).unwrap();
+    let mut network = PacketSocket::open(TAP).unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let option = format!("--fd={}", theirs.as_raw_fd());
+    let mut backend = Backend::with_arguments(&[TAP_OPTION, &option], &[theirs.as_fd()]).unwrap();
+    drop(theirs);
+    let mut device = Device::on_stream(ours, Options::default()).unwrap();
+    check_traffic(&mut device, &mut network);
+    drop(device);
+    // There can be no other front-end.
+    assert_eq!(backend.process.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn a_listening_socket_is_served_again_and_again() {
+    let netns = Netns::enter().unwrap();
+    netns.create_persistent_tap(TAP, false).unwrap();
+    let mut network = PacketSocket::open(TAP).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("inherited");
+    let listener = UnixListener::bind(&path).unwrap();
+    let option = format!("--fd={}", listener.as_raw_fd());
+    let mut backend = Backend::with_arguments(&[TAP_OPTION, &option], &[listener.as_fd()]).unwrap();
+    drop(listener);
+    for _ in 0..3 {
+        let mut device = Device::connect(&path, Options::default()).unwrap();
+        check_traffic(&mut device, &mut network);
+    }
+    backend.process.signal(Signal::SIGTERM).unwrap();
+    assert_eq!(backend.process.wait().unwrap().code(), Some(0));
+    assert!(path.exists(), "a socket that it did not make was removed");
+}
+
+#[test]
+fn a_tap_that_is_absent_is_created_and_goes_with_the_back_end() {
+    let netns = Netns::enter().unwrap();
+    for queue_pairs in [1, 2] {
+        let option = format!("--queue-pairs={queue_pairs}");
+        let mut backend = Backend::listening(&[TAP_OPTION, &option], &[]).unwrap();
+        assert_eq!(backend.status().unwrap().queue_pairs, queue_pairs);
+        // Addresses and link state are management's.
+        assert!(!netns::is_up(TAP).unwrap());
+        netns::set_up(TAP).unwrap();
+        let mut network = PacketSocket::open(TAP).unwrap();
+        let mut device = backend.device(Options { queue_pairs, ..Options::default() }).unwrap();
+        if queue_pairs == 1 {
+            check_traffic(&mut device, &mut network);
+        }
+        backend.process.signal(Signal::SIGTERM).unwrap();
+        backend.process.wait().unwrap();
+        assert!(!netns::exists(TAP));
+    }
+    drop(netns);
+}
+
+#[test]
+fn an_existing_tap_is_taken_with_the_flags_it_has() {
+    let netns = Netns::enter().unwrap();
+    // One pair on a multi-queue TAP, and on one of a single queue.
+    for (name, multi_queue) in [("tap1", true), ("tap2", false)] {
+        netns.create_persistent_tap(name, multi_queue).unwrap();
+        let mut network = PacketSocket::open(name).unwrap();
+        let option = format!("--tap={name}");
+        let mut backend = Backend::listening(&[&option], &[]).unwrap();
+        let mut device = backend.device(Options::default()).unwrap();
+        check_traffic(&mut device, &mut network);
+        assert_eq!(backend.status().unwrap().tap, name);
+        drop((device, backend));
+        assert!(netns::exists(name), "a TAP that it did not create went with it");
+    }
+}
+
+#[test]
+fn inherited_taps_are_used() {
+    let netns = Netns::enter().unwrap();
+    for queues in [1u16, 3] {
+        let name = format!("tap{queues}");
+        let taps = netns.create_tap(&name, usize::from(queues)).unwrap();
+        let numbers: Vec<_> = taps.iter().map(|tap| tap.as_raw_fd().to_string()).collect();
+        let option = format!("--tap-fds={}", numbers.join(","));
+        let fds: Vec<_> = taps.iter().map(AsFd::as_fd).collect();
+        let mut backend = Backend::listening(&[&option], &fds).unwrap();
+        let status = backend.status().unwrap();
+        assert_eq!((status.tap, status.queue_pairs), (name.clone(), queues));
+        drop(fds);
+        drop(taps);
+        let mut network = PacketSocket::open(&name).unwrap();
+        let mut device = backend.device(Options::default()).unwrap();
+        check_traffic(&mut device, &mut network);
+    }
+}
+
+#[test]
+fn what_is_no_suitable_tap_is_refused_by_name() {
+    let netns = Netns::enter().unwrap();
+    let tun = open_tun("tun5", libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR).unwrap();
+    let plain = open_tun("plain6", libc::IFF_TAP | libc::IFF_NO_PI).unwrap();
+    let file: OwnedFd = std::fs::File::open("/dev/null").unwrap().into();
+    for (fd, name) in [(&tun, "tun5"), (&plain, "plain6"), (&file, "descriptor")] {
+        let option = format!("--tap-fds={}", fd.as_raw_fd());
+        assert_refuses(Backend::listening(&[&option], &[fd.as_fd()]).unwrap(), 1, &[name]);
+    }
+    netns::set_persistent(&tun).unwrap();
+    drop(tun);
+    assert_refuses(Backend::listening(&["--tap=tun5"], &[]).unwrap(), 1, &["tun5"]);
+    assert_refuses(Backend::listening(&["--tap=a/b"], &[]).unwrap(), 1, &["a/b"]);
+    assert_refuses(Backend::listening(&["--tap-fds=77"], &[]).unwrap(), 1, &["77"]);
+    drop(netns);
+}
+
+#[test]
+fn a_tap_in_use_is_refused_by_name() {
+    let netns = Netns::enter().unwrap();
+    let _tap = netns.create_tap(TAP, 1).unwrap();
+    assert_refuses(Backend::listening(&[TAP_OPTION], &[]).unwrap(), 1, &[TAP]);
+}
+
+#[test]
+fn wrong_usage_is_one_line_and_exit_code_2() {
+    let _netns = Netns::enter().unwrap();
+    let cases: [&[&str]; 9] = [
+        &[],
+        &["--queue-pairs=0", TAP_OPTION],
+        &["--queue-pairs=129", TAP_OPTION],
+        &["--queue-pairs=x", TAP_OPTION],
+        &[TAP_OPTION, "--tap-fds=3"],
+        &[TAP_OPTION, "--mac=nonsense"],
+        &[TAP_OPTION, "--mac=01:00:00:00:00:00"],
+        &[TAP_OPTION, "--fd=3"],
+        &[TAP_OPTION, "--dance"],
+    ];
+    for arguments in cases {
+        let mut backend = Backend::listening(arguments, &[]).unwrap();
+        assert_eq!(backend.process.wait().unwrap().code(), Some(2), "{arguments:?}");
+        let log = backend.process.log();
+        assert_eq!(log.lines().count(), 1, "{arguments:?}: {log}");
+        assert!(!backend.socket.exists());
+    }
+    assert!(!netns::exists(TAP), "something was touched");
+}
+
+#[test]
+fn its_capabilities_are_json() {
+    let output = Command::new(programs::backend().unwrap()).arg("--print-capabilities").output().unwrap();
+    assert!(output.status.success());
+    let capabilities: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(capabilities["type"], "net");
+}
+
+fn mode(path: &Path) -> u32 {
+    std::fs::symlink_metadata(path).unwrap().permissions().mode() & 0o7777
+}
+
+#[test]
+fn its_sockets_are_for_its_owner_alone_and_go_with_it() {
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let mut rig = Rig::new(1, &[]).unwrap();
+        let device = rig.device(Options::default()).unwrap();
+        assert_eq!((mode(&rig.backend.socket), mode(&rig.backend.control)), (0o600, 0o600));
+        rig.backend.process.signal(signal).unwrap();
+        assert_eq!(rig.backend.process.wait().unwrap().code(), Some(0));
+        assert!(!rig.backend.socket.exists() && !rig.backend.control.exists(), "sockets were left behind");
+        device.connection.wait_closed().unwrap();
+    }
+}
+
+#[test]
+fn a_dead_socket_is_replaced_and_a_live_one_refused() {
+    let netns = Netns::enter().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    for (option, name) in [("--socket-path", "vhost-user"), ("--control-socket", "control")] {
+        let path = directory.path().join(name);
+        let socket = format!("{option}={}", path.display());
+        let other = format!("--socket-path={}", directory.path().join("other").display());
+        let mut arguments = vec![TAP_OPTION, &socket];
+        if option == "--control-socket" {
+            arguments.push(&other);
+        }
+        let run = || Command::new(programs::backend().unwrap()).args(&arguments).output().unwrap();
+
+        let live = UnixListener::bind(&path).unwrap();
+        let output = run();
+        assert_eq!(output.status.code(), Some(1));
+        let log = String::from_utf8(output.stderr).unwrap();
+        assert!(log.lines().count() == 1 && log.contains(path.to_str().unwrap()), "{log}");
+        UnixStream::connect(&path).unwrap();
+        drop(live);
+
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(&path, "precious").unwrap();
+        assert_eq!(run().status.code(), Some(1));
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+        std::fs::remove_file(&path).unwrap();
+
+        // Left behind by one that was killed.
+        drop(UnixListener::bind(&path).unwrap());
+        let arguments: Vec<_> = arguments.iter().map(Into::into).collect();
+        let program = programs::backend().unwrap();
+        let mut process = baton_tests::process::Process::start(&program, &arguments, &[]).unwrap();
+        process.connect(&path).unwrap();
+        assert_eq!(mode(&path), 0o600);
+        process.signal(Signal::SIGTERM).unwrap();
+        assert_eq!(process.wait().unwrap().code(), Some(0));
+        assert!(!path.exists());
+    }
+    drop(netns);
+}
+
+#[test]
+fn the_control_socket_tells_what_it_does() {
+    let mut rig = Rig::new(2, &[]).unwrap();
+    let status = rig.backend.status().unwrap();
+    assert_eq!(
+        (status.state, status.tap.as_str(), status.queue_pairs, status.datapath, status.vrings.len()),
+        (BackendState::Waiting, TAP, 2, Datapath::Userspace, 4)
+    );
+    let mut device = rig.device(Options::default()).unwrap();
+    rig.transmit(&mut device, 0..7, 100).unwrap();
+    rig.expect_on_network(0..7).unwrap();
+    rig.inject(0..5, 200).unwrap();
+    rig.expect_in_guest(&mut device, 0..5).unwrap();
+    rig.backend.wait_pair_stats(0, |stats| stats.tx.frames == 7 && stats.rx.frames == 5).unwrap();
+    let stats = rig.backend.pair_stats(0).unwrap();
+    assert_eq!((stats.tx.bytes, stats.rx.bytes), (700, 1000));
+    assert_eq!((stats.tx.dropped, stats.rx.dropped, stats.tx.discarded), (0, 0, 0));
+    let status = rig.backend.status().unwrap();
+    assert_eq!(status.state, BackendState::Serving);
+    assert_eq!(status.features, format!("{:#x}", device.options.features));
+    assert!(status.vrings[..2].iter().all(|vring| vring.started && vring.enabled && vring.size == 256));
+    assert!(status.vrings[2..].iter().all(|vring| !vring.started && vring.size == 0));
+    // A VMM's command.
+    let error = rig.backend.ask(&Request::Pause).unwrap_err();
+    assert!(error.to_string().contains("back-end"), "{error}");
+}
+
+#[test]
+fn batonctl_ends_it() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    let connection = rig.backend.connect().unwrap();
+    connection.get_features().unwrap();
+    let mut batonctl = Command::new(programs::batonctl().unwrap());
+    let output = batonctl.arg("--json").arg(&rig.backend.control).arg("quit").output().unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    assert_eq!(serde_json::from_slice::<Done>(&output.stdout).unwrap(), Done::DONE);
+    assert_eq!(rig.backend.process.wait().unwrap().code(), Some(0));
+    assert!(!rig.backend.socket.exists() && !rig.backend.control.exists(), "sockets were left behind");
+    connection.wait_closed().unwrap();
+}
+
+#[test]
+fn a_silent_control_client_and_a_silent_front_end_hold_nobody_up() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    let _silent = UnixStream::connect(&rig.backend.control).unwrap();
+    // Half a message, and no more.
+    let front_end = Connection::connect(&rig.backend.socket).unwrap();
+    front_end.send_bytes(&[1, 0, 0, 0, 1, 0], &[]).unwrap();
+    for _ in 0..10 {
+        rig.backend.status().unwrap();
+    }
+    rig.backend.process.signal(Signal::SIGTERM).unwrap();
+    assert_eq!(rig.backend.process.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn scripts_run_with_the_taps_name() {
+    let netns = Netns::enter().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let record = directory.path().join("record");
+    let mut options = vec![TAP_OPTION.to_owned()];
+    for option in ["script", "downscript"] {
+        let path = directory.path().join(option);
+        std::fs::write(&path, format!("#!/bin/sh\necho {option} \"$1\" >> {}\n", record.display())).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o700)).unwrap();
+        options.push(format!("--{option}={}", path.display()));
+    }
+    let options: Vec<_> = options.iter().map(String::as_str).collect();
+    let mut backend = Backend::listening(&options, &[]).unwrap();
+    backend.status().unwrap();
+    assert_eq!(std::fs::read_to_string(&record).unwrap(), "script tap0\n");
+    backend.process.signal(Signal::SIGTERM).unwrap();
+    assert_eq!(backend.process.wait().unwrap().code(), Some(0));
+    assert_eq!(std::fs::read_to_string(&record).unwrap(), "script tap0\ndownscript tap0\n");
+    drop(netns);
+}
