@@ -8,6 +8,7 @@ pub mod backend;
 pub mod fake_frontend;
 pub mod frames;
 pub mod guest;
+pub mod hostile;
 pub mod images;
 pub mod lab;
 pub mod link;

@@ -1,7 +1,9 @@
 //! The front-end's end of a vhost-user socket: any bytes and descriptors out, checked replies in, and a helper for
 //! every message that a well-behaved front-end sends.
 
+use std::cell::Cell;
 use std::io::{self, ErrorKind, IoSlice, Read};
+use std::net::Shutdown;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -34,6 +36,8 @@ pub struct Connection {
     stream: UnixStream,
     /// Ask for an acknowledgement of every request that has no reply of its own, and check it.
     pub acknowledged: bool,
+    /// Close the socket once so many more bytes have been sent, in the middle of a message or not.
+    pub cut_after: Cell<Option<usize>>,
 }
 
 impl Connection {
@@ -54,7 +58,7 @@ impl Connection {
         stream.set_nonblocking(false)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
-        Ok(Self { stream, acknowledged: false })
+        Ok(Self { stream, acknowledged: false, cut_after: Cell::new(None) })
     }
 
     /// The socket.
@@ -71,12 +75,22 @@ impl Connection {
         let rights = [ControlMessage::ScmRights(&fds)];
         let mut rights = if fds.is_empty() { &[][..] } else { &rights[..] };
         let mut rest = bytes;
+        let cut = self.cut_after.get().filter(|&left| left <= bytes.len());
+        match (cut, self.cut_after.get()) {
+            (Some(left), _) => rest = &bytes[..left],
+            (None, Some(left)) => self.cut_after.set(Some(left - bytes.len())),
+            (None, None) => {}
+        }
         while !rest.is_empty() {
             let flags = MsgFlags::MSG_NOSIGNAL;
             let socket = self.stream.as_raw_fd();
             let sent = sendmsg::<UnixAddr>(socket, &[IoSlice::new(rest)], rights, flags, None)?;
             rest = &rest[sent..];
             rights = &[];
+        }
+        if cut.is_some() {
+            self.stream.shutdown(Shutdown::Both)?;
+            return Err(ErrorKind::BrokenPipe.into());
         }
         Ok(())
     }
