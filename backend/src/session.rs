@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv, send};
 use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
@@ -180,20 +180,23 @@ impl Session {
         if usize::try_from(available).unwrap_or_default() < whole {
             return self.incomplete();
         }
-        if self.poll(PollFlags::POLLOUT)?.contains(PollFlags::POLLOUT) { Ok(Some(header)) } else { Ok(None) }
+        Ok((self.poll(libc::POLLOUT)? & libc::POLLOUT != 0).then_some(header))
     }
 
     /// Part of a message is there; the rest comes later, or never.
     fn incomplete(&self) -> Result<Option<Header>, SessionEnd> {
-        let closed = PollFlags::from_bits_retain(libc::POLLRDHUP);
-        let gone = closed | PollFlags::POLLHUP | PollFlags::POLLERR;
-        if self.poll(closed)?.intersects(gone) { Err(SessionEnd::Truncated) } else { Ok(None) }
+        let gone = libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR;
+        if self.poll(libc::POLLRDHUP)? & gone != 0 { Err(SessionEnd::Truncated) } else { Ok(None) }
     }
 
-    fn poll(&self, flags: PollFlags) -> Result<PollFlags, SessionEnd> {
-        let mut fds = [PollFd::new(self.as_fd(), flags)];
-        poll(&mut fds, PollTimeout::ZERO).map_err(|error| SessionEnd::Socket(error.into()))?;
-        Ok(fds[0].revents().unwrap_or(PollFlags::empty()))
+    /// The events that hold now, of `events` and of those that are always told.
+    fn poll(&self, events: libc::c_short) -> Result<libc::c_short, SessionEnd> {
+        let mut fd = libc::pollfd { fd: self.handler.as_raw_fd(), events, revents: 0 };
+        // Not by nix, which gives nothing at all where it does not know a bit, and POLLRDHUP is one.
+        // SAFETY: one descriptor's place, which lives through the call.
+        let result = unsafe { libc::poll(&raw mut fd, 1, 0) };
+        Errno::result(result).map_err(|error| SessionEnd::Socket(error.into()))?;
+        Ok(fd.revents)
     }
 
     fn handle(&mut self, header: &Header) -> Result<(), SessionEnd> {
