@@ -274,14 +274,12 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
         self.request(|device| {
             let vring = vring_index(device, u32::from(index))?;
             let call = notifier(fd)?;
-            let started = device.change(vring / 2..=vring / 2, |session| {
-                session.vrings[vring].call.clone_from(&call);
-                session.vrings[vring].started
+            device.change(vring / 2..=vring / 2, |session| {
+                let vring = &mut session.vrings[vring];
+                vring.call = call;
+                // What was completed before may have gone to the old descriptor, unseen.
+                vring.call_due = vring.started;
             })?;
-            // What was completed before may have gone to the old descriptor, unseen.
-            if let (true, Some(call)) = (started, call) {
-                call.notify();
-            }
             Ok(())
         })
     }

@@ -24,6 +24,9 @@ pub struct VringSetup {
     pub size: Option<u16>,
     /// `SET_VRING_ADDR`.
     pub addresses: Option<RingAddresses>,
+    /// `call` is to be signalled, whatever there is to tell. By the worker: an eventfd that the front-end has filled
+    /// blocks who writes to it.
+    pub call_due: bool,
     /// `SET_VRING_BASE`, and where the ring stopped: the next available index.
     pub base: u16,
     /// `SET_VRING_KICK`.
@@ -82,6 +85,7 @@ impl VringSetup {
             vring,
             kick: kick.clone(),
             error: self.error.clone(),
+            call_due: std::mem::take(&mut self.call_due),
             started: self.started,
             enabled: self.enabled,
             broken: self.broken,
@@ -100,6 +104,7 @@ impl VringSetup {
     pub fn stop(&mut self) {
         self.kick = None;
         self.call = None;
+        self.call_due = false;
         self.started = false;
         self.broken = false;
         self.paused = false;

@@ -124,6 +124,11 @@ impl QueuePair {
     pub fn run(&mut self, gate: &Gate) {
         let mut ready = Ready::<4>::default();
         let (mut look_rx, mut look_tx) = (true, true);
+        for ring in [&mut self.rx.ring, &mut self.tx.ring].into_iter().flatten() {
+            if std::mem::take(&mut ring.call_due) {
+                ring.vring.call_guest();
+            }
+        }
         let mut last_work = Instant::now();
         while !gate.closed() {
             let polling = !self.poll.is_zero() && last_work.elapsed() < self.poll;

@@ -27,6 +27,8 @@ pub struct Ring {
     pub kick: Kick,
     /// Signalled when the ring is out of order (`SET_VRING_ERR`).
     pub error: Option<Notifier>,
+    /// The call descriptor is to be signalled in any case.
+    pub call_due: bool,
     /// Whether it was kicked.
     pub started: bool,
     /// `SET_VRING_ENABLE`.
