@@ -60,23 +60,29 @@ impl Dialler {
         Ok(Self { found, go_on: Some(go_on), shared, thread: Some(thread) })
     }
 
-    /// What was found, once something was.
-    pub fn found(&self) -> Option<Result<Link, LinkError>> {
-        self.found.try_recv().ok()
+    /// What was found, once something was: the search has ended then.
+    pub fn found(&mut self) -> Option<Result<Link, LinkError>> {
+        let outcome = self.found.try_recv().ok()?;
+        self.join();
+        Some(outcome)
+    }
+
+    fn join(&mut self) {
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the search for a back-end panicked");
+        }
     }
 }
 
 impl Drop for Dialler {
     fn drop(&mut self) {
+        if self.thread.is_none() {
+            return;
+        }
         // A handshake that has begun is cut, and none begins any more: the search looks at `go_on` in between.
         self.go_on = None;
-        let Some(thread) = self.thread.take() else { return };
-        if !thread.is_finished() {
-            self.shared.cut();
-        }
-        if thread.join().is_err() {
-            tracing::error!("the search for a back-end panicked");
-        }
+        self.shared.cut();
+        self.join();
     }
 }
 

@@ -359,7 +359,7 @@ impl Worker {
 
     /// Looks for a back-end, and takes it on when it is found.
     fn reconnect(&mut self) {
-        if let Some(outcome) = self.dialler.as_ref().and_then(Dialler::found) {
+        if let Some(outcome) = self.dialler.as_mut().and_then(Dialler::found) {
             self.dialler = None;
             match outcome
                 .map_err(NetError::from)
