@@ -29,8 +29,7 @@ pub struct Config {
     /// The guest's initial RAM disk.
     #[arg(long, value_name = "PATH")]
     pub initrd: Option<PathBuf>,
-    /// Kernel parameters, appended to the default ones ("console=ttyS0 reboot=k panic=-1"); the last one of a
-    /// kind wins.
+    /// Kernel parameters, appended to "console=ttyS0 reboot=k panic=-1"; the last one of a kind wins.
     #[arg(long, value_name = "STR")]
     pub cmdline: Option<String>,
     /// How many vCPUs the VM has: 1 to 16.
@@ -39,8 +38,12 @@ pub struct Config {
     /// Guest memory, such as 512M or 4G.
     #[arg(long, value_name = "SIZE", default_value = "512M")]
     pub memory: MemorySize,
-    /// A network device: socket=PATH[,mac=MAC][,queue-pairs=N][,local-migration=on|off]; repeatable.
-    #[arg(long, value_name = "DEVICE")]
+    /// The network devices, in the order given.
+    #[arg(
+        long,
+        value_name = "DEVICE",
+        help = "A network device: socket=PATH[,mac=MAC][,queue-pairs=N][,local-migration=on|off]; repeatable"
+    )]
     pub net: Vec<NetConfig>,
     /// Where to listen for batonctl.
     #[arg(long, value_name = "PATH")]
