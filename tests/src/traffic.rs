@@ -1,6 +1,6 @@
 //! Network traffic whose every byte, number and size is checked at the other end: what the program `traffic` does.
 //!
-//! One side runs [`serve`], the other one of the checks, which opens a TCP connection, sends a [`Request`] as a line of
+//! One side runs [`serve`], the other one of the checks, which opens a TCP connection, sends a request as a line of
 //! JSON, and does its part: [`bulk`] TCP, numbered datagrams in [`flows`], datagrams of many [`sizes`]. Both ends are
 //! the same code, so one connection checks either direction. Every wait is bounded by [`PATIENCE`].
 
