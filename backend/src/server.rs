@@ -211,6 +211,8 @@ impl Server {
         if let Some(session) = self.session.take() {
             // First the rings, then the connection: who sees it closed finds nothing running.
             lock(&self.dispatch).device.end_session()?;
+            // With the workers parked and the memory gone: a fault of this session's must not end the next one.
+            sigbus::take_struck();
             self.epoll.remove(&session)?;
         }
         Ok(())
