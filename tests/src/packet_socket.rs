@@ -110,7 +110,7 @@ impl PacketSocket {
     /// # Errors
     /// The system's.
     pub fn try_receive(&mut self) -> Result<Option<(NetHeader, &[u8])>> {
-        let length = match readv(&self.socket, &mut [IoSliceMut::new(&mut self.buffer)]) {
+        let length = match self.read() {
             Ok(length) => length,
             Err(Errno::EAGAIN) => return Ok(None),
             Err(errno) => return Err(errno).context("receive from the interface"),
@@ -142,10 +142,18 @@ impl PacketSocket {
     /// The system's.
     pub fn drain(&mut self) -> Result<usize> {
         let mut count = 0;
-        while self.try_receive()?.is_some() {
-            count += 1;
+        loop {
+            match self.read() {
+                // EINVAL: a frame whose offloads a packet socket cannot describe; it is gone now.
+                Ok(_) | Err(Errno::EINVAL) => count += 1,
+                Err(Errno::EAGAIN) => return Ok(count),
+                Err(errno) => return Err(errno).context("receive from the interface"),
+            }
         }
-        Ok(count)
+    }
+
+    fn read(&mut self) -> nix::Result<usize> {
+        readv(&self.socket, &mut [IoSliceMut::new(&mut self.buffer)])
     }
 }
 
