@@ -45,6 +45,9 @@ pub enum SessionEnd {
     /// The front-end closed the connection within a message.
     #[error("the front-end left in the middle of a message")]
     Truncated,
+    /// Descriptors came with the bytes in the middle of a header.
+    #[error("descriptors came in the middle of a message's header")]
+    Scattered,
     /// A message that this protocol does not have.
     #[error("message {request} of {size} bytes is too long")]
     Oversized {
@@ -165,22 +168,28 @@ impl Session {
             Err(error) => return Err(SessionEnd::Socket(error.into())),
         };
         if length < HEADER {
-            return self.incomplete();
+            // A read ends where other descriptors begin, and so would the next one.
+            return if self.available()? < HEADER { self.incomplete() } else { Err(SessionEnd::Scattered) };
         }
         let header = Header::from(bytes);
         if header.size > MAX_BODY {
             return Err(SessionEnd::Oversized { request: header.request, size: header.size });
         }
+        // The size was checked just now.
+        let whole = HEADER + header.size as usize;
+        if self.available()? < whole {
+            return self.incomplete();
+        }
+        Ok((self.poll(libc::POLLOUT)? & libc::POLLOUT != 0).then_some(header))
+    }
+
+    /// How many bytes wait in the socket.
+    fn available(&self) -> Result<usize, SessionEnd> {
         let mut available = 0;
         // SAFETY: FIONREAD writes an int.
         unsafe { fionread(self.handler.as_raw_fd(), &raw mut available) }
             .map_err(|error| SessionEnd::Socket(error.into()))?;
-        // The size was checked just now.
-        let whole = HEADER + header.size as usize;
-        if usize::try_from(available).unwrap_or_default() < whole {
-            return self.incomplete();
-        }
-        Ok((self.poll(libc::POLLOUT)? & libc::POLLOUT != 0).then_some(header))
+        Ok(usize::try_from(available).unwrap_or_default())
     }
 
     /// Part of a message is there; the rest comes later, or never.
