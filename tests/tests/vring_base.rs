@@ -2,6 +2,8 @@
 //! frame in hand.
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
+use std::time::{Duration, Instant};
+
 use baton_tests::backend::{Backend, Rig, TAP};
 use baton_tests::fake_frontend::net::{NetHeader, features};
 use baton_tests::fake_frontend::{Device, Options};
@@ -237,10 +239,11 @@ fn completion_in_order_replays_right_after_a_crash() {
         let frame = frames::numbered(number, 100);
         assert!(device.enqueue(0, &NetHeader::default(), &frame).unwrap());
     }
+    let before = device.pairs[0].transmit.queue.used_index();
     device.flush(0).unwrap();
-    let queue = &device.pairs[0].transmit.queue;
-    let first = queue.used_index();
-    while queue.used_index() == first {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while device.pairs[0].transmit.queue.used_index() == before {
+        assert!(Instant::now() < deadline, "nothing was transmitted");
         std::hint::spin_loop();
     }
     rig.backend.process.signal(Signal::SIGKILL).unwrap();

@@ -118,7 +118,7 @@ fn a_started_and_disabled_transmit_ring_is_consumed_and_discarded() {
     rig.transmit(&mut device, 1000..1003, 100).unwrap();
     rig.expect_on_network(1000..1003).unwrap();
     assert_eq!(rig.network.drain().unwrap(), 0, "a discarded frame reached the TAP");
-    assert_eq!(rig.backend.pair_stats(0).unwrap().tx.frames, 3);
+    rig.backend.wait_pair_stats(0, |stats| stats.tx.frames == 3).unwrap();
 }
 
 #[test]
