@@ -158,18 +158,20 @@ impl Session {
 
     /// The header of the next message, if that is there whole and an answer could be sent.
     fn next_message(&self) -> Result<Option<Header>, SessionEnd> {
+        // Before the look at them, so that bytes which come in between are not taken for bytes that cannot be read.
+        let available = self.available()?;
         let mut bytes = [0; HEADER];
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
         let length = match recv(self.handler.as_raw_fd(), &mut bytes, flags) {
             Ok(0) => return Err(SessionEnd::Left),
             Ok(length) => length,
-            Err(nix::Error::EAGAIN | nix::Error::EINTR) => return Ok(None),
+            Err(nix::Error::EAGAIN) => return Ok(None),
             Err(nix::Error::ECONNRESET) => return Err(SessionEnd::Left),
             Err(error) => return Err(SessionEnd::Socket(error.into())),
         };
         if length < HEADER {
             // A read ends where other descriptors begin, and so would the next one.
-            return if self.available()? < HEADER { self.incomplete() } else { Err(SessionEnd::Scattered) };
+            return if available < HEADER { self.incomplete() } else { Err(SessionEnd::Scattered) };
         }
         let header = Header::from(bytes);
         if header.size > MAX_BODY {
@@ -177,7 +179,7 @@ impl Session {
         }
         // The size was checked just now.
         let whole = HEADER + header.size as usize;
-        if self.available()? < whole {
+        if available < whole {
             return self.incomplete();
         }
         Ok((self.poll(libc::POLLOUT)? & libc::POLLOUT != 0).then_some(header))
