@@ -149,9 +149,9 @@ vrings:
         let stats = BackendStats { queue_pairs: vec![QueuePairStats { rx, tx: DirectionStats::default() }] };
         let expected = "
 queue_pairs:
-      frames  bytes  large_frames  dropped  discarded  kicks  calls
-0 rx   12345      7             0        0          0      0      0
-0 tx       0      0             0        0          0      0      0
+      frames  bytes  large_frames  largest_frame  dropped  discarded  kicks  calls
+0 rx   12345      7             0              0        0          0      0      0
+0 tx       0      0             0              0        0          0      0      0
 ";
         assert_eq!(listing(&serde_json::to_value(stats).unwrap()), expected);
     }

@@ -14,6 +14,7 @@ pub mod lab;
 pub mod link;
 pub mod netns;
 pub mod packet_socket;
+pub mod ping;
 pub mod places;
 pub mod process;
 pub mod programs;

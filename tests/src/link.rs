@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use crate::guest::Guest;
 use crate::netns::Netns;
+use crate::ping;
 use crate::process::Process;
 use crate::programs;
 
@@ -190,14 +191,8 @@ impl Link {
     ///
     /// # Errors
     /// If one is.
-    pub fn check_pings(&self, guest: &mut Guest, count: u32) -> Result<()> {
-        let count = count.to_string();
-        let output = Command::new("ping")
-            .args(["-n", "-q", "-i", "0.01", "-W", "30", "-c", &count, &GUEST.to_string()])
-            .output()
-            .context("cannot run ping")?;
-        let text = String::from_utf8_lossy(&output.stdout);
-        ensure!(text.contains(&format!("{count} received")), "pings to the guest were lost: {text}");
+    pub fn check_pings(&self, guest: &mut Guest, count: u16) -> Result<()> {
+        ping::check(GUEST, count)?;
         let text = guest.check(&format!("ping -q -A -W 30 -c {count} {HOST}"))?;
         ensure!(text.contains(&format!("{count} packets received")), "the guest's pings were lost: {text}");
         Ok(())

@@ -3,10 +3,10 @@
 
 use std::ffi::OsString;
 use std::path::Path;
-use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use baton_tests::link::{GUEST, Link, MAC, Meeting};
+use baton_tests::ping;
 use baton_tests::process::Process;
 
 /// Starts testpmd and waits until the back-end serves it.
@@ -43,28 +43,14 @@ fn start(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Result<Process>
     Ok(testpmd)
 }
 
-/// Pings from several processes, so that several flows come. None may be lost.
-fn check_pings(flows: u32) -> Result<()> {
-    for _ in 0..flows {
-        let output = Command::new("ping")
-            .args(["-n", "-q", "-i", "0.01", "-W", "30", "-c", "100", &GUEST.to_string()])
-            .output()
-            .context("cannot run ping")?;
-        let text = String::from_utf8_lossy(&output.stdout);
-        ensure!(text.contains("100 received"), "pings were lost: {text}");
-    }
-    Ok(())
-}
-
 fn serves_on(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Result<()> {
-    let flows = u32::from(queue_pairs);
     let testpmd = start(link, meeting, queue_pairs)?;
-    check_pings(flows)?;
+    ping::check(GUEST, 100)?;
 
     // Another front-end, the same back-end.
     drop(testpmd);
     let mut testpmd = start(link, meeting, queue_pairs)?;
-    check_pings(flows)?;
+    ping::check(GUEST, 100)?;
 
     link.restart_backend()?;
     if meeting == Meeting::BackendListens {
@@ -73,7 +59,7 @@ fn serves_on(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Result<()> 
         testpmd = start(link, meeting, queue_pairs)?;
     }
     link.wait_serving()?;
-    check_pings(flows)?;
+    ping::check(GUEST, 100)?;
     ensure!(testpmd.is_running()?, "testpmd has ended:\n{}", testpmd.log());
     link.check_healthy()
 }
