@@ -8,12 +8,15 @@ use std::fs::File;
 use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 
+use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+
+use crate::process::FORKING;
 
 /// A namespace that this thread is in until the value is dropped.
 #[derive(Debug)]
@@ -61,6 +64,8 @@ impl Netns {
     pub fn create_persistent_tap(&self, name: &str, multi_queue: bool) -> Result<()> {
         let multi_queue = if multi_queue { libc::IFF_MULTI_QUEUE } else { 0 };
         let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | multi_queue;
+        // A child that has the TAP for a moment would keep the back-end from attaching.
+        let _forking = FORKING.lock().unwrap_or_else(PoisonError::into_inner);
         let tap = open_tun(name, flags)?;
         set_persistent(&tap)?;
         set_up(name)

@@ -13,6 +13,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -22,6 +23,10 @@ use nix::sys::signal::Signal;
 
 /// How long anything may take. Only catches what hangs.
 pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Held from a fork until its exec, and where a descriptor must not be in a child for even that long: tests of one
+/// process run in many threads.
+pub(crate) static FORKING: Mutex<()> = Mutex::new(());
 
 /// How often is looked where the kernel reports no event.
 const TICK: Duration = Duration::from_millis(1);
@@ -59,7 +64,9 @@ impl Process {
         };
         // SAFETY: the closure only makes system calls.
         unsafe { command.pre_exec(before_exec) };
+        let forking = FORKING.lock().unwrap_or_else(PoisonError::into_inner);
         let child = command.spawn().with_context(|| format!("start {}", path.display()))?;
+        drop(forking);
         let pid = libc::pid_t::try_from(child.id())?;
         // SAFETY: takes numbers only. The child has not been waited for, so the number is still its own.
         let pidfd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;

@@ -217,8 +217,13 @@ impl DriverQueue {
             let event = self.used.load_u16(4 + 8 * usize::from(self.size), Ordering::Relaxed);
             needs_event(event, self.published, before)
         } else {
-            self.used.load_u16(0, Ordering::Relaxed) & NO_NOTIFY == 0
+            self.wants_kicks()
         }
+    }
+
+    /// Whether the device wants kicks at all, as its flag says (without `EVENT_IDX`).
+    pub fn wants_kicks(&self) -> bool {
+        self.used.load_u16(0, Ordering::Relaxed) & NO_NOTIFY == 0
     }
 
     /// Takes the next used entry, and its chain's descriptors back.
