@@ -217,29 +217,6 @@ impl Process {
         let kibibytes: u64 = line.trim().trim_end_matches(" kB").parse().context("RssAnon")?;
         Ok(kibibytes * 1024)
     }
-
-    /// How many threads it has.
-    ///
-    /// # Errors
-    /// If it has ended.
-    pub fn threads(&self) -> Result<usize> {
-        Ok(std::fs::read_dir(format!("/proc/{}/task", self.pid()))?.count())
-    }
-
-    /// The numbers of its threads with this name.
-    ///
-    /// # Errors
-    /// If it has ended.
-    pub fn threads_named(&self, name: &str) -> Result<Vec<u32>> {
-        let mut numbers = Vec::new();
-        for entry in std::fs::read_dir(format!("/proc/{}/task", self.pid()))? {
-            let entry = entry?;
-            if std::fs::read_to_string(entry.path().join("comm"))?.trim_end() == name {
-                numbers.push(entry.file_name().to_string_lossy().parse()?);
-            }
-        }
-        Ok(numbers)
-    }
 }
 
 impl Drop for Process {

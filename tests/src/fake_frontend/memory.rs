@@ -39,17 +39,6 @@ impl Region {
         Ok(Self { place, file: Arc::new(file), mapping: Arc::new(mapping) })
     }
 
-    /// A region that says it is there, with a file of `file_size` bytes that need not agree.
-    ///
-    /// # Errors
-    /// The system's.
-    pub fn pretended(place: MemoryRegion, file_size: u64) -> io::Result<Self> {
-        let file = memfd_create("guest memory", MFdFlags::MFD_CLOEXEC)?;
-        nix::unistd::ftruncate(&file, i64::try_from(file_size).map_err(io::Error::other)?)?;
-        let mapping = Mapping::new(&file, 0, 4096)?;
-        Ok(Self { place, file: Arc::new(file), mapping: Arc::new(mapping) })
-    }
-
     /// Cuts the file off, under everybody who has mapped it. The memory must not be touched afterwards.
     ///
     /// # Errors
