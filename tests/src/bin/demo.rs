@@ -14,10 +14,10 @@ use baton_tests::guest::{Guest, Vmm};
 use baton_tests::lab::{Job, Outcome, Place};
 use baton_tests::link::{GUEST, HOST, Link, MAC, Meeting, PORT, TAP};
 use baton_tests::traffic::bulk;
-use baton_tests::{images, places, programs};
+use baton_tests::{images, ping, places, programs};
 
 const QUEUE_PAIRS: u16 = 2;
-const PINGS: u32 = 50;
+const PINGS: u16 = 50;
 const BULK: u64 = 32 << 20;
 
 fn main() -> ExitCode {
@@ -89,13 +89,8 @@ struct Traffic {
 }
 
 fn measure(guest: &mut Guest) -> Result<Traffic> {
-    let (count, guest_address, host_address) = (PINGS.to_string(), GUEST.to_string(), HOST.to_string());
-    let output = Command::new("ping")
-        .args(["-n", "-q", "-i", "0.02", "-W", "30", "-c", &count, &guest_address])
-        .output()
-        .context("cannot run ping")?;
-    let to_guest = lost(&String::from_utf8_lossy(&output.stdout))?;
-    let from_guest = lost(&guest.run(&format!("ping -q -A -W 30 -c {count} {host_address}"))?.output)?;
+    let to_guest = u32::try_from(ping::lost(GUEST, PINGS)?.len())?;
+    let from_guest = lost(&guest.run(&format!("ping -q -A -W 30 -c {PINGS} {HOST}"))?.output)?;
     let mut text = String::new();
     writeln!(text, "ping  network -> guest   {PINGS} sent, {to_guest} lost")?;
     writeln!(text, "ping  guest -> network   {PINGS} sent, {from_guest} lost")?;
@@ -112,7 +107,7 @@ fn measure(guest: &mut Guest) -> Result<Traffic> {
     Ok(Traffic { text: text.trim_end().to_owned(), lost: to_guest + from_guest, bytes })
 }
 
-/// How many pings were lost, by the words of either ping program: `50 packets transmitted, 50 [packets ]received`.
+/// How many pings were lost, by the words of busybox' ping: `50 packets transmitted, 50 packets received`.
 fn lost(text: &str) -> Result<u32> {
     let line = text.lines().find(|line| line.contains("packets transmitted"));
     let line = line.with_context(|| format!("ping said: {text}"))?;
