@@ -75,7 +75,7 @@ impl Config {
                 Unusable::Information(error.to_string())
             }
         })?;
-        config.check().map_err(|error| Unusable::Usage(format!("error: {error}")))?;
+        config.check().map_err(|error| Unusable::Usage(error.to_string()))?;
         Ok(config)
     }
 
@@ -99,7 +99,8 @@ impl Config {
 /// The first paragraph of clap's message as one line.
 fn one_line(message: &str) -> String {
     let paragraph: Vec<&str> = message.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
-    format!("{} (see --help)", paragraph.join(" "))
+    let line = paragraph.join(" ");
+    format!("{} (see --help)", line.strip_prefix("error: ").unwrap_or(&line))
 }
 
 /// What is wrong with an argument.
