@@ -40,6 +40,15 @@ impl Epoll {
         epoll::ctl(self.0.as_raw_fd(), epoll::ControlOptions::EPOLL_CTL_ADD, fd.as_fd().as_raw_fd(), event)
     }
 
+    /// Looks at `fd` anew: what it is ready for now comes back, although its edge may have passed.
+    ///
+    /// # Errors
+    /// What `epoll_ctl(2)` fails with, `ENOENT` where it is not watched.
+    pub fn rearm(&self, fd: &impl AsFd, events: Events, token: u64) -> io::Result<()> {
+        let event = epoll::Event::new(events, token);
+        epoll::ctl(self.0.as_raw_fd(), epoll::ControlOptions::EPOLL_CTL_MOD, fd.as_fd().as_raw_fd(), event)
+    }
+
     /// Stops watching `fd`. To be called before it is closed: a registration follows the open file description,
     /// which another process may hold, too.
     ///

@@ -24,4 +24,6 @@ pub enum Turn {
     More,
     /// Nothing to do until an event comes.
     Idle,
+    /// There is more to do once the TAP is writable.
+    Full,
 }

@@ -22,6 +22,9 @@ use crate::tap::TapQueue;
 /// How long to wait for events at most, in milliseconds, while a ring has no kick and must be polled.
 const POLLED_WAIT: i32 = 1;
 
+/// What a TAP is watched for.
+const TAP_EVENTS: Events = Events::EPOLLIN.union(Events::EPOLLOUT).union(Events::EPOLLET);
+
 const TAP: u64 = 0;
 const RX_KICK: u64 = 1;
 const TX_KICK: u64 = 2;
@@ -64,7 +67,7 @@ impl QueuePair {
         poll: Duration,
     ) -> io::Result<Self> {
         let epoll = Epoll::new()?;
-        epoll.add(&*tap, Events::EPOLLIN | Events::EPOLLOUT | Events::EPOLLET, TAP)?;
+        epoll.add(&*tap, TAP_EVENTS, TAP)?;
         Ok(Self { index, tap, rx: Rx::default(), tx: Tx::default(), counters, epoll, poll })
     }
 
@@ -135,6 +138,13 @@ impl QueuePair {
             if look_tx || polling {
                 let turn = self.tx.run(self.index, &self.tap, &self.counters.tx, !polling);
                 look_tx = turn == Turn::More;
+                // A TAP tells of new room only if it was looked at since it had none: without this there is no edge.
+                if turn == Turn::Full
+                    && let Err(error) = self.epoll.rearm(&*self.tap, TAP_EVENTS, TAP)
+                {
+                    gate.report(&error);
+                    return;
+                }
             }
             if look_rx || polling {
                 look_rx = self.rx.run(self.index, &self.tap, &self.counters.rx) == Turn::More;

@@ -63,11 +63,11 @@ impl Tx {
         counters: &metrics::Direction,
         arm: bool,
     ) -> Result<Turn, RingError> {
+        if self.full && ring.enabled {
+            return Ok(Turn::Idle);
+        }
         let (mut frames, mut bytes) = (0, 0);
         while frames < TURN_FRAMES && bytes < TURN_BYTES {
-            if self.full && ring.enabled {
-                return Ok(Turn::Idle);
-            }
             if ring.vring.available(0)? == 0 && (!arm || ring.vring.enable_kicks(0)? == 0) {
                 return Ok(Turn::Idle);
             }
@@ -82,6 +82,9 @@ impl Tx {
                 counters.calls.add(1);
             }
             let (sent, length) = result?;
+            if self.full && ring.enabled {
+                return Ok(Turn::Full);
+            }
             frames += sent;
             bytes += length;
         }
