@@ -22,8 +22,17 @@ const TURN_BYTES: usize = 512 * 1024;
 pub enum Turn {
     /// There is more to do.
     More,
-    /// Nothing to do until an event comes.
+    /// Something was done, and there is nothing more to do until an event comes.
+    Done,
+    /// Nothing was to be done, nor is until an event comes.
     Idle,
     /// There is more to do once the TAP is writable.
     Full,
+}
+
+impl Turn {
+    /// A turn that ends for want of anything to do.
+    fn ended(worked: bool) -> Self {
+        if worked { Self::Done } else { Self::Idle }
+    }
 }

@@ -135,9 +135,12 @@ impl QueuePair {
         let mut last_work = Instant::now();
         while !gate.closed() {
             let polling = !self.poll.is_zero() && last_work.elapsed() < self.poll;
+            let mut worked = false;
             if look_tx || polling {
                 let turn = self.tx.run(self.index, &self.tap, &self.counters.tx, !polling);
-                look_tx = turn == Turn::More;
+                worked |= turn != Turn::Idle;
+                // While polling no kicks are asked for: the last look, before waiting, is the one that does.
+                look_tx = turn == Turn::More || polling;
                 // A TAP tells of new room only if it was looked at since it had none: without this there is no edge.
                 if turn == Turn::Full
                     && let Err(error) = self.epoll.rearm(&*self.tap, TAP_EVENTS, TAP)
@@ -147,17 +150,19 @@ impl QueuePair {
                 }
             }
             if look_rx || polling {
-                look_rx = self.rx.run(self.index, &self.tap, &self.counters.rx) == Turn::More;
+                let turn = self.rx.run(self.index, &self.tap, &self.counters.rx);
+                worked |= turn != Turn::Idle;
+                look_rx = turn == Turn::More;
             }
             if self.tap.is_gone() {
                 gate.report(&io::Error::other("the TAP was deleted"));
                 return;
             }
-            if !self.poll.is_zero() && (look_rx || look_tx) {
+            if worked && !self.poll.is_zero() {
                 last_work = Instant::now();
             }
             let polled = self.polled();
-            let timeout = match (look_rx || look_tx || polling, polled) {
+            let timeout = match (look_rx || look_tx, polled) {
                 (true, _) => 0,
                 (false, true) => POLLED_WAIT,
                 (false, false) => -1,
@@ -183,10 +188,6 @@ impl QueuePair {
             }
             look_rx |= polled;
             look_tx |= polled;
-            if polling && !(look_rx || look_tx) && last_work.elapsed() >= self.poll {
-                // The last look before waiting is the one that asks for kicks.
-                look_tx = true;
-            }
         }
     }
 

@@ -119,7 +119,7 @@ impl Rx {
         let (mut frames, mut bytes) = (0u32, 0);
         while frames < TURN_FRAMES && bytes < TURN_BYTES {
             if !self.skip_unusable(ring, counters)? {
-                return Ok(Turn::Idle);
+                return Ok(Turn::ended(frames > 0));
             }
             if let Some(in_hand) = self.in_hand.take() {
                 if let Some(in_hand) = self.deliver_in_hand(ring, in_hand, counters)? {
@@ -136,7 +136,7 @@ impl Rx {
                         counters.calls.add(1);
                     }
                 }
-                None => return Ok(Turn::Idle),
+                None => return Ok(Turn::ended(frames > 0)),
             }
         }
         Ok(Turn::More)

@@ -69,7 +69,7 @@ impl Tx {
         let (mut frames, mut bytes) = (0, 0);
         while frames < TURN_FRAMES && bytes < TURN_BYTES {
             if ring.vring.available(0)? == 0 && (!arm || ring.vring.enable_kicks(0)? == 0) {
-                return Ok(Turn::Idle);
+                return Ok(Turn::ended(frames > 0));
             }
             ring.vring.disable_kicks();
             let result = if ring.enabled {
