@@ -118,8 +118,17 @@ impl Rx {
     ) -> Result<Turn, RingError> {
         let (mut frames, mut bytes) = (0u32, 0);
         while frames < TURN_FRAMES && bytes < TURN_BYTES {
-            if !self.skip_unusable(ring, counters)? {
-                return Ok(Turn::ended(frames > 0));
+            match self.front(ring)? {
+                None => return Ok(Turn::ended(frames > 0)),
+                Some(Prepared { length: 0, head, .. }) => {
+                    ring.vring.complete(head, 0);
+                    self.next += 1;
+                    counters.dropped.add(1);
+                    // It counts: a guest that makes nothing else available must not keep the worker from parking.
+                    frames += 1;
+                    continue;
+                }
+                Some(_) => {}
             }
             if let Some(in_hand) = self.in_hand.take() {
                 if let Some(in_hand) = self.deliver_in_hand(ring, in_hand, counters)? {
@@ -142,20 +151,12 @@ impl Rx {
         Ok(Turn::More)
     }
 
-    /// Makes sure that the first prepared chain can be used. False: the guest has none, and was asked to kick.
-    fn skip_unusable(&mut self, ring: &mut Ring, counters: &metrics::Direction) -> Result<bool, RingError> {
-        loop {
-            if self.next == self.prepared.len() && !self.prepare(ring)? {
-                return Ok(false);
-            }
-            let Prepared { head, length, .. } = self.prepared[self.next];
-            if length > 0 {
-                return Ok(true);
-            }
-            counters.dropped.add(1);
-            ring.vring.complete(head, 0);
-            self.next += 1;
+    /// The first prepared chain. `None`: the guest has given none, and was asked to kick.
+    fn front(&mut self, ring: &mut Ring) -> Result<Option<Prepared>, RingError> {
+        if self.next == self.prepared.len() && !self.prepare(ring)? {
+            return Ok(None);
         }
+        Ok(self.prepared.get(self.next).copied())
     }
 
     /// Prepares more chains. False: there are none, and the guest was asked to kick.
