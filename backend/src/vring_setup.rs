@@ -37,6 +37,8 @@ pub struct VringSetup {
     pub error: Option<Notifier>,
     /// `SET_VRING_ENABLE`.
     pub enabled: bool,
+    /// Whether it has been enabled in this session.
+    pub was_enabled: bool,
     /// Whether the ring was kicked since it was set up.
     pub started: bool,
     /// Whether `base` is the front-end's word rather than where this session was. The front-end's may be behind: it
@@ -77,15 +79,18 @@ impl VringSetup {
             self.base_is_given = false;
         }
         vring.set_next_available(self.base);
-        // A ring in use may get no further kick. While it is disabled it waits for one, all the same: a front-end that
-        // comes back enables it last, and what waits in a transmit ring is not to be discarded until then.
+        // A ring in use may get no further kick. But a front-end that comes back enables it last, and what waits in a
+        // transmit ring is not to be discarded until then, nor are kicks that the last back-end left to start it.
         let in_use = self.base != 0 || vring.was_in_use();
-        self.started |= matches!(kick, Kick::Polled) || self.enabled && in_use;
+        self.was_enabled |= self.enabled;
+        let held = in_use && !self.was_enabled;
+        self.started |= !held && (matches!(kick, Kick::Polled) || self.enabled && in_use);
         Ok(Some(Ring {
             vring,
             kick: kick.clone(),
             error: self.error.clone(),
             call_due: std::mem::take(&mut self.call_due),
+            held,
             started: self.started,
             enabled: self.enabled,
             broken: self.broken,

@@ -203,6 +203,15 @@ fn a_ring_in_use_that_is_given_base_0_goes_on_from_its_used_index() {
 
 #[test]
 fn frames_that_wait_in_a_ring_survive_a_reconnect() {
+    frames_wait_for_a_reconnect(false);
+}
+
+#[test]
+fn frames_survive_a_reconnect_although_their_kick_is_still_there() {
+    frames_wait_for_a_reconnect(true);
+}
+
+fn frames_wait_for_a_reconnect(kicked: bool) {
     let mut rig = Rig::new(1, &[]).unwrap();
     let mut device = used_device(&mut rig);
     rig.backend.process.signal(Signal::SIGKILL).unwrap();
@@ -211,8 +220,10 @@ fn frames_that_wait_in_a_ring_survive_a_reconnect() {
         let frame = frames::numbered(number, 100);
         assert!(device.enqueue(0, &NetHeader::default(), &frame).unwrap());
     }
-    // Without a kick, which would start the ring before it is enabled.
     device.pairs[0].transmit.queue.publish();
+    if kicked {
+        device.ring(TX).kick().unwrap();
+    }
 
     restart(&mut rig);
     device.connection = rig.backend.connect().unwrap();
@@ -220,7 +231,9 @@ fn frames_that_wait_in_a_ring_survive_a_reconnect() {
     device.connection.set_memory_table(&device.memory).unwrap();
     // virtio-user enables when all is set up, and kicks no more.
     for index in [RX, TX] {
-        device.ring_mut(index).renew_events().unwrap();
+        if !kicked {
+            device.ring_mut(index).renew_events().unwrap();
+        }
         device.set_up_ring(index, 0).unwrap();
     }
     for index in [RX, TX] {

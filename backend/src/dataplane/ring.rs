@@ -29,6 +29,8 @@ pub struct Ring {
     pub error: Option<Notifier>,
     /// The call descriptor is to be signalled in any case.
     pub call_due: bool,
+    /// Kicks do not start it: it was in use before this session, which has not enabled it yet.
+    pub held: bool,
     /// Whether it was kicked.
     pub started: bool,
     /// `SET_VRING_ENABLE`.
@@ -47,7 +49,7 @@ impl Ring {
     /// A kick came, or may have come.
     pub fn kicked(&mut self, counters: &Direction) {
         counters.kicks.add(1);
-        if !self.started {
+        if !self.started && !self.held {
             self.started = true;
             counters.started.store(true, Ordering::Relaxed);
         }
