@@ -18,6 +18,7 @@ pub mod memory;
 pub mod metrics;
 pub mod net_header;
 pub mod notify;
+pub mod script;
 pub mod server;
 pub mod session;
 pub mod sigbus;

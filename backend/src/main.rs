@@ -1,8 +1,7 @@
 //! The back-end program: reads the command line, opens everything, serves, cleans up.
 
 use std::io::{self, Write};
-use std::path::Path;
-use std::process::{Command as Process, ExitCode};
+use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -11,6 +10,7 @@ use baton_backend::control;
 use baton_backend::device::{Device, DeviceConfig};
 use baton_backend::endpoint::Endpoint;
 use baton_backend::mailbox::mailbox;
+use baton_backend::script;
 use baton_backend::server::{self, Server};
 use baton_backend::tap::Tap;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -97,15 +97,10 @@ fn serve(args: &Args) -> Result<()> {
     after
 }
 
-/// Runs a script with the TAP's name and waits for it.
-fn run_script(option: &str, script: &Script, tap: &str) -> Result<()> {
-    let Some(path) = &script.0 else { return Ok(()) };
-    let shown = Path::display(path);
-    let status = Process::new(path)
-        .arg(tap)
-        .status()
-        .with_context(|| format!("{option}: cannot run {shown}; it must be an executable file"))?;
-    ensure!(status.success(), "{option}: {shown} {tap} failed with {status}");
+fn run_script(option: &'static str, script: &Script, tap: &str) -> Result<()> {
+    if let Some(path) = &script.0 {
+        script::run(option, path, tap)?;
+    }
     Ok(())
 }
 
