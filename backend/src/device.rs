@@ -238,8 +238,12 @@ impl Device {
         // The workers are parked from before the TAP changes until after.
         let before = self.session.features;
         self.park_all()?;
-        let result = self.set_tap_features(features);
+        let mut result = self.set_tap_features(features);
         let features = if result.is_ok() { features } else { before };
+        if result.is_err() {
+            // Part of it may have been done.
+            result = self.set_tap_features(before).and(result);
+        }
         self.change(.., |session| session.features = features)?;
         result
     }

@@ -168,7 +168,7 @@ impl GuestMemory {
         if let Some(entry) = memory.entries.iter_mut().find(|entry| entry.region.layout == layout)
             && entry.region.is_of(&file)?
         {
-            entry.count += 1;
+            entry.count = entry.count.checked_add(1).ok_or(MemoryError::TooMany)?;
         } else {
             memory.insert(Region::map(layout, file)?)?;
         }
