@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use baton_control::socket_path::{BindError, BoundSocket};
 use nix::sys::socket::{
@@ -15,7 +15,7 @@ use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags, TimerSetTimeFlags};
 
 use crate::inherited;
 
-/// How long after a vain attempt to connect the next one comes.
+/// How long after an attempt to connect the next one comes at the earliest.
 const REDIAL: Duration = Duration::from_millis(100);
 
 /// Why there is no endpoint.
@@ -47,6 +47,8 @@ pub enum Endpoint {
         path: PathBuf,
         /// Runs while there is no connection.
         redial: TimerFd,
+        /// When the last attempt was made. A front-end that ends each connection at once must not keep us busy.
+        dialled: Option<Instant>,
         /// Whether the log says that nobody is there.
         told: bool,
     },
@@ -71,7 +73,7 @@ impl Endpoint {
         let redial =
             TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC)
                 .map_err(io::Error::from)?;
-        Ok(Self::Client { path, redial, told: false })
+        Ok(Self::Client { path, redial, dialled: None, told: false })
     }
 
     /// Uses an inherited socket.
@@ -115,21 +117,31 @@ impl Endpoint {
             Self::Listening(socket) => accept(socket.listener()),
             Self::InheritedListener(listener) => accept(listener),
             Self::InheritedConnection(connection) => Ok(connection.take()),
-            Self::Client { path, redial, told } => match dial(path) {
-                Ok(connection) => {
-                    redial.unset()?;
-                    *told = false;
-                    Ok(Some(connection))
+            Self::Client { path, redial, dialled, told } => {
+                let since = dialled.map(|dialled| dialled.elapsed());
+                if let Some(wait) =
+                    since.and_then(|since| REDIAL.checked_sub(since)).filter(|wait| !wait.is_zero())
+                {
+                    redial.set(Expiration::OneShot(wait.into()), TimerSetTimeFlags::empty())?;
+                    return Ok(None);
                 }
-                Err(error) => {
-                    if !*told {
-                        tracing::info!(path = %path.display(), %error, "no front-end listens yet");
-                        *told = true;
+                *dialled = Some(Instant::now());
+                match dial(path) {
+                    Ok(connection) => {
+                        redial.unset()?;
+                        *told = false;
+                        Ok(Some(connection))
                     }
-                    redial.set(Expiration::OneShot(REDIAL.into()), TimerSetTimeFlags::empty())?;
-                    Ok(None)
+                    Err(error) => {
+                        if !*told {
+                            tracing::info!(path = %path.display(), %error, "no front-end listens yet");
+                            *told = true;
+                        }
+                        redial.set(Expiration::OneShot(REDIAL.into()), TimerSetTimeFlags::empty())?;
+                        Ok(None)
+                    }
                 }
-            },
+            }
         }
     }
 }
@@ -154,4 +166,24 @@ fn dial(path: &Path) -> io::Result<UnixStream> {
     let connection = UnixStream::from(socket);
     connection.set_nonblocking(false)?;
     Ok(connection)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+    #[test]
+    fn a_front_end_that_ends_each_connection_at_once_is_not_dialled_at_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let _listener = UnixListener::bind(&path).unwrap();
+        let mut endpoint = Endpoint::client(path).unwrap();
+        for _ in 0..3 {
+            assert!(endpoint.next_frontend().unwrap().is_some());
+            assert!(endpoint.next_frontend().unwrap().is_none());
+            let mut fds = [PollFd::new(endpoint.source().unwrap(), PollFlags::POLLIN)];
+            assert_eq!(poll(&mut fds, PollTimeout::try_from(30_000).unwrap()).unwrap(), 1);
+        }
+    }
 }
