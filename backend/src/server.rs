@@ -143,15 +143,24 @@ impl Server {
         if self.session.is_some() {
             return Ok(());
         }
-        let connection = match self.endpoint.next_frontend() {
-            Ok(Some(connection)) => connection,
-            Ok(None) => return Ok(()),
-            Err(error) => {
-                tracing::warn!(%error, "cannot accept a front-end");
-                return Ok(());
+        let session = loop {
+            let connection = match self.endpoint.next_frontend() {
+                Ok(Some(connection)) => connection,
+                Ok(None) => return Ok(()),
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a front-end");
+                    return Ok(());
+                }
+            };
+            match Session::new(&connection, Arc::clone(&self.dispatch)) {
+                Ok(session) => break session,
+                // There are others to come.
+                Err(error) if self.endpoint.source().is_some() => {
+                    tracing::warn!(%error, "cannot serve a front-end");
+                }
+                Err(error) => return Err(error.into()),
             }
         };
-        let session = Session::new(&connection, Arc::clone(&self.dispatch))?;
         // Another one waits in the backlog meanwhile.
         if let Some(source) = self.endpoint.source() {
             self.epoll.remove(&source)?;
