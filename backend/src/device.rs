@@ -14,6 +14,7 @@ use crate::dataplane::pair::{QueuePair, Side};
 use crate::dataplane::rx::RxSettings;
 use crate::dataplane::worker::{Worker, WorkerFailure};
 use crate::features::{Features, Offer};
+use crate::log_limit;
 use crate::mailbox::Mailer;
 use crate::memory::GuestMemory;
 use crate::metrics::PairCounters;
@@ -219,7 +220,11 @@ impl Device {
             match vrings[vring].activate(memory, *features) {
                 Ok(Some(ring)) => worker.put_ring(side, ring).map_err(failed)?,
                 Ok(None) => {}
-                Err(error) => tracing::warn!(vring, %error, "vring cannot run"),
+                Err(error) => {
+                    if let Some(left_out) = log_limit::allow() {
+                        tracing::warn!(vring, %error, left_out, "vring cannot run");
+                    }
+                }
             }
         }
         self.workers[pair].resume().map_err(failed)

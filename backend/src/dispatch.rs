@@ -242,8 +242,10 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
             let vring = stopped_vring(device, index)?;
             let base = u16::try_from(base).map_err(|_| Rejection::Base(base))?;
             device.change(vring / 2..=vring / 2, |session| {
-                session.vrings[vring].base = base;
-                session.vrings[vring].base_is_given = true;
+                let setup = &mut session.vrings[vring];
+                setup.resumes &= setup.base == base;
+                setup.base = base;
+                setup.base_is_given = true;
             })?;
             Ok(())
         })

@@ -13,6 +13,7 @@ pub mod endpoint;
 pub mod events;
 pub mod features;
 pub mod inherited;
+pub mod log_limit;
 pub mod mailbox;
 pub mod memory;
 pub mod metrics;

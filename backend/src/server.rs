@@ -3,11 +3,14 @@
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use baton_control::server::ControlServer;
 use baton_protocol::control::{Done, Request};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::timer::Expiration;
+use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags, TimerSetTimeFlags};
 
 use crate::control::{self, Call};
 use crate::dataplane::worker::WorkerFailure;
@@ -15,6 +18,7 @@ use crate::device::{Device, DeviceError};
 use crate::dispatch::{Dispatch, Rejection};
 use crate::endpoint::Endpoint;
 use crate::events::{Epoll, Events, Ready};
+use crate::log_limit;
 use crate::mailbox::Mailbox;
 use crate::session::{Progress, Session, SessionEnd};
 use crate::sigbus;
@@ -25,6 +29,10 @@ const SESSION: u64 = 2;
 const CALL: u64 = 3;
 const FAILURE: u64 = 4;
 const ALARM: u64 = 5;
+const RESTED: u64 = 6;
+
+/// How long to leave front-ends waiting that cannot be accepted, for want of descriptors, say.
+const REST: Duration = Duration::from_millis(100);
 
 /// Why the back-end ended when it should not.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +62,8 @@ pub struct Server {
     calls: Mailbox<Call>,
     failures: Mailbox<WorkerFailure>,
     signals: SignalFd,
+    /// Runs while no front-end is accepted.
+    rested: TimerFd,
     session: Option<Session>,
     endpoint: Endpoint,
     dispatch: Arc<Mutex<Dispatch>>,
@@ -92,12 +102,16 @@ impl Server {
         epoll.add(&calls, Events::EPOLLIN, CALL)?;
         epoll.add(&failures, Events::EPOLLIN, FAILURE)?;
         epoll.add(&sigbus::install()?, Events::EPOLLIN, ALARM)?;
+        let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
+        let rested = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags).map_err(io::Error::from)?;
+        epoll.add(&rested, Events::EPOLLIN, RESTED)?;
         let dispatch = Arc::new(Mutex::new(Dispatch::new(device)));
         Ok(Self {
             epoll,
             calls,
             failures,
             signals,
+            rested,
             session: None,
             endpoint,
             dispatch,
@@ -125,6 +139,7 @@ impl Server {
                     SESSION => look = true,
                     CALL => self.on_calls(),
                     FAILURE => self.on_failures()?,
+                    RESTED => self.on_rested()?,
                     _ => self.on_alarm()?,
                 }
             }
@@ -148,8 +163,11 @@ impl Server {
                 Ok(Some(connection)) => connection,
                 Ok(None) => return Ok(()),
                 Err(error) => {
-                    tracing::warn!(%error, "cannot accept a front-end");
-                    return Ok(());
+                    // The connection is still there to be accepted; what is missing may come back.
+                    if let Some(left_out) = log_limit::allow() {
+                        tracing::warn!(%error, left_out, "cannot accept a front-end now");
+                    }
+                    return self.rest();
                 }
             };
             match Session::new(&connection, Arc::clone(&self.dispatch)) {
@@ -169,6 +187,22 @@ impl Server {
         self.epoll.add(&session, events, SESSION)?;
         self.session = Some(session);
         Ok(())
+    }
+
+    /// Leaves the endpoint alone for a while.
+    fn rest(&self) -> Result<(), ServerError> {
+        if let Some(source) = self.endpoint.source() {
+            self.epoll.remove(&source)?;
+        }
+        let rest = Expiration::OneShot(REST.into());
+        self.rested.set(rest, TimerSetTimeFlags::empty()).map_err(io::Error::from)?;
+        Ok(())
+    }
+
+    fn on_rested(&mut self) -> Result<(), ServerError> {
+        self.rested.unset().map_err(io::Error::from)?;
+        self.watch_endpoint()?;
+        self.meet()
     }
 
     fn watch_endpoint(&self) -> Result<(), ServerError> {
@@ -203,8 +237,10 @@ impl Server {
             SessionEnd::Left => tracing::info!("front-end disconnected"),
             SessionEnd::Device(Rejection::Device(error @ DeviceError::Dead(_))) => return Err(error.into()),
             end => {
-                let error = anyhow::Error::new(end);
-                tracing::warn!(error = format!("{error:#}"), "front-end's session ended");
+                if let Some(left_out) = log_limit::allow() {
+                    let error = format!("{:#}", anyhow::Error::new(end));
+                    tracing::warn!(error, left_out, "front-end's session ended");
+                }
             }
         }
         self.end_session()?;

@@ -17,6 +17,7 @@ use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
 use crate::dispatch::{Dispatch, Rejection};
 use crate::features::PROTOCOL_FEATURES;
+use crate::log_limit;
 
 /// `struct vhost_user_msg`: request, flags and size, 4 bytes each.
 const HEADER: usize = 12;
@@ -223,7 +224,9 @@ impl Session {
             (_, Some(Rejection::Device(source))) => Err(SessionEnd::Device(Rejection::Device(source))),
             (_, Some(source)) if header.has_answer() => Err(SessionEnd::Unanswerable { request, source }),
             (_, Some(rejection)) => {
-                tracing::warn!(?name, %rejection, "request rejected");
+                if let Some(left_out) = log_limit::allow() {
+                    tracing::warn!(?name, %rejection, left_out, "request rejected");
+                }
                 Ok(())
             }
             (Err(VhostError::Disconnected), None) => Err(SessionEnd::Left),

@@ -37,6 +37,8 @@ pub struct VringSetup {
     pub error: Option<Notifier>,
     /// `SET_VRING_ENABLE`.
     pub enabled: bool,
+    /// Whether it ran before it was stopped, and the front-end has not given it another place since.
+    pub resumes: bool,
     /// Whether it has been enabled in this session.
     pub was_enabled: bool,
     /// Whether the ring was kicked since it was set up.
@@ -81,7 +83,7 @@ impl VringSetup {
         vring.set_next_available(self.base);
         // A ring in use may get no further kick. But a front-end that comes back enables it last, and what waits in a
         // transmit ring is not to be discarded until then, nor are kicks that the last back-end left to start it.
-        let in_use = self.base != 0 || vring.was_in_use();
+        let in_use = self.base != 0 || self.resumes || vring.was_in_use();
         self.was_enabled |= self.enabled;
         let held = in_use && !self.was_enabled;
         self.started |= !held && (matches!(kick, Kick::Polled) || self.enabled && in_use);
@@ -107,6 +109,8 @@ impl VringSetup {
 
     /// Stops the ring (`GET_VRING_BASE`): its place is kept, its kick and call are dropped.
     pub fn stop(&mut self) {
+        // It may have been told not to kick, though it was never worked on.
+        self.resumes |= self.started;
         self.kick = None;
         self.call = None;
         self.call_due = false;

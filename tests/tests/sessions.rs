@@ -3,12 +3,14 @@
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::process::Command;
 
 use baton_protocol::control::{BackendState, Frontend};
 use baton_tests::backend::{Rig, TAP};
 use baton_tests::fake_frontend::wire::protocol;
 use baton_tests::fake_frontend::{Device, Options, features};
+use baton_tests::process::Process;
 
 #[test]
 fn a_new_connection_is_a_new_session() {
@@ -160,4 +162,25 @@ fn a_worker_that_fails_is_heard_of() {
     let log = rig.backend.process.log();
     assert!(log.lines().last().unwrap().contains("the TAP was deleted"), "{log}");
     assert!(!rig.backend.socket.exists() && !rig.backend.control.exists(), "sockets were left behind");
+}
+
+/// Sets below which number the back-end's new descriptors must be.
+fn limit_fds(rig: &Rig, limit: usize) {
+    let pid = rig.backend.process.pid().to_string();
+    let limit = format!("--nofile={limit}:");
+    assert!(Command::new("prlimit").args(["--pid", &pid, &limit]).status().unwrap().success());
+}
+
+#[test]
+fn a_front_end_that_finds_no_descriptor_left_is_served_when_there_is_one() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    // All numbers below are taken.
+    limit_fds(&rig, 3);
+    let stream = UnixStream::connect(&rig.backend.socket).unwrap();
+    let said = |process: &Process| Ok(process.log().contains("cannot accept").then_some(()));
+    rig.backend.process.wait_until("it could not accept", said).unwrap();
+    limit_fds(&rig, 1024);
+    let mut device = Device::on_stream(stream, Options::default()).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    rig.backend.check_healthy().unwrap();
 }

@@ -5,6 +5,7 @@
 
 use std::sync::atomic::Ordering;
 
+use crate::log_limit;
 use crate::metrics::Direction;
 use crate::notify::Notifier;
 use crate::vring::{RingError, Vring};
@@ -58,7 +59,9 @@ impl Ring {
     /// Gives up the ring and tells the front-end.
     pub fn fail(&mut self, name: &'static str, pair: u16, error: RingError) {
         self.broken = true;
-        tracing::warn!(pair, vring = name, %error, "vring out of order until it is set up anew");
+        if let Some(left_out) = log_limit::allow() {
+            tracing::warn!(pair, vring = name, %error, left_out, "vring out of order until it is set up anew");
+        }
         if let Some(notifier) = &self.error {
             notifier.notify();
         }

@@ -118,7 +118,7 @@ impl Rx {
     ) -> Result<Turn, RingError> {
         let (mut frames, mut bytes) = (0u32, 0);
         while frames < TURN_FRAMES && bytes < TURN_BYTES {
-            match self.front(ring)? {
+            match self.front(ring, counters)? {
                 None => return Ok(Turn::ended(frames > 0)),
                 Some(Prepared { length: 0, head, .. }) => {
                     ring.vring.complete(head, 0);
@@ -152,21 +152,27 @@ impl Rx {
     }
 
     /// The first prepared chain. `None`: the guest has given none, and was asked to kick.
-    fn front(&mut self, ring: &mut Ring) -> Result<Option<Prepared>, RingError> {
-        if self.next == self.prepared.len() && !self.prepare(ring)? {
+    fn front(
+        &mut self,
+        ring: &mut Ring,
+        counters: &metrics::Direction,
+    ) -> Result<Option<Prepared>, RingError> {
+        if self.next == self.prepared.len() && !self.prepare(ring, counters)? {
             return Ok(None);
         }
         Ok(self.prepared.get(self.next).copied())
     }
 
     /// Prepares more chains. False: there are none, and the guest was asked to kick.
-    fn prepare(&mut self, ring: &mut Ring) -> Result<bool, RingError> {
+    fn prepare(&mut self, ring: &mut Ring, counters: &metrics::Direction) -> Result<bool, RingError> {
         self.compact();
         let taken = u16::try_from(self.prepared.len() - self.next).unwrap_or(u16::MAX);
         let mut count = ring.vring.available(taken)?;
         if count == 0 {
             // The buffers so far must reach the guest before it can give new ones.
-            ring.vring.publish();
+            if ring.vring.publish() {
+                counters.calls.add(1);
+            }
             count = ring.vring.enable_kicks(taken)?;
             if count == 0 {
                 return Ok(false);
@@ -218,7 +224,12 @@ impl Rx {
     }
 
     /// As many chains as are needed for `wanted` bytes, or as there are; one only without mergeable buffers.
-    fn room(&mut self, ring: &mut Ring, wanted: usize) -> Result<Room, RingError> {
+    fn room(
+        &mut self,
+        ring: &mut Ring,
+        wanted: usize,
+        counters: &metrics::Direction,
+    ) -> Result<Room, RingError> {
         let mut room = Room::default();
         loop {
             while let Some(chain) = self.prepared.get(self.next + room.chains) {
@@ -233,7 +244,7 @@ impl Rx {
                     return Ok(room);
                 }
             }
-            if !self.prepare(ring)? {
+            if !self.prepare(ring, counters)? {
                 room.all = true;
                 return Ok(room);
             }
@@ -256,7 +267,7 @@ impl Rx {
         if self.spill.is_empty() {
             self.spill = vec![0; LARGEST];
         }
-        let room = self.room(ring, if self.large { LARGEST } else { SMALL })?;
+        let room = self.room(ring, if self.large { LARGEST } else { SMALL }, counters)?;
         let first = self.prepared[self.next].first;
         let mut end = self.prepared[self.next + room.chains - 1].end;
         let spilling = room.bytes < LARGEST && end - first < MAX_VECTORS;
@@ -325,7 +336,7 @@ impl Rx {
             counters.dropped.add(1);
             return Ok(Some(0));
         }
-        let room = self.room(ring, length)?;
+        let room = self.room(ring, length, counters)?;
         if room.bytes >= length {
             self.scatter(in_chains, length - in_chains);
             self.deliver(ring, length, counters);
@@ -353,7 +364,7 @@ impl Rx {
         counters: &metrics::Direction,
     ) -> Result<Option<FrameInHand>, RingError> {
         let length = self.settings.header + in_hand.frame.len();
-        let room = self.room(ring, length)?;
+        let room = self.room(ring, length, counters)?;
         if room.bytes < length {
             if self.worth_waiting(ring, room) {
                 return Ok(Some(in_hand));
