@@ -99,6 +99,20 @@ fn a_ring_that_ran_out_of_buffers_goes_on_when_it_is_given_some() {
 }
 
 #[test]
+fn a_ring_that_ran_without_work_goes_on_without_a_kick() {
+    let mut rig = Rig::new(1, &[]).unwrap();
+    // With event indices nothing in memory tells that the driver was asked not to kick.
+    let features = Options::default().features | features::EVENT_IDX;
+    let mut device = rig.device(Options { features, ..Options::default() }).unwrap();
+    rig.backend.wait_pair_stats(0, |stats| stats.rx.kicks > 0).unwrap();
+    assert_eq!(device.stop_ring(RX).unwrap(), 0);
+    device.ring_mut(RX).renew_events().unwrap();
+    device.set_up_ring(RX, 0).unwrap();
+    rig.inject(0..3, 100).unwrap();
+    rig.expect_in_guest(&mut device, 0..3).unwrap();
+}
+
+#[test]
 fn nothing_is_in_flight_when_the_base_is_given() {
     const ROUNDS: u32 = 100;
     const BURST: u32 = 40;
