@@ -1,13 +1,16 @@
 //! baton-vmm by itself: kernels, processors, memory, devices, and the ways in which a guest ends.
 
+use std::ffi::OsString;
+use std::net::Ipv4Addr;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use baton_control::ControlClient;
 use baton_protocol::control::{Request, VmmState, VmmStatus};
 use baton_tests::guest::Vmm;
-use baton_tests::link::{Link, MAC, Meeting};
-use baton_tests::{images, lab, programs};
+use baton_tests::link::{Link, MAC, Meeting, ip};
+use baton_tests::process::Process;
+use baton_tests::{images, lab, ping, programs};
 
 #[test]
 fn boots_a_bzimage() -> Result<()> {
@@ -83,6 +86,34 @@ fn a_back_end_that_is_not_there_is_a_failure_in_one_line() -> Result<()> {
         let text = String::from_utf8(output.stderr)?;
         ensure!(output.status.code() == Some(1), "{}: {text}", output.status);
         ensure!(text.contains("/nonexistent/socket") && text.lines().count() == 1, "{text}");
+        Ok(())
+    })
+}
+
+#[test]
+fn serves_several_devices() -> Result<()> {
+    const MAC2: &str = "02:ba:70:00:00:03";
+    lab::run(|| {
+        let mut link = Link::new(Meeting::BackendListens, 1)?;
+        let directory = tempfile::tempdir()?;
+        let socket = directory.path().join("second");
+        let arguments = [format!("--socket-path={}", socket.display()), "--tap=tap1".to_owned()];
+        let arguments = arguments.map(OsString::from);
+        let mut second = Process::start(&programs::backend()?, &arguments, &[])?;
+        second.connect(&socket)?;
+        ip(&["addr", "add", "192.168.78.1/24", "dev", "tap1"])?;
+        ip(&["link", "set", "tap1", "up"])?;
+        let socket = socket.to_str().context("a path that is not UTF-8")?;
+        let vmm = Vmm::new(1, "512M")?.net(link.socket()?, MAC, 1).net(socket, MAC2, 1);
+        let mut guest = vmm.start("guest")?;
+        guest.wait_for_shell()?;
+        link.bring_up(&mut guest)?;
+        ensure!(guest.check("cat /sys/class/net/eth1/address")?.trim() == MAC2);
+        guest.check("ip addr add 192.168.78.2/24 dev eth1; ip link set eth1 up")?;
+        link.check_pings(&mut guest, 20)?;
+        ping::check(Ipv4Addr::new(192, 168, 78, 2), 20)?;
+        link.check_healthy()?;
+        ensure!(guest.power_off()?.success());
         Ok(())
     })
 }

@@ -14,6 +14,10 @@ use crate::{images, places, programs};
 /// The name of the port by which the agent speaks with the supervisor.
 pub(super) const PORT: &str = "baton.agent";
 
+/// One is enough, and the guests have as many as they like. With two, QEMU's threads run into each other in its
+/// emulation of SVM, and now and then the machine resets itself or stands still.
+const PROCESSORS: &str = "1";
+
 /// All that QEMU can emulate, but for what Linux uses where it is there and makes it slower: a fifth level of page
 /// tables, which count twice where guests run, and protection keys.
 const PROCESSOR: &str = "max,-la57,-pku";
@@ -37,7 +41,7 @@ impl Machine {
         let mut command = Command::new(images::found("setpriv")?);
         command.args(["--pdeathsig", "KILL", "qemu-system-x86_64", "-nodefaults", "-no-user-config"]);
         command.args(["-display", "none", "-monitor", "none", "-no-reboot"]);
-        command.args(["-accel", "tcg,thread=multi", "-cpu", PROCESSOR, "-smp", "2", "-m", "5G"]);
+        command.args(["-accel", "tcg,thread=multi", "-cpu", PROCESSOR, "-smp", PROCESSORS, "-m", "5G"]);
         command.arg("-kernel").arg(images::lab_kernel()?).arg("-initrd").arg(images::lab_initramfs()?);
         command.arg("-append").arg(kernel_command_line(logs)?);
         command.arg("-serial").arg(option("file:", &logs.join(format!("lab-console-{number}.log")))?);
