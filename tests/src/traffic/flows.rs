@@ -97,6 +97,11 @@ pub(super) fn serve_receive(connection: &mut Connection, plan: &Plan) -> Result<
 pub(super) fn send(connection: &Connection, plan: &Plan, to: SocketAddr) -> Result<()> {
     let sockets: Vec<UdpSocket> =
         (0..plan.flows).map(|_| connection.datagram_socket()).collect::<Result<_>>()?;
+    for socket in &sockets {
+        // A connected socket keeps its transmit queue. Else Linux would choose by processor, and a process that moves
+        // from one to another would overtake itself.
+        socket.connect(to).with_context(|| format!("cannot send to {to}"))?;
+    }
     let mut datagram = vec![0; usize::from(plan.size)];
     let start = Instant::now();
     let mut numbers = (0..plan.count).map(|index| {
@@ -111,7 +116,7 @@ pub(super) fn send(connection: &Connection, plan: &Plan, to: SocketAddr) -> Resu
         {
             fill(&mut datagram, flow, number);
             let socket = &sockets[flow as usize];
-            socket.send_to(&datagram, to).with_context(|| format!("cannot send to {to}"))?;
+            socket.send(&datagram).with_context(|| format!("cannot send to {to}"))?;
             sent += 1;
         }
         thread::sleep(TICK);
