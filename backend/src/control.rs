@@ -98,5 +98,6 @@ pub fn status(device: &Device, connected: bool) -> BackendStatus {
 
 /// The answer to [`Request::Stats`].
 pub fn stats(device: &Device) -> BackendStats {
-    BackendStats { queue_pairs: device.counters().iter().map(|pair| pair.snapshot()).collect() }
+    let counters = device.counters().iter();
+    BackendStats { queue_pairs: counters.map(|pair| pair.snapshot(Datapath::Userspace)).collect() }
 }

@@ -1,8 +1,10 @@
 //! Counters of a queue pair, written by its worker and read by the control socket. They run on across sessions.
+//!
+//! Where the kernel moves the frames nobody here sees them: what was not counted is not told.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use baton_protocol::control::{DirectionStats, QueuePairStats};
+use baton_protocol::control::{Datapath, DirectionStats, QueuePairStats};
 
 /// The largest frame that is sent as it is: Ethernet header, 1500 bytes, VLAN tag.
 const LARGEST_PLAIN: usize = 1518;
@@ -62,16 +64,20 @@ impl Direction {
         self.largest_frame.raise(length as u64);
     }
 
-    fn snapshot(&self) -> DirectionStats {
-        DirectionStats {
-            frames: self.frames.get(),
-            bytes: self.bytes.get(),
-            large_frames: self.large_frames.get(),
-            largest_frame: self.largest_frame.get(),
-            dropped: self.dropped.get(),
-            discarded: self.discarded.get(),
-            kicks: self.kicks.get(),
-            calls: self.calls.get(),
+    fn snapshot(&self, datapath: Datapath) -> DirectionStats {
+        let discarded = self.discarded.get();
+        match datapath {
+            Datapath::Userspace => DirectionStats {
+                frames: Some(self.frames.get()),
+                bytes: Some(self.bytes.get()),
+                large_frames: Some(self.large_frames.get()),
+                largest_frame: Some(self.largest_frame.get()),
+                dropped: Some(self.dropped.get()),
+                discarded,
+                kicks: Some(self.kicks.get()),
+                calls: Some(self.calls.get()),
+            },
+            Datapath::VhostNet => DirectionStats { discarded, ..DirectionStats::default() },
         }
     }
 }
@@ -86,8 +92,8 @@ pub struct PairCounters {
 }
 
 impl PairCounters {
-    /// All of them now.
-    pub fn snapshot(&self) -> QueuePairStats {
-        QueuePairStats { rx: self.rx.snapshot(), tx: self.tx.snapshot() }
+    /// All of them now that are known with this datapath.
+    pub fn snapshot(&self, datapath: Datapath) -> QueuePairStats {
+        QueuePairStats { rx: self.rx.snapshot(datapath), tx: self.tx.snapshot(datapath) }
     }
 }

@@ -145,13 +145,36 @@ vrings:
 
     #[test]
     fn statistics_have_a_row_for_each_direction() {
-        let rx = DirectionStats { frames: 12345, bytes: 7, ..DirectionStats::default() };
-        let stats = BackendStats { queue_pairs: vec![QueuePairStats { rx, tx: DirectionStats::default() }] };
+        let none = DirectionStats {
+            frames: Some(0),
+            bytes: Some(0),
+            large_frames: Some(0),
+            largest_frame: Some(0),
+            dropped: Some(0),
+            discarded: 0,
+            kicks: Some(0),
+            calls: Some(0),
+        };
+        let rx = DirectionStats { frames: Some(12345), bytes: Some(7), ..none };
+        let stats = BackendStats { queue_pairs: vec![QueuePairStats { rx, tx: none }] };
         let expected = "
 queue_pairs:
       frames  bytes  large_frames  largest_frame  dropped  discarded  kicks  calls
 0 rx   12345      7             0              0        0          0      0      0
 0 tx       0      0             0              0        0          0      0      0
+";
+        assert_eq!(listing(&serde_json::to_value(stats).unwrap()), expected);
+    }
+
+    #[test]
+    fn statistics_that_nobody_has_are_not_listed() {
+        let tx = DirectionStats { discarded: 7, ..DirectionStats::default() };
+        let stats = BackendStats { queue_pairs: vec![QueuePairStats { rx: DirectionStats::default(), tx }] };
+        let expected = "
+queue_pairs:
+      discarded
+0 rx          0
+0 tx          7
 ";
         assert_eq!(listing(&serde_json::to_value(stats).unwrap()), expected);
     }

@@ -78,6 +78,8 @@ pub enum BackendState {
 pub enum Datapath {
     /// The back-end's own worker threads.
     Userspace,
+    /// The kernel's vhost-net.
+    VhostNet,
 }
 
 /// A back-end's answer to [`Request::Status`].
@@ -128,25 +130,34 @@ pub struct QueuePairStats {
     pub tx: DirectionStats,
 }
 
-/// The counters of one direction of a queue pair.
+/// The counters of one direction of a queue pair. Those that are known only to whom moves the frames are absent where
+/// that is the kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DirectionStats {
     /// Frames delivered.
-    pub frames: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub frames: Option<u64>,
     /// Their bytes, without the virtio-net header.
-    pub bytes: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<u64>,
     /// Frames larger than a standard Ethernet frame (1518 bytes): segmentation left to the other side.
-    pub large_frames: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub large_frames: Option<u64>,
     /// The largest frame so far, in bytes.
-    pub largest_frame: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub largest_frame: Option<u64>,
     /// Frames given up: the guest's buffer too small, the TAP's refusal, an invalid descriptor chain.
-    pub dropped: u64,
-    /// Frames discarded because the vring is started but disabled.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dropped: Option<u64>,
+    /// Frames discarded because the vring is started but disabled: the back-end itself does that, whoever moves the
+    /// others.
     pub discarded: u64,
     /// Notifications from the front-end.
-    pub kicks: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kicks: Option<u64>,
     /// Notifications to the front-end.
-    pub calls: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub calls: Option<u64>,
 }
 
 /// What a VMM is doing.
@@ -201,6 +212,25 @@ mod tests {
     #[test]
     fn an_unknown_command_is_refused() {
         serde_json::from_str::<Request>(r#"{"command":"dance"}"#).unwrap_err();
+    }
+
+    #[test]
+    fn a_counter_that_nobody_has_is_absent() {
+        let unknown = DirectionStats { discarded: 7, ..DirectionStats::default() };
+        let text = serde_json::to_string(&unknown).unwrap();
+        assert_eq!(text, r#"{"discarded":7}"#);
+        assert_eq!(serde_json::from_str::<DirectionStats>(&text).unwrap(), unknown);
+        let known = DirectionStats { frames: Some(0), ..DirectionStats::default() };
+        assert_eq!(serde_json::to_string(&known).unwrap(), r#"{"frames":0,"discarded":0}"#);
+    }
+
+    #[test]
+    fn datapaths_read_as_documented() {
+        for (datapath, text) in
+            [(Datapath::Userspace, r#""userspace""#), (Datapath::VhostNet, r#""vhost-net""#)]
+        {
+            assert_eq!(serde_json::to_string(&datapath).unwrap(), text);
+        }
     }
 
     #[test]

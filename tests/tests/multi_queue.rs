@@ -86,7 +86,9 @@ fn every_pair_carries_frames_both_ways() {
         }
     }
     for pair in 0..4 {
-        rig.backend.wait_pair_stats(pair, |stats| stats.rx.frames >= 99 && stats.tx.frames == 99).unwrap();
+        rig.backend
+            .wait_pair_stats(pair, |stats| stats.rx.frames >= Some(99) && stats.tx.frames == Some(99))
+            .unwrap();
     }
 }
 

@@ -9,7 +9,7 @@ use std::process::{Command, ExitCode};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
-use baton_protocol::control::BackendStats;
+use baton_protocol::control::{BackendStats, DirectionStats};
 use baton_tests::guest::{Guest, Vmm};
 use baton_tests::lab::{Job, Outcome, Place};
 use baton_tests::link::{GUEST, HOST, Link, MAC, Meeting, PORT, TAP};
@@ -119,20 +119,26 @@ fn lost(text: &str) -> Result<u32> {
 fn summary(stats: &BackendStats, traffic: &Traffic, start: Instant) -> Result<String> {
     let mut text = String::new();
     for (pair, counters) in stats.queue_pairs.iter().enumerate() {
-        let (rx, tx) = (&counters.rx, &counters.tx);
-        writeln!(
-            text,
-            "queue pair {pair}: {} frames to the guest, {} from it, {} of them larger than an Ethernet frame, {} dropped",
-            rx.frames,
-            tx.frames,
-            rx.large_frames + tx.large_frames,
-            rx.dropped + tx.dropped
-        )?;
+        writeln!(text, "queue pair {pair}: {}", counted(&counters.rx, &counters.tx))?;
     }
     writeln!(text, "lost pings: {} of {}", traffic.lost, 2 * PINGS)?;
     writeln!(text, "TCP: {} bytes, all sums equal", traffic.bytes)?;
     write!(text, "in {:.0} s, boot included", start.elapsed().as_secs_f64())?;
     Ok(text)
+}
+
+/// What a queue pair has counted, as far as it is known.
+fn counted(rx: &DirectionStats, tx: &DirectionStats) -> String {
+    let both = |to: Option<u64>, from: Option<u64>| Some(to? + from?);
+    let numbers = [
+        (rx.frames, "frames to the guest"),
+        (tx.frames, "from it"),
+        (both(rx.large_frames, tx.large_frames), "of them larger than an Ethernet frame"),
+        (both(rx.dropped, tx.dropped), "dropped"),
+        (Some(tx.discarded), "discarded"),
+    ];
+    let known = numbers.iter().filter_map(|(number, what)| Some(format!("{} {what}", (*number)?)));
+    known.collect::<Vec<_>>().join(", ")
 }
 
 fn by_hand() -> Result<String> {
