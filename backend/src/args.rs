@@ -40,6 +40,14 @@ pub struct Args {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=128))]
     pub queue_pairs: Option<u16>,
 
+    /// Have the kernel move the frames, with a /dev/vhost-net for each queue pair
+    #[arg(long)]
+    pub vhost: bool,
+
+    /// The same with these inherited descriptors of /dev/vhost-net, one for each queue pair
+    #[arg(long, value_name = "N[,N...]", value_delimiter = ',')]
+    pub vhost_fds: Option<Vec<RawFd>>,
+
     /// Look for work for so many microseconds before waiting for it
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
     pub poll_us: u32,
@@ -98,17 +106,51 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, c
         return Ok(Command::PrintCapabilities);
     }
     let args = Args::try_parse_from(arguments)?;
-    if let (Some(fds), Some(pairs)) = (&args.tap_fds, args.queue_pairs)
-        && fds.len() != usize::from(pairs)
-    {
-        let message = format!("--tap-fds gives {} descriptors for --queue-pairs={pairs}", fds.len());
-        return Err(clap::Error::raw(clap::error::ErrorKind::WrongNumberOfValues, message));
-    }
-    if args.tap_fds.as_ref().is_some_and(|fds| fds.len() > 128) {
-        let message = "--tap-fds gives more than 128 descriptors";
-        return Err(clap::Error::raw(clap::error::ErrorKind::WrongNumberOfValues, message));
-    }
+    check_descriptors(&args)
+        .map_err(|message| clap::Error::raw(clap::error::ErrorKind::WrongNumberOfValues, message))?;
     Ok(Command::Serve(Box::new(args)))
+}
+
+/// Each queue pair has one descriptor of either kind, and each descriptor one use.
+fn check_descriptors(args: &Args) -> Result<(), String> {
+    if let Some(fds) = &args.tap_fds {
+        if let Some(pairs) = args.queue_pairs
+            && fds.len() != usize::from(pairs)
+        {
+            return Err(format!("--tap-fds gives {} descriptors for --queue-pairs={pairs}", fds.len()));
+        }
+        if fds.len() > 128 {
+            return Err("--tap-fds gives more than 128 descriptors".to_owned());
+        }
+    }
+    if let Some(fds) = &args.vhost_fds
+        && fds.len() != args.pairs()
+    {
+        return Err(format!("--vhost-fds gives {} descriptors for {} queue pairs", fds.len(), args.pairs()));
+    }
+    let named = [
+        ("--fd", args.fd.as_slice()),
+        ("--tap-fds", args.tap_fds.as_deref().unwrap_or_default()),
+        ("--vhost-fds", args.vhost_fds.as_deref().unwrap_or_default()),
+    ];
+    for (position, (one, fds)) in named.iter().enumerate() {
+        for (other, others) in &named[position + 1..] {
+            if fds.iter().any(|fd| others.contains(fd)) {
+                return Err(format!("{one} and {other} name the same descriptor; give each its own"));
+            }
+        }
+    }
+    Ok(())
+}
+
+impl Args {
+    /// How many queue pairs the device has.
+    pub fn pairs(&self) -> usize {
+        match (&self.tap_fds, self.queue_pairs) {
+            (Some(fds), _) => fds.len(),
+            (None, pairs) => pairs.map_or(1, usize::from),
+        }
+    }
 }
 
 /// A unicast Ethernet address, `02:00:00:00:00:01`.
@@ -195,6 +237,21 @@ mod tests {
     fn descriptors_and_queue_pairs_agree() {
         assert_eq!(args("--socket-path=s --tap-fds=5,6").tap_fds.unwrap(), [5, 6]);
         parsed("--socket-path=s --tap-fds=5,6 --queue-pairs=1").unwrap_err();
+    }
+
+    #[test]
+    fn each_queue_pair_has_one_vhost_net() {
+        assert_eq!(args("--fd=3 --tap=t0 --queue-pairs=2 --vhost-fds=5,6").pairs(), 2);
+        assert_eq!(args("--fd=3 --tap-fds=7,8 --vhost --vhost-fds=5,6").pairs(), 2);
+        for line in [
+            "--fd=3 --tap=t0 --vhost-fds=5,6",
+            "--fd=3 --tap-fds=7,8 --vhost-fds=5",
+            "--fd=3 --tap-fds=4 --vhost-fds=4",
+            "--fd=3 --tap=t0 --vhost-fds=3",
+            "--fd=3 --tap-fds=3",
+        ] {
+            assert!(parsed(line).is_err(), "{line}");
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use baton_control::server::ControlServer;
 use baton_control::socket_path::{BindError, BoundSocket};
 use baton_protocol::control::{
-    BackendState, BackendStats, BackendStatus, Datapath, Frontend, Refusal, Request, VringStatus,
+    BackendState, BackendStats, BackendStatus, Frontend, Refusal, Request, VringStatus,
 };
 use serde_json::Value;
 
@@ -91,7 +91,7 @@ pub fn status(device: &Device, connected: bool) -> BackendStatus {
         features: format!("{:#x}", session.features.0),
         protocol_features: format!("{:#x}", session.protocol_features),
         frontend: if connected { Frontend::Connected } else { Frontend::Disconnected },
-        datapath: Datapath::Userspace,
+        datapath: device.datapath(),
         vrings,
     }
 }
@@ -99,5 +99,5 @@ pub fn status(device: &Device, connected: bool) -> BackendStatus {
 /// The answer to [`Request::Stats`].
 pub fn stats(device: &Device) -> BackendStats {
     let counters = device.counters().iter();
-    BackendStats { queue_pairs: counters.map(|pair| pair.snapshot(Datapath::Userspace)).collect() }
+    BackendStats { queue_pairs: counters.map(|pair| pair.snapshot(device.datapath())).collect() }
 }

@@ -8,6 +8,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_protocol::control::Datapath;
 use virtio_bindings::virtio_net;
 
 use crate::dataplane::pair::{QueuePair, Side};
@@ -16,10 +17,11 @@ use crate::dataplane::worker::{Worker, WorkerFailure};
 use crate::features::{Features, Offer};
 use crate::log_limit;
 use crate::mailbox::Mailer;
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, MAX_REGIONS};
 use crate::metrics::PairCounters;
 use crate::net_header::{self, Accepted};
 use crate::tap::{Offloads, Tap, TapError};
+use crate::vhost_net::{self, VhostNet};
 use crate::vring::LayoutError;
 use crate::vring_setup::VringSetup;
 
@@ -86,6 +88,7 @@ pub struct Device {
     // Declared first: the workers end before the TAP is closed.
     workers: Vec<Worker>,
     counters: Vec<Arc<PairCounters>>,
+    datapath: Datapath,
     tap: Tap,
     offer: Features,
     config: DeviceConfig,
@@ -93,12 +96,14 @@ pub struct Device {
 }
 
 impl Device {
-    /// A device on `tap`, with as many queue pairs as it has queues. `failures` hears of workers that died.
+    /// A device on `tap`, with as many queue pairs as it has queues. The kernel moves the frames where there is a
+    /// `vhost` for each pair, the workers where there is none. `failures` hears of workers that died.
     ///
     /// # Errors
     /// [`DeviceError::Dataplane`].
     pub fn new(
         tap: Tap,
+        vhost: Vec<VhostNet>,
         config: DeviceConfig,
         failures: &Mailer<WorkerFailure>,
     ) -> Result<Self, DeviceError> {
@@ -108,25 +113,27 @@ impl Device {
             ufo: tap.has_ufo(),
             uso: tap.has_uso(),
         };
+        let offer = vhost.iter().fold(offer.features(), |offer, vhost| vhost.masked(offer));
+        let datapath = if vhost.is_empty() { Datapath::Userspace } else { Datapath::VhostNet };
+        let mut vhost = vhost.into_iter();
         let mut workers = Vec::new();
         let mut counters = Vec::new();
         for (pair, index) in (0..tap.pairs()).zip(0u16..) {
             let failed = |source| DeviceError::Dataplane { pair, source };
             let own = Arc::new(PairCounters::default());
-            let queue_pair =
-                QueuePair::new(index, Arc::clone(tap.queue(pair)), Arc::clone(&own), config.poll)
-                    .map_err(failed)?;
+            let queue_pair = QueuePair::new(
+                index,
+                Arc::clone(tap.queue(pair)),
+                vhost.next(),
+                Arc::clone(&own),
+                config.poll,
+            )
+            .map_err(failed)?;
             workers.push(Worker::new(index, queue_pair, failures.clone()).map_err(failed)?);
             counters.push(own);
         }
-        let mut device = Self {
-            workers,
-            counters,
-            tap,
-            offer: offer.features(),
-            config,
-            session: SessionState::default(),
-        };
+        let mut device =
+            Self { workers, counters, datapath, tap, offer, config, session: SessionState::default() };
         device.session = device.new_session();
         Ok(device)
     }
@@ -144,6 +151,19 @@ impl Device {
     /// How many queue pairs it has, 1 to 128.
     pub fn pairs(&self) -> usize {
         self.workers.len()
+    }
+
+    /// Who moves the frames.
+    pub fn datapath(&self) -> Datapath {
+        self.datapath
+    }
+
+    /// How many memory regions it can use.
+    pub fn max_regions(&self) -> usize {
+        match self.datapath {
+            Datapath::Userspace => MAX_REGIONS,
+            Datapath::VhostNet => vhost_net::max_regions(),
+        }
     }
 
     /// The TAP.
@@ -173,6 +193,12 @@ impl Device {
     pub fn end_session(&mut self) -> Result<(), DeviceError> {
         let empty = self.new_session();
         self.change(.., |session| *session = empty)?;
+        for (pair, worker) in self.workers.iter_mut().enumerate() {
+            let parked = worker.park().ok_or(DeviceError::Dead(pair))?;
+            if let Some(kernel) = &mut parked.kernel {
+                kernel.vhost.release().map_err(|source| DeviceError::Dataplane { pair, source })?;
+            }
+        }
         self.set_tap_features(Features::default())
     }
 
@@ -216,6 +242,9 @@ impl Device {
             accepted: Accepted::from(*features),
         };
         worker.tx.header = header;
+        if let Some(kernel) = &mut worker.kernel {
+            kernel.features = *features;
+        }
         for (side, vring) in sides(pair) {
             match vrings[vring].activate(memory, *features) {
                 Ok(Some(ring)) => worker.put_ring(side, ring).map_err(failed)?,

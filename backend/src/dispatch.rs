@@ -20,7 +20,7 @@ use crate::config_space;
 use crate::dataplane::ring::Kick;
 use crate::device::{Device, DeviceError};
 use crate::features::{Features, PROTOCOL_FEATURES};
-use crate::memory::{GuestMemory, MAX_REGIONS, MemoryError, RegionLayout};
+use crate::memory::{GuestMemory, MemoryError, RegionLayout};
 use crate::notify::{Notifier, NotifierError};
 use crate::vring::{self, LayoutError, RingAddresses, Vring, VringLayout};
 
@@ -39,6 +39,14 @@ pub enum Rejection {
     /// Memory that cannot be shared.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// More memory regions than the kernel takes.
+    #[error("{regions} memory regions; the kernel's vhost takes {max} (max_mem_regions of the module vhost)")]
+    Regions {
+        /// How many there would be.
+        regions: usize,
+        /// How many there may be.
+        max: usize,
+    },
     /// Not an eventfd.
     #[error(transparent)]
     Notifier(#[from] NotifierError),
@@ -129,6 +137,10 @@ fn layout(region: &VhostUserMemoryRegion) -> RegionLayout {
 }
 
 fn set_memory(device: &mut Device, memory: GuestMemory) -> std::result::Result<(), Rejection> {
+    let (regions, max) = (memory.regions(), device.max_regions());
+    if regions > max {
+        return Err(Rejection::Regions { regions, max });
+    }
     Ok(device.change(.., |session| session.memory = Arc::new(memory))?)
 }
 
@@ -350,7 +362,7 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
     }
 
     fn get_max_mem_slots(&mut self) -> Result<u64> {
-        Ok(MAX_REGIONS as u64)
+        Ok(self.device.max_regions() as u64)
     }
 
     fn add_mem_region(

@@ -26,6 +26,12 @@ impl Features {
         Self(bits.iter().fold(self.0, |set, bit| set | 1 << bit))
     }
 
+    /// The set without feature `bit`.
+    #[must_use]
+    pub fn without(self, bit: u32) -> Self {
+        Self(self.0 & !(1 << bit))
+    }
+
     /// Whether the virtio-net header has its `num_buffers`.
     pub fn long_header(self) -> bool {
         self.has(virtio_config::VIRTIO_F_VERSION_1) || self.has(virtio_net::VIRTIO_NET_F_MRG_RXBUF)

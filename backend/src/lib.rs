@@ -24,5 +24,6 @@ pub mod server;
 pub mod session;
 pub mod sigbus;
 pub mod tap;
+pub mod vhost_net;
 pub mod vring;
 pub mod vring_setup;

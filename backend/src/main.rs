@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use baton_backend::args::{self, Args, Command, Script};
 use baton_backend::control;
 use baton_backend::device::{Device, DeviceConfig};
@@ -13,6 +13,7 @@ use baton_backend::mailbox::mailbox;
 use baton_backend::script;
 use baton_backend::server::{self, Server};
 use baton_backend::tap::Tap;
+use baton_backend::vhost_net::{VhostNet, VhostNetError};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// `VHostUserBackendCapabilities` of QEMU's `docs/interop/vhost-user.json`.
@@ -55,14 +56,9 @@ fn usage(error: &clap::Error) -> ExitCode {
 fn serve(args: &Args) -> Result<()> {
     // Inherited descriptors first: nothing of our own can then have their numbers.
     let inherited = args.fd.map(Endpoint::inherited).transpose()?;
+    let vhost = vhost(args)?;
     let mut tap = match (&args.tap, &args.tap_fds) {
-        (_, Some(fds)) => {
-            ensure!(
-                args.fd.is_none_or(|fd| !fds.contains(&fd)),
-                "--fd and --tap-fds name the same descriptor; give each its own"
-            );
-            Tap::from_fds(fds)?
-        }
+        (_, Some(fds)) => Tap::from_fds(fds)?,
         (Some(name), None) => Tap::open(name, args.queue_pairs.unwrap_or(1))?,
         (None, None) => bail!("no TAP; use --tap or --tap-fds"),
     };
@@ -89,12 +85,21 @@ fn serve(args: &Args) -> Result<()> {
         poll: Duration::from_micros(u64::from(args.poll_us)),
     };
     let (mailer, failures) = mailbox().context("cannot make a mailbox")?;
-    let device = Device::new(tap, config, &mailer)?;
-    tracing::info!(tap = name, queue_pairs = device.pairs(), "ready");
+    let device = Device::new(tap, vhost, config, &mailer)?;
+    tracing::info!(tap = name, queue_pairs = device.pairs(), datapath = %device.datapath(), "ready");
     let result = Server::new(device, endpoint, control, calls, failures, signals).and_then(Server::run);
     let after = run_script("--downscript", &args.downscript, &name);
     result?;
     after
+}
+
+/// A vhost-net for each queue pair, if the kernel is to move the frames.
+fn vhost(args: &Args) -> Result<Vec<VhostNet>, VhostNetError> {
+    match &args.vhost_fds {
+        Some(fds) => VhostNet::from_fds(fds),
+        None if args.vhost => (0..args.pairs()).map(|_| VhostNet::open()).collect(),
+        None => Ok(Vec::new()),
+    }
 }
 
 fn run_script(option: &'static str, script: &Script, tap: &str) -> Result<()> {

@@ -10,6 +10,7 @@ use std::fs::File;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::Arc;
 
+use vhost::VhostUserMemoryRegionInfo;
 use vm_memory::{FileOffset, MmapRegion};
 
 use crate::sigbus;
@@ -206,6 +207,21 @@ impl GuestMemory {
         let place = self.entries.partition_point(below);
         self.entries.insert(place, Entry { region: Arc::new(region), count: 1 });
         Ok(())
+    }
+
+    /// How many regions there are.
+    pub fn regions(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// The regions for the kernel's vhost, whose user addresses are this program's.
+    pub fn vhost_regions(&self) -> impl Iterator<Item = VhostUserMemoryRegionInfo> {
+        self.entries.iter().map(|Entry { region, .. }| VhostUserMemoryRegionInfo {
+            guest_phys_addr: region.layout.guest_address,
+            memory_size: region.layout.size,
+            userspace_addr: region.host as usize as u64,
+            ..VhostUserMemoryRegionInfo::default()
+        })
     }
 
     /// Whether no memory was shared yet.

@@ -176,6 +176,17 @@ impl TapQueue {
         self.gone.load(Ordering::Relaxed)
     }
 
+    /// Looks whether the interface was deleted, where nobody reads the queue or writes to it.
+    pub fn was_deleted(&self) -> bool {
+        let mut request = empty_request();
+        // SAFETY: TUNGETIFF fills an ifreq.
+        let result = unsafe { ioctl::get_iff(self.file.as_raw_fd(), &raw mut request) };
+        if result == Err(Errno::EBADFD) {
+            self.gone.store(true, Ordering::Relaxed);
+        }
+        self.is_gone()
+    }
+
     /// Gives the network one frame, its header first.
     ///
     /// # Safety

@@ -225,6 +225,16 @@ impl Vring {
         &self.memory
     }
 
+    /// The same, to be kept.
+    pub fn shared_memory(&self) -> &Arc<GuestMemory> {
+        &self.memory
+    }
+
+    /// Where descriptor table, available and used ring lie in this program's memory.
+    pub fn host_addresses(&self) -> [u64; 3] {
+        [self.descriptors as usize, self.available as usize, self.used as usize].map(|address| address as u64)
+    }
+
     /// The front-end's call descriptor.
     pub fn call(&self) -> Option<&Notifier> {
         self.call.as_ref()

@@ -82,6 +82,15 @@ pub enum Datapath {
     VhostNet,
 }
 
+impl std::fmt::Display for Datapath {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Userspace => "userspace",
+            Self::VhostNet => "vhost-net",
+        })
+    }
+}
+
 /// A back-end's answer to [`Request::Status`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BackendStatus {

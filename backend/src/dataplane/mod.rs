@@ -1,9 +1,11 @@
-//! The user-space dataplane: one worker thread a queue pair, straight between guest memory and the TAP.
+//! The dataplane: one worker thread a queue pair, straight between guest memory and the TAP; or the kernel, and a
+//! worker for what it leaves to do ([`kernel`]).
 //!
 //! [`worker`] owns the threads and the gate at which they park; [`pair`] is what a worker works on, handed over
 //! whole whenever it parks; [`rx`] and [`tx`] move the frames; [`chain`] makes I/O vectors of descriptor chains.
 
 pub mod chain;
+pub mod kernel;
 pub mod pair;
 pub mod ring;
 pub mod rx;

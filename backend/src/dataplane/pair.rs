@@ -11,23 +11,28 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::Turn;
+use super::kernel::KernelPath;
 use super::ring::{Kick, Ring};
 use super::rx::Rx;
 use super::tx::Tx;
 use super::worker::Gate;
 use crate::events::{Epoll, Events, Ready};
-use crate::metrics::PairCounters;
+use crate::metrics::{self, PairCounters};
 use crate::tap::TapQueue;
+use crate::vhost_net::VhostNet;
 
 /// How long to wait for events at most, in milliseconds, while a ring has no kick and must be polled.
-const POLLED_WAIT: i32 = 1;
+pub(super) const POLLED_WAIT: i32 = 1;
 
 /// What a TAP is watched for.
 const TAP_EVENTS: Events = Events::EPOLLIN.union(Events::EPOLLOUT).union(Events::EPOLLET);
 
+/// What a kick is watched for.
+pub(super) const KICK_EVENTS: Events = Events::EPOLLIN.union(Events::EPOLLET);
+
 const TAP: u64 = 0;
-const RX_KICK: u64 = 1;
-const TX_KICK: u64 = 2;
+pub(super) const RX_KICK: u64 = 1;
+pub(super) const TX_KICK: u64 = 2;
 /// The worker's own wake-up, registered by it.
 pub const WAKE: u64 = 3;
 
@@ -43,32 +48,38 @@ pub enum Side {
 /// One queue pair.
 #[derive(Debug)]
 pub struct QueuePair {
-    index: u16,
-    tap: Arc<TapQueue>,
+    pub(super) index: u16,
+    pub(super) tap: Arc<TapQueue>,
     /// TAP to guest.
     pub rx: Rx,
     /// Guest to TAP.
     pub tx: Tx,
-    counters: Arc<PairCounters>,
-    epoll: Epoll,
+    /// What the kernel moves the frames with, if it does.
+    pub kernel: Option<KernelPath>,
+    pub(super) counters: Arc<PairCounters>,
+    pub(super) epoll: Epoll,
     /// How long to look for work before waiting for it.
-    poll: Duration,
+    pub(super) poll: Duration,
 }
 
 impl QueuePair {
-    /// A pair without vrings.
+    /// A pair without vrings, whose frames `vhost` moves or else the worker.
     ///
     /// # Errors
-    /// What making an epoll instance fails with.
+    /// What making an epoll instance or an eventfd fails with.
     pub fn new(
         index: u16,
         tap: Arc<TapQueue>,
+        vhost: Option<VhostNet>,
         counters: Arc<PairCounters>,
         poll: Duration,
     ) -> io::Result<Self> {
         let epoll = Epoll::new()?;
-        epoll.add(&*tap, TAP_EVENTS, TAP)?;
-        Ok(Self { index, tap, rx: Rx::default(), tx: Tx::default(), counters, epoll, poll })
+        if vhost.is_none() {
+            epoll.add(&*tap, TAP_EVENTS, TAP)?;
+        }
+        let kernel = vhost.map(KernelPath::new).transpose()?;
+        Ok(Self { index, tap, rx: Rx::default(), tx: Tx::default(), kernel, counters, epoll, poll })
     }
 
     /// Has the worker's wake-up end a wait.
@@ -94,7 +105,7 @@ impl QueuePair {
             Side::Tx => (TX_KICK, &self.counters.tx),
         };
         if let Kick::Eventfd(kick) = &ring.kick {
-            self.epoll.add(kick, Events::EPOLLIN | Events::EPOLLET, token)?;
+            self.epoll.add(kick, KICK_EVENTS, token)?;
         }
         counters.started.store(ring.started, Ordering::Relaxed);
         match side {
@@ -123,15 +134,19 @@ impl QueuePair {
         Some(ring)
     }
 
-    /// Moves frames until the gate closes.
+    /// Moves frames, or has them moved, until the gate closes.
     pub fn run(&mut self, gate: &Gate) {
-        let mut ready = Ready::<4>::default();
-        let (mut look_rx, mut look_tx) = (true, true);
         for ring in [&mut self.rx.ring, &mut self.tx.ring].into_iter().flatten() {
             if std::mem::take(&mut ring.call_due) {
                 ring.vring.call_guest();
             }
         }
+        if self.kernel.is_some() { self.run_kernel(gate) } else { self.run_here(gate) }
+    }
+
+    fn run_here(&mut self, gate: &Gate) {
+        let mut ready = Ready::<4>::default();
+        let (mut look_rx, mut look_tx) = (true, true);
         let mut last_work = Instant::now();
         while !gate.closed() {
             let polling = !self.poll.is_zero() && last_work.elapsed() < self.poll;
@@ -191,7 +206,7 @@ impl QueuePair {
         }
     }
 
-    fn polled(&self) -> bool {
+    pub(super) fn polled(&self) -> bool {
         let polled = |ring: &Option<Ring>| {
             ring.as_ref().is_some_and(|ring| ring.runs() && matches!(ring.kick, Kick::Polled))
         };
@@ -199,7 +214,7 @@ impl QueuePair {
     }
 }
 
-fn kicked(ring: Option<&mut Ring>, counters: &crate::metrics::Direction) -> bool {
+pub(super) fn kicked(ring: Option<&mut Ring>, counters: &metrics::Direction) -> bool {
     ring.is_some_and(|ring| {
         ring.kicked(counters);
         true

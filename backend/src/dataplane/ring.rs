@@ -3,12 +3,13 @@
 //! Started and enabled are independent (vhost-user: "Ring states"). A ring starts when the front-end kicks it; where
 //! it has been in use before, it starts at once, for its driver may have been told not to kick.
 
+use std::error::Error;
 use std::sync::atomic::Ordering;
 
 use crate::log_limit;
 use crate::metrics::Direction;
 use crate::notify::Notifier;
-use crate::vring::{RingError, Vring};
+use crate::vring::Vring;
 
 /// Where a vring's notifications come from (`SET_VRING_KICK`).
 #[derive(Clone, Debug)]
@@ -57,7 +58,7 @@ impl Ring {
     }
 
     /// Gives up the ring and tells the front-end.
-    pub fn fail(&mut self, name: &'static str, pair: u16, error: RingError) {
+    pub fn fail(&mut self, name: &'static str, pair: u16, error: &dyn Error) {
         self.broken = true;
         if let Some(left_out) = log_limit::allow() {
             tracing::warn!(pair, vring = name, %error, left_out, "vring out of order until it is set up anew");

@@ -102,7 +102,7 @@ impl Rx {
                 counters.calls.add(1);
             }
             result.unwrap_or_else(|error| {
-                ring.fail("receive", pair, error);
+                ring.fail("receive", pair, &error);
                 Turn::Idle
             })
         };

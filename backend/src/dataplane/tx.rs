@@ -48,7 +48,7 @@ impl Tx {
             Turn::Idle
         } else {
             self.turn(&mut ring, tap, counters, arm).unwrap_or_else(|error| {
-                ring.fail("transmit", pair, error);
+                ring.fail("transmit", pair, &error);
                 Turn::Idle
             })
         };

@@ -1,0 +1,156 @@
+//! A queue pair whose frames the kernel moves ([`crate::vhost_net`]).
+//!
+//! The worker only does what the kernel cannot: it waits for the first kick of a ring, gives the kernel the rings
+//! that are started and enabled, discards what is available in a transmit ring that is started and disabled, and
+//! notifies the kernel of rings without a kick. Nobody but the kernel touches a ring that it was given; when the
+//! worker parks it has taken all of them back.
+//!
+//! ```text
+//!   set up ──kick──▶ started ──enabled──▶ the kernel's ──park──▶ here, from the kernel's index on
+//!                       └──disabled, transmit──▶ discarded here
+//! ```
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::Turn;
+use super::pair::{KICK_EVENTS, POLLED_WAIT, QueuePair, RX_KICK, Side, TX_KICK, kicked};
+use super::ring::{Kick, Ring};
+use super::worker::Gate;
+use crate::events::Ready;
+use crate::features::Features;
+use crate::notify::{Notifier, NotifierError};
+use crate::tap::TapQueue;
+use crate::vhost_net::{Start, VhostNet};
+
+/// How often to see whether the TAP is still there, in milliseconds: vhost-net does not tell.
+const TAP_WATCH: i32 = 1000;
+
+/// What a queue pair needs for the kernel to move its frames.
+#[derive(Debug)]
+pub struct KernelPath {
+    /// The kernel's side.
+    pub vhost: VhostNet,
+    /// What the front-end acknowledged.
+    pub features: Features,
+    /// The kick of rings that have none.
+    doorbell: Notifier,
+}
+
+impl KernelPath {
+    /// For the kernel's side `vhost`.
+    ///
+    /// # Errors
+    /// What `eventfd(2)` fails with.
+    pub fn new(vhost: VhostNet) -> io::Result<Self> {
+        let eventfd = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        let doorbell = Notifier::try_from(std::fs::File::from(OwnedFd::from(eventfd)))
+            .map_err(|error: NotifierError| io::Error::other(error))?;
+        Ok(Self { vhost, features: Features::default(), doorbell })
+    }
+
+    fn start(&mut self, side: Side, ring: &Ring, tap: &TapQueue, poll: Duration) -> io::Result<()> {
+        let kick = match &ring.kick {
+            Kick::Eventfd(kick) => kick,
+            Kick::Polled => &self.doorbell,
+        };
+        let start = Start { features: self.features, tap, kick, error: ring.error.as_ref(), poll };
+        self.vhost.start(side, &ring.vring, &start)
+    }
+}
+
+impl QueuePair {
+    /// Has the kernel move frames until the gate closes.
+    pub(super) fn run_kernel(&mut self, gate: &Gate) {
+        let mut ready = Ready::<4>::default();
+        let mut look = true;
+        while !gate.closed() {
+            self.give(Side::Rx);
+            self.give(Side::Tx);
+            if look && self.tx.ring.as_ref().is_some_and(|ring| !ring.enabled) {
+                look = self.tx.run(self.index, &self.tap, &self.counters.tx, true) == Turn::More;
+            } else {
+                look = false;
+            }
+            if self.tap.was_deleted() {
+                gate.report(&io::Error::other("the TAP was deleted"));
+                break;
+            }
+            let polled = self.polled();
+            if polled && let Some(kernel) = &self.kernel {
+                kernel.doorbell.notify();
+            }
+            let timeout = match (look, polled, self.index) {
+                (true, ..) => 0,
+                (false, true, _) => POLLED_WAIT,
+                (false, false, 0) => TAP_WATCH,
+                (false, false, _) => -1,
+            };
+            let events = match self.epoll.wait(timeout, &mut ready) {
+                Ok(events) => events,
+                Err(error) => {
+                    gate.report(&error);
+                    break;
+                }
+            };
+            for (token, _) in events {
+                match token {
+                    RX_KICK => {
+                        kicked(self.rx.ring.as_mut(), &self.counters.rx);
+                    }
+                    TX_KICK => look |= kicked(self.tx.ring.as_mut(), &self.counters.tx),
+                    _ => {}
+                }
+            }
+            look |= polled;
+        }
+        self.take_from_kernel(Side::Rx, gate);
+        self.take_from_kernel(Side::Tx, gate);
+    }
+
+    /// Gives the kernel the ring of `side`, if it is to run and is not the kernel's already.
+    fn give(&mut self, side: Side) {
+        let (ring, name) = match side {
+            Side::Rx => (&mut self.rx.ring, "receive"),
+            Side::Tx => (&mut self.tx.ring, "transmit"),
+        };
+        let (Some(kernel), Some(ring)) = (&mut self.kernel, ring) else { return };
+        if !ring.runs() || !ring.enabled || kernel.vhost.runs(side) {
+            return;
+        }
+        if let Err(error) = kernel.start(side, ring, &self.tap, self.poll) {
+            ring.fail(name, self.index, &error);
+            return;
+        }
+        // Each of the driver's kicks would wake this thread, too.
+        if let Kick::Eventfd(kick) = &ring.kick
+            && let Err(error) = self.epoll.remove(kick)
+        {
+            tracing::warn!(pair = self.index, %error, "cannot stop watching a kick");
+        }
+    }
+
+    /// Takes the ring of `side` back, if the kernel has it.
+    fn take_from_kernel(&mut self, side: Side, gate: &Gate) {
+        let (ring, token) = match side {
+            Side::Rx => (&mut self.rx.ring, RX_KICK),
+            Side::Tx => (&mut self.tx.ring, TX_KICK),
+        };
+        let (Some(kernel), Some(ring)) = (&mut self.kernel, ring) else { return };
+        if !kernel.vhost.runs(side) {
+            return;
+        }
+        let watched = match &ring.kick {
+            Kick::Eventfd(kick) => self.epoll.add(kick, KICK_EVENTS, token),
+            Kick::Polled => Ok(()),
+        };
+        match watched.and_then(|()| kernel.vhost.stop(side)) {
+            Ok(base) => ring.vring.set_next_available(base),
+            // Who has the ring is not known, so the process must not go on.
+            Err(error) => gate.report(&error),
+        }
+    }
+}
