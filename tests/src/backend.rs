@@ -1,7 +1,9 @@
 //! `baton-backend` for a test: with its sockets in a directory of its own, and a TAP in a namespace of its own.
 
 use std::ffi::OsString;
+use std::fs::Permissions;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -12,6 +14,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::fake_frontend::{Connection, Device, NetHeader, Options};
 use crate::frames;
+use crate::images;
 use crate::netns::Netns;
 use crate::packet_socket::PacketSocket;
 use crate::process::{PATIENCE, Process};
@@ -53,7 +56,36 @@ impl Backend {
         Self::start(tempfile::tempdir()?, Vec::new(), arguments, fds)
     }
 
+    /// Starts a back-end that listens, as a user without any rights.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn unprivileged(arguments: &[&str], fds: &[BorrowedFd<'_>]) -> Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let socket = format!("--socket-path={}", directory.path().join("vhost-user").display());
+        std::fs::set_permissions(directory.path(), Permissions::from_mode(0o777))?;
+        // Where programs are built not everyone may look.
+        let program = directory.path().join("baton-backend");
+        std::fs::copy(programs::backend()?, &program)?;
+        let mut prefix: Vec<_> =
+            ["--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs", "--pdeathsig=KILL"]
+                .map(OsString::from)
+                .into();
+        prefix.extend([program.into(), socket.into()]);
+        Self::start_program(&images::found("setpriv")?, directory, prefix, arguments, fds)
+    }
+
     fn start(
+        directory: tempfile::TempDir,
+        all: Vec<OsString>,
+        arguments: &[&str],
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Self> {
+        Self::start_program(&programs::backend()?, directory, all, arguments, fds)
+    }
+
+    fn start_program(
+        program: &Path,
         directory: tempfile::TempDir,
         mut all: Vec<OsString>,
         arguments: &[&str],
@@ -64,7 +96,7 @@ impl Backend {
         option.push(&control);
         all.push(option);
         all.extend(arguments.iter().map(OsString::from));
-        let process = Process::start(&programs::backend()?, &all, fds)?;
+        let process = Process::start(program, &all, fds)?;
         let socket = directory.path().join("vhost-user");
         Ok(Self { process, socket, control, client: None, directory })
     }

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
+use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
@@ -42,6 +43,23 @@ impl Netns {
             }
         }
         Ok(Self { before, _thread: PhantomData })
+    }
+
+    /// Has this thread, and what it starts, see an empty folder of devices, but for what is open already and for
+    /// `null`. Other tests go on to see the real one.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn hide_devices(&self) -> Result<()> {
+        unshare(CloneFlags::CLONE_NEWNS).context("a new mount namespace")?;
+        let null = File::open("/dev/null")?;
+        let none: Option<&str> = None;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
+        mount(none, "/dev", Some("tmpfs"), MsFlags::empty(), none)?;
+        File::create("/dev/null")?;
+        let null = format!("/proc/self/fd/{}", null.as_raw_fd());
+        mount(Some(null.as_str()), "/dev/null", none, MsFlags::MS_BIND, none).context("/dev/null")?;
+        Ok(())
     }
 
     /// Creates a TAP with a virtio-net header and `queues` queues, brings it up and gives its queues. It lives as long

@@ -197,6 +197,20 @@ fn a_tap_in_use_is_refused_by_name() {
 }
 
 #[test]
+fn without_vhost_net_it_says_so() {
+    let netns = Netns::enter().unwrap();
+    netns.hide_devices().unwrap();
+    let arguments = ["--vhost", TAP_OPTION];
+    let missing = ["/dev/vhost-net", "load the module vhost_net"];
+    assert_refuses(Backend::listening(&arguments, &[]).unwrap(), 1, &missing);
+    std::fs::write("/dev/vhost-net", "").unwrap();
+    std::fs::set_permissions("/dev/vhost-net", std::fs::Permissions::from_mode(0o600)).unwrap();
+    let refused = ["/dev/vhost-net", "not permitted", "--vhost-fds"];
+    assert_refuses(Backend::unprivileged(&arguments, &[]).unwrap(), 1, &refused);
+    assert!(!netns::exists(TAP), "something was touched");
+}
+
+#[test]
 fn wrong_usage_is_one_line_and_exit_code_2() {
     let _netns = Netns::enter().unwrap();
     let cases: [&[&str]; 9] = [
