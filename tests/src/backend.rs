@@ -12,6 +12,7 @@ use baton_control::ControlClient;
 use baton_protocol::control::{BackendStats, BackendStatus, Frontend, QueuePairStats, Request};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use crate::datapath::{self, Datapath};
 use crate::fake_frontend::{Connection, Device, NetHeader, Options};
 use crate::frames;
 use crate::images;
@@ -41,19 +42,19 @@ impl Backend {
     ///
     /// # Errors
     /// If it cannot be started.
-    pub fn listening(arguments: &[&str], fds: &[BorrowedFd<'_>]) -> Result<Self> {
+    pub fn listening(datapath: Datapath, arguments: &[&str], fds: &[BorrowedFd<'_>]) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         let mut socket = OsString::from("--socket-path=");
         socket.push(directory.path().join("vhost-user"));
-        Self::start(directory, vec![socket], arguments, fds)
+        Self::start(directory, vec![socket], datapath, arguments, fds)
     }
 
     /// Starts a back-end with nothing but a control socket and these arguments.
     ///
     /// # Errors
     /// If it cannot be started.
-    pub fn with_arguments(arguments: &[&str], fds: &[BorrowedFd<'_>]) -> Result<Self> {
-        Self::start(tempfile::tempdir()?, Vec::new(), arguments, fds)
+    pub fn with_arguments(datapath: Datapath, arguments: &[&str], fds: &[BorrowedFd<'_>]) -> Result<Self> {
+        Self::start(tempfile::tempdir()?, Vec::new(), datapath, arguments, fds)
     }
 
     /// Starts a back-end that listens, as a user without any rights.
@@ -72,22 +73,26 @@ impl Backend {
                 .map(OsString::from)
                 .into();
         prefix.extend([program.into(), socket.into()]);
-        Self::start_program(&images::found("setpriv")?, directory, prefix, arguments, fds)
+        // With the options of no datapath: the arguments say it.
+        let setpriv = images::found("setpriv")?;
+        Self::start_program(&setpriv, directory, prefix, Datapath::Userspace, arguments, fds)
     }
 
     fn start(
         directory: tempfile::TempDir,
         all: Vec<OsString>,
+        datapath: Datapath,
         arguments: &[&str],
         fds: &[BorrowedFd<'_>],
     ) -> Result<Self> {
-        Self::start_program(&programs::backend()?, directory, all, arguments, fds)
+        Self::start_program(&programs::backend()?, directory, all, datapath, arguments, fds)
     }
 
     fn start_program(
         program: &Path,
         directory: tempfile::TempDir,
         mut all: Vec<OsString>,
+        datapath: Datapath,
         arguments: &[&str],
         fds: &[BorrowedFd<'_>],
     ) -> Result<Self> {
@@ -95,7 +100,7 @@ impl Backend {
         let mut option = OsString::from("--control-socket=");
         option.push(&control);
         all.push(option);
-        all.extend(arguments.iter().map(OsString::from));
+        all.extend(datapath::options(datapath).iter().chain(arguments).map(OsString::from));
         let process = Process::start(program, &all, fds)?;
         let socket = directory.path().join("vhost-user");
         Ok(Self { process, socket, control, client: None, directory })
@@ -181,6 +186,21 @@ impl Backend {
         }
     }
 
+    /// Waits until a ring runs.
+    ///
+    /// # Errors
+    /// If it never does.
+    pub fn wait_started(&mut self, index: u32) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let vrings = self.status()?.vrings;
+            if vrings.get(usize::try_from(index)?).context("no such vring")?.started {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "vring {index} does not start: {vrings:?}");
+        }
+    }
+
     /// How many descriptors it has open while no front-end is connected.
     ///
     /// # Errors
@@ -214,6 +234,8 @@ pub struct Rig {
     pub network: PacketSocket,
     /// The back-end.
     pub backend: Backend,
+    /// Who moves its frames.
+    pub datapath: Datapath,
     /// The namespace. Left last.
     pub netns: Netns,
 }
@@ -223,7 +245,7 @@ impl Rig {
     ///
     /// # Errors
     /// If anything cannot be set up.
-    pub fn new(queue_pairs: u16, arguments: &[&str]) -> Result<Self> {
+    pub fn new(datapath: Datapath, queue_pairs: u16, arguments: &[&str]) -> Result<Self> {
         let netns = Netns::enter()?;
         netns.create_persistent_tap(TAP, queue_pairs > 1)?;
         let network = PacketSocket::open(TAP)?;
@@ -231,10 +253,10 @@ impl Rig {
         let queue_pairs = format!("--queue-pairs={queue_pairs}");
         let arguments: Vec<_> =
             [tap.as_str(), queue_pairs.as_str()].iter().chain(arguments).copied().collect();
-        let mut backend = Backend::listening(&arguments, &[])?;
+        let mut backend = Backend::listening(datapath, &arguments, &[])?;
         // It answers once it has everything that it was told to have.
         backend.status()?;
-        Ok(Self { network, backend, netns })
+        Ok(Self { network, backend, datapath, netns })
     }
 
     /// Connects and brings a device up.

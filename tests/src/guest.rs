@@ -5,6 +5,7 @@
 
 mod console;
 mod qemu;
+mod queues;
 mod vmm;
 
 use std::fs::File;
@@ -17,6 +18,7 @@ use anyhow::{Context, Result, bail};
 
 use self::console::Console;
 pub use self::qemu::{Accelerator, Qemu};
+pub use self::queues::{Carried, QueuePair};
 pub use self::vmm::Vmm;
 use crate::{images, places};
 
@@ -107,6 +109,14 @@ impl Guest {
             bail!("the guest {}: {command:?} ended with {status}: {output}", self.name);
         }
         Ok(output)
+    }
+
+    /// What each queue pair of a virtio-net interface has carried since its driver was bound.
+    ///
+    /// # Errors
+    /// If the guest cannot tell.
+    pub fn queue_pairs(&mut self, interface: &str) -> Result<Vec<QueuePair>> {
+        queues::parse(&self.check(&format!("ethtool -S {interface}"))?)
     }
 
     /// Has a command run while the caller does something else. Until [`Guest::finish`] there can be no other.

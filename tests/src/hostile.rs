@@ -4,6 +4,7 @@
 use anyhow::{Context, Result, ensure};
 
 use crate::backend::Rig;
+use crate::datapath::Datapath;
 use crate::fake_frontend::{Device, Options, features};
 
 /// How much memory of its own the process may gain over all attacks.
@@ -24,8 +25,8 @@ impl Victim {
     ///
     /// # Errors
     /// If it cannot be started.
-    pub fn new() -> Result<Self> {
-        let mut rig = Rig::new(1, &["--log-level=warn"])?;
+    pub fn new(datapath: Datapath) -> Result<Self> {
+        let mut rig = Rig::new(datapath, 1, &["--log-level=warn"])?;
         let mut device = rig.device(good_options())?;
         rig.check_traffic(&mut device)?;
         drop(device);

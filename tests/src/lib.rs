@@ -2,9 +2,11 @@
 //!
 //! The [`programs`] under test run as [`process`]es, a [`backend`] among them, in a [`netns`] of the test's own, with a
 //! [`packet_socket`] on the TAP for [`frames`], and a [`fake_frontend`] or a [`guest`] (booted from [`images`],
-//! making [`traffic`]) on the other side; a [`link`] is all of that with checks. The [`lab`] runs a test in a machine that has what this one lacks.
+//! making [`traffic`]) on the other side; a [`link`] is all of that with checks. Most tests are run with either
+//! [`datapath`]. The [`lab`] runs a test in a machine that has what this one lacks.
 
 pub mod backend;
+pub mod datapath;
 pub mod fake_frontend;
 pub mod frames;
 pub mod guest;

@@ -10,10 +10,11 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use baton_control::ControlClient;
-use baton_protocol::control::{BackendStats, BackendStatus, QueuePairStats, Request};
+use baton_protocol::control::{BackendStats, BackendStatus, DirectionStats, Request};
 use serde_json::Value;
 
-use crate::guest::Guest;
+use crate::datapath::{self, Datapath};
+use crate::guest::{Carried, Guest};
 use crate::netns::Netns;
 use crate::ping;
 use crate::process::Process;
@@ -35,6 +36,9 @@ const SEGMENTS: &str = "/proc/sys/net/ipv4/tcp_min_tso_segs";
 /// As many as make 64 KiB.
 const FULL_SEGMENTS: &str = "45";
 
+/// The largest frame that is no more than one segment.
+const ETHERNET_FRAME: u64 = 1518;
+
 /// How back-end and front-end find each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Meeting {
@@ -52,6 +56,7 @@ pub struct Link {
     arguments: Vec<OsString>,
     socket: PathBuf,
     control: PathBuf,
+    datapath: Datapath,
     queue_pairs: u16,
     _server: Process,
     _directory: tempfile::TempDir,
@@ -63,7 +68,7 @@ impl Link {
     ///
     /// # Errors
     /// If anything cannot be set up.
-    pub fn new(meeting: Meeting, queue_pairs: u16) -> Result<Self> {
+    pub fn new(datapath: Datapath, meeting: Meeting, queue_pairs: u16) -> Result<Self> {
         let netns = Netns::enter()?;
         netns.create_persistent_tap(TAP, queue_pairs > 1)?;
         ip(&["addr", "add", &format!("{HOST}/24"), "dev", TAP])?;
@@ -81,6 +86,7 @@ impl Link {
             format!("--queue-pairs={queue_pairs}").into(),
             "--log-level=debug".into(),
         ];
+        arguments.extend(datapath::options(datapath).iter().map(OsString::from));
         if meeting == Meeting::FrontendListens {
             arguments.push("--client".into());
         }
@@ -92,6 +98,7 @@ impl Link {
             arguments,
             socket,
             control,
+            datapath,
             queue_pairs,
             _server: server,
             _directory: directory,
@@ -99,6 +106,11 @@ impl Link {
         };
         link.status()?;
         Ok(link)
+    }
+
+    /// Who moves the frames.
+    pub fn datapath(&self) -> Datapath {
+        self.datapath
     }
 
     /// The vhost-user socket.
@@ -237,25 +249,37 @@ impl Link {
         Ok(())
     }
 
-    /// That every queue pair has carried frames both ways, and the TAP frames of nearly 64 KiB both ways.
+    /// After bulk traffic: that every queue pair has carried frames both ways, and frames of many segments both ways.
     ///
     /// # Errors
     /// If not so.
-    pub fn check_counters(&mut self) -> Result<()> {
-        let stats = self.stats()?;
-        for (pair, counters) in stats.queue_pairs.iter().enumerate() {
-            ensure!(
-                counters.rx.frames > Some(0) && counters.tx.frames > Some(0),
-                "pair {pair} was not used: {stats:?}"
-            );
-        }
-        let largest = |of: fn(&QueuePairStats) -> Option<u64>| stats.queue_pairs.iter().filter_map(of).max();
-        let near_64k = Some(60_000);
-        ensure!(largest(|pair| pair.rx.largest_frame) > near_64k, "no 64 KiB frame to the guest: {stats:?}");
-        ensure!(
-            largest(|pair| pair.tx.largest_frame) > near_64k,
-            "no 64 KiB frame from the guest: {stats:?}"
-        );
+    pub fn check_counters(&mut self, guest: &mut Guest) -> Result<()> {
+        let seen = guest.queue_pairs("eth0")?;
+        let used = seen.iter().filter(|pair| pair.rx.frames > 0 && pair.tx.frames > 0).count();
+        ensure!(used == usize::from(self.queue_pairs), "only {used} pairs were used: {seen:?}");
+        let counted = self.stats()?.queue_pairs;
+        let to_guest: Vec<_> =
+            seen.iter().zip(&counted).map(|(seen, counted)| (seen.rx, counted.rx)).collect();
+        let from_guest: Vec<_> =
+            seen.iter().zip(&counted).map(|(seen, counted)| (seen.tx, counted.tx)).collect();
+        self.check_way(&to_guest).context("to the guest")?;
+        self.check_way(&from_guest).context("from the guest")
+    }
+
+    /// The same one way: what the guest and what the back-end has counted, for each queue pair.
+    fn check_way(&self, pairs: &[(Carried, DirectionStats)]) -> Result<()> {
+        let (frames, bytes) = pairs
+            .iter()
+            .fold((0, 0), |(frames, bytes), (seen, _)| (frames + seen.frames, bytes + seen.bytes));
+        ensure!(bytes / frames > ETHERNET_FRAME, "no frames of many segments: {pairs:?}");
+        let used = pairs.iter().filter(|(_, counted)| counted.frames > Some(0)).count();
+        let largest = pairs.iter().filter_map(|(_, counted)| counted.largest_frame).max();
+        let expected = match self.datapath {
+            Datapath::Userspace => used == pairs.len() && largest > Some(60_000),
+            // Nobody has counted what the kernel moved.
+            Datapath::VhostNet => used == 0 && largest.is_none(),
+        };
+        ensure!(expected, "the back-end has counted {pairs:?}");
         Ok(())
     }
 

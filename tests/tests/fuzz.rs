@@ -5,10 +5,17 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use baton_tests::datapath::Datapath;
 use baton_tests::fake_frontend::wire::{MemoryRegion, Message, protocol, request};
 use baton_tests::fake_frontend::{Connection, Device, Options, Region, features};
 use baton_tests::hostile::{Random, Victim};
+use baton_tests::on_both_datapaths;
 use nix::sys::eventfd::{EfdFlags, EventFd};
+
+on_both_datapaths! {
+    random_messages_harm_nobody,
+    random_rings_harm_nobody,
+}
 
 /// How long each of these goes on.
 const TIME: Duration = Duration::from_secs(8);
@@ -109,10 +116,9 @@ fn listen(connection: &Connection) -> bool {
     open
 }
 
-#[test]
-fn random_messages_harm_nobody() {
+fn random_messages_harm_nobody(datapath: Datapath) {
     let mut random = Random::from_environment();
-    let mut victim = Victim::new().unwrap();
+    let mut victim = Victim::new(datapath).unwrap();
     let null: OwnedFd = File::open("/dev/null").unwrap().into();
     let protocol_features = protocol::MQ
         | protocol::REPLY_ACK
@@ -209,10 +215,9 @@ fn scribble(random: &mut Random, device: &Device, table: u64) {
     }
 }
 
-#[test]
-fn random_rings_harm_nobody() {
+fn random_rings_harm_nobody(datapath: Datapath) {
     let mut random = Random::from_environment();
-    let mut victim = Victim::new().unwrap();
+    let mut victim = Victim::new(datapath).unwrap();
     let optional = [
         features::VERSION_1,
         features::MRG_RXBUF,

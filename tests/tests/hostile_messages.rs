@@ -6,12 +6,20 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
+use baton_tests::datapath::Datapath;
 use baton_tests::fake_frontend::wire::{
     MemoryRegion, Message, NEED_REPLY, NO_FD, REPLY, VERSION, protocol, request,
 };
 use baton_tests::fake_frontend::{Connection, Device, Options, Region};
 use baton_tests::hostile::Victim;
+use baton_tests::on_both_datapaths;
 use nix::sys::eventfd::{EfdFlags, EventFd};
+
+on_both_datapaths! {
+    wrong_messages_harm_nobody,
+    every_request_of_every_size_harms_nobody,
+    a_socket_closed_at_any_point_harms_nobody,
+}
 
 /// How far the device is when the attack begins.
 #[derive(Clone, Copy, Debug)]
@@ -445,9 +453,8 @@ fn prepare(connection: Connection, stage: Stage) -> Device {
     device
 }
 
-#[test]
-fn wrong_messages_harm_nobody() {
-    let mut victim = Victim::new().unwrap();
+fn wrong_messages_harm_nobody(datapath: Datapath) {
+    let mut victim = Victim::new(datapath).unwrap();
     for (name, stage, attack) in CASES {
         eprintln!("{name}");
         let mut device = prepare(victim.rig.backend.connect().unwrap(), *stage);
@@ -459,9 +466,8 @@ fn wrong_messages_harm_nobody() {
     }
 }
 
-#[test]
-fn every_request_of_every_size_harms_nobody() {
-    let mut victim = Victim::new().unwrap();
+fn every_request_of_every_size_harms_nobody(datapath: Datapath) {
+    let mut victim = Victim::new(datapath).unwrap();
     let event = eventfd();
     for request in (0..request::LAST + 10).chain([u32::MAX]) {
         for size in [0, 1, 4, 8, 12, 40, 4096] {
@@ -478,9 +484,8 @@ fn every_request_of_every_size_harms_nobody() {
     }
 }
 
-#[test]
-fn a_socket_closed_at_any_point_harms_nobody() {
-    let mut victim = Victim::new().unwrap();
+fn a_socket_closed_at_any_point_harms_nobody(datapath: Datapath) {
+    let mut victim = Victim::new(datapath).unwrap();
     for cut in 0.. {
         let connection = victim.rig.backend.connect().unwrap();
         connection.cut_after.set(Some(cut));

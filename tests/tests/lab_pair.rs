@@ -1,9 +1,17 @@
 //! The pair: a Linux guest on baton-vmm, its network through baton-backend and a TAP.
 
 use anyhow::{Context, Result, ensure};
+use baton_tests::datapath::Datapath;
 use baton_tests::guest::{Guest, Vmm};
 use baton_tests::lab;
 use baton_tests::link::{Link, MAC, Meeting};
+use baton_tests::on_both_datapaths;
+
+on_both_datapaths! {
+    one_pair_carries_everything,
+    four_pairs_carry_everything,
+    goes_on_when_either_side_was_killed,
+}
 
 fn boot(link: &Link, queue_pairs: u16, name: &str) -> Result<Guest> {
     let mut guest = Vmm::new(queue_pairs, "512M")?.net(link.socket()?, MAC, queue_pairs).start(name)?;
@@ -13,15 +21,15 @@ fn boot(link: &Link, queue_pairs: u16, name: &str) -> Result<Guest> {
 }
 
 /// Pings, bulk TCP, frames of every size, numbered datagrams; every pair used, frames larger than the MTU both ways.
-fn carries(queue_pairs: u16) -> Result<()> {
-    let mut link = Link::new(Meeting::BackendListens, queue_pairs)?;
+fn carries(datapath: Datapath, queue_pairs: u16) -> Result<()> {
+    let mut link = Link::new(datapath, Meeting::BackendListens, queue_pairs)?;
     let mut body = || {
         let mut guest = boot(&link, queue_pairs, "guest")?;
         link.check_pings(&mut guest, 100)?;
         link.check_sizes(&mut guest)?;
         link.check_flows(&mut guest, 10_000, 16, 2_000)?;
         link.check_bulk(&mut guest, (64 << 20) / u64::from(queue_pairs), queue_pairs)?;
-        link.check_counters()?;
+        link.check_counters(&mut guest)?;
         link.check_healthy()?;
         ensure!(guest.power_off()?.success(), "a guest that was switched off is no failure");
         Ok(())
@@ -30,20 +38,17 @@ fn carries(queue_pairs: u16) -> Result<()> {
     result.with_context(|| link.evidence())
 }
 
-#[test]
-fn one_pair_carries_everything() -> Result<()> {
-    lab::run(|| carries(1))
+fn one_pair_carries_everything(datapath: Datapath) -> Result<()> {
+    lab::run(|| carries(datapath, 1))
 }
 
-#[test]
-fn four_pairs_carry_everything() -> Result<()> {
-    lab::run(|| carries(4))
+fn four_pairs_carry_everything(datapath: Datapath) -> Result<()> {
+    lab::run(|| carries(datapath, 4))
 }
 
-#[test]
-fn goes_on_when_either_side_was_killed() -> Result<()> {
+fn goes_on_when_either_side_was_killed(datapath: Datapath) -> Result<()> {
     lab::run(|| {
-        let mut link = Link::new(Meeting::BackendListens, 4)?;
+        let mut link = Link::new(datapath, Meeting::BackendListens, 4)?;
         let mut body = || {
             let mut guest = boot(&link, 4, "first")?;
             link.check_pings(&mut guest, 20)?;

@@ -59,7 +59,8 @@ fn what_is_no_usable_vhost_net_is_refused_by_name() -> Result<()> {
         let null = File::open("/dev/null")?;
         for (file, word) in [(&owned, "has an owner already"), (&null, "is not an open /dev/vhost-net")] {
             let option = format!("--vhost-fds={}", file.as_raw_fd());
-            let mut backend = Backend::listening(&["--tap=tap0", &option], &[file.as_fd()])?;
+            let mut backend =
+                Backend::listening(Datapath::Userspace, &["--tap=tap0", &option], &[file.as_fd()])?;
             ensure!(backend.process.wait()?.code() == Some(1));
             let log = backend.process.log();
             ensure!(log.lines().count() == 1 && log.contains(word), "{log}");

@@ -7,6 +7,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use baton_control::ControlClient;
 use baton_protocol::control::{Request, VmmState, VmmStatus};
+use baton_tests::datapath::Datapath;
 use baton_tests::guest::Vmm;
 use baton_tests::link::{Link, MAC, Meeting, ip};
 use baton_tests::process::Process;
@@ -94,7 +95,7 @@ fn a_back_end_that_is_not_there_is_a_failure_in_one_line() -> Result<()> {
 fn serves_several_devices() -> Result<()> {
     const MAC2: &str = "02:ba:70:00:00:03";
     lab::run(|| {
-        let mut link = Link::new(Meeting::BackendListens, 1)?;
+        let mut link = Link::new(Datapath::Userspace, Meeting::BackendListens, 1)?;
         let directory = tempfile::tempdir()?;
         let socket = directory.path().join("second");
         let arguments = [format!("--socket-path={}", socket.display()), "--tap=tap1".to_owned()];
@@ -121,7 +122,7 @@ fn serves_several_devices() -> Result<()> {
 #[test]
 fn tells_its_status_pauses_and_goes_on() -> Result<()> {
     lab::run(|| {
-        let mut link = Link::new(Meeting::BackendListens, 2)?;
+        let mut link = Link::new(Datapath::Userspace, Meeting::BackendListens, 2)?;
         let directory = tempfile::tempdir()?;
         let path = directory.path().join("control");
         let option = format!("--control-socket={}", path.display());

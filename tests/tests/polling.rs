@@ -5,6 +5,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use baton_tests::backend::Rig;
+use baton_tests::datapath::Datapath;
 use baton_tests::fake_frontend::Options;
 use baton_tests::fake_frontend::net::{NetHeader, features};
 use baton_tests::frames;
@@ -18,7 +19,7 @@ fn pass(rig: &mut Rig, device: &mut baton_tests::fake_frontend::Device, number: 
 }
 
 fn asks_for_kicks_before_it_waits(more: u64) {
-    let mut rig = Rig::new(1, &["--poll-us=300"]).unwrap();
+    let mut rig = Rig::new(Datapath::Userspace, 1, &["--poll-us=300"]).unwrap();
     let options = Options::default();
     let mut device = rig.device(Options { features: options.features | more, ..options }).unwrap();
     for round in 0..1000 {
@@ -42,7 +43,7 @@ fn with_event_idx_too() {
 
 #[test]
 fn while_there_is_work_a_worker_polls_and_needs_no_kicks() {
-    let mut rig = Rig::new(1, &["--poll-us=1000000"]).unwrap();
+    let mut rig = Rig::new(Datapath::Userspace, 1, &["--poll-us=1000000"]).unwrap();
     let mut device = rig.device(Options::default()).unwrap();
     // Until it waits.
     sleep(Duration::from_millis(1500));

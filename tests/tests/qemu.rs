@@ -1,11 +1,25 @@
-//! QEMU as the front-end, emulating a Linux guest: traffic, and restarts of either side.
+//! QEMU as the front-end of a Linux guest: traffic, and restarts of either side.
 
 use anyhow::{Context, Result, ensure};
+use baton_tests::datapath::Datapath;
 use baton_tests::guest::{Accelerator, Guest, Qemu};
 use baton_tests::link::{Link, MAC, Meeting};
+use baton_tests::on_both_datapaths;
+
+on_both_datapaths! {
+    one_pair_listening,
+    one_pair_as_client,
+    four_pairs_listening,
+    four_pairs_as_client,
+}
 
 fn boot(link: &Link, meeting: Meeting, queue_pairs: u16, name: &str) -> Result<Guest> {
-    let mut guest = Qemu::new(Accelerator::Tcg, queue_pairs, "512M")?
+    let accelerator = match link.datapath() {
+        // Anywhere, without the lab.
+        Datapath::Userspace => Accelerator::Tcg,
+        Datapath::VhostNet => Accelerator::Kvm,
+    };
+    let mut guest = Qemu::new(accelerator, queue_pairs, "512M")?
         .vhost_user("net0", link.socket()?, meeting, MAC, queue_pairs)
         .start(name)?;
     guest.wait_for_shell()?;
@@ -15,8 +29,8 @@ fn boot(link: &Link, meeting: Meeting, queue_pairs: u16, name: &str) -> Result<G
 
 /// Traffic; the same after the back-end was killed and another one took its place under the running guest; the same
 /// for a new guest after QEMU was killed.
-fn serves(meeting: Meeting, queue_pairs: u16) -> Result<()> {
-    let mut link = Link::new(meeting, queue_pairs)?;
+fn serves(datapath: Datapath, meeting: Meeting, queue_pairs: u16) -> Result<()> {
+    let mut link = Link::new(datapath, meeting, queue_pairs)?;
     serves_on(&mut link, meeting, queue_pairs).with_context(|| link.evidence())
 }
 
@@ -25,7 +39,7 @@ fn serves_on(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Result<()> 
     link.check_pings(&mut guest, 50)?;
     link.check_bulk(&mut guest, 16 << 20, queue_pairs)?;
     link.check_flows(&mut guest, 2000, 8, 2000)?;
-    link.check_counters()?;
+    link.check_counters(&mut guest)?;
 
     link.restart_backend()?;
     link.wait_serving()?;
@@ -42,22 +56,18 @@ fn serves_on(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Result<()> 
     Ok(())
 }
 
-#[test]
-fn one_pair_listening() -> Result<()> {
-    serves(Meeting::BackendListens, 1)
+fn one_pair_listening(datapath: Datapath) -> Result<()> {
+    serves(datapath, Meeting::BackendListens, 1)
 }
 
-#[test]
-fn one_pair_as_client() -> Result<()> {
-    serves(Meeting::FrontendListens, 1)
+fn one_pair_as_client(datapath: Datapath) -> Result<()> {
+    serves(datapath, Meeting::FrontendListens, 1)
 }
 
-#[test]
-fn four_pairs_listening() -> Result<()> {
-    serves(Meeting::BackendListens, 4)
+fn four_pairs_listening(datapath: Datapath) -> Result<()> {
+    serves(datapath, Meeting::BackendListens, 4)
 }
 
-#[test]
-fn four_pairs_as_client() -> Result<()> {
-    serves(Meeting::FrontendListens, 4)
+fn four_pairs_as_client(datapath: Datapath) -> Result<()> {
+    serves(datapath, Meeting::FrontendListens, 4)
 }

@@ -4,9 +4,25 @@
 use std::os::fd::AsFd;
 
 use baton_tests::backend::Rig;
+use baton_tests::datapath::Datapath;
 use baton_tests::fake_frontend::wire::{Message, NEED_REPLY, REPLY, VERSION, protocol, request, u32_at};
 use baton_tests::fake_frontend::{Connection, Device, Options, features};
+use baton_tests::on_both_datapaths;
 use nix::sys::eventfd::EventFd;
+
+on_both_datapaths! {
+    every_request_that_asks_for_it_gets_exactly_one_reply,
+    a_question_that_asks_for_an_acknowledgement_gets_its_answer_alone,
+    what_is_rejected_is_never_acknowledged,
+    an_acknowledgement_comes_after_the_effect,
+    the_configuration_is_as_long_as_it_was_asked_for,
+    a_configuration_range_that_does_not_exist_is_an_error,
+    rem_mem_reg_may_carry_a_descriptor_which_is_closed,
+    unknown_feature_bits_are_masked,
+    only_what_can_be_served_is_offered,
+    reset_owner_leaves_the_session_usable,
+    reset_device_disables_and_resets,
+}
 
 /// A connection on which `REPLY_ACK` and the rest have been negotiated.
 fn negotiated(rig: &mut Rig) -> Connection {
@@ -20,9 +36,8 @@ fn negotiated(rig: &mut Rig) -> Connection {
     connection
 }
 
-#[test]
-fn every_request_that_asks_for_it_gets_exactly_one_reply() {
-    let mut rig = Rig::new(1, &[]).unwrap();
+fn every_request_that_asks_for_it_gets_exactly_one_reply(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let device = Device::new(negotiated(&mut rig), Options::default()).unwrap();
     let connection = &device.connection;
     let queue = &device.ring(0).queue;
@@ -59,9 +74,8 @@ fn every_request_that_asks_for_it_gets_exactly_one_reply() {
     }
 }
 
-#[test]
-fn a_question_that_asks_for_an_acknowledgement_gets_its_answer_alone() {
-    let mut rig = Rig::new(1, &[]).unwrap();
+fn a_question_that_asks_for_an_acknowledgement_gets_its_answer_alone(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let connection = negotiated(&mut rig);
     let questions = [
         Message::empty(request::GET_FEATURES),
@@ -89,9 +103,8 @@ fn is_accepted(connection: &Connection, message: &Message) -> bool {
     connection.try_receive().unwrap().is_some_and(|reply| reply.payload == 0u64.to_le_bytes())
 }
 
-#[test]
-fn what_is_rejected_is_never_acknowledged() {
-    let mut rig = Rig::new(1, &[]).unwrap();
+fn what_is_rejected_is_never_acknowledged(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let bad = [
         Message::vring_state(request::SET_VRING_NUM, 0, 0),
         Message::vring_state(request::SET_VRING_NUM, 0, 3),
@@ -116,9 +129,8 @@ fn what_is_rejected_is_never_acknowledged() {
     rig.backend.check_healthy().unwrap();
 }
 
-#[test]
-fn an_acknowledgement_comes_after_the_effect() {
-    let mut rig = Rig::new(1, &[]).unwrap();
+fn an_acknowledgement_comes_after_the_effect(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = rig.device(Options::default()).unwrap();
     for round in 0..100 {
         rig.inject(round * 10..(round + 1) * 10, 100).unwrap();
@@ -131,9 +143,8 @@ fn an_acknowledgement_comes_after_the_effect() {
     }
 }
 
-#[test]
-fn the_configuration_is_as_long_as_it_was_asked_for() {
-    let mut rig = Rig::new(3, &["--mac=02:12:34:56:78:9a", "--mtu=1400"]).unwrap();
+fn the_configuration_is_as_long_as_it_was_asked_for(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 3, &["--mac=02:12:34:56:78:9a", "--mtu=1400"]).unwrap();
     let connection = negotiated(&mut rig);
     let expected =
         [&[0x02, 0x12, 0x34, 0x56, 0x78, 0x9a][..], &[1, 0], &3u16.to_le_bytes(), &1400u16.to_le_bytes()]
@@ -156,9 +167,8 @@ fn config_is_refused(rig: &mut Rig, message: &Message) -> bool {
     }
 }
 
-#[test]
-fn a_configuration_range_that_does_not_exist_is_an_error() {
-    let mut rig = Rig::new(1, &[]).unwrap();
+fn a_configuration_range_that_does_not_exist_is_an_error(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     for message in [
         Message::get_config(0, 0),
         Message::get_config(4096, 4),
@@ -171,9 +181,8 @@ fn a_configuration_range_that_does_not_exist_is_an_error() {
     rig.backend.check_healthy().unwrap();
 }
 
-#[test]
-fn rem_mem_reg_may_carry_a_descriptor_which_is_closed() {
-    let mut rig = Rig::new(1, &[]).unwrap();
+fn rem_mem_reg_may_carry_a_descriptor_which_is_closed(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = Device::new(negotiated(&mut rig), Options::default()).unwrap();
     for region in device.memory.regions() {
         device.connection.add_memory_region(region).unwrap();
@@ -202,9 +211,8 @@ fn rem_mem_reg_may_carry_a_descriptor_which_is_closed() {
     assert!(!is_accepted(&device.connection, &message));
 }
 
-#[test]
-fn unknown_feature_bits_are_masked() {
-    let mut rig = Rig::new(1, &[]).unwrap();
+fn unknown_feature_bits_are_masked(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut connection = rig.backend.connect().unwrap();
     let offered = connection.get_features().unwrap();
     let offered_protocol = connection.get_protocol_features().unwrap();
@@ -218,9 +226,8 @@ fn unknown_feature_bits_are_masked() {
     assert_eq!(status.protocol_features, format!("{offered_protocol:#x}"));
 }
 
-#[test]
-fn only_what_can_be_served_is_offered() {
-    let mut rig = Rig::new(1, &[]).unwrap();
+fn only_what_can_be_served_is_offered(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let connection = rig.backend.connect().unwrap();
     let features = connection.get_features().unwrap();
     let expected = features::PROTOCOL_FEATURES
@@ -255,9 +262,8 @@ fn only_what_can_be_served_is_offered() {
     assert_eq!(protocol, expected, "{protocol:#x}");
 }
 
-#[test]
-fn reset_owner_leaves_the_session_usable() {
-    let mut rig = Rig::new(1, &[]).unwrap();
+fn reset_owner_leaves_the_session_usable(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = rig.device(Options::default()).unwrap();
     rig.check_traffic(&mut device).unwrap();
     device.connection.send(&Message::empty(request::RESET_OWNER), &[]).unwrap();
@@ -267,9 +273,8 @@ fn reset_owner_leaves_the_session_usable() {
     rig.check_traffic(&mut device).unwrap();
 }
 
-#[test]
-fn reset_device_disables_and_resets() {
-    let mut rig = Rig::new(1, &[]).unwrap();
+fn reset_device_disables_and_resets(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let options = Options {
         protocol_features: Options::default().protocol_features | protocol::RESET_DEVICE,
         ..Options::default()

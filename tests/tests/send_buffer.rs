@@ -4,6 +4,7 @@
 use std::process::Command;
 
 use baton_tests::backend::{Rig, TAP};
+use baton_tests::datapath::Datapath;
 use baton_tests::fake_frontend::Options;
 use baton_tests::frames;
 use baton_tests::link::ip;
@@ -31,7 +32,7 @@ fn slow_line() -> PacketSocket {
 
 #[test]
 fn a_full_send_buffer_loses_nothing_and_is_used_again_once_it_has_room() {
-    let mut rig = Rig::new(1, &["--sndbuf=20000"]).unwrap();
+    let mut rig = Rig::new(Datapath::Userspace, 1, &["--sndbuf=20000"]).unwrap();
     let mut far = slow_line();
     let mut device = rig.device(Options::default()).unwrap();
     // Nothing comes from the network, so nothing but the room itself can tell the back-end of it.

@@ -8,13 +8,26 @@ use std::process::Command;
 
 use baton_protocol::control::{BackendState, Frontend};
 use baton_tests::backend::{Rig, TAP};
+use baton_tests::datapath::Datapath;
 use baton_tests::fake_frontend::wire::protocol;
 use baton_tests::fake_frontend::{Device, Options, features};
+use baton_tests::on_both_datapaths;
 use baton_tests::process::Process;
 
-#[test]
-fn a_new_connection_is_a_new_session() {
-    let mut rig = Rig::new(2, &[]).unwrap();
+on_both_datapaths! {
+    a_new_connection_is_a_new_session,
+    rings_of_the_last_session_do_not_run_in_the_next,
+    a_connection_closed_without_a_byte_is_no_session,
+    a_second_front_end_waits_its_turn,
+    set_vring_enable_before_set_features_is_kept,
+    set_vring_enable_before_set_features_is_acknowledged_and_kept,
+    a_front_end_may_set_up_everything_anew_on_the_same_connection,
+    a_worker_that_fails_is_heard_of,
+    a_front_end_that_finds_no_descriptor_left_is_served_when_there_is_one,
+}
+
+fn a_new_connection_is_a_new_session(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 2, &[]).unwrap();
     let at_rest = rig.backend.fds_at_rest().unwrap();
     let features = Options::default().features | features::MQ | features::EVENT_IDX;
     let mut device = rig.device(Options { queue_pairs: 2, features, ..Options::default() }).unwrap();
@@ -41,9 +54,8 @@ fn a_new_connection_is_a_new_session() {
     rig.check_traffic(&mut device).unwrap();
 }
 
-#[test]
-fn rings_of_the_last_session_do_not_run_in_the_next() {
-    let mut rig = Rig::new(1, &[]).unwrap();
+fn rings_of_the_last_session_do_not_run_in_the_next(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = rig.device(Options::default()).unwrap();
     rig.check_traffic(&mut device).unwrap();
     let connection = rig.backend.connect().unwrap();
@@ -59,9 +71,8 @@ fn rings_of_the_last_session_do_not_run_in_the_next() {
     assert!(device.memory.snapshot() == before, "the old session's memory was written");
 }
 
-#[test]
-fn a_connection_closed_without_a_byte_is_no_session() {
-    let mut rig = Rig::new(1, &[]).unwrap();
+fn a_connection_closed_without_a_byte_is_no_session(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     for _ in 0..20 {
         drop(rig.backend.connect().unwrap());
     }
@@ -69,9 +80,8 @@ fn a_connection_closed_without_a_byte_is_no_session() {
     rig.check_traffic(&mut device).unwrap();
 }
 
-#[test]
-fn a_second_front_end_waits_its_turn() {
-    let mut rig = Rig::new(1, &[]).unwrap();
+fn a_second_front_end_waits_its_turn(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut first = rig.device(Options::default()).unwrap();
     let second = rig.backend.connect().unwrap();
     second.send(&baton_tests::fake_frontend::wire::Message::empty(1), &[]).unwrap();
@@ -84,8 +94,8 @@ fn a_second_front_end_waits_its_turn() {
 }
 
 /// QEMU 7.2, and with acknowledgements 10.0.
-fn enabled_before_set_features(acknowledged: bool) {
-    let mut rig = Rig::new(1, &[]).unwrap();
+fn enabled_before_set_features(datapath: Datapath, acknowledged: bool) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = Device::new(rig.backend.connect().unwrap(), Options::default()).unwrap();
     device.connection.get_features().unwrap();
     device.connection.get_protocol_features().unwrap();
@@ -105,19 +115,16 @@ fn enabled_before_set_features(acknowledged: bool) {
     rig.check_traffic(&mut device).unwrap();
 }
 
-#[test]
-fn set_vring_enable_before_set_features_is_kept() {
-    enabled_before_set_features(false);
+fn set_vring_enable_before_set_features_is_kept(datapath: Datapath) {
+    enabled_before_set_features(datapath, false);
 }
 
-#[test]
-fn set_vring_enable_before_set_features_is_acknowledged_and_kept() {
-    enabled_before_set_features(true);
+fn set_vring_enable_before_set_features_is_acknowledged_and_kept(datapath: Datapath) {
+    enabled_before_set_features(datapath, true);
 }
 
-#[test]
-fn a_front_end_may_set_up_everything_anew_on_the_same_connection() {
-    let mut rig = Rig::new(1, &[]).unwrap();
+fn a_front_end_may_set_up_everything_anew_on_the_same_connection(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     // virtio-user, reconfigured: ENABLE 0, GET_VRING_BASE, CALL, other features, another memory table.
     let features = Options::default().features;
     let choices = [
@@ -150,9 +157,8 @@ fn a_front_end_may_set_up_everything_anew_on_the_same_connection() {
     }
 }
 
-#[test]
-fn a_worker_that_fails_is_heard_of() {
-    let mut rig = Rig::new(1, &[]).unwrap();
+fn a_worker_that_fails_is_heard_of(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = rig.device(Options::default()).unwrap();
     rig.check_traffic(&mut device).unwrap();
     // The TAP is taken away: the worker can go on with nothing.
@@ -171,9 +177,8 @@ fn limit_fds(rig: &Rig, limit: usize) {
     assert!(Command::new("prlimit").args(["--pid", &pid, &limit]).status().unwrap().success());
 }
 
-#[test]
-fn a_front_end_that_finds_no_descriptor_left_is_served_when_there_is_one() {
-    let mut rig = Rig::new(1, &[]).unwrap();
+fn a_front_end_that_finds_no_descriptor_left_is_served_when_there_is_one(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     // All numbers below are taken.
     limit_fds(&rig, 3);
     let stream = UnixStream::connect(&rig.backend.socket).unwrap();

@@ -5,9 +5,18 @@ use std::ffi::OsString;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use baton_tests::datapath::Datapath;
 use baton_tests::link::{GUEST, Link, MAC, Meeting};
+use baton_tests::on_both_datapaths;
 use baton_tests::ping;
 use baton_tests::process::Process;
+
+on_both_datapaths! {
+    one_pair_listening,
+    one_pair_as_client,
+    two_pairs_listening,
+    two_pairs_as_client,
+}
 
 /// Starts testpmd and waits until the back-end serves it.
 fn start(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Result<Process> {
@@ -64,27 +73,23 @@ fn serves_on(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Result<()> 
     link.check_healthy()
 }
 
-fn serves(meeting: Meeting, queue_pairs: u16) -> Result<()> {
-    let mut link = Link::new(meeting, queue_pairs)?;
+fn serves(datapath: Datapath, meeting: Meeting, queue_pairs: u16) -> Result<()> {
+    let mut link = Link::new(datapath, meeting, queue_pairs)?;
     serves_on(&mut link, meeting, queue_pairs).with_context(|| link.evidence())
 }
 
-#[test]
-fn one_pair_listening() -> Result<()> {
-    serves(Meeting::BackendListens, 1)
+fn one_pair_listening(datapath: Datapath) -> Result<()> {
+    serves(datapath, Meeting::BackendListens, 1)
 }
 
-#[test]
-fn one_pair_as_client() -> Result<()> {
-    serves(Meeting::FrontendListens, 1)
+fn one_pair_as_client(datapath: Datapath) -> Result<()> {
+    serves(datapath, Meeting::FrontendListens, 1)
 }
 
-#[test]
-fn two_pairs_listening() -> Result<()> {
-    serves(Meeting::BackendListens, 2)
+fn two_pairs_listening(datapath: Datapath) -> Result<()> {
+    serves(datapath, Meeting::BackendListens, 2)
 }
 
-#[test]
-fn two_pairs_as_client() -> Result<()> {
-    serves(Meeting::FrontendListens, 2)
+fn two_pairs_as_client(datapath: Datapath) -> Result<()> {
+    serves(datapath, Meeting::FrontendListens, 2)
 }

@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use baton_protocol::control::{BackendStats, DirectionStats};
+use baton_tests::datapath::Datapath;
 use baton_tests::guest::{Guest, Vmm};
 use baton_tests::lab::{Job, Outcome, Place};
 use baton_tests::link::{GUEST, HOST, Link, MAC, Meeting, PORT, TAP};
@@ -51,7 +52,7 @@ fn demonstrate() -> Result<bool> {
     let logs = places::logs()?.join("demo");
     fs::create_dir_all(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
 
-    let mut link = Link::new(Meeting::BackendListens, QUEUE_PAIRS)?;
+    let mut link = Link::new(Datapath::Userspace, Meeting::BackendListens, QUEUE_PAIRS)?;
     let vmm = Vmm::new(QUEUE_PAIRS, "512M")?.net(link.socket()?, MAC, QUEUE_PAIRS);
     heading("What runs")?;
     say(&link.command_line())?;

@@ -21,6 +21,7 @@ pub enum Accelerator {
 #[derive(Debug)]
 pub struct Qemu {
     command: Command,
+    accelerator: Accelerator,
 }
 
 impl Qemu {
@@ -45,7 +46,7 @@ impl Qemu {
         command.args(["-object", &format!("memory-backend-memfd,id=memory,size={memory},share=on")]);
         command.arg("-kernel").arg(images::guest_kernel()?).arg("-initrd").arg(images::guest_initramfs()?);
         command.args(["-append", KERNEL_COMMAND_LINE, "-serial", "stdio"]);
-        Ok(Self { command })
+        Ok(Self { command, accelerator })
     }
 
     /// Further options.
@@ -60,6 +61,10 @@ impl Qemu {
     pub fn vhost_user(self, id: &str, socket: &str, meeting: Meeting, mac: &str, queue_pairs: u16) -> Self {
         let queues = if queue_pairs > 1 { format!(",queues={queue_pairs}") } else { String::new() };
         let mq = if queue_pairs > 1 { ",mq=on" } else { "" };
+        let vectors = match self.accelerator {
+            Accelerator::Kvm => 2 * queue_pairs + 2,
+            Accelerator::Tcg => 0,
+        };
         let socket = socket.replace(',', ",,");
         let how = match meeting {
             Meeting::BackendListens => "reconnect=1",
@@ -71,7 +76,7 @@ impl Qemu {
             "-netdev",
             &format!("vhost-user,id=netdev-{id},chardev=chardev-{id}{queues}"),
             "-device",
-            &format!("virtio-net-pci,id={id},netdev=netdev-{id},mac={mac},vectors=0{mq}"),
+            &format!("virtio-net-pci,id={id},netdev=netdev-{id},mac={mac},vectors={vectors}{mq}"),
         ])
     }
 

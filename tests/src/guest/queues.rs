@@ -1,0 +1,62 @@
+//! What a guest's network driver has counted, queue by queue: known whoever moves the frames on the other side.
+
+use anyhow::{Context, Result};
+
+/// What went through one queue.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Carried {
+    /// Frames.
+    pub frames: u64,
+    /// Their bytes.
+    pub bytes: u64,
+}
+
+/// The queues of one pair, as the guest names them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueuePair {
+    /// To the guest.
+    pub rx: Carried,
+    /// From it.
+    pub tx: Carried,
+}
+
+/// Reads what `ethtool -S` writes for a virtio-net interface: a line such as `rx_queue_0_packets: 12` for each number.
+/// Gives the queue pairs that are in use, in order.
+pub(super) fn parse(text: &str) -> Result<Vec<QueuePair>> {
+    let mut pairs: Vec<QueuePair> = Vec::new();
+    for line in text.lines() {
+        let Some((name, number)) = line.trim().split_once(": ") else { continue };
+        let Some((direction, name)) = name.split_once("_queue_") else { continue };
+        let Some((queue, what)) = name.split_once('_') else { continue };
+        let queue: usize = queue.parse().with_context(|| format!("which queue is it: {line}"))?;
+        if pairs.len() <= queue {
+            pairs.resize(queue + 1, QueuePair::default());
+        }
+        let carried = if direction == "rx" { &mut pairs[queue].rx } else { &mut pairs[queue].tx };
+        let counter = match what {
+            "packets" => &mut carried.frames,
+            "bytes" => &mut carried.bytes,
+            _ => continue,
+        };
+        *counter = number.parse().with_context(|| format!("not a number: {line}"))?;
+    }
+    Ok(pairs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_are_found_by_their_names() {
+        let text = "NIC statistics:\n     rx_queue_0_packets: 1\n     rx_queue_0_bytes: 2\n     rx_queue_0_drops: 3\n     \
+                    rx_queue_1_packets: 4\n     rx_queue_1_bytes: 5\n     tx_queue_0_packets: 6\n     \
+                    tx_queue_0_bytes: 7\n     tx_queue_1_packets: 8\n     tx_queue_1_bytes: 9\n";
+        let pair = |rx: (u64, u64), tx: (u64, u64)| QueuePair {
+            rx: Carried { frames: rx.0, bytes: rx.1 },
+            tx: Carried { frames: tx.0, bytes: tx.1 },
+        };
+        assert_eq!(parse(text).unwrap(), [pair((1, 2), (6, 7)), pair((4, 5), (8, 9))]);
+        assert_eq!(parse("no stats available\n").unwrap(), []);
+    }
+}
