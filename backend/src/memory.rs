@@ -2,18 +2,16 @@
 //! description").
 //!
 //! A change of the table makes a new [`GuestMemory`] that shares the mappings it keeps; whoever still uses the old
-//! table keeps its mappings alive. Peers' addresses become host pointers here and nowhere else. Every mapping is
-//! known to [`crate::sigbus`], so a file that its owner truncates costs the session, not the process.
+//! table keeps its mappings alive. Peers' addresses become host pointers here and nowhere else.
 #![expect(unsafe_code, reason = "turns guest addresses into pointers within a mapping")]
 
 use std::fs::File;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use vhost::VhostUserMemoryRegionInfo;
-use vm_memory::{FileOffset, MmapRegion};
 
-use crate::sigbus;
+use crate::shared_mapping::{MappingError, SharedMapping};
 
 /// How many regions a front-end may share (`GET_MAX_MEM_SLOTS`); what QEMU's own back-end library takes.
 pub const MAX_REGIONS: usize = 509;
@@ -34,20 +32,12 @@ pub struct RegionLayout {
 /// Why a region was not accepted.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
-    /// Its size is 0, or an address plus its size overflows.
-    #[error("memory region at guest address {0:#x} is empty or wraps around")]
+    /// An address plus its size overflows.
+    #[error("memory region at guest address {0:#x} wraps around")]
     Wraps(u64),
     /// It shares guest or user addresses with another region.
     #[error("memory region at guest address {0:#x} overlaps another one")]
     Overlaps(u64),
-    /// The file ends before the region does.
-    #[error("memory region needs {needed} bytes of a file that has {size}")]
-    BeyondFile {
-        /// Offset plus length of the region.
-        needed: u64,
-        /// Length of the file.
-        size: u64,
-    },
     /// More than [`MAX_REGIONS`].
     #[error("more than {MAX_REGIONS} memory regions")]
     TooMany,
@@ -58,13 +48,13 @@ pub enum MemoryError {
     #[error("cannot inspect the file of a memory region")]
     Inspect(#[source] std::io::Error),
     /// The file cannot be mapped.
-    #[error("cannot map the memory region at guest address {guest_address:#x}")]
-    Map {
+    #[error("cannot share the memory region at guest address {guest_address:#x}")]
+    Mapping {
         /// The region's guest physical address.
         guest_address: u64,
-        /// What the mapping failed with.
+        /// Why not.
         #[source]
-        source: vm_memory::mmap::MmapRegionError,
+        source: MappingError,
     },
 }
 
@@ -72,16 +62,8 @@ pub enum MemoryError {
 #[derive(Debug)]
 struct Region {
     layout: RegionLayout,
-    host: *mut u8,
-    // Declared before the mapping: the watch ends before the address range can be used for something else.
-    _watch: sigbus::Watch,
-    mapping: MmapRegion,
+    mapping: SharedMapping,
 }
-
-// SAFETY: the pointer is into `mapping`, which lives as long as the region and may be used from any thread.
-unsafe impl Send for Region {}
-// SAFETY: as above; all access to what it points to is volatile, atomic or done by the kernel.
-unsafe impl Sync for Region {}
 
 impl Region {
     fn map(layout: RegionLayout, file: File) -> Result<Self, MemoryError> {
@@ -89,21 +71,9 @@ impl Region {
         let wraps = || MemoryError::Wraps(guest_address);
         guest_address.checked_add(size).ok_or_else(wraps)?;
         user_address.checked_add(size).ok_or_else(wraps)?;
-        let needed = file_offset.checked_add(size).ok_or_else(wraps)?;
-        let length = usize::try_from(size).map_err(|_| wraps())?;
-        if length == 0 || isize::try_from(length).is_err() {
-            return Err(wraps());
-        }
-        let metadata = file.metadata().map_err(MemoryError::Inspect)?;
-        // A device (persistent memory, say) has no length of its own; its driver checks the range.
-        if !metadata.file_type().is_char_device() && metadata.size() < needed {
-            return Err(MemoryError::BeyondFile { needed, size: metadata.size() });
-        }
-        let mapping = MmapRegion::from_file(FileOffset::new(file, file_offset), length)
-            .map_err(|source| MemoryError::Map { guest_address, source })?;
-        let host = mapping.as_ptr();
-        let watch = sigbus::Watch::new(host as usize, length).ok_or(MemoryError::TooMany)?;
-        Ok(Self { layout, host, _watch: watch, mapping })
+        let mapping = SharedMapping::new(file, file_offset, size)
+            .map_err(|source| MemoryError::Mapping { guest_address, source })?;
+        Ok(Self { layout, mapping })
     }
 
     fn overlaps(&self, other: &Self) -> bool {
@@ -114,21 +84,21 @@ impl Region {
 
     /// Whether `file` is what the region maps.
     fn is_of(&self, file: &File) -> Result<bool, MemoryError> {
-        let Some(own) = self.mapping.file_offset() else { return Ok(false) };
-        let own = own.file().metadata().map_err(MemoryError::Inspect)?;
+        let own = self.mapping.file().metadata().map_err(MemoryError::Inspect)?;
         let other = file.metadata().map_err(MemoryError::Inspect)?;
         Ok((own.dev(), own.ino()) == (other.dev(), other.ino()))
     }
 
     /// The host pointer `offset` bytes into the region, and how many bytes follow.
+    #[inline]
     fn at(&self, offset: u64) -> Option<(*mut u8, usize)> {
         if offset >= self.layout.size {
             return None;
         }
         let offset = usize::try_from(offset).ok()?;
         // SAFETY: `offset` is less than the mapping's size.
-        let pointer = unsafe { self.host.add(offset) };
-        Some((pointer, self.mapping.size() - offset))
+        let pointer = unsafe { self.mapping.start().add(offset) };
+        Some((pointer, self.mapping.length() - offset))
     }
 }
 
@@ -219,7 +189,7 @@ impl GuestMemory {
         self.entries.iter().map(|Entry { region, .. }| VhostUserMemoryRegionInfo {
             guest_phys_addr: region.layout.guest_address,
             memory_size: region.layout.size,
-            userspace_addr: region.host as usize as u64,
+            userspace_addr: region.mapping.start() as usize as u64,
             ..VhostUserMemoryRegionInfo::default()
         })
     }
@@ -245,6 +215,20 @@ impl GuestMemory {
         let found = region.at(address - region.layout.guest_address)?;
         *hint = index;
         Some(found)
+    }
+
+    /// The guest address of what is mapped at `pointer`, which [`Self::resolve`] has given.
+    pub fn guest_address(&self, pointer: *const u8) -> Option<u64> {
+        self.entries.iter().find_map(|Entry { region, .. }| {
+            let offset = (pointer as usize).wrapping_sub(region.mapping.start() as usize);
+            (offset < region.mapping.length()).then(|| region.layout.guest_address + offset as u64)
+        })
+    }
+
+    /// The first guest address behind all regions; 0 where there are none.
+    pub fn end(&self) -> u64 {
+        // Sorted, and none overlaps another.
+        self.entries.last().map_or(0, |Entry { region, .. }| region.layout.guest_address + region.layout.size)
     }
 
     /// Where `length` bytes at the front-end's address `address` are mapped, if one region holds them all.
@@ -293,6 +277,20 @@ mod tests {
     }
 
     #[test]
+    fn a_pointer_has_the_guest_address_that_it_was_resolved_from() {
+        assert_eq!(GuestMemory::default().end(), 0);
+        let memory =
+            GuestMemory::map([(layout(0x10_0000, 0), file(0x1000)), (layout(0x1000, 0x1000), file(0x1000))])
+                .unwrap();
+        assert_eq!(memory.end(), 0x10_1000);
+        for address in [0x1000, 0x1fff, 0x10_0000, 0x10_0abc, 0x10_0fff] {
+            let (pointer, _) = memory.resolve(address, &mut 0).unwrap();
+            assert_eq!(memory.guest_address(pointer), Some(address));
+        }
+        assert_eq!(memory.guest_address(std::ptr::dangling()), None);
+    }
+
+    #[test]
     fn what_the_peer_wrote_is_seen() {
         let mut shared = file(0x1000);
         shared.write_all(b"hello").unwrap();
@@ -309,11 +307,16 @@ mod tests {
         assert!(matches!(refused(layout(0x1800, 0x9000), file(0x1000)), MemoryError::Overlaps(0x1800)));
         assert!(matches!(refused(layout(0x8000, 0x1fff), file(0x1000)), MemoryError::Overlaps(_)));
         assert!(matches!(refused(layout(u64::MAX, 0), file(0x1000)), MemoryError::Wraps(_)));
-        assert!(matches!(refused(layout(0x8000, 0x8000), file(0xfff)), MemoryError::BeyondFile { .. }));
+        let unmappable = |layout, size| match refused(layout, file(size)) {
+            MemoryError::Mapping { guest_address: 0x8000, source } => source,
+            other => panic!("{other}"),
+        };
+        let short = unmappable(layout(0x8000, 0x8000), 0xfff);
+        assert!(matches!(short, MappingError::BeyondFile { needed: 0x1000, size: 0xfff }));
         let empty = RegionLayout { size: 0, ..layout(0x8000, 0x8000) };
-        assert!(matches!(refused(empty, file(0x1000)), MemoryError::Wraps(_)));
+        assert!(matches!(unmappable(empty, 0x1000), MappingError::Size { .. }));
         let unaligned = RegionLayout { file_offset: 1, ..layout(0x8000, 0x8000) };
-        assert!(matches!(refused(unaligned, file(0x2000)), MemoryError::Map { .. }));
+        assert!(matches!(unmappable(unaligned, 0x2000), MappingError::Map(_)));
         assert!(matches!(base.without(layout(0x1000, 0x2000)), Err(MemoryError::Unknown(0x1000))));
         assert!(base.without(layout(0x1000, 0x1000)).unwrap().is_empty());
         // The same place, but another file.

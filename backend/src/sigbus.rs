@@ -13,8 +13,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
-/// Two whole tables may be mapped at once, while one replaces the other.
-const SLOTS: usize = 2 * crate::memory::MAX_REGIONS + 2;
+/// Two whole tables, two logs and two inflight regions may be mapped at once, while one replaces the other.
+const SLOTS: usize = 2 * (crate::memory::MAX_REGIONS + 3);
 
 struct Slot {
     taken: AtomicBool,
