@@ -1,5 +1,7 @@
 //! The frames that tests send: numbered ones that can be told apart, and TCP and UDP ones for the offloads.
 
+use crate::fake_frontend::net::{NEEDS_CSUM, NetHeader};
+
 /// The length of an Ethernet header.
 pub const ETHERNET: usize = 14;
 
@@ -74,6 +76,25 @@ pub struct Segment {
     pub checksum_offset: usize,
     /// Where the payload begins: the header's `hdr_len`.
     pub payload_offset: usize,
+}
+
+impl Segment {
+    /// The header that goes with it.
+    ///
+    /// # Panics
+    /// Never: offsets into a frame of 64 KiB.
+    pub fn header(&self, gso_type: u8, gso_size: u16) -> NetHeader {
+        let offset = |offset| u16::try_from(offset).expect("an offset into the headers");
+        NetHeader {
+            flags: NEEDS_CSUM,
+            gso_type,
+            hdr_len: offset(self.payload_offset),
+            gso_size,
+            csum_start: offset(self.transport_offset),
+            csum_offset: offset(self.checksum_offset),
+            num_buffers: 0,
+        }
+    }
 }
 
 /// Builds a frame with `payload` bytes of payload, of at most 65,535 bytes behind the Ethernet header.

@@ -10,7 +10,7 @@ use baton_tests::fake_frontend::net::{
     DATA_VALID, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP, GSO_UDP_L4, NEEDS_CSUM, NetHeader, features,
 };
 use baton_tests::fake_frontend::{Device, Options};
-use baton_tests::frames::{self, ETHERNET, Network, Segment, Transport, checksum_is_right, segment};
+use baton_tests::frames::{self, ETHERNET, Network, Transport, checksum_is_right, segment};
 use baton_tests::netns;
 use baton_tests::on_both_datapaths;
 use baton_tests::packet_socket::PacketSocket;
@@ -238,18 +238,6 @@ fn kicks_are_asked_for_only_when_the_ring_is_empty(datapath: Datapath) {
 }
 
 /// The header for a segment that is to be cut.
-fn gso(segment: &Segment, gso_type: u8, gso_size: u16) -> NetHeader {
-    NetHeader {
-        flags: NEEDS_CSUM,
-        gso_type,
-        hdr_len: u16::try_from(segment.payload_offset).unwrap(),
-        gso_size,
-        csum_start: u16::try_from(segment.transport_offset).unwrap(),
-        csum_offset: u16::try_from(segment.checksum_offset).unwrap(),
-        num_buffers: 0,
-    }
-}
-
 fn payload(length: usize) -> Vec<u8> {
     (0..length).map(|number| u8::try_from(number % 251).unwrap()).collect()
 }
@@ -279,7 +267,7 @@ fn the_guests_partial_checksums_and_large_segments_reach_the_network_as_such(dat
         let mut device = rig.device(with(features).with_large_frames()).unwrap();
         let segment = segment(network, transport, &payload(length));
         let size = if gso_type == GSO_NONE { 0 } else { 1400 };
-        let header = gso(&segment, gso_type, size);
+        let header = segment.header(gso_type, size);
         device.send(0, &header, &segment.bytes).unwrap();
         let (received, frame) = rig.network.receive().unwrap();
         assert!(frame == segment.bytes, "{network:?} {transport:?} {gso_type:#x}: another frame");
@@ -301,7 +289,7 @@ fn udp_fragmentation_is_taken_from_the_guest_where_it_is_offered(datapath: Datap
         rig.device(with(BASIC | features::CSUM | features::HOST_UFO).with_large_frames()).unwrap();
     let segment = segment(Network::V4, Transport::Udp, &payload(20_000));
     let before = netns::counters(TAP).unwrap();
-    device.send(0, &gso(&segment, GSO_UDP, 1400), &segment.bytes).unwrap();
+    device.send(0, &segment.header(GSO_UDP, 1400), &segment.bytes).unwrap();
     device.wait_transmitted(0).unwrap();
     // Packet sockets cannot show such a frame; the interface has counted it.
     let after = netns::counters(TAP).unwrap();
@@ -328,7 +316,7 @@ fn large_segments_reach_a_guest_that_takes_them(datapath: Datapath) {
             }
             let mut device = rig.device(with(features).with_large_frames()).unwrap();
             let segment = segment(network, transport, &payload(60_000));
-            let header = gso(&segment, gso_type, 1400);
+            let header = segment.header(gso_type, 1400);
             rig.network.send_with(&header, &segment.bytes).unwrap();
             let (received, frame) = device.receive(0).unwrap();
             assert!(
@@ -367,7 +355,7 @@ fn a_guest_without_segmentation_offload_gets_segments(datapath: Datapath) {
         let mut device = rig.device(with(BASIC | features::MRG_RXBUF | guest)).unwrap();
         let payload = payload(14_000);
         let segment = segment(network, transport, &payload);
-        network_side.send_with(&gso(&segment, gso_type, 1400), &segment.bytes).unwrap();
+        network_side.send_with(&segment.header(gso_type, 1400), &segment.bytes).unwrap();
         let mut joined = Vec::new();
         for _ in 0..10 {
             let (header, frame) = device.receive(0).unwrap();
@@ -390,7 +378,7 @@ fn a_guest_without_checksum_offload_gets_whole_checksums(datapath: Datapath) {
     for guest in [0, features::GUEST_CSUM] {
         let mut device = rig.device(with(BASIC | guest)).unwrap();
         let segment = segment(Network::V4, Transport::Udp, &payload(500));
-        rig.network.send_with(&gso(&segment, GSO_NONE, 0), &segment.bytes).unwrap();
+        rig.network.send_with(&segment.header(GSO_NONE, 0), &segment.bytes).unwrap();
         let (header, frame) = device.receive(0).unwrap();
         assert_eq!(frame.len(), segment.bytes.len());
         if guest == 0 {
@@ -413,7 +401,7 @@ fn offloads_follow_each_session(datapath: Datapath) {
         let takes_large = round % 2 == 0;
         let features = if takes_large { all } else { features::PROTOCOL_FEATURES };
         let mut device = rig.device(with(features)).unwrap();
-        network_side.send_with(&gso(&segment, GSO_TCPV4, 1400), &segment.bytes).unwrap();
+        network_side.send_with(&segment.header(GSO_TCPV4, 1400), &segment.bytes).unwrap();
         let (_, frame) = device.receive(0).unwrap();
         let expected = if takes_large { segment.bytes.len() } else { ETHERNET + 40 + 1400 };
         assert_eq!(frame.len(), expected, "round {round}");
