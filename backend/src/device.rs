@@ -14,7 +14,8 @@ use virtio_bindings::virtio_net;
 use crate::dataplane::pair::{QueuePair, Side};
 use crate::dataplane::rx::RxSettings;
 use crate::dataplane::worker::{Worker, WorkerFailure};
-use crate::features::{Features, Offer};
+use crate::dirty_log::{DirtyLog, LogError};
+use crate::features::{Features, LOG_ALL, Offer};
 use crate::log_limit;
 use crate::mailbox::Mailer;
 use crate::memory::{GuestMemory, MAX_REGIONS};
@@ -45,11 +46,30 @@ pub struct SessionState {
     pub protocol_features: u64,
     /// Shared memory.
     pub memory: Arc<GuestMemory>,
+    /// `SET_LOG_BASE`: where to note what was written, while [`Self::active_log`] gives it.
+    pub log: Option<Arc<DirtyLog>>,
     /// The vrings: 2n receives, 2n + 1 transmits.
     pub vrings: Vec<VringSetup>,
 }
 
 impl SessionState {
+    /// The log, if the front-end wants to know of what is written now (`LOG_ALL`).
+    pub fn active_log(&self) -> Option<&Arc<DirtyLog>> {
+        self.log.as_ref().filter(|_| self.features.has(LOG_ALL))
+    }
+
+    /// Checks that a log covers the memory, if these are to be a session's features, memory and log.
+    ///
+    /// # Errors
+    /// [`LogError::TooSmall`].
+    pub fn check_log(
+        features: Features,
+        memory: &GuestMemory,
+        log: Option<&DirtyLog>,
+    ) -> Result<(), LogError> {
+        log.filter(|_| features.has(LOG_ALL)).map_or(Ok(()), |log| log.check_covers(memory))
+    }
+
     /// `SET_VRING_ENABLE`.
     pub fn set_enabled(&mut self, vring: usize, enabled: bool) {
         let paused = !enabled && !self.vrings[0].enabled;
@@ -234,6 +254,7 @@ impl Device {
     fn put_back(&mut self, pair: usize) -> Result<(), DeviceError> {
         let failed = |source| DeviceError::Dataplane { pair, source };
         let header = self.header_size();
+        let log = self.session.active_log().cloned();
         let SessionState { features, memory, vrings, .. } = &mut self.session;
         let worker = self.workers[pair].park().ok_or(DeviceError::Dead(pair))?;
         worker.rx.settings = RxSettings {
@@ -246,7 +267,7 @@ impl Device {
             kernel.features = *features;
         }
         for (side, vring) in sides(pair) {
-            match vrings[vring].activate(memory, *features) {
+            match vrings[vring].activate(memory, *features, log.as_ref()) {
                 Ok(Some(ring)) => worker.put_ring(side, ring).map_err(failed)?,
                 Ok(None) => {}
                 Err(error) => {

@@ -18,7 +18,8 @@ use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut
 
 use crate::config_space;
 use crate::dataplane::ring::Kick;
-use crate::device::{Device, DeviceError};
+use crate::device::{Device, DeviceError, SessionState};
+use crate::dirty_log::{DirtyLog, LogError};
 use crate::features::{Features, PROTOCOL_FEATURES};
 use crate::memory::{GuestMemory, MemoryError, RegionLayout};
 use crate::notify::{Notifier, NotifierError};
@@ -59,6 +60,9 @@ pub enum Rejection {
     /// A message for a protocol feature that is not offered.
     #[error("{0} is not offered")]
     NotOffered(&'static str),
+    /// No log that can be kept.
+    #[error(transparent)]
+    Log(#[from] LogError),
     /// The configuration space cannot be written, or ends before.
     #[error("no such part of the configuration space")]
     Config,
@@ -77,12 +81,15 @@ pub struct Dispatch {
     rejection: Option<Rejection>,
 }
 
-/// What Baton can do beyond the base protocol. `REPLY_ACK` is the crate's own, and always offered.
-pub const PROTOCOL_OFFER: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
-    .union(VhostUserProtocolFeatures::REPLY_ACK)
-    .union(VhostUserProtocolFeatures::CONFIG)
-    .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
-    .union(VhostUserProtocolFeatures::RESET_DEVICE);
+/// What the device can do beyond the base protocol. `REPLY_ACK` is the crate's own, and always offered.
+pub fn protocol_offer(_: &Device) -> VhostUserProtocolFeatures {
+    VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::LOG_SHMFD
+        | VhostUserProtocolFeatures::REPLY_ACK
+        | VhostUserProtocolFeatures::CONFIG
+        | VhostUserProtocolFeatures::RESET_DEVICE
+        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+}
 
 impl Dispatch {
     /// For the first session.
@@ -141,6 +148,8 @@ fn set_memory(device: &mut Device, memory: GuestMemory) -> std::result::Result<(
     if regions > max {
         return Err(Rejection::Regions { regions, max });
     }
+    let session = device.session();
+    SessionState::check_log(session.features, &memory, session.log.as_deref())?;
     Ok(device.change(.., |session| session.memory = Arc::new(memory))?)
 }
 
@@ -167,6 +176,7 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
                 for vring in &mut session.vrings {
                     *vring = Default::default();
                 }
+                session.log = None;
             })?;
             device.set_features(Features::default())?;
             Ok(())
@@ -188,7 +198,10 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
                 return Err(Rejection::Features(excess.0));
             }
             // A front-end that serves more by itself may name it here.
-            device.set_features(Features(features & offer.0))?;
+            let accepted = Features(features & offer.0);
+            let session = device.session();
+            SessionState::check_log(accepted, &session.memory, session.log.as_deref())?;
+            device.set_features(accepted)?;
             if features & 1 << PROTOCOL_FEATURES == 0 {
                 device.change(.., |session| {
                     for vring in &mut session.vrings {
@@ -226,15 +239,19 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
     fn set_vring_addr(
         &mut self,
         index: u32,
-        _: VhostUserVringAddrFlags,
+        flags: VhostUserVringAddrFlags,
         descriptor: u64,
         used: u64,
         available: u64,
-        _: u64,
+        log: u64,
     ) -> Result<()> {
         self.request(|device| {
             let vring = vring_index(device, index)?;
             let addresses = RingAddresses { descriptors: descriptor, available, used };
+            let log_used = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG).then_some(log);
+            if let Some(address) = log_used.filter(|address| !address.is_multiple_of(4)) {
+                return Err(LayoutError::Alignment { ring: "logged used", address }.into());
+            }
             let session = device.session();
             if let Some(size) = session.vrings[vring].size
                 && !session.memory.is_empty()
@@ -244,6 +261,7 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
             }
             device.change(vring / 2..=vring / 2, |session| {
                 session.vrings[vring].addresses = Some(addresses);
+                session.vrings[vring].log_used = log_used;
             })?;
             Ok(())
         })
@@ -308,7 +326,7 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
     }
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
-        Ok(PROTOCOL_OFFER)
+        Ok(protocol_offer(&self.device))
     }
 
     fn set_protocol_features(&mut self, features: u64) -> Result<()> {
@@ -316,7 +334,8 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
             return Ok(());
         }
         self.request(|device| {
-            device.change(0..0, |session| session.protocol_features = features & PROTOCOL_OFFER.bits())?;
+            let features = features & protocol_offer(device).bits();
+            device.change(0..0, |session| session.protocol_features = features)?;
             Ok(())
         })
     }
@@ -402,7 +421,11 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
         self.refuse("SHMEM")
     }
 
-    fn set_log_base(&mut self, _: &VhostUserLog, _: File) -> Result<()> {
-        self.refuse("LOG_SHMFD")
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
+        self.request(|device| {
+            let log = DirtyLog::new(file, log.mmap_offset, log.mmap_size)?;
+            log.check_covers(&device.session().memory)?;
+            Ok(device.change(.., |session| session.log = Some(Arc::new(log)))?)
+        })
     }
 }

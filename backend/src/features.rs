@@ -4,6 +4,8 @@ use virtio_bindings::{virtio_config, virtio_net, virtio_ring};
 
 /// `VHOST_USER_F_PROTOCOL_FEATURES`.
 pub const PROTOCOL_FEATURES: u32 = 30;
+/// `VHOST_F_LOG_ALL`: the front-end wants to know of every page that is written.
+pub const LOG_ALL: u32 = 26;
 /// `VIRTIO_F_ACCESS_PLATFORM`: addresses would need translation, which is not offered.
 const ACCESS_PLATFORM: u32 = virtio_config::VIRTIO_F_ACCESS_PLATFORM;
 /// `VIRTIO_F_RING_PACKED`: another ring layout, which is not offered.
@@ -63,6 +65,7 @@ impl Offer {
     pub fn features(self) -> Features {
         let mut features = Features::default().with(&[
             PROTOCOL_FEATURES,
+            LOG_ALL,
             virtio_config::VIRTIO_F_VERSION_1,
             virtio_config::VIRTIO_F_IN_ORDER,
             virtio_ring::VIRTIO_RING_F_EVENT_IDX,

@@ -8,6 +8,7 @@ pub mod config_space;
 pub mod control;
 pub mod dataplane;
 pub mod device;
+pub mod dirty_log;
 pub mod dispatch;
 pub mod endpoint;
 pub mod events;

@@ -10,6 +10,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
+use crate::dirty_log::RingLog;
 use crate::memory::GuestMemory;
 use crate::notify::Notifier;
 
@@ -17,6 +18,13 @@ use crate::notify::Notifier;
 const AVAIL_NO_INTERRUPT: u16 = 1;
 /// `VRING_USED_F_NO_NOTIFY`.
 const USED_NO_NOTIFY: u16 = 1;
+
+/// Where the used ring has its flags.
+const USED_FLAGS: usize = 0;
+/// Where it has its index.
+const USED_INDEX: usize = 2;
+/// Where its elements begin, of 8 bytes each. The event index is behind them.
+const USED_ELEMENTS: usize = 4;
 
 /// The largest split virtqueue (virtio 1.2 §2.7).
 pub const MAX_SIZE: u16 = 32768;
@@ -130,6 +138,8 @@ pub struct Vring {
     /// Whether the guest was last asked to notify; `None`: not known.
     kicks_wanted: Option<bool>,
     call: Option<Notifier>,
+    /// Where writes are noted, while the front-end keeps a log.
+    log: Option<RingLog>,
 }
 
 // SAFETY: the pointers are into mappings that `memory` keeps; they may be used from any thread, one at a time.
@@ -164,7 +174,8 @@ impl Vring {
         // Each with the event index that follows the ring.
         let descriptors = locate(&memory, "descriptor", addresses.descriptors, 16, 16 * count)?;
         let available: *mut u16 = locate(&memory, "available", addresses.available, 2, 6 + 2 * count)?.cast();
-        let used: *mut u16 = locate(&memory, "used", addresses.used, 4, 6 + 8 * count)?.cast();
+        let used: *mut u16 =
+            locate(&memory, "used", addresses.used, 4, USED_ELEMENTS + 8 * count + 2)?.cast();
         let mut vring = Self {
             memory,
             descriptors: descriptors.cast(),
@@ -181,6 +192,7 @@ impl Vring {
             decided: None,
             kicks_wanted: None,
             call,
+            log: None,
         };
         let used_index = vring.used_word(1).load(Ordering::Acquire);
         vring.used_index = used_index;
@@ -193,6 +205,17 @@ impl Vring {
     pub fn set_next_available(&mut self, index: u16) {
         self.next_available = index;
         self.seen_available = index;
+    }
+
+    /// Has all writes noted in a log from now on, or no longer.
+    pub fn set_log(&mut self, log: Option<RingLog>) {
+        self.log = log;
+    }
+
+    /// Where writes are noted. Those to buffers are the caller's to note, before they are published.
+    #[inline]
+    pub fn log(&self) -> Option<&RingLog> {
+        self.log.as_ref()
     }
 
     /// The available index of the next buffer to take.
@@ -289,7 +312,7 @@ impl Vring {
     pub fn complete(&mut self, head: u16, length: u32) {
         let slot = usize::from(self.used_index & self.mask);
         // SAFETY: the used ring has `size` elements of 8 bytes after its 4 bytes of flags and index.
-        let element = unsafe { self.used.cast::<u64>().byte_add(4 + 8 * slot) };
+        let element = unsafe { self.used.cast::<u64>().byte_add(USED_ELEMENTS + 8 * slot) };
         // SAFETY: as above; the element is only 4-byte aligned.
         unsafe { element.write_unaligned(u64::from(head) | u64::from(length) << 32) };
         self.used_index = self.used_index.wrapping_add(1);
@@ -302,8 +325,12 @@ impl Vring {
         if self.published == self.used_index {
             return false;
         }
+        if self.log.is_some() {
+            self.log_elements();
+        }
         self.published = self.used_index;
         self.used_word(1).store(self.used_index, Ordering::Release);
+        self.log_used(USED_INDEX, 2);
         // The guest's wish must be read after it can see the index (virtio 1.2 §2.7.10).
         fence(Ordering::SeqCst);
         let wanted = if self.event_idx {
@@ -316,6 +343,24 @@ impl Vring {
             self.available_word(0).load(Ordering::Relaxed) & AVAIL_NO_INTERRUPT == 0
         };
         wanted && self.call_guest()
+    }
+
+    /// Notes the elements that were written since the last publication.
+    #[cold]
+    fn log_elements(&self) {
+        let count = self.used_index.wrapping_sub(self.published);
+        for nth in 0..count {
+            let slot = self.published.wrapping_add(nth) & self.mask;
+            self.log_used(USED_ELEMENTS + 8 * usize::from(slot), 8);
+        }
+    }
+
+    /// Notes a write of `length` bytes at `offset` in the used ring.
+    #[inline]
+    fn log_used(&self, offset: usize, length: usize) {
+        if let Some(log) = &self.log {
+            log.used_ring(offset, length);
+        }
     }
 
     /// Calls the guest whatever it wishes. Gives whether there is a call descriptor.
@@ -333,6 +378,7 @@ impl Vring {
             self.kicks_wanted = Some(false);
             if !self.event_idx {
                 self.used_word(0).store(USED_NO_NOTIFY, Ordering::Relaxed);
+                self.log_used(USED_FLAGS, 2);
             }
         }
     }
@@ -346,12 +392,15 @@ impl Vring {
         self.kicks_wanted = Some(true);
         if self.event_idx {
             let event = self.next_available.wrapping_add(taken);
+            let offset = USED_ELEMENTS + 8 * usize::from(self.size);
             // SAFETY: the used ring ends with 2 bytes of event index after `size` elements of 8 bytes.
-            let pointer = unsafe { self.used.byte_add(4 + 8 * usize::from(self.size)) };
+            let pointer = unsafe { self.used.byte_add(offset) };
             // SAFETY: within the mapping and 2-byte aligned; shared with the guest, hence atomic.
             unsafe { AtomicU16::from_ptr(pointer) }.store(event, Ordering::Relaxed);
+            self.log_used(offset, 2);
         } else {
             self.used_word(0).store(0, Ordering::Relaxed);
+            self.log_used(USED_FLAGS, 2);
         }
         // The wish must be visible before the index is read again (virtio 1.2 §2.7.10).
         fence(Ordering::SeqCst);

@@ -10,6 +10,7 @@
 use std::sync::Arc;
 
 use crate::dataplane::ring::{Kick, Ring};
+use crate::dirty_log::{DirtyLog, RingLog};
 use crate::features::Features;
 use crate::memory::GuestMemory;
 use crate::notify::Notifier;
@@ -24,6 +25,8 @@ pub struct VringSetup {
     pub size: Option<u16>,
     /// `SET_VRING_ADDR`.
     pub addresses: Option<RingAddresses>,
+    /// `SET_VRING_ADDR` with `VRING_F_LOG`: the guest address under which writes to the used ring are noted.
+    pub log_used: Option<u64>,
     /// `call` is to be signalled, whatever there is to tell. By the worker: an eventfd that the front-end has filled
     /// blocks who writes to it.
     pub call_due: bool,
@@ -53,7 +56,7 @@ pub struct VringSetup {
 }
 
 impl VringSetup {
-    /// Maps the vring, if it is set up whole.
+    /// Maps the vring, if it is set up whole. `log` is where its writes are to be noted.
     ///
     /// # Errors
     /// [`LayoutError`] where size and addresses do not go with the memory.
@@ -61,6 +64,7 @@ impl VringSetup {
         &mut self,
         memory: &Arc<GuestMemory>,
         features: Features,
+        log: Option<&Arc<DirtyLog>>,
     ) -> Result<Option<Ring>, LayoutError> {
         let (Some(size), Some(addresses), Some(kick)) = (self.size, self.addresses, &self.kick) else {
             return Ok(None);
@@ -72,6 +76,7 @@ impl VringSetup {
             indirect: features.has(VIRTIO_RING_F_INDIRECT_DESC),
         };
         let mut vring = Vring::new(layout, Arc::clone(memory), self.call.clone())?;
+        vring.set_log(log.map(|log| RingLog { log: Arc::clone(log), used: self.log_used }));
         if self.base_is_given {
             // Completion is in order, so a used index that is ahead of the base says how far the device got.
             let ahead = vring.published().wrapping_sub(self.base);

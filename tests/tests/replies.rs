@@ -255,6 +255,7 @@ fn only_what_can_be_served_is_offered(datapath: Datapath) {
     // session could not take along.
     let protocol = connection.get_protocol_features().unwrap();
     let expected = protocol::MQ
+        | protocol::LOG_SHMFD
         | protocol::REPLY_ACK
         | protocol::CONFIG
         | protocol::RESET_DEVICE

@@ -299,6 +299,7 @@ impl Rx {
             }
             // Lost, too short, or perhaps cut off.
             Received::Frame(_) | Received::Failed => {
+                self.log(ring, room.bytes);
                 counters.dropped.add(1);
                 return Ok(Some(0));
             }
@@ -310,6 +311,8 @@ impl Rx {
             self.deliver(ring, length, counters);
             return Ok(Some(length));
         }
+        // Whatever becomes of the frame.
+        self.log(ring, room.bytes);
         self.deliver_spilled(ring, length, room.bytes, counters)
     }
 
@@ -388,33 +391,41 @@ impl Rx {
             self.settings.accepted.judge(self.byte(net_header::FLAGS), self.byte(net_header::GSO_TYPE));
         if verdict == Verdict::Drop {
             // The chains stay; the next frame overwrites them.
+            self.log(ring, length);
             counters.dropped.add(1);
             return;
         }
         if verdict == Verdict::ClearFlags {
             self.set_byte(net_header::FLAGS, 0);
         }
-        let start = self.next;
-        let mut rest = length;
-        let mut last = 0;
+        let (mut rest, mut last, mut count) = (length, 0, 0);
         while rest > 0 {
-            last = rest.min(self.prepared[self.next].length as usize);
+            last = rest.min(self.prepared[self.next + count].length as usize);
             rest -= last;
-            self.next += 1;
+            count += 1;
         }
         if self.settings.header == net_header::LONG {
-            let buffers = u16::try_from(self.next - start).unwrap_or(u16::MAX).to_le_bytes();
-            let done = std::mem::replace(&mut self.next, start);
+            let buffers = u16::try_from(count).unwrap_or(u16::MAX).to_le_bytes();
             self.set_byte(net_header::NUM_BUFFERS, buffers[0]);
             self.set_byte(net_header::NUM_BUFFERS + 1, buffers[1]);
-            self.next = done;
         }
-        for chain in &self.prepared[start..self.next - 1] {
+        self.log(ring, length);
+        let end = self.next + count;
+        for chain in &self.prepared[self.next..end - 1] {
             ring.vring.complete(chain.head, chain.length);
         }
         // `last` is at most a chain's length, a u32.
-        ring.vring.complete(self.prepared[self.next - 1].head, u32::try_from(last).unwrap_or(u32::MAX));
+        ring.vring.complete(self.prepared[end - 1].head, u32::try_from(last).unwrap_or(u32::MAX));
+        self.next = end;
         counters.frame(length - self.settings.header);
+    }
+
+    /// Notes, while the front-end keeps a log, that the first `length` bytes of the chains at the front were written.
+    #[inline]
+    fn log(&self, ring: &Ring, length: usize) {
+        if let Some(log) = ring.vring.log() {
+            self.each_piece(0, length, |pointer, count| log.buffer(ring.vring.memory(), pointer, count));
+        }
     }
 
     /// The vector and the offset in it where byte `offset` of the chains at the front lies.

@@ -12,6 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
 
+use super::dirty_log::DirtyLog;
 use super::memory::{GuestMemory, Region};
 use super::queue::RingAddresses;
 use super::wire::{HEADER_SIZE, Message, NEED_REPLY, NO_FD, REPLY, VERSION, request, u32_at, u64_at};
@@ -147,7 +148,15 @@ impl Connection {
     /// # Errors
     /// If there is none, or another.
     pub fn ask(&self, message: &Message) -> Result<Vec<u8>> {
-        self.send(message, &[])?;
+        self.ask_with(message, &[])
+    }
+
+    /// The same, with descriptors.
+    ///
+    /// # Errors
+    /// Those of [`Self::ask`].
+    pub fn ask_with(&self, message: &Message, fds: &[BorrowedFd<'_>]) -> Result<Vec<u8>> {
+        self.send(message, fds)?;
         let reply = self.receive().with_context(|| format!("request {}", message.request))?;
         ensure!(reply.request == message.request, "{reply:?} to request {}", message.request);
         Ok(reply.payload)
@@ -287,9 +296,32 @@ impl Connection {
     /// # Errors
     /// Those of [`Self::tell`].
     pub fn set_vring_addresses(&self, index: u32, memory: &GuestMemory, rings: RingAddresses) -> Result<()> {
-        let [descriptors, used, available] =
+        self.set_logged_vring_addresses(index, memory, rings, None)
+    }
+
+    /// `SET_VRING_ADDR`, from guest addresses, with `VRING_F_LOG` where writes to the used ring are to be noted.
+    ///
+    /// # Errors
+    /// Those of [`Self::tell`].
+    pub fn set_logged_vring_addresses(
+        &self,
+        index: u32,
+        memory: &GuestMemory,
+        rings: RingAddresses,
+        log: Option<u64>,
+    ) -> Result<()> {
+        let rings =
             [rings.descriptors, rings.used, rings.available].map(|address| memory.user_address(address));
-        self.tell(&Message::vring_addresses(index, descriptors, used, available), &[])
+        self.tell(&Message::logged_vring_addresses(index, rings, log), &[])
+    }
+
+    /// `SET_LOG_BASE`
+    ///
+    /// # Errors
+    /// If there is no reply, or another.
+    pub fn set_log_base(&self, log: &DirtyLog) -> Result<()> {
+        self.ask_with(&log.message(), &[log.file()])?;
+        Ok(())
     }
 
     /// `SET_VRING_BASE`

@@ -14,6 +14,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::connection::Connection;
+use super::dirty_log::DirtyLog;
 use super::memory::{GuestMemory, SharedSlice};
 use super::net::{NetHeader, features};
 use super::queue::{Buffer, DESCRIPTOR_SIZE, DriverQueue, Used};
@@ -389,6 +390,37 @@ impl Device {
         Ok(())
     }
 
+    /// Has the back-end note what it writes from now on, in the order of QEMU's messages: the log, the feature, the
+    /// addresses. Writes to a ring's used ring are noted at the guest address that `used` gives for it, or not at all.
+    ///
+    /// # Errors
+    /// If the back-end refuses.
+    pub fn start_log(&self, log: &DirtyLog, used: impl Fn(&Ring) -> Option<u64>) -> Result<()> {
+        self.connection.set_log_base(log)?;
+        self.connection.set_features(self.options.features | features::LOG_ALL)?;
+        self.send_addresses(used)
+    }
+
+    /// Has it note nothing any more.
+    ///
+    /// # Errors
+    /// If the back-end refuses.
+    pub fn stop_log(&self) -> Result<()> {
+        self.connection.set_features(self.options.features)?;
+        self.send_addresses(|_| None)
+    }
+
+    fn send_addresses(&self, used: impl Fn(&Ring) -> Option<u64>) -> Result<()> {
+        for index in 0..2 * u32::from(self.options.queue_pairs) {
+            let ring = self.ring(index);
+            let addresses = ring.queue.addresses();
+            self.connection.set_logged_vring_addresses(index, &self.memory, addresses, used(ring))?;
+        }
+        // When this is answered, all of it has been done.
+        self.connection.get_features()?;
+        Ok(())
+    }
+
     /// Makes all receive buffers available, and kicks.
     ///
     /// # Errors
@@ -399,6 +431,18 @@ impl Device {
             self.pairs[pair].receive.kick()?;
         }
         Ok(())
+    }
+
+    /// All receive buffers' pieces: guest addresses and lengths.
+    pub fn receive_buffers(&self) -> impl Iterator<Item = (u64, usize)> {
+        let slots = self.pairs.iter().flat_map(|pair| &pair.receive.slots);
+        slots.flat_map(|slot| &slot.pieces).map(|(buffer, slice)| (buffer.address, slice.len()))
+    }
+
+    /// All used rings: guest addresses and lengths, with the event index.
+    pub fn used_rings(&self) -> impl Iterator<Item = (u64, usize)> {
+        let rings = self.pairs.iter().flat_map(|pair| [&pair.receive.queue, &pair.transmit.queue]);
+        rings.map(|queue| (queue.addresses().used, queue.raw()[2].len()))
     }
 
     /// Makes up to `count` receive buffers available that are not yet, and shows them to the device without a kick.

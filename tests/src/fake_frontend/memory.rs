@@ -10,7 +10,7 @@ use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
@@ -134,6 +134,16 @@ impl GuestMemory {
         region.place.user_address + offset
     }
 
+    /// Where a guest address is: the number of its region, and the offset in that.
+    ///
+    /// # Panics
+    /// If it is in no region.
+    pub fn offset(&self, guest_address: u64) -> (usize, usize) {
+        let (region, offset) = self.find(guest_address);
+        let number = self.regions.iter().position(|other| other.place == region.place);
+        (number.expect("one of the regions"), usize::try_from(offset).expect("an offset"))
+    }
+
     fn find(&self, guest_address: u64) -> (&Region, u64) {
         self.regions
             .iter()
@@ -215,6 +225,13 @@ impl SharedSlice {
         );
         // SAFETY: `offset` is within the slice, by the check above.
         unsafe { self.start.as_ptr().add(offset) }
+    }
+
+    /// Replaces a byte and gives what it was, in one step.
+    pub fn swap_u8(&self, offset: usize, value: u8) -> u8 {
+        let place = self.place(offset, 1);
+        // SAFETY: `place` checked it; shared with others, hence atomic.
+        unsafe { AtomicU8::from_ptr(place) }.swap(value, Ordering::SeqCst)
     }
 
     /// Copies bytes out.

@@ -36,6 +36,8 @@ pub mod features {
     pub const GUEST_ANNOUNCE: u64 = 1 << 21;
     /// `VIRTIO_NET_F_MQ`
     pub const MQ: u64 = 1 << 22;
+    /// `VHOST_F_LOG_ALL`: every page that the back-end writes is to be noted.
+    pub const LOG_ALL: u64 = 1 << 26;
     /// `VIRTIO_F_INDIRECT_DESC`
     pub const INDIRECT_DESC: u64 = 1 << 28;
     /// `VIRTIO_F_EVENT_IDX`

@@ -48,6 +48,10 @@ pub mod request {
     pub const GET_CONFIG: u32 = 24;
     /// `VHOST_USER_SET_CONFIG`
     pub const SET_CONFIG: u32 = 25;
+    /// `VHOST_USER_GET_INFLIGHT_FD`
+    pub const GET_INFLIGHT_FD: u32 = 31;
+    /// `VHOST_USER_SET_INFLIGHT_FD`
+    pub const SET_INFLIGHT_FD: u32 = 32;
     /// `VHOST_USER_RESET_DEVICE`
     pub const RESET_DEVICE: u32 = 34;
     /// `VHOST_USER_GET_MAX_MEM_SLOTS`
@@ -75,10 +79,14 @@ pub const HEADER_SIZE: usize = 12;
 pub mod protocol {
     /// `VHOST_USER_PROTOCOL_F_MQ`
     pub const MQ: u64 = 1 << 0;
+    /// `VHOST_USER_PROTOCOL_F_LOG_SHMFD`
+    pub const LOG_SHMFD: u64 = 1 << 1;
     /// `VHOST_USER_PROTOCOL_F_REPLY_ACK`
     pub const REPLY_ACK: u64 = 1 << 3;
     /// `VHOST_USER_PROTOCOL_F_CONFIG`
     pub const CONFIG: u64 = 1 << 9;
+    /// `VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD`
+    pub const INFLIGHT_SHMFD: u64 = 1 << 12;
     /// `VHOST_USER_PROTOCOL_F_RESET_DEVICE`
     pub const RESET_DEVICE: u64 = 1 << 13;
     /// `VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS`
@@ -122,8 +130,15 @@ impl Message {
 
     /// `SET_VRING_ADDR`, with addresses in the front-end's address space.
     pub fn vring_addresses(index: u32, descriptors: u64, used: u64, available: u64) -> Self {
-        let mut payload = [index.to_le_bytes(), 0u32.to_le_bytes()].concat();
-        for address in [descriptors, used, available, 0] {
+        Self::logged_vring_addresses(index, [descriptors, used, available], None)
+    }
+
+    /// The same, for descriptors, used and available ring; with `VRING_F_LOG` where writes to the used ring are to be
+    /// noted, at this guest address.
+    pub fn logged_vring_addresses(index: u32, rings: [u64; 3], log: Option<u64>) -> Self {
+        let flags = u32::from(log.is_some());
+        let mut payload = [index, flags].map(u32::to_le_bytes).concat();
+        for address in rings.into_iter().chain([log.unwrap_or(0)]) {
             payload.extend_from_slice(&address.to_le_bytes());
         }
         Self::new(request::SET_VRING_ADDR, payload)
@@ -135,6 +150,11 @@ impl Message {
         let mut payload = [count.to_le_bytes(), 0u32.to_le_bytes()].concat();
         payload.extend(regions.iter().flat_map(MemoryRegion::encode));
         Self::new(request::SET_MEM_TABLE, payload)
+    }
+
+    /// `SET_LOG_BASE`, with a log of `size` bytes at `offset` of the file that comes with it.
+    pub fn log_base(size: u64, offset: u64) -> Self {
+        Self::new(request::SET_LOG_BASE, [size, offset].map(u64::to_le_bytes).concat())
     }
 
     /// `ADD_MEM_REG` or `REM_MEM_REG`.

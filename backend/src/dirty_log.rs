@@ -1,0 +1,204 @@
+//! The log of changed pages that a front-end keeps while it migrates its guest (vhost-user: "Migration"): one bit a
+//! page of guest memory, in memory that the front-end shares.
+//!
+//! The front-end takes bits out and copies their pages at any time. So a bit is set after its page was written and
+//! before the guest can learn of it, and always: a bit that is seen set may be one that is just being taken out.
+#![expect(unsafe_code, reason = "sets bits in memory that the front-end shares")]
+
+use std::fs::File;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use crate::memory::GuestMemory;
+use crate::shared_mapping::{MappingError, SharedMapping};
+
+/// What one bit stands for (`VHOST_LOG_PAGE`).
+pub const PAGE: u64 = 0x1000;
+
+/// Why a log was not accepted, or memory beside it.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    /// The kernel would write beyond it, and we would lose pages.
+    #[error("the log of changed pages ends at guest address {log_end:#x}, memory at {memory_end:#x}")]
+    TooSmall {
+        /// The first guest address without a bit.
+        log_end: u64,
+        /// The first guest address behind all memory.
+        memory_end: u64,
+    },
+    /// It cannot be mapped.
+    #[error("cannot map the log of changed pages")]
+    Mapping(#[from] MappingError),
+}
+
+/// The log.
+#[derive(Debug)]
+pub struct DirtyLog {
+    mapping: SharedMapping,
+}
+
+impl DirtyLog {
+    /// Maps a log (`SET_LOG_BASE`): `size` bytes at `offset` of `file`.
+    ///
+    /// # Errors
+    /// [`LogError::Mapping`].
+    pub fn new(file: File, offset: u64, size: u64) -> Result<Self, LogError> {
+        Ok(Self { mapping: SharedMapping::new(file, offset, size)? })
+    }
+
+    /// Checks that there is a bit for every page of `memory`.
+    ///
+    /// # Errors
+    /// [`LogError::TooSmall`].
+    pub fn check_covers(&self, memory: &GuestMemory) -> Result<(), LogError> {
+        let (log_end, memory_end) = (self.end(), memory.end());
+        if log_end < memory_end { Err(LogError::TooSmall { log_end, memory_end }) } else { Ok(()) }
+    }
+
+    /// The first guest address without a bit.
+    fn end(&self) -> u64 {
+        (self.length() as u64).saturating_mul(8 * PAGE)
+    }
+
+    /// Where the log is mapped.
+    pub fn start(&self) -> *mut u8 {
+        self.mapping.start()
+    }
+
+    /// Its length in bytes.
+    pub fn length(&self) -> usize {
+        self.mapping.length()
+    }
+
+    /// The file that it is in.
+    pub fn file(&self) -> &File {
+        self.mapping.file()
+    }
+
+    /// Notes that `length` bytes from guest address `address` on were written. What has no bit is left out.
+    pub fn mark(&self, address: u64, length: usize) {
+        let Some(beyond) = (length as u64).checked_sub(1) else { return };
+        let last = address.saturating_add(beyond).min(self.end() - 1) / PAGE;
+        for page in address / PAGE..=last {
+            // The mapping's length is a usize.
+            let Ok(byte) = usize::try_from(page / 8) else { return };
+            // SAFETY: `last` is a page before `end`, whose bit is within the mapping.
+            let pointer = unsafe { self.start().add(byte) };
+            // SAFETY: within the mapping; shared with the front-end, hence atomic.
+            let byte = unsafe { AtomicU8::from_ptr(pointer) };
+            // After the page itself; whoever takes the bit out sees what was written.
+            byte.fetch_or(1 << (page % 8), Ordering::Release);
+        }
+    }
+}
+
+/// Where a vring's writes are noted.
+#[derive(Clone, Debug)]
+pub struct RingLog {
+    /// The log.
+    pub log: Arc<DirtyLog>,
+    /// Where the log has the used ring (`SET_VRING_ADDR`: a guest address of the front-end's choice); `None` where
+    /// writes to it are not noted (no `VRING_F_LOG`).
+    pub used: Option<u64>,
+}
+
+impl RingLog {
+    /// Notes that `length` bytes at the host pointer `pointer`, which is in one of `memory`'s regions, were written.
+    pub fn buffer(&self, memory: &GuestMemory, pointer: *const u8, length: usize) {
+        if let Some(address) = memory.guest_address(pointer) {
+            self.log.mark(address, length);
+        }
+    }
+
+    /// Notes that `length` bytes at `offset` in the used ring were written.
+    pub fn used_ring(&self, offset: usize, length: usize) {
+        if let Some(used) = self.used {
+            self.log.mark(used.saturating_add(offset as u64), length);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::RegionLayout;
+    use std::os::unix::fs::FileExt;
+
+    fn log(offset: u64, size: u64) -> (File, DirtyLog) {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(offset + size).unwrap();
+        let log = DirtyLog::new(file.try_clone().unwrap(), offset, size).unwrap();
+        (file, log)
+    }
+
+    fn bits(file: &File) -> Vec<u64> {
+        let mut bytes = vec![0; usize::try_from(file.metadata().unwrap().len()).unwrap()];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        let bits = bytes.iter().flat_map(|byte| (0..8).map(move |bit| byte >> bit & 1));
+        (0..).zip(bits).filter(|(_, bit)| *bit == 1).map(|(number, _)| number).collect()
+    }
+
+    #[test]
+    fn every_page_that_is_touched_is_marked_and_no_other() {
+        for (address, length, pages) in [
+            (0, 1, vec![0]),
+            (0xfff, 1, vec![0]),
+            (0xfff, 2, vec![0, 1]),
+            (0x7000, 0x2000, vec![7, 8]),
+            (0x9000, 0x1001, vec![9, 10]),
+            (0x5000, 0, vec![]),
+        ] {
+            let (file, log) = log(0, 16);
+            log.mark(address, length);
+            assert_eq!(bits(&file), pages, "{length} bytes at {address:#x}");
+        }
+    }
+
+    #[test]
+    fn what_was_marked_stays_marked() {
+        let (file, log) = log(0, 1);
+        log.mark(0x1000, 1);
+        log.mark(0x3000, 1);
+        log.mark(0x1000, 1);
+        assert_eq!(bits(&file), [1, 3]);
+    }
+
+    #[test]
+    fn nothing_is_marked_beyond_the_log() {
+        // The file has more behind the log, and the mapping ends with the log's page.
+        let (file, log) = log(0x1000, 2);
+        file.set_len(0x2000).unwrap();
+        log.mark(0xf000, 0x1_0000);
+        log.mark(0x1_0000, 1);
+        log.mark(u64::MAX, usize::MAX);
+        log.mark(u64::MAX - 5, 3);
+        assert_eq!(bits(&file), [8 * 0x1000 + 15]);
+    }
+
+    #[test]
+    fn a_log_has_a_bit_for_every_page_or_is_too_small() {
+        let (_file, log) = log(0, 2);
+        let memory = |size| {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(size).unwrap();
+            let layout = RegionLayout { guest_address: 0x8000, size, user_address: 0, file_offset: 0 };
+            GuestMemory::map([(layout, file)]).unwrap()
+        };
+        log.check_covers(&GuestMemory::default()).unwrap();
+        log.check_covers(&memory(0x8000)).unwrap();
+        let error = log.check_covers(&memory(0x8001)).unwrap_err();
+        assert!(matches!(error, LogError::TooSmall { log_end: 0x1_0000, memory_end: 0x1_0001 }));
+    }
+
+    #[test]
+    fn a_log_that_is_not_in_its_file_is_refused() {
+        let refused = |offset, size| {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(0x2000).unwrap();
+            DirtyLog::new(file, offset, size).unwrap_err()
+        };
+        for (offset, size) in [(0, 0x2001), (0x2000, 1), (1, 1), (0, 0), (u64::MAX, 1), (0, u64::MAX)] {
+            assert!(matches!(refused(offset, size), LogError::Mapping(_)), "{size} bytes at {offset}");
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! The log of changed pages that a front-end shares while it migrates its guest (vhost-user: "Migration").
+
+use std::collections::BTreeSet;
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use super::memory::{GuestMemory, Region, SharedSlice};
+use super::wire::{MemoryRegion, Message};
+
+/// What one bit stands for.
+pub const PAGE: u64 = 4096;
+
+/// A log in a file of its own.
+#[derive(Debug)]
+pub struct DirtyLog {
+    region: Region,
+    bits: SharedSlice,
+}
+
+impl DirtyLog {
+    /// A log that has a bit for every page of `memory`, and some more.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn new(memory: &GuestMemory) -> io::Result<Self> {
+        let ends = memory.regions().iter().map(|region| region.place.guest_address + region.place.size);
+        Self::with_size(ends.max().unwrap_or(0).div_ceil(8 * PAGE) + 8)
+    }
+
+    /// A log of `size` bytes, which are not the first of its file.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn with_size(size: u64) -> io::Result<Self> {
+        let region =
+            Region::new(MemoryRegion { guest_address: 0, size, user_address: 0, file_offset: PAGE })?;
+        let length = usize::try_from(size).map_err(io::Error::other)?;
+        let bits = GuestMemory::from_regions(vec![region.clone()])?.slice(0, length);
+        Ok(Self { region, bits })
+    }
+
+    /// The `SET_LOG_BASE` that it goes with.
+    pub fn message(&self) -> Message {
+        Message::log_base(self.region.place.size, self.region.place.file_offset)
+    }
+
+    /// Its file.
+    pub fn file(&self) -> BorrowedFd<'_> {
+        self.region.file()
+    }
+
+    /// Cuts its file off. It must not be touched afterwards.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn truncate(&self) -> io::Result<()> {
+        self.region.truncate(0)
+    }
+
+    /// Takes the pages that were marked, by their numbers: none of them is marked any more.
+    pub fn take(&self) -> BTreeSet<u64> {
+        let mut pages = BTreeSet::new();
+        for (first, &seen) in (0u64..).step_by(8).zip(&self.bits.to_vec()) {
+            if seen == 0 {
+                continue;
+            }
+            let offset = usize::try_from(first / 8).expect("within the log");
+            let byte = self.bits.swap_u8(offset, 0);
+            pages.extend((first..first + 8).filter(|page| byte >> (page % 8) & 1 != 0));
+        }
+        pages
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_is_taken_once() {
+        let log = DirtyLog::with_size(16).unwrap();
+        log.bits.write(0, &[0x81, 0, 1]);
+        assert_eq!(log.take(), BTreeSet::from([0, 7, 16]));
+        assert_eq!(log.take(), BTreeSet::new());
+    }
+}
