@@ -55,6 +55,11 @@ impl DirtyLog {
         if log_end < memory_end { Err(LogError::TooSmall { log_end, memory_end }) } else { Ok(()) }
     }
 
+    /// Whether there is a bit for each of `length` bytes from guest address `address` on.
+    pub fn covers(&self, address: u64, length: u64) -> bool {
+        address.checked_add(length).is_some_and(|end| end <= self.end())
+    }
+
     /// The first guest address without a bit.
     fn end(&self) -> u64 {
         (self.length() as u64).saturating_mul(8 * PAGE)
@@ -108,6 +113,12 @@ impl RingLog {
         if let Some(address) = memory.guest_address(pointer) {
             self.log.mark(address, length);
         }
+    }
+
+    /// Where the log has a used ring of `length` bytes, if writes to it are noted and there are bits for them all: the
+    /// kernel, which does not look, must not be told of another place.
+    pub fn covered_used_ring(&self, length: usize) -> Option<u64> {
+        self.used.filter(|address| self.log.covers(*address, length as u64))
     }
 
     /// Notes that `length` bytes at `offset` in the used ring were written.

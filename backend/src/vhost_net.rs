@@ -15,14 +15,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vhost::VhostBackend;
-use vhost::vhost_kern::vhost_binding::vhost_vring_addr;
+use vhost::vhost_kern::vhost_binding::{VHOST_VRING_F_LOG, vhost_vring_addr};
 use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use self::kernel::{Kernel, Wire, io_error};
 use crate::dataplane::pair::Side;
-use crate::features::Features;
+use crate::dirty_log::DirtyLog;
+use crate::features::{Features, LOG_ALL};
 use crate::inherited::claim;
 use crate::memory::GuestMemory;
 use crate::notify::Notifier;
@@ -35,7 +36,8 @@ const MAX_REGIONS: &str = "/sys/module/vhost/parameters/max_mem_regions";
 /// What it takes unless it says otherwise.
 const USUAL_MAX_REGIONS: usize = 64;
 /// The features that whoever moves the frames must know of; the TAP and the guest settle the others.
-const RING_FEATURES: [u32; 5] = [
+const RING_FEATURES: [u32; 6] = [
+    LOG_ALL,
     VIRTIO_NET_F_MRG_RXBUF,
     VIRTIO_RING_F_INDIRECT_DESC,
     VIRTIO_RING_F_EVENT_IDX,
@@ -82,8 +84,8 @@ pub struct VhostNet {
     /// What the kernel can do.
     features: Features,
     owned: bool,
-    /// The memory that the kernel uses while a ring runs.
-    memory: Option<Arc<GuestMemory>>,
+    /// What the kernel reads and writes while a ring runs.
+    mapped: Option<(Arc<GuestMemory>, Option<Arc<DirtyLog>>)>,
     running: [bool; 2],
 }
 
@@ -164,7 +166,7 @@ impl VhostNet {
     }
 
     fn new(kernel: Kernel, features: u64) -> Self {
-        Self { kernel, features: Features(features), owned: false, memory: None, running: [false; 2] }
+        Self { kernel, features: Features(features), owned: false, mapped: None, running: [false; 2] }
     }
 
     /// What of `offer` can be offered if the kernel moves the frames.
@@ -194,18 +196,21 @@ impl VhostNet {
     }
 
     fn try_start(&mut self, side: Side, vring: &Vring, start: &Start<'_>) -> io::Result<()> {
-        self.configure(start.features, vring.shared_memory())?;
+        let log = vring.log();
+        self.configure(start.features, vring.shared_memory(), log.map(|log| &log.log))?;
         let ring = number(side);
         let index = slot(side);
         self.kernel.set_vring_num(index, vring.size()).map_err(io_error)?;
         self.kernel.set_vring_base(index, vring.next_available()).map_err(io_error)?;
         let [descriptors, available, used] = vring.host_addresses();
+        let used_logged_at = log.and_then(|log| log.covered_used_ring(vring.used_length()));
         self.kernel.set_addresses(&vhost_vring_addr {
             index: ring,
+            flags: if used_logged_at.is_some() { 1 << VHOST_VRING_F_LOG } else { 0 },
+            log_guest_addr: used_logged_at.unwrap_or_default(),
             desc_user_addr: descriptors,
             avail_user_addr: available,
             used_user_addr: used,
-            ..vhost_vring_addr::default()
         })?;
         self.kernel.connect(ring, Wire::Error, start.error.map(AsFd::as_fd))?;
         self.kernel.connect(ring, Wire::Call, vring.call().map(AsFd::as_fd))?;
@@ -215,15 +220,28 @@ impl VhostNet {
     }
 
     /// What both rings share. While one of them runs it is as the other needs it: a change stops both.
-    fn configure(&mut self, features: Features, memory: &Arc<GuestMemory>) -> io::Result<()> {
+    fn configure(
+        &mut self,
+        features: Features,
+        memory: &Arc<GuestMemory>,
+        log: Option<&Arc<DirtyLog>>,
+    ) -> io::Result<()> {
         if self.running.contains(&true) {
             return Ok(());
         }
         self.own()?;
+        self.mapped = Some((Arc::clone(memory), log.cloned()));
         let regions: Vec<_> = memory.vhost_regions().collect();
         self.kernel.set_mem_table(&regions).map_err(io_error)?;
-        self.memory = Some(Arc::clone(memory));
-        self.kernel.set_features(features.0 & self.features.0).map_err(io_error)
+        let mut features = Features(features.0 & self.features.0);
+        match log {
+            Some(log) => {
+                self.kernel.set_log_base(log.start() as usize as u64, None).map_err(io_error)?;
+            }
+            // Without a log the kernel would write to wherever the last one was.
+            None => features = features.without(LOG_ALL),
+        }
+        self.kernel.set_features(features.0).map_err(io_error)
     }
 
     fn own(&mut self) -> io::Result<()> {
@@ -245,7 +263,7 @@ impl VhostNet {
         let base = self.kernel.get_vring_base(slot(side)).map_err(io_error)?;
         self.disconnect(side);
         if !self.running.contains(&true) {
-            self.memory = None;
+            self.mapped = None;
         }
         // A split ring's index has 16 bits.
         u16::try_from(base).map_err(io::Error::other)

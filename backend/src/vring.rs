@@ -174,8 +174,7 @@ impl Vring {
         // Each with the event index that follows the ring.
         let descriptors = locate(&memory, "descriptor", addresses.descriptors, 16, 16 * count)?;
         let available: *mut u16 = locate(&memory, "available", addresses.available, 2, 6 + 2 * count)?.cast();
-        let used: *mut u16 =
-            locate(&memory, "used", addresses.used, 4, USED_ELEMENTS + 8 * count + 2)?.cast();
+        let used: *mut u16 = locate(&memory, "used", addresses.used, 4, used_length(count))?.cast();
         let mut vring = Self {
             memory,
             descriptors: descriptors.cast(),
@@ -226,6 +225,11 @@ impl Vring {
     /// The used index that the guest sees.
     pub fn published(&self) -> u16 {
         self.published
+    }
+
+    /// Length of the used ring in bytes, with the event index.
+    pub fn used_length(&self) -> usize {
+        used_length(usize::from(self.size))
     }
 
     /// Whether a device has worked on this ring before: something was used, or the guest was told not to notify.
@@ -426,6 +430,10 @@ impl Vring {
         // SAFETY: within the mapping that `memory` keeps, and aligned; shared with the guest, hence atomic.
         unsafe { AtomicU16::from_ptr(pointer) }
     }
+}
+
+fn used_length(size: usize) -> usize {
+    USED_ELEMENTS + 8 * size + 2
 }
 
 fn locate(

@@ -6,13 +6,23 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use baton_tests::backend::{Rig, TAP};
+use baton_tests::datapath::Datapath;
 use baton_tests::fake_frontend::device::Ring;
 use baton_tests::fake_frontend::dirty_log::PAGE;
 use baton_tests::fake_frontend::net::GSO_TCPV4;
 use baton_tests::fake_frontend::wire::protocol;
 use baton_tests::fake_frontend::{Device, DirtyLog, GuestMemory, NetHeader, Options, Region, features};
 use baton_tests::frames::{self, Network, Transport};
-use baton_tests::netns;
+use baton_tests::{netns, on_both_datapaths};
+
+on_both_datapaths! {
+    every_page_that_changed_is_marked,
+    every_page_of_a_large_segment_is_marked,
+    the_used_rings_are_marked_only_where_asked_for_and_where_they_are_said_to_be,
+    nothing_is_marked_before_it_is_asked_for_nor_after,
+    a_copy_made_by_the_log_under_traffic_misses_nothing,
+    a_log_that_is_too_small_is_refused,
+}
 
 const BASIC: u64 = features::PROTOCOL_FEATURES | features::VERSION_1;
 /// A page that is no memory, in the gap between the regions.
@@ -83,9 +93,8 @@ fn receive_one(
     (changed, marked)
 }
 
-#[test]
-fn every_page_that_changed_is_marked() {
-    let mut rig = Rig::new(1, &[]).unwrap();
+fn every_page_that_changed_is_marked(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     netns::set_mtu(TAP, 9000).unwrap();
     let merge = BASIC | features::MRG_RXBUF;
     let short = features::PROTOCOL_FEATURES;
@@ -114,14 +123,15 @@ fn every_page_that_changed_is_marked() {
             let (changed, marked) = receive_one(&rig, &mut device, &log, &NetHeader::default(), &frame);
             let case = format!("features {features:#x}, pieces {pieces:?}, frame of {length}");
             assert!(changed.len() >= length / 4096, "{case}: only {changed:?} changed");
-            assert_eq!(changed, marked, "{case}");
+            assert!(changed.is_subset(&marked), "{case}: {changed:x?} changed, {marked:x?} are marked");
+            // The kernel writes, and notes, the used ring's flags whenever it is given a ring.
+            assert!(changed == marked || datapath == Datapath::VhostNet, "{case}: {changed:x?}, {marked:x?}");
         }
     }
 }
 
-#[test]
-fn every_page_of_a_large_segment_is_marked() {
-    let mut rig = Rig::new(1, &[]).unwrap();
+fn every_page_of_a_large_segment_is_marked(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let payload: Vec<u8> = (0..60_000u32).map(|number| number.to_le_bytes()[0] ^ 0x55).collect();
     let segment = frames::segment(Network::V4, Transport::Tcp, &payload);
     let header = segment.header(GSO_TCPV4, 1400);
@@ -134,14 +144,13 @@ fn every_page_of_a_large_segment_is_marked() {
         for _ in 0..3 {
             let (changed, marked) = receive_one(&rig, &mut device, &log, &header, &segment.bytes);
             assert!(changed.len() >= 15, "only {changed:?} changed");
-            assert_eq!(changed, marked);
+            assert!(changed.is_subset(&marked), "{changed:x?} changed, {marked:x?} are marked");
         }
     }
 }
 
-#[test]
-fn the_used_rings_are_marked_only_where_asked_for_and_where_they_are_said_to_be() {
-    let mut rig = Rig::new(1, &[]).unwrap();
+fn the_used_rings_are_marked_only_where_asked_for_and_where_they_are_said_to_be(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     for extra in [0, features::EVENT_IDX] {
         let mut device = rig.device(options(BASIC | extra)).unwrap();
         let log = DirtyLog::new(&device.memory).unwrap();
@@ -169,9 +178,8 @@ fn the_used_rings_are_marked_only_where_asked_for_and_where_they_are_said_to_be(
     }
 }
 
-#[test]
-fn nothing_is_marked_before_it_is_asked_for_nor_after() {
-    let mut rig = Rig::new(1, &[]).unwrap();
+fn nothing_is_marked_before_it_is_asked_for_nor_after(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = rig.device(options(BASIC | features::MRG_RXBUF)).unwrap();
     let log = DirtyLog::new(&device.memory).unwrap();
     let traffic = |rig: &mut Rig, device: &mut Device| {
@@ -217,9 +225,10 @@ fn nothing_is_marked_before_it_is_asked_for_nor_after() {
     assert_ne!(log.take(), BTreeSet::new());
 }
 
+// The kernel waits for ever for room that a frame too large for the ring will never have.
 #[test]
 fn a_frame_that_is_not_delivered_has_its_pages_marked_too() {
-    let mut rig = Rig::new(1, &[]).unwrap();
+    let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
     let pieces = vec![200];
     for merge in [0, features::MRG_RXBUF] {
         // The frame that is dropped overwrites what the next one is checked against: no canaries.
@@ -246,9 +255,8 @@ fn a_frame_that_is_not_delivered_has_its_pages_marked_too() {
 
 /// What a front-end does that migrates a guest: copies all memory, then what was marked meanwhile, again and again,
 /// and the last time when the device is stopped. The copy must have all that the back-end wrote.
-#[test]
-fn a_copy_made_by_the_log_under_traffic_misses_nothing() {
-    let mut rig = Rig::new(1, &[]).unwrap();
+fn a_copy_made_by_the_log_under_traffic_misses_nothing(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     netns::set_mtu(TAP, 9000).unwrap();
     for features in [BASIC, BASIC | features::MRG_RXBUF | features::EVENT_IDX] {
         // No canaries: from now on only the back-end writes to the receive buffers.
@@ -292,9 +300,8 @@ fn copy_marked(memory: &GuestMemory, log: &DirtyLog, copy: &mut [Vec<u8>]) {
     }
 }
 
-#[test]
-fn a_log_that_is_too_small_is_refused() {
-    let mut rig = Rig::new(1, &[]).unwrap();
+fn a_log_that_is_too_small_is_refused(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let end = |memory: &GuestMemory| {
         let last = memory.regions().last().unwrap().place;
         (last.guest_address + last.size).div_ceil(8 * PAGE)
@@ -349,9 +356,10 @@ fn a_log_that_is_too_small_is_refused() {
     rig.backend.check_healthy().unwrap();
 }
 
+// The kernel's marks just fail then.
 #[test]
 fn a_log_whose_file_is_cut_off_ends_the_session_only() {
-    let mut rig = Rig::new(1, &[]).unwrap();
+    let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
     let mut device = rig.device(options(BASIC)).unwrap();
     let log = DirtyLog::new(&device.memory).unwrap();
     device.start_log(&log, used_ring).unwrap();

@@ -543,11 +543,10 @@ impl Device {
         ensure!(frame.len() >= header_length, "a buffer of {} bytes: less than a header", frame.len());
         let header = NetHeader::decode(&frame[..header_length]);
         post(ring, &self.memory, slot, self.options.canaries)?;
-        let buffers = if header_length == 10 { 1 } else { header.num_buffers };
+        // Without mergeable buffers a driver does not look at the number, which older kernels' vhost-net leaves unset.
+        let mergeable = self.options.features & features::MRG_RXBUF != 0;
+        let buffers = if mergeable { header.num_buffers } else { 1 };
         ensure!(buffers >= 1, "a frame in no buffers");
-        if self.options.features & features::MRG_RXBUF == 0 {
-            ensure!(buffers == 1, "a frame in {buffers} buffers without MRG_RXBUF");
-        }
         for number in 1..buffers {
             let used = ring.queue.pop();
             let Some(used) = used else { bail!("buffer {number} of a frame's {buffers} is not there") };
