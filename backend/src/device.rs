@@ -16,6 +16,7 @@ use crate::dataplane::rx::RxSettings;
 use crate::dataplane::worker::{Worker, WorkerFailure};
 use crate::dirty_log::{DirtyLog, LogError};
 use crate::features::{Features, LOG_ALL, Offer};
+use crate::inflight::InflightRegion;
 use crate::log_limit;
 use crate::mailbox::Mailer;
 use crate::memory::{GuestMemory, MAX_REGIONS};
@@ -24,7 +25,7 @@ use crate::net_header::{self, Accepted};
 use crate::tap::{Offloads, Tap, TapError};
 use crate::vhost_net::{self, VhostNet};
 use crate::vring::LayoutError;
-use crate::vring_setup::VringSetup;
+use crate::vring_setup::{Surroundings, VringSetup};
 
 /// What the operator decided about the device.
 #[derive(Clone, Copy, Debug, Default)]
@@ -48,6 +49,8 @@ pub struct SessionState {
     pub memory: Arc<GuestMemory>,
     /// `SET_LOG_BASE`: where to note what was written, while [`Self::active_log`] gives it.
     pub log: Option<Arc<DirtyLog>>,
+    /// `SET_INFLIGHT_FD`: where to note which chains were taken.
+    pub inflight: Option<Arc<InflightRegion>>,
     /// The vrings: 2n receives, 2n + 1 transmits.
     pub vrings: Vec<VringSetup>,
 }
@@ -255,7 +258,9 @@ impl Device {
         let failed = |source| DeviceError::Dataplane { pair, source };
         let header = self.header_size();
         let log = self.session.active_log().cloned();
-        let SessionState { features, memory, vrings, .. } = &mut self.session;
+        let SessionState { features, memory, vrings, inflight, .. } = &mut self.session;
+        let surroundings =
+            Surroundings { memory, features: *features, log: log.as_ref(), inflight: inflight.as_ref() };
         let worker = self.workers[pair].park().ok_or(DeviceError::Dead(pair))?;
         worker.rx.settings = RxSettings {
             header,
@@ -267,7 +272,7 @@ impl Device {
             kernel.features = *features;
         }
         for (side, vring) in sides(pair) {
-            match vrings[vring].activate(memory, *features, log.as_ref()) {
+            match vrings[vring].activate(vring, surroundings) {
                 Ok(Some(ring)) => worker.put_ring(side, ring).map_err(failed)?,
                 Ok(None) => {}
                 Err(error) => {

@@ -21,6 +21,7 @@ use crate::dataplane::ring::Kick;
 use crate::device::{Device, DeviceError, SessionState};
 use crate::dirty_log::{DirtyLog, LogError};
 use crate::features::{Features, PROTOCOL_FEATURES};
+use crate::inflight::{self, InflightError, InflightRegion};
 use crate::memory::{GuestMemory, MemoryError, RegionLayout};
 use crate::notify::{Notifier, NotifierError};
 use crate::vring::{self, LayoutError, RingAddresses, Vring, VringLayout};
@@ -63,6 +64,9 @@ pub enum Rejection {
     /// No log that can be kept.
     #[error(transparent)]
     Log(#[from] LogError),
+    /// No inflight region that can be kept.
+    #[error(transparent)]
+    Inflight(#[from] InflightError),
     /// The configuration space cannot be written, or ends before.
     #[error("no such part of the configuration space")]
     Config,
@@ -87,6 +91,7 @@ pub fn protocol_offer(_: &Device) -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::LOG_SHMFD
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::CONFIG
+        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
         | VhostUserProtocolFeatures::RESET_DEVICE
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
 }
@@ -177,6 +182,7 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
                     *vring = Default::default();
                 }
                 session.log = None;
+                session.inflight = None;
             })?;
             device.set_features(Features::default())?;
             Ok(())
@@ -372,12 +378,26 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
         self.refuse("SHARED_OBJECT")
     }
 
-    fn get_inflight_fd(&mut self, _: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        self.refuse("INFLIGHT_SHMFD")
+    fn get_inflight_fd(&mut self, wanted: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        self.request(|device| {
+            let (queues, entries) = (wanted.num_queues, wanted.queue_size);
+            if usize::from(queues) > 2 * device.pairs() {
+                return Err(Rejection::Index(u32::from(queues) - 1));
+            }
+            if entries > vring::MAX_SIZE {
+                return Err(LayoutError::Size(u32::from(entries)).into());
+            }
+            let (file, size) = inflight::create(queues, entries)?;
+            Ok((VhostUserInflight::new(size, 0, queues, entries), file))
+        })
     }
 
-    fn set_inflight_fd(&mut self, _: &VhostUserInflight, _: File) -> Result<()> {
-        self.refuse("INFLIGHT_SHMFD")
+    fn set_inflight_fd(&mut self, given: &VhostUserInflight, file: File) -> Result<()> {
+        self.request(|device| {
+            let VhostUserInflight { mmap_size, mmap_offset, num_queues, queue_size } = *given;
+            let region = InflightRegion::new(file, mmap_offset, mmap_size, num_queues, queue_size)?;
+            Ok(device.change(.., |session| session.inflight = Some(Arc::new(region)))?)
+        })
     }
 
     fn get_max_mem_slots(&mut self) -> Result<u64> {

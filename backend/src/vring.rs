@@ -7,10 +7,12 @@
 //! the used index alone says how far the device is.
 #![expect(unsafe_code, reason = "reads and writes rings in memory that is shared with the guest")]
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
 use crate::dirty_log::RingLog;
+use crate::inflight::{self, InflightQueue};
 use crate::memory::GuestMemory;
 use crate::notify::Notifier;
 
@@ -140,6 +142,10 @@ pub struct Vring {
     call: Option<Notifier>,
     /// Where writes are noted, while the front-end keeps a log.
     log: Option<RingLog>,
+    /// Where chains are noted, where the front-end keeps a region for that.
+    inflight: Option<InflightQueue>,
+    /// Chains that a back-end before us took and did not give back. They come in place of the next available ones.
+    resubmitted: VecDeque<u16>,
 }
 
 // SAFETY: the pointers are into mappings that `memory` keeps; they may be used from any thread, one at a time.
@@ -192,6 +198,8 @@ impl Vring {
             kicks_wanted: None,
             call,
             log: None,
+            inflight: None,
+            resubmitted: VecDeque::new(),
         };
         let used_index = vring.used_word(1).load(Ordering::Acquire);
         vring.used_index = used_index;
@@ -209,6 +217,26 @@ impl Vring {
     /// Has all writes noted in a log from now on, or no longer.
     pub fn set_log(&mut self, log: Option<RingLog>) {
         self.log = log;
+    }
+
+    /// Has all chains noted in `inflight` from now on. What that says to have been in flight is taken first, from the
+    /// used index on; otherwise the next available index stays as it is.
+    pub fn set_inflight(&mut self, mut inflight: InflightQueue) {
+        let available = self.available_word(1).load(Ordering::Acquire);
+        self.resubmitted = inflight.recover(self.published, available).into();
+        if !self.resubmitted.is_empty() {
+            self.set_next_available(self.published);
+        }
+        self.inflight = Some(inflight);
+    }
+
+    /// The available index from which on the driver's chains have not been taken. Behind [`Self::next_available`]
+    /// there may be resubmitted ones; where these are the ring's own next ones, they are still available.
+    pub fn base(&self) -> u16 {
+        let in_order = (0..).zip(&self.resubmitted).all(|(nth, head)| self.available_head(nth) == *head);
+        let resubmitted = if in_order { 0 } else { self.resubmitted.len() };
+        // At most the ring's size.
+        self.next_available.wrapping_add(u16::try_from(resubmitted).unwrap_or_default())
     }
 
     /// Where writes are noted. Those to buffers are the caller's to note, before they are published.
@@ -232,9 +260,12 @@ impl Vring {
         used_length(usize::from(self.size))
     }
 
-    /// Whether a device has worked on this ring before: something was used, or the guest was told not to notify.
+    /// Whether a device has worked on this ring before: something was used or is in flight, or the guest was told not
+    /// to notify.
     pub fn was_in_use(&self) -> bool {
-        self.published != 0 || self.used_word(0).load(Ordering::Acquire) & USED_NO_NOTIFY != 0
+        self.published != 0
+            || !self.resubmitted.is_empty()
+            || self.used_word(0).load(Ordering::Acquire) & USED_NO_NOTIFY != 0
     }
 
     /// Number of descriptors.
@@ -293,9 +324,16 @@ impl Vring {
     /// [`RingError::Head`].
     #[inline]
     pub fn head(&self, nth: u16) -> Result<u16, RingError> {
-        let slot = self.next_available.wrapping_add(nth) & self.mask;
-        let head = self.available_word(2 + usize::from(slot)).load(Ordering::Relaxed);
+        let resubmitted = self.resubmitted.get(usize::from(nth));
+        let head = resubmitted.copied().unwrap_or_else(|| self.available_head(nth));
         if head < self.size { Ok(head) } else { Err(RingError::Head { head, size: self.size }) }
+    }
+
+    /// What the available ring has at its `nth` place from `next_available` on.
+    #[inline]
+    fn available_head(&self, nth: u16) -> u16 {
+        let slot = self.next_available.wrapping_add(nth) & self.mask;
+        self.available_word(2 + usize::from(slot)).load(Ordering::Relaxed)
     }
 
     /// Descriptor `index` of the table; `None` beyond it.
@@ -319,6 +357,11 @@ impl Vring {
         let element = unsafe { self.used.cast::<u64>().byte_add(USED_ELEMENTS + 8 * slot) };
         // SAFETY: as above; the element is only 4-byte aligned.
         unsafe { element.write_unaligned(u64::from(head) | u64::from(length) << 32) };
+        inflight::step();
+        let resubmitted = self.resubmitted.pop_front().is_some();
+        if let Some(inflight) = &mut self.inflight {
+            inflight.complete(head, resubmitted);
+        }
         self.used_index = self.used_index.wrapping_add(1);
         self.next_available = self.next_available.wrapping_add(1);
     }
@@ -334,7 +377,11 @@ impl Vring {
         }
         self.published = self.used_index;
         self.used_word(1).store(self.used_index, Ordering::Release);
+        inflight::step();
         self.log_used(USED_INDEX, 2);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.published(self.published);
+        }
         // The guest's wish must be read after it can see the index (virtio 1.2 §2.7.10).
         fence(Ordering::SeqCst);
         let wanted = if self.event_idx {

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use crate::dataplane::ring::{Kick, Ring};
 use crate::dirty_log::{DirtyLog, RingLog};
 use crate::features::Features;
+use crate::inflight::{InflightQueue, InflightRegion};
 use crate::memory::GuestMemory;
 use crate::notify::Notifier;
 use crate::vring::{LayoutError, RingAddresses, Vring, VringLayout};
@@ -55,17 +56,30 @@ pub struct VringSetup {
     pub paused: bool,
 }
 
+/// What all vrings of a session are mapped with.
+#[derive(Clone, Copy, Debug)]
+pub struct Surroundings<'a> {
+    /// Shared memory.
+    pub memory: &'a Arc<GuestMemory>,
+    /// Virtio features.
+    pub features: Features,
+    /// Where writes are to be noted.
+    pub log: Option<&'a Arc<DirtyLog>>,
+    /// Where chains are to be noted.
+    pub inflight: Option<&'a Arc<InflightRegion>>,
+}
+
 impl VringSetup {
-    /// Maps the vring, if it is set up whole. `log` is where its writes are to be noted.
+    /// Maps the vring, if it is set up whole; it is number `index`.
     ///
     /// # Errors
     /// [`LayoutError`] where size and addresses do not go with the memory.
     pub fn activate(
         &mut self,
-        memory: &Arc<GuestMemory>,
-        features: Features,
-        log: Option<&Arc<DirtyLog>>,
+        index: usize,
+        surroundings: Surroundings<'_>,
     ) -> Result<Option<Ring>, LayoutError> {
+        let Surroundings { memory, features, log, inflight } = surroundings;
         let (Some(size), Some(addresses), Some(kick)) = (self.size, self.addresses, &self.kick) else {
             return Ok(None);
         };
@@ -86,6 +100,9 @@ impl VringSetup {
             self.base_is_given = false;
         }
         vring.set_next_available(self.base);
+        if let Some(inflight) = inflight.and_then(|region| InflightQueue::new(region, index, size)) {
+            vring.set_inflight(inflight);
+        }
         // A ring in use may get no further kick. But a front-end that comes back enables it last, and what waits in a
         // transmit ring is not to be discarded until then, nor are kicks that the last back-end left to start it.
         let in_use = self.base != 0 || self.resumes || vring.was_in_use();
@@ -106,7 +123,7 @@ impl VringSetup {
 
     /// Notes where a ring is that was taken out of its worker.
     pub fn deactivate(&mut self, ring: &Ring) {
-        self.base = ring.vring.next_available();
+        self.base = ring.vring.base();
         self.base_is_given = false;
         self.started = ring.started;
         self.broken = ring.broken;

@@ -251,13 +251,13 @@ fn only_what_can_be_served_is_offered(datapath: Datapath) {
     assert_eq!(features & expected, expected, "{features:#x}");
     // No address and no MTU, as the operator gave none.
     assert_eq!(features & (features::MAC | features::MTU), 0, "{features:#x}");
-    // No in-flight region, as completion is in order; no RARP, as the guest announces itself; nothing that the
-    // session could not take along.
+    // No RARP, as the guest announces itself; nothing that the session could not take along.
     let protocol = connection.get_protocol_features().unwrap();
     let expected = protocol::MQ
         | protocol::LOG_SHMFD
         | protocol::REPLY_ACK
         | protocol::CONFIG
+        | protocol::INFLIGHT_SHMFD
         | protocol::RESET_DEVICE
         | protocol::CONFIGURE_MEM_SLOTS;
     assert_eq!(protocol, expected, "{protocol:#x}");

@@ -1,0 +1,315 @@
+//! The region in which a back-end notes which descriptor chains it has, so that the next one knows after a crash
+//! (vhost-user: "Inflight I/O tracking", split virtqueues). The front-end keeps it, and may write anything to it.
+//!
+//! Completion is in order and a chain is ours only within a batch, so what we leave behind is always a part of what
+//! is available, which the used index tells as well. Another back-end may have left chains out of order; they are
+//! *resubmitted*: taken before what else is available. A region that makes no sense is begun anew.
+//!
+//! ```text
+//!   for each chain:    counter, inflight = 1, next = last_batch_head, last_batch_head = head
+//!   for a whole batch: used ring's idx; then inflight = 0 for each chain; then used_idx = idx
+//! ```
+//! A kill between any two of these stores is repaired by [`InflightQueue::recover`].
+#![expect(unsafe_code, reason = "notes chains in memory that the front-end shares")]
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
+
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use crate::log_limit;
+use crate::shared_mapping::{MappingError, SharedMapping};
+
+/// The only version of the layout.
+const VERSION: u16 = 1;
+/// Bytes before the first chain: `features`, `version`, `desc_num`, `last_batch_head`, `used_idx`.
+const HEADER: usize = 16;
+/// Bytes of a chain's state: `inflight`, padding, `next`, `counter`.
+const STATE: usize = 16;
+/// Each queue's part begins at a multiple of this.
+const ALIGNMENT: u64 = 64;
+
+/// Why a region was not accepted.
+#[derive(Debug, thiserror::Error)]
+pub enum InflightError {
+    /// It has no room for what it is to hold.
+    #[error("an inflight region of {size} bytes for {queues} queues of {entries}, which need {needed}")]
+    TooSmall {
+        /// Its size.
+        size: u64,
+        /// The number of queues.
+        queues: u16,
+        /// The descriptors of each.
+        entries: u16,
+        /// What they need.
+        needed: u64,
+    },
+    /// It cannot be mapped.
+    #[error("cannot map the inflight region")]
+    Mapping(#[from] MappingError),
+    /// It cannot be made.
+    #[error("cannot make an inflight region")]
+    Create(#[source] io::Error),
+}
+
+/// The bytes of one queue's part.
+fn part(entries: u16) -> u64 {
+    ((HEADER + STATE * usize::from(entries)) as u64).next_multiple_of(ALIGNMENT)
+}
+
+/// The bytes of a whole region.
+fn whole(queues: u16, entries: u16) -> u64 {
+    // At most 2^16 times 2^20 bytes.
+    u64::from(queues) * part(entries)
+}
+
+/// Makes a region for a front-end to keep (`GET_INFLIGHT_FD`): a file that cannot change its size, and that size.
+///
+/// # Errors
+/// [`InflightError::Create`].
+pub fn create(queues: u16, entries: u16) -> Result<(File, u64), InflightError> {
+    let size = whole(queues, entries);
+    let make = || -> io::Result<File> {
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        let file = File::from(memfd_create("inflight", flags)?);
+        file.set_len(size)?;
+        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+        fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
+        Ok(file)
+    };
+    Ok((make().map_err(InflightError::Create)?, size))
+}
+
+/// A region that the front-end gave (`SET_INFLIGHT_FD`).
+#[derive(Debug)]
+pub struct InflightRegion {
+    mapping: SharedMapping,
+    queues: u16,
+    entries: u16,
+}
+
+impl InflightRegion {
+    /// Maps a region of `size` bytes at `offset` of `file`, for `queues` queues of `entries` descriptors.
+    ///
+    /// # Errors
+    /// [`InflightError`].
+    pub fn new(file: File, offset: u64, size: u64, queues: u16, entries: u16) -> Result<Self, InflightError> {
+        let needed = whole(queues, entries);
+        if size < needed {
+            return Err(InflightError::TooSmall { size, queues, entries, needed });
+        }
+        Ok(Self { mapping: SharedMapping::new(file, offset, needed)?, queues, entries })
+    }
+
+    /// The file that it is in.
+    pub fn file(&self) -> &File {
+        self.mapping.file()
+    }
+}
+
+/// What a region says of a queue that cannot be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+enum Nonsense {
+    #[error("its version is {0}")]
+    Version(u16),
+    #[error("its used index {noted} is not of a ring whose used index is {used}")]
+    UsedIndex { noted: u16, used: u16 },
+    #[error("its last batch is no list of {0} chains")]
+    Batch(u16),
+    #[error("it has {inflight} chains, where {available} were made available")]
+    TooMany { inflight: usize, available: u16 },
+}
+
+/// One vring's part of a region.
+#[derive(Debug)]
+pub struct InflightQueue {
+    _region: Arc<InflightRegion>,
+    start: *mut u8,
+    /// Chains that the vring can have.
+    entries: u16,
+    /// For `desc_num`.
+    desc_num: u16,
+    /// The counter of the next chain.
+    counter: u64,
+    /// Completed and not published.
+    batch: Vec<u16>,
+}
+
+// SAFETY: the pointer is into the region's mapping, which it keeps; all access is atomic.
+unsafe impl Send for InflightQueue {}
+
+impl InflightQueue {
+    /// The part of vring `index`, which has `size` descriptors. `None` where the region has no room for it: the
+    /// front-end did not ask for that, and completion in order does without.
+    pub fn new(region: &Arc<InflightRegion>, index: usize, size: u16) -> Option<Self> {
+        if index >= usize::from(region.queues) || size > region.entries {
+            return None;
+        }
+        let offset = index * usize::try_from(part(region.entries)).ok()?;
+        // SAFETY: the region has `queues` parts, of which this is one.
+        let start = unsafe { region.mapping.start().add(offset) };
+        Some(Self {
+            _region: Arc::clone(region),
+            start,
+            entries: size,
+            desc_num: region.entries,
+            counter: 0,
+            batch: Vec::new(),
+        })
+    }
+
+    /// Makes the part agree with the ring, whose used and available index are these. Gives the heads of the chains
+    /// that were taken and not completed, in the order in which they were taken.
+    pub fn recover(&mut self, used: u16, available: u16) -> Vec<u16> {
+        self.batch.clear();
+        self.counter = 0;
+        let result = match self.version().load(Ordering::Acquire) {
+            0 => Ok(None),
+            VERSION => self.leftovers(used, available).map(Some),
+            version => Err(Nonsense::Version(version)),
+        };
+        match result {
+            Ok(Some(leftovers)) => return leftovers,
+            Ok(None) => {}
+            Err(nonsense) => {
+                if let Some(left_out) = log_limit::allow() {
+                    tracing::warn!(%nonsense, left_out, "inflight region ignored, and begun anew");
+                }
+            }
+        }
+        self.begin(used);
+        Vec::new()
+    }
+
+    /// Repairs the last batch, and finds what is in flight.
+    fn leftovers(&mut self, used: u16, available: u16) -> Result<Vec<u16>, Nonsense> {
+        let noted = self.used_idx().load(Ordering::Relaxed);
+        // What was published before the part was brought up to date.
+        let count = used.wrapping_sub(noted);
+        if count > self.entries {
+            return Err(Nonsense::UsedIndex { noted, used });
+        }
+        let mut in_flight: Vec<bool> =
+            (0..self.entries).map(|head| self.inflight(head).load(Ordering::Relaxed) == 1).collect();
+        let mut batch = Vec::with_capacity(usize::from(count));
+        let mut head = self.last_batch_head().load(Ordering::Relaxed);
+        let mut listed = vec![false; in_flight.len()];
+        for _ in 0..count {
+            let place = listed.get_mut(usize::from(head)).ok_or(Nonsense::Batch(count))?;
+            if std::mem::replace(place, true) {
+                return Err(Nonsense::Batch(count));
+            }
+            in_flight[usize::from(head)] = false;
+            batch.push(head);
+            head = self.next(head).load(Ordering::Relaxed);
+        }
+        let heads = (0..self.entries).zip(in_flight).filter(|(_, in_flight)| *in_flight);
+        let mut leftovers: Vec<_> =
+            heads.map(|(head, _)| (self.counter_of(head).load(Ordering::Relaxed), head)).collect();
+        let available = available.wrapping_sub(used);
+        if leftovers.len() > usize::from(available) {
+            return Err(Nonsense::TooMany { inflight: leftovers.len(), available });
+        }
+        for head in batch {
+            self.inflight(head).store(0, Ordering::Relaxed);
+        }
+        self.used_idx().store(used, Ordering::Release);
+        leftovers.sort_unstable();
+        self.counter = leftovers.last().map_or(0, |(counter, _)| counter.wrapping_add(1));
+        Ok(leftovers.into_iter().map(|(_, head)| head).collect())
+    }
+
+    /// Begins anew, with nothing in flight.
+    fn begin(&self, used: u16) {
+        for head in 0..self.desc_num {
+            self.inflight(head).store(0, Ordering::Relaxed);
+        }
+        self.field::<AtomicU64>(0).store(0, Ordering::Relaxed);
+        self.field::<AtomicU16>(10).store(self.desc_num, Ordering::Relaxed);
+        self.last_batch_head().store(0, Ordering::Relaxed);
+        self.used_idx().store(used, Ordering::Relaxed);
+        self.version().store(VERSION, Ordering::Release);
+    }
+
+    /// Notes that the chain at `head`, below the vring's size, is given back with the next batch. One that was
+    /// resubmitted is in flight already, and keeps its place in the order.
+    #[inline]
+    pub fn complete(&mut self, head: u16, resubmitted: bool) {
+        if head >= self.entries {
+            return;
+        }
+        if !resubmitted {
+            self.counter_of(head).store(self.counter, Ordering::Relaxed);
+            step();
+            self.counter = self.counter.wrapping_add(1);
+            self.inflight(head).store(1, Ordering::Release);
+            step();
+        }
+        self.next(head).store(self.last_batch_head().load(Ordering::Relaxed), Ordering::Release);
+        step();
+        self.last_batch_head().store(head, Ordering::Release);
+        step();
+        self.batch.push(head);
+    }
+
+    /// Notes that the batch was published: the guest can see the used index `used`.
+    #[inline]
+    pub fn published(&mut self, used: u16) {
+        for &head in &self.batch {
+            self.inflight(head).store(0, Ordering::Release);
+            step();
+        }
+        self.batch.clear();
+        self.used_idx().store(used, Ordering::Release);
+        step();
+    }
+
+    /// A number at `offset` of the part.
+    #[inline]
+    fn field<T>(&self, offset: usize) -> &T {
+        debug_assert!(offset + size_of::<T>() <= HEADER + STATE * usize::from(self.desc_num));
+        // SAFETY: within the part, as every caller's offset is.
+        let pointer = unsafe { self.start.add(offset) }.cast::<T>();
+        // SAFETY: within the mapping that `_region` keeps; aligned, as the part is and the layout's numbers are; only
+        // used with atomics, for which every value is valid, since the front-end shares it.
+        unsafe { &*pointer }
+    }
+
+    fn version(&self) -> &AtomicU16 {
+        self.field(8)
+    }
+
+    fn last_batch_head(&self) -> &AtomicU16 {
+        self.field(12)
+    }
+
+    fn used_idx(&self) -> &AtomicU16 {
+        self.field(14)
+    }
+
+    fn inflight(&self, head: u16) -> &AtomicU8 {
+        self.field(HEADER + STATE * usize::from(head))
+    }
+
+    fn next(&self, head: u16) -> &AtomicU16 {
+        self.field(HEADER + STATE * usize::from(head) + 6)
+    }
+
+    fn counter_of(&self, head: u16) -> &AtomicU64 {
+        self.field(HEADER + STATE * usize::from(head) + 8)
+    }
+}
+
+/// Called after each store that the next back-end may see: where tests have this one killed.
+#[cfg(not(test))]
+#[inline]
+pub fn step() {}
+
+#[cfg(test)]
+pub use tests::step;
+
+#[cfg(test)]
+mod tests;
