@@ -64,6 +64,14 @@ fn wait_used(device: &Device, index: u32, used: u16) {
     }
 }
 
+/// That a frame is said to be in one buffer where buffers cannot be merged. Older kernels' vhost-net does not say it.
+fn check_single(rig: &Rig, device: &Device, header: &NetHeader) {
+    let merges = device.options.features & features::MRG_RXBUF != 0;
+    if rig.datapath == Datapath::Userspace && device.header_length() == 12 && !merges {
+        assert_eq!(header.num_buffers, 1);
+    }
+}
+
 /// Frames of all sizes both ways, and in bursts that fill the rings.
 fn check_sizes(rig: &mut Rig, device: &mut Device, largest: usize) {
     let sizes: Vec<usize> = (60..200).chain((200..largest).step_by(37)).chain([largest]).collect();
@@ -72,6 +80,7 @@ fn check_sizes(rig: &mut Rig, device: &mut Device, largest: usize) {
         let (header, frame) = device.receive(0).unwrap();
         assert_eq!((frames::number_of(&frame), frame.len()), (Some(number), size));
         assert_eq!((header.gso_type, header.flags & NEEDS_CSUM), (GSO_NONE, 0));
+        check_single(rig, device, &header);
         rig.transmit(device, number..number + 1, size).unwrap();
         let (_, frame) = rig.network.receive().unwrap();
         assert_eq!((frames::number_of(&frame), frame.len()), (Some(number), size));
@@ -327,7 +336,8 @@ fn large_segments_reach_a_guest_that_takes_them(datapath: Datapath) {
             assert_eq!((received.gso_type, received.gso_size), (gso_type, 1400));
             assert_ne!(received.flags & NEEDS_CSUM, 0);
             assert_eq!((received.csum_start, received.csum_offset), (header.csum_start, header.csum_offset));
-            assert_eq!(received.num_buffers, if merge == 0 { 1 } else { 30 });
+            check_single(&rig, &device, &received);
+            assert!(merge == 0 || received.num_buffers == 30);
         }
     }
     let large = rig.backend.pair_stats(0).unwrap().rx.large_frames;
