@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
+use baton_protocol::control::Datapath;
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
@@ -86,14 +87,18 @@ pub struct Dispatch {
 }
 
 /// What the device can do beyond the base protocol. `REPLY_ACK` is the crate's own, and always offered.
-pub fn protocol_offer(_: &Device) -> VhostUserProtocolFeatures {
-    VhostUserProtocolFeatures::MQ
+pub fn protocol_offer(device: &Device) -> VhostUserProtocolFeatures {
+    let offer = VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::LOG_SHMFD
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::CONFIG
-        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
         | VhostUserProtocolFeatures::RESET_DEVICE
-        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+    match device.datapath() {
+        Datapath::Userspace => offer | VhostUserProtocolFeatures::INFLIGHT_SHMFD,
+        // The kernel keeps no such region.
+        Datapath::VhostNet => offer,
+    }
 }
 
 impl Dispatch {
@@ -122,6 +127,15 @@ impl Dispatch {
     fn refuse<T>(&mut self, what: &'static str) -> Result<T> {
         self.request(|_| Err(Rejection::NotOffered(what)))
     }
+}
+
+/// That a request is for something that the device offers: the crate does not always look.
+fn check_offered(
+    device: &Device,
+    feature: VhostUserProtocolFeatures,
+    name: &'static str,
+) -> std::result::Result<(), Rejection> {
+    if protocol_offer(device).contains(feature) { Ok(()) } else { Err(Rejection::NotOffered(name)) }
 }
 
 /// The index of a vring, if the device has it.
@@ -380,6 +394,7 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
 
     fn get_inflight_fd(&mut self, wanted: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
         self.request(|device| {
+            check_offered(device, VhostUserProtocolFeatures::INFLIGHT_SHMFD, "INFLIGHT_SHMFD")?;
             let (queues, entries) = (wanted.num_queues, wanted.queue_size);
             if usize::from(queues) > 2 * device.pairs() {
                 return Err(Rejection::Index(u32::from(queues) - 1));
@@ -394,6 +409,7 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
 
     fn set_inflight_fd(&mut self, given: &VhostUserInflight, file: File) -> Result<()> {
         self.request(|device| {
+            check_offered(device, VhostUserProtocolFeatures::INFLIGHT_SHMFD, "INFLIGHT_SHMFD")?;
             let VhostUserInflight { mmap_size, mmap_offset, num_queues, queue_size } = *given;
             let region = InflightRegion::new(file, mmap_offset, mmap_size, num_queues, queue_size)?;
             Ok(device.change(.., |session| session.inflight = Some(Arc::new(region)))?)
