@@ -11,6 +11,7 @@ use anyhow::{Context, Result, ensure};
 use baton_control::ControlClient;
 use baton_protocol::control::{BackendStats, BackendStatus, Frontend, QueuePairStats, Request};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
 
 use crate::datapath::{self, Datapath};
 use crate::fake_frontend::{Connection, Device, NetHeader, Options};
@@ -236,6 +237,7 @@ pub struct Rig {
     pub backend: Backend,
     /// Who moves its frames.
     pub datapath: Datapath,
+    arguments: Vec<String>,
     /// The namespace. Left last.
     pub netns: Netns,
 }
@@ -249,14 +251,37 @@ impl Rig {
         let netns = Netns::enter()?;
         netns.create_persistent_tap(TAP, queue_pairs > 1)?;
         let network = PacketSocket::open(TAP)?;
-        let tap = format!("--tap={TAP}");
-        let queue_pairs = format!("--queue-pairs={queue_pairs}");
-        let arguments: Vec<_> =
-            [tap.as_str(), queue_pairs.as_str()].iter().chain(arguments).copied().collect();
+        let mut all = vec![format!("--tap={TAP}"), format!("--queue-pairs={queue_pairs}")];
+        all.extend(arguments.iter().map(|&argument| argument.into()));
+        let backend = Self::start_backend(datapath, &all)?;
+        Ok(Self { network, backend, datapath, arguments: all, netns })
+    }
+
+    fn start_backend(datapath: Datapath, arguments: &[String]) -> Result<Backend> {
+        let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
         let mut backend = Backend::listening(datapath, &arguments, &[])?;
         // It answers once it has everything that it was told to have.
         backend.status()?;
-        Ok(Self { network, backend, datapath, netns })
+        Ok(backend)
+    }
+
+    /// Kills the back-end, wherever it is.
+    ///
+    /// # Errors
+    /// If it has ended by itself.
+    pub fn kill_backend(&mut self) -> Result<()> {
+        self.backend.process.signal(Signal::SIGKILL)?;
+        self.backend.process.wait()?;
+        Ok(())
+    }
+
+    /// Starts another back-end in the place of one that was killed.
+    ///
+    /// # Errors
+    /// If that does not start.
+    pub fn restart_backend(&mut self) -> Result<()> {
+        self.backend = Self::start_backend(self.datapath, &self.arguments)?;
+        Ok(())
     }
 
     /// Connects and brings a device up.

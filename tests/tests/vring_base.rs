@@ -4,14 +4,13 @@
 
 use std::time::{Duration, Instant};
 
-use baton_tests::backend::{Backend, Rig, TAP};
+use baton_tests::backend::{Rig, TAP};
 use baton_tests::datapath::Datapath;
 use baton_tests::fake_frontend::net::{NetHeader, features};
 use baton_tests::fake_frontend::{Device, Options};
 use baton_tests::frames;
 use baton_tests::netns;
 use baton_tests::on_both_datapaths;
-use nix::sys::signal::Signal;
 
 on_both_datapaths! {
     the_base_is_the_next_available_index,
@@ -185,12 +184,6 @@ fn used_device(rig: &mut Rig) -> Device {
     device
 }
 
-/// Replaces a back-end that has died.
-fn restart(rig: &mut Rig) {
-    let tap = format!("--tap={TAP}");
-    rig.backend = Backend::listening(rig.datapath, &[&tap], &[]).unwrap();
-}
-
 fn a_reconnecting_front_end_goes_on_from_the_used_index(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = used_device(&mut rig);
@@ -236,8 +229,7 @@ fn frames_survive_a_reconnect_although_their_kick_is_still_there(datapath: Datap
 fn frames_wait_for_a_reconnect(datapath: Datapath, kicked: bool) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = used_device(&mut rig);
-    rig.backend.process.signal(Signal::SIGKILL).unwrap();
-    rig.backend.process.wait().unwrap();
+    rig.kill_backend().unwrap();
     for number in 0..50 {
         let frame = frames::numbered(number, 100);
         assert!(device.enqueue(0, &NetHeader::default(), &frame).unwrap());
@@ -247,7 +239,7 @@ fn frames_wait_for_a_reconnect(datapath: Datapath, kicked: bool) {
         device.ring(TX).kick().unwrap();
     }
 
-    restart(&mut rig);
+    rig.restart_backend().unwrap();
     device.connection = rig.backend.connect().unwrap();
     device.negotiate().unwrap();
     device.connection.set_memory_table(&device.memory).unwrap();
@@ -280,10 +272,9 @@ fn completion_in_order_replays_right_after_a_crash(datapath: Datapath) {
         assert!(Instant::now() < deadline, "nothing was transmitted");
         std::hint::spin_loop();
     }
-    rig.backend.process.signal(Signal::SIGKILL).unwrap();
-    rig.backend.process.wait().unwrap();
+    rig.kill_backend().unwrap();
 
-    restart(&mut rig);
+    rig.restart_backend().unwrap();
     let connection = rig.backend.connect().unwrap();
     device.reconnect(connection).unwrap();
     device.wait_transmitted(0).unwrap();

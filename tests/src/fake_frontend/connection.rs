@@ -1,21 +1,23 @@
 //! The front-end's end of a vhost-user socket: any bytes and descriptors out, checked replies in, and a helper for
 //! every message that a well-behaved front-end sends.
+#![expect(unsafe_code, reason = "owns the descriptors that come with replies")]
 
 use std::cell::Cell;
-use std::io::{self, ErrorKind, IoSlice, Read};
+use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read};
 use std::net::Shutdown;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, recvmsg, sendmsg};
 
 use super::dirty_log::DirtyLog;
+use super::inflight::Inflight;
 use super::memory::{GuestMemory, Region};
 use super::queue::RingAddresses;
-use super::wire::{HEADER_SIZE, Message, NEED_REPLY, NO_FD, REPLY, VERSION, request, u32_at, u64_at};
+use super::wire::{HEADER_SIZE, Message, NEED_REPLY, NO_FD, REPLY, VERSION, request, u16_at, u32_at, u64_at};
 
 /// How long a reply may take. Only catches a back-end that hangs.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -130,6 +132,31 @@ impl Connection {
         let mut payload = vec![0; usize::try_from(size)?];
         (&self.stream).read_exact(&mut payload).context("a reply was cut off")?;
         Ok(Some(Reply { request, flags, payload }))
+    }
+
+    /// Sends a message whose reply comes with a descriptor, and gives the reply's payload and that.
+    ///
+    /// # Errors
+    /// If there is none, or another.
+    pub fn ask_fd(&self, message: &Message) -> Result<(Vec<u8>, OwnedFd)> {
+        self.send(message, &[])?;
+        let mut header = [0; HEADER_SIZE];
+        let mut space = nix::cmsg_space!(RawFd);
+        let mut parts = [IoSliceMut::new(&mut header)];
+        let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_PEEK;
+        // The descriptor comes with the first byte; what is looked at is read below, without it.
+        let received = recvmsg::<UnixAddr>(self.stream.as_raw_fd(), &mut parts, Some(&mut space), flags)
+            .context("no reply")?;
+        let mut fds = received.cmsgs()?.filter_map(|message| match message {
+            ControlMessageOwned::ScmRights(fds) => Some(fds),
+            _ => None,
+        });
+        let fd = fds.next().and_then(|fds| fds.first().copied()).context("a reply without a descriptor")?;
+        // SAFETY: the descriptor was just received and belongs to nobody else.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        let reply = self.receive()?;
+        ensure!(reply.request == message.request, "{reply:?} to request {}", message.request);
+        Ok((reply.payload, fd))
     }
 
     /// Waits until the back-end closes the connection.
@@ -313,6 +340,27 @@ impl Connection {
         let rings =
             [rings.descriptors, rings.used, rings.available].map(|address| memory.user_address(address));
         self.tell(&Message::logged_vring_addresses(index, rings, log), &[])
+    }
+
+    /// `GET_INFLIGHT_FD`: a region for so many vrings of so many descriptors.
+    ///
+    /// # Errors
+    /// Those of [`Self::ask_fd`], and if the region is for something else, or cannot be mapped.
+    pub fn get_inflight(&self, queues: u16, entries: u16) -> Result<Inflight> {
+        let request = request::GET_INFLIGHT_FD;
+        let (payload, file) = self.ask_fd(&Message::inflight(request, 0, 0, queues, entries))?;
+        let number = |offset| u64_at(&payload, offset).context("a short reply");
+        let for_what = (u16_at(&payload, 16), u16_at(&payload, 18));
+        ensure!(for_what == (Some(queues), Some(entries)), "a region for {for_what:?}");
+        Inflight::new(file, number(0)?, number(8)?, queues, entries)
+    }
+
+    /// `SET_INFLIGHT_FD`
+    ///
+    /// # Errors
+    /// Those of [`Self::tell`].
+    pub fn set_inflight(&self, inflight: &Inflight) -> Result<()> {
+        self.tell(&inflight.message(), &[inflight.file()])
     }
 
     /// `SET_LOG_BASE`

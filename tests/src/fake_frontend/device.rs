@@ -15,6 +15,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::connection::Connection;
 use super::dirty_log::DirtyLog;
+use super::inflight::Inflight;
 use super::memory::{GuestMemory, SharedSlice};
 use super::net::{NetHeader, features};
 use super::queue::{Buffer, DESCRIPTOR_SIZE, DriverQueue, Used};
@@ -240,6 +241,8 @@ pub struct Device {
     pub pairs: Vec<Pair>,
     /// What was asked for.
     pub options: Options,
+    /// The region in which the back-end notes its chains: given to it before the vrings are set up.
+    pub inflight: Option<Inflight>,
 }
 
 impl Device {
@@ -285,7 +288,7 @@ impl Device {
                 Ok(Pair { receive, transmit })
             })
             .collect::<Result<_>>()?;
-        Ok(Self { connection, memory, pairs, options })
+        Ok(Self { connection, memory, pairs, options, inflight: None })
     }
 
     /// Negotiates the features.
@@ -319,7 +322,7 @@ impl Device {
     /// # Errors
     /// If the back-end refuses.
     pub fn set_up(&mut self) -> Result<()> {
-        self.connection.set_memory_table(&self.memory)?;
+        self.share()?;
         for index in 0..2 * u32::from(self.options.queue_pairs) {
             self.set_up_ring(index, 0)?;
             if self.options.features & features::PROTOCOL_FEATURES != 0 {
@@ -327,6 +330,12 @@ impl Device {
             }
         }
         Ok(())
+    }
+
+    /// Sends the memory table, and the inflight region if there is one.
+    fn share(&self) -> Result<()> {
+        self.connection.set_memory_table(&self.memory)?;
+        self.inflight.as_ref().map_or(Ok(()), |inflight| self.connection.set_inflight(inflight))
     }
 
     /// Sets one ring up, with the next available index `base`.
@@ -381,7 +390,7 @@ impl Device {
     pub fn reconnect(&mut self, connection: Connection) -> Result<()> {
         self.connection = connection;
         self.negotiate()?;
-        self.connection.set_memory_table(&self.memory)?;
+        self.share()?;
         for index in 0..2 * u32::from(self.options.queue_pairs) {
             let base = self.ring(index).queue.used_index();
             self.connection.set_vring_enable(index, true)?;

@@ -34,9 +34,7 @@ impl DirtyLog {
     pub fn with_size(size: u64) -> io::Result<Self> {
         let region =
             Region::new(MemoryRegion { guest_address: 0, size, user_address: 0, file_offset: PAGE })?;
-        let length = usize::try_from(size).map_err(io::Error::other)?;
-        let bits = GuestMemory::from_regions(vec![region.clone()])?.slice(0, length);
-        Ok(Self { region, bits })
+        Ok(Self { bits: region.bytes(), region })
     }
 
     /// The `SET_LOG_BASE` that it goes with.

@@ -35,8 +35,21 @@ impl Region {
         let file = memfd_create("guest memory", MFdFlags::MFD_CLOEXEC)?;
         let file_size = i64::try_from(place.file_offset + place.size).map_err(io::Error::other)?;
         nix::unistd::ftruncate(&file, file_size)?;
+        Self::of(place, file)
+    }
+
+    /// A region in this file, which is large enough.
+    ///
+    /// # Errors
+    /// The system's, for one that cannot be mapped.
+    pub fn of(place: MemoryRegion, file: OwnedFd) -> io::Result<Self> {
         let mapping = Mapping::new(&file, place.file_offset, place.size)?;
         Ok(Self { place, file: Arc::new(file), mapping: Arc::new(mapping) })
+    }
+
+    /// All its bytes.
+    pub fn bytes(&self) -> SharedSlice {
+        SharedSlice::new(&self.mapping, 0, self.mapping.length)
     }
 
     /// Cuts the file off, under everybody who has mapped it. The memory must not be touched afterwards.

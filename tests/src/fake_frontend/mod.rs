@@ -2,7 +2,7 @@
 //!
 //! It shares no code with the back-end, so that neither's mistakes hide the other's: [`wire`] encodes messages, also
 //! wrong ones; [`connection`] speaks them; [`memory`] is the guest's memory; [`dirty_log`] is where the back-end notes
-//! what it wrote; [`queue`] is the driver's side of a split virtqueue; [`net`] has the device's feature bits and frame
+//! what it wrote, [`inflight`] which chains it has; [`queue`] is the driver's side of a split virtqueue; [`net`] has the device's feature bits and frame
 //! header; [`device`] puts it all together for tests that just want a working device.
 //!
 //! The data path does not allocate: it also serves as a load generator.
@@ -10,6 +10,7 @@
 pub mod connection;
 pub mod device;
 pub mod dirty_log;
+pub mod inflight;
 pub mod memory;
 pub mod net;
 pub mod queue;
@@ -18,6 +19,7 @@ pub mod wire;
 pub use connection::Connection;
 pub use device::{Device, Options};
 pub use dirty_log::DirtyLog;
+pub use inflight::Inflight;
 pub use memory::{GuestMemory, Region, SharedSlice};
 pub use net::{NetHeader, features};
 pub use queue::{Buffer, DriverQueue, RingAddresses};

@@ -157,6 +157,16 @@ impl Message {
         Self::new(request::SET_LOG_BASE, [size, offset].map(u64::to_le_bytes).concat())
     }
 
+    /// `GET_INFLIGHT_FD` or `SET_INFLIGHT_FD`, with a region of `size` bytes at `offset` of its file, for `queues` vrings
+    /// of `entries` descriptors.
+    pub fn inflight(request: u32, size: u64, offset: u64, queues: u16, entries: u16) -> Self {
+        let mut payload = [size, offset].map(u64::to_le_bytes).concat();
+        payload.extend([queues, entries].map(u16::to_le_bytes).concat());
+        // As every implementation sends it: with the padding of the C structure.
+        payload.extend([0; 4]);
+        Self::new(request, payload)
+    }
+
     /// `ADD_MEM_REG` or `REM_MEM_REG`.
     pub fn single_region(request: u32, region: &MemoryRegion) -> Self {
         let mut payload = 0u64.to_le_bytes().to_vec();
@@ -211,6 +221,11 @@ impl MemoryRegion {
     fn encode(&self) -> Vec<u8> {
         [self.guest_address, self.size, self.user_address, self.file_offset].map(u64::to_le_bytes).concat()
     }
+}
+
+/// Reads the little-endian number of two bytes at `offset`.
+pub fn u16_at(bytes: &[u8], offset: usize) -> Option<u16> {
+    Some(u16::from_le_bytes(bytes.get(offset..)?.first_chunk().copied()?))
 }
 
 /// Reads the little-endian number of four bytes at `offset`.

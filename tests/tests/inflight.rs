@@ -1,0 +1,326 @@
+//! The inflight region: after a back-end was killed, the next one goes on with what it left, in order or not; a
+//! front-end that does not use the region is served as well, and one that gives nonsense does no harm.
+#![expect(clippy::unwrap_used, reason = "these are tests")]
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use baton_tests::backend::Rig;
+use baton_tests::datapath::Datapath;
+use baton_tests::fake_frontend::wire::{Message, protocol, request};
+use baton_tests::fake_frontend::{Connection, Device, Inflight, NetHeader, Options, features};
+use baton_tests::frames;
+use baton_tests::hostile::Random;
+
+const RX: u32 = 0;
+const TX: u32 = 1;
+const SIZE: u16 = 256;
+
+fn options() -> Options {
+    let all = Options::default();
+    let protocol_features = all.protocol_features
+        | protocol::INFLIGHT_SHMFD
+        | protocol::CONFIGURE_MEM_SLOTS
+        | protocol::RESET_DEVICE;
+    Options { features: all.features | features::IN_ORDER, protocol_features, queue_size: SIZE, ..all }
+}
+
+/// A device whose front-end has negotiated and got a region for these vrings.
+fn negotiated(connection: Connection, options: Options, vrings: u16, entries: u16) -> Device {
+    let mut device = Device::new(connection, options).unwrap();
+    device.negotiate().unwrap();
+    device.inflight = Some(device.connection.get_inflight(vrings, entries).unwrap());
+    device
+}
+
+fn region(device: &Device) -> &Inflight {
+    device.inflight.as_ref().unwrap()
+}
+
+/// A device that works, with a region.
+fn working(rig: &mut Rig) -> Device {
+    let mut device = negotiated(rig.backend.connect().unwrap(), options(), 2, SIZE);
+    device.set_up().unwrap();
+    device.fill_receive_rings().unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    device
+}
+
+/// Has the guest receive more frames than it has buffers, so that each is used, and as many as come before them.
+fn use_every_buffer(rig: &mut Rig, device: &mut Device, first: u32) {
+    let last = first + 3 * u32::from(SIZE);
+    let mut next = first;
+    let mut frame = Vec::new();
+    let deadline = Instant::now() + Duration::from_secs(30);
+    for number in first..last {
+        rig.inject(number..number + 1, 100).unwrap();
+        // A few at a time: the TAP's queue is not endless.
+        while number + 1 == last && next < last || next + 64 < number {
+            device.receive_until(0, &mut frame, deadline).unwrap();
+            match frames::number_of(&frame) {
+                Some(number) if number >= first => {
+                    assert_eq!(number, next);
+                    next += 1;
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+#[test]
+fn nothing_is_lost_or_completed_twice_when_the_back_end_is_killed_under_load() {
+    let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
+    let mut random = Random::from_environment();
+    let mut device = working(&mut rig);
+    let mut number = 1000;
+    for round in 0..30 {
+        // Without canaries being looked at: what a killed back-end had begun to write is no mistake.
+        device.options.canaries = false;
+        for burst in 0..4 {
+            rig.inject(number..number + 100, 60 + random.below(1400)).unwrap();
+            rig.transmit(&mut device, number..number + 50, 60 + random.below(1400)).unwrap();
+            number += 100;
+            if burst == 3 {
+                // Somewhere in the middle of it.
+                for _ in 0..random.below(20_000) {
+                    std::hint::spin_loop();
+                }
+            }
+        }
+        rig.kill_backend().unwrap();
+        rig.restart_backend().unwrap();
+        let connection = rig.backend.connect().unwrap();
+        device.reconnect(connection).unwrap();
+        // The queue's own checks: every chain comes back, once, in order.
+        device.wait_transmitted(0).unwrap();
+        use_every_buffer(&mut rig, &mut device, 1_000_000 * (round + 1));
+        assert_eq!(device.ring(RX).queue.outstanding(), usize::from(SIZE));
+        rig.network.drain().unwrap();
+    }
+    rig.backend.check_healthy().unwrap();
+}
+
+#[test]
+fn a_front_end_that_never_asks_is_served() {
+    let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
+    let mut device = rig.device(options()).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    rig.kill_backend().unwrap();
+    rig.restart_backend().unwrap();
+    let connection = rig.backend.connect().unwrap();
+    device.reconnect(connection).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    use_every_buffer(&mut rig, &mut device, 1000);
+}
+
+#[test]
+fn a_front_end_that_asks_and_gives_nothing_is_served() {
+    let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
+    let mut device = negotiated(rig.backend.connect().unwrap(), options(), 2, SIZE);
+    let region = device.inflight.take().unwrap();
+    device.set_up().unwrap();
+    device.fill_receive_rings().unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    assert!(region.to_vec().iter().all(|&byte| byte == 0), "it was used before it was given");
+}
+
+/// What the driver made available at a place of the ring.
+fn available_head(device: &Device, index: u32, place: u16) -> u16 {
+    let offset = 4 + 2 * usize::from(place);
+    device.ring(index).queue.raw()[1].load_u16(offset, Ordering::Acquire)
+}
+
+/// Plays another back-end on a vring: gives back what came at these places, in this order, and keeps the rest of the
+/// first `taken`.
+fn leave_out_of_order(device: &Device, index: u32, taken: u16, given_back: &[u16]) {
+    let queue = &device.ring(index).queue;
+    let [_, _, used] = queue.raw();
+    let head = |place| available_head(device, index, place);
+    for (nth, &place) in given_back.iter().enumerate() {
+        used.write_u32(4 + 8 * nth, head(place).into());
+        used.write_u32(8 + 8 * nth, 0);
+    }
+    let count = u16::try_from(given_back.len()).unwrap();
+    used.store_u16(2, count, Ordering::Release);
+    let region = region(device);
+    let vring = u16::try_from(index).unwrap();
+    region.set_queue(vring, count);
+    for place in (0..taken).filter(|place| !given_back.contains(place)) {
+        region.set_chain(vring, head(place), 100 + u64::from(place));
+    }
+}
+
+#[test]
+fn what_another_back_end_left_out_of_order_comes_first() {
+    let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
+    // Such a back-end does not offer IN_ORDER.
+    let options = Options { features: Options::default().features, canaries: false, ..options() };
+    let mut device = negotiated(rig.backend.connect().unwrap(), options, 2, SIZE);
+    for number in 0..8 {
+        let frame = frames::numbered(number, 100);
+        assert!(device.enqueue(0, &NetHeader::default(), &frame).unwrap());
+    }
+    device.ring_mut(TX).queue.publish();
+    device.post_receive_buffers(0, 6).unwrap();
+    leave_out_of_order(&device, TX, 6, &[3, 1]);
+    leave_out_of_order(&device, RX, 5, &[2]);
+    let heads: Vec<_> = (0..6).map(|place| available_head(&device, RX, place)).collect();
+
+    let share = |device: &Device| {
+        device.connection.set_memory_table(&device.memory).unwrap();
+        device.connection.set_inflight(region(device)).unwrap();
+    };
+    share(&device);
+    // Receiving is stopped and started again while some are still in flight.
+    let used = |device: &Device, index| device.ring(index).queue.used_index();
+    let (rx_used, tx_used) = (used(&device, RX), used(&device, TX));
+    device.connection.set_vring_enable(RX, true).unwrap();
+    device.set_up_ring(RX, rx_used).unwrap();
+    device.ring(RX).kick().unwrap();
+    rig.inject(0..1, 100).unwrap();
+    rig.backend.wait_pair_stats(0, |stats| stats.rx.frames == Some(1)).unwrap();
+    // None of those that were taken: the ring does not have them in the order in which they come.
+    assert_eq!(device.stop_ring(RX).unwrap(), 5);
+    device.restart_ring(RX, 5).unwrap();
+    rig.inject(1..5, 100).unwrap();
+    rig.backend.wait_pair_stats(0, |stats| stats.rx.frames == Some(5)).unwrap();
+    let order: Vec<_> = (0..6).map(|place| device.ring(RX).queue.used_entry(place).head).collect();
+    assert_eq!(order, [2, 0, 1, 3, 4, 5].map(|place: usize| heads[place]));
+
+    device.connection.set_vring_enable(TX, true).unwrap();
+    device.set_up_ring(TX, tx_used).unwrap();
+    device.ring(TX).kick().unwrap();
+    for number in [0, 2, 4, 5, 6, 7] {
+        rig.expect_on_network(number..number + 1).unwrap();
+    }
+    device.wait_transmitted(0).unwrap();
+    // The empty one was given back by the other back-end.
+    device.ring_mut(RX).queue.pop().unwrap();
+    rig.expect_in_guest(&mut device, 0..5).unwrap();
+    for index in [RX, TX] {
+        let base = device.stop_ring(index).unwrap();
+        assert_eq!(base, device.ring(index).queue.used_index(), "vring {index}");
+    }
+}
+
+#[test]
+fn a_region_of_nonsense_does_no_harm() {
+    let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
+    let mut random = Random::from_environment();
+    let mut device = working(&mut rig);
+    for round in 0..50u32 {
+        // Whatever it says, also while the rings run.
+        let scribble = |device: &Device, random: &mut Random| {
+            let region = region(device);
+            match round % 4 {
+                0 => region.fill(0xff),
+                1 => region.fill(1),
+                _ => region.scribble(|| random.next_u64().to_le_bytes()[0]),
+            }
+        };
+        scribble(&device, &mut random);
+        let connection = rig.backend.connect().unwrap();
+        device.reconnect(connection).unwrap();
+        rig.check_traffic(&mut device).unwrap();
+        scribble(&device, &mut random);
+        rig.check_traffic(&mut device).unwrap();
+        device.wait_transmitted(0).unwrap();
+    }
+    rig.backend.check_healthy().unwrap();
+}
+
+#[test]
+fn a_region_that_cannot_be_is_refused() {
+    let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
+    let mut device = working(&mut rig);
+    let good = region(&device);
+    let set = request::SET_INFLIGHT_FD;
+    let size = 2 * u64::from(SIZE + 1) * 16 + 2 * 48;
+    for (size, offset, queues, entries) in [
+        (size - 1, 0, 2, SIZE),
+        (size, 0, 3, SIZE),
+        (size, 0, 2, SIZE + 4),
+        (size, 4096, 2, SIZE),
+        (size, 64, 2, SIZE),
+        (size, u64::MAX - 4095, 2, SIZE),
+        (u64::MAX, 0, u16::MAX, u16::MAX),
+        (0, 0, 1, 1),
+    ] {
+        let message = Message::inflight(set, size, offset, queues, entries);
+        assert_ne!(device.connection.acknowledge(&message, &[good.file()]).unwrap(), 0, "{message:?}");
+    }
+    rig.check_traffic(&mut device).unwrap();
+    drop(device);
+    // To these there is no other answer than the end.
+    for (queues, entries) in [(3, SIZE), (2, 32769), (0, SIZE), (2, 0), (u16::MAX, u16::MAX)] {
+        let mut device = Device::new(rig.backend.connect().unwrap(), options()).unwrap();
+        device.negotiate().unwrap();
+        let message = Message::inflight(request::GET_INFLIGHT_FD, 0, 0, queues, entries);
+        device.connection.send(&message, &[]).unwrap();
+        device.connection.wait_closed().unwrap();
+    }
+    rig.backend.check_healthy().unwrap();
+}
+
+#[test]
+fn a_region_whose_file_is_cut_off_ends_the_session_only() {
+    let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
+    let mut device = negotiated(rig.backend.connect().unwrap(), options(), 2, SIZE);
+    // The back-end's own cannot be cut off.
+    let own = device.inflight.replace(Inflight::in_memory(2, SIZE).unwrap()).unwrap();
+    assert!(own.truncate().is_err());
+    device.set_up().unwrap();
+    device.fill_receive_rings().unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    region(&device).truncate().unwrap();
+    rig.inject(0..1, 100).unwrap();
+    device.connection.wait_closed().unwrap();
+    drop(device);
+    let mut device = working(&mut rig);
+    rig.check_traffic(&mut device).unwrap();
+    rig.backend.check_healthy().unwrap();
+}
+
+#[test]
+fn a_vring_that_the_region_has_no_room_for_runs_without() {
+    let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
+    for (vrings, entries) in [(1, SIZE), (2, SIZE / 2)] {
+        let mut device = negotiated(rig.backend.connect().unwrap(), options(), vrings, entries);
+        device.set_up().unwrap();
+        device.fill_receive_rings().unwrap();
+        for _ in 0..3 {
+            rig.check_traffic(&mut device).unwrap();
+            rig.kill_backend().unwrap();
+            rig.restart_backend().unwrap();
+            let connection = rig.backend.connect().unwrap();
+            device.reconnect(connection).unwrap();
+        }
+        rig.check_traffic(&mut device).unwrap();
+    }
+}
+
+#[test]
+fn the_region_is_forgotten_with_the_session_and_by_a_reset() {
+    let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
+    let device = working(&mut rig);
+    device.connection.tell(&Message::empty(request::RESET_DEVICE), &[]).unwrap();
+    region(&device).fill(0);
+    let Device { connection, inflight, .. } = device;
+    let mut device = Device::new(connection, options()).unwrap();
+    device.connection.set_features(device.options.features).unwrap();
+    device.set_up().unwrap();
+    device.fill_receive_rings().unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    let unused = |region: &Inflight| region.to_vec().iter().all(|&byte| byte == 0);
+    assert!(unused(inflight.as_ref().unwrap()), "it was used after a reset");
+
+    drop(device);
+    let mut device = working(&mut rig);
+    region(&device).fill(0);
+    let inflight = device.inflight.take().unwrap();
+    let connection = rig.backend.connect().unwrap();
+    device.reconnect(connection).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    assert!(unused(&inflight), "it was used in the next session");
+}
