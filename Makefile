@@ -4,7 +4,8 @@
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make demo    boot a VM on baton-vmm and baton-backend, and show its network at work'
+	@echo 'make demo    boot a VM on baton-vmm and baton-backend, and show its network at work;'
+	@echo '             with VHOST=1 the kernel (vhost-net) moves the frames'
 	@echo 'make test    run all the tests'
 	@echo 'make check   format, lints and documentation'
 	@echo 'make setup   only install what these need; they do it themselves'
@@ -15,7 +16,7 @@ setup:
 
 demo: setup
 	cargo build --release --workspace --bins
-	target/release/demo
+	target/release/demo $(if $(filter 1,$(VHOST)),--vhost)
 
 test: setup
 	cargo build --workspace --bins

@@ -1,5 +1,5 @@
 //! `demo`: boots a Linux guest on `baton-vmm` with its network on `baton-backend` and a TAP, shows it at work, and
-//! sums up. In the lab where this machine's KVM cannot run Linux.
+//! sums up. In the lab where this machine's KVM cannot run Linux. With `--vhost` the kernel moves the frames.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -10,19 +10,28 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use baton_protocol::control::{BackendStats, DirectionStats};
-use baton_tests::datapath::Datapath;
-use baton_tests::guest::{Guest, Vmm};
+use baton_tests::datapath::{self, Datapath};
+use baton_tests::guest::{Guest, QueuePair, Vmm};
 use baton_tests::lab::{Job, Outcome, Place};
 use baton_tests::link::{GUEST, HOST, Link, MAC, Meeting, PORT, TAP};
 use baton_tests::traffic::bulk;
 use baton_tests::{images, ping, places, programs};
+use clap::Parser;
 
 const QUEUE_PAIRS: u16 = 2;
 const PINGS: u16 = 50;
 const BULK: u64 = 32 << 20;
 
+/// Show a Linux guest's network at work.
+#[derive(Debug, Parser)]
+struct Args {
+    /// Have the kernel's vhost-net move the frames
+    #[arg(long)]
+    vhost: bool,
+}
+
 fn main() -> ExitCode {
-    match run() {
+    match run(&Args::parse()) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
@@ -33,30 +42,37 @@ fn main() -> ExitCode {
 }
 
 /// Whether all went well.
-fn run() -> Result<bool> {
+fn run(args: &Args) -> Result<bool> {
     match Place::find()? {
-        Place::Here => demonstrate(),
+        Place::Here => demonstrate(if args.vhost { Datapath::VhostNet } else { Datapath::Userspace }),
         Place::Lab(lab) => {
             say(
                 "KVM on this machine cannot run Linux, or vhost-net or root's rights are missing: going to the lab, an",
             )?;
             say("emulated machine that has them. All is real there but the speed.")?;
-            let outcome = lab.run(&Job::here(std::env::current_exe()?, [])?, &mut |_| ())?;
+            let arguments = std::env::args().skip(1);
+            let outcome = lab.run(&Job::here(std::env::current_exe()?, arguments)?, &mut |_| ())?;
             Ok(outcome == Outcome::Exited(0))
         }
     }
 }
 
-fn demonstrate() -> Result<bool> {
+fn demonstrate(datapath: Datapath) -> Result<bool> {
     let start = Instant::now();
     let logs = places::logs()?.join("demo");
     fs::create_dir_all(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
 
-    let mut link = Link::new(Datapath::Userspace, Meeting::BackendListens, QUEUE_PAIRS)?;
+    let mut link = Link::new(datapath, Meeting::BackendListens, QUEUE_PAIRS)?;
     let vmm = Vmm::new(QUEUE_PAIRS, "512M")?.net(link.socket()?, MAC, QUEUE_PAIRS);
     heading("What runs")?;
     say(&link.command_line())?;
     say(&vmm.command_line())?;
+    say(match datapath {
+        Datapath::Userspace => "The frames are moved by baton-backend's own threads.",
+        Datapath::VhostNet => {
+            "The frames are moved by the kernel: a vhost-net of baton-backend's for each queue pair."
+        }
+    })?;
 
     heading("The guest's console")?;
     let mut guest = vmm.start_with_logs("guest", &logs)?;
@@ -70,15 +86,17 @@ fn demonstrate() -> Result<bool> {
     heading("Its network")?;
     let traffic = measure(&mut guest)?;
     say(&traffic.text)?;
+    let seen = guest.queue_pairs("eth0")?;
     let stats = link.stats()?;
+    say(&batonctl(link.control(), "status")?)?;
     say(&batonctl(link.control(), "stats")?)?;
     link.check_healthy()?;
     ensure!(guest.power_off()?.success(), "baton-vmm did not end well");
 
     heading("Summary")?;
-    say(&summary(&stats, &traffic, start)?)?;
+    say(&summary(&seen, &stats, &traffic, start)?)?;
     heading("The same by hand, as root where KVM can run Linux")?;
-    say(&by_hand()?)?;
+    say(&by_hand(datapath)?)?;
     Ok(traffic.lost == 0)
 }
 
@@ -117,10 +135,17 @@ fn lost(text: &str) -> Result<u32> {
     Ok(sent.saturating_sub(received))
 }
 
-fn summary(stats: &BackendStats, traffic: &Traffic, start: Instant) -> Result<String> {
+fn summary(seen: &[QueuePair], stats: &BackendStats, traffic: &Traffic, start: Instant) -> Result<String> {
     let mut text = String::new();
+    for (pair, QueuePair { rx, tx }) in seen.iter().enumerate() {
+        writeln!(
+            text,
+            "queue pair {pair}: the guest counted {} frames to it, {} from it",
+            rx.frames, tx.frames
+        )?;
+    }
     for (pair, counters) in stats.queue_pairs.iter().enumerate() {
-        writeln!(text, "queue pair {pair}: {}", counted(&counters.rx, &counters.tx))?;
+        writeln!(text, "queue pair {pair}: the back-end counted {}", counted(&counters.rx, &counters.tx))?;
     }
     writeln!(text, "lost pings: {} of {}", traffic.lost, 2 * PINGS)?;
     writeln!(text, "TCP: {} bytes, all sums equal", traffic.bytes)?;
@@ -128,7 +153,7 @@ fn summary(stats: &BackendStats, traffic: &Traffic, start: Instant) -> Result<St
     Ok(text)
 }
 
-/// What a queue pair has counted, as far as it is known.
+/// What the back-end has counted of a queue pair: only what it has discarded where the kernel moves the frames.
 fn counted(rx: &DirectionStats, tx: &DirectionStats) -> String {
     let both = |to: Option<u64>, from: Option<u64>| Some(to? + from?);
     let numbers = [
@@ -142,12 +167,15 @@ fn counted(rx: &DirectionStats, tx: &DirectionStats) -> String {
     known.collect::<Vec<_>>().join(", ")
 }
 
-fn by_hand() -> Result<String> {
+fn by_hand(datapath: Datapath) -> Result<String> {
     let (backend, vmm, batonctl) = (programs::backend()?, programs::vmm()?, programs::batonctl()?);
     let (kernel, initramfs) = (images::guest_kernel()?, images::guest_initramfs()?);
     let mut text = String::new();
-    let backend = backend.display();
-    writeln!(text, "{backend} --socket-path=/tmp/net.sock --tap={TAP} --control-socket=/tmp/backend.sock &")?;
+    let mut command = backend.display().to_string();
+    for option in datapath::options(datapath) {
+        write!(command, " {option}")?;
+    }
+    writeln!(text, "{command} --socket-path=/tmp/net.sock --tap={TAP} --control-socket=/tmp/backend.sock &")?;
     writeln!(text, "ip address add {HOST}/24 dev {TAP} && ip link set {TAP} up")?;
     writeln!(
         text,
