@@ -187,11 +187,11 @@ impl VhostNet {
     /// The kernel's. The ring does not run then.
     pub fn start(&mut self, side: Side, vring: &Vring, start: &Start<'_>) -> io::Result<()> {
         let result = self.try_start(side, vring, start);
-        if result.is_err() {
-            // Eventfds that it has already.
-            self.disconnect(side);
-        }
         self.running[slot(side)] = result.is_ok();
+        if result.is_err() {
+            // What it has already.
+            self.forget(side);
+        }
         result
     }
 
@@ -261,19 +261,20 @@ impl VhostNet {
         self.kernel.set_backend(number(side), None)?;
         self.running[slot(side)] = false;
         let base = self.kernel.get_vring_base(slot(side)).map_err(io_error)?;
-        self.disconnect(side);
-        if !self.running.contains(&true) {
-            self.mapped = None;
-        }
+        self.forget(side);
         // A split ring's index has 16 bits.
         u16::try_from(base).map_err(io::Error::other)
     }
 
-    fn disconnect(&self, side: Side) {
+    /// Takes from the kernel what it had for a ring that does not run.
+    fn forget(&mut self, side: Side) {
         for wire in [Wire::Kick, Wire::Call, Wire::Error] {
             if let Err(error) = self.kernel.connect(number(side), wire, None) {
                 tracing::warn!(?side, ?wire, %error, "vhost-net keeps an eventfd");
             }
+        }
+        if !self.running.contains(&true) {
+            self.mapped = None;
         }
     }
 

@@ -125,6 +125,7 @@ impl QueuePair {
             ring.fail(name, self.index, &error);
             return;
         }
+        tracing::debug!(pair = self.index, vring = name, "the kernel has the ring");
         // Each of the driver's kicks would wake this thread, too.
         if let Kick::Eventfd(kick) = &ring.kick
             && let Err(error) = self.epoll.remove(kick)
@@ -148,7 +149,10 @@ impl QueuePair {
             Kick::Polled => Ok(()),
         };
         match watched.and_then(|()| kernel.vhost.stop(side)) {
-            Ok(base) => ring.vring.set_next_available(base),
+            Ok(base) => {
+                tracing::debug!(pair = self.index, ?side, base, "the kernel has given the ring back");
+                ring.vring.set_next_available(base);
+            }
             // Who has the ring is not known, so the process must not go on.
             Err(error) => gate.report(&error),
         }
