@@ -50,10 +50,14 @@ fn u32_of(number: u64) -> u32 {
 /// A message that makes some sense, or none.
 fn random_message(random: &mut Random, device: &Device) -> Message {
     let index = if random.once_in(8) { random.next_u32() } else { u32_of(random.next_u64() & 1) };
-    let message = match random.below(12) {
+    let message = match random.below(14) {
         0 => Message::u64(
             request::SET_FEATURES,
-            if random.once_in(2) { random.edge() } else { device.options.features },
+            match random.below(4) {
+                0 | 1 => device.options.features,
+                2 => device.options.features | features::LOG_ALL,
+                _ => random.edge(),
+            },
         ),
         1 => {
             let regions: Vec<_> = (0..random.below(4)).map(|_| random_region(random, device)).collect();
@@ -65,7 +69,8 @@ fn random_message(random: &mut Random, device: &Device) -> Message {
         }
         3 => {
             let [a, b, c] = [0; 3].map(|_: i32| number(random, device));
-            Message::vring_addresses(index, a, b, c)
+            let log = random.once_in(2).then(|| random.edge());
+            Message::logged_vring_addresses(index, [a, b, c], log)
         }
         4 | 5 => {
             let requests = [
@@ -84,6 +89,23 @@ fn random_message(random: &mut Random, device: &Device) -> Message {
         9 => Message::get_config(u32_of(random.edge()), u32_of(random.next_u64() & 0x3f)),
         10 => {
             Message::empty(random.pick(&[request::GET_FEATURES, request::RESET_DEVICE, request::RESET_OWNER]))
+        }
+        11 => {
+            let size = if random.once_in(2) { 1 << 20 } else { random.edge() };
+            Message::log_base(size, if random.once_in(2) { 0 } else { random.edge() })
+        }
+        12 => {
+            let request = random.pick(&[request::GET_INFLIGHT_FD, request::SET_INFLIGHT_FD]);
+            let size = if random.once_in(2) { 1 << 20 } else { random.edge() };
+            let [queues, entries] = [2, device.options.queue_size]
+                .map(|right| if random.once_in(2) { right } else { random.next_u16() });
+            Message::inflight(
+                request,
+                size,
+                if random.once_in(2) { 0 } else { random.edge() },
+                queues,
+                entries,
+            )
         }
         _ => {
             let payload = (0..random.below(64)).map(|_| random.next_u64().to_le_bytes()[0]).collect();
@@ -123,6 +145,8 @@ fn random_messages_harm_nobody(datapath: Datapath) {
     let protocol_features = protocol::MQ
         | protocol::REPLY_ACK
         | protocol::CONFIG
+        | protocol::LOG_SHMFD
+        | protocol::INFLIGHT_SHMFD
         | protocol::RESET_DEVICE
         | protocol::CONFIGURE_MEM_SLOTS;
     let end = Instant::now() + TIME;
@@ -153,7 +177,11 @@ fn random_messages_harm_nobody(datapath: Datapath) {
             ];
             let needed = match message.request {
                 request::SET_MEM_TABLE => message.payload.len() / 32,
-                request::ADD_MEM_REG | request::SET_VRING_KICK | request::SET_VRING_CALL => 1,
+                request::ADD_MEM_REG
+                | request::SET_VRING_KICK
+                | request::SET_VRING_CALL
+                | request::SET_LOG_BASE
+                | request::SET_INFLIGHT_FD => 1,
                 _ => 0,
             };
             let count = if random.once_in(10) { random.below(10) } else { needed };
