@@ -1,7 +1,9 @@
 //! A back-end for tests: it writes down what it is asked, and does nothing.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
@@ -17,6 +19,9 @@ const PROTOCOL: u64 = 1 << 30;
 /// Virtio 1.
 const VERSION_1: u64 = 1 << 32;
 
+/// How many inflight regions were asked for.
+static REGIONS: AtomicU64 = AtomicU64::new(0);
+
 /// What the back-end offers, what it refuses, and what it was asked.
 #[derive(Debug)]
 pub struct FakeBackend {
@@ -30,6 +35,8 @@ pub struct FakeBackend {
     pub memory: Vec<(u64, u64)>,
     pub kicks: Vec<(u8, File)>,
     pub calls: Vec<(u8, File)>,
+    /// The number of the inflight region that it was given; each that was asked for has another.
+    pub inflight: Option<u64>,
 }
 
 impl FakeBackend {
@@ -40,6 +47,7 @@ impl FakeBackend {
             protocol: VhostUserProtocolFeatures::MQ
                 | VhostUserProtocolFeatures::REPLY_ACK
                 | VhostUserProtocolFeatures::CONFIG
+                | VhostUserProtocolFeatures::INFLIGHT_SHMFD
                 | VhostUserProtocolFeatures::RESET_DEVICE
                 | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS,
             vrings,
@@ -49,6 +57,7 @@ impl FakeBackend {
             memory: Vec::new(),
             kicks: Vec::new(),
             calls: Vec::new(),
+            inflight: None,
         }
     }
 
@@ -169,11 +178,21 @@ impl VhostUserBackendReqHandlerMut for FakeBackend {
     fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
         Err(Error::InvalidParam)
     }
-    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        Err(Error::InvalidParam)
+    fn get_inflight_fd(&mut self, wanted: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        let VhostUserInflight { num_queues, queue_size, .. } = *wanted;
+        self.note("GET_INFLIGHT_FD", &format!("{num_queues} {queue_size}"))?;
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let number = REGIONS.fetch_add(1, Ordering::Relaxed);
+        file.write_all_at(&number.to_ne_bytes(), 0).unwrap();
+        Ok((VhostUserInflight::new(4096, 0, num_queues, queue_size), file))
     }
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        Err(Error::InvalidParam)
+    fn set_inflight_fd(&mut self, given: &VhostUserInflight, file: File) -> Result<()> {
+        assert_eq!((given.mmap_size, given.mmap_offset), (4096, 0));
+        let mut number = [0; 8];
+        file.read_exact_at(&mut number, 0).unwrap();
+        self.inflight = Some(u64::from_ne_bytes(number));
+        self.note("SET_INFLIGHT_FD", &format!("{} {}", given.num_queues, given.queue_size))
     }
     fn get_max_mem_slots(&mut self) -> Result<u64> {
         Err(Error::InvalidParam)

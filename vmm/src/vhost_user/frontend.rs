@@ -22,6 +22,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::inflight::Inflight;
 use super::watchdog::Watchdog;
 use crate::memory::GuestMemory;
 use crate::virtio::{QueueSetup, feature};
@@ -224,20 +225,23 @@ impl Link {
         self.socket.as_fd()
     }
 
-    /// Starts the device: acknowledges `features`, shares `memory`, and sets `rings` up.
+    /// Starts the device: acknowledges `features`, shares `memory`, and sets `rings` up. `inflight` is kept from one
+    /// back-end of these rings to the next; one that does without it makes it worthless.
     pub fn start(
         &mut self,
         features: u64,
         memory: &GuestMemory,
+        inflight: &mut Option<Inflight>,
         rings: &[RingStart<'_>],
     ) -> Result<(), LinkError> {
-        self.in_time(|link| link.start_device(features, memory, rings))
+        self.in_time(|link| link.start_device(features, memory, inflight, rings))
     }
 
     fn start_device(
         &mut self,
         features: u64,
         memory: &GuestMemory,
+        inflight: &mut Option<Inflight>,
         rings: &[RingStart<'_>],
     ) -> Result<(), LinkError> {
         let protocol = if self.has_protocol_features { PROTOCOL_FEATURES } else { 0 };
@@ -245,6 +249,7 @@ impl Link {
         let regions: Result<Vec<_>, _> =
             memory.iter().map(VhostUserMemoryRegionInfo::from_guest_region).collect();
         self.frontend.set_mem_table(&regions.map_err(LinkError::Memory)?).map_err(failed("SET_MEM_TABLE"))?;
+        self.track_inflight(inflight, rings)?;
         for ring in rings {
             self.start_ring(ring, memory)?;
         }
@@ -252,6 +257,29 @@ impl Link {
             self.enable_ring(ring.index, ring.enabled)?;
         }
         Ok(())
+    }
+
+    /// Gives the back-end the inflight region; asks it for one if there is none yet.
+    fn track_inflight(
+        &mut self,
+        inflight: &mut Option<Inflight>,
+        rings: &[RingStart<'_>],
+    ) -> Result<(), LinkError> {
+        if !self.protocol.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
+            *inflight = None;
+            return Ok(());
+        }
+        let vrings = rings.iter().filter_map(|ring| u16::try_from(ring.index + 1).ok()).max();
+        let entries = rings.iter().map(|ring| ring.setup.size).max();
+        let (Some(vrings), Some(entries)) = (vrings, entries) else { return Ok(()) };
+        let frontend = &mut self.frontend;
+        let region = match inflight {
+            Some(region) => region,
+            None => {
+                inflight.insert(Inflight::ask(frontend, vrings, entries).map_err(failed("GET_INFLIGHT_FD"))?)
+            }
+        };
+        region.give(frontend).map_err(failed("SET_INFLIGHT_FD"))
     }
 
     fn start_ring(&mut self, ring: &RingStart<'_>, memory: &GuestMemory) -> Result<(), LinkError> {
@@ -314,6 +342,7 @@ fn negotiate(frontend: &mut Frontend) -> Result<VhostUserProtocolFeatures, LinkE
     let wanted = VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::CONFIG
+        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
         | VhostUserProtocolFeatures::RESET_DEVICE;
     let offered = frontend.get_protocol_features().map_err(failed("GET_PROTOCOL_FEATURES"))?;
     let protocol = offered & wanted;
@@ -360,7 +389,7 @@ mod tests {
         "SET_OWNER",
         "GET_FEATURES",
         "GET_PROTOCOL_FEATURES",
-        "SET_PROTOCOL_FEATURES 0x2209",
+        "SET_PROTOCOL_FEATURES 0x3209",
         "GET_QUEUE_NUM",
         "GET_CONFIG 0 12",
     ];
@@ -380,7 +409,8 @@ mod tests {
             call: &call,
         };
 
-        link.start(1 << 32 | 1 << 15, &memory, &[ring(0, 0, true), ring(3, 7, false)]).unwrap();
+        let rings = [ring(0, 0, true), ring(3, 7, false)];
+        link.start(1 << 32 | 1 << 15, &memory, &mut None, &rings).unwrap();
         link.enable_pairs(2).unwrap();
         link.stop().unwrap();
         drop(link);
@@ -390,6 +420,8 @@ mod tests {
         let started = [
             "SET_FEATURES 0x140008000",
             "SET_MEM_TABLE",
+            "GET_INFLIGHT_FD 4 256",
+            "SET_INFLIGHT_FD 4 256",
             "SET_VRING_NUM 0 256",
             "SET_VRING_BASE 0 0",
             "SET_VRING_ADDR 0 0x1000 0x2000 0x3000",
@@ -420,11 +452,38 @@ mod tests {
         let (link, serving) = establish(backend, 2);
         let mut link = link.unwrap();
         let ring = RingStart { index: 1, setup: setup(), base: 0, enabled: true, kick: &kick, call: &call };
-        link.start(1 << 32, &memory, &[ring]).unwrap();
+        link.start(1 << 32, &memory, &mut None, &[ring]).unwrap();
         link.stop().unwrap();
         drop(link);
         let log = serving.finish().log;
         assert_eq!(log[log.len() - 2..], ["GET_VRING_BASE 1", "SET_VRING_ENABLE 1 0"]);
+    }
+
+    #[test]
+    fn the_inflight_region_goes_from_back_end_to_back_end_until_one_does_without() {
+        let memory = crate::memory::allocate(64 << 20).unwrap();
+        let (kick, call) = (event::new().unwrap(), event::new().unwrap());
+        let mut inflight = None;
+        let mut given = Vec::new();
+        let mut asked = Vec::new();
+        for tracks in [true, true, false, true] {
+            let mut backend = FakeBackend::new(2);
+            backend.protocol.set(VhostUserProtocolFeatures::INFLIGHT_SHMFD, tracks);
+            let (link, serving) = establish(backend, 2);
+            let mut link = link.unwrap();
+            let ring =
+                RingStart { index: 1, setup: setup(), base: 0, enabled: true, kick: &kick, call: &call };
+            link.start(1 << 32, &memory, &mut inflight, &[ring]).unwrap();
+            assert_eq!(inflight.is_some(), tracks);
+            drop(link);
+            let backend = serving.finish();
+            given.push(backend.inflight);
+            asked.push(backend.log.iter().any(|entry| entry == "GET_INFLIGHT_FD 2 256"));
+        }
+        assert_eq!(asked, [true, false, false, true]);
+        assert!(given[0].is_some() && given[0] == given[1], "{given:?}");
+        assert_eq!(given[2], None);
+        assert!(given[3].is_some() && given[3] != given[0], "{given:?}");
     }
 
     #[test]
@@ -456,7 +515,7 @@ mod tests {
         let mut backend = FakeBackend::new(2);
         backend.refuses = Some("SET_FEATURES");
         let (link, _serving) = establish(backend, 2);
-        let error = link.unwrap().start(1 << 32, &memory, &[]).unwrap_err();
+        let error = link.unwrap().start(1 << 32, &memory, &mut None, &[]).unwrap_err();
         assert!(matches!(error, LinkError::Message { message: "SET_FEATURES", .. }));
     }
 

@@ -3,4 +3,5 @@
 #[cfg(test)]
 pub mod fake_backend;
 pub mod frontend;
+pub mod inflight;
 pub mod watchdog;

@@ -31,6 +31,7 @@ use crate::config::{Mac, NetConfig};
 use crate::event;
 use crate::memory::GuestMemory;
 use crate::vhost_user::frontend::{Link, LinkError, RingStart};
+use crate::vhost_user::inflight::Inflight;
 
 /// Why a device has no back-end.
 #[derive(Debug, Error)]
@@ -127,6 +128,8 @@ struct Started {
     control: Option<Control>,
     /// How many queue pairs the driver uses.
     pairs: u16,
+    /// Where back-ends note which chains they have, for as long as these virtqueues live.
+    inflight: Option<Inflight>,
 }
 
 #[derive(Debug)]
@@ -256,12 +259,12 @@ impl Worker {
             None => None,
         };
         let queues = activation.queues.iter().copied().take(index).collect();
-        Ok(Started { features, queues, control, pairs: 1 })
+        Ok(Started { features, queues, control, pairs: 1, inflight: None })
     }
 
     /// Hands the driver's rings to the back-end, if there are both. `resume`: the rings were running before.
     fn start_rings(&mut self, resume: bool) -> Result<(), NetError> {
-        let (Some(link), Some(device)) = (&mut self.link, &self.device) else { return Ok(()) };
+        let (Some(link), Some(device)) = (&mut self.link, &mut self.device) else { return Ok(()) };
         check_offer(device.features, link.offer())?;
         let mut rings = Vec::new();
         for (index, setup) in device.queues.iter().enumerate().filter(|(_, queue)| queue.ready) {
@@ -275,7 +278,7 @@ impl Worker {
             let (kick, call) = (&self.shared.kicks[index], &self.shared.calls[index]);
             rings.push(RingStart { index, setup: *setup, base, enabled, kick, call });
         }
-        link.start(for_backend(device.features), &self.memory, &rings)?;
+        link.start(for_backend(device.features), &self.memory, &mut device.inflight, &rings)?;
         if resume {
             for ring in rings {
                 event::signal(ring.kick);

@@ -155,6 +155,45 @@ fn a_new_back_end_goes_on_where_the_lost_one_stopped() {
 }
 
 #[test]
+fn the_inflight_region_lives_as_long_as_the_drivers_rings() {
+    let (mut bench, mut serving) = bench();
+    let region = |serving: &Serving| serving.backend.lock().unwrap().inflight;
+    let asked = |serving: &Serving| log_of(serving, "GET_INFLIGHT_FD");
+    bench.net.activate(activation(VERSION_1 | MULTI_QUEUE)).unwrap();
+    let first = region(&serving);
+    assert!(first.is_some());
+    assert_eq!(asked(&serving), ["GET_INFLIGHT_FD 4 16"]);
+    for _ in 0..3 {
+        bench.thread.shared.cut();
+        drop(serving.finish());
+        serving = FakeBackend::new(4).serve(bench.listener.accept().unwrap().0);
+        wait_until(|| log_of(&serving, "SET_VRING_ENABLE").len() == 4);
+        assert_eq!((region(&serving), asked(&serving).len()), (first, 0));
+    }
+
+    // Reset, and started with larger rings.
+    bench.net.reset();
+    let mut larger = activation(VERSION_1 | MULTI_QUEUE);
+    larger.queues[1].size = 32;
+    bench.net.activate(larger).unwrap();
+    let second = region(&serving);
+    assert!(second.is_some() && second != first);
+    assert_eq!(asked(&serving), ["GET_INFLIGHT_FD 4 32"]);
+
+    // Reset and started while there is no back-end.
+    bench.thread.shared.cut();
+    drop(serving.finish());
+    bench.net.reset();
+    bench.net.activate(activation(VERSION_1 | MULTI_QUEUE)).unwrap();
+    let serving = FakeBackend::new(4).serve(bench.listener.accept().unwrap().0);
+    wait_until(|| log_of(&serving, "SET_VRING_ENABLE").len() == 4);
+    assert_eq!(asked(&serving), ["GET_INFLIGHT_FD 4 16"]);
+    assert!(region(&serving) != second && region(&serving) != first);
+    bench.thread.stop();
+    drop(serving.finish());
+}
+
+#[test]
 fn a_back_end_with_fewer_features_is_not_used() {
     let (mut bench, serving) = bench();
     bench.net.activate(activation(VERSION_1 | MULTI_QUEUE)).unwrap();

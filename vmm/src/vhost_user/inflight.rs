@@ -1,0 +1,43 @@
+//! The region in which a back-end notes which descriptor chains it has (vhost-user: "Inflight I/O tracking").
+//!
+//! The VMM asks a back-end for it when a driver starts its rings, keeps it for as long as they live, and gives it to
+//! every back-end that serves them. What is in it is the back-ends' business.
+
+use std::fmt;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+
+use vhost::vhost_user::message::VhostUserInflight;
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+
+/// A region, for the rings of one start of the device.
+pub struct Inflight {
+    description: VhostUserInflight,
+    file: File,
+}
+
+impl fmt::Debug for Inflight {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let VhostUserInflight { mmap_size, num_queues, queue_size, .. } = self.description;
+        formatter
+            .debug_struct("Inflight")
+            .field("size", &mmap_size)
+            .field("queues", &num_queues)
+            .field("entries", &queue_size)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Inflight {
+    /// Asks the back-end for an empty region for `queues` vrings of up to `entries` descriptors.
+    pub fn ask(frontend: &mut Frontend, queues: u16, entries: u16) -> vhost::Result<Self> {
+        let wanted = VhostUserInflight::new(0, 0, queues, entries);
+        let (description, file) = frontend.get_inflight_fd(&wanted)?;
+        Ok(Self { description, file })
+    }
+
+    /// Gives it to the back-end, before the vrings.
+    pub fn give(&self, frontend: &mut Frontend) -> vhost::Result<()> {
+        frontend.set_inflight_fd(&self.description, self.file.as_raw_fd())
+    }
+}
