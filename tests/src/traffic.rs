@@ -2,7 +2,7 @@
 //!
 //! One side runs [`serve`], the other one of the checks, which opens a TCP connection, sends a request as a line of
 //! JSON, and does its part: [`bulk`] TCP, numbered datagrams in [`flows`], datagrams of many [`sizes`]. Both ends are
-//! the same code, so one connection checks either direction. Every wait is bounded by [`PATIENCE`].
+//! the same code, so one connection checks either direction. Every wait is bounded.
 
 pub mod bulk;
 pub mod flows;
@@ -68,6 +68,11 @@ impl Connection {
         let mut connection = Self::new(stream.with_context(|| format!("cannot connect to {server}"))?)?;
         connection.say(request)?;
         Ok(connection)
+    }
+
+    /// Waits that much longer for the other end.
+    fn be_patient(&self, more: Duration) -> io::Result<()> {
+        self.stream.get_ref().set_read_timeout(Some(PATIENCE + more))
     }
 
     fn say(&mut self, message: &impl Serialize) -> Result<()> {

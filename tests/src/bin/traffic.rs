@@ -65,6 +65,9 @@ enum Command {
         /// UDP payload in bytes.
         #[arg(long, default_value_t = 64)]
         size: u16,
+        /// Seconds without a datagram after which the rest is lost.
+        #[arg(long, default_value_t = 30)]
+        silence: u16,
     },
     /// Datagrams of every size, sent back and compared.
     Sizes {
@@ -117,8 +120,9 @@ fn run(command: &Command) -> Result<(Value, bool)> {
             let outcome = bulk::check(server, direction, bytes, streams)?;
             Ok((serde_json::to_value(outcome)?, true))
         }
-        Command::Flows { server, direction, count, flows, rate, size } => {
-            let outcome = flows::check(server, direction, flows::Plan { count, flows, rate, size })?;
+        Command::Flows { server, direction, count, flows, rate, size, silence } => {
+            let plan = flows::Plan { count, flows, rate, size, silence };
+            let outcome = flows::check(server, direction, plan)?;
             Ok((serde_json::to_value(&outcome)?, outcome.is_perfect()))
         }
         Command::Sizes { server, from, to, step } => {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::{Connection, Direction, PATIENCE, Request};
+use super::{Connection, Direction, Request};
 
 /// How long a receiver that has everything waits for what should not come.
 const LINGER: Duration = Duration::from_millis(300);
@@ -31,6 +31,14 @@ pub struct Plan {
     pub rate: u32,
     /// UDP payload of each, in bytes, at least 8.
     pub size: u16,
+    /// Seconds without a datagram after which the receiver takes the rest for lost.
+    pub silence: u16,
+}
+
+impl Plan {
+    fn patience(&self) -> Duration {
+        Duration::from_secs(self.silence.into())
+    }
 }
 
 /// What a receiver has counted of one flow.
@@ -80,6 +88,8 @@ pub fn check(server: SocketAddr, direction: Direction, plan: Plan) -> Result<Out
         Direction::Up => {
             let port: u16 = connection.hear()?;
             send(&connection, &plan, SocketAddr::new(server.ip(), port))?;
+            // If any is lost, the other end waits for it in vain first.
+            connection.be_patient(plan.patience())?;
             connection.hear()
         }
     }
@@ -133,7 +143,7 @@ fn receive(socket: &UdpSocket, plan: &Plan) -> Result<Outcome> {
     let mut bytes = vec![0; 65536];
     let mut expected = vec![0; usize::from(plan.size)];
     loop {
-        let silence = if outcome.received < plan.count { PATIENCE } else { LINGER };
+        let silence = if outcome.received < plan.count { plan.patience() } else { LINGER };
         socket.set_read_timeout(Some(silence))?;
         let length = match socket.recv(&mut bytes) {
             Ok(length) => length,
