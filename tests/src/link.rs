@@ -19,6 +19,7 @@ use crate::netns::Netns;
 use crate::ping;
 use crate::process::Process;
 use crate::programs;
+use crate::traffic::flows;
 
 /// The TAP's interface.
 pub const TAP: &str = "tap0";
@@ -238,6 +239,77 @@ impl Link {
             }
         }
         Ok(())
+    }
+
+    /// Kills the back-end several times while TCP and numbered datagrams go both ways, and has another one take its
+    /// place. TCP does not notice. Of the datagrams, those that a back-end had in hand are lost on their way to the
+    /// guest, or come twice from it; none is damaged or overtaken. Afterwards every receive buffer is in use.
+    ///
+    /// # Errors
+    /// If not so.
+    pub fn check_killed_under_load(&mut self, guest: &mut Guest) -> Result<()> {
+        /// Frames each way that show that there is load.
+        const LOAD: u64 = 500;
+        /// What a back-end has in hand of a queue at most.
+        const BATCH: u64 = 64;
+        const KILLS: u64 = 3;
+        let server = format!("{HOST}:{PORT}");
+        let one = |direction: &str| {
+            format!(
+                "traffic bulk {server} --direction={direction} --bytes={} >/bulk.{direction} 2>&1 & \
+                 traffic flows {server} --direction={direction} --count=20000 --flows=8 --rate=2000 \
+                 --silence=10 >/flows.{direction} 2>&1 &",
+                8 << 20
+            )
+        };
+        let command = format!("( {} {} wait )", one("up"), one("down"));
+        guest.start_command(&command)?;
+        for _ in 0..KILLS {
+            self.wait_frames(|rx, tx| rx.min(tx) > LOAD)?;
+            self.restart_backend()?;
+        }
+        let finished = guest.finish(&command)?;
+        ensure!(finished.status == 0, "{finished:?}");
+        let mut outcome = |name: &str| -> Result<Value> {
+            let text = guest.check(&format!("cat {name}"))?;
+            serde_json::from_str(text.trim()).with_context(|| format!("{name}: {text}"))
+        };
+        for name in ["/bulk.up", "/bulk.down"] {
+            ensure!(outcome(name)?["bytes"] == 8 << 20, "{name}: {}", outcome(name)?);
+        }
+        for (name, twice) in [("/flows.up", KILLS * BATCH * u64::from(self.queue_pairs)), ("/flows.down", 0)]
+        {
+            let outcome: flows::Outcome = serde_json::from_value(outcome(name)?)?;
+            let duplicated: u64 = outcome.flows.iter().map(|flow| u64::from(flow.duplicated)).sum();
+            let in_order = outcome.flows.iter().all(|flow| flow.reordered == 0 && flow.received > 0);
+            ensure!(in_order && outcome.damaged == 0 && duplicated <= twice, "{name}: {outcome:?}");
+        }
+        self.check_every_buffer(guest)
+    }
+
+    /// That the guest receives more frames on each queue pair than this has buffers.
+    fn check_every_buffer(&mut self, guest: &mut Guest) -> Result<()> {
+        let size = self.status()?.vrings.iter().map(|vring| vring.size).max().unwrap_or_default();
+        let frames = |link: &mut Self| -> Result<Vec<u64>> {
+            Ok(link.stats()?.queue_pairs.iter().map(|pair| pair.rx.frames).collect())
+        };
+        let before = frames(self)?;
+        // So many flows that the kernel chooses each queue for some of them.
+        self.check_flows(guest, 6 * u32::from(size) * u32::from(self.queue_pairs), 64, 2000)?;
+        let after = frames(self)?;
+        let enough = before.iter().zip(&after).all(|(before, after)| after - before > u64::from(size));
+        ensure!(enough, "frames received were {before:?}, are {after:?}, with {size} buffers each");
+        Ok(())
+    }
+
+    /// Waits until frames received and transmitted over all pairs satisfy a condition.
+    fn wait_frames(&mut self, condition: impl Fn(u64, u64) -> bool) -> Result<()> {
+        let mut client = ControlClient::connect(&self.control)?;
+        self.backend.wait_until("there was any load", |_| {
+            let stats: BackendStats = serde_json::from_value(client.call(&Request::Stats)?)?;
+            let sum = |of: fn(&QueuePairStats) -> u64| stats.queue_pairs.iter().map(of).sum();
+            Ok(condition(sum(|pair| pair.rx.frames), sum(|pair| pair.tx.frames)).then_some(()))
+        })
     }
 
     /// A frame of every size from 60 bytes to the MTU there and back.

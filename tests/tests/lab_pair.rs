@@ -58,6 +58,7 @@ fn goes_on_when_either_side_was_killed(datapath: Datapath) -> Result<()> {
                 link.check_pings(&mut guest, 20)?;
                 link.check_bulk(&mut guest, 1 << 20, 4)?;
             }
+            link.check_killed_under_load(&mut guest)?;
             // Killed, not switched off.
             drop(guest);
             let mut guest = boot(&link, 4, "second")?;

@@ -43,6 +43,7 @@ fn serves_on(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Result<()> 
     link.wait_serving()?;
     link.check_pings(&mut guest, 50)?;
     link.check_bulk(&mut guest, 4 << 20, queue_pairs)?;
+    link.check_killed_under_load(&mut guest)?;
 
     // Killed, not switched off.
     drop(guest);
