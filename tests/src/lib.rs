@@ -20,4 +20,5 @@ pub mod ping;
 pub mod places;
 pub mod process;
 pub mod programs;
+pub mod switching;
 pub mod traffic;

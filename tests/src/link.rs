@@ -14,7 +14,7 @@ use baton_protocol::control::{BackendStats, BackendStatus, DirectionStats, Reque
 use serde_json::Value;
 
 use crate::datapath::{self, Datapath};
-use crate::guest::{Carried, Guest};
+use crate::guest::{Accelerator, Carried, Guest, Qemu, Vmm};
 use crate::netns::Netns;
 use crate::ping;
 use crate::process::Process;
@@ -58,6 +58,7 @@ pub struct Link {
     socket: PathBuf,
     control: PathBuf,
     datapath: Datapath,
+    meeting: Meeting,
     queue_pairs: u16,
     _server: Process,
     _directory: tempfile::TempDir,
@@ -100,6 +101,7 @@ impl Link {
             socket,
             control,
             datapath,
+            meeting,
             queue_pairs,
             _server: server,
             _directory: directory,
@@ -112,6 +114,11 @@ impl Link {
     /// Who moves the frames.
     pub fn datapath(&self) -> Datapath {
         self.datapath
+    }
+
+    /// How many queue pairs the device has.
+    pub fn queue_pairs(&self) -> u16 {
+        self.queue_pairs
     }
 
     /// The vhost-user socket.
@@ -178,6 +185,31 @@ impl Link {
             let status: BackendStatus = serde_json::from_value(client.call(&Request::Status)?)?;
             Ok(status.vrings[..2].iter().all(|vring| vring.started && vring.enabled).then_some(()))
         })
+    }
+
+    /// Boots a guest on `baton-vmm`, with a processor for each queue pair, and brings its network up.
+    ///
+    /// # Errors
+    /// If it cannot be.
+    pub fn boot_vmm(&self, name: &str) -> Result<Guest> {
+        let vmm = Vmm::new(self.queue_pairs, "512M")?.net(self.socket()?, MAC, self.queue_pairs);
+        self.brought_up(vmm.start(name)?)
+    }
+
+    /// The same on QEMU.
+    ///
+    /// # Errors
+    /// If it cannot be.
+    pub fn boot_qemu(&self, accelerator: Accelerator, name: &str) -> Result<Guest> {
+        let qemu = Qemu::new(accelerator, self.queue_pairs, "512M")?;
+        let qemu = qemu.vhost_user("net0", self.socket()?, self.meeting, MAC, self.queue_pairs);
+        self.brought_up(qemu.start(name)?)
+    }
+
+    fn brought_up(&self, mut guest: Guest) -> Result<Guest> {
+        guest.wait_for_shell()?;
+        self.bring_up(&mut guest)?;
+        Ok(guest)
     }
 
     /// Gives a guest that has just booted its address and its end of the checks.

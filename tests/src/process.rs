@@ -181,6 +181,14 @@ impl Process {
         Ok(std::fs::read_dir(format!("/proc/{}/fd", self.pid()))?.count())
     }
 
+    /// How many threads it has.
+    ///
+    /// # Errors
+    /// If it has ended.
+    pub fn threads(&self) -> Result<usize> {
+        Ok(std::fs::read_dir(format!("/proc/{}/task", self.pid()))?.count())
+    }
+
     /// Where its descriptors point, for the message of a failed test.
     ///
     /// # Errors

@@ -2,29 +2,22 @@
 
 use anyhow::{Context, Result, ensure};
 use baton_tests::datapath::Datapath;
-use baton_tests::guest::{Guest, Vmm};
 use baton_tests::lab;
-use baton_tests::link::{Link, MAC, Meeting};
-use baton_tests::on_both_datapaths;
+use baton_tests::link::{Link, Meeting};
+use baton_tests::{on_both_datapaths, switching};
 
 on_both_datapaths! {
     one_pair_carries_everything,
     four_pairs_carry_everything,
     goes_on_when_either_side_was_killed,
-}
-
-fn boot(link: &Link, queue_pairs: u16, name: &str) -> Result<Guest> {
-    let mut guest = Vmm::new(queue_pairs, "512M")?.net(link.socket()?, MAC, queue_pairs).start(name)?;
-    guest.wait_for_shell()?;
-    link.bring_up(&mut guest)?;
-    Ok(guest)
+    survives_its_device_switched_off_and_on,
 }
 
 /// Pings, bulk TCP, frames of every size, numbered datagrams; every pair used, frames larger than the MTU both ways.
 fn carries(datapath: Datapath, queue_pairs: u16) -> Result<()> {
     let mut link = Link::new(datapath, Meeting::BackendListens, queue_pairs)?;
     let mut body = || {
-        let mut guest = boot(&link, queue_pairs, "guest")?;
+        let mut guest = link.boot_vmm("guest")?;
         link.check_pings(&mut guest, 100)?;
         link.check_sizes(&mut guest)?;
         link.check_flows(&mut guest, 10_000, 16, 2_000)?;
@@ -50,7 +43,7 @@ fn goes_on_when_either_side_was_killed(datapath: Datapath) -> Result<()> {
     lab::run(|| {
         let mut link = Link::new(datapath, Meeting::BackendListens, 4)?;
         let mut body = || {
-            let mut guest = boot(&link, 4, "first")?;
+            let mut guest = link.boot_vmm("first")?;
             link.check_pings(&mut guest, 20)?;
             for _ in 0..3 {
                 link.restart_backend()?;
@@ -61,11 +54,19 @@ fn goes_on_when_either_side_was_killed(datapath: Datapath) -> Result<()> {
             link.check_killed_under_load(&mut guest)?;
             // Killed, not switched off.
             drop(guest);
-            let mut guest = boot(&link, 4, "second")?;
+            let mut guest = link.boot_vmm("second")?;
             link.check_pings(&mut guest, 20)?;
             link.check_healthy()
         };
         let result = body();
+        result.with_context(|| link.evidence())
+    })
+}
+
+fn survives_its_device_switched_off_and_on(datapath: Datapath) -> Result<()> {
+    lab::run(|| {
+        let mut link = Link::new(datapath, Meeting::BackendListens, 4)?;
+        let result = switching::check(&mut link, |link| link.boot_vmm("guest"));
         result.with_context(|| link.evidence())
     })
 }

@@ -2,38 +2,34 @@
 
 use anyhow::{Context, Result, ensure};
 use baton_tests::datapath::Datapath;
-use baton_tests::guest::{Accelerator, Guest, Qemu};
-use baton_tests::link::{Link, MAC, Meeting};
-use baton_tests::on_both_datapaths;
+use baton_tests::guest::Accelerator;
+use baton_tests::link::{Link, Meeting};
+use baton_tests::{on_both_datapaths, switching};
 
 on_both_datapaths! {
     one_pair_listening,
     four_pairs_as_client,
+    survives_its_device_switched_off_and_on,
 }
 
-fn boot(link: &Link, meeting: Meeting, queue_pairs: u16, name: &str) -> Result<Guest> {
-    let accelerator = match link.datapath() {
+fn accelerator(datapath: Datapath) -> Accelerator {
+    match datapath {
         // Anywhere, without the lab.
         Datapath::Userspace => Accelerator::Tcg,
         Datapath::VhostNet => Accelerator::Kvm,
-    };
-    let mut guest = Qemu::new(accelerator, queue_pairs, "512M")?
-        .vhost_user("net0", link.socket()?, meeting, MAC, queue_pairs)
-        .start(name)?;
-    guest.wait_for_shell()?;
-    link.bring_up(&mut guest)?;
-    Ok(guest)
+    }
 }
 
 /// Traffic; the same after the back-end was killed and another one took its place under the running guest; the same
 /// for a new guest after QEMU was killed.
 fn serves(datapath: Datapath, meeting: Meeting, queue_pairs: u16) -> Result<()> {
     let mut link = Link::new(datapath, meeting, queue_pairs)?;
-    serves_on(&mut link, meeting, queue_pairs).with_context(|| link.evidence())
+    serves_on(&mut link, queue_pairs).with_context(|| link.evidence())
 }
 
-fn serves_on(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Result<()> {
-    let mut guest = boot(link, meeting, queue_pairs, "first")?;
+fn serves_on(link: &mut Link, queue_pairs: u16) -> Result<()> {
+    let accelerator = accelerator(link.datapath());
+    let mut guest = link.boot_qemu(accelerator, "first")?;
     link.check_pings(&mut guest, 50)?;
     link.check_bulk(&mut guest, 16 << 20, queue_pairs)?;
     link.check_flows(&mut guest, 2000, 8, 2000)?;
@@ -47,7 +43,7 @@ fn serves_on(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Result<()> 
 
     // Killed, not switched off.
     drop(guest);
-    let mut guest = boot(link, meeting, queue_pairs, "second")?;
+    let mut guest = link.boot_qemu(accelerator, "second")?;
     link.check_pings(&mut guest, 50)?;
     link.check_bulk(&mut guest, 4 << 20, queue_pairs)?;
     link.check_healthy()?;
@@ -71,4 +67,10 @@ fn four_pairs_listening() -> Result<()> {
 
 fn four_pairs_as_client(datapath: Datapath) -> Result<()> {
     serves(datapath, Meeting::FrontendListens, 4)
+}
+
+fn survives_its_device_switched_off_and_on(datapath: Datapath) -> Result<()> {
+    let mut link = Link::new(datapath, Meeting::BackendListens, 4)?;
+    let result = switching::check(&mut link, |link| link.boot_qemu(accelerator(datapath), "guest"));
+    result.with_context(|| link.evidence())
 }

@@ -1,0 +1,178 @@
+//! A running guest's device, switched off and on under traffic in every way that a guest has: its link, its driver, the
+//! number of its queue pairs. Afterwards it works as before, and the back-end holds no more than before.
+
+use std::collections::HashSet;
+use std::fs;
+
+use anyhow::{Context, Result, ensure};
+use baton_protocol::control::Frontend;
+
+use crate::datapath::Datapath;
+use crate::fake_frontend::{Device, Options, features};
+use crate::guest::Guest;
+use crate::link::{GUEST, HOST, Link, PORT};
+use crate::process::Process;
+
+/// How often each is done.
+const ROUNDS: u16 = 2;
+
+/// Boots a guest, switches its device off and on, and switches the guest off.
+///
+/// # Errors
+/// If the device is lost, traffic goes wrong, or the back-end holds more than before.
+pub fn check(link: &mut Link, boot: impl FnOnce(&Link) -> Result<Guest>) -> Result<()> {
+    serve_once(link)?;
+    wait_left(link)?;
+    let at_rest = Holdings::of(&link.backend)?;
+    ensure!(at_rest.vhost_workers == 0, "without a front-end: {at_rest:?}");
+
+    let mut guest = boot(link)?;
+    check_all_pairs(link, &mut guest)?;
+    let serving = Holdings::of(&link.backend)?;
+    let workers = match link.datapath() {
+        Datapath::Userspace => 0,
+        Datapath::VhostNet => usize::from(link.queue_pairs()),
+    };
+    ensure!(serving.vhost_workers == workers, "with a guest: {serving:?}");
+
+    for switch in [switch_link, switch_driver, switch_queue_pairs] {
+        start_load(&mut guest)?;
+        for _ in 0..ROUNDS {
+            switch(link, &mut guest)?;
+        }
+        end_load(&mut guest)?;
+        check_all_pairs(link, &mut guest)?;
+        serving.wait(&mut link.backend)?;
+    }
+
+    ensure!(guest.power_off()?.success(), "a guest that was switched off is no failure");
+    wait_left(link)?;
+    at_rest.wait(&mut link.backend)?;
+    link.check_healthy()
+}
+
+fn switch_link(_: &Link, guest: &mut Guest) -> Result<()> {
+    guest.check("ip link set eth0 down && ip link set eth0 up")?;
+    wait_traffic(guest)
+}
+
+fn switch_driver(_: &Link, guest: &mut Guest) -> Result<()> {
+    let device = guest.check("basename $(readlink /sys/class/net/eth0/device)")?;
+    let device = device.trim();
+    let driver = "/sys/bus/virtio/drivers/virtio_net";
+    guest.check(&format!("echo {device} > {driver}/unbind && ! [ -e /sys/class/net/eth0 ]"))?;
+    guest.check(&format!("echo {device} > {driver}/bind"))?;
+    guest.check(&format!("ip link set eth0 up && ip addr add {GUEST}/24 dev eth0"))?;
+    wait_traffic(guest)
+}
+
+fn switch_queue_pairs(link: &Link, guest: &mut Guest) -> Result<()> {
+    for pairs in [1, 2, link.queue_pairs()] {
+        guest.check(&format!("ethtool -L eth0 combined {pairs}"))?;
+        ensure!(guest.queue_pairs("eth0")?.len() == usize::from(pairs));
+        wait_traffic(guest)?;
+    }
+    Ok(())
+}
+
+/// Has the guest move data both ways over TCP, again and again.
+fn start_load(guest: &mut Guest) -> Result<()> {
+    let bulk = format!("traffic bulk {HOST}:{PORT} --direction=$way --bytes={} --streams=2", 1 << 20);
+    guest.check(&format!(
+        "touch /tmp/load; for way in up down; do \
+         (while [ -e /tmp/load ]; do {bulk}; done) >/dev/null 2>>/tmp/errors & done"
+    ))?;
+    wait_traffic(guest)
+}
+
+/// Ends that, and checks that nothing was lost or damaged: streams may only fail to begin, while there is no network.
+fn end_load(guest: &mut Guest) -> Result<()> {
+    guest.check("rm /tmp/load; wait")?;
+    let errors = guest.check("cat /tmp/errors")?;
+    let broken: Vec<_> = errors.lines().filter(|line| !line.contains("cannot connect")).collect();
+    ensure!(broken.is_empty(), "TCP streams broke: {broken:#?}");
+    Ok(())
+}
+
+/// Waits until some more has gone both ways.
+fn wait_traffic(guest: &mut Guest) -> Result<()> {
+    for way in ["rx", "tx"] {
+        let bytes = format!("$(cat /sys/class/net/eth0/statistics/{way}_bytes)");
+        guest.check(&format!("end=$(({bytes} + 65536)); while [ {bytes} -lt $end ]; do sleep 0.1; done"))?;
+    }
+    Ok(())
+}
+
+/// Pings, sums over TCP and numbered datagrams; every queue pair has its part both ways.
+fn check_all_pairs(link: &Link, guest: &mut Guest) -> Result<()> {
+    let before = guest.queue_pairs("eth0")?;
+    link.check_pings(guest, 10)?;
+    link.check_bulk(guest, 1 << 20, link.queue_pairs())?;
+    link.check_flows(guest, 1000, 16, 2000)?;
+    let after = guest.queue_pairs("eth0")?;
+    ensure!(after.len() == usize::from(link.queue_pairs()), "{after:?}");
+    for (before, after) in before.iter().zip(&after) {
+        let used = after.rx.frames > before.rx.frames && after.tx.frames > before.tx.frames;
+        ensure!(used, "a pair carried nothing: {before:?} {after:?}");
+    }
+    Ok(())
+}
+
+/// Another front-end, so that the back-end has everything that it keeps from one session to the next.
+fn serve_once(link: &Link) -> Result<()> {
+    let features = Options::default().features | features::MQ;
+    let options = Options { queue_pairs: link.queue_pairs(), features, ..Options::default() };
+    drop(Device::connect(link.socket()?.as_ref(), options)?);
+    Ok(())
+}
+
+fn wait_left(link: &mut Link) -> Result<()> {
+    while link.status()?.frontend != Frontend::Disconnected {}
+    Ok(())
+}
+
+/// What a back-end has of the system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Holdings {
+    threads: usize,
+    fds: usize,
+    vhost_workers: usize,
+}
+
+impl Holdings {
+    fn of(backend: &Process) -> Result<Self> {
+        Ok(Self {
+            threads: backend.threads()?,
+            fds: backend.open_fds()?,
+            vhost_workers: vhost_workers(backend)?,
+        })
+    }
+
+    /// Waits until the back-end has as much as this, and no more.
+    fn wait(self, backend: &mut Process) -> Result<()> {
+        let held = |backend: &Process| Ok((Self::of(backend)? == self).then_some(()));
+        let waited = backend.wait_until("it held as much as before", held);
+        waited.with_context(|| format!("before: {self:?}, now: {:?}", Self::of(backend)))
+    }
+}
+
+/// How many threads the kernel has for the vhosts of a back-end. They are named after the thread that owns the vhost,
+/// and are threads of nobody's, or since Linux 6.4 of the owner's process.
+fn vhost_workers(backend: &Process) -> Result<usize> {
+    let tasks = format!("/proc/{}/task", backend.pid());
+    let owners: HashSet<String> = names_in(&tasks)?.map(|owner| format!("vhost-{owner}")).collect();
+    let mut workers = 0;
+    for folder in ["/proc", &tasks] {
+        for thread in names_in(folder)? {
+            // What is no thread, or has just ended, has no such file.
+            let name = fs::read_to_string(format!("{folder}/{thread}/comm")).unwrap_or_default();
+            workers += usize::from(owners.contains(name.trim_end()));
+        }
+    }
+    Ok(workers)
+}
+
+fn names_in(folder: &str) -> Result<impl Iterator<Item = String>> {
+    let entries = fs::read_dir(folder).with_context(|| folder.to_owned())?;
+    Ok(entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()))
+}
