@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use crate::datapath::{self, Datapath};
 use crate::guest::{Accelerator, Carried, Guest, Qemu, Vmm};
-use crate::netns::Netns;
+use crate::netns::{self, Netns};
 use crate::ping;
 use crate::process::Process;
 use crate::programs;
@@ -297,7 +297,7 @@ impl Link {
         let command = format!("( {} {} wait )", one("up"), one("down"));
         guest.start_command(&command)?;
         for _ in 0..KILLS {
-            self.wait_frames(|rx, tx| rx.min(tx) > LOAD)?;
+            self.wait_load(LOAD)?;
             self.restart_backend()?;
         }
         let finished = guest.finish(&command)?;
@@ -322,25 +322,26 @@ impl Link {
     /// That the guest receives more frames on each queue pair than this has buffers.
     fn check_every_buffer(&mut self, guest: &mut Guest) -> Result<()> {
         let size = self.status()?.vrings.iter().map(|vring| vring.size).max().unwrap_or_default();
-        let frames = |link: &mut Self| -> Result<Vec<u64>> {
-            Ok(link.stats()?.queue_pairs.iter().map(|pair| pair.rx.frames).collect())
+        let frames = |guest: &mut Guest| -> Result<Vec<u64>> {
+            Ok(guest.queue_pairs("eth0")?.iter().map(|pair| pair.rx.frames).collect())
         };
-        let before = frames(self)?;
+        let before = frames(guest)?;
         // So many flows that the kernel chooses each queue for some of them.
         self.check_flows(guest, 6 * u32::from(size) * u32::from(self.queue_pairs), 64, 2000)?;
-        let after = frames(self)?;
+        let after = frames(guest)?;
         let enough = before.iter().zip(&after).all(|(before, after)| after - before > u64::from(size));
         ensure!(enough, "frames received were {before:?}, are {after:?}, with {size} buffers each");
         Ok(())
     }
 
-    /// Waits until frames received and transmitted over all pairs satisfy a condition.
-    fn wait_frames(&mut self, condition: impl Fn(u64, u64) -> bool) -> Result<()> {
-        let mut client = ControlClient::connect(&self.control)?;
+    /// Waits until so many frames more have gone each way.
+    fn wait_load(&mut self, frames: u64) -> Result<()> {
+        let before = netns::counters(TAP)?;
         self.backend.wait_until("there was any load", |_| {
-            let stats: BackendStats = serde_json::from_value(client.call(&Request::Stats)?)?;
-            let sum = |of: fn(&QueuePairStats) -> u64| stats.queue_pairs.iter().map(of).sum();
-            Ok(condition(sum(|pair| pair.rx.frames), sum(|pair| pair.tx.frames)).then_some(()))
+            let now = netns::counters(TAP)?;
+            let enough = |before: u64, now: u64| now - before > frames;
+            let both = enough(before.rx_packets, now.rx_packets) && enough(before.tx_packets, now.tx_packets);
+            Ok(both.then_some(()))
         })
     }
 
