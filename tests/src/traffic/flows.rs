@@ -14,6 +14,9 @@ use super::{Connection, Direction, Request};
 /// How long a receiver that has everything waits for what should not come.
 const LINGER: Duration = Duration::from_millis(300);
 
+/// The most datagrams that a sender sends at once.
+const BURST: u32 = 100;
+
 /// How often a sender looks at the clock: it sends as many as are due.
 const TICK: Duration = Duration::from_millis(2);
 
@@ -113,14 +116,19 @@ pub(super) fn send(connection: &Connection, plan: &Plan, to: SocketAddr) -> Resu
         socket.connect(to).with_context(|| format!("cannot send to {to}"))?;
     }
     let mut datagram = vec![0; usize::from(plan.size)];
-    let start = Instant::now();
+    let mut last = Instant::now();
+    let mut due = 0.0;
     let mut numbers = (0..plan.count).map(|index| {
         let flows = u32::from(plan.flows);
         (index % flows, index / flows)
     });
     let mut sent = 0;
     while sent < plan.count {
-        let due = start.elapsed().as_secs_f64() * f64::from(plan.rate);
+        let now = Instant::now();
+        due += now.duration_since(last).as_secs_f64() * f64::from(plan.rate);
+        last = now;
+        // Who could not run for a while must not make up for it at once: queues on the way are short.
+        due = due.min(f64::from(sent + BURST));
         while f64::from(sent) < due
             && let Some((flow, number)) = numbers.next()
         {
