@@ -60,6 +60,8 @@ pub struct Link {
     datapath: Datapath,
     meeting: Meeting,
     queue_pairs: u16,
+    /// Kept, so that it is among the back-end's descriptors always.
+    client: Option<ControlClient>,
     _server: Process,
     _directory: tempfile::TempDir,
     _netns: Netns,
@@ -103,6 +105,7 @@ impl Link {
             datapath,
             meeting,
             queue_pairs,
+            client: None,
             _server: server,
             _directory: directory,
             _netns: netns,
@@ -149,14 +152,20 @@ impl Link {
         self.backend.signal(nix::sys::signal::Signal::SIGKILL)?;
         self.backend.wait()?;
         self.backend = Process::start(&programs::backend()?, &self.arguments, &[])?;
+        self.client = None;
         self.status()?;
         Ok(())
     }
 
     fn ask<T: serde::de::DeserializeOwned>(&mut self, request: &Request) -> Result<T> {
-        self.backend.connect(&self.control)?;
-        let answer = ControlClient::connect(&self.control)?.call(request)?;
-        serde_json::from_value(answer).context("the back-end's answer")
+        let client = match &mut self.client {
+            Some(client) => client,
+            None => {
+                self.backend.connect(&self.control)?;
+                self.client.insert(ControlClient::connect(&self.control)?)
+            }
+        };
+        serde_json::from_value(client.call(request)?).context("the back-end's answer")
     }
 
     /// The back-end's status.
