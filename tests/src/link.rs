@@ -19,7 +19,7 @@ use crate::netns::{self, Netns};
 use crate::ping;
 use crate::process::Process;
 use crate::programs;
-use crate::traffic::flows;
+use crate::traffic::flows::{Flow, Outcome};
 
 /// The TAP's interface.
 pub const TAP: &str = "tap0";
@@ -284,8 +284,8 @@ impl Link {
 
     /// Kills the back-end several times while TCP and numbered datagrams go both ways, and has another one take its
     /// place. TCP does not notice. Of the datagrams, those that a back-end had in hand are lost on their way to the
-    /// guest, or come twice from it; none is damaged or overtaken, unless the TAP has several queues and, while there
-    /// is no back-end, puts one flow's frames into more than one. Afterwards every receive buffer is in use.
+    /// guest, or come twice from it; none is damaged, or overtaken in its queue. Afterwards every receive buffer is in
+    /// use.
     ///
     /// # Errors
     /// If not so.
@@ -321,12 +321,13 @@ impl Link {
         }
         for (name, twice) in [("/flows.up", KILLS * BATCH * u64::from(self.queue_pairs)), ("/flows.down", 0)]
         {
-            let outcome: flows::Outcome = serde_json::from_value(outcome(name)?)?;
+            let outcome: Outcome = serde_json::from_value(outcome(name)?)?;
             let duplicated: u64 = outcome.flows.iter().map(|flow| u64::from(flow.duplicated)).sum();
-            let steered = name == "/flows.down" && self.queue_pairs > 1;
-            let in_order =
-                outcome.flows.iter().all(|flow| (steered || flow.reordered == 0) && flow.received > 0);
-            ensure!(in_order && outcome.damaged == 0 && duplicated <= twice, "{name}: {outcome:?}");
+            // As the TAP's queues come and go, the kernel moves flows from one to another.
+            let may_change_queue = self.queue_pairs > 1;
+            let good = |flow: &Flow| flow.received > 0 && (flow.reordered == 0 || may_change_queue);
+            let all_good = outcome.flows.iter().all(good);
+            ensure!(all_good && outcome.damaged == 0 && duplicated <= twice, "{name}: {outcome:?}");
         }
         self.check_every_buffer(guest)
     }
@@ -338,8 +339,15 @@ impl Link {
             Ok(guest.queue_pairs("eth0")?.iter().map(|pair| pair.rx.frames).collect())
         };
         let before = frames(guest)?;
-        // So many flows that the kernel chooses each queue for some of them.
-        self.check_flows(guest, 6 * u32::from(size) * u32::from(self.queue_pairs), 64, 2000)?;
+        // So many flows that the kernel chooses each queue for some of them. A slow machine may lose some.
+        let count = 6 * u32::from(size) * u32::from(self.queue_pairs);
+        let command = format!(
+            "traffic flows {HOST}:{PORT} --direction=down --count={count} --flows=64 --rate=2000 --silence=10"
+        );
+        let text = guest.run(&command)?.output;
+        let outcome: Outcome = serde_json::from_str(text.trim()).with_context(|| text.clone())?;
+        let whole = |flow: &Flow| flow.duplicated == 0 && flow.reordered == 0;
+        ensure!(outcome.damaged == 0 && outcome.flows.iter().all(whole), "{outcome:?}");
         let after = frames(guest)?;
         let enough = before.iter().zip(&after).all(|(before, after)| after - before > u64::from(size));
         ensure!(enough, "frames received were {before:?}, are {after:?}, with {size} buffers each");
