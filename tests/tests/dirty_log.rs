@@ -10,7 +10,7 @@ use baton_tests::datapath::Datapath;
 use baton_tests::fake_frontend::device::Ring;
 use baton_tests::fake_frontend::dirty_log::PAGE;
 use baton_tests::fake_frontend::net::GSO_TCPV4;
-use baton_tests::fake_frontend::wire::protocol;
+use baton_tests::fake_frontend::wire::{Message, protocol, request};
 use baton_tests::fake_frontend::{Device, DirtyLog, GuestMemory, NetHeader, Options, Region, features};
 use baton_tests::frames::{self, Network, Transport};
 use baton_tests::{netns, on_both_datapaths};
@@ -22,6 +22,7 @@ on_both_datapaths! {
     nothing_is_marked_before_it_is_asked_for_nor_after,
     a_copy_made_by_the_log_under_traffic_misses_nothing,
     a_log_that_is_too_small_is_refused,
+    a_reset_forgets_the_log,
 }
 
 const BASIC: u64 = features::PROTOCOL_FEATURES | features::VERSION_1;
@@ -386,4 +387,25 @@ fn a_log_whose_file_is_cut_off_ends_the_session_only() {
     let mut device = rig.device(options(BASIC)).unwrap();
     rig.check_traffic(&mut device).unwrap();
     rig.backend.check_healthy().unwrap();
+}
+
+fn a_reset_forgets_the_log(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
+    let mut options = options(BASIC);
+    options.protocol_features |= protocol::RESET_DEVICE;
+    let mut device = rig.device(options.clone()).unwrap();
+    let log = DirtyLog::new(&device.memory).unwrap();
+    device.start_log(&log, used_ring).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    device.connection.tell(&Message::empty(request::RESET_DEVICE), &[]).unwrap();
+    assert_ne!(log.take(), BTreeSet::new());
+
+    let Device { connection, .. } = device;
+    let mut device = Device::new(connection, options).unwrap();
+    device.connection.set_features(device.options.features | features::LOG_ALL).unwrap();
+    device.set_up().unwrap();
+    device.fill_receive_rings().unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    device.wait_transmitted(0).unwrap();
+    assert_eq!(log.take(), BTreeSet::new());
 }
