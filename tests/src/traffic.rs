@@ -2,19 +2,23 @@
 //!
 //! One side runs [`serve`], the other one of the checks, which opens a TCP connection, sends a request as a line of
 //! JSON, and does its part: [`bulk`] TCP, numbered datagrams in [`flows`], datagrams of many [`sizes`]. Both ends are
-//! the same code, so one connection checks either direction. Every wait is bounded.
+//! the same code, so one connection checks either direction. Every wait is bounded. What is [`endless`] goes on until
+//! it is told to end.
 
 pub mod bulk;
+pub mod endless;
 pub mod flows;
 pub mod sizes;
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsFd;
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -49,6 +53,10 @@ enum Request {
     /// Datagrams are sent back until the connection ends.
     Echo,
 }
+
+/// Said to a server that sends endlessly.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+struct Stop;
 
 /// A connection on which lines of JSON and raw bytes take turns.
 struct Connection {
@@ -89,6 +97,17 @@ impl Connection {
         serde_json::from_str(&line).with_context(|| format!("cannot understand {line:?}"))
     }
 
+    /// What the other end has said, if it has said anything yet.
+    fn hear_if_said<T: DeserializeOwned>(&mut self) -> Result<Option<T>> {
+        if self.stream.buffer().is_empty() {
+            let mut fds = [PollFd::new(self.stream.get_ref().as_fd(), PollFlags::POLLIN)];
+            if poll(&mut fds, PollTimeout::ZERO)? == 0 {
+                return Ok(None);
+            }
+        }
+        self.hear().map(Some)
+    }
+
     fn peer(&self) -> io::Result<SocketAddr> {
         self.stream.get_ref().peer_addr()
     }
@@ -118,12 +137,14 @@ pub fn serve(listener: &TcpListener) -> Result<()> {
 fn serve_one(stream: TcpStream) -> Result<()> {
     let mut connection = Connection::new(stream)?;
     match connection.hear()? {
-        Request::Bulk { direction: Direction::Up, bytes, .. } => bulk::receive(&mut connection, bytes),
-        Request::Bulk { direction: Direction::Down, bytes, seed } => bulk::send(&mut connection, bytes, seed),
+        Request::Bulk { direction: Direction::Up, .. } => bulk::serve_receive(&mut connection),
+        Request::Bulk { direction: Direction::Down, bytes, seed } => {
+            bulk::serve_send(&mut connection, bytes, seed)
+        }
         Request::Flows { direction: Direction::Up, plan, .. } => flows::serve_receive(&mut connection, &plan),
         Request::Flows { direction: Direction::Down, plan, port } => {
             let to = SocketAddr::new(connection.peer()?.ip(), port);
-            flows::send(&connection, &plan, to)
+            flows::serve_send(&mut connection, &plan, to)
         }
         Request::Echo => sizes::serve(&mut connection),
     }

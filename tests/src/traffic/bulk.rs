@@ -1,4 +1,7 @@
 //! Much data over TCP: the sender says afterwards what the sum was, the receiver compares.
+//!
+//! The data comes in chunks, each with its length before it, so that a sender may end whenever it likes; a length of 0
+//! is the end.
 
 use std::io::{Read, Write};
 use std::net::SocketAddr;
@@ -8,10 +11,16 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::{Connection, Direction, Request};
+use super::{Connection, Direction, Request, Stop};
 
 /// How much is written or read at once.
 const CHUNK: usize = 1 << 17;
+
+/// The length of a chunk before it, in network byte order.
+const HEADER: usize = size_of::<u32>();
+
+/// More than any stream carries: it goes on until somebody ends it.
+const ENDLESS: u64 = u64::MAX;
 
 /// What one end has counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,7 +44,7 @@ pub struct Outcome {
 pub fn check(server: SocketAddr, direction: Direction, bytes: u64, streams: u16) -> Result<Outcome> {
     let start = Instant::now();
     let threads: Vec<_> = (1..=u64::from(streams))
-        .map(|seed| thread::spawn(move || stream(server, direction, bytes, seed)))
+        .map(|seed| thread::spawn(move || stream(server, direction, bytes, seed, |_| true)))
         .collect();
     let mut outcome = Outcome { bytes: 0, sums: Vec::new(), seconds: 0.0 };
     for thread in threads {
@@ -48,12 +57,38 @@ pub fn check(server: SocketAddr, direction: Direction, bytes: u64, streams: u16)
     Ok(outcome)
 }
 
-fn stream(server: SocketAddr, direction: Direction, bytes: u64, seed: u64) -> Result<Sum> {
+/// Moves data over a connection until `go_on`, which is told after each chunk how many bytes it has been, says no.
+/// Returns how many it has been then.
+pub(super) fn check_until(
+    server: SocketAddr,
+    direction: Direction,
+    seed: u64,
+    go_on: impl FnMut(u64) -> bool,
+) -> Result<u64> {
+    Ok(stream(server, direction, ENDLESS, seed, go_on)?.bytes)
+}
+
+fn stream(
+    server: SocketAddr,
+    direction: Direction,
+    bytes: u64,
+    seed: u64,
+    mut go_on: impl FnMut(u64) -> bool,
+) -> Result<Sum> {
     let mut connection = Connection::open(server, &Request::Bulk { direction, bytes, seed })?;
     let (sent, received) = match direction {
-        Direction::Up => (write(&mut connection, bytes, seed)?, connection.hear()?),
+        Direction::Up => {
+            (write(&mut connection, bytes, seed, |_, sent| Ok(go_on(sent)))?, connection.hear()?)
+        }
         Direction::Down => {
-            let received = read(&mut connection, bytes)?;
+            let mut stopped = false;
+            let received = read(&mut connection, |connection, received| {
+                if !stopped && !go_on(received) {
+                    stopped = true;
+                    connection.say(&Stop)?;
+                }
+                Ok(())
+            })?;
             (connection.hear()?, received)
         }
     };
@@ -64,46 +99,62 @@ fn stream(server: SocketAddr, direction: Direction, bytes: u64, seed: u64) -> Re
 }
 
 /// The server's part when it receives.
-pub(super) fn receive(connection: &mut Connection, bytes: u64) -> Result<()> {
-    let sum = read(connection, bytes)?;
+pub(super) fn serve_receive(connection: &mut Connection) -> Result<()> {
+    let sum = read(connection, |_, _| Ok(()))?;
     connection.say(&sum)
 }
 
 /// The server's part when it sends.
-pub(super) fn send(connection: &mut Connection, bytes: u64, seed: u64) -> Result<()> {
-    let sum = write(connection, bytes, seed)?;
+pub(super) fn serve_send(connection: &mut Connection, bytes: u64, seed: u64) -> Result<()> {
+    let sum =
+        write(connection, bytes, seed, |connection, _| Ok(connection.hear_if_said::<Stop>()?.is_none()))?;
     connection.say(&sum)
 }
 
-fn write(connection: &mut Connection, bytes: u64, seed: u64) -> Result<Sum> {
+fn write(
+    connection: &mut Connection,
+    bytes: u64,
+    seed: u64,
+    mut go_on: impl FnMut(&mut Connection, u64) -> Result<bool>,
+) -> Result<Sum> {
     let mut noise = Noise::new(seed);
-    let mut chunk = vec![0; CHUNK];
+    let mut chunk = vec![0; HEADER + CHUNK];
     let mut crc = crc32fast::Hasher::new();
-    let mut left = bytes;
-    while left > 0 {
-        let length = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
-        noise.fill(&mut chunk[..length]);
-        crc.update(&chunk[..length]);
-        connection.stream.get_mut().write_all(&chunk[..length]).context("cannot send")?;
-        left -= length as u64;
+    let mut sent = 0;
+    while sent < bytes && go_on(connection, sent)? {
+        let length = usize::try_from(bytes - sent).unwrap_or(CHUNK).min(CHUNK);
+        let (header, data) = chunk.split_at_mut(HEADER);
+        header.copy_from_slice(&u32::try_from(length)?.to_be_bytes());
+        noise.fill(&mut data[..length]);
+        crc.update(&data[..length]);
+        connection.stream.get_mut().write_all(&chunk[..HEADER + length]).context("cannot send")?;
+        sent += length as u64;
     }
-    Ok(Sum { bytes, crc: crc.finalize() })
+    connection.stream.get_mut().write_all(&[0; HEADER]).context("cannot send")?;
+    Ok(Sum { bytes: sent, crc: crc.finalize() })
 }
 
-fn read(connection: &mut Connection, bytes: u64) -> Result<Sum> {
+fn read(
+    connection: &mut Connection,
+    mut look: impl FnMut(&mut Connection, u64) -> Result<()>,
+) -> Result<Sum> {
     let mut chunk = vec![0; CHUNK];
     let mut crc = crc32fast::Hasher::new();
-    let mut left = bytes;
-    while left > 0 {
-        let room = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
-        let length = connection.stream.read(&mut chunk[..room]).context("cannot receive")?;
+    let mut received = 0;
+    loop {
+        let mut header = [0; HEADER];
+        let fail = || format!("cannot receive after {received} bytes");
+        connection.stream.read_exact(&mut header).with_context(fail)?;
+        let length = usize::try_from(u32::from_be_bytes(header))?;
         if length == 0 {
-            bail!("the stream ended {left} bytes early");
+            return Ok(Sum { bytes: received, crc: crc.finalize() });
         }
-        crc.update(&chunk[..length]);
-        left -= length as u64;
+        let Some(data) = chunk.get_mut(..length) else { bail!("a chunk of {length} bytes") };
+        connection.stream.read_exact(data).with_context(fail)?;
+        crc.update(data);
+        received += length as u64;
+        look(connection, received)?;
     }
-    Ok(Sum { bytes, crc: crc.finalize() })
 }
 
 /// Bytes without a pattern, the same for the same seed (xorshift64*).

@@ -3,13 +3,14 @@
 
 use std::io::ErrorKind;
 use std::net::{SocketAddr, UdpSocket};
+use std::ops::Range;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::{Connection, Direction, Request};
+use super::{Connection, Direction, Request, Stop};
 
 /// How long a receiver that has everything waits for what should not come.
 const LINGER: Duration = Duration::from_millis(300);
@@ -19,6 +20,12 @@ const BURST: u32 = 100;
 
 /// How often a sender looks at the clock: it sends as many as are due.
 const TICK: Duration = Duration::from_millis(2);
+
+/// How often a receiver that does not know how many come looks whether it was told.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// The count of a plan whose sender goes on until it is told to end.
+pub(super) const ENDLESS: u32 = u32::MAX;
 
 /// Flow and number at a datagram's start.
 const HEADER: usize = 8;
@@ -55,6 +62,38 @@ pub struct Flow {
     pub duplicated: u32,
     /// That came after one with a higher number.
     pub reordered: u32,
+    /// The numbers of those that never came, in order.
+    pub gaps: Vec<Range<u32>>,
+    /// The number after the highest that came.
+    pub next: u32,
+}
+
+impl Flow {
+    fn count(&mut self, number: u32) {
+        if number >= self.next {
+            if number > self.next {
+                self.gaps.push(self.next..number);
+            }
+            self.next = number + 1;
+        } else if let Some(place) = self.gaps.iter().position(|gap| gap.contains(&number)) {
+            let gap = self.gaps[place].clone();
+            let left = [gap.start..number, number + 1..gap.end];
+            self.gaps.splice(place..=place, left.into_iter().filter(|gap| !gap.is_empty()));
+            self.reordered += 1;
+        } else {
+            self.duplicated += 1;
+            return;
+        }
+        self.received += 1;
+    }
+
+    /// Counts what was sent and has not come.
+    fn end(&mut self, sent: u32) {
+        if self.next < sent {
+            self.gaps.push(self.next..sent);
+        }
+        self.lost = sent - self.received;
+    }
 }
 
 /// What a receiver has counted.
@@ -69,15 +108,29 @@ pub struct Outcome {
 }
 
 impl Outcome {
+    /// Whether none came twice, late or damaged.
+    pub fn is_sound(&self) -> bool {
+        self.damaged == 0 && self.flows.iter().all(|flow| flow.duplicated == 0 && flow.reordered == 0)
+    }
+
     /// Whether all came once, in order and whole.
     pub fn is_perfect(&self) -> bool {
-        let perfect = |flow: &Flow| flow.lost == 0 && flow.duplicated == 0 && flow.reordered == 0;
-        self.damaged == 0 && self.flows.iter().all(perfect)
+        self.is_sound() && self.flows.iter().all(|flow| flow.lost == 0)
     }
 }
 
 /// Sends the plan's datagrams in a direction, and returns what was received there.
 pub fn check(server: SocketAddr, direction: Direction, plan: Plan) -> Result<Outcome> {
+    check_until(server, direction, plan, |_| true)
+}
+
+/// Does so until `go_on`, which is told now and then how many datagrams have left or reached this end, says no.
+pub(super) fn check_until(
+    server: SocketAddr,
+    direction: Direction,
+    plan: Plan,
+    mut go_on: impl FnMut(u32) -> bool,
+) -> Result<Outcome> {
     if plan.flows == 0 || plan.rate == 0 || usize::from(plan.size) < HEADER {
         bail!("there must be a flow, a rate, and {HEADER} bytes in a datagram");
     }
@@ -87,10 +140,20 @@ pub fn check(server: SocketAddr, direction: Direction, plan: Plan) -> Result<Out
     let port = socket.local_addr()?.port();
     let mut connection = Connection::open(server, &Request::Flows { direction, plan, port })?;
     match direction {
-        Direction::Down => receive(&socket, &plan),
+        Direction::Down => {
+            let mut stopped = false;
+            receive(&socket, &plan, |received| {
+                if !stopped && !go_on(received) {
+                    stopped = true;
+                    connection.say(&Stop)?;
+                }
+                connection.hear_if_said()
+            })
+        }
         Direction::Up => {
             let port: u16 = connection.hear()?;
-            send(&connection, &plan, SocketAddr::new(server.ip(), port))?;
+            let to = SocketAddr::new(server.ip(), port);
+            send(&mut connection, &plan, to, |_, sent| Ok(go_on(sent)))?;
             // If any is lost, the other end waits for it in vain first.
             connection.be_patient(plan.patience())?;
             connection.hear()
@@ -102,12 +165,22 @@ pub fn check(server: SocketAddr, direction: Direction, plan: Plan) -> Result<Out
 pub(super) fn serve_receive(connection: &mut Connection, plan: &Plan) -> Result<()> {
     let socket = connection.datagram_socket()?;
     connection.say(&socket.local_addr()?.port())?;
-    let outcome = receive(&socket, plan)?;
+    let outcome = receive(&socket, plan, |_| connection.hear_if_said())?;
     connection.say(&outcome)
 }
 
-/// Sends the datagrams at the plan's rate.
-pub(super) fn send(connection: &Connection, plan: &Plan, to: SocketAddr) -> Result<()> {
+/// The server's part when it sends.
+pub(super) fn serve_send(connection: &mut Connection, plan: &Plan, to: SocketAddr) -> Result<()> {
+    send(connection, plan, to, |connection, _| Ok(connection.hear_if_said::<Stop>()?.is_none()))
+}
+
+/// Sends the datagrams at the plan's rate, and says how many there were. `go_on` is asked now and then.
+fn send(
+    connection: &mut Connection,
+    plan: &Plan,
+    to: SocketAddr,
+    mut go_on: impl FnMut(&mut Connection, u32) -> Result<bool>,
+) -> Result<()> {
     let sockets: Vec<UdpSocket> =
         (0..plan.flows).map(|_| connection.datagram_socket()).collect::<Result<_>>()?;
     for socket in &sockets {
@@ -123,7 +196,7 @@ pub(super) fn send(connection: &Connection, plan: &Plan, to: SocketAddr) -> Resu
         (index % flows, index / flows)
     });
     let mut sent = 0;
-    while sent < plan.count {
+    while sent < plan.count && go_on(connection, sent)? {
         let now = Instant::now();
         due += now.duration_since(last).as_secs_f64() * f64::from(plan.rate);
         last = now;
@@ -139,51 +212,57 @@ pub(super) fn send(connection: &Connection, plan: &Plan, to: SocketAddr) -> Resu
         }
         thread::sleep(TICK);
     }
-    Ok(())
+    connection.say(&sent)
 }
 
-fn receive(socket: &UdpSocket, plan: &Plan) -> Result<Outcome> {
+/// Receives until nothing more can come. `sent` is told now and then how many have come, and tells how many there
+/// were, once it knows.
+fn receive(
+    socket: &UdpSocket,
+    plan: &Plan,
+    mut sent: impl FnMut(u32) -> Result<Option<u32>>,
+) -> Result<Outcome> {
     let flows = u32::from(plan.flows);
-    let planned = |flow: u32| plan.count / flows + u32::from(flow < plan.count % flows);
-    let mut seen: Vec<Vec<bool>> = (0..flows).map(|flow| vec![false; planned(flow) as usize]).collect();
-    let mut highest = vec![None; usize::from(plan.flows)];
+    let share = |count: u32, flow: u32| count / flows + u32::from(flow < count % flows);
     let mut outcome = Outcome { flows: vec![Flow::default(); usize::from(plan.flows)], ..Outcome::default() };
     let mut bytes = vec![0; 65536];
     let mut expected = vec![0; usize::from(plan.size)];
-    loop {
-        let silence = if outcome.received < plan.count { plan.patience() } else { LINGER };
-        socket.set_read_timeout(Some(silence))?;
+    let (mut count, mut looked, mut heard) = (None, Instant::now(), Instant::now());
+    let count = loop {
+        if count.is_none() && looked.elapsed() >= LOOK {
+            looked = Instant::now();
+            count = sent(outcome.received)?;
+        }
+        let last_came =
+            |count| (0..flows).zip(&outcome.flows).all(|(flow, seen)| seen.next == share(count, flow));
+        let silence = if count.is_some_and(last_came) { LINGER } else { plan.patience() };
+        socket.set_read_timeout(Some(if count.is_none() { LOOK } else { silence }))?;
         let length = match socket.recv(&mut bytes) {
             Ok(length) => length,
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => break,
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                match count {
+                    Some(count) if heard.elapsed() >= silence => break count,
+                    None if heard.elapsed() >= silence => bail!("the sender is silent, and does not say why"),
+                    _ => continue,
+                }
+            }
             Err(error) => return Err(error).context("cannot receive"),
         };
+        heard = Instant::now();
         let Some((flow, number)) = header(&bytes[..length]) else {
             outcome.damaged += 1;
             continue;
         };
-        let Some(seen) = seen.get_mut(flow as usize).and_then(|flow| flow.get_mut(number as usize)) else {
-            outcome.damaged += 1;
-            continue;
-        };
         fill(&mut expected, flow, number);
-        if expected != bytes[..length] {
+        if flow >= flows || number >= share(plan.count, flow) || expected != bytes[..length] {
             outcome.damaged += 1;
             continue;
         }
-        let (counts, highest) = (&mut outcome.flows[flow as usize], &mut highest[flow as usize]);
-        if *seen {
-            counts.duplicated += 1;
-            continue;
-        }
-        *seen = true;
-        counts.received += 1;
-        outcome.received += 1;
-        counts.reordered += u32::from(*highest > Some(number));
-        *highest = (*highest).max(Some(number));
-    }
+        outcome.flows[flow as usize].count(number);
+        outcome.received = outcome.flows.iter().map(|flow| flow.received).sum();
+    };
     for (flow, counts) in (0..flows).zip(&mut outcome.flows) {
-        counts.lost = planned(flow) - counts.received;
+        counts.end(share(count, flow));
     }
     Ok(outcome)
 }
@@ -201,4 +280,22 @@ fn header(datagram: &[u8]) -> Option<(u32, u32)> {
     let flow = datagram.get(..4)?.try_into().ok()?;
     let number = datagram.get(4..HEADER)?.try_into().ok()?;
     Some((u32::from_be_bytes(flow), u32::from_be_bytes(number)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_comes_late_closes_its_gap_and_what_comes_again_is_counted() {
+        let mut flow = Flow::default();
+        for number in [0, 1, 5, 3, 3, 1, 8] {
+            flow.count(number);
+        }
+        flow.end(10);
+        assert_eq!(flow.gaps, [2..3, 4..5, 6..8, 9..10]);
+        let expected =
+            Flow { received: 5, lost: 5, duplicated: 2, reordered: 1, next: 9, gaps: flow.gaps.clone() };
+        assert_eq!(flow, expected);
+    }
 }
