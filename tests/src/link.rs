@@ -221,24 +221,12 @@ impl Link {
         Ok(guest)
     }
 
-    /// Gives a guest that has just booted its address and its end of the checks.
+    /// As [`bring_up`], with this link's queue pairs.
     ///
     /// # Errors
     /// If it cannot be.
     pub fn bring_up(&self, guest: &mut Guest) -> Result<()> {
-        guest.check("ip link set lo up; ip link set eth0 up")?;
-        guest.check(&format!("echo {FULL_SEGMENTS} > {SEGMENTS}"))?;
-        guest.check(&format!("ip addr add {GUEST}/24 dev eth0"))?;
-        if self.queue_pairs > 1 {
-            // Linux begins with as many as it has processors.
-            let command = format!("ethtool -L eth0 combined {}", self.queue_pairs);
-            guest.check(&format!(
-                "{command} || ethtool -l eth0 | grep -q 'Combined:.*{}'",
-                self.queue_pairs
-            ))?;
-        }
-        guest.check(&format!("traffic serve --listen={GUEST}:{PORT} --background"))?;
-        Ok(())
+        bring_up(guest, self.queue_pairs)
     }
 
     /// Pings both ways, none may be lost.
@@ -426,6 +414,23 @@ impl Link {
         ensure!(!log.contains("panicked"), "the back-end has panicked:\n{log}");
         Ok(())
     }
+}
+
+/// Gives a guest that has just booted its address and its end of the checks.
+///
+/// # Errors
+/// If it cannot be.
+pub fn bring_up(guest: &mut Guest, queue_pairs: u16) -> Result<()> {
+    guest.check("ip link set lo up; ip link set eth0 up")?;
+    guest.check(&format!("echo {FULL_SEGMENTS} > {SEGMENTS}"))?;
+    guest.check(&format!("ip addr add {GUEST}/24 dev eth0"))?;
+    if queue_pairs > 1 {
+        // Linux begins with as many as it has processors.
+        let command = format!("ethtool -L eth0 combined {queue_pairs}");
+        guest.check(&format!("{command} || ethtool -l eth0 | grep -q 'Combined:.*{queue_pairs}'"))?;
+    }
+    guest.check(&format!("traffic serve --listen={GUEST}:{PORT} --background"))?;
+    Ok(())
 }
 
 /// Runs `ip`.

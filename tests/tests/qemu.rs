@@ -12,14 +12,6 @@ on_both_datapaths! {
     survives_its_device_switched_off_and_on,
 }
 
-fn accelerator(datapath: Datapath) -> Accelerator {
-    match datapath {
-        // Anywhere, without the lab.
-        Datapath::Userspace => Accelerator::Tcg,
-        Datapath::VhostNet => Accelerator::Kvm,
-    }
-}
-
 /// Traffic; the same after the back-end was killed and another one took its place under the running guest; the same
 /// for a new guest after QEMU was killed.
 fn serves(datapath: Datapath, meeting: Meeting, queue_pairs: u16) -> Result<()> {
@@ -28,7 +20,7 @@ fn serves(datapath: Datapath, meeting: Meeting, queue_pairs: u16) -> Result<()> 
 }
 
 fn serves_on(link: &mut Link, queue_pairs: u16) -> Result<()> {
-    let accelerator = accelerator(link.datapath());
+    let accelerator = Accelerator::with(link.datapath());
     let mut guest = link.boot_qemu(accelerator, "first")?;
     link.check_pings(&mut guest, 50)?;
     link.check_bulk(&mut guest, 16 << 20, queue_pairs)?;
@@ -71,6 +63,6 @@ fn four_pairs_as_client(datapath: Datapath) -> Result<()> {
 
 fn survives_its_device_switched_off_and_on(datapath: Datapath) -> Result<()> {
     let mut link = Link::new(datapath, Meeting::BackendListens, 4)?;
-    let result = switching::check(&mut link, |link| link.boot_qemu(accelerator(datapath), "guest"));
+    let result = switching::check(&mut link, |link| link.boot_qemu(Accelerator::with(datapath), "guest"));
     result.with_context(|| link.evidence())
 }

@@ -1,12 +1,21 @@
 //! A guest on QEMU: under KVM in the lab, emulated anywhere.
 
+use std::fs::{self, File};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
 use super::{Guest, KERNEL_COMMAND_LINE};
+use crate::datapath::Datapath;
 use crate::images;
 use crate::link::Meeting;
+use crate::qmp::Qmp;
+
+/// The kind of QEMU's memory objects used here, and the name that it gives to their files.
+const MEMORY: &str = "memory-backend-memfd";
 
 /// What runs the guest's instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,6 +24,17 @@ pub enum Accelerator {
     Kvm,
     /// QEMU itself.
     Tcg,
+}
+
+impl Accelerator {
+    /// The one for tests with that datapath: the emulation, which is there without the lab, but for the kernel's
+    /// datapath, which needs the lab anyhow.
+    pub fn with(datapath: Datapath) -> Self {
+        match datapath {
+            Datapath::Userspace => Self::Tcg,
+            Datapath::VhostNet => Self::Kvm,
+        }
+    }
 }
 
 /// A QEMU about to be started.
@@ -43,7 +63,7 @@ impl Qemu {
             Accelerator::Tcg => ["-accel", "tcg,thread=multi", "-cpu", "max"],
         });
         command.args(["-smp", &cpus.to_string(), "-m", memory, "-machine", "q35,memory-backend=memory"]);
-        command.args(["-object", &format!("memory-backend-memfd,id=memory,size={memory},share=on")]);
+        command.args(["-object", &format!("{MEMORY},id=memory,size={memory},share=on")]);
         command.arg("-kernel").arg(images::guest_kernel()?).arg("-initrd").arg(images::guest_initramfs()?);
         command.args(["-append", KERNEL_COMMAND_LINE, "-serial", "stdio"]);
         Ok(Self { command, accelerator })
@@ -83,5 +103,39 @@ impl Qemu {
     /// Starts it: [`Guest::start`].
     pub fn start(self, name: &str) -> Result<Guest> {
         Guest::start(&self.command, name)
+    }
+
+    /// Starts it, with a monitor.
+    pub fn start_with_monitor(mut self, name: &str) -> Result<(Guest, Qmp)> {
+        let (ours, qemus) = UnixStream::pair().context("cannot make a pair of sockets")?;
+        let qemus = OwnedFd::from(qemus);
+        fcntl(&qemus, FcntlArg::F_SETFD(FdFlag::empty())).context("cannot pass a socket on")?;
+        self.command.arg("-chardev").arg(format!("socket,id=monitor,fd={}", qemus.as_raw_fd()));
+        self.command.args(["-mon", "chardev=monitor,mode=control"]);
+        let guest = self.start(name)?;
+        // Its end is noticed only if nobody else has its socket.
+        drop(qemus);
+        let monitor = Qmp::new(ours).with_context(|| format!("the monitor of {name}: {}", guest.log()))?;
+        Ok((guest, monitor))
+    }
+
+    /// Has it wait for a guest that comes from elsewhere, and not let it run by itself either.
+    pub fn incoming(self) -> Self {
+        self.args(["-incoming", "defer", "-S"])
+    }
+}
+
+impl Guest {
+    /// The memory of a guest that QEMU runs, as the process has it.
+    pub fn memory(&self) -> Result<File> {
+        let folder = format!("/proc/{}/fd", self.process());
+        for entry in fs::read_dir(&folder).with_context(|| folder.clone())? {
+            let path = entry?.path();
+            // One that has been closed since is not it.
+            if fs::read_link(&path).is_ok_and(|target| target.to_string_lossy().contains(MEMORY)) {
+                return File::open(path).context("cannot open a guest's memory");
+            }
+        }
+        bail!("{folder} has no guest's memory")
     }
 }

@@ -73,9 +73,18 @@ impl<T: Send + 'static> Endless<T> {
     }
 }
 
-/// A TCP stream; it ends with the number of bytes, whose sums have been found equal at both ends.
-pub fn bulk(server: SocketAddr, direction: Direction, seed: u64) -> Endless<u64> {
-    Endless::start(move |shared| bulk::check_until(server, direction, seed, |bytes| shared.go_on(bytes)))
+/// A TCP stream of at most `rate` bytes a second; it ends with the number of bytes, whose sums have been found equal at
+/// both ends.
+pub fn bulk(server: SocketAddr, direction: Direction, seed: u64, rate: u64) -> Endless<u64> {
+    Endless::start(move |shared| {
+        let (mut since, mut before) = (Instant::now(), 0);
+        bulk::check_until(server, direction, seed, |bytes| {
+            let due = Duration::from_micros((bytes - before) * 1_000_000 / rate);
+            thread::sleep(due.saturating_sub(since.elapsed()));
+            (since, before) = (Instant::now(), bytes);
+            shared.go_on(bytes)
+        })
+    })
 }
 
 /// Numbered datagrams, however many the plan says; they end with what was received, and when they were sent.
