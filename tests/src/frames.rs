@@ -47,6 +47,12 @@ pub fn number_of(frame: &[u8]) -> Option<u32> {
     (numbered(number, frame.len()) == frame).then_some(number)
 }
 
+/// Whether there is a [`numbered`] frame, or the beginning of one, anywhere in some bytes.
+pub fn appear_in(bytes: &[u8]) -> bool {
+    let start = numbered(0, SHORTEST);
+    bytes.windows(ETHERNET).any(|window| window == &start[..ETHERNET])
+}
+
 /// Which network protocol carries a segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Network {

@@ -9,7 +9,7 @@ mod load;
 use std::fs::File;
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::FileExt;
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
@@ -18,9 +18,11 @@ use serde_json::{Value, json};
 pub use self::load::{Balance, Load};
 use crate::backend::Backend;
 use crate::datapath::Datapath;
-use crate::guest::{Accelerator, Guest, Qemu};
+use crate::frames;
+use crate::guest::{Accelerator, Guest, PATIENCE, Qemu};
 use crate::link::{self, GUEST, HOST, MAC, Meeting, PORT, ip};
 use crate::netns::{self, Netns};
+use crate::packet_socket::PacketSocket;
 use crate::qmp::Qmp;
 
 /// The bridge, and the address that it keeps whichever ports it has.
@@ -57,6 +59,15 @@ const CONVERGENT: Limits = (100 << 30, 5000);
 
 /// Or: once everything was copied the guest is stopped, before QEMU looks.
 const AT_ONCE: Limits = (100 << 30, 0);
+
+/// Until it was copied once.
+const FAST: Limits = (16 << 20, 1);
+
+/// Then: a page a second.
+const CRAWLING: Limits = (PAGE as u64, 1);
+
+/// Frames of which the guest's driver does not hear: not as many as it has buffers for.
+const FRAMES: u32 = 200;
 
 /// Where `traffic serve` listens in the guest.
 pub const SERVER: SocketAddr = SocketAddr::new(IpAddr::V4(GUEST), PORT);
@@ -138,27 +149,14 @@ impl Mover {
     /// # Errors
     /// If anything fails, and if the guest's memory is not the same at both places before it runs on.
     pub fn go(&mut self, meanwhile: impl FnOnce() -> Result<()>) -> Result<Switch> {
-        let mut target = Stay::new(self.kind, self.stays, Qemu::incoming)?;
-        self.stays += 1;
-        let channel = target.backend.directory().join("migration");
-        let channel = json!({ "uri": format!("unix:{}", channel.display()) });
-        for monitor in [&mut target.monitor, &mut self.stay.monitor] {
-            let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
-            monitor.execute("migrate-set-capabilities", &events)?;
-        }
-        target.monitor.execute("migrate-incoming", &channel)?;
-        self.stay.limit(SLOW)?;
-        let frames = netns::counters(self.stay.tap)?.tx_packets;
-        self.stay.monitor.execute("migrate", &channel)?;
-        meanwhile()?;
-        self.stay.limit(match self.kind.accelerator {
+        let limits = match self.kind.accelerator {
             Accelerator::Kvm => CONVERGENT,
             // Of what emulated processors write it may lose some where it looks while they run.
             Accelerator::Tcg => AT_ONCE,
-        })?;
-        let stopped = self.stay.wait_migrated()?;
+        };
+        let frames = netns::counters(self.stay.tap)?.tx_packets;
+        let (mut target, stopped) = self.copy(limits, |_| meanwhile())?;
         let frames = netns::counters(self.stay.tap)?.tx_packets - frames;
-        target.wait_migrated()?;
         let (source, copy) = (self.stay.guest.memory()?, target.guest.memory()?);
         let differing = differing_pages(self.kind.accelerator, &source, &copy)?;
         ensure!(
@@ -174,9 +172,68 @@ impl Mover {
         let running = target.monitor.wait_event("RESUME")?.time;
         target.guest.check("true").context("the guest's shell after the move")?;
 
-        let source = std::mem::replace(&mut self.stay, target);
-        let rounds = source.end()?;
+        let mut source = std::mem::replace(&mut self.stay, target);
+        let rounds = source.rounds()?;
+        source.end()?;
         Ok(Switch { stopped, running, frames, rounds })
+    }
+
+    /// Copies the memory of a guest whose driver does not hear of frames, and has its device receive some when all was
+    /// copied once: what these change is copied again only if the back-end has noted it.
+    ///
+    /// # Errors
+    /// If anything fails, and if a frame is not at both places.
+    pub fn check_log(&mut self) -> Result<()> {
+        // Something must remain to be copied always, else QEMU comes to an end by itself.
+        let busy = "dd if=/dev/zero of=/dev/shm/busy bs=1M count=1 2>/dev/null";
+        self.stay.guest.check(&format!("(while :; do {busy}; done) &"))?;
+        self.stay.guest.take_interrupts("eth0")?;
+        let memory = self.stay.guest.memory()?;
+        let before = read(&memory)?;
+        let (target, _) = self.copy(CONVERGENT, |source| {
+            source.limit(FAST)?;
+            source.wait_copied_once()?;
+            source.limit(CRAWLING)?;
+            source.receive_frames()
+        })?;
+        let (after, copy) = (read(&memory)?, read(&target.guest.memory()?)?);
+        let pages = before.chunks(PAGE).zip(after.chunks(PAGE)).zip(copy.chunks(PAGE));
+        let (mut with_frames, mut lost) = (0, 0);
+        for ((before, after), copy) in pages {
+            if before != after && frames::appear_in(after) {
+                with_frames += 1;
+                lost += u32::from(after != copy);
+            }
+        }
+        ensure!(with_frames > 50, "frames are in {with_frames} pages only");
+        ensure!(lost == 0, "of {with_frames} pages that frames have changed, {lost} were not copied again");
+        target.end()?;
+        self.stay.backend.check_healthy()
+    }
+
+    /// Copies the guest's memory to another place, where it does not run yet. When `meanwhile` is over, `limits` say how
+    /// to come to an end. Gives the place, and when the guest was stopped.
+    fn copy(
+        &mut self,
+        limits: Limits,
+        meanwhile: impl FnOnce(&mut Stay) -> Result<()>,
+    ) -> Result<(Stay, SystemTime)> {
+        let mut target = Stay::new(self.kind, self.stays, Qemu::incoming)?;
+        self.stays += 1;
+        let channel = target.backend.directory().join("migration");
+        let channel = json!({ "uri": format!("unix:{}", channel.display()) });
+        for monitor in [&mut target.monitor, &mut self.stay.monitor] {
+            let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
+            monitor.execute("migrate-set-capabilities", &events)?;
+        }
+        target.monitor.execute("migrate-incoming", &channel)?;
+        self.stay.limit(SLOW)?;
+        self.stay.monitor.execute("migrate", &channel)?;
+        meanwhile(&mut self.stay)?;
+        self.stay.limit(limits)?;
+        let stopped = self.stay.wait_migrated()?;
+        target.wait_migrated()?;
+        Ok((target, stopped))
     }
 
     /// What to look at when something has failed.
@@ -236,6 +293,29 @@ impl Stay {
         }
     }
 
+    /// Waits until all memory was copied, and QEMU has looked what was written meanwhile.
+    fn wait_copied_once(&mut self) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        while self.migration()?["ram"]["dirty-sync-count"].as_u64() < Some(2) {
+            ensure!(Instant::now() < deadline, "the memory was not copied");
+        }
+        Ok(())
+    }
+
+    /// Sends frames to the guest, and waits until its device has them.
+    fn receive_frames(&mut self) -> Result<()> {
+        let network = PacketSocket::open(self.tap)?;
+        let before = netns::counters(self.tap)?.tx_packets;
+        for number in 0..FRAMES {
+            network.send(&frames::numbered(number, 1400))?;
+        }
+        let tap = self.tap;
+        self.backend.process.wait_until("the frames were received", |_| {
+            let received = netns::counters(tap)?.tx_packets - before;
+            Ok((received >= u64::from(FRAMES)).then_some(()))
+        })
+    }
+
     fn limit(&mut self, (bandwidth, downtime): Limits) -> Result<()> {
         let limits = json!({ "max-bandwidth": bandwidth, "downtime-limit": downtime });
         self.monitor.execute("migrate-set-parameters", &limits)?;
@@ -246,14 +326,18 @@ impl Stay {
         self.monitor.execute("query-migrate", &json!({}))
     }
 
-    /// Ends what the guest has left. Returns how often QEMU had looked which pages were written.
-    fn end(mut self) -> Result<u64> {
+    /// How often QEMU has looked which pages were written.
+    fn rounds(&mut self) -> Result<u64> {
         let migration = self.migration()?;
         let rounds = migration["ram"]["dirty-sync-count"].as_u64();
-        self.monitor.execute("quit", &json!({}))?;
-        ensure!(self.guest.wait()?.success(), "the QEMU that the guest has left failed");
-        end(self.backend)?;
         rounds.with_context(|| format!("no count of rounds: {migration}"))
+    }
+
+    /// Ends a QEMU whose guest does not run, and its back-end.
+    fn end(mut self) -> Result<()> {
+        self.monitor.execute("quit", &json!({}))?;
+        ensure!(self.guest.wait()?.success(), "a QEMU whose guest does not run failed");
+        end(self.backend)
     }
 }
 
@@ -264,6 +348,12 @@ fn end(mut backend: Backend) -> Result<()> {
     let status = backend.process.wait()?;
     ensure!(status.success(), "the back-end ended with {status}:\n{}", backend.process.log());
     Ok(())
+}
+
+fn read(memory: &File) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; usize::try_from(memory.metadata()?.len())?];
+    memory.read_exact_at(&mut bytes, 0)?;
+    Ok(bytes)
 }
 
 /// The addresses at which two guests' memories differ, by page.
