@@ -147,8 +147,8 @@ impl Guest {
             "cd -P /sys/class/net/{interface}/device/.. && \
              byte() {{ dd if=config bs=1 skip=$1 count=1 2>/dev/null | od -An -tu1; }}; \
              write() {{ printf $2 | dd of=config bs=1 seek=$1 conv=notrunc 2>/dev/null; }}; \
-             write 5 '\004' && at=$(byte 52) && while [ $at -ne 0 ]; do \
-             [ $(byte $at) -ne 17 ] || write $((at + 3)) '\000'; at=$(byte $((at + 1))); done; cd /root"
+             write 5 '\\004' && at=$(byte 52) && while [ $at -ne 0 ]; do \
+             [ $(byte $at) -ne 17 ] || write $((at + 3)) '\\000'; at=$(byte $((at + 1))); done; cd /root"
         ))?;
         Ok(())
     }
