@@ -142,13 +142,14 @@ impl Guest {
     /// Takes the interrupts from a PCI network device: its driver looks at no ring from now on, while the device goes
     /// on as before.
     pub fn take_interrupts(&mut self, interface: &str) -> Result<()> {
-        // PCI 3.0 §6.2.2 (bit 10 of the command), §6.7 (capabilities), §6.8.2.3 (bit 15 of MSI-X' message control).
+        // PCI 3.0 §6.2.2 (bit 10 of the command), §6.7 (capabilities), §6.8.2.3 (MSI-X' message control: on, but masked;
+        // that it is off QEMU tells nobody who has an interrupt already).
         self.check(&format!(
             "cd -P /sys/class/net/{interface}/device/.. && \
              byte() {{ dd if=config bs=1 skip=$1 count=1 2>/dev/null | od -An -tu1; }}; \
              write() {{ printf $2 | dd of=config bs=1 seek=$1 conv=notrunc 2>/dev/null; }}; \
              write 5 '\\004' && at=$(byte 52) && while [ $at -ne 0 ]; do \
-             [ $(byte $at) -ne 17 ] || write $((at + 3)) '\\000'; at=$(byte $((at + 1))); done; cd /root"
+             [ $(byte $at) -ne 17 ] || write $((at + 3)) '\\300'; at=$(byte $((at + 1))); done; cd /root"
         ))?;
         Ok(())
     }
