@@ -9,7 +9,6 @@ use baton_tests::{on_both_datapaths, switching};
 on_both_datapaths! {
     one_pair_listening,
     four_pairs_as_client,
-    survives_its_device_switched_off_and_on,
 }
 
 /// Traffic; the same after the back-end was killed and another one took its place under the running guest; the same
@@ -61,8 +60,10 @@ fn four_pairs_as_client(datapath: Datapath) -> Result<()> {
     serves(datapath, Meeting::FrontendListens, 4)
 }
 
-fn survives_its_device_switched_off_and_on(datapath: Datapath) -> Result<()> {
-    let mut link = Link::new(datapath, Meeting::BackendListens, 4)?;
-    let result = switching::check(&mut link, |link| link.boot_qemu(Accelerator::with(datapath), "guest"));
+// With the kernel's datapath baton-vmm's test has it: in the lab each takes minutes.
+#[test]
+fn survives_its_device_switched_off_and_on() -> Result<()> {
+    let mut link = Link::new(Datapath::Userspace, Meeting::BackendListens, 4)?;
+    let result = switching::check(&mut link, |link| link.boot_qemu(Accelerator::Tcg, "guest"));
     result.with_context(|| link.evidence())
 }
