@@ -8,6 +8,7 @@ use anyhow::Result;
 
 pub use baton_protocol::control::Datapath;
 
+use crate::fake_frontend::wire::protocol;
 use crate::lab;
 
 /// The options of `baton-backend` that choose a datapath.
@@ -15,6 +16,15 @@ pub fn options(datapath: Datapath) -> &'static [&'static str] {
     match datapath {
         Datapath::Userspace => &[],
         Datapath::VhostNet => &["--vhost"],
+    }
+}
+
+/// The protocol features that are offered with this datapath only.
+pub fn protocol_features(datapath: Datapath) -> u64 {
+    match datapath {
+        Datapath::Userspace => protocol::INFLIGHT_SHMFD,
+        // The kernel notes no chains.
+        Datapath::VhostNet => 0,
     }
 }
 

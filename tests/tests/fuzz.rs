@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use baton_tests::datapath::Datapath;
+use baton_tests::datapath::{self, Datapath};
 use baton_tests::fake_frontend::wire::{MemoryRegion, Message, protocol, request};
 use baton_tests::fake_frontend::{Connection, Device, Options, Region, features};
 use baton_tests::hostile::{Random, Victim};
@@ -146,9 +146,9 @@ fn random_messages_harm_nobody(datapath: Datapath) {
         | protocol::REPLY_ACK
         | protocol::CONFIG
         | protocol::LOG_SHMFD
-        | protocol::INFLIGHT_SHMFD
         | protocol::RESET_DEVICE
-        | protocol::CONFIGURE_MEM_SLOTS;
+        | protocol::CONFIGURE_MEM_SLOTS
+        | datapath::protocol_features(datapath);
     let end = Instant::now() + TIME;
     let mut connections = 0;
     while Instant::now() < end {

@@ -4,7 +4,7 @@
 use std::os::fd::AsFd;
 
 use baton_tests::backend::Rig;
-use baton_tests::datapath::Datapath;
+use baton_tests::datapath::{self, Datapath};
 use baton_tests::fake_frontend::wire::{Message, NEED_REPLY, REPLY, VERSION, protocol, request, u32_at};
 use baton_tests::fake_frontend::{Connection, Device, Options, features};
 use baton_tests::on_both_datapaths;
@@ -260,11 +260,7 @@ fn only_what_can_be_served_is_offered(datapath: Datapath) {
         | protocol::CONFIG
         | protocol::RESET_DEVICE
         | protocol::CONFIGURE_MEM_SLOTS
-        | match datapath {
-            Datapath::Userspace => protocol::INFLIGHT_SHMFD,
-            // The kernel notes no chains.
-            Datapath::VhostNet => 0,
-        };
+        | datapath::protocol_features(datapath);
     assert_eq!(protocol, expected, "{protocol:#x}");
 }
 
