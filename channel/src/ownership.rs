@@ -1,0 +1,223 @@
+//! The word that says who owns what is handed over, in memory that both processes have mapped: a memfd of one page,
+//! sealed so that neither can take the page from under the other. What its values mean, and how they may follow each
+//! other, is in [`baton_protocol::ownership`].
+#![expect(unsafe_code, reason = "maps a memfd and gives out a reference to its first word")]
+
+use std::fs::File;
+use std::io;
+use std::num::NonZeroUsize;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use baton_protocol::ownership::{Word, WordError};
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+
+/// Length of the memfd.
+const SIZE: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
+
+/// The seals that it must have: its size is fixed, and nobody can seal it against writing any more.
+const SEALS: SealFlag = SealFlag::F_SEAL_SHRINK.union(SealFlag::F_SEAL_GROW).union(SealFlag::F_SEAL_SEAL);
+
+/// Why there is no shared word.
+#[derive(Debug, thiserror::Error)]
+pub enum OwnershipError {
+    /// The system would not.
+    #[error("cannot set up the ownership word")]
+    System(#[from] io::Error),
+    /// Something else than such a memfd came.
+    #[error("the ownership word's file has {0} bytes instead of 4096")]
+    Size(u64),
+    /// Not a memfd, or one that can still change its size.
+    #[error("the ownership word's file is not sealed")]
+    NotSealed,
+}
+
+/// Why the word was not changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SwapError {
+    /// It was not what was expected: the other side was faster.
+    #[error("the ownership word is {0:?} already")]
+    Lost(Word),
+    /// It means nothing.
+    #[error(transparent)]
+    Meaningless(#[from] WordError),
+}
+
+/// The shared word, and the memfd that it lies in.
+#[derive(Debug)]
+pub struct SharedWord {
+    page: NonNull<AtomicU64>,
+    file: OwnedFd,
+}
+
+// SAFETY: the page stays mapped as long as this lives, and is used through an atomic only.
+unsafe impl Send for SharedWord {}
+// SAFETY: as above.
+unsafe impl Sync for SharedWord {}
+
+impl SharedWord {
+    /// A new word, [`Word::INITIAL`].
+    ///
+    /// # Errors
+    /// [`OwnershipError::System`].
+    pub fn create() -> Result<Self, OwnershipError> {
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        let file = File::from(memfd_create("baton-ownership", flags).map_err(io::Error::from)?);
+        file.set_len(SIZE.get() as u64)?;
+        fcntl(&file, FcntlArg::F_ADD_SEALS(SEALS)).map_err(io::Error::from)?;
+        Self::map(file)
+    }
+
+    /// The word in a memfd that the peer sent.
+    ///
+    /// # Errors
+    /// [`OwnershipError`]; the descriptor is closed.
+    pub fn from_fd(file: OwnedFd) -> Result<Self, OwnershipError> {
+        let seals = fcntl(&file, FcntlArg::F_GET_SEALS).map_err(|_| OwnershipError::NotSealed)?;
+        if !SealFlag::from_bits_truncate(seals).contains(SEALS) {
+            return Err(OwnershipError::NotSealed);
+        }
+        let file = File::from(file);
+        match file.metadata()?.size() {
+            size if size == SIZE.get() as u64 => Self::map(file),
+            size => Err(OwnershipError::Size(size)),
+        }
+    }
+
+    fn map(file: File) -> Result<Self, OwnershipError> {
+        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a new mapping, wherever there is room.
+        let page = unsafe { mmap(None, SIZE, access, MapFlags::MAP_SHARED, &file, 0) };
+        Ok(Self { page: page.map_err(io::Error::from)?.cast(), file: file.into() })
+    }
+
+    fn word(&self) -> &AtomicU64 {
+        // SAFETY: the page is mapped and aligned, its file sealed against shrinking; both processes use it as an
+        // atomic only, and any bits are a valid u64.
+        unsafe { self.page.as_ref() }
+    }
+
+    /// What it says now.
+    ///
+    /// # Errors
+    /// [`WordError`].
+    pub fn load(&self) -> Result<Word, WordError> {
+        Word::from_bits(self.word().load(Ordering::SeqCst))
+    }
+
+    /// Makes it `new` if it is `expected`. Who comes back with `Ok` has changed the owner, and the other side's swap
+    /// from the same word fails.
+    ///
+    /// # Errors
+    /// [`SwapError`].
+    pub fn swap(&self, expected: Word, new: Word) -> Result<(), SwapError> {
+        let result = self.word().compare_exchange(
+            expected.to_bits(),
+            new.to_bits(),
+            Ordering::SeqCst,
+            Ordering::SeqCst,
+        );
+        match result {
+            Ok(_) => Ok(()),
+            Err(bits) => Err(SwapError::Lost(Word::from_bits(bits)?)),
+        }
+    }
+}
+
+impl AsFd for SharedWord {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+impl Drop for SharedWord {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this struct's own, and no reference into it outlives the struct.
+        let unmapped = unsafe { munmap(self.page.cast(), SIZE.get()) };
+        debug_assert!(unmapped.is_ok(), "munmap: {unmapped:?}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use baton_protocol::ownership::Owner;
+
+    use super::*;
+
+    fn twin(word: &SharedWord) -> SharedWord {
+        SharedWord::from_fd(word.as_fd().try_clone_to_owned().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn both_sides_see_one_word_and_one_of_them_wins() {
+        let source = SharedWord::create().unwrap();
+        let target = twin(&source);
+        assert_eq!(target.load(), Ok(Word::INITIAL));
+        let offered = Word::INITIAL.offered().unwrap();
+        source.swap(Word::INITIAL, offered).unwrap();
+        target.swap(offered, offered.taken().unwrap()).unwrap();
+        let lost = source.swap(offered, offered.taken_back().unwrap()).unwrap_err();
+        assert_eq!(lost, SwapError::Lost(Word { epoch: 1, owner: Owner::Target }));
+    }
+
+    #[test]
+    fn of_two_threads_exactly_one_takes_each_offer() {
+        let source = SharedWord::create().unwrap();
+        let target = twin(&source);
+        let mut word = Word::INITIAL;
+        for _ in 0..200 {
+            let offered = word.offered().unwrap();
+            source.swap(word, offered).unwrap();
+            let barrier = std::sync::Barrier::new(2);
+            let (taken, back) = std::thread::scope(|scope| {
+                let taker = scope.spawn(|| {
+                    barrier.wait();
+                    target.swap(offered, offered.taken().unwrap())
+                });
+                barrier.wait();
+                let back = source.swap(offered, offered.taken_back().unwrap());
+                (taker.join().unwrap(), back)
+            });
+            assert_ne!(taken.is_ok(), back.is_ok());
+            let now = source.load().unwrap();
+            assert_eq!(now.owner == Owner::Target, taken.is_ok());
+            // As if it were a word of its own for the next turn.
+            word = Word { owner: Owner::Source, ..now };
+            source.word().store(word.to_bits(), Ordering::SeqCst);
+        }
+    }
+
+    #[test]
+    fn what_could_change_its_size_is_refused() {
+        let memfd = |flags| File::from(memfd_create("test", flags | MFdFlags::MFD_CLOEXEC).unwrap());
+        let unsealed = memfd(MFdFlags::MFD_ALLOW_SEALING);
+        unsealed.set_len(4096).unwrap();
+        let error = SharedWord::from_fd(unsealed.into()).unwrap_err();
+        assert!(matches!(error, OwnershipError::NotSealed), "{error}");
+
+        let large = memfd(MFdFlags::MFD_ALLOW_SEALING);
+        large.set_len(8192).unwrap();
+        fcntl(&large, FcntlArg::F_ADD_SEALS(SEALS)).unwrap();
+        let error = SharedWord::from_fd(large.into()).unwrap_err();
+        assert!(matches!(error, OwnershipError::Size(8192)), "{error}");
+
+        let error = SharedWord::from_fd(tempfile::tempfile().unwrap().into()).unwrap_err();
+        assert!(matches!(error, OwnershipError::NotSealed), "{error}");
+        let (end, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        let error = SharedWord::from_fd(end.into()).unwrap_err();
+        assert!(matches!(error, OwnershipError::NotSealed), "{error}");
+    }
+
+    #[test]
+    fn a_word_without_a_meaning_is_an_error() {
+        let word = SharedWord::create().unwrap();
+        word.word().store(0xff, Ordering::SeqCst);
+        assert_eq!(word.load(), Err(WordError(0xff)));
+        let error = word.swap(Word::INITIAL, Word::INITIAL.offered().unwrap()).unwrap_err();
+        assert_eq!(error, SwapError::Meaningless(WordError(0xff)));
+    }
+}

@@ -1,0 +1,407 @@
+//! Messages with their descriptors on a connected Unix socket: one a packet on `SOCK_SEQPACKET`; on `SOCK_STREAM`,
+//! which a front-end may give, one after the other.
+//!
+//! No call waits longer than it is told to, and the file's own flags are left alone: whoever else holds it sees
+//! nothing change. What is received is whole or nothing: descriptors of a message that is refused are closed.
+
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::time::{Duration, Instant};
+
+use baton_protocol::codec::{CodecError, HEADER, Header, Message};
+use baton_protocol::fd_manifest::MAX_FDS;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, SockaddrLike, UnixAddr, connect,
+    getsockname, getsockopt, sendmsg, socket, socketpair, sockopt,
+};
+
+use crate::scm;
+
+/// Why a message was not sent or received.
+#[derive(Debug, thiserror::Error)]
+pub enum ChannelError {
+    /// Not such a socket.
+    #[error("the descriptor is no Unix socket for packets or a stream")]
+    NotUnix,
+    /// Nobody listens there, or nobody may connect.
+    #[error("cannot connect to {}", path.display())]
+    Connect {
+        /// The socket's path.
+        path: std::path::PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The peer closed the connection, or died.
+    #[error("the peer closed the connection")]
+    Closed,
+    /// Nothing came, or nothing was read, in time.
+    #[error("the peer did not answer in time")]
+    Timeout,
+    /// The packet is no message.
+    #[error(transparent)]
+    Codec(#[from] CodecError),
+    /// This process could not take all descriptors.
+    #[error("not all descriptors of a message could be taken: raise the limit of open files")]
+    FdsLost,
+    /// More descriptors than a message can bring.
+    #[error("a message brings more than {MAX_FDS} descriptors")]
+    TooManyFds,
+    /// The system would not.
+    #[error("the connection failed")]
+    Io(#[from] io::Error),
+}
+
+impl From<Errno> for ChannelError {
+    fn from(errno: Errno) -> Self {
+        match errno {
+            Errno::EPIPE | Errno::ECONNRESET => Self::Closed,
+            Errno::EAGAIN => Self::Timeout,
+            other => Self::Io(other.into()),
+        }
+    }
+}
+
+/// A message and the descriptors that came with it.
+#[derive(Debug)]
+pub struct Packet<M> {
+    /// The message.
+    pub message: M,
+    /// Its descriptors, in the order of its manifest.
+    pub fds: Vec<OwnedFd>,
+}
+
+/// A connected Unix socket.
+#[derive(Debug)]
+pub struct PacketSocket {
+    socket: OwnedFd,
+    stream: bool,
+}
+
+impl AsFd for PacketSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl From<PacketSocket> for OwnedFd {
+    fn from(socket: PacketSocket) -> Self {
+        socket.socket
+    }
+}
+
+impl TryFrom<OwnedFd> for PacketSocket {
+    type Error = ChannelError;
+
+    fn try_from(socket: OwnedFd) -> Result<Self, ChannelError> {
+        let unix = getsockname::<UnixAddr>(socket.as_raw_fd())
+            .is_ok_and(|address| address.family() == Some(AddressFamily::Unix));
+        let stream = match getsockopt(&socket, sockopt::SockType) {
+            Ok(SockType::SeqPacket) if unix => false,
+            Ok(SockType::Stream) if unix => true,
+            _ => return Err(ChannelError::NotUnix),
+        };
+        Ok(Self { socket, stream })
+    }
+}
+
+impl PacketSocket {
+    /// Two ends of a packet socket.
+    ///
+    /// # Errors
+    /// [`ChannelError::Io`].
+    pub fn pair() -> Result<(Self, Self), ChannelError> {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let (here, there) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
+        Ok((Self { socket: here, stream: false }, Self { socket: there, stream: false }))
+    }
+
+    /// Connects to the packet socket at `path`, without waiting for a peer that does not accept.
+    ///
+    /// # Errors
+    /// [`ChannelError::Connect`].
+    pub fn connect(path: &std::path::Path) -> Result<Self, ChannelError> {
+        let failed = |errno: Errno| ChannelError::Connect { path: path.to_owned(), source: errno.into() };
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).map_err(failed)?;
+        connect(socket.as_raw_fd(), &UnixAddr::new(path).map_err(failed)?).map_err(failed)?;
+        Ok(Self { socket, stream: false })
+    }
+
+    /// Sends a message with descriptors, waiting for room for no longer than `patience`.
+    ///
+    /// # Errors
+    /// [`ChannelError`]. After one on a stream, part of the message may have gone out.
+    pub fn send<M: Message>(
+        &self,
+        message: &M,
+        fds: &[BorrowedFd<'_>],
+        patience: Duration,
+    ) -> Result<(), ChannelError> {
+        if fds.len() > MAX_FDS {
+            return Err(ChannelError::TooManyFds);
+        }
+        let packet = message.encode()?;
+        let deadline = Instant::now() + patience;
+        let fds: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let mut sent = 0;
+        while sent < packet.len() {
+            let rights = [ControlMessage::ScmRights(&fds)];
+            let control = if sent == 0 && !fds.is_empty() { &rights[..] } else { &[] };
+            let bytes = [IoSlice::new(&packet[sent..])];
+            let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+            match sendmsg::<()>(self.socket.as_raw_fd(), &bytes, control, flags, None) {
+                Ok(count) => sent += count,
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => self.wait(PollFlags::POLLOUT, deadline)?,
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Receives a message, waiting no longer than `patience`: not at all if that is zero.
+    ///
+    /// # Errors
+    /// [`ChannelError`]. After one other than [`ChannelError::Timeout`] the connection is of no more use, and after
+    /// any on a stream.
+    pub fn receive<M: Message>(&self, patience: Duration) -> Result<Packet<M>, ChannelError> {
+        let deadline = Instant::now() + patience;
+        if self.stream { self.receive_stream(deadline) } else { self.receive_packet(deadline) }
+    }
+
+    fn receive_packet<M: Message>(&self, deadline: Instant) -> Result<Packet<M>, ChannelError> {
+        // One byte more than is allowed, so that too long a packet shows.
+        let mut buffer = vec![0; HEADER + M::PROTOCOL.max_body + 1];
+        let received = self.receive_some(&mut buffer, deadline)?;
+        if received.bytes_lost {
+            let length = received.length.saturating_sub(HEADER);
+            return Err(CodecError::TooLong { length, max: M::PROTOCOL.max_body }.into());
+        }
+        let message = M::decode(&buffer[..received.length])?;
+        Ok(Packet { message, fds: received.fds })
+    }
+
+    fn receive_stream<M: Message>(&self, deadline: Instant) -> Result<Packet<M>, ChannelError> {
+        let mut header = [0; HEADER];
+        let mut fds = Vec::new();
+        self.fill(&mut header, &mut fds, deadline)?;
+        let header = Header::parse(M::PROTOCOL, &header)?;
+        let mut body = vec![0; header.length];
+        self.fill(&mut body, &mut fds, deadline)?;
+        Ok(Packet { message: M::from_body(header.kind, &body)?, fds })
+    }
+
+    fn fill(
+        &self,
+        mut buffer: &mut [u8],
+        fds: &mut Vec<OwnedFd>,
+        deadline: Instant,
+    ) -> Result<(), ChannelError> {
+        while !buffer.is_empty() {
+            let received = self.receive_some(buffer, deadline)?;
+            fds.extend(received.fds);
+            if fds.len() > MAX_FDS {
+                return Err(ChannelError::TooManyFds);
+            }
+            buffer = buffer.split_at_mut(received.length).1;
+        }
+        Ok(())
+    }
+
+    fn receive_some(&self, buffer: &mut [u8], deadline: Instant) -> Result<scm::Received, ChannelError> {
+        loop {
+            match scm::receive(self, buffer) {
+                Ok(received) if received.fds_lost => return Err(ChannelError::FdsLost),
+                Ok(received) if received.length == 0 => return Err(ChannelError::Closed),
+                Ok(received) => return Ok(received),
+                Err(error) => match error.kind() {
+                    io::ErrorKind::Interrupted => {}
+                    io::ErrorKind::WouldBlock => self.wait(PollFlags::POLLIN, deadline)?,
+                    io::ErrorKind::ConnectionReset => return Err(ChannelError::Closed),
+                    _ => return Err(error.into()),
+                },
+            }
+        }
+    }
+
+    /// Waits until the socket is ready.
+    fn wait(&self, events: PollFlags, deadline: Instant) -> Result<(), ChannelError> {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(ChannelError::Timeout);
+            }
+            // Rounded up: a wait that ends early would spin.
+            let timeout = PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
+            match poll(&mut [PollFd::new(self.as_fd(), events)], timeout) {
+                Ok(0) | Err(Errno::EINTR) => {}
+                Ok(_) => return Ok(()),
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    use baton_protocol::codec::Protocol;
+    use baton_protocol::version::Versions;
+    use serde::{Deserialize, Serialize};
+
+    use super::*;
+
+    const PROTOCOL: Protocol =
+        Protocol { magic: *b"TEST", versions: Versions { oldest: 1, newest: 1 }, max_body: 100_000 };
+    const SOON: Duration = Duration::from_millis(20);
+    const LONG: Duration = Duration::from_secs(30);
+
+    #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+    struct Text {
+        text: String,
+    }
+
+    baton_protocol::messages! {
+        #[derive(Clone, Debug, PartialEq)]
+        enum Said: PROTOCOL {
+            Text(Text) = 1,
+        }
+    }
+
+    fn said(text: &str) -> Said {
+        Said::Text(Text { text: text.to_owned() })
+    }
+
+    fn pairs() -> [(PacketSocket, PacketSocket); 2] {
+        let (here, there) = UnixStream::pair().unwrap();
+        let stream = [here, there].map(|end| PacketSocket::try_from(OwnedFd::from(end)).unwrap());
+        let [here, there] = stream;
+        [PacketSocket::pair().unwrap(), (here, there)]
+    }
+
+    /// How many descriptors this process holds of what `fd` is.
+    fn holders(inode: u64) -> usize {
+        use std::os::unix::fs::MetadataExt;
+        let open = std::fs::read_dir("/proc/self/fd").unwrap();
+        open.filter_map(|entry| std::fs::metadata(entry.unwrap().path()).ok())
+            .filter(|metadata| metadata.ino() == inode)
+            .count()
+    }
+
+    fn inode(fd: &std::fs::File) -> u64 {
+        use std::os::unix::fs::MetadataExt;
+        fd.metadata().unwrap().ino()
+    }
+
+    #[test]
+    fn messages_arrive_whole_and_in_order_with_their_descriptors() {
+        for (here, there) in pairs() {
+            let file = tempfile::tempfile().unwrap();
+            here.send(&said("one"), &[file.as_fd(), file.as_fd()], LONG).unwrap();
+            here.send(&said("two"), &[], LONG).unwrap();
+            let packet = there.receive::<Said>(LONG).unwrap();
+            assert_eq!(packet.message, said("one"));
+            assert_eq!(packet.fds.len(), 2);
+            assert_eq!(holders(inode(&file)), 3);
+            drop(packet);
+            let packet = there.receive::<Said>(LONG).unwrap();
+            assert_eq!((packet.message, packet.fds.len()), (said("two"), 0));
+        }
+    }
+
+    #[test]
+    fn nobody_waits_longer_than_told() {
+        for (here, there) in pairs() {
+            for patience in [Duration::ZERO, SOON] {
+                let error = there.receive::<Said>(patience).unwrap_err();
+                assert!(matches!(error, ChannelError::Timeout), "{error}");
+            }
+            let large = said(&"x".repeat(90_000));
+            let error =
+                std::iter::repeat_with(|| here.send(&large, &[], SOON)).find_map(Result::err).unwrap();
+            assert!(matches!(error, ChannelError::Timeout), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_closed_peer_is_told_apart() {
+        for (here, there) in pairs() {
+            drop(here);
+            let error = there.receive::<Said>(LONG).unwrap_err();
+            assert!(matches!(error, ChannelError::Closed), "{error}");
+            let error = there.send(&said(""), &[], LONG).unwrap_err();
+            assert!(matches!(error, ChannelError::Closed), "{error}");
+        }
+    }
+
+    #[test]
+    fn half_a_message_is_none() {
+        let [_, (here, there)] = pairs();
+        let packet = said("half").encode().unwrap();
+        let mut here = UnixStream::from(OwnedFd::from(here));
+        here.write_all(&packet[..packet.len() - 1]).unwrap();
+        let error = there.receive::<Said>(SOON).unwrap_err();
+        assert!(matches!(error, ChannelError::Timeout), "{error}");
+        drop(here);
+        let error = there.receive::<Said>(LONG).unwrap_err();
+        assert!(matches!(error, ChannelError::Closed), "{error}");
+    }
+
+    #[test]
+    fn descriptors_of_a_refused_message_are_closed() {
+        for (here, there) in pairs() {
+            let file = tempfile::tempfile().unwrap();
+            let rights = [file.as_raw_fd()];
+            let garbage = [IoSlice::new(&[0xee; 40])];
+            sendmsg::<()>(
+                here.as_fd().as_raw_fd(),
+                &garbage,
+                &[ControlMessage::ScmRights(&rights)],
+                MsgFlags::empty(),
+                None,
+            )
+            .unwrap();
+            let error = there.receive::<Said>(LONG).unwrap_err();
+            assert!(matches!(error, ChannelError::Codec(CodecError::Magic(_))), "{error}");
+            assert_eq!(holders(inode(&file)), 1);
+        }
+    }
+
+    #[test]
+    fn too_long_a_packet_is_refused() {
+        let [(here, there), _] = pairs();
+        let long = vec![0; HEADER + PROTOCOL.max_body + 2];
+        nix::unistd::write(&here, &long).unwrap();
+        let error = there.receive::<Said>(LONG).unwrap_err();
+        assert!(matches!(error, ChannelError::Codec(CodecError::TooLong { .. })), "{error}");
+    }
+
+    #[test]
+    fn the_most_descriptors_fit_and_more_do_not() {
+        for (here, there) in pairs() {
+            let file = tempfile::tempfile().unwrap();
+            let mut fds = vec![file.as_fd(); MAX_FDS];
+            here.send(&said("all"), &fds, LONG).unwrap();
+            assert_eq!(there.receive::<Said>(LONG).unwrap().fds.len(), MAX_FDS);
+            fds.push(file.as_fd());
+            let error = here.send(&said("more"), &fds, LONG).unwrap_err();
+            assert!(matches!(error, ChannelError::TooManyFds), "{error}");
+        }
+    }
+
+    #[test]
+    fn other_descriptors_are_no_channel() {
+        let (read, _write) = nix::unistd::pipe().unwrap();
+        let datagram = std::os::unix::net::UnixDatagram::unbound().unwrap();
+        let network = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        for fd in [read, datagram.into(), network.into(), tempfile::tempfile().unwrap().into()] {
+            let error = PacketSocket::try_from(fd).unwrap_err();
+            assert!(matches!(error, ChannelError::NotUnix), "{error}");
+        }
+    }
+}

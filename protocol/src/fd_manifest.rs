@@ -1,0 +1,187 @@
+//! Which descriptors a message brings. The manifest is in its body: the descriptors' names, in their order. The
+//! receiver claims each by name; what is missing, surplus or claimed by nobody is an error with that name, and what
+//! was not claimed is closed by being dropped.
+//!
+//! Generic over the descriptor, so that nothing here opens or closes anything.
+
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
+
+/// The most descriptors that a message may bring (`SCM_MAX_FD` of Linux).
+pub const MAX_FDS: usize = 253;
+
+/// The longest name, in bytes.
+const MAX_NAME: usize = 32;
+
+/// The names of a message's descriptors, in their order. Untrusted until [`FdManifest::pair`] has checked them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct FdManifest(Vec<String>);
+
+/// What is wrong with a message's descriptors.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ManifestError {
+    /// More descriptors than names, or fewer.
+    #[error("a message names {named} descriptors and brings {came}")]
+    Count {
+        /// Names in the manifest.
+        named: usize,
+        /// Descriptors that came.
+        came: usize,
+    },
+    /// More than a message can bring.
+    #[error("a message names {0} descriptors, more than {MAX_FDS}")]
+    TooMany(usize),
+    /// A name that is no name.
+    #[error("a descriptor's name is empty, too long or no plain text: {0:?}")]
+    Name(String),
+    /// A name comes twice.
+    #[error("descriptor {0} is named twice")]
+    Twice(String),
+    /// A descriptor that is needed did not come.
+    #[error("descriptor {0} is missing")]
+    Missing(String),
+    /// A descriptor came that nobody wants.
+    #[error("descriptor {0} was not claimed")]
+    Unclaimed(String),
+}
+
+impl FdManifest {
+    /// A manifest of these names.
+    pub fn new(names: impl IntoIterator<Item = String>) -> Self {
+        Self(names.into_iter().collect())
+    }
+
+    /// How many descriptors it names.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether it names none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Gives each descriptor its name.
+    ///
+    /// # Errors
+    /// [`ManifestError`], and the descriptors are dropped.
+    pub fn pair<F>(self, fds: Vec<F>) -> Result<NamedFds<F>, ManifestError> {
+        if self.len() > MAX_FDS {
+            return Err(ManifestError::TooMany(self.len()));
+        }
+        if self.len() != fds.len() {
+            return Err(ManifestError::Count { named: self.len(), came: fds.len() });
+        }
+        let mut seen = BTreeSet::new();
+        for name in &self.0 {
+            let plain = name.bytes().all(|byte| byte.is_ascii_graphic());
+            if name.is_empty() || name.len() > MAX_NAME || !plain {
+                return Err(ManifestError::Name(name.chars().take(MAX_NAME).collect()));
+            }
+            if !seen.insert(name) {
+                return Err(ManifestError::Twice(name.clone()));
+            }
+        }
+        Ok(NamedFds(self.0.into_iter().zip(fds).collect()))
+    }
+}
+
+/// Descriptors that came with a message, to be claimed.
+#[derive(Debug)]
+pub struct NamedFds<F>(Vec<(String, F)>);
+
+/// Collects descriptors and their names for a message to be sent.
+impl<F> FromIterator<(String, F)> for NamedFds<F> {
+    fn from_iter<I: IntoIterator<Item = (String, F)>>(named: I) -> Self {
+        Self(named.into_iter().collect())
+    }
+}
+
+impl<F> NamedFds<F> {
+    /// The manifest and the descriptors, in the same order, for sending.
+    pub fn unzip(self) -> (FdManifest, Vec<F>) {
+        let (names, fds) = self.0.into_iter().unzip();
+        (FdManifest(names), fds)
+    }
+
+    /// Takes the descriptor of this name, if it came.
+    pub fn claim_optional(&mut self, name: &str) -> Option<F> {
+        let at = self.0.iter().position(|(own, _)| own == name)?;
+        Some(self.0.remove(at).1)
+    }
+
+    /// Takes the descriptor of this name.
+    ///
+    /// # Errors
+    /// [`ManifestError::Missing`].
+    pub fn claim(&mut self, name: &str) -> Result<F, ManifestError> {
+        self.claim_optional(name).ok_or_else(|| ManifestError::Missing(name.to_owned()))
+    }
+
+    /// To be called when all has been claimed.
+    ///
+    /// # Errors
+    /// [`ManifestError::Unclaimed`] with the first that was not; it is dropped with all others that were not.
+    pub fn finish(self) -> Result<(), ManifestError> {
+        match self.0.into_iter().next() {
+            None => Ok(()),
+            Some((name, _)) => Err(ManifestError::Unclaimed(name)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn manifest(names: &[&str]) -> FdManifest {
+        FdManifest::new(names.iter().map(|&name| name.to_owned()))
+    }
+
+    #[test]
+    fn descriptors_are_claimed_by_name_whatever_their_order() {
+        let mut fds = manifest(&["tap/1", "ownership", "tap/0"]).pair(vec![11, 20, 10]).unwrap();
+        assert_eq!(fds.claim("tap/0"), Ok(10));
+        assert_eq!(fds.claim("tap/1"), Ok(11));
+        assert_eq!(fds.claim_optional("frames"), None);
+        assert_eq!(fds.claim("ownership"), Ok(20));
+        fds.finish().unwrap();
+    }
+
+    #[test]
+    fn what_is_missing_or_surplus_is_named() {
+        let mut fds = manifest(&["tap/0", "spare"]).pair(vec![1, 2]).unwrap();
+        assert_eq!(fds.claim("ownership"), Err(ManifestError::Missing("ownership".to_owned())));
+        fds.claim("tap/0").unwrap();
+        assert_eq!(fds.finish(), Err(ManifestError::Unclaimed("spare".to_owned())));
+    }
+
+    #[test]
+    fn names_and_descriptors_must_be_as_many() {
+        for fds in [vec![], vec![1], vec![1, 2, 3]] {
+            let came = fds.len();
+            let error = manifest(&["a", "b"]).pair(fds).unwrap_err();
+            assert_eq!(error, ManifestError::Count { named: 2, came });
+        }
+    }
+
+    #[test]
+    fn bad_names_are_refused() {
+        for names in [&["a", "a"][..], &[""], &["a b"], &["a\n"], &["é"], &["x".repeat(33).as_str()]] {
+            manifest(names).pair(vec![0; names.len()]).unwrap_err();
+        }
+        let many: Vec<String> = (0..=MAX_FDS).map(|n| n.to_string()).collect();
+        let error = FdManifest::new(many).pair(vec![0; MAX_FDS + 1]).unwrap_err();
+        assert_eq!(error, ManifestError::TooMany(MAX_FDS + 1));
+    }
+
+    #[test]
+    fn a_refused_message_drops_all_of_its_descriptors() {
+        let fd = std::sync::Arc::new(());
+        manifest(&["a"]).pair(vec![fd.clone(), fd.clone()]).unwrap_err();
+        manifest(&["a", "b"]).pair(vec![fd.clone(), fd.clone()]).unwrap().finish().unwrap_err();
+        assert_eq!(std::sync::Arc::strong_count(&fd), 1);
+    }
+}

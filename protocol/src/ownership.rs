@@ -1,0 +1,134 @@
+//! The values of the word that says who owns what is handed over. It lies in memory shared by source and target, and
+//! changes by compare-and-swap only: whoever's swap wins owns, whatever was or was not said.
+//!
+//! ```text
+//!              offer (epoch + 1)              take
+//!   Source ─────────────────────▶ Offered ───────────▶ Target
+//!     ▲  │                          │
+//!     │  └──────────── abort ───────┼────▶ Aborted
+//!     └───────── take back ─────────┘
+//! ```
+//! Each offer has an epoch of its own, so who heard of an old one cannot take a later one. `Target` and `Aborted` are
+//! final: the next hand-over has a word of its own.
+
+/// Who owns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner {
+    /// The source.
+    Source,
+    /// Neither yet: the first that takes it. Nobody uses it meanwhile.
+    Offered,
+    /// The target, for good.
+    Target,
+    /// The source, for good.
+    Aborted,
+}
+
+/// Who owns, and how often it was offered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Word {
+    /// The number of the last offer, less than 2^56; 0 before the first.
+    pub epoch: u64,
+    /// Who owns.
+    pub owner: Owner,
+}
+
+/// The shared word has a value that has no meaning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the ownership word has no meaning: {0:#x}")]
+pub struct WordError(pub u64);
+
+impl Word {
+    /// Before the first offer.
+    pub const INITIAL: Self = Self { epoch: 0, owner: Owner::Source };
+
+    /// How it lies in memory.
+    pub fn to_bits(self) -> u64 {
+        let owner = match self.owner {
+            Owner::Source => 0,
+            Owner::Offered => 1,
+            Owner::Target => 2,
+            Owner::Aborted => 3,
+        };
+        self.epoch << 8 | owner
+    }
+
+    /// What lies in memory.
+    ///
+    /// # Errors
+    /// [`WordError`].
+    pub fn from_bits(bits: u64) -> Result<Self, WordError> {
+        let owner = match bits & 0xff {
+            0 => Owner::Source,
+            1 => Owner::Offered,
+            2 => Owner::Target,
+            3 => Owner::Aborted,
+            _ => return Err(WordError(bits)),
+        };
+        Ok(Self { epoch: bits >> 8, owner })
+    }
+
+    /// The source offers it. `None` where it is not the source's to offer.
+    pub fn offered(self) -> Option<Self> {
+        let epoch = self.epoch + 1;
+        (self.owner == Owner::Source && epoch < 1 << 56).then_some(Self { epoch, owner: Owner::Offered })
+    }
+
+    /// The target takes what is offered. `None` where it is not offered.
+    pub fn taken(self) -> Option<Self> {
+        self.out_of_offer(Owner::Target)
+    }
+
+    /// The source takes back what it offered, and may offer it again. `None` where it is not offered.
+    pub fn taken_back(self) -> Option<Self> {
+        self.out_of_offer(Owner::Source)
+    }
+
+    /// The source ends the hand-over: nothing can be offered or taken any more. `None` where it is over already.
+    pub fn aborted(self) -> Option<Self> {
+        matches!(self.owner, Owner::Source | Owner::Offered).then_some(Self { owner: Owner::Aborted, ..self })
+    }
+
+    fn out_of_offer(self, owner: Owner) -> Option<Self> {
+        (self.owner == Owner::Offered).then_some(Self { owner, ..self })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OWNERS: [Owner; 4] = [Owner::Source, Owner::Offered, Owner::Target, Owner::Aborted];
+
+    #[test]
+    fn every_word_survives_its_bits() {
+        for owner in OWNERS {
+            for epoch in [0, 1, (1 << 56) - 1] {
+                let word = Word { epoch, owner };
+                assert_eq!(Word::from_bits(word.to_bits()), Ok(word));
+            }
+        }
+        assert_eq!(Word::from_bits(0x0104), Err(WordError(0x0104)));
+        assert_eq!(Word::INITIAL.to_bits(), 0);
+    }
+
+    #[test]
+    fn what_is_final_stays() {
+        for owner in [Owner::Target, Owner::Aborted] {
+            let word = Word { epoch: 3, owner };
+            assert_eq!([word.offered(), word.taken(), word.taken_back(), word.aborted()], [None; 4]);
+        }
+    }
+
+    #[test]
+    fn only_what_is_offered_is_taken_and_each_offer_is_another() {
+        let first = Word::INITIAL.offered().unwrap();
+        assert_eq!((first.epoch, first.owner), (1, Owner::Offered));
+        assert_eq!(first.offered(), None);
+        assert_eq!(first.taken().unwrap().owner, Owner::Target);
+        let second = first.taken_back().unwrap().offered().unwrap();
+        assert_ne!(second, first);
+        assert_eq!(Word::INITIAL.taken(), None);
+        assert_eq!(Word { epoch: (1 << 56) - 1, owner: Owner::Source }.offered(), None);
+    }
+}
