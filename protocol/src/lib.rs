@@ -3,11 +3,13 @@
 //! [`control`] is the control socket's protocol (DESIGN: "Command lines"), spoken by `batonctl` and by scripts.
 //! What one process hands to another travels in packets: [`codec`] lays them out, [`version`] says who understands
 //! whom, [`fd_manifest`] names their descriptors, and [`ownership`] has the word that says who owns what is handed over.
+//! [`handover`] is a back-end's device.
 #![forbid(unsafe_code)]
 
 pub mod codec;
 pub mod control;
 pub mod error;
 pub mod fd_manifest;
+pub mod handover;
 pub mod ownership;
 pub mod version;

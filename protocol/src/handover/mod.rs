@@ -1,0 +1,25 @@
+//! How a back-end gives its network device to another one: the TAP's descriptors, what is known of them, and what the
+//! front-end negotiated (DESIGN: "Local VM migration").
+//!
+//! Either the operator arms it (`batonctl … handover PATH --on-suspend`) and both ends talk first, or the front-end
+//! asks for *device state* and the first packet is the offer, which brings a `link` to talk on. From the offer on
+//! both are the same. Who owns the device is said by the [ownership word](crate::ownership), never by a message:
+//!
+//! | state (source / target) | owner | own ring starts | the peer is gone | a message is lost, late or bad |
+//! |---|---|---|---|---|
+//! | greeting, checking / greeted | source | nothing to do | source: failed; target: waits again | the same, after 2 s |
+//! | armed / ready | source | nothing to do | source: failed, serves on; target: waits again | the same |
+//! | offered / not there yet | nobody | source takes back, armed | source takes back, failed | the same |
+//! | offered / adopted | nobody | the first one takes; the other drops it | source: takes back, failed; target: keeps it, takes it at its first ring | the same |
+//! | handed over / taken | target | source: the ring stays still | source: ends; target: nothing | nothing |
+//! | armed again / adopted (offer withdrawn, unheard) | source | target: loses the swap, drops it | target: drops it | nothing |
+//!
+//! [`state`] is what is said of a device, [`validate`] judges it, [`refusal`] has the reasons why not, [`message`] the
+//! packets, [`source`] and [`target`] the two ends.
+
+pub mod message;
+pub mod refusal;
+pub mod source;
+pub mod state;
+pub mod target;
+pub mod validate;

@@ -1,0 +1,218 @@
+//! Why a device cannot be handed over: reasons with names that stay, for scripts and for the operator's manual.
+
+use serde::{Deserialize, Serialize};
+
+use crate::fd_manifest::ManifestError;
+
+/// The most reasons that are read.
+const MAX_REASONS: usize = 64;
+/// The longest name or text that is kept, in bytes.
+const MAX_TEXT: usize = 512;
+
+/// One reason. The text says what to do where that is not plain.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// The target has a TAP.
+    #[error("the target has a TAP already and cannot receive another; start one with --incoming-fds")]
+    AlreadyInitialised,
+    /// The target is busy with another source.
+    #[error("the target is in another hand-over")]
+    Busy,
+    /// The source wants to give something that this target does not take.
+    #[error("the target cannot take a {0}")]
+    Purpose(String),
+    /// No queue pair, or more than a device can have.
+    #[error("the source has {0} queue pairs; 1 to 128 are possible")]
+    QueuePairRange(usize),
+    /// The target was started for another number.
+    #[error(
+        "the source has {source_pairs} queue pairs, the target {target}; give it the same --queue-pairs, or none"
+    )]
+    QueuePairs {
+        /// The source's.
+        source_pairs: usize,
+        /// The target's.
+        target: usize,
+    },
+    /// There is not one vhost-net for each pair.
+    #[error(
+        "the source has {source_pairs} queue pairs, the target's --vhost-fds {fds} descriptors; give it one for each"
+    )]
+    VhostFds {
+        /// The source's queue pairs.
+        source_pairs: usize,
+        /// The target's descriptors.
+        fds: usize,
+    },
+    /// The target cannot open vhost-net.
+    #[error("the target cannot use vhost-net: {0}")]
+    VhostNet(String),
+    /// Features were negotiated that the target does not have.
+    #[error(
+        "negotiated features {0:#x} are not the target's; use a target with the same datapath and version"
+    )]
+    Features(u64),
+    /// The target's own front-end acknowledged features that the device does not have.
+    #[error("the target's front-end acknowledged features {0:#x}, which the device does not have")]
+    FrontEndFeatures(u64),
+    /// Protocol features were negotiated that the target does not have.
+    #[error("negotiated protocol features {0:#x} are not the target's; use a target of the same version")]
+    ProtocolFeatures(u64),
+    /// A queue without headers.
+    #[error("queue pair {0} has no virtio-net header")]
+    VnetHdr(usize),
+    /// A header of another size.
+    #[error("queue pair {pair} has a virtio-net header of {length} bytes; 10 or 12 are possible")]
+    HeaderSize {
+        /// The pair.
+        pair: usize,
+        /// Its header's length.
+        length: u16,
+    },
+    /// Queues of one TAP that do not agree about it.
+    #[error("queue pair {0} says something else of the TAP than the first one")]
+    Mixed(usize),
+    /// A name that no interface has.
+    #[error("the TAP's name is not possible: {0:?}")]
+    TapName(String),
+    /// A MAC address of a group, or all zeroes.
+    #[error("the guest's MAC address is not a unicast address")]
+    Mac,
+    /// Less than IPv4 needs.
+    #[error("an MTU of {0} is not possible")]
+    Mtu(u16),
+    /// Not an absolute path.
+    #[error("the downscript {0:?} has no absolute path")]
+    Downscript(String),
+    /// Of another user.
+    #[error(
+        "the downscript {0:?} comes from another user, and would not be run; start the source with --downscript=no"
+    )]
+    DownscriptUser(String),
+    /// A frame that does not lie in the file of frames, or is none.
+    #[error("the frame in hand of queue pair {0} is not where the source says")]
+    FrameInHand(usize),
+    /// The descriptors are not those that are needed.
+    #[error("the descriptors are not those of this device: {0}")]
+    Descriptors(#[from] ManifestError),
+    /// A descriptor is not what the state says.
+    #[error("{0}")]
+    Tap(String),
+    /// The ownership word cannot be used, or does not offer the device.
+    #[error("{0}")]
+    Ownership(String),
+    /// The peer is another user's.
+    #[error("{0}")]
+    User(String),
+}
+
+impl Refusal {
+    /// The name, which stays the same whatever becomes of the text.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::AlreadyInitialised => "already-initialised",
+            Self::Busy => "busy",
+            Self::Purpose(_) => "purpose",
+            Self::QueuePairRange(_) => "queue-pair-range",
+            Self::QueuePairs { .. } => "queue-pairs",
+            Self::VhostFds { .. } => "vhost-fds",
+            Self::VhostNet(_) => "vhost-net",
+            Self::Features(_) => "features",
+            Self::FrontEndFeatures(_) => "front-end-features",
+            Self::ProtocolFeatures(_) => "protocol-features",
+            Self::VnetHdr(_) => "vnet-hdr",
+            Self::HeaderSize { .. } => "header-size",
+            Self::Mixed(_) => "mixed-queues",
+            Self::TapName(_) => "tap-name",
+            Self::Mac => "mac",
+            Self::Mtu(_) => "mtu",
+            Self::Downscript(_) => "downscript",
+            Self::DownscriptUser(_) => "downscript-user",
+            Self::FrameInHand(_) => "frame-in-hand",
+            Self::Descriptors(_) => "descriptors",
+            Self::Tap(_) => "tap",
+            Self::Ownership(_) => "ownership",
+            Self::User(_) => "user",
+        }
+    }
+}
+
+/// A reason as it is sent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reason {
+    /// [`Refusal::name`], of this version or of another.
+    pub name: String,
+    /// For the operator.
+    pub text: String,
+}
+
+impl From<&Refusal> for Reason {
+    fn from(refusal: &Refusal) -> Self {
+        Self { name: refusal.name().to_owned(), text: refusal.to_string() }
+    }
+}
+
+/// All reasons, never none.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[serde(transparent)]
+#[error("{}", self.listed())]
+pub struct Reasons(Vec<Reason>);
+
+impl Reasons {
+    /// Of refusals. `None` where there are none.
+    pub fn of(refusals: &[Refusal]) -> Option<Self> {
+        (!refusals.is_empty()).then(|| Self(refusals.iter().map(Reason::from).collect()))
+    }
+
+    /// Each of them.
+    pub fn iter(&self) -> impl Iterator<Item = &Reason> {
+        self.0.iter()
+    }
+
+    /// What a peer sent, cut to a size that can be shown.
+    #[must_use]
+    pub fn bounded(mut self) -> Self {
+        self.0.truncate(MAX_REASONS);
+        for reason in &mut self.0 {
+            for text in [&mut reason.name, &mut reason.text] {
+                *text = text.chars().filter(|c| !c.is_control()).take(MAX_TEXT).collect();
+            }
+        }
+        self
+    }
+
+    fn listed(&self) -> String {
+        let listed: Vec<_> = self.0.iter().map(|Reason { name, text }| format!("{name}: {text}")).collect();
+        if listed.is_empty() { "no reason given".to_owned() } else { listed.join("; ") }
+    }
+}
+
+impl From<Refusal> for Reasons {
+    fn from(refusal: Refusal) -> Self {
+        Self(vec![Reason::from(&refusal)])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_reasons_are_listed_with_their_names() {
+        let reasons = Reasons::of(&[Refusal::Busy, Refusal::Mtu(60)]).unwrap();
+        assert_eq!(
+            reasons.to_string(),
+            "busy: the target is in another hand-over; mtu: an MTU of 60 is not possible"
+        );
+        assert_eq!(Reasons::of(&[]), None);
+    }
+
+    #[test]
+    fn a_peers_reasons_are_bounded_and_plain() {
+        let reason = Reason { name: "x\n\u{1b}[31m".to_owned(), text: "y".repeat(10_000) };
+        let reasons = Reasons(vec![reason; 1000]).bounded();
+        assert_eq!(reasons.0.len(), MAX_REASONS);
+        assert_eq!(reasons.0[0].name, "x[31m");
+        assert_eq!(reasons.0[0].text.len(), MAX_TEXT);
+    }
+}

@@ -1,0 +1,164 @@
+//! From what a source says to what a target may act on. [`CheckedDevice`] can be had here only, and every reason
+//! against it is given, not just the first.
+
+use super::refusal::{Reasons, Refusal};
+use super::state::{DeviceState, FrameExtent, QueuePairState};
+
+/// The most queue pairs of a device.
+pub const MAX_QUEUE_PAIRS: usize = 128;
+/// The largest frame with its header: 64 KiB of IP, an Ethernet header, a VLAN tag.
+const MAX_FRAME: u32 = 10 + 65535 + 14 + 4;
+/// The header before a frame in hand.
+const FRAME_HEADER: u32 = 10;
+/// The longest name of an interface.
+const MAX_NAME: usize = 15;
+/// The smallest MTU of IPv4.
+const MIN_MTU: u16 = 68;
+
+/// What a target can take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Capabilities {
+    /// `--queue-pairs`, if it was given.
+    pub queue_pairs: Option<usize>,
+    /// How many `--vhost-fds` there are, if any.
+    pub vhost_fds: Option<usize>,
+    /// The virtio features that it has.
+    pub features: u64,
+    /// The vhost-user protocol features that it has.
+    pub protocol_features: u64,
+    /// What its own front-end has acknowledged so far.
+    pub acknowledged: u64,
+    /// How many queue pairs its own front-end has set up so far.
+    pub set_up_pairs: usize,
+    /// The source runs as the same user.
+    pub same_user: bool,
+}
+
+/// A device that the target can take, if its descriptors are what they should be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CheckedDevice(DeviceState);
+
+impl CheckedDevice {
+    /// What the source said.
+    pub fn state(&self) -> &DeviceState {
+        &self.0
+    }
+
+    /// Each frame in hand, with its queue pair. No two share bytes of the file.
+    pub fn frames(&self) -> impl Iterator<Item = (usize, FrameExtent)> {
+        let pairs = self.0.queue_pairs.iter().enumerate();
+        pairs.filter_map(|(pair, state)| state.frame_in_hand.map(|extent| (pair, extent)))
+    }
+}
+
+impl TryFrom<(DeviceState, &Capabilities)> for CheckedDevice {
+    type Error = Reasons;
+
+    fn try_from((device, target): (DeviceState, &Capabilities)) -> Result<Self, Reasons> {
+        match Reasons::of(&refusals(&device, target)) {
+            None => Ok(Self(device)),
+            Some(reasons) => Err(reasons),
+        }
+    }
+}
+
+/// Checks device state that came without descriptors: what belongs to the TAP is not the target's business.
+///
+/// # Errors
+/// All [`Reasons`].
+pub fn check_without_tap(device: &DeviceState, target: &Capabilities) -> Result<(), Reasons> {
+    let mut refusals = Vec::new();
+    check_features(device, target, &mut refusals);
+    check_pairs(device, target, &mut refusals);
+    Reasons::of(&refusals).map_or(Ok(()), Err)
+}
+
+fn refusals(device: &DeviceState, target: &Capabilities) -> Vec<Refusal> {
+    let mut refusals = Vec::new();
+    check_pairs(device, target, &mut refusals);
+    let pairs = device.queue_pairs.len();
+    if let Some(fds) = target.vhost_fds.filter(|fds| *fds != pairs) {
+        refusals.push(Refusal::VhostFds { source_pairs: pairs, fds });
+    }
+    check_features(device, target, &mut refusals);
+    let name = &device.tap;
+    let possible = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'/' | b':');
+    if name.is_empty() || name.len() > MAX_NAME || !name.bytes().all(possible) {
+        refusals.push(Refusal::TapName(name.chars().take(MAX_NAME).collect()));
+    }
+    if device.mac.is_some_and(|mac| mac[0] & 1 != 0 || mac == [0; 6]) {
+        refusals.push(Refusal::Mac);
+    }
+    if let Some(mtu) = device.mtu.filter(|mtu| *mtu < MIN_MTU) {
+        refusals.push(Refusal::Mtu(mtu));
+    }
+    if let Some(path) = &device.downscript {
+        if !path.starts_with('/') {
+            refusals.push(Refusal::Downscript(path.clone()));
+        }
+        if !target.same_user {
+            refusals.push(Refusal::DownscriptUser(path.clone()));
+        }
+    }
+    check_queues(&device.queue_pairs, &mut refusals);
+    refusals
+}
+
+fn check_pairs(device: &DeviceState, target: &Capabilities, refusals: &mut Vec<Refusal>) {
+    let pairs = device.queue_pairs.len();
+    if !(1..=MAX_QUEUE_PAIRS).contains(&pairs) {
+        refusals.push(Refusal::QueuePairRange(pairs));
+        return;
+    }
+    let set_up = Some(target.set_up_pairs).filter(|set_up| *set_up > pairs);
+    if let Some(target) = target.queue_pairs.filter(|own| *own != pairs).or(set_up) {
+        refusals.push(Refusal::QueuePairs { source_pairs: pairs, target });
+    }
+}
+
+fn check_features(device: &DeviceState, target: &Capabilities, refusals: &mut Vec<Refusal>) {
+    let lacking = device.features & !target.features;
+    if lacking != 0 {
+        refusals.push(Refusal::Features(lacking));
+    }
+    let lacking = device.protocol_features & !target.protocol_features;
+    if lacking != 0 {
+        refusals.push(Refusal::ProtocolFeatures(lacking));
+    }
+    if target.acknowledged & !target.features != 0 {
+        refusals.push(Refusal::FrontEndFeatures(target.acknowledged & !target.features));
+    }
+}
+
+fn check_queues(pairs: &[QueuePairState], refusals: &mut Vec<Refusal>) {
+    let mut extents: Vec<(usize, FrameExtent)> = Vec::new();
+    for (pair, state) in pairs.iter().enumerate().take(MAX_QUEUE_PAIRS) {
+        if !state.using_vnet_hdr {
+            refusals.push(Refusal::VnetHdr(pair));
+        }
+        let length = state.host_vnet_hdr_len;
+        // The others must agree with the first.
+        if pair == 0 && !matches!(length, 10 | 12) {
+            refusals.push(Refusal::HeaderSize { pair, length });
+        }
+        let of_the_tap = |state: &QueuePairState| {
+            (state.has_ufo, state.has_uso, state.has_tunnel, state.host_vnet_hdr_len)
+        };
+        if of_the_tap(state) != of_the_tap(&pairs[0]) {
+            refusals.push(Refusal::Mixed(pair));
+        }
+        if let Some(extent) = state.frame_in_hand {
+            let end = extent.offset.checked_add(u64::from(extent.length));
+            let overlaps = |(_, other): &(usize, FrameExtent)| {
+                extent.offset < other.offset + u64::from(other.length)
+                    && end.is_some_and(|end| other.offset < end)
+            };
+            let size = FRAME_HEADER + 1..=MAX_FRAME;
+            if end.is_none() || !size.contains(&extent.length) || extents.iter().any(overlaps) {
+                refusals.push(Refusal::FrameInHand(pair));
+            } else {
+                extents.push((pair, extent));
+            }
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! Every packet of a device's hand-over, byte for byte: what an older version wrote must stay readable, and what this
+//! one writes must not change unnoticed. `BATON_GOLDEN=write` writes the files of the newest version anew.
+#![expect(clippy::unwrap_used, reason = "these are tests")]
+
+use std::path::{Path, PathBuf};
+
+use baton_protocol::codec::Message as _;
+use baton_protocol::fd_manifest::FdManifest;
+use baton_protocol::handover::message::{
+    FRAMES_FD, Hello, LINK_FD, Message, OWNERSHIP_FD, OfOffer, Offer, PROTOCOL, Prepare, ReadyToTake, Refuse,
+    StateOnly, tap_fd,
+};
+use baton_protocol::handover::refusal::{Reasons, Refusal};
+use baton_protocol::handover::state::{
+    Datapath, DeviceState, DirectionCounters, FrameExtent, QueuePairState,
+};
+use baton_protocol::handover::validate::{Capabilities, CheckedDevice};
+
+fn device() -> DeviceState {
+    let counters = |first| DirectionCounters {
+        frames: first,
+        bytes: first + 1,
+        large_frames: first + 2,
+        largest_frame: first + 3,
+        dropped: first + 4,
+        discarded: first + 5,
+        kicks: first + 6,
+        calls: first + 7,
+    };
+    let pair = QueuePairState {
+        using_vnet_hdr: true,
+        has_ufo: true,
+        has_uso: false,
+        has_tunnel: false,
+        enabled: true,
+        host_vnet_hdr_len: 12,
+        frame_in_hand: Some(FrameExtent { offset: 0, length: 70 }),
+        rx: counters(100),
+        tx: counters(1 << 40),
+    };
+    DeviceState {
+        tap: "tap0".to_owned(),
+        queue_pairs: vec![pair, QueuePairState { enabled: false, frame_in_hand: None, ..pair }],
+        features: 0x1_7000_0000,
+        protocol_features: 0x8_0009,
+        mac: Some([2, 0, 0, 0, 0, 1]),
+        mtu: Some(1500),
+        sndbuf: Some(0),
+        downscript: Some("/etc/down".to_owned()),
+        datapath: Datapath::VhostNet,
+        poll_us: 50,
+    }
+}
+
+fn messages() -> Vec<Message> {
+    let hello =
+        Hello { purpose: "device".to_owned(), program: "baton-backend 0.1.0".to_owned(), dry_run: true };
+    let reasons = Reasons::of(&[Refusal::Busy, Refusal::Features(0x10)]).unwrap();
+    let names =
+        [tap_fd(0), tap_fd(1)].into_iter().chain([OWNERSHIP_FD, FRAMES_FD, LINK_FD].map(str::to_owned));
+    let of_offer = OfOffer { epoch: 0x0102_0304_0506 };
+    vec![
+        Message::Hello(hello),
+        Message::Refuse(Refuse { reasons }),
+        Message::Prepare(Prepare { device: device() }),
+        Message::Ready(ReadyToTake {}),
+        Message::Offer(Offer { epoch: 7, device: device(), fds: FdManifest::new(names) }),
+        Message::Adopted(of_offer),
+        Message::Taken(of_offer),
+        Message::Retract(of_offer),
+        Message::Device(StateOnly { device: device() }),
+    ]
+}
+
+fn folder(version: u16) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/handover-v{version}"))
+}
+
+fn file(version: u16, message: &Message) -> PathBuf {
+    folder(version).join(format!("{}.bin", message.name().to_lowercase()))
+}
+
+#[test]
+fn every_packet_is_written_as_it_was() {
+    let version = PROTOCOL.versions.newest;
+    let write = std::env::var_os("BATON_GOLDEN").is_some_and(|value| value == "write");
+    for message in messages() {
+        let path = file(version, &message);
+        let packet = message.encode().unwrap();
+        if write {
+            std::fs::create_dir_all(folder(version)).unwrap();
+            std::fs::write(&path, &packet).unwrap();
+        }
+        assert_eq!(std::fs::read(&path).unwrap(), packet, "{}", path.display());
+    }
+    let files = std::fs::read_dir(folder(version)).unwrap().count();
+    assert_eq!(files, messages().len(), "a message has no golden file, or a file no message");
+}
+
+#[test]
+fn every_packet_of_every_version_so_far_is_read() {
+    for version in PROTOCOL.versions.oldest..=PROTOCOL.versions.newest {
+        for message in messages() {
+            let packet = std::fs::read(file(version, &message)).unwrap();
+            assert_eq!(Message::decode(&packet).unwrap(), message);
+        }
+    }
+}
+
+#[test]
+fn the_largest_device_fits_into_a_packet() {
+    let mut device = device();
+    let mut pair = device.queue_pairs[0];
+    for counters in [&mut pair.rx, &mut pair.tx] {
+        let most = u64::MAX;
+        *counters = DirectionCounters {
+            frames: most,
+            bytes: most,
+            large_frames: most,
+            largest_frame: most,
+            dropped: most,
+            discarded: most,
+            kicks: most,
+            calls: most,
+        };
+    }
+    pair.frame_in_hand = Some(FrameExtent { offset: u64::MAX, length: u32::MAX });
+    device.queue_pairs = vec![pair; 128];
+    device.downscript = Some(format!("/{}", "x".repeat(4095)));
+    let fds =
+        FdManifest::new((0..128).map(tap_fd).chain([OWNERSHIP_FD, FRAMES_FD, LINK_FD].map(str::to_owned)));
+    Message::Offer(Offer { epoch: u64::MAX, device, fds }).encode().unwrap();
+}
+
+fn target() -> Capabilities {
+    Capabilities {
+        features: u64::MAX,
+        protocol_features: u64::MAX,
+        same_user: true,
+        ..Capabilities::default()
+    }
+}
+
+#[test]
+fn each_thing_that_is_wrong_has_its_name() {
+    type Case = (&'static str, fn(&mut DeviceState, &mut Capabilities));
+    let cases: [Case; 22] = [
+        ("", |_, _| {}),
+        ("queue-pair-range", |device, _| device.queue_pairs.clear()),
+        ("queue-pair-range", |device, _| {
+            device.queue_pairs = vec![QueuePairState { frame_in_hand: None, ..device.queue_pairs[0] }; 129];
+        }),
+        ("queue-pairs", |_, target| target.queue_pairs = Some(3)),
+        ("queue-pairs", |_, target| target.set_up_pairs = 3),
+        ("vhost-fds", |_, target| target.vhost_fds = Some(1)),
+        ("features", |_, target| target.features = 0x1_0000_0000),
+        ("front-end-features", |_, target| {
+            target.features = 0x1_7000_0000;
+            target.acknowledged = 0x20;
+        }),
+        ("protocol-features", |_, target| target.protocol_features = 9),
+        ("vnet-hdr", |device, _| device.queue_pairs[1].using_vnet_hdr = false),
+        ("header-size", |device, _| {
+            device.queue_pairs.iter_mut().for_each(|pair| pair.host_vnet_hdr_len = 20);
+        }),
+        ("mixed-queues", |device, _| device.queue_pairs[1].host_vnet_hdr_len = 10),
+        ("mixed-queues", |device, _| device.queue_pairs[1].has_ufo = false),
+        ("tap-name", |device, _| device.tap.clear()),
+        ("tap-name", |device, _| device.tap = "a/b".to_owned()),
+        ("mac", |device, _| device.mac = Some([3, 0, 0, 0, 0, 1])),
+        ("mtu", |device, _| device.mtu = Some(67)),
+        ("downscript", |device, _| device.downscript = Some("down".to_owned())),
+        ("downscript-user", |_, target| target.same_user = false),
+        ("frame-in-hand", |device, _| {
+            device.queue_pairs[1].frame_in_hand = Some(FrameExtent { offset: 69, length: 70 });
+        }),
+        ("frame-in-hand", |device, _| {
+            device.queue_pairs[1].frame_in_hand = Some(FrameExtent { offset: 100, length: 10 });
+        }),
+        ("frame-in-hand", |device, _| {
+            device.queue_pairs[1].frame_in_hand = Some(FrameExtent { offset: u64::MAX, length: 70 });
+        }),
+    ];
+    for (name, change) in cases {
+        let (mut device, mut target) = (device(), target());
+        change(&mut device, &mut target);
+        let refused: Vec<_> = match CheckedDevice::try_from((device, &target)) {
+            Ok(_) => Vec::new(),
+            Err(reasons) => reasons.iter().map(|reason| reason.name.clone()).collect(),
+        };
+        let expected: Vec<&str> = Some(name).filter(|name| !name.is_empty()).into_iter().collect();
+        assert_eq!(refused, expected);
+    }
+}
+
+#[test]
+fn all_reasons_are_told_at_once() {
+    let mut device = device();
+    device.mtu = Some(1);
+    device.tap.clear();
+    let target = Capabilities { same_user: false, queue_pairs: Some(1), ..target() };
+    let reasons = CheckedDevice::try_from((device, &target)).unwrap_err();
+    let names: Vec<_> = reasons.iter().map(|reason| reason.name.as_str()).collect();
+    assert_eq!(names, ["queue-pairs", "tap-name", "mtu", "downscript-user"]);
+}

@@ -1,0 +1,436 @@
+//! Source and target over a link that loses, delays, repeats and cuts messages, with either end killed at any time:
+//! never two owners, and never none.
+#![expect(clippy::unwrap_used, reason = "these are tests")]
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use baton_protocol::codec::Message as _;
+use baton_protocol::fd_manifest::FdManifest;
+use baton_protocol::handover::message::{Message, Offer, Prepare};
+use baton_protocol::handover::refusal::Refusal;
+use baton_protocol::handover::source::{self, Source};
+use baton_protocol::handover::state::DeviceState;
+use baton_protocol::handover::target::{self, Target};
+use baton_protocol::ownership::{Owner, Word};
+use proptest::prelude::*;
+
+/// What is done to the two ends and to what is between them.
+#[derive(Clone, Copy, Debug)]
+enum Deed {
+    DeliverToTarget,
+    DeliverToSource,
+    Lose(bool),
+    Repeat(bool),
+    Cut(bool, u8),
+    Later(bool),
+    Suspend,
+    SourceRing,
+    TargetRing,
+    TargetRingStops,
+    FrontendLeaves,
+    Cancel,
+    Time,
+    Disconnect,
+    KillSource,
+    KillTarget,
+    Unwilling,
+}
+
+fn deeds() -> impl Strategy<Value = Deed> {
+    prop_oneof![
+        12 => Just(Deed::DeliverToTarget),
+        12 => Just(Deed::DeliverToSource),
+        1 => any::<bool>().prop_map(Deed::Lose),
+        2 => any::<bool>().prop_map(Deed::Repeat),
+        1 => any::<(bool, u8)>().prop_map(|(way, at)| Deed::Cut(way, at)),
+        2 => any::<bool>().prop_map(Deed::Later),
+        5 => Just(Deed::Suspend),
+        2 => Just(Deed::SourceRing),
+        2 => Just(Deed::TargetRing),
+        1 => Just(Deed::TargetRingStops),
+        1 => Just(Deed::FrontendLeaves),
+        1 => Just(Deed::Cancel),
+        1 => Just(Deed::Time),
+        1 => Just(Deed::Disconnect),
+        1 => Just(Deed::KillSource),
+        1 => Just(Deed::KillTarget),
+        1 => Just(Deed::Unwilling),
+    ]
+}
+
+/// A device in the target's hands. One that is neither released, activated nor kept is a leak.
+type Token = u32;
+
+#[derive(Debug)]
+struct World {
+    word: Word,
+    now: Duration,
+    source: Option<Source>,
+    source_uses: bool,
+    target: Option<Target<Token>>,
+    target_uses: bool,
+    target_ring: bool,
+    willing: bool,
+    to_target: VecDeque<Vec<u8>>,
+    to_source: VecDeque<Vec<u8>>,
+    linked: bool,
+    made: u32,
+    gone: u32,
+}
+
+impl World {
+    fn new() -> Self {
+        let mut world = Self {
+            word: Word::INITIAL,
+            now: Duration::ZERO,
+            source: None,
+            source_uses: true,
+            target: Some(Target::begin(Duration::ZERO)),
+            target_uses: false,
+            target_ring: false,
+            willing: true,
+            to_target: VecDeque::new(),
+            to_source: VecDeque::new(),
+            linked: true,
+            made: 0,
+            gone: 0,
+        };
+        let (source, actions) = Source::begin("test", false, Duration::ZERO);
+        world.source = Some(source);
+        world.do_source(actions);
+        world
+    }
+
+    fn post_to_target(&mut self, message: &Message) {
+        if self.linked {
+            self.to_target.push_back(message.encode().unwrap());
+        }
+    }
+
+    fn swap(&mut self, from: Word, to: Word) -> bool {
+        let won = self.word == from;
+        if won {
+            self.word = to;
+        }
+        won
+    }
+
+    fn tell_source(&mut self, event: source::Event) {
+        let Some(state) = self.source.take() else { return };
+        match state.step(event, self.now) {
+            Ok((state, actions)) => {
+                self.source = Some(state);
+                self.do_source(actions);
+            }
+            Err(failure) => {
+                self.source = Some(failure.state);
+                self.disconnect();
+            }
+        }
+        self.check();
+    }
+
+    fn do_source(&mut self, actions: Vec<source::Action>) {
+        for action in actions {
+            match action {
+                source::Action::Prepare => {
+                    self.post_to_target(&Message::Prepare(Prepare { device: DeviceState::default() }));
+                }
+                source::Action::Offer(word) => {
+                    assert!(self.source_uses, "offers what it does not have");
+                    self.source_uses = false;
+                    assert_eq!(self.word.owner, Owner::Source);
+                    self.word = word;
+                    let device = DeviceState::default();
+                    let fds = FdManifest::default();
+                    self.post_to_target(&Message::Offer(Offer { epoch: word.epoch, device, fds }));
+                }
+                source::Action::Swap { from, to } => {
+                    let won = self.swap(from, to);
+                    self.tell_source(source::Event::Swapped { won });
+                }
+                source::Action::Resume => self.source_uses = true,
+                source::Action::Release => assert!(!self.source_uses),
+                source::Action::Send(message) => self.post_to_target(&message),
+                source::Action::Close => self.disconnect(),
+            }
+        }
+    }
+
+    fn tell_target(&mut self, event: target::Event<Token>) {
+        let Some(state) = self.target.take() else { return };
+        match state.step(event, "test", self.now) {
+            Ok((state, actions)) => {
+                self.target = Some(state);
+                self.do_target(actions);
+            }
+            Err(failure) => {
+                self.target = Some(failure.state);
+                self.disconnect();
+            }
+        }
+        self.check();
+    }
+
+    fn do_target(&mut self, actions: Vec<target::Action<Token>>) {
+        for action in actions {
+            match action {
+                target::Action::Judge(_) => {
+                    let verdict = if self.willing { Ok(()) } else { Err(Refusal::Busy.into()) };
+                    self.tell_target(target::Event::Judged(verdict));
+                }
+                target::Action::Adopt(offer) => {
+                    let word = Word { epoch: offer.epoch, owner: Owner::Offered };
+                    let adoption = if self.willing {
+                        self.made += 1;
+                        Ok((word, self.made))
+                    } else {
+                        Err(Refusal::Busy.into())
+                    };
+                    self.tell_target(target::Event::Adoption(adoption));
+                    if self.target_ring {
+                        self.tell_target(target::Event::RingStarting);
+                    }
+                }
+                target::Action::Swap { from, to } => {
+                    let won = self.swap(from, to);
+                    self.tell_target(target::Event::Swapped { won });
+                }
+                target::Action::Activate(_) => {
+                    self.gone += 1;
+                    self.target_uses = true;
+                }
+                target::Action::Release(_) => self.gone += 1,
+                target::Action::Send(message) => {
+                    if self.linked {
+                        self.to_source.push_back(message.encode().unwrap());
+                    }
+                }
+                target::Action::Close => self.disconnect(),
+            }
+        }
+    }
+
+    /// Both hear of it; what was under way is lost.
+    fn disconnect(&mut self) {
+        if std::mem::take(&mut self.linked) {
+            self.to_target.clear();
+            self.to_source.clear();
+            self.tell_source(source::Event::Closed);
+            let word = self.word;
+            self.tell_target(target::Event::Closed { word: Some(word) });
+        }
+    }
+
+    fn queue(&mut self, to_target: bool) -> &mut VecDeque<Vec<u8>> {
+        if to_target { &mut self.to_target } else { &mut self.to_source }
+    }
+
+    fn act(&mut self, deed: Deed) {
+        match deed {
+            Deed::DeliverToTarget => {
+                match self.to_target.pop_front().map(|packet| Message::decode(&packet)) {
+                    Some(Ok(message)) => self.tell_target(target::Event::Message(message)),
+                    Some(Err(_)) => self.disconnect(),
+                    None => {}
+                }
+            }
+            Deed::DeliverToSource => {
+                match self.to_source.pop_front().map(|packet| Message::decode(&packet)) {
+                    Some(Ok(message)) => self.tell_source(source::Event::Message(message)),
+                    Some(Err(_)) => self.disconnect(),
+                    None => {}
+                }
+            }
+            Deed::Lose(way) => drop(self.queue(way).pop_front()),
+            Deed::Repeat(way) => {
+                let packet = self.queue(way).front().cloned();
+                self.queue(way).extend(packet);
+            }
+            Deed::Cut(way, at) => {
+                if let Some(packet) = self.queue(way).front_mut() {
+                    packet.truncate(usize::from(at));
+                }
+            }
+            Deed::Later(way) => {
+                let packet = self.queue(way).pop_front();
+                self.queue(way).extend(packet);
+            }
+            // A source whose rings run is not suspended twice.
+            Deed::Suspend => self.tell_source(source::Event::Suspended),
+            Deed::SourceRing => self.tell_source(source::Event::RingStarting),
+            Deed::TargetRing => {
+                self.target_ring = true;
+                self.tell_target(target::Event::RingStarting);
+            }
+            Deed::TargetRingStops => self.target_ring = false,
+            Deed::FrontendLeaves => self.tell_source(source::Event::FrontendLeft),
+            Deed::Cancel => self.tell_source(source::Event::Cancel),
+            Deed::Time => {
+                self.now += Duration::from_secs(3);
+                let now = self.now;
+                self.tell_source(source::Event::Time(now));
+                self.tell_target(target::Event::Time(now));
+            }
+            Deed::Disconnect => self.disconnect(),
+            Deed::KillSource => {
+                self.source = None;
+                self.source_uses = false;
+                self.disconnect();
+            }
+            Deed::KillTarget => {
+                if let Some(Target::Adopted { .. }) = self.target {
+                    self.gone += 1;
+                }
+                self.target = None;
+                self.target_uses = false;
+                self.disconnect();
+            }
+            Deed::Unwilling => self.willing = false,
+        }
+        self.check();
+    }
+
+    fn check(&self) {
+        assert!(!(self.source_uses && self.target_uses), "two owners");
+        assert!(!self.target_uses || self.word.owner == Owner::Target);
+        assert!(!self.source_uses || matches!(self.word.owner, Owner::Source | Owner::Aborted));
+        let kept = u32::from(matches!(self.target, Some(Target::Adopted { .. })));
+        // While an event is under way, its state is nowhere.
+        if self.target.is_some() {
+            assert_eq!(self.made, self.gone + kept, "a device was lost");
+        }
+    }
+
+    /// Whoever is left gets a ring: then somebody owns the device.
+    fn check_not_lost(&mut self) {
+        let taken = self.word.owner == Owner::Target;
+        if self.source.is_some() {
+            self.tell_source(source::Event::RingStarting);
+            assert!(self.source_uses || taken, "the source lives, and nobody has the device: {self:?}");
+        } else if matches!(self.target, Some(Target::Adopted { .. })) && self.word.owner == Owner::Offered {
+            self.tell_target(target::Event::RingStarting);
+            assert!(self.target_uses, "the target held what was offered, and did not get it: {self:?}");
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 4000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn never_two_owners_and_never_none(deeds in proptest::collection::vec(deeds(), 0..80)) {
+        let mut world = World::new();
+        for deed in deeds {
+            world.act(deed);
+        }
+        world.check_not_lost();
+    }
+}
+
+/// HELLO, HELLO, PREPARE, READY.
+fn armed() -> World {
+    let mut world = World::new();
+    for _ in 0..2 {
+        world.act(Deed::DeliverToTarget);
+        world.act(Deed::DeliverToSource);
+    }
+    assert!(matches!(world.source, Some(Source::Armed { .. })));
+    assert_eq!(world.target, Some(Target::Ready));
+    world
+}
+
+fn offered() -> World {
+    let mut world = armed();
+    world.act(Deed::Suspend);
+    world.act(Deed::DeliverToTarget);
+    world.act(Deed::DeliverToSource);
+    assert!(matches!(world.source, Some(Source::Offered { adopted: true, .. })));
+    assert!(!world.source_uses && !world.target_uses);
+    world
+}
+
+#[test]
+fn the_targets_first_ring_takes_the_device() {
+    let mut world = offered();
+    world.act(Deed::TargetRing);
+    assert!(world.target_uses);
+    world.act(Deed::DeliverToSource);
+    assert_eq!(world.source, Some(Source::HandedOver));
+    assert!(world.source.unwrap().is_done());
+}
+
+#[test]
+fn the_sources_own_ring_takes_it_back_and_it_can_be_offered_again() {
+    let mut world = offered();
+    world.act(Deed::SourceRing);
+    assert!(world.source_uses);
+    // A ring of the target's that starts before it hears of that gets nothing.
+    world.act(Deed::TargetRing);
+    assert_eq!(world.target, Some(Target::Ready));
+    world.act(Deed::TargetRingStops);
+    world.act(Deed::DeliverToTarget);
+    world.act(Deed::Suspend);
+    world.act(Deed::DeliverToTarget);
+    world.act(Deed::TargetRing);
+    assert!(world.target_uses);
+    assert_eq!(world.word, Word { epoch: 2, owner: Owner::Target });
+}
+
+#[test]
+fn a_ring_that_started_before_the_offer_takes_it_when_it_comes() {
+    let mut world = armed();
+    world.act(Deed::TargetRing);
+    world.act(Deed::Suspend);
+    world.act(Deed::DeliverToTarget);
+    assert!(world.target_uses);
+}
+
+#[test]
+fn a_source_that_ends_while_it_offers_leaves_the_device_to_the_target() {
+    let mut world = offered();
+    world.act(Deed::FrontendLeaves);
+    assert!(world.source.as_ref().unwrap().is_done());
+    world.act(Deed::KillSource);
+    assert!(matches!(world.target, Some(Target::Adopted { linked: false, .. })));
+    world.act(Deed::TargetRing);
+    assert!(world.target_uses);
+}
+
+#[test]
+fn a_target_that_dies_leaves_the_device_to_the_source() {
+    let mut world = offered();
+    world.act(Deed::KillTarget);
+    assert!(world.source_uses);
+    assert_eq!(world.source, Some(Source::Ended(source::Ended::Closed)));
+}
+
+#[test]
+fn a_cancelled_offer_cannot_be_taken() {
+    let mut world = offered();
+    world.act(Deed::Cancel);
+    assert!(world.source_uses);
+    world.act(Deed::TargetRing);
+    assert!(!world.target_uses);
+    assert_eq!(world.word.owner, Owner::Aborted);
+}
+
+#[test]
+fn a_silent_peer_costs_two_seconds_before_the_offer_and_nothing_after_it() {
+    let mut world = World::new();
+    world.act(Deed::Time);
+    assert_eq!(world.source, Some(Source::Ended(source::Ended::Silent)));
+    let mut world = offered();
+    world.act(Deed::Time);
+    assert!(matches!(world.source, Some(Source::Offered { .. })));
+}
+
+#[test]
+fn a_refused_offer_goes_back() {
+    let mut world = armed();
+    world.act(Deed::Unwilling);
+    world.act(Deed::Suspend);
+    world.act(Deed::DeliverToTarget);
+    assert!(world.source_uses);
+}
