@@ -5,6 +5,7 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use baton_protocol::handover::validate::MAX_QUEUE_PAIRS;
 use clap::{ArgGroup, Parser};
 
 /// A vhost-user network back-end that owns its TAP.
@@ -14,7 +15,7 @@ use clap::{ArgGroup, Parser};
 #[derive(Clone, Debug, Parser)]
 #[command(name = "baton-backend", version, max_term_width = 100)]
 #[command(group(ArgGroup::new("front-end").args(["socket_path", "fd"]).required(true)))]
-#[command(group(ArgGroup::new("network").args(["tap", "tap_fds"]).required(true)))]
+#[command(group(ArgGroup::new("network").args(["tap", "tap_fds", "incoming_fds"]).required(true).multiple(true)))]
 pub struct Args {
     /// Listen for the front-end on this Unix socket, and again whenever it has left
     #[arg(long, value_name = "PATH")]
@@ -29,14 +30,18 @@ pub struct Args {
     pub fd: Option<RawFd>,
 
     /// Attach to this TAP, or create it for as long as the back-end runs
-    #[arg(long, value_name = "IFNAME")]
+    #[arg(long, value_name = "IFNAME", conflicts_with = "tap_fds")]
     pub tap: Option<String>,
 
     /// Use these inherited TAP descriptors, one for each queue pair
     #[arg(long, value_name = "N[,N...]", value_delimiter = ',')]
     pub tap_fds: Option<Vec<RawFd>>,
 
-    /// How many queue pairs the device has [default: 1, or one for each of --tap-fds]
+    /// Wait on this Unix socket for another back-end that hands its device over
+    #[arg(long, value_name = "PATH")]
+    pub incoming_fds: Option<PathBuf>,
+
+    /// How many queue pairs the device has [default: 1, or one for each of --tap-fds, or as many as arrive]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=128))]
     pub queue_pairs: Option<u16>,
 
@@ -48,9 +53,9 @@ pub struct Args {
     #[arg(long, value_name = "N[,N...]", value_delimiter = ',')]
     pub vhost_fds: Option<Vec<RawFd>>,
 
-    /// Look for work for so many microseconds before waiting for it
-    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
-    pub poll_us: u32,
+    /// Look for work for so many microseconds before waiting for it [default: 0, or as the source of --incoming-fds does]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
+    pub poll_us: Option<u32>,
 
     /// Limit how many bytes may be on their way into the network; 0 is no limit
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(0..=0x7fff_ffff))]
@@ -106,9 +111,32 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, c
         return Ok(Command::PrintCapabilities);
     }
     let args = Args::try_parse_from(arguments)?;
+    check_incoming(&args)
+        .map_err(|message| clap::Error::raw(clap::error::ErrorKind::ArgumentConflict, message))?;
     check_descriptors(&args)
         .map_err(|message| clap::Error::raw(clap::error::ErrorKind::WrongNumberOfValues, message))?;
     Ok(Command::Serve(Box::new(args)))
+}
+
+/// What arrives decides about the TAP and the guest's side of it.
+fn check_incoming(args: &Args) -> Result<(), String> {
+    if args.incoming_fds.is_none() {
+        return Ok(());
+    }
+    let given = [
+        ("--tap", args.tap.is_some()),
+        ("--tap-fds", args.tap_fds.is_some()),
+        ("--sndbuf", args.sndbuf.is_some()),
+        ("--mac", args.mac.is_some()),
+        ("--mtu", args.mtu.is_some()),
+        ("--script", args.script.0.is_some()),
+        ("--downscript", args.downscript.0.is_some()),
+    ];
+    let offenders: Vec<_> = given.into_iter().filter(|(_, given)| *given).map(|(name, _)| name).collect();
+    if offenders.is_empty() {
+        return Ok(());
+    }
+    Err(format!("with --incoming-fds the device arrives as it is: leave out {}", offenders.join(", ")))
 }
 
 /// Each queue pair has one descriptor of either kind, and each descriptor one use.
@@ -123,7 +151,10 @@ fn check_descriptors(args: &Args) -> Result<(), String> {
             return Err("--tap-fds gives more than 128 descriptors".to_owned());
         }
     }
+    // Without --queue-pairs, what arrives is checked against them.
+    let pairs_known = args.incoming_fds.is_none() || args.queue_pairs.is_some();
     if let Some(fds) = &args.vhost_fds
+        && pairs_known
         && fds.len() != args.pairs()
     {
         return Err(format!("--vhost-fds gives {} descriptors for {} queue pairs", fds.len(), args.pairs()));
@@ -144,11 +175,14 @@ fn check_descriptors(args: &Args) -> Result<(), String> {
 }
 
 impl Args {
-    /// How many queue pairs the device has.
+    /// How many queue pairs the device has; how many it can have where that is for the source to say.
     pub fn pairs(&self) -> usize {
-        match (&self.tap_fds, self.queue_pairs) {
-            (Some(fds), _) => fds.len(),
-            (None, pairs) => pairs.map_or(1, usize::from),
+        match (&self.tap_fds, self.queue_pairs, &self.vhost_fds) {
+            (Some(fds), ..) => fds.len(),
+            (None, Some(pairs), _) => usize::from(pairs),
+            (None, None, Some(fds)) if self.incoming_fds.is_some() => fds.len(),
+            (None, None, _) if self.incoming_fds.is_some() => MAX_QUEUE_PAIRS,
+            (None, None, _) => 1,
         }
     }
 }
@@ -252,6 +286,20 @@ mod tests {
         ] {
             assert!(parsed(line).is_err(), "{line}");
         }
+    }
+
+    #[test]
+    fn what_arrives_excludes_what_would_be_opened_or_set() {
+        assert_eq!(args("--fd=3 --incoming-fds=p").pairs(), MAX_QUEUE_PAIRS);
+        assert_eq!(args("--fd=3 --incoming-fds=p --queue-pairs=4 --poll-us=5 --vhost").pairs(), 4);
+        assert_eq!(args("--fd=3 --incoming-fds=p --vhost-fds=5,6").pairs(), 2);
+        args("--fd=3 --incoming-fds=p --script=no --downscript=");
+        let all = "--fd=3 --incoming-fds=p --tap=t --sndbuf=1 --mac=02:00:00:00:00:01 --mtu=1500 --script=/a --downscript=/b";
+        let error = parsed(all).unwrap_err().to_string();
+        for offender in ["--tap,", "--sndbuf,", "--mac,", "--mtu,", "--script,", "--downscript"] {
+            assert!(error.contains(offender), "{error}");
+        }
+        parsed("--fd=3 --incoming-fds=p --tap-fds=4").unwrap_err();
     }
 
     #[test]

@@ -6,7 +6,8 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use baton_control::server::ControlServer;
 use baton_control::socket_path::{BindError, BoundSocket};
 use baton_protocol::control::{
-    BackendState, BackendStats, BackendStatus, Frontend, Refusal, Request, VringStatus,
+    BackendState, BackendStats, BackendStatus, Frontend, HandoverState, HandoverStatus, Refusal, Request,
+    VringStatus,
 };
 use serde_json::Value;
 
@@ -68,12 +69,21 @@ pub fn answer(value: &impl serde::Serialize) -> Answer {
 }
 
 /// The answer to [`Request::Status`].
-pub fn status(device: &Device, connected: bool) -> BackendStatus {
+pub fn status(device: &Device, handover: Option<HandoverStatus>, connected: bool) -> BackendStatus {
     let session = device.session();
+    let state = match (handover.as_ref().map(|handover| handover.state), device.tap(), connected) {
+        (Some(HandoverState::HandedOver), ..) => BackendState::HandedOver,
+        (Some(HandoverState::Offered), ..) => BackendState::HandingOver,
+        (_, Some(_), true) => BackendState::Serving,
+        _ => BackendState::Waiting,
+    };
+    // Without a TAP it is not known how many pairs there will be.
+    let pairs = if device.tap().is_some() { device.pairs() } else { device.set_up_pairs() };
     let vrings = session
         .vrings
         .iter()
         .enumerate()
+        .take(2 * pairs)
         .map(|(index, vring)| {
             let pair = &device.counters()[index / 2];
             let direction = if index % 2 == 0 { &pair.rx } else { &pair.tx };
@@ -85,14 +95,15 @@ pub fn status(device: &Device, connected: bool) -> BackendStatus {
         })
         .collect();
     BackendStatus {
-        state: if connected { BackendState::Serving } else { BackendState::Waiting },
-        tap: device.tap().name().to_owned(),
-        queue_pairs: u16::try_from(device.pairs()).unwrap_or(u16::MAX),
+        state,
+        tap: device.tap().map(|tap| tap.name().to_owned()).unwrap_or_default(),
+        queue_pairs: u16::try_from(pairs).unwrap_or(u16::MAX),
         features: format!("{:#x}", session.features.0),
         protocol_features: format!("{:#x}", session.protocol_features),
         frontend: if connected { Frontend::Connected } else { Frontend::Disconnected },
         datapath: device.datapath(),
         vrings,
+        handover,
     }
 }
 

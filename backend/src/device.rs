@@ -4,16 +4,21 @@
 //! it. Every change goes through [`Device::change`]: the pairs it concerns are parked, their vrings taken out and
 //! their places noted, the state changed, and what is set up whole is put back in and resumed. So no worker ever
 //! sees a change, and an answer to the front-end is given after its effect.
+//!
+//! The TAP is here while this process owns it. Without it, before it was handed over or while it is offered to another
+//! process, everything else is as usual, and the rings wait.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use baton_protocol::control::Datapath;
 use virtio_bindings::virtio_net;
 
+use crate::dataplane::kernel::KernelPath;
 use crate::dataplane::pair::{QueuePair, Side};
-use crate::dataplane::rx::RxSettings;
-use crate::dataplane::worker::{Worker, WorkerFailure};
+use crate::dataplane::rx::{FrameInHand, RxSettings};
+use crate::dataplane::worker::{Worker, WorkerNews};
 use crate::dirty_log::{DirtyLog, LogError};
 use crate::features::{Features, LOG_ALL, Offer};
 use crate::inflight::InflightRegion;
@@ -23,19 +28,35 @@ use crate::memory::{GuestMemory, MAX_REGIONS};
 use crate::metrics::PairCounters;
 use crate::net_header::{self, Accepted};
 use crate::tap::{Offloads, Tap, TapError};
-use crate::vhost_net::{self, VhostNet};
+use crate::vhost_net::{self, VhostNet, VhostNetError};
 use crate::vring::LayoutError;
 use crate::vring_setup::{Surroundings, VringSetup};
 
-/// What the operator decided about the device.
-#[derive(Clone, Copy, Debug, Default)]
+/// What the operator decided about the device. It travels with the device.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeviceConfig {
     /// The guest's MAC address.
     pub mac: Option<[u8; 6]>,
     /// The guest's MTU.
     pub mtu: Option<u16>,
+    /// The TAP's send buffer in bytes.
+    pub sndbuf: Option<u32>,
+    /// The program that the last owner of the TAP runs at the end, by its absolute path.
+    pub downscript: Option<PathBuf>,
     /// How long a worker looks for work before it waits.
     pub poll: Duration,
+}
+
+/// Who moves the frames.
+#[derive(Debug)]
+pub enum Vhost {
+    /// The workers.
+    None,
+    /// The kernel; for each queue pair an instance is opened when it is known how many there are. One is, to see what
+    /// it can do.
+    Open(VhostNet),
+    /// The kernel, with an instance for each queue pair.
+    Given(Vec<VhostNet>),
 }
 
 /// The whole state of a session, as the front-end set it.
@@ -112,53 +133,194 @@ pub struct Device {
     workers: Vec<Worker>,
     counters: Vec<Arc<PairCounters>>,
     datapath: Datapath,
-    tap: Tap,
+    tap: Option<Tap>,
+    /// How many queue pairs it has, or could have.
+    pairs: usize,
+    /// What the datapath can do of what is offered.
+    mask: Features,
     offer: Features,
     config: DeviceConfig,
     session: SessionState,
 }
 
 impl Device {
-    /// A device on `tap`, with as many queue pairs as it has queues. The kernel moves the frames where there is a
-    /// `vhost` for each pair, the workers where there is none. `failures` hears of workers that died.
+    /// A device on `tap`, or without one for now, with `pairs` queue pairs or up to as many. `news` hears of its
+    /// workers.
     ///
     /// # Errors
     /// [`DeviceError::Dataplane`].
     pub fn new(
-        tap: Tap,
-        vhost: Vec<VhostNet>,
+        tap: Option<Tap>,
+        pairs: usize,
+        vhost: Vhost,
         config: DeviceConfig,
-        failures: &Mailer<WorkerFailure>,
+        news: &Mailer<WorkerNews>,
     ) -> Result<Self, DeviceError> {
-        let offer = Offer {
-            mac: config.mac.is_some(),
-            mtu: config.mtu.is_some(),
-            ufo: tap.has_ufo(),
-            uso: tap.has_uso(),
+        let everything = Features(u64::MAX);
+        let (datapath, given) = match vhost {
+            Vhost::None => (Datapath::Userspace, Vec::new()),
+            Vhost::Open(first) => (Datapath::VhostNet, vec![first]),
+            Vhost::Given(all) => (Datapath::VhostNet, all),
         };
-        let offer = vhost.iter().fold(offer.features(), |offer, vhost| vhost.masked(offer));
-        let datapath = if vhost.is_empty() { Datapath::Userspace } else { Datapath::VhostNet };
-        let mut vhost = vhost.into_iter();
+        let mask = given.iter().fold(everything, |mask, vhost| vhost.masked(mask));
+        let mut given = given.into_iter();
         let mut workers = Vec::new();
         let mut counters = Vec::new();
-        for (pair, index) in (0..tap.pairs()).zip(0u16..) {
+        for (pair, index) in (0..pairs).zip(0u16..) {
             let failed = |source| DeviceError::Dataplane { pair, source };
             let own = Arc::new(PairCounters::default());
-            let queue_pair = QueuePair::new(
-                index,
-                Arc::clone(tap.queue(pair)),
-                vhost.next(),
-                Arc::clone(&own),
-                config.poll,
-            )
-            .map_err(failed)?;
-            workers.push(Worker::new(index, queue_pair, failures.clone()).map_err(failed)?);
+            let queue_pair =
+                QueuePair::new(index, given.next(), Arc::clone(&own), config.poll).map_err(failed)?;
+            workers.push(Worker::new(index, queue_pair, news.clone()).map_err(failed)?);
             counters.push(own);
         }
-        let mut device =
-            Self { workers, counters, datapath, tap, offer, config, session: SessionState::default() };
+        let session = SessionState::default();
+        let offer = Features::default();
+        let mut device = Self { workers, counters, datapath, tap: None, pairs, mask, offer, config, session };
         device.session = device.new_session();
+        // Before there is a TAP everything is offered that one could do; what is negotiated arrives with it.
+        let superset = Offer { mac: true, mtu: true, ufo: true, uso: true };
+        device.offer = Features(superset.features().0 & mask.0);
+        if let Some(tap) = tap {
+            device.offer = device.offer_with(&device.config, tap.has_ufo(), tap.has_uso());
+            device.use_tap(tap)?;
+            // Nobody has begun anything that goes on.
+            device.session = device.new_session();
+        }
         Ok(device)
+    }
+
+    /// What a device with these properties offers.
+    pub fn offer_with(&self, config: &DeviceConfig, ufo: bool, uso: bool) -> Features {
+        let offer = Offer { mac: config.mac.is_some(), mtu: config.mtu.is_some(), ufo, uso };
+        Features(offer.features().0 & self.mask.0)
+    }
+
+    /// Takes another description: of the device that arrives, or the one from before when it does not.
+    pub fn describe(&mut self, config: DeviceConfig, offer: Features, pairs: usize) {
+        self.config = config;
+        self.offer = offer;
+        self.pairs = pairs;
+    }
+
+    /// Has a vhost-net for each of the first `pairs` pairs, if the kernel moves the frames.
+    ///
+    /// # Errors
+    /// [`VhostNetError`], and [`VhostNetError::Open`] for want of an eventfd.
+    pub fn open_vhost(&mut self, pairs: usize) -> Result<(), VhostNetError> {
+        if self.datapath == Datapath::Userspace {
+            return Ok(());
+        }
+        for worker in self.workers.iter_mut().take(pairs) {
+            // A dead worker is reported by itself.
+            let Some(pair) = worker.park() else { return Ok(()) };
+            if pair.kernel.is_none() {
+                let kernel = KernelPath::new(VhostNet::open()?);
+                pair.kernel = Some(kernel.map_err(|source| VhostNetError::Open { hint: "", source })?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts the TAP aside: no pair reads it or writes to it until [`Self::use_tap`].
+    ///
+    /// # Errors
+    /// [`DeviceError::Dead`], [`DeviceError::Dataplane`].
+    pub fn set_tap_aside(&mut self) -> Result<Option<Tap>, DeviceError> {
+        for (pair, worker) in self.workers.iter_mut().enumerate() {
+            let parked = worker.park().ok_or(DeviceError::Dead(pair))?;
+            parked.detach().map_err(|source| DeviceError::Dataplane { pair, source })?;
+        }
+        tracing::info!("polling of the TAP is off");
+        let tap = self.tap.take();
+        self.change(.., |_| ())?;
+        Ok(tap)
+    }
+
+    /// Uses `tap`, which this process owns from now on: its settings follow the session, and every ring that runs is
+    /// looked at and its driver called once.
+    ///
+    /// # Errors
+    /// [`DeviceError`].
+    pub fn use_tap(&mut self, tap: Tap) -> Result<(), DeviceError> {
+        let pairs = tap.pairs().min(self.workers.len());
+        self.pairs = pairs;
+        self.workers.truncate(pairs);
+        self.counters.truncate(pairs);
+        self.session.vrings.truncate(2 * pairs);
+        self.park_all()?;
+        for pair in 1..pairs {
+            // What the queue has is kept until the front-end has said what becomes of the pair.
+            let receive = &mut self.session.vrings[2 * pair];
+            receive.paused |= tap.is_attached(pair) && !receive.enabled;
+        }
+        let queues: Vec<_> = (0..pairs).map(|pair| Arc::clone(tap.queue(pair))).collect();
+        self.tap = Some(tap);
+        self.set_tap_features(self.session.features)?;
+        for (pair, (worker, queue)) in self.workers.iter_mut().zip(&queues).enumerate() {
+            let parked = worker.park().ok_or(DeviceError::Dead(pair))?;
+            parked.attach(queue).map_err(|source| DeviceError::Dataplane { pair, source })?;
+        }
+        self.change(.., |session| {
+            for vring in &mut session.vrings {
+                vring.call_due |= vring.started;
+            }
+        })?;
+        self.follow_enabled_pairs()?;
+        tracing::info!("polling of the TAP is on");
+        Ok(())
+    }
+
+    /// Whether a ring runs that needs a TAP, while there is none.
+    pub fn wants_tap(&self) -> bool {
+        self.tap.is_none() && self.session.vrings.iter().any(|vring| vring.started)
+    }
+
+    /// Whether all rings are stopped (vhost-user: "suspended").
+    pub fn suspended(&self) -> bool {
+        self.session.vrings.iter().all(|vring| vring.kick.is_none())
+    }
+
+    /// How many queue pairs the front-end has set up so far.
+    pub fn set_up_pairs(&self) -> usize {
+        let used = |vring: &VringSetup| vring.size.is_some() || vring.kick.is_some();
+        self.session.vrings.iter().rposition(used).map_or(0, |vring| vring / 2 + 1)
+    }
+
+    /// The frames that were read from the TAP and not delivered yet, one a pair at most.
+    ///
+    /// # Errors
+    /// [`DeviceError::Dead`], [`DeviceError::Dataplane`].
+    pub fn frames_in_hand(&mut self) -> Result<Vec<Option<FrameInHand>>, DeviceError> {
+        let mut frames = Vec::new();
+        for (pair, worker) in self.workers.iter_mut().enumerate() {
+            frames.push(worker.park().ok_or(DeviceError::Dead(pair))?.rx.in_hand.clone());
+        }
+        self.change(.., |_| ())?;
+        Ok(frames)
+    }
+
+    /// Puts a frame into a pair's hand, to be delivered before any other; or takes it away.
+    ///
+    /// # Errors
+    /// [`DeviceError::Dead`], [`DeviceError::Dataplane`].
+    pub fn set_frame_in_hand(&mut self, pair: usize, frame: Option<FrameInHand>) -> Result<(), DeviceError> {
+        if let Some(worker) = self.workers.get_mut(pair) {
+            worker.park().ok_or(DeviceError::Dead(pair))?.rx.in_hand = frame;
+            self.change(pair..=pair, |_| ())?;
+        }
+        Ok(())
+    }
+
+    /// Has the workers look for work for so long before they wait.
+    ///
+    /// # Errors
+    /// [`DeviceError::Dead`], [`DeviceError::Dataplane`].
+    pub fn set_poll(&mut self, poll: Duration) -> Result<(), DeviceError> {
+        for (pair, worker) in self.workers.iter_mut().enumerate() {
+            worker.park().ok_or(DeviceError::Dead(pair))?.set_poll(poll);
+        }
+        self.change(.., |_| ())
     }
 
     /// What the device offers.
@@ -171,9 +333,9 @@ impl Device {
         &self.config
     }
 
-    /// How many queue pairs it has, 1 to 128.
+    /// How many queue pairs it has, 1 to 128; how many it could have, as long as that is not known.
     pub fn pairs(&self) -> usize {
-        self.workers.len()
+        self.pairs
     }
 
     /// Who moves the frames.
@@ -189,9 +351,9 @@ impl Device {
         }
     }
 
-    /// The TAP.
-    pub fn tap(&self) -> &Tap {
-        &self.tap
+    /// The TAP, while this process owns it.
+    pub fn tap(&self) -> Option<&Tap> {
+        self.tap.as_ref()
     }
 
     /// The counters of each pair.
@@ -316,9 +478,10 @@ impl Device {
     }
 
     fn set_tap_features(&mut self, features: Features) -> Result<(), DeviceError> {
+        let Some(tap) = &mut self.tap else { return Ok(()) };
         let size = if features.long_header() { net_header::LONG } else { net_header::SHORT };
-        self.tap.set_header_size(size)?;
-        self.tap.set_offloads(offloads(features))?;
+        tap.set_header_size(size)?;
+        tap.set_offloads(offloads(features))?;
         Ok(())
     }
 
@@ -331,13 +494,14 @@ impl Device {
     /// # Errors
     /// [`DeviceError::Tap`].
     pub fn follow_enabled_pairs(&mut self) -> Result<(), DeviceError> {
+        let Some(tap) = &mut self.tap else { return Ok(()) };
         let first = &self.session.vrings[0];
         if !first.enabled || first.kick.is_none() {
             return Ok(());
         }
         for pair in 1..self.workers.len() {
             let receive = &self.session.vrings[2 * pair];
-            self.tap.set_attached(pair, receive.enabled || receive.paused)?;
+            tap.set_attached(pair, receive.enabled || receive.paused)?;
         }
         Ok(())
     }

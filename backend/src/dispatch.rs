@@ -22,6 +22,7 @@ use crate::dataplane::ring::Kick;
 use crate::device::{Device, DeviceError, SessionState};
 use crate::dirty_log::{DirtyLog, LogError};
 use crate::features::{Features, PROTOCOL_FEATURES};
+use crate::handover::{DeviceStateError, Handover};
 use crate::inflight::{self, InflightError, InflightRegion};
 use crate::memory::{GuestMemory, MemoryError, RegionLayout};
 use crate::notify::{Notifier, NotifierError};
@@ -62,12 +63,18 @@ pub enum Rejection {
     /// A message for a protocol feature that is not offered.
     #[error("{0} is not offered")]
     NotOffered(&'static str),
+    /// A message for a protocol feature that the front-end did not acknowledge.
+    #[error("{0} was not negotiated")]
+    NotNegotiated(&'static str),
     /// No log that can be kept.
     #[error(transparent)]
     Log(#[from] LogError),
     /// No inflight region that can be kept.
     #[error(transparent)]
     Inflight(#[from] InflightError),
+    /// Device state that cannot be moved.
+    #[error(transparent)]
+    DeviceState(#[from] DeviceStateError),
     /// The configuration space cannot be written, or ends before.
     #[error("no such part of the configuration space")]
     Config,
@@ -81,6 +88,8 @@ pub enum Rejection {
 pub struct Dispatch {
     /// The device.
     pub device: Device,
+    /// Its hand-overs.
+    pub handover: Handover,
     /// While the request handler is brought to a session's state, requests have no effect: it is known.
     pub restoring: bool,
     rejection: Option<Rejection>,
@@ -93,7 +102,8 @@ pub fn protocol_offer(device: &Device) -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::CONFIG
         | VhostUserProtocolFeatures::RESET_DEVICE
-        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | VhostUserProtocolFeatures::DEVICE_STATE;
     match device.datapath() {
         Datapath::Userspace => offer | VhostUserProtocolFeatures::INFLIGHT_SHMFD,
         // The kernel keeps no such region.
@@ -103,8 +113,16 @@ pub fn protocol_offer(device: &Device) -> VhostUserProtocolFeatures {
 
 impl Dispatch {
     /// For the first session.
-    pub fn new(device: Device) -> Self {
-        Self { device, restoring: false, rejection: None }
+    pub fn new(device: Device, handover: Handover) -> Self {
+        Self { device, handover, restoring: false, rejection: None }
+    }
+
+    /// Has the hand-over follow what the last requests did to the rings.
+    ///
+    /// # Errors
+    /// [`DeviceError`]: the device cannot go on.
+    pub fn settle(&mut self) -> std::result::Result<(), DeviceError> {
+        self.handover.settle(&mut self.device)
     }
 
     /// Why the last request was rejected, if it was.
@@ -122,6 +140,20 @@ impl Dispatch {
             self.rejection = Some(rejection);
             error
         })
+    }
+
+    /// Runs a request about device state, if the front-end may make one: the crate does not look.
+    fn on_device_state<T>(
+        &mut self,
+        action: impl FnOnce(&mut Handover, &mut Device) -> std::result::Result<T, DeviceStateError>,
+    ) -> Result<T> {
+        let Self { device, handover, .. } = self;
+        let negotiated = device.session().protocol_features & VhostUserProtocolFeatures::DEVICE_STATE.bits();
+        let result = match negotiated {
+            0 => Err(Rejection::NotNegotiated("DEVICE_STATE")),
+            _ => action(handover, device).map_err(Rejection::from),
+        };
+        self.request(|_| result)
     }
 
     fn refuse<T>(&mut self, what: &'static str) -> Result<T> {
@@ -442,15 +474,20 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
 
     fn set_device_state_fd(
         &mut self,
-        _: VhostTransferStateDirection,
+        direction: VhostTransferStateDirection,
         _: VhostTransferStatePhase,
-        _: File,
+        file: File,
     ) -> Result<Option<File>> {
-        self.refuse("DEVICE_STATE")
+        // There is one phase only so far: the device is stopped.
+        self.on_device_state(|handover, device| match direction {
+            VhostTransferStateDirection::SAVE => handover.save_device_state(device, file),
+            VhostTransferStateDirection::LOAD => handover.load_device_state(device, file),
+        })?;
+        Ok(None)
     }
 
     fn check_device_state(&mut self) -> Result<()> {
-        self.refuse("DEVICE_STATE")
+        self.on_device_state(|handover, _| handover.check_device_state())
     }
 
     fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {

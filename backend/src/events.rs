@@ -20,6 +20,12 @@ impl<const N: usize> Default for Ready<N> {
     }
 }
 
+impl AsFd for Epoll {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 impl Epoll {
     /// A new instance, close-on-exec.
     ///

@@ -13,6 +13,7 @@ pub mod dispatch;
 pub mod endpoint;
 pub mod events;
 pub mod features;
+pub mod handover;
 pub mod inflight;
 pub mod inherited;
 pub mod log_limit;

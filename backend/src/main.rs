@@ -1,14 +1,17 @@
 //! The back-end program: reads the command line, opens everything, serves, cleans up.
 
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use baton_backend::args::{self, Args, Command, Script};
 use baton_backend::control;
-use baton_backend::device::{Device, DeviceConfig};
+use baton_backend::device::{Device, DeviceConfig, Vhost};
 use baton_backend::endpoint::Endpoint;
+use baton_backend::handover::snapshot::Wishes;
+use baton_backend::handover::{Handover, LastWork};
 use baton_backend::mailbox::mailbox;
 use baton_backend::script;
 use baton_backend::server::{self, Server};
@@ -57,15 +60,15 @@ fn serve(args: &Args) -> Result<()> {
     // Inherited descriptors first: nothing of our own can then have their numbers.
     let inherited = args.fd.map(Endpoint::inherited).transpose()?;
     let vhost = vhost(args)?;
-    let mut tap = match (&args.tap, &args.tap_fds) {
-        (_, Some(fds)) => Tap::from_fds(fds)?,
-        (Some(name), None) => Tap::open(name, args.queue_pairs.unwrap_or(1))?,
-        (None, None) => bail!("no TAP; use --tap or --tap-fds"),
+    let tap = match (&args.tap, &args.tap_fds) {
+        (_, Some(fds)) => Some(Tap::from_fds(fds)?),
+        (Some(name), None) => Some(Tap::open(name, args.queue_pairs.unwrap_or(1))?),
+        // --incoming-fds, or the command line would have been refused.
+        (None, None) => None,
     };
-    if let Some(sndbuf) = args.sndbuf {
+    if let (Some(tap), Some(sndbuf)) = (&tap, args.sndbuf) {
         tap.set_sndbuf(if sndbuf == 0 { i32::MAX } else { i32::try_from(sndbuf).unwrap_or(i32::MAX) })?;
     }
-    tap.set_header_size(baton_backend::net_header::SHORT)?;
     log_to_stderr(&args.log_level);
     raise_descriptor_limit();
     let signals = server::signals().context("cannot take signals")?;
@@ -75,38 +78,59 @@ fn serve(args: &Args) -> Result<()> {
         (Some(endpoint), _) => endpoint,
         (None, Some(path)) if args.client => Endpoint::client(path.clone())?,
         (None, Some(path)) => Endpoint::listen(path)?,
-        (None, None) => bail!("no front-end; use --socket-path or --fd"),
+        (None, None) => anyhow::bail!("no front-end; use --socket-path or --fd"),
     };
-    let name = tap.name().to_owned();
-    run_script("--script", &args.script, &name)?;
+    let poll = args.poll_us.map(|poll| Duration::from_micros(u64::from(poll)));
+    let wishes = Wishes {
+        queue_pairs: args.queue_pairs.map(usize::from),
+        vhost_fds: args.vhost_fds.as_ref().map(Vec::len),
+        poll,
+    };
+    let handover = Handover::new(args.incoming_fds.as_deref(), wishes)?;
+    if let (Some(script), Some(tap)) = (&args.script.0, &tap) {
+        script::run("--script", script, tap.name())?;
+    }
     let config = DeviceConfig {
         mac: args.mac.map(|mac| mac.0),
         mtu: args.mtu,
-        poll: Duration::from_micros(u64::from(args.poll_us)),
+        sndbuf: args.sndbuf,
+        downscript: absolute(&args.downscript)?,
+        poll: poll.unwrap_or_default(),
     };
-    let (mailer, failures) = mailbox().context("cannot make a mailbox")?;
-    let device = Device::new(tap, vhost, config, &mailer)?;
-    tracing::info!(tap = name, queue_pairs = device.pairs(), datapath = %device.datapath(), "ready");
-    let result = Server::new(device, endpoint, control, calls, failures, signals).and_then(Server::run);
-    let after = run_script("--downscript", &args.downscript, &name);
+    let (mailer, news) = mailbox().context("cannot make a mailbox")?;
+    let name = tap.as_ref().map(|tap| tap.name().to_owned());
+    let device = Device::new(tap, args.pairs(), vhost, config, &mailer)?;
+    let datapath = device.datapath();
+    match name {
+        Some(tap) => tracing::info!(tap, queue_pairs = device.pairs(), %datapath, "ready"),
+        None => tracing::info!(%datapath, "waiting for a device"),
+    }
+    let server = Server::new(device, handover, endpoint, control, calls, news, signals)?;
+    let (result, last_work) = server.run();
+    let after = last_work.map_or(Ok(()), |LastWork { script, tap }| {
+        script::run("--downscript", &script, &tap).map_err(anyhow::Error::from)
+    });
     result?;
     after
 }
 
 /// A vhost-net for each queue pair, if the kernel is to move the frames.
-fn vhost(args: &Args) -> Result<Vec<VhostNet>, VhostNetError> {
-    match &args.vhost_fds {
-        Some(fds) => VhostNet::from_fds(fds),
-        None if args.vhost => (0..args.pairs()).map(|_| VhostNet::open()).collect(),
-        None => Ok(Vec::new()),
-    }
+fn vhost(args: &Args) -> Result<Vhost, VhostNetError> {
+    let pairs_known = args.incoming_fds.is_none() || args.queue_pairs.is_some();
+    Ok(match &args.vhost_fds {
+        Some(fds) => Vhost::Given(VhostNet::from_fds(fds)?),
+        None if args.vhost && pairs_known => {
+            Vhost::Given((0..args.pairs()).map(|_| VhostNet::open()).collect::<Result<_, _>>()?)
+        }
+        None if args.vhost => Vhost::Open(VhostNet::open()?),
+        None => Vhost::None,
+    })
 }
 
-fn run_script(option: &'static str, script: &Script, tap: &str) -> Result<()> {
-    if let Some(path) = &script.0 {
-        script::run(option, path, tap)?;
-    }
-    Ok(())
+/// The script by a path that means the same to another process.
+fn absolute(script: &Script) -> Result<Option<PathBuf>> {
+    let path = script.0.as_deref();
+    path.map(|path| std::path::absolute(path).context("--downscript: no such path")).transpose()
 }
 
 fn log_to_stderr(level: &str) {

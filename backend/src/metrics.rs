@@ -5,6 +5,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use baton_protocol::control::{Datapath, DirectionStats, QueuePairStats};
+use baton_protocol::handover::state::DirectionCounters;
 
 /// The largest frame that is sent as it is: Ethernet header, 1500 bytes, VLAN tag.
 const LARGEST_PLAIN: usize = 1518;
@@ -30,6 +31,10 @@ impl Counter {
 
     fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
+    }
+
+    fn set(&self, value: u64) {
+        self.0.store(value, Ordering::Relaxed);
     }
 }
 
@@ -62,6 +67,42 @@ impl Direction {
             self.large_frames.add(1);
         }
         self.largest_frame.raise(length as u64);
+    }
+
+    /// What was counted so far, for another process to go on from.
+    pub fn save(&self) -> DirectionCounters {
+        DirectionCounters {
+            frames: self.frames.get(),
+            bytes: self.bytes.get(),
+            large_frames: self.large_frames.get(),
+            largest_frame: self.largest_frame.get(),
+            dropped: self.dropped.get(),
+            discarded: self.discarded.get(),
+            kicks: self.kicks.get(),
+            calls: self.calls.get(),
+        }
+    }
+
+    /// Goes on from what another process counted. The worker must be parked.
+    pub fn restore(&self, saved: &DirectionCounters) {
+        let DirectionCounters {
+            frames,
+            bytes,
+            large_frames,
+            largest_frame,
+            dropped,
+            discarded,
+            kicks,
+            calls,
+        } = *saved;
+        self.frames.set(frames);
+        self.bytes.set(bytes);
+        self.large_frames.set(large_frames);
+        self.largest_frame.set(largest_frame);
+        self.dropped.set(dropped);
+        self.discarded.set(discarded);
+        self.kicks.set(kicks);
+        self.calls.set(calls);
     }
 
     fn snapshot(&self, datapath: Datapath) -> DirectionStats {

@@ -2,6 +2,7 @@
 //! touches a frame.
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -13,11 +14,12 @@ use nix::sys::timer::Expiration;
 use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags, TimerSetTimeFlags};
 
 use crate::control::{self, Call};
-use crate::dataplane::worker::WorkerFailure;
+use crate::dataplane::worker::WorkerNews;
 use crate::device::{Device, DeviceError};
 use crate::dispatch::{Dispatch, Rejection};
 use crate::endpoint::Endpoint;
 use crate::events::{Epoll, Events, Ready};
+use crate::handover::{Handover, HandoverError, LastWork};
 use crate::log_limit;
 use crate::mailbox::Mailbox;
 use crate::session::{Progress, Session, SessionEnd};
@@ -27,9 +29,10 @@ const SIGNAL: u64 = 0;
 const ENDPOINT: u64 = 1;
 const SESSION: u64 = 2;
 const CALL: u64 = 3;
-const FAILURE: u64 = 4;
+const NEWS: u64 = 4;
 const ALARM: u64 = 5;
 const RESTED: u64 = 6;
+const HANDOVER: u64 = 7;
 
 /// How long to leave front-ends waiting that cannot be accepted, for want of descriptors, say.
 const REST: Duration = Duration::from_millis(100);
@@ -60,7 +63,7 @@ pub struct Server {
     epoll: Epoll,
     // Declared before the control server: its thread waits for an answer until the mailbox is gone.
     calls: Mailbox<Call>,
-    failures: Mailbox<WorkerFailure>,
+    news: Mailbox<WorkerNews>,
     signals: SignalFd,
     /// Runs while no front-end is accepted.
     rested: TimerFd,
@@ -91,25 +94,27 @@ impl Server {
     /// [`ServerError::System`].
     pub fn new(
         device: Device,
+        handover: Handover,
         endpoint: Endpoint,
         control: Option<ControlServer>,
         calls: Mailbox<Call>,
-        failures: Mailbox<WorkerFailure>,
+        news: Mailbox<WorkerNews>,
         signals: SignalFd,
     ) -> Result<Self, ServerError> {
         let epoll = Epoll::new()?;
         epoll.add(&signals, Events::EPOLLIN, SIGNAL)?;
         epoll.add(&calls, Events::EPOLLIN, CALL)?;
-        epoll.add(&failures, Events::EPOLLIN, FAILURE)?;
+        epoll.add(&news, Events::EPOLLIN, NEWS)?;
+        epoll.add(&handover, Events::EPOLLIN, HANDOVER)?;
         epoll.add(&sigbus::install()?, Events::EPOLLIN, ALARM)?;
         let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
         let rested = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags).map_err(io::Error::from)?;
         epoll.add(&rested, Events::EPOLLIN, RESTED)?;
-        let dispatch = Arc::new(Mutex::new(Dispatch::new(device)));
+        let dispatch = Arc::new(Mutex::new(Dispatch::new(device, handover)));
         Ok(Self {
             epoll,
             calls,
-            failures,
+            news,
             signals,
             rested,
             session: None,
@@ -120,11 +125,24 @@ impl Server {
         })
     }
 
-    /// Serves until told to end.
-    ///
-    /// # Errors
-    /// [`ServerError`].
-    pub fn run(mut self) -> Result<(), ServerError> {
+    /// Serves until told to end. Gives, besides how it ended, what is to be run then by whoever owned the TAP last.
+    pub fn run(mut self) -> (Result<(), ServerError>, Option<LastWork>) {
+        let result = self.serve().and_then(|()| self.end_session());
+        let finished = {
+            let dispatch = &mut *lock(&self.dispatch);
+            dispatch.handover.finish(&mut dispatch.device)
+        };
+        drop(self.calls);
+        if let Some(control) = self.control {
+            control.stop();
+        }
+        match finished {
+            Ok(last_work) => (result, last_work),
+            Err(error) => (result.and(Err(error.into())), None),
+        }
+    }
+
+    fn serve(&mut self) -> Result<(), ServerError> {
         self.watch_endpoint()?;
         self.meet()?;
         let mut ready = Ready::<8>::default();
@@ -137,18 +155,22 @@ impl Server {
                     SIGNAL => self.on_signal()?,
                     ENDPOINT => self.meet()?,
                     SESSION => look = true,
-                    CALL => self.on_calls(),
-                    FAILURE => self.on_failures()?,
+                    CALL => self.on_calls()?,
+                    NEWS => self.on_news()?,
+                    HANDOVER => {
+                        let dispatch = &mut *lock(&self.dispatch);
+                        dispatch.handover.progress(&mut dispatch.device)?;
+                        // A message may have waited for a transfer's end.
+                        look = true;
+                    }
                     RESTED => self.on_rested()?,
                     _ => self.on_alarm()?,
                 }
             }
             progress = if look { self.talk()? } else { Progress::Waiting };
-        }
-        self.end_session()?;
-        drop(self.calls);
-        if let Some(control) = self.control {
-            control.stop();
+            let mut dispatch = lock(&self.dispatch);
+            dispatch.settle()?;
+            self.ending |= self.session.is_none() && dispatch.handover.is_done();
         }
         Ok(())
     }
@@ -219,6 +241,8 @@ impl Server {
         let result = session.progress();
         if !before && session.begun() {
             tracing::info!("front-end connected");
+            let dispatch = &mut *lock(&self.dispatch);
+            dispatch.handover.frontend_came(&mut dispatch.device)?;
         }
         match result {
             Ok(progress) => Ok(progress),
@@ -255,7 +279,11 @@ impl Server {
     fn end_session(&mut self) -> Result<(), ServerError> {
         if let Some(session) = self.session.take() {
             // First the rings, then the connection: who sees it closed finds nothing running.
-            lock(&self.dispatch).device.end_session()?;
+            let dispatch = &mut *lock(&self.dispatch);
+            dispatch.device.end_session()?;
+            if session.begun() {
+                dispatch.handover.frontend_left(&mut dispatch.device)?;
+            }
             // With the workers parked and the memory gone: a fault of this session's must not end the next one.
             sigbus::take_struck();
             self.epoll.remove(&session)?;
@@ -271,13 +299,26 @@ impl Server {
         Ok(())
     }
 
-    fn on_calls(&mut self) {
+    fn on_calls(&mut self) -> Result<(), ServerError> {
         while let Some(call) = self.calls.take() {
             let connected = self.session.as_ref().is_some_and(Session::begun);
-            let dispatch = lock(&self.dispatch);
-            let answer = match call.request {
-                Request::Status => control::answer(&control::status(&dispatch.device, connected)),
-                Request::Stats => control::answer(&control::stats(&dispatch.device)),
+            let mut dispatch = lock(&self.dispatch);
+            let Dispatch { device, handover, .. } = &mut *dispatch;
+            let answer = match &call.request {
+                Request::Status => control::answer(&control::status(device, handover.status(), connected)),
+                Request::Handover { cancel: true, .. } => handover.cancel(device)?,
+                Request::Handover { path: None, .. } => {
+                    Err(control::refusal("say where the other back-end waits: its --incoming-fds"))
+                }
+                Request::Handover { on_suspend: false, dry_run: false, .. } => {
+                    Err(control::refusal(HandoverError::LiveSession.to_string()))
+                }
+                Request::Handover { path: Some(path), dry_run, .. } => {
+                    let (path, dry_run) = (PathBuf::from(path), *dry_run);
+                    handover.begin(device, &path, dry_run, call)?;
+                    continue;
+                }
+                Request::Stats => control::answer(&control::stats(device)),
                 Request::Quit => {
                     self.ending = true;
                     control::answer(&Done::DONE)
@@ -289,13 +330,23 @@ impl Server {
             drop(dispatch);
             call.answer(answer);
         }
+        Ok(())
     }
 
-    fn on_failures(&mut self) -> Result<(), ServerError> {
-        match self.failures.take() {
-            Some(WorkerFailure { pair, error }) => Err(ServerError::Worker { pair, source: error }),
-            None => Ok(()),
+    fn on_news(&mut self) -> Result<(), ServerError> {
+        while let Some(news) = self.news.take() {
+            match news {
+                WorkerNews::Failed { pair, error } => {
+                    return Err(ServerError::Worker { pair, source: error });
+                }
+                WorkerNews::RingStarted { pair } => {
+                    let pair = usize::from(pair);
+                    // With this the session knows; the hand-over follows.
+                    lock(&self.dispatch).device.change(pair..=pair, |_| ())?;
+                }
+            }
         }
+        Ok(())
     }
 
     fn on_alarm(&mut self) -> Result<(), ServerError> {

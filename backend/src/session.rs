@@ -178,6 +178,12 @@ impl Session {
         if header.size > MAX_BODY {
             return Err(SessionEnd::Oversized { request: header.request, size: header.size });
         }
+        // Its answer says how the transfer ended, and the session waits for nothing else meanwhile.
+        if header.request == FrontendReq::CHECK_DEVICE_STATE as u32
+            && lock(&self.dispatch).handover.is_transferring()
+        {
+            return Ok(None);
+        }
         // The size was checked just now.
         let whole = HEADER + header.size as usize;
         if available < whole {

@@ -17,6 +17,8 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use crate::inherited;
 
+pub mod adopted;
+
 mod ioctl {
     //! The ioctls by their numbers in `linux/if_tun.h`; those whose argument is a value, as the kernel takes it.
     const T: u8 = b'T';
@@ -24,6 +26,7 @@ mod ioctl {
     nix::ioctl_write_int_bad!(set_offload, nix::request_code_write!(T, 208, 4));
     nix::ioctl_read_bad!(get_iff, nix::request_code_read!(T, 210, 4), libc::ifreq);
     nix::ioctl_write_ptr_bad!(set_sndbuf, nix::request_code_write!(T, 212, 4), libc::c_int);
+    nix::ioctl_read_bad!(get_vnet_hdr_size, nix::request_code_read!(T, 215, 4), libc::c_int);
     nix::ioctl_write_ptr_bad!(set_vnet_hdr_size, nix::request_code_write!(T, 216, 4), libc::c_int);
     nix::ioctl_write_ptr_bad!(set_queue, nix::request_code_write!(T, 217, 4), libc::ifreq);
 }
@@ -365,6 +368,16 @@ impl Tap {
         tap.uso = tap.set_offloads(uso).is_ok();
         tap.set_offloads(Offloads::default())?;
         Ok(tap)
+    }
+
+    /// Whether the kernel gives frames to the queue of `pair`.
+    pub fn is_attached(&self, pair: usize) -> bool {
+        self.attached[pair]
+    }
+
+    /// The length of the virtio-net header that was set.
+    pub fn header_size(&self) -> Option<usize> {
+        self.header_size
     }
 
     /// The interface's name.

@@ -218,9 +218,9 @@ impl PacketSocket {
                 Ok(received) if received.length == 0 => return Err(ChannelError::Closed),
                 Ok(received) => return Ok(received),
                 Err(error) => match error.kind() {
-                    io::ErrorKind::Interrupted => {}
+                    // Told once, where the peer left something unread. What it had sent before is still to come.
+                    io::ErrorKind::ConnectionReset | io::ErrorKind::Interrupted => {}
                     io::ErrorKind::WouldBlock => self.wait(PollFlags::POLLIN, deadline)?,
-                    io::ErrorKind::ConnectionReset => return Err(ChannelError::Closed),
                     _ => return Err(error.into()),
                 },
             }
@@ -335,6 +335,18 @@ mod tests {
             let error = there.receive::<Said>(LONG).unwrap_err();
             assert!(matches!(error, ChannelError::Closed), "{error}");
             let error = there.send(&said(""), &[], LONG).unwrap_err();
+            assert!(matches!(error, ChannelError::Closed), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_last_word_of_a_peer_that_did_not_listen_is_heard() {
+        for (here, there) in pairs() {
+            there.send(&said("unread"), &[], LONG).unwrap();
+            here.send(&said("last"), &[], LONG).unwrap();
+            drop(here);
+            assert_eq!(there.receive::<Said>(LONG).unwrap().message, said("last"));
+            let error = there.receive::<Said>(LONG).unwrap_err();
             assert!(matches!(error, ChannelError::Closed), "{error}");
         }
     }

@@ -12,7 +12,13 @@ pub fn listing(reply: &Value) -> String {
     let Value::Object(fields) = reply else { return format!("{}\n", scalar(reply)) };
     let (lists, plain): (Vec<_>, Vec<_>) = fields.iter().partition(|(_, value)| is_list_of_objects(value));
 
-    let rows = plain.into_iter().map(|(name, value)| vec![format!("{name}:"), scalar(value)]).collect();
+    let rows = plain.into_iter().flat_map(|(name, value)| match value {
+        Value::Object(fields) => {
+            fields.iter().map(|(field, value)| vec![format!("{name} {field}:"), scalar(value)]).collect()
+        }
+        value => vec![vec![format!("{name}:"), scalar(value)]],
+    });
+    let rows = rows.collect();
     let mut text = aligned(rows, Alignment::Left);
     for (name, list) in lists {
         // Writing to a string cannot fail.
@@ -105,8 +111,8 @@ fn aligned(rows: Vec<Vec<String>>, alignment: Alignment) -> String {
 #[cfg(test)]
 mod tests {
     use baton_protocol::control::{
-        BackendState, BackendStats, BackendStatus, Datapath, DirectionStats, Done, Frontend, QueuePairStats,
-        VringStatus,
+        BackendState, BackendStats, BackendStatus, Datapath, DirectionStats, Done, Frontend, HandoverState,
+        HandoverStatus, QueuePairStats, VringStatus,
     };
 
     use super::*;
@@ -125,6 +131,12 @@ mod tests {
                 VringStatus { started: true, enabled: true, size: 256 },
                 VringStatus { started: false, enabled: true, size: 1024 },
             ],
+            handover: Some(HandoverStatus {
+                state: HandoverState::Armed,
+                peer: "/run/next".to_owned(),
+                epoch: Some(0),
+                reason: None,
+            }),
         };
         let expected = "\
 state:              serving
@@ -134,6 +146,9 @@ features:           0x130000000
 protocol_features:  0x1
 frontend:           connected
 datapath:           userspace
+handover state:     armed
+handover peer:      /run/next
+handover epoch:     0
 
 vrings:
    started  enabled  size

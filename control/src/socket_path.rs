@@ -49,7 +49,7 @@ pub enum BindError {
 /// A file's identity: device and inode number.
 type Identity = (u64, u64);
 
-/// A listening Unix stream socket and its file, which goes with it.
+/// A listening Unix socket and its file, which goes with it.
 #[derive(Debug)]
 pub struct BoundSocket {
     listener: UnixListener,
@@ -59,19 +59,31 @@ pub struct BoundSocket {
 }
 
 impl BoundSocket {
+    /// Binds `path` for packets (`SOCK_SEQPACKET`) and listens, as [`Self::bind`] does for a stream.
+    ///
+    /// # Errors
+    /// Those of [`Self::bind`].
+    pub fn bind_packets(path: &Path) -> Result<Self, BindError> {
+        Self::bind_as(path, SockType::SeqPacket)
+    }
+
     /// Binds `path` and listens. The file has mode 0600 from its first instant, the descriptor is close-on-exec.
     ///
     /// # Errors
     /// A socket file that is already there is replaced only if nobody listens on it. A live one, and a file of
     /// another kind, are errors.
     pub fn bind(path: &Path) -> Result<Self, BindError> {
+        Self::bind_as(path, SockType::Stream)
+    }
+
+    fn bind_as(path: &Path, kind: SockType) -> Result<Self, BindError> {
         let failed = |step, source: io::Error| BindError::Io { path: path.to_owned(), step, source };
         let path = std::path::absolute(path).map_err(|error| failed("resolve the path", error))?;
         let address = UnixAddr::new(&path).map_err(|_| BindError::TooLong { path: path.clone() })?;
 
         remove_stale(&path, &address)?;
 
-        let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
+        let fd = socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC, None)
             .map_err(|errno| failed("create a socket", errno.into()))?;
         // bind(2) creates the file with the socket's own mode, less the umask: there is no moment at which it is
         // open to others.
@@ -198,6 +210,20 @@ mod tests {
         assert!(error.to_string().contains(path.to_str().unwrap()));
         drop(live);
         BoundSocket::bind(&path).unwrap();
+    }
+
+    #[test]
+    fn a_live_socket_for_packets_is_refused_and_a_stale_one_replaced() {
+        let (_directory, path) = scratch();
+        let mut live = BoundSocket::bind_packets(&path).unwrap();
+        for error in [BoundSocket::bind(&path).unwrap_err(), BoundSocket::bind_packets(&path).unwrap_err()] {
+            assert!(matches!(error, BindError::InUse { .. }), "{error}");
+        }
+        // Closed, but for its file.
+        live.identity = None;
+        drop(live);
+        assert!(path.exists());
+        BoundSocket::bind_packets(&path).unwrap();
     }
 
     #[test]

@@ -21,8 +21,95 @@ pub enum Request {
     Pause,
     /// Lets a paused VM run: [`Done`].
     Resume,
+    /// Hands a back-end's device over to another one: [`HandoverReply`].
+    Handover {
+        /// Where the other one waits (`--incoming-fds`); nothing with `cancel`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        path: Option<String>,
+        /// When the front-end has stopped all rings.
+        #[serde(default, rename = "on-suspend", skip_serializing_if = "is_false")]
+        on_suspend: bool,
+        /// Only find out whether it could be done.
+        #[serde(default, rename = "dry-run", skip_serializing_if = "is_false")]
+        dry_run: bool,
+        /// End the hand-over that is under way instead.
+        #[serde(default, skip_serializing_if = "is_false")]
+        cancel: bool,
+    },
     /// Ends the process with exit code 0: [`Done`], sent before it ends.
     Quit,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
+/// The answer to [`Request::Handover`]: `{"result":"armed"}`. A refusal names every reason.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HandoverReply {
+    /// What was done.
+    pub result: HandoverResult,
+}
+
+impl HandoverReply {
+    /// It will be offered.
+    pub const ARMED: Self = Self { result: HandoverResult::Armed };
+    /// It could be.
+    pub const POSSIBLE: Self = Self { result: HandoverResult::Possible };
+    /// It will not be.
+    pub const CANCELLED: Self = Self { result: HandoverResult::Cancelled };
+}
+
+/// The word in [`HandoverReply`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HandoverResult {
+    /// The device is offered when all rings are stopped.
+    Armed,
+    /// The target would take it.
+    Possible,
+    /// The device stays.
+    Cancelled,
+}
+
+/// How a hand-over of a back-end's device stands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HandoverStatus {
+    /// Where it stands.
+    pub state: HandoverState,
+    /// The other side, as far as it has a name.
+    pub peer: String,
+    /// How often the device was offered so far.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub epoch: Option<u64>,
+    /// Why it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+/// Where a hand-over stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HandoverState {
+    /// Both sides find out whether it can be done.
+    Checking,
+    /// The source will offer the device.
+    Armed,
+    /// The source has offered it.
+    Offered,
+    /// The target has it.
+    HandedOver,
+    /// The device is the source's, by the operator's wish.
+    Cancelled,
+    /// It could be done; nothing else was asked.
+    Possible,
+    /// The device is the source's.
+    Failed,
+    /// The target would take the device.
+    Ready,
+    /// The target holds the device, and has not taken it.
+    Adopted,
 }
 
 /// The answer to a command that gives nothing back: `{"result":"done"}`.
@@ -70,6 +157,10 @@ pub enum BackendState {
     Waiting,
     /// A front-end is connected.
     Serving,
+    /// The device is offered to another back-end; nobody uses the TAP.
+    HandingOver,
+    /// The device is another back-end's.
+    HandedOver,
 }
 
 /// Who moves the frames.
@@ -96,9 +187,9 @@ impl std::fmt::Display for Datapath {
 pub struct BackendStatus {
     /// What it is doing.
     pub state: BackendState,
-    /// The TAP's interface name.
+    /// The TAP's interface name; empty while the back-end has none.
     pub tap: String,
-    /// How many queue pairs the device has.
+    /// How many queue pairs the device has; how many the front-end has set up while that is not known.
     pub queue_pairs: u16,
     /// The virtio features that the front-end acknowledged, in hexadecimal with `0x`; `0x0` before it did.
     pub features: String,
@@ -110,6 +201,9 @@ pub struct BackendStatus {
     pub datapath: Datapath,
     /// Every vring, in the order of the device's virtqueues.
     pub vrings: Vec<VringStatus>,
+    /// The hand-over that is under way, or the last one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub handover: Option<HandoverStatus>,
 }
 
 /// One vring of a [`BackendStatus`].
@@ -216,6 +310,20 @@ mod tests {
         let status: Request = serde_json::from_str(r#"{"command":"status"}"#).unwrap();
         assert_eq!(status, Request::Status);
         assert_eq!(serde_json::to_string(&Request::Quit).unwrap(), r#"{"command":"quit"}"#);
+    }
+
+    #[test]
+    fn a_hand_over_reads_as_documented() {
+        let request = Request::Handover {
+            path: Some("/run/b".to_owned()),
+            on_suspend: true,
+            dry_run: false,
+            cancel: false,
+        };
+        let text = r#"{"command":"handover","path":"/run/b","on-suspend":true}"#;
+        assert_eq!(serde_json::to_string(&request).unwrap(), text);
+        assert_eq!(serde_json::from_str::<Request>(text).unwrap(), request);
+        assert_eq!(serde_json::to_string(&HandoverReply::ARMED).unwrap(), r#"{"result":"armed"}"#);
     }
 
     #[test]

@@ -260,6 +260,7 @@ fn only_what_can_be_served_is_offered(datapath: Datapath) {
         | protocol::CONFIG
         | protocol::RESET_DEVICE
         | protocol::CONFIGURE_MEM_SLOTS
+        | protocol::DEVICE_STATE
         | datapath::protocol_features(datapath);
     assert_eq!(protocol, expected, "{protocol:#x}");
 }

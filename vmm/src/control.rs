@@ -56,6 +56,9 @@ impl Controlled {
                 done()
             }
             Request::Stats => Err(Refusal { error: "a VMM has no counters: ask its back-ends".to_owned() }),
+            Request::Handover { .. } => {
+                Err(Refusal { error: "this is a VMM: only a back-end can hand its device over".to_owned() })
+            }
         }
     }
 

@@ -64,18 +64,18 @@ impl KernelPath {
 
 impl QueuePair {
     /// Has the kernel move frames until the gate closes.
-    pub(super) fn run_kernel(&mut self, gate: &Gate) {
+    pub(super) fn run_kernel(&mut self, tap: &TapQueue, gate: &Gate) {
         let mut ready = Ready::<4>::default();
         let mut look = true;
         while !gate.closed() {
-            self.give(Side::Rx);
-            self.give(Side::Tx);
+            self.give(Side::Rx, tap);
+            self.give(Side::Tx, tap);
             if look && self.tx.ring.as_ref().is_some_and(|ring| !ring.enabled) {
-                look = self.tx.run(self.index, &self.tap, &self.counters.tx, true) == Turn::More;
+                look = self.tx.run(self.index, tap, &self.counters.tx, true) == Turn::More;
             } else {
                 look = false;
             }
-            if self.tap.was_deleted() {
+            if tap.was_deleted() {
                 gate.report(&io::Error::other("the TAP was deleted"));
                 break;
             }
@@ -112,7 +112,7 @@ impl QueuePair {
     }
 
     /// Gives the kernel the ring of `side`, if it is to run and is not the kernel's already.
-    fn give(&mut self, side: Side) {
+    fn give(&mut self, side: Side, tap: &TapQueue) {
         let (ring, name) = match side {
             Side::Rx => (&mut self.rx.ring, "receive"),
             Side::Tx => (&mut self.tx.ring, "transmit"),
@@ -121,7 +121,7 @@ impl QueuePair {
         if !ring.runs() || !ring.enabled || kernel.vhost.runs(side) {
             return;
         }
-        if let Err(error) = kernel.start(side, ring, &self.tap, self.poll) {
+        if let Err(error) = kernel.start(side, ring, tap, self.poll) {
             ring.fail(name, self.index, &error);
             return;
         }

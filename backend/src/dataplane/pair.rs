@@ -3,6 +3,9 @@
 //! The worker waits in the pair's own epoll instance. Everything there is edge-triggered, so kicks need not be read
 //! (a read would take them from whoever shares the eventfd) and nothing has to be switched off while a ring is full
 //! or stopped; to make up for edges that came while nobody looked, every run begins with a look at everything.
+//!
+//! A pair has a queue of the TAP while this process owns it. Without one it moves nothing, and only tells when the
+//! driver starts a ring.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -49,7 +52,7 @@ pub enum Side {
 #[derive(Debug)]
 pub struct QueuePair {
     pub(super) index: u16,
-    pub(super) tap: Arc<TapQueue>,
+    tap: Option<Arc<TapQueue>>,
     /// TAP to guest.
     pub rx: Rx,
     /// Guest to TAP.
@@ -63,23 +66,48 @@ pub struct QueuePair {
 }
 
 impl QueuePair {
-    /// A pair without vrings, whose frames `vhost` moves or else the worker.
+    /// A pair without vrings and TAP, whose frames `vhost` is to move or else the worker.
     ///
     /// # Errors
     /// What making an epoll instance or an eventfd fails with.
     pub fn new(
         index: u16,
-        tap: Arc<TapQueue>,
         vhost: Option<VhostNet>,
         counters: Arc<PairCounters>,
         poll: Duration,
     ) -> io::Result<Self> {
         let epoll = Epoll::new()?;
-        if vhost.is_none() {
-            epoll.add(&*tap, TAP_EVENTS, TAP)?;
-        }
         let kernel = vhost.map(KernelPath::new).transpose()?;
-        Ok(Self { index, tap, rx: Rx::default(), tx: Tx::default(), kernel, counters, epoll, poll })
+        Ok(Self { index, tap: None, rx: Rx::default(), tx: Tx::default(), kernel, counters, epoll, poll })
+    }
+
+    /// Gives it the TAP's queue, of which it has none.
+    ///
+    /// # Errors
+    /// What watching the queue fails with.
+    pub fn attach(&mut self, tap: &Arc<TapQueue>) -> io::Result<()> {
+        if self.kernel.is_none() {
+            self.epoll.add(&**tap, TAP_EVENTS, TAP)?;
+        }
+        tracing::debug!(pair = self.index, "queue attached: frames are read");
+        self.tap = Some(Arc::clone(tap));
+        Ok(())
+    }
+
+    /// Takes the TAP's queue away: nothing reads it any more, nor waits for it.
+    ///
+    /// # Errors
+    /// What ending the watch fails with.
+    pub fn detach(&mut self) -> io::Result<()> {
+        let Some(tap) = self.tap.take() else { return Ok(()) };
+        tracing::debug!(pair = self.index, "queue let go: no frame is read");
+        // Another process may hold the open file, and with it the watch.
+        if self.kernel.is_none() { self.epoll.remove(&*tap) } else { Ok(()) }
+    }
+
+    /// How long to look for work before waiting for it.
+    pub fn set_poll(&mut self, poll: Duration) {
+        self.poll = poll;
     }
 
     /// Has the worker's wake-up end a wait.
@@ -141,10 +169,43 @@ impl QueuePair {
                 ring.vring.call_guest();
             }
         }
-        if self.kernel.is_some() { self.run_kernel(gate) } else { self.run_here(gate) }
+        match (self.tap.clone(), self.kernel.is_some()) {
+            (None, _) => self.wait_for_tap(gate),
+            (Some(tap), true) => self.run_kernel(&tap, gate),
+            (Some(tap), false) => self.run_here(&tap, gate),
+        }
     }
 
-    fn run_here(&mut self, gate: &Gate) {
+    /// Without a TAP: tells when a ring starts, and works on none.
+    fn wait_for_tap(&mut self, gate: &Gate) {
+        let mut ready = Ready::<4>::default();
+        while !gate.closed() {
+            let events = match self.epoll.wait(-1, &mut ready) {
+                Ok(events) => events,
+                Err(error) => {
+                    gate.report(&error);
+                    return;
+                }
+            };
+            for (token, _) in events {
+                let (ring, counters) = match token {
+                    RX_KICK => (self.rx.ring.as_mut(), &self.counters.rx),
+                    TX_KICK => (self.tx.ring.as_mut(), &self.counters.tx),
+                    _ => continue,
+                };
+                let started = |ring: &Ring| ring.started;
+                let before = ring.as_deref().is_some_and(started);
+                if let Some(ring) = ring {
+                    ring.kicked(counters);
+                    if ring.started && !before {
+                        gate.report_start();
+                    }
+                }
+            }
+        }
+    }
+
+    fn run_here(&mut self, tap: &TapQueue, gate: &Gate) {
         let mut ready = Ready::<4>::default();
         let (mut look_rx, mut look_tx) = (true, true);
         let mut last_work = Instant::now();
@@ -152,24 +213,24 @@ impl QueuePair {
             let polling = !self.poll.is_zero() && last_work.elapsed() < self.poll;
             let mut worked = false;
             if look_tx || polling {
-                let turn = self.tx.run(self.index, &self.tap, &self.counters.tx, !polling);
+                let turn = self.tx.run(self.index, tap, &self.counters.tx, !polling);
                 worked |= turn != Turn::Idle;
                 // While polling no kicks are asked for: the last look, before waiting, is the one that does.
                 look_tx = turn == Turn::More || polling;
                 // A TAP tells of new room only if it was looked at since it had none: without this there is no edge.
                 if turn == Turn::Full
-                    && let Err(error) = self.epoll.rearm(&*self.tap, TAP_EVENTS, TAP)
+                    && let Err(error) = self.epoll.rearm(tap, TAP_EVENTS, TAP)
                 {
                     gate.report(&error);
                     return;
                 }
             }
             if look_rx || polling {
-                let turn = self.rx.run(self.index, &self.tap, &self.counters.rx);
+                let turn = self.rx.run(self.index, tap, &self.counters.rx);
                 worked |= turn != Turn::Idle;
                 look_rx = turn == Turn::More;
             }
-            if self.tap.is_gone() {
+            if tap.is_gone() {
                 gate.report(&io::Error::other("the TAP was deleted"));
                 return;
             }

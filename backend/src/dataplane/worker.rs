@@ -57,17 +57,25 @@ impl Shared {
 pub struct Gate {
     closed: AtomicBool,
     wake: EventFd,
-    failures: Mailer<WorkerFailure>,
+    news: Mailer<WorkerNews>,
     pair: u16,
 }
 
-/// A worker could not go on.
+/// What the event loop hears of a worker.
 #[derive(Debug)]
-pub struct WorkerFailure {
-    /// Its queue pair.
-    pub pair: u16,
-    /// Why.
-    pub error: io::Error,
+pub enum WorkerNews {
+    /// It could not go on.
+    Failed {
+        /// Its queue pair.
+        pair: u16,
+        /// Why.
+        error: io::Error,
+    },
+    /// The driver has kicked a ring, and there is no TAP to work with.
+    RingStarted {
+        /// Its queue pair.
+        pair: u16,
+    },
 }
 
 impl Gate {
@@ -81,7 +89,12 @@ impl Gate {
     pub fn report(&self, error: &io::Error) {
         let error = io::Error::new(error.kind(), error.to_string());
         // Without a receiver the process is ending.
-        let _ = self.failures.send(WorkerFailure { pair: self.pair, error });
+        let _ = self.news.send(WorkerNews::Failed { pair: self.pair, error });
+    }
+
+    /// Tells the event loop that a ring has started without a TAP.
+    pub(super) fn report_start(&self) {
+        let _ = self.news.send(WorkerNews::RingStarted { pair: self.pair });
     }
 }
 
@@ -110,14 +123,14 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// A parked worker for `pair`; its thread's failures go to `failures`.
+    /// A parked worker for `pair`; what happens in its thread goes to `news`.
     ///
     /// # Errors
     /// What making an eventfd fails with.
-    pub fn new(index: u16, pair: QueuePair, failures: Mailer<WorkerFailure>) -> io::Result<Self> {
+    pub fn new(index: u16, pair: QueuePair, news: Mailer<WorkerNews>) -> io::Result<Self> {
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         pair.watch_wake(&wake)?;
-        let gate = Gate { closed: AtomicBool::new(true), wake, failures, pair: index };
+        let gate = Gate { closed: AtomicBool::new(true), wake, news, pair: index };
         let shared = Shared { slot: Mutex::new(Slot::Empty), changed: Condvar::new(), gate };
         Ok(Self { here: Some(Box::new(pair)), calls: Vec::new(), shared: Arc::new(shared), thread: None })
     }

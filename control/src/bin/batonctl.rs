@@ -24,7 +24,7 @@ struct Arguments {
     command: Command,
 }
 
-#[derive(Clone, Copy, Debug, Subcommand)]
+#[derive(Clone, Debug, Subcommand)]
 enum Command {
     /// What the process is and does.
     Status,
@@ -34,6 +34,21 @@ enum Command {
     Pause,
     /// Let a paused VM run.
     Resume,
+    /// Hand a back-end's device over to another one that waits with --incoming-fds.
+    Handover {
+        /// The other one's --incoming-fds.
+        #[arg(required_unless_present = "cancel", conflicts_with = "cancel")]
+        path: Option<String>,
+        /// When the front-end has stopped the device; say so before the VM migrates.
+        #[arg(long, conflicts_with = "cancel")]
+        on_suspend: bool,
+        /// Only find out whether the other one would take it.
+        #[arg(long, conflicts_with = "cancel")]
+        dry_run: bool,
+        /// End the hand-over that is under way: the device stays.
+        #[arg(long)]
+        cancel: bool,
+    },
     /// End the process.
     Quit,
 }
@@ -45,6 +60,16 @@ impl From<Command> for Request {
             Command::Stats => Self::Stats,
             Command::Pause => Self::Pause,
             Command::Resume => Self::Resume,
+            Command::Handover { path, on_suspend, dry_run, cancel } => Self::Handover {
+                // The back-end need not be in this directory.
+                path: path.map(|path| match std::path::absolute(&path) {
+                    Ok(absolute) => absolute.to_string_lossy().into_owned(),
+                    Err(_) => path,
+                }),
+                on_suspend,
+                dry_run,
+                cancel,
+            },
             Command::Quit => Self::Quit,
         }
     }
@@ -61,7 +86,7 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    let reply = ControlClient::connect(&arguments.control_socket)?.call(&arguments.command.into())?;
+    let reply = ControlClient::connect(&arguments.control_socket)?.call(&arguments.command.clone().into())?;
     let text = if arguments.json { format!("{reply}\n") } else { listing(&reply) };
     std::io::stdout().write_all(text.as_bytes()).context("cannot print the reply")
 }

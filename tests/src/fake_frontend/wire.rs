@@ -60,6 +60,10 @@ pub mod request {
     pub const ADD_MEM_REG: u32 = 37;
     /// `VHOST_USER_REM_MEM_REG`
     pub const REM_MEM_REG: u32 = 38;
+    /// `VHOST_USER_SET_DEVICE_STATE_FD`
+    pub const SET_DEVICE_STATE_FD: u32 = 42;
+    /// `VHOST_USER_CHECK_DEVICE_STATE`
+    pub const CHECK_DEVICE_STATE: u32 = 43;
     /// The highest code that any front-end is known to send; used where all of them are tried.
     pub const LAST: u32 = 44;
 }
@@ -91,6 +95,8 @@ pub mod protocol {
     pub const RESET_DEVICE: u64 = 1 << 13;
     /// `VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS`
     pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
+    /// `VHOST_USER_PROTOCOL_F_DEVICE_STATE`
+    pub const DEVICE_STATE: u64 = 1 << 19;
 }
 
 /// One message, right or wrong.
@@ -172,6 +178,11 @@ impl Message {
         let mut payload = 0u64.to_le_bytes().to_vec();
         payload.extend(region.encode());
         Self::new(request, payload)
+    }
+
+    /// `SET_DEVICE_STATE_FD` of a stopped device; the back-end is to write its state, or to read one.
+    pub fn device_state(save: bool) -> Self {
+        Self::new(request::SET_DEVICE_STATE_FD, [u32::from(!save), 0].map(u32::to_le_bytes).concat())
     }
 
     /// `GET_CONFIG`, with room for `length` bytes from `offset`.

@@ -1,0 +1,144 @@
+//! The frames in hand, in a sealed memfd: the source had read them from the TAP and could not deliver them.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+
+use baton_protocol::handover::state::FrameExtent;
+use baton_protocol::handover::validate::CheckedDevice;
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use crate::dataplane::rx::FrameInHand;
+use crate::net_header;
+
+/// What the file must be sealed against: it stays as it is.
+const SEALS: SealFlag = SealFlag::F_SEAL_SHRINK
+    .union(SealFlag::F_SEAL_GROW)
+    .union(SealFlag::F_SEAL_WRITE)
+    .union(SealFlag::F_SEAL_SEAL);
+
+/// Why frames cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum FramesError {
+    /// The file can still change.
+    #[error("the file of frames is not sealed")]
+    NotSealed,
+    /// A frame lies beyond the file's end.
+    #[error("the file of frames ends before the frame of queue pair {0}")]
+    Beyond(usize),
+    /// The state speaks of frames, and no file came.
+    #[error("the file of frames is missing")]
+    Missing,
+    /// The system would not.
+    #[error("cannot read the file of frames")]
+    System(#[from] io::Error),
+}
+
+/// Writes the frames of each pair that has one: the file, and where they are. No file where there are none.
+///
+/// # Errors
+/// The system's.
+pub fn write(frames: &[Option<FrameInHand>]) -> io::Result<(Option<OwnedFd>, Vec<Option<FrameExtent>>)> {
+    if frames.iter().all(Option::is_none) {
+        return Ok((None, vec![None; frames.len()]));
+    }
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let mut file = File::from(memfd_create("baton-frames", flags)?);
+    let mut offset = 0;
+    let mut extents = Vec::new();
+    for frame in frames {
+        let Some(FrameInHand { header, frame }) = frame else {
+            extents.push(None);
+            continue;
+        };
+        file.write_all(header)?;
+        file.write_all(frame)?;
+        let length = u32::try_from(header.len() + frame.len()).map_err(io::Error::other)?;
+        extents.push(Some(FrameExtent { offset, length }));
+        offset += u64::from(length);
+    }
+    fcntl(&file, FcntlArg::F_ADD_SEALS(SEALS))?;
+    Ok((Some(file.into()), extents))
+}
+
+/// Reads the frames that `device` speaks of.
+///
+/// # Errors
+/// [`FramesError`].
+pub fn read(device: &CheckedDevice, file: Option<OwnedFd>) -> Result<Vec<(usize, FrameInHand)>, FramesError> {
+    let mut frames = Vec::new();
+    let Some(file) = file else {
+        return if device.frames().next().is_none() { Ok(frames) } else { Err(FramesError::Missing) };
+    };
+    let seals = fcntl(&file, FcntlArg::F_GET_SEALS).map_err(|_| FramesError::NotSealed)?;
+    if !SealFlag::from_bits_truncate(seals).contains(SEALS) {
+        return Err(FramesError::NotSealed);
+    }
+    let file = File::from(file);
+    let size = file.metadata()?.size();
+    for (pair, FrameExtent { offset, length }) in device.frames() {
+        if offset.checked_add(u64::from(length)).is_none_or(|end| end > size) {
+            return Err(FramesError::Beyond(pair));
+        }
+        let mut header = [0; net_header::SHORT];
+        let mut frame = vec![0; (length as usize).saturating_sub(header.len())];
+        file.read_exact_at(&mut header, offset)?;
+        file.read_exact_at(&mut frame, offset + net_header::SHORT as u64)?;
+        frames.push((pair, FrameInHand { header, frame }));
+    }
+    Ok(frames)
+}
+
+#[cfg(test)]
+mod tests {
+    use baton_protocol::handover::state::{DeviceState, QueuePairState};
+    use baton_protocol::handover::validate::Capabilities;
+
+    use super::*;
+
+    fn checked(extents: &[Option<FrameExtent>]) -> CheckedDevice {
+        let pair = |&frame_in_hand: &Option<FrameExtent>| QueuePairState {
+            using_vnet_hdr: true,
+            host_vnet_hdr_len: 12,
+            frame_in_hand,
+            ..QueuePairState::default()
+        };
+        let queue_pairs = extents.iter().map(pair).collect();
+        let device = DeviceState { tap: "tap0".to_owned(), queue_pairs, ..DeviceState::default() };
+        CheckedDevice::try_from((device, &Capabilities::default())).unwrap()
+    }
+
+    fn frame(byte: u8, length: usize) -> FrameInHand {
+        FrameInHand { header: [byte; net_header::SHORT], frame: vec![byte; length] }
+    }
+
+    #[test]
+    fn frames_arrive_as_they_were() {
+        let frames = [None, Some(frame(1, 60)), Some(frame(2, 65_000))];
+        let (file, extents) = write(&frames).unwrap();
+        let read = read(&checked(&extents), file).unwrap();
+        assert_eq!(read, [(1, frame(1, 60)), (2, frame(2, 65_000))]);
+    }
+
+    #[test]
+    fn no_file_where_there_are_none() {
+        let (file, extents) = write(&[None, None]).unwrap();
+        assert!(file.is_none());
+        assert!(read(&checked(&extents), file).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_file_that_is_not_as_described_is_refused() {
+        let (file, extents) = write(&[Some(frame(1, 60))]).unwrap();
+        let error = read(&checked(&extents), None).unwrap_err();
+        assert!(matches!(error, FramesError::Missing), "{error}");
+        let longer = extents[0].map(|extent| FrameExtent { length: 71, ..extent });
+        let error = read(&checked(&[longer]), file).unwrap_err();
+        assert!(matches!(error, FramesError::Beyond(0)), "{error}");
+        let unsealed = tempfile::tempfile().unwrap();
+        let error = read(&checked(&extents), Some(unsealed.into())).unwrap_err();
+        assert!(matches!(error, FramesError::NotSealed), "{error}");
+    }
+}

@@ -1,0 +1,161 @@
+//! Between the device and what is said of it.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use baton_channel::ownership::SharedWord;
+use baton_protocol::control;
+use baton_protocol::fd_manifest::{FdManifest, NamedFds};
+use baton_protocol::handover::message::{FRAMES_FD, LINK_FD, OWNERSHIP_FD, Offer, tap_fd};
+use baton_protocol::handover::refusal::{Reasons, Refusal};
+use baton_protocol::handover::state::{Datapath, DeviceState, FrameExtent, QueuePairState};
+use baton_protocol::handover::validate::{Capabilities, CheckedDevice, MAX_QUEUE_PAIRS};
+use baton_protocol::ownership::{Owner, Word};
+
+use super::frames;
+use crate::dataplane::rx::FrameInHand;
+use crate::device::{Device, DeviceConfig};
+use crate::dispatch;
+use crate::net_header;
+use crate::tap::{Tap, adopted};
+
+/// What the target's command line decides, whatever arrives.
+#[derive(Clone, Debug, Default)]
+pub struct Wishes {
+    /// `--queue-pairs`.
+    pub queue_pairs: Option<usize>,
+    /// How many `--vhost-fds`.
+    pub vhost_fds: Option<usize>,
+    /// `--poll-us`.
+    pub poll: Option<Duration>,
+}
+
+/// A device that is here and was not touched yet.
+#[derive(Debug)]
+pub struct Adopted {
+    /// Its TAP.
+    pub tap: Tap,
+    /// Who owns it.
+    pub word: SharedWord,
+    /// What is said of it.
+    pub device: CheckedDevice,
+    /// Frames that are to be delivered first.
+    pub frames: Vec<(usize, FrameInHand)>,
+}
+
+/// What is said of `device`, whose TAP is in use, put aside, or not here.
+pub fn describe(device: &Device, tap: Option<&Tap>, extents: &[Option<FrameExtent>]) -> DeviceState {
+    let session = device.session();
+    let config = device.config();
+    let queue_pairs = device.counters().iter().enumerate().take(device.pairs());
+    let queue_pairs = queue_pairs.map(|(pair, counters)| QueuePairState {
+        using_vnet_hdr: true,
+        has_ufo: tap.is_some_and(Tap::has_ufo),
+        has_uso: tap.is_some_and(Tap::has_uso),
+        has_tunnel: false,
+        enabled: tap.is_some_and(|tap| tap.is_attached(pair)),
+        host_vnet_hdr_len: tap
+            .and_then(Tap::header_size)
+            .and_then(|size| u16::try_from(size).ok())
+            .unwrap_or(u16::try_from(net_header::SHORT).unwrap_or_default()),
+        frame_in_hand: extents.get(pair).copied().flatten(),
+        rx: counters.rx.save(),
+        tx: counters.tx.save(),
+    });
+    DeviceState {
+        tap: tap.map(|tap| tap.name().to_owned()).unwrap_or_default(),
+        queue_pairs: queue_pairs.collect(),
+        features: session.features.0,
+        protocol_features: session.protocol_features,
+        mac: config.mac,
+        mtu: config.mtu,
+        sndbuf: config.sndbuf,
+        downscript: config.downscript.as_ref().map(|path| path.to_string_lossy().into_owned()),
+        datapath: match device.datapath() {
+            control::Datapath::Userspace => Datapath::Userspace,
+            control::Datapath::VhostNet => Datapath::VhostNet,
+        },
+        poll_us: u32::try_from(config.poll.as_micros()).unwrap_or(u32::MAX),
+    }
+}
+
+/// The descriptors of an offer, by name.
+pub fn descriptors<'a>(
+    tap: &'a Tap,
+    word: &'a SharedWord,
+    frames: Option<&'a OwnedFd>,
+    link: Option<BorrowedFd<'a>>,
+) -> (FdManifest, Vec<BorrowedFd<'a>>) {
+    let taps = (0..tap.pairs()).map(|pair| (tap_fd(pair), tap.queue(pair).as_fd()));
+    taps.chain([(OWNERSHIP_FD.to_owned(), word.as_fd())])
+        .chain(frames.map(|frames| (FRAMES_FD.to_owned(), frames.as_fd())))
+        .chain(link.map(|link| (LINK_FD.to_owned(), link)))
+        .collect::<NamedFds<_>>()
+        .unzip()
+}
+
+/// What this back-end could take of `state`, from a source that is of the same user or not.
+pub fn capabilities(device: &Device, wishes: &Wishes, state: &DeviceState, same_user: bool) -> Capabilities {
+    let first = state.queue_pairs.first().copied().unwrap_or_default();
+    let offer = device.offer_with(&config(state, wishes), first.has_ufo, first.has_uso);
+    Capabilities {
+        queue_pairs: wishes.queue_pairs,
+        vhost_fds: wishes.vhost_fds,
+        features: offer.0,
+        protocol_features: dispatch::protocol_offer(device).bits(),
+        acknowledged: device.session().features.0,
+        set_up_pairs: device.set_up_pairs(),
+        same_user,
+    }
+}
+
+/// How the device is configured, as the source says and the target's command line wants.
+pub fn config(state: &DeviceState, wishes: &Wishes) -> DeviceConfig {
+    DeviceConfig {
+        mac: state.mac,
+        mtu: state.mtu,
+        sndbuf: state.sndbuf,
+        downscript: state.downscript.as_ref().map(PathBuf::from),
+        poll: wishes.poll.unwrap_or(Duration::from_micros(u64::from(state.poll_us))),
+    }
+}
+
+/// Checks an offer and keeps its descriptors, without touching the device. All that are not kept are closed.
+///
+/// # Errors
+/// All [`Reasons`] against it.
+pub fn adopt(
+    device: &mut Device,
+    wishes: &Wishes,
+    same_user: bool,
+    offer: Offer,
+    mut fds: NamedFds<OwnedFd>,
+) -> Result<(Word, Adopted), Reasons> {
+    let capabilities = capabilities(device, wishes, &offer.device, same_user);
+    let checked = CheckedDevice::try_from((offer.device, &capabilities))?;
+    let state = checked.state();
+    let claimed: Result<Vec<_>, _> =
+        (0..state.queue_pairs.len().min(MAX_QUEUE_PAIRS)).map(|pair| fds.claim(&tap_fd(pair))).collect();
+    let ownership = fds.claim(OWNERSHIP_FD);
+    let file = fds.claim_optional(FRAMES_FD);
+    let (taps, ownership) = claimed
+        .and_then(|taps| Ok((taps, ownership?)))
+        .and_then(|claimed| fds.finish().map(|()| claimed))
+        .map_err(|error| Reasons::from(Refusal::Descriptors(error)))?;
+    let word = SharedWord::from_fd(ownership).map_err(|error| Refusal::Ownership(error.to_string()))?;
+    let offered = Word { epoch: offer.epoch, owner: Owner::Offered };
+    match word.load() {
+        Ok(now) if now == offered => {}
+        Ok(now) => {
+            let text = format!("the ownership word does not offer the device: {now:?}");
+            return Err(Refusal::Ownership(text).into());
+        }
+        Err(error) => return Err(Refusal::Ownership(error.to_string()).into()),
+    }
+    let tap = adopted::adopt(state, taps).map_err(|error| Refusal::Tap(error.to_string()))?;
+    let frames = frames::read(&checked, file).map_err(|error| Refusal::Tap(error.to_string()))?;
+    device.open_vhost(tap.pairs()).map_err(|error| Refusal::VhostNet(error.to_string()))?;
+    tracing::info!(tap = tap.name(), queues = tap.pairs(), epoch = offer.epoch, "TAP descriptors claimed");
+    Ok((offered, Adopted { tap, word, device: checked, frames }))
+}

@@ -1,0 +1,335 @@
+//! The end that waits for a device: carries out what [`baton_protocol::handover::target`] decides.
+
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use baton_channel::packet::{ChannelError, Packet, PacketSocket};
+use baton_channel::peer::Peer;
+use baton_protocol::control::{HandoverState, HandoverStatus};
+use baton_protocol::fd_manifest::{FdManifest, NamedFds};
+use baton_protocol::handover::message::{LINK_FD, Message, Offer, Refuse};
+use baton_protocol::handover::refusal::{Reasons, Refusal};
+use baton_protocol::handover::state::DeviceState;
+use baton_protocol::handover::target::{Action, Event, Target};
+use baton_protocol::handover::validate::CheckedDevice;
+
+use super::snapshot::{self, Adopted, Wishes};
+use super::{PROGRAM, Surroundings, TARGET};
+use crate::device::{Device, DeviceConfig, DeviceError};
+use crate::events::Events;
+use crate::features::Features;
+
+/// How long the source's socket may be full.
+const PATIENCE: Duration = Duration::from_millis(100);
+
+/// What the device was before it was described by a source.
+#[derive(Debug)]
+struct Before {
+    config: DeviceConfig,
+    offer: Features,
+    pairs: usize,
+}
+
+/// One hand-over, from this side.
+#[derive(Debug)]
+pub struct TargetEnd {
+    state: Target<Box<Adopted>>,
+    link: Option<PacketSocket>,
+    /// The source runs as the same user.
+    same_user: bool,
+    /// The descriptors of the message that is being looked at.
+    fds: Option<NamedFds<OwnedFd>>,
+    before: Before,
+    /// Why the last offer was refused.
+    refused: Option<Reasons>,
+}
+
+/// Refuses whoever has just connected.
+pub fn refuse(link: &PacketSocket, refusal: Refusal) {
+    let message = Message::Refuse(Refuse { reasons: refusal.into() });
+    // Who does not read it finds the connection closed.
+    let _ = link.send(&message, &[], Duration::ZERO);
+}
+
+impl TargetEnd {
+    fn new(state: Target<Box<Adopted>>, link: PacketSocket, same_user: bool, device: &Device) -> Self {
+        let before = Before { config: device.config().clone(), offer: device.offer(), pairs: device.pairs() };
+        Self { state, link: Some(link), same_user, fds: None, before, refused: None }
+    }
+
+    /// With a source that has connected.
+    pub fn greeted(link: PacketSocket, same_user: bool, device: &Device, now: Duration) -> Self {
+        Self::new(Target::begin(now), link, same_user, device)
+    }
+
+    /// With an offer that the front-end's socket brought. The inner error says what is wrong with it.
+    ///
+    /// # Errors
+    /// [`DeviceError`]: the device cannot go on.
+    pub fn offered(
+        packet: Packet<Message>,
+        device: &mut Device,
+        wishes: &Wishes,
+        around: Surroundings<'_>,
+    ) -> Result<Result<Self, String>, DeviceError> {
+        let Message::Offer(mut offer) = packet.message else {
+            return Ok(Err(format!("the device state begins with {}", packet.message.name())));
+        };
+        let mut fds = match std::mem::take(&mut offer.fds).pair(packet.fds) {
+            Ok(fds) => fds,
+            Err(error) => return Ok(Err(error.to_string())),
+        };
+        let link = match fds.claim(LINK_FD).map(PacketSocket::try_from) {
+            Ok(Ok(link)) => link,
+            Ok(Err(error)) => return Ok(Err(error.to_string())),
+            Err(error) => return Ok(Err(error.to_string())),
+        };
+        let same_user = Peer::of(&link).is_ok_and(Peer::same_user);
+        if let Err(error) = around.epoll.add(&link, Events::EPOLLIN, TARGET) {
+            return Ok(Err(error.to_string()));
+        }
+        let mut target = Self::new(Target::Ready, link, same_user, device);
+        target.fds = Some(fds);
+        target.tell(device, wishes, around, Event::Message(Message::Offer(offer)))?;
+        Ok(match target.refused.take() {
+            Some(reasons) => Err(reasons.to_string()),
+            None => Ok(target),
+        })
+    }
+
+    /// Whether the next source may come.
+    pub fn is_over(&self) -> bool {
+        matches!(self.state, Target::Ended | Target::Taken)
+    }
+
+    /// When [`Self::on_time`] is due.
+    pub fn deadline(&self) -> Option<Duration> {
+        self.state.deadline()
+    }
+
+    /// How it stands.
+    pub fn status(&self) -> HandoverStatus {
+        let (state, epoch) = match &self.state {
+            Target::Adopted { word, .. } => (HandoverState::Adopted, Some(word.epoch)),
+            Target::Ready => (HandoverState::Ready, None),
+            _ => (HandoverState::Checking, None),
+        };
+        HandoverStatus { state, peer: "the source".to_owned(), epoch, reason: None }
+    }
+
+    /// Hears what the source says.
+    ///
+    /// # Errors
+    /// [`DeviceError`]: the device cannot go on.
+    pub fn listen(
+        &mut self,
+        device: &mut Device,
+        wishes: &Wishes,
+        around: Surroundings<'_>,
+    ) -> Result<(), DeviceError> {
+        let Some(link) = &self.link else { return Ok(()) };
+        let event = match link.receive::<Message>(Duration::ZERO) {
+            Ok(Packet { mut message, fds }) => {
+                let manifest = match &mut message {
+                    Message::Offer(offer) => std::mem::take(&mut offer.fds),
+                    _ => FdManifest::default(),
+                };
+                match manifest.pair(fds) {
+                    Ok(fds) => {
+                        self.fds = Some(fds);
+                        Event::Message(message)
+                    }
+                    Err(error) => self.nonsense(around, &error),
+                }
+            }
+            Err(ChannelError::Timeout) => return Ok(()),
+            Err(ChannelError::Closed) => self.closed(around),
+            Err(error) => self.nonsense(around, &error),
+        };
+        self.tell(device, wishes, around, event)
+    }
+
+    /// Time has passed.
+    ///
+    /// # Errors
+    /// [`DeviceError`]: the device cannot go on.
+    pub fn on_time(
+        &mut self,
+        device: &mut Device,
+        wishes: &Wishes,
+        around: Surroundings<'_>,
+    ) -> Result<(), DeviceError> {
+        self.tell(device, wishes, around, Event::Time(around.now))
+    }
+
+    /// Follows the rings: the first that starts takes the device.
+    ///
+    /// # Errors
+    /// [`DeviceError`]: the device cannot go on.
+    pub fn settle(
+        &mut self,
+        device: &mut Device,
+        wishes: &Wishes,
+        around: Surroundings<'_>,
+    ) -> Result<(), DeviceError> {
+        match &self.state {
+            Target::Adopted { .. } if device.wants_tap() => {
+                self.tell(device, wishes, around, Event::RingStarting)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The process ends. What the source has left behind is taken, so that it is cleaned up.
+    ///
+    /// # Errors
+    /// [`DeviceError`]: the device cannot go on.
+    pub fn finish(
+        &mut self,
+        device: &mut Device,
+        wishes: &Wishes,
+        around: Surroundings<'_>,
+    ) -> Result<(), DeviceError> {
+        match &self.state {
+            Target::Adopted { linked: false, .. } => self.tell(device, wishes, around, Event::RingStarting),
+            _ => Ok(()),
+        }
+    }
+
+    fn nonsense(&mut self, around: Surroundings<'_>, error: &dyn std::error::Error) -> Event<Box<Adopted>> {
+        tracing::warn!(%error, "the source makes no sense");
+        self.closed(around)
+    }
+
+    /// The event of a connection that ends here.
+    fn closed(&mut self, around: Surroundings<'_>) -> Event<Box<Adopted>> {
+        self.close(around);
+        let word = match &self.state {
+            Target::Adopted { device, .. } => device.word.load().ok(),
+            _ => None,
+        };
+        Event::Closed { word }
+    }
+
+    fn tell(
+        &mut self,
+        device: &mut Device,
+        wishes: &Wishes,
+        around: Surroundings<'_>,
+        event: Event<Box<Adopted>>,
+    ) -> Result<(), DeviceError> {
+        let state = std::mem::replace(&mut self.state, Target::Ended);
+        match state.step(event, PROGRAM, around.now) {
+            Ok((state, actions)) => {
+                self.state = state;
+                self.act(device, wishes, around, actions)
+            }
+            Err(failure) => {
+                tracing::warn!(message = failure.message, "the source sent this at the wrong time");
+                self.state = failure.state;
+                let closed = self.closed(around);
+                self.tell(device, wishes, around, closed)
+            }
+        }
+    }
+
+    fn act(
+        &mut self,
+        device: &mut Device,
+        wishes: &Wishes,
+        around: Surroundings<'_>,
+        actions: Vec<Action<Box<Adopted>>>,
+    ) -> Result<(), DeviceError> {
+        for action in actions {
+            match action {
+                Action::Judge(state) => {
+                    let verdict = self.judge(device, wishes, state);
+                    self.tell(device, wishes, around, Event::Judged(verdict))?;
+                }
+                Action::Adopt(offer) => {
+                    let adoption = self.adopt(device, wishes, offer);
+                    self.tell(device, wishes, around, Event::Adoption(adoption))?;
+                }
+                Action::Swap { from, to } => {
+                    let won = match &self.state {
+                        Target::Adopted { device, .. } => device.word.swap(from, to).is_ok(),
+                        _ => false,
+                    };
+                    self.tell(device, wishes, around, Event::Swapped { won })?;
+                }
+                Action::Activate(adopted) => activate(device, *adopted)?,
+                Action::Release(adopted) => {
+                    tracing::info!(tap = adopted.tap.name(), "the device stays the source's");
+                    let Before { config, offer, pairs } = &self.before;
+                    device.describe(config.clone(), *offer, *pairs);
+                }
+                Action::Send(message) => {
+                    if let Some(link) = &self.link
+                        && let Err(error) = link.send(&message, &[], PATIENCE)
+                    {
+                        // The end of the connection will be seen.
+                        tracing::warn!(%error, "cannot send {}", message.name());
+                    }
+                }
+                Action::Close => self.close(around),
+            }
+        }
+        Ok(())
+    }
+
+    fn judge(&self, device: &mut Device, wishes: &Wishes, state: DeviceState) -> Result<(), Reasons> {
+        let capabilities = snapshot::capabilities(device, wishes, &state, self.same_user);
+        let checked = CheckedDevice::try_from((state, &capabilities))?;
+        // Opened now, while nobody waits.
+        let pairs = checked.state().queue_pairs.len();
+        device.open_vhost(pairs).map_err(|error| Refusal::VhostNet(error.to_string()).into())
+    }
+
+    fn adopt(
+        &mut self,
+        device: &mut Device,
+        wishes: &Wishes,
+        offer: Offer,
+    ) -> Result<(baton_protocol::ownership::Word, Box<Adopted>), Reasons> {
+        let empty = || std::iter::empty().collect();
+        let fds = self.fds.take().unwrap_or_else(empty);
+        match snapshot::adopt(device, wishes, self.same_user, offer, fds) {
+            Ok((word, adopted)) => {
+                let state = adopted.device.state();
+                let config = snapshot::config(state, wishes);
+                let offer = device.offer_with(&config, adopted.tap.has_ufo(), adopted.tap.has_uso());
+                device.describe(config, offer, adopted.tap.pairs());
+                Ok((word, Box::new(adopted)))
+            }
+            Err(reasons) => {
+                tracing::warn!(%reasons, "an offered device is refused");
+                self.refused = Some(reasons.clone());
+                Err(reasons)
+            }
+        }
+    }
+
+    fn close(&mut self, around: Surroundings<'_>) {
+        if let Some(link) = self.link.take()
+            && let Err(error) = around.epoll.remove(&link)
+        {
+            tracing::warn!(%error, "cannot stop watching the source");
+        }
+    }
+}
+
+/// The device is ours: counters go on, frames in hand go first, and the TAP is used.
+fn activate(device: &mut Device, adopted: Adopted) -> Result<(), DeviceError> {
+    let Adopted { tap, device: checked, frames, .. } = adopted;
+    for (counters, saved) in device.counters().iter().zip(&checked.state().queue_pairs) {
+        counters.rx.restore(&saved.rx);
+        counters.tx.restore(&saved.tx);
+    }
+    let poll = device.config().poll;
+    device.set_poll(poll)?;
+    for (pair, frame) in frames {
+        device.set_frame_in_hand(pair, Some(frame))?;
+    }
+    tracing::info!(tap = tap.name(), queue_pairs = tap.pairs(), "the device is ours");
+    device.use_tap(tap)
+}

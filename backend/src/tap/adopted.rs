@@ -1,0 +1,113 @@
+//! A TAP that another process hands over: its descriptors are looked at and kept, and nothing is set. Offloads and
+//! header size belong to the device and `O_NONBLOCK` to the open file, so any of that would reach into the owner's work.
+#![expect(unsafe_code, reason = "asks the kernel about a TAP")]
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+
+use baton_protocol::handover::state::{DeviceState, QueuePairState};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+
+use super::{Tap, TapQueue, empty_request, interface_name, ioctl};
+
+/// Why descriptors are not those of the TAP that they should be.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AdoptError {
+    /// Not a TAP with its interface.
+    #[error("descriptor tap/{0} is not a TAP that is attached to an interface")]
+    NotTap(usize),
+    /// Another interface.
+    #[error("descriptor tap/{pair} belongs to {name}, not to {expected}")]
+    Name {
+        /// Its queue pair.
+        pair: usize,
+        /// Its interface.
+        name: String,
+        /// The one that it should belong to.
+        expected: String,
+    },
+    /// A TUN, or frames with other headers.
+    #[error("descriptor tap/{0} was not opened as a TAP with IFF_VNET_HDR and IFF_NO_PI")]
+    Flags(usize),
+    /// Reads would block.
+    #[error("descriptor tap/{0} is blocking")]
+    Blocking(usize),
+    /// The kernel says something else than the source.
+    #[error("descriptor tap/{pair}: the source says {said}, the kernel {is}")]
+    Differs {
+        /// Its queue pair.
+        pair: usize,
+        /// As the source says.
+        said: String,
+        /// As it is.
+        is: String,
+    },
+}
+
+/// The TAP of `device`, whose queues these descriptors are.
+///
+/// # Errors
+/// [`AdoptError`]; the descriptors are closed.
+pub fn adopt(device: &DeviceState, fds: Vec<OwnedFd>) -> Result<Tap, AdoptError> {
+    let mut multi_queue = false;
+    for (pair, (fd, state)) in fds.iter().zip(&device.queue_pairs).enumerate() {
+        let flags = check(device, pair, fd, state)?;
+        multi_queue = flags & libc::IFF_MULTI_QUEUE != 0;
+    }
+    let first = device.queue_pairs.first().copied().unwrap_or_default();
+    Ok(Tap {
+        name: device.tap.clone(),
+        queues: fds.into_iter().map(|fd| Arc::new(TapQueue::new(File::from(fd)))).collect(),
+        attached: device.queue_pairs.iter().map(|pair| pair.enabled).collect(),
+        multi_queue,
+        ufo: first.has_ufo,
+        uso: first.has_uso,
+        // Both are set when the device is ours.
+        offloads: None,
+        header_size: None,
+    })
+}
+
+/// Checks one queue's descriptor, and gives its interface's flags.
+fn check(
+    device: &DeviceState,
+    pair: usize,
+    fd: &OwnedFd,
+    state: &QueuePairState,
+) -> Result<libc::c_int, AdoptError> {
+    let mut request = empty_request();
+    // SAFETY: TUNGETIFF fills an ifreq; any other file answers ENOTTY or the like.
+    unsafe { ioctl::get_iff(fd.as_raw_fd(), &raw mut request) }.map_err(|_| AdoptError::NotTap(pair))?;
+    let name = interface_name(&request);
+    if name != device.tap {
+        return Err(AdoptError::Name { pair, name, expected: device.tap.clone() });
+    }
+    // SAFETY: TUNGETIFF sets the flags.
+    let flags = libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags });
+    let needed = libc::IFF_TAP | libc::IFF_VNET_HDR | libc::IFF_NO_PI;
+    if flags & needed != needed {
+        return Err(AdoptError::Flags(pair));
+    }
+    let attached = flags & libc::IFF_DETACH_QUEUE == 0;
+    if attached != state.enabled {
+        let word = |attached| if attached { "attached" } else { "detached" }.to_owned();
+        return Err(AdoptError::Differs { pair, said: word(state.enabled), is: word(attached) });
+    }
+    let mut length: libc::c_int = 0;
+    // SAFETY: TUNGETVNETHDRSZ fills an int.
+    let result = unsafe { ioctl::get_vnet_hdr_size(fd.as_raw_fd(), &raw mut length) };
+    if result.is_err() || length != libc::c_int::from(state.host_vnet_hdr_len) {
+        let header = |length: String| format!("headers of {length} bytes");
+        return Err(AdoptError::Differs {
+            pair,
+            said: header(state.host_vnet_hdr_len.to_string()),
+            is: header(length.to_string()),
+        });
+    }
+    let status = fcntl(fd, FcntlArg::F_GETFL).map_err(|_| AdoptError::NotTap(pair))?;
+    if !OFlag::from_bits_retain(status).contains(OFlag::O_NONBLOCK) {
+        return Err(AdoptError::Blocking(pair));
+    }
+    Ok(flags)
+}
