@@ -9,7 +9,9 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use baton_control::ControlClient;
-use baton_protocol::control::{BackendStats, BackendStatus, Frontend, QueuePairStats, Request};
+use baton_protocol::control::{
+    BackendStats, BackendStatus, Frontend, HandoverState, HandoverStatus, QueuePairStats, Request,
+};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 
@@ -21,6 +23,9 @@ use crate::netns::Netns;
 use crate::packet_socket::PacketSocket;
 use crate::process::{PATIENCE, Process};
 use crate::programs;
+
+/// The socket on which a back-end waits for a device.
+const INCOMING: &str = "incoming";
 
 /// The TAP of a [`Rig`].
 pub const TAP: &str = "tap0";
@@ -56,6 +61,69 @@ impl Backend {
     /// If it cannot be started.
     pub fn with_arguments(datapath: Datapath, arguments: &[&str], fds: &[BorrowedFd<'_>]) -> Result<Self> {
         Self::start(tempfile::tempdir()?, Vec::new(), datapath, arguments, fds)
+    }
+
+    /// Starts a back-end that listens, and waits for a device, with these further arguments.
+    ///
+    /// # Errors
+    /// If it cannot be started, or does not listen.
+    pub fn waiting(datapath: Datapath, arguments: &[&str]) -> Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let options = [("--socket-path=", "vhost-user"), ("--incoming-fds=", INCOMING)];
+        let options = options.map(|(option, name)| {
+            let mut option = OsString::from(option);
+            option.push(directory.path().join(name));
+            option
+        });
+        let mut backend = Self::start(directory, options.into(), datapath, arguments, &[])?;
+        // It answers once it has everything that it was told to have.
+        backend.status()?;
+        Ok(backend)
+    }
+
+    /// Where it waits for a device.
+    pub fn incoming(&self) -> PathBuf {
+        self.directory().join(INCOMING)
+    }
+
+    /// Asks it to hand its device over to a back-end that waits there, when its rings are stopped.
+    ///
+    /// # Errors
+    /// If it refuses.
+    pub fn arm(&mut self, path: &Path) -> Result<serde_json::Value> {
+        self.ask(&Request::Handover {
+            path: Some(path.display().to_string()),
+            on_suspend: true,
+            dry_run: false,
+            cancel: false,
+        })
+    }
+
+    /// Ends the hand-over.
+    ///
+    /// # Errors
+    /// If it refuses.
+    pub fn cancel(&mut self) -> Result<serde_json::Value> {
+        self.ask(&Request::Handover { path: None, on_suspend: false, dry_run: false, cancel: true })
+    }
+
+    /// Waits until a hand-over stands like this; gives it.
+    ///
+    /// # Errors
+    /// If it never does.
+    pub fn wait_handover(&mut self, state: HandoverState) -> Result<HandoverStatus> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let handover = self.status()?.handover;
+            if let Some(handover) = handover.as_ref().filter(|handover| handover.state == state) {
+                return Ok(handover.clone());
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "the hand-over stays {handover:?}; log:\n{}",
+                self.process.log()
+            );
+        }
     }
 
     /// Starts a back-end that listens, as a user without any rights.

@@ -388,9 +388,40 @@ impl Device {
     /// # Errors
     /// If the back-end refuses.
     pub fn reconnect(&mut self, connection: Connection) -> Result<()> {
+        // First the old one: a back-end has one front-end at a time.
         self.connection = connection;
+        self.begin_again()
+    }
+
+    /// The same, with the old connection still open: the device has moved to another back-end. Gives the old one.
+    ///
+    /// # Errors
+    /// If the back-end refuses.
+    pub fn move_to(&mut self, connection: Connection) -> Result<Connection> {
+        let old = std::mem::replace(&mut self.connection, connection);
+        self.begin_again()?;
+        Ok(old)
+    }
+
+    fn begin_again(&mut self) -> Result<()> {
         self.negotiate()?;
         self.share()?;
+        self.restart_rings()
+    }
+
+    /// Stops all rings, as a front-end does whose VM is stopped, and leaves them enabled.
+    ///
+    /// # Errors
+    /// If the back-end refuses.
+    pub fn suspend(&self) -> Result<()> {
+        (0..2 * u32::from(self.options.queue_pairs)).try_for_each(|index| self.stop_ring(index).map(drop))
+    }
+
+    /// Starts all rings again, each at its used index, with the chains that the device has.
+    ///
+    /// # Errors
+    /// If the back-end refuses.
+    pub fn restart_rings(&mut self) -> Result<()> {
         for index in 0..2 * u32::from(self.options.queue_pairs) {
             let base = self.ring(index).queue.used_index();
             self.connection.set_vring_enable(index, true)?;

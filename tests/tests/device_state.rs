@@ -1,0 +1,337 @@
+//! Device state moved by a front-end (`SET_DEVICE_STATE_FD`, `CHECK_DEVICE_STATE`): over a Unix socket with the TAP,
+//! over a pipe without it; taken by whoever starts a ring first; and what bad or slow peers cost.
+#![expect(clippy::unwrap_used, reason = "these are tests")]
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+
+use anyhow::{Result, ensure};
+use baton_protocol::control::{BackendState, HandoverState};
+use baton_tests::backend::{Backend, Rig, TAP};
+use baton_tests::datapath::Datapath;
+use baton_tests::fake_frontend::net::features;
+use baton_tests::fake_frontend::wire::{Message, protocol, request};
+use baton_tests::fake_frontend::{Connection, Device, Options};
+use baton_tests::frames;
+use baton_tests::on_both_datapaths;
+use baton_tests::process::Process;
+use nix::sys::signal::Signal;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+
+on_both_datapaths! {
+    a_device_moves_over_a_socket_for_packets,
+    a_device_moves_over_a_stream,
+    the_sources_ring_takes_the_device_back,
+    state_without_descriptors_moves_over_a_pipe,
+}
+
+/// The answer to a `SET_DEVICE_STATE_FD` that succeeds, and returns no descriptor.
+const ACCEPTED: u64 = 0x100;
+/// The answer to one that fails.
+const REFUSED: u64 = 0x101;
+
+fn options(queue_pairs: u16) -> Options {
+    Options {
+        queue_pairs,
+        features: Options::default().features | features::MQ,
+        protocol_features: Options::default().protocol_features | protocol::DEVICE_STATE,
+        ..Options::default()
+    }
+}
+
+fn pair(kind: SockType) -> (OwnedFd, OwnedFd) {
+    socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC).unwrap()
+}
+
+fn pipe() -> (File, File) {
+    let (read, write) = nix::unistd::pipe().unwrap();
+    (read.into(), write.into())
+}
+
+/// Gives the back-end a descriptor for its state.
+fn set_state_fd(connection: &Connection, save: bool, fd: impl AsFd) -> Result<u64> {
+    let payload = connection.ask_with(&Message::device_state(save), &[fd.as_fd()])?;
+    Ok(u64::from_le_bytes(payload.as_slice().try_into()?))
+}
+
+/// Waits for what is logged after an answer.
+fn wait_log(backend: &mut Backend, text: &str) {
+    let logged = |process: &Process| Ok(process.log().contains(text).then_some(()));
+    backend.process.wait_until(&format!("it logged \"{text}\""), logged).unwrap();
+}
+
+/// Whether the transfer has succeeded.
+fn check(connection: &Connection) -> Result<bool> {
+    Ok(connection.ask_u64(&Message::empty(request::CHECK_DEVICE_STATE))? == 0)
+}
+
+/// A front-end of a back-end that waits for a device, with everything negotiated.
+fn negotiated(target: &mut Backend) -> Result<Connection> {
+    let connection = target.connect()?;
+    let options = options(1);
+    connection.get_features()?;
+    connection.set_protocol_features(options.protocol_features)?;
+    connection.set_features(options.features)?;
+    Ok(connection)
+}
+
+/// A device that works, stopped, and a back-end that waits, with a front-end each.
+fn stopped(datapath: Datapath, queue_pairs: u16) -> Result<(Rig, Device, Backend, Connection)> {
+    let mut rig = Rig::new(datapath, queue_pairs, &[])?;
+    let mut device = rig.device(options(queue_pairs))?;
+    rig.check_traffic(&mut device)?;
+    device.suspend()?;
+    let mut target = Backend::waiting(datapath, &[])?;
+    let connection = negotiated(&mut target)?;
+    Ok((rig, device, target, connection))
+}
+
+/// Moves the state from the stopped device's back-end to the other one.
+fn transfer(device: &Device, target: &Connection, kind: SockType) -> Result<()> {
+    let (ours, theirs) = pair(kind);
+    ensure!(set_state_fd(&device.connection, true, ours)? == ACCEPTED);
+    ensure!(check(&device.connection)?, "the source could not save");
+    ensure!(set_state_fd(target, false, theirs)? == ACCEPTED);
+    ensure!(check(target)?, "the target could not load");
+    Ok(())
+}
+
+fn a_device_moves_over_a_socket_for_packets(datapath: Datapath) -> Result<()> {
+    a_device_moves(datapath, SockType::SeqPacket)
+}
+
+fn a_device_moves_over_a_stream(datapath: Datapath) -> Result<()> {
+    a_device_moves(datapath, SockType::Stream)
+}
+
+fn a_device_moves(datapath: Datapath, kind: SockType) -> Result<()> {
+    let (mut rig, mut device, mut target, connection) = stopped(datapath, 2)?;
+    transfer(&device, &connection, kind)?;
+    ensure!(target.status()?.tap.is_empty(), "the target has taken the device without a ring");
+    ensure!(rig.backend.status()?.state == BackendState::HandingOver);
+    rig.network.send(&frames::numbered(3, 99))?;
+    let old = device.move_to(connection)?;
+    rig.backend.wait_handover(HandoverState::HandedOver)?;
+    let (_, received) = rig.receive_on_any(&mut device)?;
+    ensure!(frames::number_of(&received) == Some(3));
+    drop(old);
+    let status = rig.backend.process.wait()?;
+    ensure!(status.success(), "{status}");
+    rig.backend = target;
+    rig.check_traffic(&mut device)?;
+    ensure!(rig.backend.status()?.tap == TAP);
+    // The second hop.
+    device.suspend()?;
+    let mut third = Backend::waiting(datapath, &[])?;
+    let connection = negotiated(&mut third)?;
+    transfer(&device, &connection, kind)?;
+    device.move_to(connection)?;
+    rig.backend = third;
+    rig.check_traffic(&mut device)?;
+    rig.backend.check_healthy()
+}
+
+fn the_sources_ring_takes_the_device_back(datapath: Datapath) -> Result<()> {
+    let (mut rig, mut device, mut target, connection) = stopped(datapath, 2)?;
+    for number in 0..3 {
+        transfer(&device, &connection, SockType::SeqPacket)?;
+        rig.network.send(&frames::numbered(number, 77))?;
+        device.restart_rings()?;
+        let (_, received) = rig.receive_on_any(&mut device)?;
+        ensure!(frames::number_of(&received) == Some(number));
+        rig.check_traffic(&mut device)?;
+        device.suspend()?;
+        while target.status()?.handover.is_some() {}
+    }
+    device.restart_rings()?;
+    rig.check_traffic(&mut device)?;
+    target.check_healthy()
+}
+
+fn state_without_descriptors_moves_over_a_pipe(datapath: Datapath) -> Result<()> {
+    let (mut rig, mut device, _target, _) = stopped(datapath, 1)?;
+    let (mut read, write) = pipe();
+    ensure!(set_state_fd(&device.connection, true, &write)? == ACCEPTED);
+    drop(write);
+    let mut state = Vec::new();
+    read.read_to_end(&mut state)?;
+    ensure!(check(&device.connection)?);
+    // The source keeps everything.
+    device.restart_rings()?;
+    rig.check_traffic(&mut device)?;
+
+    // Another back-end with a TAP of its own takes the rest.
+    rig.netns.create_persistent_tap("tap1", false)?;
+    let mut other = Backend::listening(datapath, &["--tap=tap1"], &[])?;
+    let connection = negotiated(&mut other)?;
+    let (read, mut write) = pipe();
+    ensure!(set_state_fd(&connection, false, &read)? == ACCEPTED);
+    write.write_all(&state)?;
+    drop(write);
+    ensure!(check(&connection)?);
+    // Not one of fewer queue pairs.
+    rig.netns.create_persistent_tap("tap2", true)?;
+    let mut two = Backend::listening(datapath, &["--tap=tap2", "--queue-pairs=2"], &[])?;
+    let connection = negotiated(&mut two)?;
+    let (read, mut write) = pipe();
+    ensure!(set_state_fd(&connection, false, &read)? == ACCEPTED);
+    write.write_all(&state)?;
+    drop(write);
+    ensure!(!check(&connection)?);
+    wait_log(&mut two, "queue-pairs: ");
+    Ok(())
+}
+
+#[test]
+fn a_pipe_works_after_a_hand_over_on_suspend_too() {
+    let (mut rig, mut device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
+    rig.backend.arm(&target.incoming()).unwrap();
+    target.wait_handover(HandoverState::Adopted).unwrap();
+    let (read, write) = pipe();
+    assert_eq!(set_state_fd(&device.connection, true, &write).unwrap(), ACCEPTED);
+    assert_eq!(set_state_fd(&connection, false, &read).unwrap(), ACCEPTED);
+    drop(write);
+    assert!(check(&device.connection).unwrap());
+    assert!(check(&connection).unwrap());
+    device.move_to(connection).unwrap();
+    rig.backend = target;
+    rig.check_traffic(&mut device).unwrap();
+}
+
+#[test]
+fn what_may_not_be_asked_is_refused_and_nothing_else_happens() {
+    let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
+    let plain = Options { protocol_features: Options::default().protocol_features, ..options(1) };
+    let mut device = rig.device(plain).unwrap();
+    let (ours, _theirs) = pair(SockType::SeqPacket);
+    device.suspend().unwrap();
+    assert_eq!(set_state_fd(&device.connection, true, &ours).unwrap(), REFUSED);
+    assert!(!check(&device.connection).unwrap());
+    wait_log(&mut rig.backend, "DEVICE_STATE was not negotiated");
+    drop(device);
+
+    device = rig.device(options(1)).unwrap();
+    assert_eq!(set_state_fd(&device.connection, true, &ours).unwrap(), REFUSED);
+    wait_log(&mut rig.backend, "device state moves only while all rings are stopped");
+    device.suspend().unwrap();
+    // None was moved yet.
+    assert!(!check(&device.connection).unwrap());
+    // A back-end with a TAP gets no other.
+    assert_eq!(set_state_fd(&device.connection, false, &ours).unwrap(), REFUSED);
+    wait_log(&mut rig.backend, "has a TAP already and cannot receive one");
+    device.restart_rings().unwrap();
+    rig.check_traffic(&mut device).unwrap();
+}
+
+#[test]
+fn a_save_that_nobody_takes_leaves_the_device_with_its_source() {
+    let (mut rig, mut device, ..) = stopped(Datapath::Userspace, 1).unwrap();
+    let mut at_rest = None;
+    for kind in [SockType::SeqPacket, SockType::Stream, SockType::SeqPacket] {
+        let (ours, theirs) = pair(kind);
+        assert_eq!(set_state_fd(&device.connection, true, ours).unwrap(), ACCEPTED);
+        assert!(check(&device.connection).unwrap());
+        // The front-end closes the other end: what was in it is gone.
+        drop(theirs);
+        rig.backend.wait_handover(HandoverState::Failed).unwrap();
+        device.restart_rings().unwrap();
+        rig.check_traffic(&mut device).unwrap();
+        device.suspend().unwrap();
+        // Nobody there at all.
+        let (ours, theirs) = pair(kind);
+        drop(theirs);
+        assert_eq!(set_state_fd(&device.connection, true, ours).unwrap(), ACCEPTED);
+        assert!(!check(&device.connection).unwrap());
+        device.restart_rings().unwrap();
+        rig.check_traffic(&mut device).unwrap();
+        device.suspend().unwrap();
+        // The last hand-over keeps its word, but no more of them than one.
+        let open = rig.backend.process.open_fds().unwrap();
+        assert_eq!(*at_rest.get_or_insert(open), open);
+    }
+}
+
+#[test]
+fn nonsense_costs_the_transfer_only() {
+    let (mut rig, mut device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
+    let at_rest = target.process.open_fds().unwrap();
+    let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/../protocol/tests/golden/handover-v1");
+    let mut all: Vec<Vec<u8>> = vec![Vec::new(), vec![0xee; 500], vec![0; 200_000]];
+    for entry in std::fs::read_dir(golden).unwrap() {
+        let mut packet = std::fs::read(entry.unwrap().path()).unwrap();
+        packet.truncate(packet.len() - 1);
+        all.push(packet);
+    }
+    // Whole, but it names descriptors that are not there.
+    all.push(std::fs::read(format!("{golden}/offer.bin")).unwrap());
+    for bytes in all {
+        let (read, mut write) = pipe();
+        assert_eq!(set_state_fd(&connection, false, &read).unwrap(), ACCEPTED);
+        drop(read);
+        // The back-end may close it before all is written.
+        let _ = write.write_all(&bytes);
+        drop(write);
+        assert!(!check(&connection).unwrap());
+        for kind in [SockType::SeqPacket, SockType::Stream] {
+            let (ours, theirs) = pair(kind);
+            assert_eq!(set_state_fd(&connection, false, ours).unwrap(), ACCEPTED);
+            let _ = File::from(theirs).write_all(&bytes[..bytes.len().min(150_000)]);
+            assert!(!check(&connection).unwrap());
+        }
+        target.process.wait_open_fds(at_rest).unwrap();
+    }
+    transfer(&device, &connection, SockType::SeqPacket).unwrap();
+    device.move_to(connection).unwrap();
+    rig.backend = target;
+    rig.check_traffic(&mut device).unwrap();
+}
+
+#[test]
+fn a_peer_that_hangs_holds_up_neither_the_session_nor_the_next_one() {
+    let (_rig, _device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
+    let (read, write) = pipe();
+    assert_eq!(set_state_fd(&connection, false, &read).unwrap(), ACCEPTED);
+    // Served, though nothing comes.
+    connection.get_features().unwrap();
+    // Only one at a time.
+    let (other, _end) = pipe();
+    assert_eq!(set_state_fd(&connection, false, &other).unwrap(), REFUSED);
+    // The answer waits, and whoever asks may go away.
+    connection.send(&Message::empty(request::CHECK_DEVICE_STATE), &[]).unwrap();
+    drop(connection);
+    let connection = negotiated(&mut target).unwrap();
+    assert!(!check(&connection).unwrap());
+    drop((read, write));
+    // With the pipe closed its thread ends, and the next one may begin.
+    let mut answer = REFUSED;
+    while answer == REFUSED {
+        let (read, _) = pipe();
+        answer = set_state_fd(&connection, false, &read).unwrap();
+    }
+    assert_eq!(answer, ACCEPTED);
+    assert!(!check(&connection).unwrap());
+    target.check_healthy().unwrap();
+}
+
+#[test]
+fn a_source_that_dies_leaves_the_device_to_its_target() {
+    let (mut rig, mut device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
+    transfer(&device, &connection, SockType::SeqPacket).unwrap();
+    rig.backend.process.signal(Signal::SIGKILL).unwrap();
+    rig.backend.process.wait().unwrap();
+    target.wait_handover(HandoverState::Adopted).unwrap();
+    device.move_to(connection).unwrap();
+    rig.backend = target;
+    rig.check_traffic(&mut device).unwrap();
+}
+
+#[test]
+fn a_target_that_dies_leaves_the_device_to_its_source() {
+    let (mut rig, mut device, target, connection) = stopped(Datapath::Userspace, 1).unwrap();
+    transfer(&device, &connection, SockType::Stream).unwrap();
+    target.process.signal(Signal::SIGKILL).unwrap();
+    rig.backend.wait_handover(HandoverState::Failed).unwrap();
+    device.restart_rings().unwrap();
+    rig.check_traffic(&mut device).unwrap();
+}

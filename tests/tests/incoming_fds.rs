@@ -1,0 +1,147 @@
+//! `--incoming-fds`: what it excludes, what a waiting back-end answers, and that it needs no rights.
+#![expect(clippy::unwrap_used, reason = "these are tests")]
+
+use std::os::unix::fs::PermissionsExt;
+
+use baton_protocol::control::{BackendState, HandoverState};
+use baton_tests::backend::{Backend, Rig};
+use baton_tests::datapath::Datapath;
+use baton_tests::fake_frontend::net::features;
+use baton_tests::fake_frontend::wire::protocol;
+use baton_tests::fake_frontend::{Connection, Options};
+use baton_tests::on_both_datapaths;
+use baton_tests::process::Process;
+use baton_tests::programs;
+
+on_both_datapaths! {
+    a_waiting_back_end_offers_everything,
+    what_arrives_decides_how_many_queue_pairs_there_are,
+}
+
+/// A front-end that may ask for all that there is.
+fn negotiated(target: &mut Backend) -> Connection {
+    let connection = target.connect().unwrap();
+    connection.get_features().unwrap();
+    connection.set_protocol_features(protocol::MQ | protocol::CONFIG | protocol::REPLY_ACK).unwrap();
+    connection
+}
+
+fn usage_error(arguments: &[&str]) -> String {
+    let arguments: Vec<_> = arguments.iter().map(Into::into).collect();
+    let mut process = Process::start(&programs::backend().unwrap(), &arguments, &[]).unwrap();
+    assert_eq!(process.wait().unwrap().code(), Some(2));
+    process.log()
+}
+
+#[test]
+fn one_error_names_every_option_that_it_excludes() {
+    let error = usage_error(&[
+        "--socket-path=s",
+        "--incoming-fds=p",
+        "--tap=tap0",
+        "--sndbuf=0",
+        "--mac=02:00:00:00:00:01",
+        "--mtu=1500",
+        "--script=/x",
+        "--downscript=/y",
+    ]);
+    assert_eq!(
+        error,
+        "baton-backend: with --incoming-fds the device arrives as it is: leave out --tap, --sndbuf, --mac, --mtu, \
+         --script, --downscript; see --help\n"
+    );
+    let error = usage_error(&["--socket-path=s", "--incoming-fds=p", "--tap-fds=5", "--downscript=/y"]);
+    assert!(error.contains("leave out --tap-fds, --downscript;"), "{error}");
+}
+
+#[test]
+fn descriptors_of_vhost_net_are_one_for_each_queue_pair() {
+    let error = usage_error(&["--socket-path=s", "--incoming-fds=p", "--queue-pairs=3", "--vhost-fds=7,8"]);
+    assert!(error.contains("--vhost-fds gives 2 descriptors for 3 queue pairs"), "{error}");
+}
+
+fn a_waiting_back_end_offers_everything(datapath: Datapath) {
+    let mut target = Backend::waiting(datapath, &[]).unwrap();
+    let status = target.status().unwrap();
+    assert_eq!((status.state, status.tap.as_str()), (BackendState::Waiting, ""));
+    assert!(status.vrings.is_empty());
+    let connection = negotiated(&mut target);
+    let offer = connection.get_features().unwrap();
+    for feature in [features::MAC, features::MTU, features::MQ, features::HOST_USO, features::GUEST_UFO] {
+        assert_ne!(offer & feature, 0, "{feature:#x} is not offered");
+    }
+    assert_eq!(connection.get_queue_num().unwrap(), 256);
+    let mut target = Backend::waiting(datapath, &["--queue-pairs=3"]).unwrap();
+    assert_eq!(negotiated(&mut target).get_queue_num().unwrap(), 6);
+}
+
+fn what_arrives_decides_how_many_queue_pairs_there_are(datapath: Datapath) {
+    let mac = "--mac=02:00:00:00:00:77";
+    let mut rig = Rig::new(datapath, 3, &[mac, "--mtu=1400"]).unwrap();
+    let options = Options {
+        queue_pairs: 3,
+        features: Options::default().features | features::MQ,
+        ..Options::default()
+    };
+    let mut device = rig.device(options).unwrap();
+    let mut target = Backend::waiting(datapath, &[]).unwrap();
+    rig.backend.arm(&target.incoming()).unwrap();
+    device.suspend().unwrap();
+    target.wait_handover(HandoverState::Adopted).unwrap();
+    let connection = negotiated(&mut target);
+    assert_eq!(connection.get_queue_num().unwrap(), 6);
+    let config = connection.get_config(0, 12).unwrap();
+    assert_eq!(config[..6], [2, 0, 0, 0, 0, 0x77]);
+    assert_eq!(config[10..12], 1400u16.to_le_bytes());
+    let _old = device.move_to(connection).unwrap();
+    rig.backend.wait_handover(HandoverState::HandedOver).unwrap();
+    rig.backend = target;
+    rig.check_traffic(&mut device).unwrap();
+}
+
+#[test]
+fn a_target_needs_no_rights_and_no_access_to_the_tun_device() {
+    let mut rig = Rig::new(Datapath::Userspace, 2, &[]).unwrap();
+    let options = Options {
+        queue_pairs: 2,
+        features: Options::default().features | features::MQ | features::GUEST_CSUM | features::GUEST_TSO4,
+        ..Options::default()
+    };
+    let mut device = rig.device(options).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
+    let incoming = directory.path().join("incoming");
+    let option = format!("--incoming-fds={}", incoming.display());
+    let mut target = Backend::unprivileged(&[&option], &[]).unwrap();
+    target.status().unwrap();
+    let text = std::fs::read_to_string(format!("/proc/{}/status", target.process.pid())).unwrap();
+    for line in ["CapEff:\t0000000000000000", "CapPrm:\t0000000000000000", "NoNewPrivs:\t1", "Uid:\t65534"] {
+        assert!(text.contains(line), "{line} is not in {text}");
+    }
+    rig.backend.arm(&incoming).unwrap();
+    device.suspend().unwrap();
+    target.wait_handover(HandoverState::Adopted).unwrap();
+    let _old = device.move_to(target.connect().unwrap()).unwrap();
+    rig.backend.wait_handover(HandoverState::HandedOver).unwrap();
+    rig.backend = target;
+    rig.check_traffic(&mut device).unwrap();
+    rig.backend.check_healthy().unwrap();
+}
+
+#[test]
+fn a_downscript_of_another_user_is_refused_by_name() {
+    let mut rig = Rig::new(Datapath::Userspace, 1, &["--downscript=/bin/true"]).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
+    let incoming = directory.path().join("incoming");
+    let option = format!("--incoming-fds={}", incoming.display());
+    let mut target = Backend::unprivileged(&[&option], &[]).unwrap();
+    target.status().unwrap();
+    let error = rig.backend.arm(&incoming).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "the target refuses: downscript-user: the downscript \"/bin/true\" comes from another user, and would not be \
+         run; start the source with --downscript=no"
+    );
+}
