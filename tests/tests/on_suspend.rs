@@ -16,7 +16,8 @@ use baton_tests::frames::{self, Network, Transport, segment};
 use baton_tests::netns;
 use baton_tests::on_both_datapaths;
 use nix::sys::signal::Signal;
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, send, socket};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, send, socket};
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
 
 on_both_datapaths! {
     the_targets_first_ring_takes_the_device,
@@ -30,6 +31,14 @@ on_both_datapaths! {
 fn options(queue_pairs: u16) -> Options {
     let features = Options::default().features | features::MQ;
     Options { queue_pairs, features, ..Options::default() }
+}
+
+/// A frame of the UDP flow with this source port.
+fn flow(port: u16) -> Vec<u8> {
+    let mut frame = segment(Network::V4, Transport::Udp, b"flow");
+    let place = frame.transport_offset;
+    frame.bytes[place..place + 2].copy_from_slice(&port.to_be_bytes());
+    frame.bytes
 }
 
 /// A device that works, with a back-end that waits for it, armed.
@@ -71,15 +80,31 @@ fn the_targets_first_ring_takes_the_device(datapath: Datapath) -> Result<()> {
     let status = target.status()?;
     ensure!(status.state == BackendState::Waiting && status.tap.is_empty(), "{status:?}");
     ensure!(rig.backend.status()?.state == BackendState::HandingOver);
-    // What comes meanwhile waits in the TAP.
-    let frame = frames::numbered(5, 200);
-    rig.network.send(&frame)?;
+    // What comes meanwhile waits in the TAP, whichever queue the kernel chose.
+    let flows: Vec<_> = (2000..2032).map(flow).collect();
+    for frame in &flows {
+        rig.network.send(frame)?;
+    }
 
-    let old = device.move_to(target.connect()?)?;
+    let mut old = device.move_to(target.connect()?)?;
     rig.backend.wait_handover(HandoverState::HandedOver)?;
-    let (_, received) = rig.receive_on_any(&mut device)?;
-    ensure!(received == frame, "the guest received something else");
+    let mut received = Vec::new();
+    for _ in &flows {
+        received.push(rig.receive_on_any(&mut device)?.1);
+    }
+    received.sort();
+    ensure!(received == flows, "the guest received something else");
     let mut source = std::mem::replace(&mut rig.backend, target);
+    rig.check_traffic(&mut device)?;
+
+    // A ring that the source's front-end starts now stays still.
+    device.suspend()?;
+    std::mem::swap(&mut device.connection, &mut old);
+    device.restart_rings()?;
+    source.wait_started(0)?;
+    device.suspend()?;
+    std::mem::swap(&mut device.connection, &mut old);
+    device.restart_rings()?;
     rig.check_traffic(&mut device)?;
     let status = rig.backend.status()?;
     ensure!((status.state, status.tap.as_str(), status.queue_pairs) == (BackendState::Serving, TAP, 4));
@@ -382,13 +407,35 @@ fn strangers_cost_a_waiting_target_nothing() {
             socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
         connect(stranger.as_raw_fd(), &UnixAddr::new(&target.incoming()).unwrap()).unwrap();
         send(stranger.as_raw_fd(), &packet, MsgFlags::MSG_NOSIGNAL).unwrap();
+        // It is answered, or its connection closed: either way it was heard.
+        let _ = recv(stranger.as_raw_fd(), &mut [0; 1000], MsgFlags::empty());
         drop(stranger);
+        while target.status().unwrap().handover.is_some() {}
         target.process.wait_open_fds(at_rest).unwrap();
-        assert_eq!(target.status().unwrap().handover, None);
     }
     rig.backend.arm(&target.incoming()).unwrap();
     device.suspend().unwrap();
     target.wait_handover(HandoverState::Adopted).unwrap();
     take(&mut rig, &mut device, target).unwrap();
     rig.check_traffic(&mut device).unwrap();
+}
+
+#[test]
+fn a_target_without_descriptors_to_spare_leaves_the_device_to_its_source() {
+    let (mut rig, mut device, mut target) = armed(Datapath::Userspace, 4).unwrap();
+    // Room for two of the six that come.
+    let pid = Pid::from_raw(i32::try_from(target.process.pid()).unwrap());
+    let limit = target.process.open_fds().unwrap() + 2;
+    let maximum = Some(limit as u64);
+    prlimit(pid, Resource::Nofile, Rlimit { current: maximum, maximum }).unwrap();
+    device.suspend().unwrap();
+    let failed = rig.backend.wait_handover(HandoverState::Failed).unwrap();
+    assert_eq!(failed.reason.as_deref(), Some("the target closed the connection"));
+    device.restart_rings().unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    // Those that had come are closed.
+    let open = target.process.open_fds().unwrap();
+    assert!(open < limit, "{:?}", target.process.fd_targets());
+    target.check_healthy().unwrap();
+    assert!(target.process.log().contains("not all descriptors of a message could be taken"));
 }

@@ -48,6 +48,9 @@ const SOURCE: u64 = 2;
 const TARGET: u64 = 3;
 const MAIL: u64 = 4;
 
+/// How long to leave sources waiting that cannot be accepted, for want of descriptors, say.
+const REST: Duration = Duration::from_millis(100);
+
 /// What this program calls itself.
 const PROGRAM: &str = concat!("baton-backend ", env!("CARGO_PKG_VERSION"));
 
@@ -157,6 +160,8 @@ pub struct Handover {
     timer: TimerFd,
     wishes: Wishes,
     incoming: Option<BoundSocket>,
+    /// Until when nobody is accepted.
+    resting: Option<Duration>,
     source: Option<SourceEnd>,
     target: Option<TargetEnd>,
     transfer: Transfer,
@@ -193,6 +198,7 @@ impl Handover {
             timer,
             wishes,
             incoming,
+            resting: None,
             source: None,
             target: None,
             transfer: Transfer::None,
@@ -236,6 +242,12 @@ impl Handover {
                 _ => {
                     // Fails only when nothing has expired.
                     let _ = self.timer.unset();
+                    if let Some(socket) = &self.incoming
+                        && self.resting.take_if(|until| *until <= around.now).is_some()
+                        && let Err(error) = self.epoll.add(socket.listener(), Events::EPOLLIN, INCOMING)
+                    {
+                        tracing::warn!(%error, "cannot wait for sources any more");
+                    }
                     if let Some(source) = &mut self.source {
                         source.on_time(device, around)?;
                     }
@@ -269,6 +281,7 @@ impl Handover {
         let deadlines = [
             self.source.as_ref().and_then(SourceEnd::deadline),
             self.target.as_ref().and_then(TargetEnd::deadline),
+            self.resting,
         ];
         let Some(deadline) = deadlines.into_iter().flatten().min() else { return };
         let left = deadline.saturating_sub(self.now()).max(Duration::from_millis(1));
@@ -398,7 +411,19 @@ impl Handover {
     /// Somebody wants to hand a device over.
     fn accept(&mut self, device: &Device) {
         let Some(socket) = &self.incoming else { return };
-        let Ok((connection, _)) = socket.listener().accept() else { return };
+        let connection = match socket.listener().accept() {
+            Ok((connection, _)) => connection,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+            Err(error) => {
+                // The connection is still there to be accepted; what is missing may come back.
+                if let Some(left_out) = log_limit::allow() {
+                    tracing::warn!(%error, left_out, "cannot accept a source now");
+                }
+                let _ = self.epoll.remove(socket.listener());
+                self.resting = Some(self.now() + REST);
+                return;
+            }
+        };
         let link = match PacketSocket::try_from(std::os::fd::OwnedFd::from(connection)) {
             Ok(link) => link,
             Err(error) => {
