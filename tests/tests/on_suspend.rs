@@ -5,6 +5,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use baton_protocol::control::{BackendState, HandoverState, Request};
@@ -15,6 +16,7 @@ use baton_tests::fake_frontend::{Connection, Device, Options};
 use baton_tests::frames::{self, Network, Transport, segment};
 use baton_tests::netns;
 use baton_tests::on_both_datapaths;
+use baton_tests::process::PATIENCE;
 use nix::sys::signal::Signal;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, send, socket};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
@@ -126,12 +128,20 @@ fn rings_that_start_first_wait_for_the_device(datapath: Datapath) -> Result<()> 
     let frame = frames::numbered(6, 100);
     rig.network.send(&frame)?;
     let old = device.move_to(target.connect()?)?;
-    target.wait_started(0)?;
+    for index in 0..4 {
+        target.wait_started(index)?;
+        ensure!(device.ring(index).wait_call(Instant::now() + PATIENCE)?, "vring {index} was not called");
+    }
     ensure!(target.status()?.tap.is_empty());
     ensure!(rig.backend.status()?.state == BackendState::Serving);
     old.get_vring_base(3)?;
     rig.backend.wait_handover(HandoverState::HandedOver)?;
     rig.backend = target;
+    // The drivers hear of the new owner, whether or not there is anything for them.
+    for index in 0..4 {
+        let called = device.ring(index).wait_call(Instant::now() + PATIENCE)?;
+        ensure!(called, "vring {index} was not called when the device was taken");
+    }
     let (_, received) = rig.receive_on_any(&mut device)?;
     ensure!(received == frame, "the guest received something else");
     rig.check_traffic(&mut device)
