@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
@@ -48,6 +49,18 @@ impl Qemu {
     /// With these processors and this memory (as QEMU's `-m`), which other processes can share, and no device but
     /// the console.
     pub fn new(accelerator: Accelerator, cpus: u16, memory: &str) -> Result<Self> {
+        let object = format!("{MEMORY},id=memory,size={memory},share=on");
+        Self::with_memory(accelerator, cpus, memory, &object)
+    }
+
+    /// The same with its memory in a file, which another QEMU can have, too.
+    pub fn in_file(accelerator: Accelerator, cpus: u16, memory: &str, file: &Path) -> Result<Self> {
+        let file = file.to_str().context("a path that is not UTF-8")?.replace(',', ",,");
+        let object = format!("memory-backend-file,id=memory,size={memory},mem-path={file},share=on");
+        Self::with_memory(accelerator, cpus, memory, &object)
+    }
+
+    fn with_memory(accelerator: Accelerator, cpus: u16, memory: &str, object: &str) -> Result<Self> {
         let mut command = Command::new("qemu-system-x86_64");
         command.args([
             "-nodefaults",
@@ -63,7 +76,7 @@ impl Qemu {
             Accelerator::Tcg => ["-accel", "tcg,thread=multi", "-cpu", "max"],
         });
         command.args(["-smp", &cpus.to_string(), "-m", memory, "-machine", "q35,memory-backend=memory"]);
-        command.args(["-object", &format!("{MEMORY},id=memory,size={memory},share=on")]);
+        command.args(["-object", object]);
         command.arg("-kernel").arg(images::guest_kernel()?).arg("-initrd").arg(images::guest_initramfs()?);
         command.args(["-append", KERNEL_COMMAND_LINE, "-serial", "stdio"]);
         Ok(Self { command, accelerator })
