@@ -8,6 +8,8 @@
 //! The TAP is here while this process owns it. Without it, before it was handed over or while it is offered to another
 //! process, everything else is as usual, and the rings wait.
 
+mod travel;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,9 +17,8 @@ use std::time::Duration;
 use baton_protocol::control::Datapath;
 use virtio_bindings::virtio_net;
 
-use crate::dataplane::kernel::KernelPath;
 use crate::dataplane::pair::{QueuePair, Side};
-use crate::dataplane::rx::{FrameInHand, RxSettings};
+use crate::dataplane::rx::RxSettings;
 use crate::dataplane::worker::{Worker, WorkerNews};
 use crate::dirty_log::{DirtyLog, LogError};
 use crate::features::{Features, LOG_ALL, Offer};
@@ -28,7 +29,7 @@ use crate::memory::{GuestMemory, MAX_REGIONS};
 use crate::metrics::PairCounters;
 use crate::net_header::{self, Accepted};
 use crate::tap::{Offloads, Tap, TapError};
-use crate::vhost_net::{self, VhostNet, VhostNetError};
+use crate::vhost_net::{self, VhostNet};
 use crate::vring::LayoutError;
 use crate::vring_setup::{Surroundings, VringSetup};
 
@@ -188,139 +189,6 @@ impl Device {
             device.session = device.new_session();
         }
         Ok(device)
-    }
-
-    /// What a device with these properties offers.
-    pub fn offer_with(&self, config: &DeviceConfig, ufo: bool, uso: bool) -> Features {
-        let offer = Offer { mac: config.mac.is_some(), mtu: config.mtu.is_some(), ufo, uso };
-        Features(offer.features().0 & self.mask.0)
-    }
-
-    /// Takes another description: of the device that arrives, or the one from before when it does not.
-    pub fn describe(&mut self, config: DeviceConfig, offer: Features, pairs: usize) {
-        self.config = config;
-        self.offer = offer;
-        self.pairs = pairs;
-    }
-
-    /// Has a vhost-net for each of the first `pairs` pairs, if the kernel moves the frames.
-    ///
-    /// # Errors
-    /// [`VhostNetError`], and [`VhostNetError::Open`] for want of an eventfd.
-    pub fn open_vhost(&mut self, pairs: usize) -> Result<(), VhostNetError> {
-        if self.datapath == Datapath::Userspace {
-            return Ok(());
-        }
-        for worker in self.workers.iter_mut().take(pairs) {
-            // A dead worker is reported by itself.
-            let Some(pair) = worker.park() else { return Ok(()) };
-            if pair.kernel.is_none() {
-                let kernel = KernelPath::new(VhostNet::open()?);
-                pair.kernel = Some(kernel.map_err(|source| VhostNetError::Open { hint: "", source })?);
-            }
-        }
-        Ok(())
-    }
-
-    /// Puts the TAP aside: no pair reads it or writes to it until [`Self::use_tap`].
-    ///
-    /// # Errors
-    /// [`DeviceError::Dead`], [`DeviceError::Dataplane`].
-    pub fn set_tap_aside(&mut self) -> Result<Option<Tap>, DeviceError> {
-        for (pair, worker) in self.workers.iter_mut().enumerate() {
-            let parked = worker.park().ok_or(DeviceError::Dead(pair))?;
-            parked.detach().map_err(|source| DeviceError::Dataplane { pair, source })?;
-        }
-        tracing::info!("polling of the TAP is off");
-        let tap = self.tap.take();
-        self.change(.., |_| ())?;
-        Ok(tap)
-    }
-
-    /// Uses `tap`, which this process owns from now on: its settings follow the session, and every ring that runs is
-    /// looked at and its driver called once.
-    ///
-    /// # Errors
-    /// [`DeviceError`].
-    pub fn use_tap(&mut self, tap: Tap) -> Result<(), DeviceError> {
-        let pairs = tap.pairs().min(self.workers.len());
-        self.pairs = pairs;
-        self.workers.truncate(pairs);
-        self.counters.truncate(pairs);
-        self.session.vrings.truncate(2 * pairs);
-        self.park_all()?;
-        for pair in 1..pairs {
-            // What the queue has is kept until the front-end has said what becomes of the pair.
-            let receive = &mut self.session.vrings[2 * pair];
-            receive.paused |= tap.is_attached(pair) && !receive.enabled;
-        }
-        let queues: Vec<_> = (0..pairs).map(|pair| Arc::clone(tap.queue(pair))).collect();
-        self.tap = Some(tap);
-        self.set_tap_features(self.session.features)?;
-        for (pair, (worker, queue)) in self.workers.iter_mut().zip(&queues).enumerate() {
-            let parked = worker.park().ok_or(DeviceError::Dead(pair))?;
-            parked.attach(queue).map_err(|source| DeviceError::Dataplane { pair, source })?;
-        }
-        self.change(.., |session| {
-            for vring in &mut session.vrings {
-                vring.call_due |= vring.started;
-            }
-        })?;
-        self.follow_enabled_pairs()?;
-        tracing::info!("polling of the TAP is on");
-        Ok(())
-    }
-
-    /// Whether a ring runs that needs a TAP, while there is none.
-    pub fn wants_tap(&self) -> bool {
-        self.tap.is_none() && self.session.vrings.iter().any(|vring| vring.started)
-    }
-
-    /// Whether all rings are stopped (vhost-user: "suspended").
-    pub fn suspended(&self) -> bool {
-        self.session.vrings.iter().all(|vring| vring.kick.is_none())
-    }
-
-    /// How many queue pairs the front-end has set up so far.
-    pub fn set_up_pairs(&self) -> usize {
-        let used = |vring: &VringSetup| vring.size.is_some() || vring.kick.is_some();
-        self.session.vrings.iter().rposition(used).map_or(0, |vring| vring / 2 + 1)
-    }
-
-    /// The frames that were read from the TAP and not delivered yet, one a pair at most.
-    ///
-    /// # Errors
-    /// [`DeviceError::Dead`], [`DeviceError::Dataplane`].
-    pub fn frames_in_hand(&mut self) -> Result<Vec<Option<FrameInHand>>, DeviceError> {
-        let mut frames = Vec::new();
-        for (pair, worker) in self.workers.iter_mut().enumerate() {
-            frames.push(worker.park().ok_or(DeviceError::Dead(pair))?.rx.in_hand.clone());
-        }
-        self.change(.., |_| ())?;
-        Ok(frames)
-    }
-
-    /// Puts a frame into a pair's hand, to be delivered before any other; or takes it away.
-    ///
-    /// # Errors
-    /// [`DeviceError::Dead`], [`DeviceError::Dataplane`].
-    pub fn set_frame_in_hand(&mut self, pair: usize, frame: Option<FrameInHand>) -> Result<(), DeviceError> {
-        if let Some(worker) = self.workers.get_mut(pair) {
-            worker.park().ok_or(DeviceError::Dead(pair))?.rx.in_hand = frame;
-            self.change(pair..=pair, |_| ())?;
-        }
-        Ok(())
-    }
-
-    /// Has the workers look for work for so long before they wait.
-    ///
-    /// # Errors
-    /// [`DeviceError::Dead`], [`DeviceError::Dataplane`].
-    pub fn set_poll(&mut self, poll: Duration) -> Result<(), DeviceError> {
-        for (pair, worker) in self.workers.iter_mut().enumerate() {
-            worker.park().ok_or(DeviceError::Dead(pair))?.set_poll(poll);
-        }
-        self.change(.., |_| ())
     }
 
     /// What the device offers.

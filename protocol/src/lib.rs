@@ -8,7 +8,6 @@
 
 pub mod codec;
 pub mod control;
-pub mod error;
 pub mod fd_manifest;
 pub mod handover;
 pub mod ownership;
