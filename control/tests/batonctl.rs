@@ -12,6 +12,8 @@ fn served(directory: &Path) -> ControlServer {
     let socket = BoundSocket::bind(&directory.join("control")).unwrap();
     ControlServer::start(socket, |request| match request {
         Request::Status => Ok(json!({"state": "waiting", "vrings": [{"size": 256, "started": true}]})),
+        // As it was asked, to be looked at.
+        Request::Handover { .. } => Ok(serde_json::to_value(request).unwrap()),
         Request::Quit => Ok(serde_json::to_value(Done::DONE).unwrap()),
         _ => Err(Refusal { error: "a back-end cannot do this".to_owned() }),
     })
@@ -42,6 +44,23 @@ fn a_reply_is_printed_for_people_or_as_json() {
 }
 
 #[test]
+fn a_hand_over_is_asked_for_with_an_absolute_path() {
+    let directory = tempfile::tempdir().unwrap();
+    let _server = served(directory.path());
+    let place = directory.path().canonicalize().unwrap().join("next");
+    let asked = |rest: &str| format!("{{\"command\":\"handover\"{rest}}}\n");
+    let path = format!(",\"path\":\"{}\"", place.display());
+    for (arguments, rest) in [
+        (&["next", "--on-suspend"] as &[&str], format!("{path},\"on-suspend\":true")),
+        (&["next", "--dry-run"], format!("{path},\"dry-run\":true")),
+        (&["--cancel"], ",\"cancel\":true".to_owned()),
+    ] {
+        let arguments = [&["--json", "control", "handover"], arguments].concat();
+        assert_output(&batonctl(directory.path(), &arguments), 0, &asked(&rest), "");
+    }
+}
+
+#[test]
 fn a_refusal_is_one_line_and_exit_code_1() {
     let directory = tempfile::tempdir().unwrap();
     let _server = served(directory.path());
@@ -61,7 +80,9 @@ fn nobody_there_is_one_line_and_exit_code_1() {
 #[test]
 fn wrong_usage_is_exit_code_2() {
     let directory = tempfile::tempdir().unwrap();
-    for arguments in [&["control"] as &[&str], &["control", "dance"], &["status"], &[]] {
+    for arguments in
+        [&["control"] as &[&str], &["control", "dance"], &["status"], &[], &["control", "handover"]]
+    {
         let output = batonctl(directory.path(), arguments);
         assert_eq!(output.status.code(), Some(2), "{arguments:?}");
         assert!(output.stdout.is_empty());

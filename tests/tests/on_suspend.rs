@@ -379,14 +379,21 @@ fn refusals_say_why_and_leave_the_source_serving() {
     rig.check_traffic(&mut device).unwrap();
 }
 
+/// An option with a script that leaves the name it is given, and the file where it does.
+fn downscript(directory: &Path) -> (String, PathBuf) {
+    let script = directory.join("down");
+    let trace = directory.join("trace");
+    let text = format!("#!/bin/sh\necho $1 >> {}\n", trace.display());
+    std::fs::write(&script, text).expect("a directory of the test's own");
+    let executable = std::fs::Permissions::from_mode(0o700);
+    std::fs::set_permissions(&script, executable).expect("a file of the test's own");
+    (format!("--downscript={}", script.display()), trace)
+}
+
 #[test]
 fn only_the_last_owner_runs_the_downscript() {
     let directory = tempfile::tempdir().unwrap();
-    let script = directory.path().join("down");
-    let trace = directory.path().join("trace");
-    std::fs::write(&script, format!("#!/bin/sh\necho $1 >> {}\n", trace.display())).unwrap();
-    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o700)).unwrap();
-    let option = format!("--downscript={}", script.display());
+    let (option, trace) = downscript(directory.path());
     let mut rig = Rig::new(Datapath::Userspace, 1, &[&option]).unwrap();
     let mut device = rig.device(options(1)).unwrap();
     let mut target = Backend::waiting(Datapath::Userspace, &[]).unwrap();
@@ -399,6 +406,43 @@ fn only_the_last_owner_runs_the_downscript() {
     rig.backend.process.signal(Signal::SIGTERM).unwrap();
     expect_exit(&mut rig.backend).unwrap();
     assert_eq!(std::fs::read_to_string(&trace).unwrap(), format!("{TAP}\n"));
+}
+
+#[test]
+fn a_target_that_a_source_has_left_the_device_to_cleans_up_for_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let (option, trace) = downscript(directory.path());
+    let mut rig = Rig::new(Datapath::Userspace, 1, &[&option]).unwrap();
+    let device = rig.device(options(1)).unwrap();
+    let mut target = Backend::waiting(Datapath::Userspace, &[]).unwrap();
+    rig.backend.arm(&target.incoming()).unwrap();
+    device.suspend().unwrap();
+    target.wait_handover(HandoverState::Adopted).unwrap();
+    rig.backend.wait_handover(HandoverState::Offered).unwrap();
+    rig.backend.process.signal(Signal::SIGTERM).unwrap();
+    expect_exit(&mut rig.backend).unwrap();
+    assert!(!trace.exists(), "the source has run the downscript");
+    target.process.signal(Signal::SIGTERM).unwrap();
+    expect_exit(&mut target).unwrap();
+    assert_eq!(std::fs::read_to_string(&trace).unwrap(), format!("{TAP}\n"));
+}
+
+#[test]
+fn a_target_that_ends_leaves_device_and_downscript_to_its_source() {
+    let directory = tempfile::tempdir().unwrap();
+    let (option, trace) = downscript(directory.path());
+    let mut rig = Rig::new(Datapath::Userspace, 1, &[&option]).unwrap();
+    let mut device = rig.device(options(1)).unwrap();
+    let mut target = Backend::waiting(Datapath::Userspace, &[]).unwrap();
+    rig.backend.arm(&target.incoming()).unwrap();
+    device.suspend().unwrap();
+    target.wait_handover(HandoverState::Adopted).unwrap();
+    target.process.signal(Signal::SIGTERM).unwrap();
+    expect_exit(&mut target).unwrap();
+    assert!(!trace.exists(), "the target has run the downscript");
+    rig.backend.wait_handover(HandoverState::Failed).unwrap();
+    device.restart_rings().unwrap();
+    rig.check_traffic(&mut device).unwrap();
 }
 
 #[test]

@@ -19,7 +19,7 @@ use serde_json::json;
 
 on_both_datapaths! {
     the_guest_keeps_its_tap_and_its_pings,
-    a_stopped_and_a_cancelled_guest_stay_where_they_are,
+    a_guest_that_is_stopped_reset_or_not_moved_after_all_keeps_its_network,
 }
 
 const PAIRS: u16 = 2;
@@ -90,7 +90,10 @@ fn booted(datapath: Datapath) -> Result<(Netns, tempfile::TempDir, Place)> {
     let arguments =
         [format!("--tap={TAP}"), format!("--queue-pairs={PAIRS}"), "--log-level=debug".to_owned()];
     let backend = Backend::listening(datapath, &arguments.each_ref().map(String::as_str), &[])?;
-    let mut place = Place::new(datapath, backend, &directory.path().join("memory"), "source", |qemu| qemu)?;
+    let mut place = Place::new(datapath, backend, &directory.path().join("memory"), "source", |qemu| {
+        // Not to its end.
+        qemu.args(["-action", "reboot=reset"])
+    })?;
     place.guest.wait_for_shell()?;
     link::bring_up(&mut place.guest, PAIRS)?;
     ping::check(GUEST, 20)?;
@@ -151,7 +154,7 @@ fn the_guest_keeps_its_tap_and_its_pings(datapath: Datapath) -> Result<()> {
     here.backend.check_healthy()
 }
 
-fn a_stopped_and_a_cancelled_guest_stay_where_they_are(datapath: Datapath) -> Result<()> {
+fn a_guest_that_is_stopped_reset_or_not_moved_after_all_keeps_its_network(datapath: Datapath) -> Result<()> {
     let (_netns, directory, mut here) = booted(datapath)?;
     let mut there = Place::waiting(datapath, &directory.path().join("memory"), "target")?;
     here.backend.arm(&there.backend.incoming())?;
@@ -162,6 +165,10 @@ fn a_stopped_and_a_cancelled_guest_stay_where_they_are(datapath: Datapath) -> Re
         wait_state(&mut here.backend, BackendState::Serving)?;
         ping::check(GUEST, 20)?;
     }
+    here.monitor.execute("system_reset", &json!({}))?;
+    here.guest.wait_for_shell()?;
+    link::bring_up(&mut here.guest, PAIRS)?;
+    ping::check(GUEST, 20)?;
     // Cancelled when it had been stopped already.
     here.begin(&mut there)?;
     there.backend.wait_handover(HandoverState::Adopted)?;
