@@ -227,7 +227,14 @@ impl Handover {
         for (token, _) in events {
             let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
             match token {
-                INCOMING => self.accept(device),
+                INCOMING => {
+                    // Whether the last source has gone is to be known first.
+                    if let Some(target) = &mut self.target {
+                        target.hear_out(device, &self.wishes, around)?;
+                    }
+                    self.target.take_if(|target| target.is_over());
+                    self.accept(device);
+                }
                 SOURCE => {
                     if let Some(source) = &mut self.source {
                         source.listen(device, around)?;

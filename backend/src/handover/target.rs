@@ -22,6 +22,9 @@ use crate::features::Features;
 /// How long the source's socket may be full.
 const PATIENCE: Duration = Duration::from_millis(100);
 
+/// How many messages a source sends at most without an answer, and the end of its connection.
+const MESSAGES: usize = 8;
+
 /// What the device was before it was described by a source.
 #[derive(Debug)]
 struct Before {
@@ -147,6 +150,22 @@ impl TargetEnd {
             Err(error) => self.nonsense(around, &error),
         };
         self.tell(device, wishes, around, event)
+    }
+
+    /// Hears all that the source has said, up to what it says in one hand-over.
+    ///
+    /// # Errors
+    /// [`DeviceError`]: the device cannot go on.
+    pub fn hear_out(
+        &mut self,
+        device: &mut Device,
+        wishes: &Wishes,
+        around: Surroundings<'_>,
+    ) -> Result<(), DeviceError> {
+        for _ in 0..MESSAGES {
+            self.listen(device, wishes, around)?;
+        }
+        Ok(())
     }
 
     /// Time has passed.
