@@ -12,6 +12,7 @@ use baton_protocol::control::{BackendState, HandoverState, Request};
 use baton_tests::backend::{Backend, Rig, TAP};
 use baton_tests::datapath::Datapath;
 use baton_tests::fake_frontend::net::{GSO_TCPV4, NetHeader, features};
+use baton_tests::fake_frontend::wire::protocol;
 use baton_tests::fake_frontend::{Connection, Device, Options};
 use baton_tests::frames::{self, Network, Transport, segment};
 use baton_tests::netns;
@@ -28,6 +29,8 @@ on_both_datapaths! {
     a_guest_that_reboots_keeps_its_device_and_it_can_still_be_handed_over,
     a_target_that_dies_leaves_the_device_to_its_source,
     a_source_that_dies_leaves_the_device_to_its_target,
+    the_targets_own_datapath_counts,
+    what_the_targets_datapath_cannot_do_is_refused,
 }
 
 fn options(queue_pairs: u16) -> Options {
@@ -219,6 +222,42 @@ fn a_source_that_dies_leaves_the_device_to_its_target(datapath: Datapath) -> Res
     rig.backend = target;
     let (_, received) = rig.receive_on_any(&mut device)?;
     ensure!(frames::number_of(&received) == Some(9));
+    rig.check_traffic(&mut device)
+}
+
+fn the_targets_own_datapath_counts(datapath: Datapath) -> Result<()> {
+    let mut rig = Rig::new(Datapath::Userspace, 2, &[])?;
+    let mut device = rig.device(options(2))?;
+    // There and back.
+    for datapath in [datapath, Datapath::Userspace] {
+        rig.check_traffic(&mut device)?;
+        let mut target = Backend::waiting(datapath, &[])?;
+        rig.backend.arm(&target.incoming())?;
+        device.suspend()?;
+        target.wait_handover(HandoverState::Adopted)?;
+        let mut source = take(&mut rig, &mut device, target)?;
+        expect_exit(&mut source)?;
+        ensure!(rig.backend.status()?.datapath == datapath);
+    }
+    rig.check_traffic(&mut device)
+}
+
+fn what_the_targets_datapath_cannot_do_is_refused(datapath: Datapath) -> Result<()> {
+    let mut rig = Rig::new(Datapath::Userspace, 1, &[])?;
+    let options =
+        Options { protocol_features: options(1).protocol_features | protocol::INFLIGHT_SHMFD, ..options(1) };
+    let mut device = rig.device(options)?;
+    let target = Backend::waiting(datapath, &[])?;
+    let refused = rig.backend.arm(&target.incoming()).err().map(|error| error.to_string());
+    let expected = match datapath {
+        Datapath::Userspace => None,
+        Datapath::VhostNet => Some(
+            "the target refuses: protocol-features: negotiated protocol features 0x1000 are not the target's; use a \
+             target with the same datapath and version"
+                .to_owned(),
+        ),
+    };
+    ensure!(refused == expected, "{refused:?}");
     rig.check_traffic(&mut device)
 }
 

@@ -56,7 +56,9 @@ pub enum Refusal {
     #[error("the target's front-end acknowledged features {0:#x}, which the device does not have")]
     FrontEndFeatures(u64),
     /// Protocol features were negotiated that the target does not have.
-    #[error("negotiated protocol features {0:#x} are not the target's; use a target of the same version")]
+    #[error(
+        "negotiated protocol features {0:#x} are not the target's; use a target with the same datapath and version"
+    )]
     ProtocolFeatures(u64),
     /// A queue without headers.
     #[error("queue pair {0} has no virtio-net header")]
