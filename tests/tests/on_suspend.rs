@@ -1,13 +1,14 @@
 //! The device handed to another back-end when its front-end has stopped it, as the operator armed: taken, taken back,
 //! refused and cancelled, and what becomes of it when a process dies on the way.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
+use baton_control::BoundSocket;
 use baton_protocol::control::{BackendState, HandoverState, Request};
 use baton_tests::backend::{Backend, Rig, TAP};
 use baton_tests::datapath::Datapath;
@@ -485,6 +486,39 @@ fn a_target_that_ends_leaves_device_and_downscript_to_its_source() {
 }
 
 #[test]
+fn a_silent_peer_is_given_up() {
+    let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
+    let mut device = rig.device(options(1)).unwrap();
+    let silent = BoundSocket::bind_packets(&rig.backend.directory().join("silent")).unwrap();
+    let error = rig.backend.arm(silent.path()).unwrap_err();
+    assert_eq!(error.to_string(), "the target does not answer");
+    rig.check_traffic(&mut device).unwrap();
+
+    let mut target = Backend::waiting(Datapath::Userspace, &[]).unwrap();
+    let stranger = stranger(&target);
+    target.wait_handover(HandoverState::Checking).unwrap();
+    // Until its time is over nobody else is heard.
+    let error = rig.backend.arm(&target.incoming()).unwrap_err();
+    assert_eq!(error.to_string(), "the target refuses: busy: the target is in another hand-over");
+    while target.status().unwrap().handover.is_some() {}
+    rig.backend.arm(&target.incoming()).unwrap();
+    drop(stranger);
+    device.suspend().unwrap();
+    target.wait_handover(HandoverState::Adopted).unwrap();
+    take(&mut rig, &mut device, target).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+}
+
+/// A source that has said nothing yet.
+fn stranger(target: &Backend) -> OwnedFd {
+    let kind = SockType::SeqPacket;
+    let stranger = socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC, None).expect("a socket");
+    let address = UnixAddr::new(&target.incoming()).expect("a short path");
+    connect(stranger.as_raw_fd(), &address).expect("somebody who listens");
+    stranger
+}
+
+#[test]
 fn strangers_cost_a_waiting_target_nothing() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
     let mut device = rig.device(options(1)).unwrap();
@@ -496,9 +530,7 @@ fn strangers_cost_a_waiting_target_nothing() {
         packets.push(std::fs::read(entry.unwrap().path()).unwrap());
     }
     for packet in packets {
-        let stranger =
-            socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
-        connect(stranger.as_raw_fd(), &UnixAddr::new(&target.incoming()).unwrap()).unwrap();
+        let stranger = stranger(&target);
         send(stranger.as_raw_fd(), &packet, MsgFlags::MSG_NOSIGNAL).unwrap();
         // It is answered, or its connection closed: either way it was heard.
         let _ = recv(stranger.as_raw_fd(), &mut [0; 1000], MsgFlags::empty());
