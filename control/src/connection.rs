@@ -9,6 +9,8 @@ use std::os::unix::net::UnixStream;
 
 use baton_protocol::control::MAX_LINE;
 
+use crate::later::Later;
+
 /// What a client's bytes amount to.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Line {
@@ -30,13 +32,23 @@ pub(crate) struct Connection {
     skipping: bool,
     /// The client will send no more.
     ended: bool,
+    /// The answer that the client waits for.
+    later: Option<Later>,
 }
 
 impl Connection {
     /// Takes a client's stream over.
     pub(crate) fn new(stream: UnixStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
-        Ok(Self { stream, input: Vec::new(), output: Vec::new(), written: 0, skipping: false, ended: false })
+        Ok(Self {
+            stream,
+            input: Vec::new(),
+            output: Vec::new(),
+            written: 0,
+            skipping: false,
+            ended: false,
+            later: None,
+        })
     }
 
     /// Whether a reply is still to be written.
@@ -46,7 +58,17 @@ impl Connection {
 
     /// Whether there is nothing left to do for this client.
     pub(crate) fn is_over(&self) -> bool {
-        self.ended && self.input.is_empty() && !self.has_output()
+        self.ended && self.input.is_empty() && !self.has_output() && self.later.is_none()
+    }
+
+    /// The answer that the client waits for; nothing more is read from it before that has come.
+    pub(crate) fn later(&self) -> Option<&Later> {
+        self.later.as_ref()
+    }
+
+    /// Lets the client wait for an answer, or no longer.
+    pub(crate) fn set_later(&mut self, later: Option<Later>) {
+        self.later = later;
     }
 
     /// Reads what is there, up to one line's worth.

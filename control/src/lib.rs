@@ -4,10 +4,12 @@
 
 pub mod client;
 mod connection;
+pub mod later;
 pub mod listing;
 pub mod server;
 pub mod socket_path;
 
 pub use client::{ClientError, ControlClient};
+pub use later::{Answer, Promise};
 pub use server::ControlServer;
 pub use socket_path::{BindError, BoundSocket};

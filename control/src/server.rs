@@ -17,6 +17,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::connection::{Connection, Line};
+use crate::later::{Answer, Later, Outcome};
 use crate::socket_path::BoundSocket;
 
 /// How many clients may be connected at once.
@@ -36,15 +37,17 @@ pub struct ControlServer {
 }
 
 impl ControlServer {
-    /// Starts the thread. `handler` is called on it for every request, and gives the reply's JSON object; it must
-    /// not stop this server itself.
+    /// Starts the thread. `handler` is called on it for every request, and gives the reply's JSON object, or will have
+    /// it given later; it must not stop this server itself.
     ///
     /// # Errors
     /// When the thread or its wake-up descriptor cannot be created.
-    pub fn start<H>(socket: BoundSocket, handler: H) -> io::Result<Self>
+    pub fn start<H, A>(socket: BoundSocket, mut handler: H) -> io::Result<Self>
     where
-        H: FnMut(Request) -> Result<serde_json::Value, Refusal> + Send + 'static,
+        H: FnMut(Request) -> A + Send + 'static,
+        A: Into<Answer>,
     {
+        let handler = move |request| handler(request).into();
         socket.listener().set_nonblocking(true)?;
         let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let server = Server { socket, wake: Arc::clone(&wake), handler, connections: Vec::new() };
@@ -82,7 +85,7 @@ struct Server<H> {
 
 impl<H> Server<H>
 where
-    H: FnMut(Request) -> Result<serde_json::Value, Refusal>,
+    H: FnMut(Request) -> Answer,
 {
     fn run(mut self) {
         let mut accepting = true;
@@ -113,6 +116,9 @@ where
             PollFd::new(self.socket.listener().as_fd(), listener_events),
         ];
         fds.extend(self.connections.iter().map(|connection| {
+            if let Some(later) = connection.later() {
+                return PollFd::new(later.as_fd(), PollFlags::POLLIN);
+            }
             let events = if connection.has_output() { PollFlags::POLLOUT } else { PollFlags::POLLIN };
             PollFd::new(connection.as_fd(), events)
         }));
@@ -148,7 +154,9 @@ where
             match self.socket.listener().accept().and_then(|(stream, _)| Connection::new(stream)) {
                 Ok(connection) => {
                     if self.connections.len() >= MAX_CLIENTS {
-                        self.connections.remove(0);
+                        // Not one that waits for an answer, unless all do.
+                        let silent = self.connections.iter().position(|other| other.later().is_none());
+                        self.connections.remove(silent.unwrap_or(0));
                     }
                     self.connections.push(connection);
                 }
@@ -172,6 +180,7 @@ where
     /// Gives the clients [`FLUSH_TIME`] to take what they have been answered.
     fn flush_all(&mut self) {
         let deadline = Instant::now() + FLUSH_TIME;
+        self.connections.iter_mut().for_each(keep_promise);
         loop {
             self.connections.retain_mut(|connection| connection.flush().is_ok() && connection.has_output());
             let left = deadline.saturating_duration_since(Instant::now());
@@ -203,15 +212,22 @@ struct Ready {
 /// Does what can be done for a client without waiting.
 fn serve<H>(connection: &mut Connection, handler: &mut H) -> io::Result<()>
 where
-    H: FnMut(Request) -> Result<serde_json::Value, Refusal>,
+    H: FnMut(Request) -> Answer,
 {
+    keep_promise(connection);
     connection.flush()?;
-    if connection.has_output() {
+    if connection.has_output() || connection.later().is_some() {
         return Ok(());
     }
     connection.fill()?;
     while let Some(line) = connection.next_line() {
-        connection.set_reply(reply_to(&line, handler));
+        match answer_to(&line, handler) {
+            Answer::Now(outcome) => connection.set_reply(encoded(&outcome)),
+            Answer::Later(later) => {
+                connection.set_later(Some(later));
+                break;
+            }
+        }
         connection.flush()?;
         if connection.has_output() {
             break;
@@ -220,21 +236,33 @@ where
     Ok(())
 }
 
-/// The reply to one line, with its newline.
-fn reply_to<H>(line: &Line, handler: &mut H) -> Vec<u8>
+/// Makes the answer that a client waits for, if it has come, the next thing to write.
+fn keep_promise(connection: &mut Connection) {
+    if let Some(outcome) = connection.later().and_then(Later::take) {
+        connection.set_later(None);
+        connection.set_reply(encoded(&outcome));
+    }
+}
+
+/// The answer to one line.
+fn answer_to<H>(line: &Line, handler: &mut H) -> Answer
 where
-    H: FnMut(Request) -> Result<serde_json::Value, Refusal>,
+    H: FnMut(Request) -> Answer,
 {
-    let answer = match line {
-        Line::TooLong => Err(refusal(format!("a request may have at most {MAX_LINE} bytes"))),
+    match line {
+        Line::TooLong => Err(refusal(format!("a request may have at most {MAX_LINE} bytes"))).into(),
         Line::Whole(line) => match serde_json::from_slice(line) {
             Ok(request) => handler(request),
-            Err(error) => Err(refusal(format!("not a request: {error}"))),
+            Err(error) => Err(refusal(format!("not a request: {error}"))).into(),
         },
-    };
-    let encoded = match answer {
-        Ok(value) => serde_json::to_vec(&value),
-        Err(refusal) => serde_json::to_vec(&refusal),
+    }
+}
+
+/// An outcome as it is sent, with its newline.
+fn encoded(outcome: &Outcome) -> Vec<u8> {
+    let encoded = match outcome {
+        Ok(value) => serde_json::to_vec(value),
+        Err(refusal) => serde_json::to_vec(refusal),
     };
     let mut reply = match encoded {
         Ok(reply) if reply.len() <= MAX_LINE => reply,
@@ -382,6 +410,48 @@ mod tests {
         assert_eq!(exchange(&path, b"{\"command\":\"status\"}\n"), "{\"state\":\"waiting\"}\n");
         let mut end = [0];
         assert_eq!(silent[0].read(&mut end).unwrap(), 0);
+    }
+
+    #[test]
+    fn an_answer_may_come_later_and_holds_nobody_up() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("control");
+        let (promises, made) = std::sync::mpsc::channel();
+        let answer = move |request| match request {
+            Request::Pause => {
+                let (promise, later) = crate::later::Promise::new().unwrap();
+                promises.send(promise).unwrap();
+                Answer::Later(later)
+            }
+            other => handler(other).into(),
+        };
+        let server = ControlServer::start(BoundSocket::bind(&path).unwrap(), answer).unwrap();
+        let mut patient = BufReader::new(UnixStream::connect(&path).unwrap());
+        patient.get_mut().write_all(b"{\"command\":\"pause\"}\n{\"command\":\"status\"}\n").unwrap();
+        let promise = made.recv().unwrap();
+        // Others are served, and more of them than there may be do not push this one out.
+        let others: Vec<_> = (0..MAX_CLIENTS).map(|_| ControlClient::connect(&path).unwrap()).collect();
+        for mut other in others.into_iter().rev().take(MAX_CLIENTS - 1) {
+            other.call(&Request::Status).unwrap();
+        }
+        promise.keep(Ok(json!({"done": true})));
+        let mut lines = [String::new(), String::new()];
+        for line in &mut lines {
+            patient.read_line(line).unwrap();
+        }
+        assert_eq!(lines, ["{\"done\":true}\n", "{\"state\":\"waiting\"}\n"]);
+
+        // A promise that is not kept is answered, too; and one that was kept reaches its client at the very end.
+        patient.get_mut().write_all(b"{\"command\":\"pause\"}\n{\"command\":\"pause\"}\n").unwrap();
+        drop(made.recv().unwrap());
+        let mut line = String::new();
+        patient.read_line(&mut line).unwrap();
+        assert_eq!(line, "{\"error\":\"the request came to no end\"}\n");
+        made.recv().unwrap().keep(Ok(json!({"last": true})));
+        server.stop();
+        line.clear();
+        patient.read_line(&mut line).unwrap();
+        assert_eq!(line, "{\"last\":true}\n");
     }
 
     #[test]
