@@ -3,12 +3,14 @@
 //! [`control`] is the control socket's protocol (DESIGN: "Command lines"), spoken by `batonctl` and by scripts.
 //! What one process hands to another travels in packets: [`codec`] lays them out, [`version`] says who understands
 //! whom, [`fd_manifest`] names their descriptors, and [`ownership`] has the word that says who owns what is handed over.
-//! [`handover`] is a back-end's device.
+//! [`handover`] is a back-end's device, [`migration`] a VM that moves from one VMM to another.
 #![forbid(unsafe_code)]
 
 pub mod codec;
 pub mod control;
 pub mod fd_manifest;
 pub mod handover;
+pub mod migration;
 pub mod ownership;
+pub mod reasons;
 pub mod version;
