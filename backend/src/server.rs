@@ -323,8 +323,8 @@ impl Server {
                     self.ending = true;
                     control::answer(&Done::DONE)
                 }
-                Request::Pause | Request::Resume => {
-                    Err(control::refusal("this is a back-end: only a VMM can be paused and resumed"))
+                Request::Pause | Request::Resume | Request::Migrate { .. } => {
+                    Err(control::refusal("this is a back-end: only a VMM is paused, resumed and migrated"))
                 }
             };
             drop(dispatch);

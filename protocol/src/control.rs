@@ -4,7 +4,11 @@
 //! A request is an object with a `command`: `{"command":"status"}`. A reply is the command's own object, or
 //! `{"error":"…"}`. Commands and fields may be added; a reader ignores the fields that it does not know.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
+
+use crate::reasons::Reason;
 
 /// The longest request or reply, in bytes, without its newline.
 pub const MAX_LINE: usize = 64 * 1024;
@@ -35,6 +39,17 @@ pub enum Request {
         /// End the hand-over that is under way instead.
         #[serde(default, skip_serializing_if = "is_false")]
         cancel: bool,
+    },
+    /// Moves a VM to another VMM on this host, which waits for it at `path`: [`MigrationReport`].
+    Migrate {
+        /// The target's socket (`--incoming`).
+        path: PathBuf,
+        /// Whether the TAPs move along, of the devices that want it.
+        #[serde(default)]
+        local: bool,
+        /// Only to find out whether it could.
+        #[serde(default, rename = "dry-run")]
+        dry_run: bool,
     },
     /// Ends the process with exit code 0: [`Done`], sent before it ends.
     Quit,
@@ -271,6 +286,65 @@ pub enum VmmState {
     Running,
     /// The vCPUs stand still.
     Paused,
+    /// The VM is being moved to another VMM, and still this one's.
+    Migrating,
+    /// The VM is another VMM's.
+    Postmigrate,
+    /// The VM has yet to come.
+    Incoming,
+}
+
+/// How a migration ended. All but [`Self::Completed`] and [`Self::Possible`] leave the VM as it was.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "result", rename_all = "kebab-case")]
+pub enum MigrationReport {
+    /// The VM is the target's.
+    Completed {
+        /// How long it stood still, in microseconds.
+        pause_us: u64,
+        /// How long what took.
+        phases: MigrationPhases,
+    },
+    /// The VM is the source's, and goes on.
+    RolledBack {
+        /// What was being done: `hello`, `prepare`, `stop`, `restore` or `commit`.
+        phase: String,
+        /// What happened.
+        reason: String,
+    },
+    /// The VM could move.
+    Possible,
+    /// The VM cannot move.
+    Refused {
+        /// All reasons.
+        reasons: Vec<Reason>,
+    },
+}
+
+impl MigrationReport {
+    /// Whether what was asked for was done.
+    pub fn is_success(&self) -> bool {
+        matches!(self, Self::Completed { .. } | Self::Possible)
+    }
+}
+
+/// How long the phases of a migration took, in microseconds. The VM stands still in all but the first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MigrationPhases {
+    /// The target got guest memory and was made ready.
+    pub prepare_us: u64,
+    /// The vCPUs stopped.
+    pub stop_vcpus_us: u64,
+    /// The back-ends left the rings.
+    pub stop_rings_us: u64,
+    /// The back-ends of local devices offered their TAPs.
+    pub device_state_us: u64,
+    /// The VM's state was taken.
+    pub save_us: u64,
+    /// The state was sent, and restored at the target.
+    pub restore_us: u64,
+    /// The VM was offered, taken and started.
+    pub start_us: u64,
 }
 
 /// A VMM's answer to [`Request::Status`].
@@ -324,6 +398,33 @@ mod tests {
         assert_eq!(serde_json::to_string(&request).unwrap(), text);
         assert_eq!(serde_json::from_str::<Request>(text).unwrap(), request);
         assert_eq!(serde_json::to_string(&HandoverReply::ARMED).unwrap(), r#"{"result":"armed"}"#);
+    }
+
+    #[test]
+    fn a_migration_is_asked_for_by_its_path() {
+        let text = r#"{"command":"migrate","path":"/run/b"}"#;
+        let request: Request = serde_json::from_str(text).unwrap();
+        assert_eq!(request, Request::Migrate { path: "/run/b".into(), local: false, dry_run: false });
+        let text = r#"{"command":"migrate","path":"/run/b","local":true,"dry-run":true}"#;
+        let request: Request = serde_json::from_str(text).unwrap();
+        assert_eq!(request, Request::Migrate { path: "/run/b".into(), local: true, dry_run: true });
+    }
+
+    #[test]
+    fn migrations_end_as_documented() {
+        let rolled_back =
+            MigrationReport::RolledBack { phase: "restore".to_owned(), reason: "gone".to_owned() };
+        assert_eq!(
+            serde_json::to_string(&rolled_back).unwrap(),
+            r#"{"result":"rolled-back","phase":"restore","reason":"gone"}"#
+        );
+        assert_eq!(serde_json::to_string(&MigrationReport::Possible).unwrap(), r#"{"result":"possible"}"#);
+        let completed = MigrationReport::Completed { pause_us: 7, phases: MigrationPhases::default() };
+        let text = serde_json::to_string(&completed).unwrap();
+        assert!(
+            text.starts_with(r#"{"result":"completed","pause_us":7,"phases":{"prepare_us":0,"#),
+            "{text}"
+        );
     }
 
     #[test]

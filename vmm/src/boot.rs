@@ -102,9 +102,14 @@ struct Kernel {
     initrd_max: u64,
 }
 
-/// Loads everything; `ram` are the ranges that guest memory occupies.
-pub fn load(config: &Config, memory: &GuestMemory, ram: &[(u64, u64)]) -> Result<EntryPoint, BootError> {
-    let mut kernel = load_kernel(&config.kernel, memory, config.memory.0)?;
+/// Loads `kernel` and everything else; `ram` are the ranges that guest memory occupies.
+pub fn load(
+    config: &Config,
+    kernel: &Path,
+    memory: &GuestMemory,
+    ram: &[(u64, u64)],
+) -> Result<EntryPoint, BootError> {
+    let mut kernel = load_kernel(kernel, memory, config.memory.0)?;
     let command_line = command_line(config.cmdline.as_deref()).map_err(BootError::CommandLine)?;
     load_cmdline(memory, GuestAddress(COMMAND_LINE), &command_line).map_err(BootError::LoadCommandLine)?;
     kernel.header.cmd_line_ptr = low_address(COMMAND_LINE);

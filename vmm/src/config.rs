@@ -24,8 +24,8 @@ const PAGE: u64 = 4096;
 #[command(name = "baton-vmm", version)]
 pub struct Config {
     /// The guest's kernel: a bzImage, or an uncompressed ELF vmlinux.
-    #[arg(long, value_name = "PATH")]
-    pub kernel: PathBuf,
+    #[arg(long, value_name = "PATH", required_unless_present = "incoming")]
+    pub kernel: Option<PathBuf>,
     /// The guest's initial RAM disk.
     #[arg(long, value_name = "PATH")]
     pub initrd: Option<PathBuf>,
@@ -48,6 +48,13 @@ pub struct Config {
     /// Where to listen for batonctl.
     #[arg(long, value_name = "PATH")]
     pub control_socket: Option<PathBuf>,
+    /// Take a running VM in: wait on this socket for the VMM that has it (batonctl migrate). Its memory, its vCPUs and
+    /// its network devices are those that it was started with; no kernel is loaded.
+    #[arg(long, value_name = "PATH")]
+    pub incoming: Option<PathBuf>,
+    /// Let the VM that was taken in stand still until batonctl resume.
+    #[arg(long, requires = "incoming")]
+    pub paused: bool,
     /// Where the guest's serial console goes: stdio, or file=PATH.
     #[arg(long, value_name = "TARGET", default_value = "stdio")]
     pub serial: SerialTarget,
@@ -309,6 +316,19 @@ mod tests {
         assert_eq!((config.cpus, config.memory), (1, MemorySize(512 << 20)));
         assert_eq!(config.serial, SerialTarget::Stdio);
         assert!(config.net.is_empty());
+    }
+
+    #[test]
+    fn a_vm_that_comes_needs_no_kernel() {
+        let parse = |arguments: &[&str]| {
+            Config::from_arguments(["baton-vmm"].iter().chain(arguments).map(OsString::from))
+        };
+        let config = parse(&["--incoming=/run/vm", "--paused"]).unwrap();
+        assert_eq!((config.kernel, config.paused), (None, true));
+        // The same command line as that of the VMM which it leaves.
+        let config = parse(&["--kernel=k", "--initrd=i", "--cmdline=c", "--incoming=/run/vm"]).unwrap();
+        assert_eq!((config.incoming, config.paused), (Some("/run/vm".into()), false));
+        assert!(usage(&["--paused"]).contains("--incoming"));
     }
 
     #[test]

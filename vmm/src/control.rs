@@ -3,14 +3,16 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use baton_control::{BindError, BoundSocket, ControlServer};
-use baton_protocol::control::{Done, Refusal, Request, VmmState, VmmStatus};
+use baton_control::later::Later;
+use baton_control::{Answer, BindError, BoundSocket, ControlServer, Promise};
+use baton_protocol::control::{Done, Refusal, Request};
 use serde_json::Value;
 use thiserror::Error;
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::event;
-use crate::vcpu::{Vcpus, Wanted};
-use crate::virtio::net::NetShared;
+use crate::lifecycle::{Lifecycle, LifecycleError};
+use crate::migration::source::Wish;
 
 /// Why there is no control socket.
 #[derive(Debug, Error)]
@@ -26,54 +28,47 @@ pub enum ControlError {
 /// What can be asked about the VM and done to it.
 #[derive(Debug)]
 pub struct Controlled {
-    /// The vCPUs.
-    pub vcpus: Arc<Vcpus>,
-    /// Guest memory, in bytes.
-    pub memory: u64,
-    /// How many vCPUs there are.
-    pub cpus: u8,
-    /// The network devices.
-    pub net: Vec<Arc<NetShared>>,
+    /// The VM.
+    pub lifecycle: Arc<Lifecycle>,
     /// Signalled to end the VMM.
-    pub quit: vmm_sys_util::eventfd::EventFd,
+    pub quit: EventFd,
 }
 
 impl Controlled {
-    fn answer(&self, request: &Request) -> Result<Value, Refusal> {
-        let done = || serialised(&Done::DONE);
+    fn answer(&self, request: Request) -> Answer {
+        let done = |outcome: Result<(), LifecycleError>| match outcome {
+            Ok(()) => serialised(&Done::DONE),
+            Err(error) => Err(refusal(error)),
+        };
         match request {
-            Request::Status => serialised(&self.status()),
-            Request::Pause => {
-                self.vcpus.pause();
-                done()
-            }
-            Request::Resume => {
-                self.vcpus.resume();
-                done()
+            Request::Status => serialised(&self.lifecycle.status()),
+            Request::Pause => done(self.lifecycle.pause()),
+            Request::Resume => done(self.lifecycle.resume()),
+            Request::Migrate { path, local, dry_run } => {
+                let wish = Wish { path, local, dry_run, running: true };
+                return self.migrate(wish).map_or_else(|error| Err(error).into(), Answer::Later);
             }
             Request::Quit => {
                 event::signal(&self.quit);
-                done()
+                done(Ok(()))
             }
             Request::Stats => Err(Refusal { error: "a VMM has no counters: ask its back-ends".to_owned() }),
             Request::Handover { .. } => {
                 Err(Refusal { error: "this is a VMM: only a back-end can hand its device over".to_owned() })
             }
         }
+        .into()
     }
 
-    fn status(&self) -> VmmStatus {
-        let state = match self.vcpus.state() {
-            Wanted::Running => VmmState::Running,
-            Wanted::Paused | Wanted::Stopped => VmmState::Paused,
-        };
-        VmmStatus {
-            state,
-            cpus: self.cpus,
-            memory: self.memory,
-            net: self.net.iter().map(|net| net.status()).collect(),
-        }
+    fn migrate(&self, wish: Wish) -> Result<Later, Refusal> {
+        let (promise, later) = Promise::new().map_err(refusal)?;
+        self.lifecycle.migrate(wish, promise).map_err(refusal)?;
+        Ok(later)
     }
+}
+
+fn refusal(error: impl Into<anyhow::Error>) -> Refusal {
+    Refusal { error: format!("{:#}", error.into()) }
 }
 
 fn serialised<T: serde::Serialize>(value: &T) -> Result<Value, Refusal> {
@@ -87,5 +82,5 @@ pub fn bind(path: &Path) -> Result<BoundSocket, ControlError> {
 
 /// Serves requests on a thread of their own.
 pub fn serve(socket: BoundSocket, controlled: Controlled) -> Result<ControlServer, ControlError> {
-    Ok(ControlServer::start(socket, move |request| controlled.answer(&request))?)
+    Ok(ControlServer::start(socket, move |request| controlled.answer(request))?)
 }

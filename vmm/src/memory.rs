@@ -21,6 +21,9 @@ pub const HOLE_START: u64 = 3 << 30;
 /// The end of the 32-bit hole: RAM above it.
 pub const HOLE_END: u64 = 4 << 30;
 
+/// What keeps a file's size as it is.
+const SIZE_SEALS: SealFlag = SealFlag::F_SEAL_SHRINK.union(SealFlag::F_SEAL_GROW);
+
 const MEMFD_NAME: &CStr = c"baton-guest-ram";
 
 /// Why guest RAM could not be made.
@@ -38,6 +41,28 @@ pub enum MemoryError {
     /// It could not be mapped.
     #[error("guest memory: cannot map it")]
     Map(#[source] vm_memory::mmap::FromRangesError),
+    /// Another number of regions than this amount of memory has.
+    #[error("guest memory: {came} regions instead of {needed}")]
+    Regions {
+        /// How many files came.
+        came: usize,
+        /// How many regions there are.
+        needed: usize,
+    },
+    /// A file that is too long or too short.
+    #[error("guest memory: a region of {found} bytes instead of {needed}")]
+    Length {
+        /// Its length.
+        found: u64,
+        /// The region's.
+        needed: u64,
+    },
+    /// Regions that lie elsewhere than ours.
+    #[error("guest memory: its regions lie elsewhere than {0} bytes have them")]
+    Layout(u64),
+    /// A file whose size could change under the guest.
+    #[error("guest memory: a region's file is not sealed")]
+    NotSealed,
     /// More than this host can address.
     #[error("guest memory: too large for this host")]
     TooLarge(#[from] TryFromIntError),
@@ -58,11 +83,31 @@ pub fn allocate(size: u64) -> Result<GuestMemory, MemoryError> {
     GuestMemory::from_ranges_with_files(mapped).map_err(MemoryError::Map)
 }
 
+/// Maps guest RAM that another process has made: one file for each of [`ranges`], sealed as ours are.
+pub fn adopt(size: u64, files: Vec<File>) -> Result<GuestMemory, MemoryError> {
+    let ranges = ranges(size);
+    if files.len() != ranges.len() {
+        return Err(MemoryError::Regions { came: files.len(), needed: ranges.len() });
+    }
+    let mut mapped = Vec::new();
+    for ((start, length), file) in ranges.into_iter().zip(files) {
+        let seals = fcntl(&file, FcntlArg::F_GET_SEALS).map_err(|_| MemoryError::NotSealed)?;
+        if !SealFlag::from_bits_truncate(seals).contains(SIZE_SEALS) {
+            return Err(MemoryError::NotSealed);
+        }
+        let found = file.metadata().map_err(|source| MemoryError::Memfd { size: length, source })?.len();
+        if found != length {
+            return Err(MemoryError::Length { found, needed: length });
+        }
+        mapped.push((GuestAddress(start), usize::try_from(length)?, Some(FileOffset::new(file, 0))));
+    }
+    GuestMemory::from_ranges_with_files(mapped).map_err(MemoryError::Map)
+}
+
 fn sealed_memfd(size: u64) -> std::io::Result<File> {
     let file = File::from(memfd_create(MEMFD_NAME, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
     file.set_len(size)?;
-    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-    fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(SIZE_SEALS.union(SealFlag::F_SEAL_SEAL)))?;
     Ok(file)
 }
 
@@ -81,6 +126,26 @@ mod tests {
     fn large_ram_goes_on_above_the_hole() {
         assert_eq!(ranges(4 << 30), [(0, HOLE_START), (HOLE_END, 1 << 30)]);
         assert_eq!(ranges(HOLE_START + 4096), [(0, HOLE_START), (HOLE_END, 4096)]);
+    }
+
+    #[test]
+    fn only_what_is_as_our_own_is_adopted() {
+        use vm_memory::Bytes;
+        let size = 64 << 20;
+        let ours = allocate(size).unwrap();
+        let file = || ours.iter().next().unwrap().file_offset().unwrap().file().try_clone().unwrap();
+        let theirs = adopt(size, vec![file()]).unwrap();
+        ours.write_obj(7_u32, GuestAddress(0x1000)).unwrap();
+        assert_eq!(theirs.read_obj::<u32>(GuestAddress(0x1000)).unwrap(), 7);
+
+        let refused = |size, files| adopt(size, files).unwrap_err();
+        assert!(matches!(refused(size, vec![]), MemoryError::Regions { came: 0, needed: 1 }));
+        assert!(matches!(refused(size, vec![file(), file()]), MemoryError::Regions { .. }));
+        assert!(matches!(refused(128 << 20, vec![file()]), MemoryError::Length { .. }));
+        let unsealed = memfd_create(MEMFD_NAME, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).unwrap();
+        assert!(matches!(refused(size, vec![unsealed.into()]), MemoryError::NotSealed));
+        let plain = File::open("/proc/self/exe").unwrap();
+        assert!(matches!(refused(size, vec![plain]), MemoryError::NotSealed));
     }
 
     #[test]

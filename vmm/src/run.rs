@@ -6,8 +6,7 @@
 
 use std::io::stdin;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -16,26 +15,15 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::acpi::{self, AcpiError};
-use crate::boot::{self, BootError};
 use crate::config::{Config, SerialTarget};
 use crate::control::{self, ControlError, Controlled};
 use crate::event;
-use crate::memory::{self, MemoryError};
-use crate::mmio_bus::Bus;
-use crate::platform::{
-    MAX_VIRTIO_DEVICES, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS, VIRTIO_MMIO_SIZE, VirtioSlot, virtio_slots,
-};
-use crate::power::{
-    ACPI_PORT, ACPI_PORTS, AcpiRegisters, Crash, EndSignal, GuestEnd, I8042, I8042_PORT, I8042_PORTS,
-};
+use crate::incoming::{Awaited, Incoming, IncomingError};
+use crate::lifecycle::Lifecycle;
+use crate::machine::{Machine, MachineError};
+use crate::power::{Crash, EndSignal, GuestEnd};
 use crate::serial::{SerialError, SharedConsole};
 use crate::terminal::RawTerminal;
-use crate::vcpu::{Buses, VcpuError, Vcpus};
-use crate::virtio::mmio_transport::{MmioTransport, QUEUE_NOTIFY};
-use crate::virtio::net::NetShared;
-use crate::virtio::net_worker::{NetError, NetThread};
-use crate::vm::{Vm, VmError};
 
 /// The signals that end the VMM as if it had been told to quit.
 const QUIT_SIGNALS: [Signal; 4] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT];
@@ -44,9 +32,6 @@ const INPUT_BUFFER: usize = 64;
 /// Why the VMM failed.
 #[derive(Debug, Error)]
 pub enum RunError {
-    /// More devices than interrupts.
-    #[error("{0} network devices are too many: a VM can have {MAX_VIRTIO_DEVICES}")]
-    TooManyDevices(usize),
     /// Signals cannot be received.
     #[error("cannot receive signals")]
     Signals(#[source] Errno),
@@ -59,33 +44,18 @@ pub enum RunError {
     /// The guest came to a bad end.
     #[error(transparent)]
     Crash(#[from] Crash),
-    /// No guest memory.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    /// No kernel.
-    #[error(transparent)]
-    Boot(#[from] BootError),
-    /// No ACPI tables.
-    #[error(transparent)]
-    Acpi(#[from] AcpiError),
     /// No VM.
     #[error(transparent)]
-    Vm(#[from] VmError),
-    /// No vCPUs.
-    #[error(transparent)]
-    Vcpus(#[from] VcpuError),
+    Machine(#[from] MachineError),
     /// No console.
     #[error(transparent)]
     Serial(#[from] SerialError),
-    /// No back-end.
-    #[error("back-end at {}", socket.display())]
-    Net {
-        /// The device's socket.
-        socket: PathBuf,
-        /// What is wrong with it.
-        #[source]
-        source: NetError,
-    },
+    /// No VM can come.
+    #[error(transparent)]
+    Incoming(#[from] IncomingError),
+    /// Neither a kernel nor a VM that comes: the command line is checked for it.
+    #[error("there is nothing to run: give --kernel or --incoming")]
+    Nothing,
     /// No control socket.
     #[error(transparent)]
     Control(#[from] ControlError),
@@ -93,56 +63,46 @@ pub enum RunError {
 
 /// Runs a VM until its guest ends or somebody asks for its end.
 pub fn run(config: &Config) -> Result<(), RunError> {
-    let slots: Vec<_> = virtio_slots(config.net.len()).collect();
-    if slots.len() < config.net.len() {
-        return Err(RunError::TooManyDevices(config.net.len()));
-    }
     let signals = receive_signals().map_err(RunError::Signals)?;
     let end = EndSignal::new().map_err(RunError::Events)?;
     let control_socket = config.control_socket.as_deref().map(control::bind).transpose()?;
+    let console = Arc::new(SharedConsole::new(&config.serial)?);
 
-    let ram = memory::ranges(config.memory.0);
-    let vm = Vm::new(memory::allocate(config.memory.0)?)?;
-    let entry = boot::load(config, vm.memory(), &ram)?;
-    acpi::write(vm.memory(), config.cpus, &slots)?;
+    let quit = event::new().map_err(RunError::Events)?;
+    let clone = |event: &EventFd| event.try_clone().map_err(RunError::Events);
+    let lifecycle = Arc::new(Lifecycle::new(config));
+    let incoming = match (&config.incoming, &config.kernel) {
+        (Some(path), _) => {
+            let awaited = Awaited {
+                config: config.clone(),
+                console: Arc::clone(&console),
+                end: end.clone(),
+                lifecycle: Arc::clone(&lifecycle),
+            };
+            Some(Incoming::start(path, awaited, clone(&quit)?)?)
+        }
+        (None, Some(kernel)) => {
+            lifecycle.start(Machine::boot(config, kernel, Arc::clone(&console), &end)?);
+            None
+        }
+        (None, None) => return Err(RunError::Nothing),
+    };
 
-    let console = SharedConsole::new(&config.serial)?;
-    vm.connect_interrupt(&console.interrupt, SERIAL_GSI)?;
-    let mut ports = Bus::default();
-    ports.insert(u64::from(SERIAL_PORT), u64::from(SERIAL_PORTS), console.device.clone());
-    ports.insert(u64::from(ACPI_PORT), ACPI_PORTS, Arc::new(Mutex::new(AcpiRegisters(end.clone()))));
-    ports.insert(u64::from(I8042_PORT), I8042_PORTS, Arc::new(Mutex::new(I8042(end.clone()))));
-    let mut memory = Bus::default();
-    let mut devices = Vec::new();
-    for (index, (net, slot)) in config.net.iter().zip(&slots).enumerate() {
-        let (thread, device) = NetThread::start(format!("net{index}"), net, vm.memory().clone())
-            .map_err(|source| RunError::Net { socket: net.socket.clone(), source })?;
-        connect_device(&vm, &thread.shared, *slot)?;
-        memory.insert(slot.address, VIRTIO_MMIO_SIZE, Arc::new(Mutex::new(MmioTransport::new(device))));
-        devices.push(thread);
-    }
-
-    let vcpus = vm.create_vcpus(config.cpus, entry)?;
-    let vcpus = Arc::new(Vcpus::start(vcpus, &Arc::new(Buses { ports, memory }), &end)?);
     let interactive = config.serial == SerialTarget::Stdio;
     let terminal = if interactive { RawTerminal::enter().map_err(RunError::Terminal)? } else { None };
-    let quit = event::new().map_err(RunError::Events)?;
     let control_server = match control_socket {
         Some(socket) => {
-            let quit = quit.try_clone().map_err(RunError::Events)?;
-            let net = devices.iter().map(|device| Arc::clone(&device.shared)).collect();
-            let controlled =
-                Controlled { vcpus: vcpus.clone(), memory: config.memory.0, cpus: config.cpus, net, quit };
+            let controlled = Controlled { lifecycle: Arc::clone(&lifecycle), quit: clone(&quit)? };
             Some(control::serve(socket, controlled)?)
         }
         None => None,
     };
-    vcpus.resume();
     let waker = Wakers { signals: &signals, end: &end, quit: &quit };
-    let ended = waker.wait_for_end(interactive.then_some(&console));
-    // First the devices' connections, so that a vCPU that waits for a back-end can end.
-    devices.into_iter().for_each(NetThread::stop);
-    vcpus.stop();
+    let ended = waker.wait_for_end(interactive.then_some(&*console));
+    lifecycle.stop();
+    if let Some(incoming) = incoming {
+        incoming.stop();
+    }
     drop(control_server);
     drop(terminal);
     match ended? {
@@ -157,18 +117,6 @@ pub fn run(config: &Config) -> Result<(), RunError> {
         }
         None => Ok(()),
     }
-}
-
-/// Connects a device's doorbells and interrupts to the guest, without the VMM in between.
-fn connect_device(vm: &Vm, shared: &NetShared, slot: VirtioSlot) -> Result<(), VmError> {
-    let doorbell = slot.address + QUEUE_NOTIFY;
-    for (queue, kick) in (0u32..).zip(&shared.kicks) {
-        vm.connect_doorbell(kick, doorbell, queue)?;
-    }
-    for interrupt in shared.calls.iter().chain([shared.events.interrupt()]) {
-        vm.connect_interrupt(interrupt, slot.gsi)?;
-    }
-    Ok(())
 }
 
 /// Blocks the signals that end the VMM, in every thread that is started from now on, so that only the main

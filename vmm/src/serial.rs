@@ -3,13 +3,15 @@
 //! Output goes out on the vCPU thread that writes it. Input is put in by the main thread, as much as the
 //! device's FIFO takes; when the guest has emptied the FIFO, an event says that there is room again.
 
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Write};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use baton_protocol::migration::state::SerialState;
 use thiserror::Error;
 use vm_superio::serial::SerialEvents;
-use vm_superio::{Serial, Trigger};
+use vm_superio::{Serial, Trigger, serial};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::SerialTarget;
@@ -31,6 +33,9 @@ pub enum SerialError {
     /// An event.
     #[error("cannot make the serial console's events")]
     Event(#[source] io::Error),
+    /// A state with more input than the device holds.
+    #[error("the serial port's state cannot be that of a 16550")]
+    State(#[source] serial::Error<io::Error>),
 }
 
 /// The interrupt line: one pulse an event.
@@ -58,8 +63,22 @@ impl SerialEvents for RoomSignal {
     }
 }
 
+/// Where the output goes, whichever device writes it.
+#[derive(Clone)]
+struct Output(Arc<Mutex<dyn Write + Send>>);
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).flush()
+    }
+}
+
 /// The device on the bus.
-pub struct Console(Serial<Interrupt, RoomSignal, Box<dyn Write + Send>>);
+pub struct Console(Serial<Interrupt, RoomSignal, Output>);
 
 impl BusDevice for Console {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
@@ -88,36 +107,91 @@ pub struct SharedConsole {
     pub interrupt: EventFd,
     /// Readable when the guest has read all input.
     pub room: EventFd,
+    output: Output,
+}
+
+impl fmt::Debug for SharedConsole {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("SharedConsole").finish_non_exhaustive()
+    }
 }
 
 impl SharedConsole {
     /// A console whose output goes to `target`.
     pub fn new(target: &SerialTarget) -> Result<Self, SerialError> {
-        let output: Box<dyn Write + Send> = match target {
-            SerialTarget::Stdio => Box::new(io::stdout()),
-            SerialTarget::File(path) => Box::new(
+        match target {
+            SerialTarget::Stdio => Self::with_output(io::stdout()),
+            SerialTarget::File(path) => Self::with_output(
                 File::create(path).map_err(|source| SerialError::Open { path: path.clone(), source })?,
             ),
-        };
-        Self::with_output(output).map_err(SerialError::Event)
+        }
+        .map_err(SerialError::Event)
     }
 
-    fn with_output(output: Box<dyn Write + Send>) -> io::Result<Self> {
+    fn with_output(output: impl Write + Send + 'static) -> io::Result<Self> {
         let interrupt = event::new()?;
         let room = event::new()?;
-        let serial =
-            Serial::with_events(Interrupt(interrupt.try_clone()?), RoomSignal(room.try_clone()?), output);
-        Ok(Self { device: Arc::new(Mutex::new(Console(serial))), interrupt, room })
+        let output = Output(Arc::new(Mutex::new(output)));
+        let serial = Serial::with_events(
+            Interrupt(interrupt.try_clone()?),
+            RoomSignal(room.try_clone()?),
+            output.clone(),
+        );
+        Ok(Self { device: Arc::new(Mutex::new(Console(serial))), interrupt, room, output })
+    }
+
+    /// The device's state. The vCPUs stand still.
+    pub fn save(&self) -> SerialState {
+        let state = self.device().0.state();
+        SerialState {
+            divisor_low: state.baud_divisor_low,
+            divisor_high: state.baud_divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            input: state.in_buffer,
+        }
+    }
+
+    /// Puts a state into the device, and tells the guest of what waits there.
+    pub fn restore(&self, state: &SerialState) -> Result<(), SerialError> {
+        let state = serial::SerialState {
+            baud_divisor_low: state.divisor_low,
+            baud_divisor_high: state.divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.input.clone(),
+        };
+        let clone = |event: &EventFd| event.try_clone().map_err(SerialError::Event);
+        let (interrupt, room) = (Interrupt(clone(&self.interrupt)?), RoomSignal(clone(&self.room)?));
+        let restored = Serial::from_state(&state, interrupt, room, self.output.clone());
+        self.device().0 = restored.map_err(SerialError::State)?;
+        // Whoever waits for room looks at the new device.
+        event::signal(&self.room);
+        Ok(())
+    }
+
+    fn device(&self) -> MutexGuard<'_, Console> {
+        self.device.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How many bytes of input the device takes now.
     pub fn capacity(&self) -> usize {
-        self.device.lock().unwrap_or_else(PoisonError::into_inner).0.fifo_capacity()
+        self.device().0.fifo_capacity()
     }
 
     /// Puts input in; at most [`Self::capacity`] bytes.
     pub fn input(&self, bytes: &[u8]) {
-        let mut device = self.device.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut device = self.device();
         if let Err(error) = device.0.enqueue_raw_bytes(bytes) {
             tracing::debug!("the serial console lost input: {error}");
         }
@@ -130,10 +204,11 @@ mod tests {
 
     const INTERRUPT_ENABLE: u64 = 1;
     const RECEIVED: u8 = 1;
+    const SCRATCH: u64 = 7;
 
     #[test]
     fn input_interrupts_and_room_is_signalled() {
-        let console = SharedConsole::with_output(Box::new(io::sink())).unwrap();
+        let console = SharedConsole::with_output(io::sink()).unwrap();
         console.device.lock().unwrap().write(INTERRUPT_ENABLE, &[RECEIVED]);
         let full = console.capacity();
 
@@ -151,8 +226,33 @@ mod tests {
     }
 
     #[test]
+    fn another_console_goes_on_where_this_one_stops() {
+        let console = SharedConsole::with_output(io::sink()).unwrap();
+        console.device().write(INTERRUPT_ENABLE, &[RECEIVED]);
+        console.device().write(SCRATCH, &[0x5a]);
+        console.input(b"ab");
+
+        let other = SharedConsole::with_output(io::sink()).unwrap();
+        other.restore(&console.save()).unwrap();
+        assert_eq!(other.save(), console.save());
+        assert_eq!(other.interrupt.read().unwrap(), 1);
+        let mut byte = [0];
+        other.device().read(SCRATCH, &mut byte);
+        assert_eq!(byte, [0x5a]);
+        other.device().read(0, &mut byte);
+        assert_eq!(&byte, b"a");
+    }
+
+    #[test]
+    fn more_input_than_the_fifo_holds_is_no_state() {
+        let console = SharedConsole::with_output(io::sink()).unwrap();
+        let state = SerialState { input: vec![0; 65], ..console.save() };
+        assert!(matches!(console.restore(&state), Err(SerialError::State(_))));
+    }
+
+    #[test]
     fn odd_accesses_do_nothing() {
-        let console = SharedConsole::with_output(Box::new(io::sink())).unwrap();
+        let console = SharedConsole::with_output(io::sink()).unwrap();
         let mut device = console.device.lock().unwrap();
         device.write(0, &[1, 2, 3, 4]);
         device.write(7, &[]);

@@ -9,7 +9,7 @@
 //! To pause or stop, the gate's state is changed first and then every thread is signalled. The signal's handler
 //! sets `immediate_exit` in the vCPU's shared page, and a thread clears it only *before* it looks at the gate, so
 //! no order of the two can lose a request. A paused vCPU has completed its last port or memory-mapped access:
-//! its registers are consistent.
+//! its registers are consistent. Its thread has let go of it, so that its state can be taken and put in.
 #![expect(unsafe_code, reason = "the signal handler writes to the vCPU's shared page")]
 
 use std::cell::Cell;
@@ -18,6 +18,7 @@ use std::ptr;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
+use baton_protocol::migration::state::VcpuState;
 use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use libc::siginfo_t;
@@ -26,6 +27,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::mmio_bus::Bus;
 use crate::power::{Crash, EndSignal, GuestEnd};
+use crate::vcpu_state::{self, VcpuStateError};
 
 /// Why the vCPU threads could not be started.
 #[derive(Debug, Error)]
@@ -122,6 +124,8 @@ pub struct Buses {
 #[derive(Debug)]
 pub struct Vcpus {
     gate: Arc<Gate>,
+    /// Each is locked by its thread while that does not stand still.
+    fds: Vec<Arc<Mutex<VcpuFd>>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -131,19 +135,35 @@ impl Vcpus {
         register_signal_handler(SIGRTMIN(), leave_guest).map_err(VcpuError::Signal)?;
         let state = GateState { wanted: Wanted::Paused, alive: vcpus.len(), parked: 0 };
         let gate = Arc::new(Gate { state: Mutex::new(state), changed: Condvar::new() });
+        let fds: Vec<_> = vcpus.into_iter().map(|fd| Arc::new(Mutex::new(fd))).collect();
         let mut threads = Vec::new();
-        for (id, fd) in (0u8..).zip(vcpus) {
+        for (id, fd) in (0u8..).zip(&fds) {
             let (gate, buses, end) = (Arc::clone(&gate), Arc::clone(buses), end.clone());
-            let mut vcpu = Vcpu { id, fd, gate, buses, end };
+            let vcpu = Vcpu { id, fd: Arc::clone(fd), gate, buses, end };
             let thread = Builder::new().name(format!("vcpu{id}")).spawn(move || vcpu.run());
             threads.push(thread.map_err(VcpuError::Thread)?);
         }
-        Ok(Self { gate, threads: Mutex::new(threads) })
+        Ok(Self { gate, fds, threads: Mutex::new(threads) })
     }
 
-    /// What the vCPUs are doing.
-    pub fn state(&self) -> Wanted {
-        self.gate.wanted()
+    /// Whether none of them has ended.
+    pub fn all_alive(&self) -> bool {
+        self.gate.lock().alive == self.fds.len()
+    }
+
+    /// The state of each of them, `msrs` being their model-specific registers. They stand still.
+    pub fn save(&self, msrs: &[u32]) -> Result<Vec<VcpuState>, VcpuStateError> {
+        self.fds.iter().map(|fd| vcpu_state::save(&locked(fd), msrs)).collect()
+    }
+
+    /// Puts a state into each of them. They have never run.
+    pub fn restore(&self, states: &[VcpuState]) -> Result<(), VcpuStateError> {
+        self.fds.iter().zip(states).try_for_each(|(fd, state)| vcpu_state::restore(&locked(fd), state))
+    }
+
+    /// Tells the guest that it was stopped. They stand still.
+    pub fn tell_stopped(&self) {
+        self.fds.iter().for_each(|fd| vcpu_state::tell_stopped(&locked(fd)));
     }
 
     /// Lets them run; not once they were stopped.
@@ -184,6 +204,10 @@ impl Vcpus {
     }
 }
 
+fn locked(fd: &Mutex<VcpuFd>) -> MutexGuard<'_, VcpuFd> {
+    fd.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn interrupt(threads: &[JoinHandle<()>]) {
     for thread in threads {
         // A thread that has ended by itself needs no interruption.
@@ -210,10 +234,10 @@ extern "C" fn leave_guest(_signal: c_int, _info: *mut siginfo_t, _context: *mut 
     unsafe { flag.write_volatile(1) };
 }
 
-/// One vCPU, owned by its thread.
+/// One vCPU and what its thread knows.
 struct Vcpu {
     id: u8,
-    fd: VcpuFd,
+    fd: Arc<Mutex<VcpuFd>>,
     gate: Arc<Gate>,
     buses: Arc<Buses>,
     end: EndSignal,
@@ -231,39 +255,38 @@ enum Next {
 }
 
 impl Vcpu {
-    fn run(&mut self) {
-        SHARED_PAGE.set(ptr::from_mut(self.fd.get_kvm_run()));
+    fn run(&self) {
+        // The mapping lives as long as the vCPU, which this thread holds.
+        SHARED_PAGE.set(ptr::from_mut(locked(&self.fd).get_kvm_run()));
         let guard = Leaving { gate: Arc::clone(&self.gate), end: self.end.clone(), id: self.id };
-        self.run_guest();
+        while self.run_guest(&mut locked(&self.fd)) {
+            self.gate.park();
+        }
         SHARED_PAGE.set(ptr::null_mut());
         drop(guard);
     }
 
-    fn run_guest(&mut self) {
+    /// Runs the guest until it is to stand still; false if it is to end, or cannot go on.
+    fn run_guest(&self, fd: &mut VcpuFd) -> bool {
         loop {
-            self.fd.set_kvm_immediate_exit(0);
+            fd.set_kvm_immediate_exit(0);
             match self.gate.wanted() {
-                Wanted::Stopped => return,
+                Wanted::Stopped => return false,
                 Wanted::Running => {
-                    if self.enter() == Next::End {
-                        return;
+                    if self.enter(fd) == Next::End {
+                        return false;
                     }
                 }
-                Wanted::Paused => {
-                    if !self.complete() {
-                        return;
-                    }
-                    self.gate.park();
-                }
+                Wanted::Paused => return self.complete(fd),
             }
         }
     }
 
     /// Lets the kernel complete the last access without running the guest; false if the guest cannot go on.
-    fn complete(&mut self) -> bool {
+    fn complete(&self, fd: &mut VcpuFd) -> bool {
         loop {
-            self.fd.set_kvm_immediate_exit(1);
-            match self.enter() {
+            fd.set_kvm_immediate_exit(1);
+            match self.enter(fd) {
                 Next::Enter => {}
                 Next::Look => return true,
                 Next::End => return false,
@@ -272,9 +295,9 @@ impl Vcpu {
     }
 
     /// Runs the guest until it needs something.
-    fn enter(&mut self) -> Next {
+    fn enter(&self, fd: &mut VcpuFd) -> Next {
         let crash = |reason: String| Crash::Kvm { vcpu: self.id, reason };
-        let end = match self.fd.run() {
+        let end = match fd.run() {
             Ok(VcpuExit::MmioRead(address, data)) => {
                 self.buses.memory.read(address, data);
                 return Next::Enter;
@@ -299,7 +322,7 @@ impl Vcpu {
                 GuestEnd::Crash(crash(format!("entry failed, hardware reason {reason:#x}")))
             }
             Ok(VcpuExit::InternalError) => {
-                let rip = self.fd.get_regs().map_or(0, |registers| registers.rip);
+                let rip = fd.get_regs().map_or(0, |registers| registers.rip);
                 GuestEnd::Crash(crash(format!("internal error at instruction {rip:#x}")))
             }
             Ok(other) => GuestEnd::Crash(crash(format!("unexpected exit {other:?}"))),

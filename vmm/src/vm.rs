@@ -2,7 +2,13 @@
 //! devices to the guest.
 #![expect(unsafe_code, reason = "KVM is given the address of guest memory")]
 
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use std::sync::OnceLock;
+
+use baton_protocol::migration::state::{Clock, Opaque, PlatformState};
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY, kvm_clock_data,
+    kvm_irqchip, kvm_pit_config, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use thiserror::Error;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
@@ -10,8 +16,11 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::EntryPoint;
 use crate::cpu_state::{self, CpuStateError};
+use crate::host_time;
+use crate::kvm_structure::{WrongSize, opaque, structure};
 use crate::memory::GuestMemory;
 use crate::platform::{IDENTITY_MAP, TASK_STATE};
+use crate::vcpu_state::{self, VcpuStateError};
 
 /// What the VM needs of KVM.
 const REQUIRED: [(Cap, &str); 6] = [
@@ -44,6 +53,12 @@ pub enum VmError {
     /// The vCPUs' registers.
     #[error(transparent)]
     CpuState(#[from] CpuStateError),
+    /// The vCPUs' state.
+    #[error(transparent)]
+    VcpuState(#[from] VcpuStateError),
+    /// A part of the state that is of another size.
+    #[error(transparent)]
+    Size(#[from] WrongSize),
 }
 
 fn refused(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
@@ -55,12 +70,12 @@ fn refused(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
 pub struct Vm {
     fd: VmFd,
     kvm: Kvm,
-    memory: GuestMemory,
+    memory: OnceLock<GuestMemory>,
 }
 
 impl Vm {
-    /// A VM with `memory` and interrupt controllers, without vCPUs.
-    pub fn new(memory: GuestMemory) -> Result<Self, VmError> {
+    /// A VM with interrupt controllers, without vCPUs and memory.
+    pub fn new() -> Result<Self, VmError> {
         let kvm = Kvm::new().map_err(VmError::Open)?;
         if let Some((_, name)) = REQUIRED.into_iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
             return Err(VmError::Missing(name));
@@ -71,6 +86,12 @@ impl Vm {
         fd.create_irq_chip().map_err(refused("interrupt controllers"))?;
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() };
         fd.create_pit2(pit).map_err(refused("timer"))?;
+        Ok(Self { fd, kvm, memory: OnceLock::new() })
+    }
+
+    /// Gives the VM, which has none yet, its memory.
+    pub fn add_memory(&self, memory: GuestMemory) -> Result<(), VmError> {
+        let memory = self.memory.get_or_init(|| memory);
         for (slot, region) in (0u32..).zip(memory.iter()) {
             let slot = kvm_userspace_memory_region {
                 slot,
@@ -81,24 +102,26 @@ impl Vm {
             };
             // SAFETY: the region is mapped for its whole length, and the VM owns the mapping: it outlives `fd`,
             // which is dropped first.
-            unsafe { fd.set_user_memory_region(slot) }.map_err(refused("guest memory"))?;
+            unsafe { self.fd.set_user_memory_region(slot) }.map_err(refused("guest memory"))?;
         }
-        Ok(Self { fd, kvm, memory })
+        Ok(())
     }
 
-    /// Guest memory.
-    pub fn memory(&self) -> &GuestMemory {
-        &self.memory
+    /// Guest memory; none of it before [`Self::add_memory`].
+    pub fn memory(&self) -> GuestMemory {
+        self.memory.get().cloned().unwrap_or_default()
     }
 
-    /// Makes the vCPUs; the first starts at `entry`.
-    pub fn create_vcpus(&self, count: u8, entry: EntryPoint) -> Result<Vec<VcpuFd>, VmError> {
-        cpu_state::write_boot_tables(&self.memory)?;
+    /// Makes the vCPUs. The first starts at `entry`; without one their state is still to come.
+    pub fn create_vcpus(&self, count: u8, entry: Option<EntryPoint>) -> Result<Vec<VcpuFd>, VmError> {
+        if entry.is_some() {
+            cpu_state::write_boot_tables(&self.memory())?;
+        }
         let cpuid = cpu_state::supported_cpuid(&self.kvm)?;
         (0..count)
             .map(|id| {
                 let vcpu = self.fd.create_vcpu(u64::from(id)).map_err(refused("vCPU"))?;
-                cpu_state::set_up(&vcpu, &cpuid, id, count, (id == 0).then_some(entry))?;
+                cpu_state::set_up(&vcpu, &cpuid, id, count, entry.filter(|_| id == 0))?;
                 Ok(vcpu)
             })
             .collect()
@@ -112,5 +135,51 @@ impl Vm {
     /// The guest's writes of `value`, four bytes wide, to `address` become signals of `event`.
     pub fn connect_doorbell(&self, event: &EventFd, address: u64, value: u32) -> Result<(), VmError> {
         self.fd.register_ioevent(event, &IoEventAddress::Mmio(address), value).map_err(refused("ioeventfd"))
+    }
+
+    /// The model-specific registers that a vCPU's state has.
+    pub fn msr_indices(&self) -> Result<Vec<u32>, VmError> {
+        Ok(vcpu_state::msr_indices(&self.kvm)?)
+    }
+
+    /// The state of interrupt controllers, timer and clock. The vCPUs stand still.
+    pub fn save(&self) -> Result<PlatformState, VmError> {
+        // The host's time first: what passes in between, the guest's clock is ahead rather than behind.
+        let host = host_time::now();
+        let clock = self.fd.get_clock().map_err(refused("guest's clock"))?;
+        Ok(PlatformState {
+            pic_primary: self.interrupt_controller(KVM_IRQCHIP_PIC_MASTER)?,
+            pic_secondary: self.interrupt_controller(KVM_IRQCHIP_PIC_SLAVE)?,
+            io_apic: self.interrupt_controller(KVM_IRQCHIP_IOAPIC)?,
+            timer: opaque(&self.fd.get_pit2().map_err(refused("timer's state"))?),
+            clock: Clock { guest: clock.clock, host },
+        })
+    }
+
+    fn interrupt_controller(&self, id: u32) -> Result<Opaque, VmError> {
+        let mut chip = kvm_irqchip { chip_id: id, ..kvm_irqchip::default() };
+        self.fd.get_irqchip(&mut chip).map_err(refused("interrupt controllers' state"))?;
+        Ok(opaque(&chip))
+    }
+
+    /// Puts a state in, after the vCPUs have theirs, which decide what the clock runs by.
+    pub fn restore(&self, state: &PlatformState) -> Result<(), VmError> {
+        self.fd.set_pit2(&structure("timer", &state.timer)?).map_err(refused("timer's state"))?;
+        for (id, bytes) in [
+            (KVM_IRQCHIP_PIC_MASTER, &state.pic_primary),
+            (KVM_IRQCHIP_PIC_SLAVE, &state.pic_secondary),
+            (KVM_IRQCHIP_IOAPIC, &state.io_apic),
+        ] {
+            let chip = kvm_irqchip { chip_id: id, ..structure("interrupt controller", bytes)? };
+            self.fd.set_irqchip(&chip).map_err(refused("interrupt controllers' state"))?;
+        }
+        Ok(())
+    }
+
+    /// Sets the guest's clock to what it would be had it gone on.
+    pub fn set_clock(&self, clock: Clock) -> Result<(), VmError> {
+        let passed = host_time::now().saturating_sub(clock.host);
+        let clock = kvm_clock_data { clock: clock.guest.wrapping_add(passed), ..kvm_clock_data::default() };
+        self.fd.set_clock(&clock).map_err(refused("guest's clock"))
     }
 }

@@ -30,9 +30,9 @@ enum Command {
     Status,
     /// A back-end's counters.
     Stats,
-    /// Stop a VM's vCPUs.
+    /// Make a VM stand still.
     Pause,
-    /// Let a paused VM run.
+    /// Let a VM that stands still run on.
     Resume,
     /// Hand a back-end's device over to another one that waits with --incoming-fds.
     Handover {
@@ -48,6 +48,17 @@ enum Command {
         /// End the hand-over that is under way: the device stays.
         #[arg(long)]
         cancel: bool,
+    },
+    /// Move a VM to the baton-vmm on this host that waits for it.
+    Migrate {
+        /// The path that it was given as --incoming.
+        path: PathBuf,
+        /// Hand the TAPs over, too, of the devices with local-migration=on.
+        #[arg(long)]
+        local: bool,
+        /// Only say whether it could be done, and if not, why.
+        #[arg(long)]
+        dry_run: bool,
     },
     /// End the process.
     Quit,
@@ -70,14 +81,19 @@ impl From<Command> for Request {
                 dry_run,
                 cancel,
             },
+            Command::Migrate { path, local, dry_run } => {
+                // The other process may have another working directory.
+                let path = std::path::absolute(&path).unwrap_or(path);
+                Self::Migrate { path, local, dry_run }
+            }
             Command::Quit => Self::Quit,
         }
     }
 }
 
 fn main() -> ExitCode {
-    match run(&Arguments::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
+    match run(Arguments::parse()) {
+        Ok(code) => code,
         Err(error) => {
             eprintln!("batonctl: {error:#}");
             ExitCode::FAILURE
@@ -85,8 +101,14 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    let reply = ControlClient::connect(&arguments.control_socket)?.call(&arguments.command.clone().into())?;
+/// The results of what was tried and not done.
+const NOT_DONE: [&str; 2] = ["rolled-back", "refused"];
+
+fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+    let reply = ControlClient::connect(&arguments.control_socket)?.call(&arguments.command.into())?;
     let text = if arguments.json { format!("{reply}\n") } else { listing(&reply) };
-    std::io::stdout().write_all(text.as_bytes()).context("cannot print the reply")
+    std::io::stdout().write_all(text.as_bytes()).context("cannot print the reply")?;
+    let result = reply.get("result").and_then(serde_json::Value::as_str);
+    let not_done = result.is_some_and(|result| NOT_DONE.contains(&result));
+    Ok(if not_done { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }

@@ -28,6 +28,8 @@ pub struct FakeBackend {
     pub features: u64,
     pub protocol: VhostUserProtocolFeatures,
     pub vrings: u64,
+    /// Where it stops each vring; those beyond, at 0.
+    pub bases: Vec<u32>,
     pub config: [u8; 12],
     /// The message that is answered with an error.
     pub refuses: Option<&'static str>,
@@ -51,6 +53,7 @@ impl FakeBackend {
                 | VhostUserProtocolFeatures::RESET_DEVICE
                 | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS,
             vrings,
+            bases: Vec::new(),
             config: [0x52, 0x54, 0, 1, 2, 3, 1, 0, 4, 0, 0x78, 5],
             refuses: None,
             log: Vec::new(),
@@ -138,7 +141,8 @@ impl VhostUserBackendReqHandlerMut for FakeBackend {
     }
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         self.note("GET_VRING_BASE", &format!("{index}"))?;
-        Ok(VhostUserVringState::new(index, 0))
+        let base = usize::try_from(index).ok().and_then(|index| self.bases.get(index));
+        Ok(VhostUserVringState::new(index, base.copied().unwrap_or(0)))
     }
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
         self.kicks.extend(fd.map(|fd| (index, fd)));

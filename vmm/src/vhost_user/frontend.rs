@@ -15,7 +15,10 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use thiserror::Error;
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures};
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserHeaderFlag,
+    VhostUserProtocolFeatures,
+};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -69,6 +72,17 @@ pub enum LinkError {
         /// Two for each queue pair.
         needed: u16,
     },
+    /// A ring that is further than a split ring can be.
+    #[error("it stopped vring {index} at {base}, which is no index of a split ring")]
+    Base {
+        /// The ring.
+        index: usize,
+        /// What it said.
+        base: u32,
+    },
+    /// A back-end that wants its state to go another way.
+    #[error("it answered SET_DEVICE_STATE_FD with a channel of its own, which is not supported")]
+    OtherChannel,
     /// Guest memory that has no file, or a ring that is not in guest memory.
     #[error("guest memory cannot be shared")]
     Memory(#[source] vhost::Error),
@@ -145,6 +159,7 @@ pub struct Link {
     offer: Offer,
     protocol: VhostUserProtocolFeatures,
     has_protocol_features: bool,
+    has_memory: bool,
     started: Vec<usize>,
     watchdog: Watchdog,
 }
@@ -172,6 +187,7 @@ impl Link {
             offer: Offer { features: 0, config: None },
             protocol: VhostUserProtocolFeatures::empty(),
             has_protocol_features: false,
+            has_memory: false,
             started: Vec::new(),
             watchdog: Watchdog::start(watched, PATIENCE).map_err(LinkError::Socket)?,
         };
@@ -225,38 +241,49 @@ impl Link {
         self.socket.as_fd()
     }
 
-    /// Starts the device: acknowledges `features`, shares `memory`, and sets `rings` up. `inflight` is kept from one
-    /// back-end of these rings to the next; one that does without it makes it worthless.
-    pub fn start(
-        &mut self,
-        features: u64,
-        memory: &GuestMemory,
-        inflight: &mut Option<Inflight>,
-        rings: &[RingStart<'_>],
-    ) -> Result<(), LinkError> {
-        self.in_time(|link| link.start_device(features, memory, inflight, rings))
+    /// Shares guest memory: what takes long is done before a guest waits for it.
+    pub fn share_memory(&mut self, memory: &GuestMemory) -> Result<(), LinkError> {
+        self.in_time(|link| link.set_memory(memory))
     }
 
-    fn start_device(
-        &mut self,
-        features: u64,
-        memory: &GuestMemory,
-        inflight: &mut Option<Inflight>,
-        rings: &[RingStart<'_>],
-    ) -> Result<(), LinkError> {
-        let protocol = if self.has_protocol_features { PROTOCOL_FEATURES } else { 0 };
-        self.frontend.set_features(features | protocol).map_err(failed("SET_FEATURES"))?;
+    fn set_memory(&mut self, memory: &GuestMemory) -> Result<(), LinkError> {
         let regions: Result<Vec<_>, _> =
             memory.iter().map(VhostUserMemoryRegionInfo::from_guest_region).collect();
         self.frontend.set_mem_table(&regions.map_err(LinkError::Memory)?).map_err(failed("SET_MEM_TABLE"))?;
-        self.track_inflight(inflight, rings)?;
-        for ring in rings {
-            self.start_ring(ring, memory)?;
-        }
-        for ring in rings {
-            self.enable_ring(ring.index, ring.enabled)?;
-        }
+        self.has_memory = true;
         Ok(())
+    }
+
+    /// Acknowledges `features`, shares `memory` if that was not done, and tells all about `rings` but what starts
+    /// them. `inflight` is kept from one back-end of these rings to the next; one that does without it makes it
+    /// worthless.
+    pub fn set_up(
+        &mut self,
+        features: u64,
+        memory: &GuestMemory,
+        inflight: &mut Option<Inflight>,
+        rings: &[RingStart<'_>],
+    ) -> Result<(), LinkError> {
+        self.in_time(|link| {
+            let protocol = if link.has_protocol_features { PROTOCOL_FEATURES } else { 0 };
+            link.frontend.set_features(features | protocol).map_err(failed("SET_FEATURES"))?;
+            if !link.has_memory {
+                link.set_memory(memory)?;
+            }
+            link.track_inflight(inflight, rings)?;
+            rings.iter().try_for_each(|ring| link.set_up_ring(ring, memory))
+        })
+    }
+
+    /// Starts `rings`, which were set up, and enables those that are to be.
+    pub fn run(&mut self, rings: &[RingStart<'_>]) -> Result<(), LinkError> {
+        self.in_time(|link| {
+            for ring in rings {
+                link.started.push(ring.index);
+                link.frontend.set_vring_kick(ring.index, ring.kick).map_err(failed("SET_VRING_KICK"))?;
+            }
+            rings.iter().try_for_each(|ring| link.enable_ring(ring.index, ring.enabled))
+        })
     }
 
     /// Gives the back-end the inflight region; asks it for one if there is none yet.
@@ -282,7 +309,7 @@ impl Link {
         region.give(frontend).map_err(failed("SET_INFLIGHT_FD"))
     }
 
-    fn start_ring(&mut self, ring: &RingStart<'_>, memory: &GuestMemory) -> Result<(), LinkError> {
+    fn set_up_ring(&mut self, ring: &RingStart<'_>, memory: &GuestMemory) -> Result<(), LinkError> {
         let address = |guest: u64| {
             let pointer = memory.get_host_address(GuestAddress(guest)).map_err(LinkError::Ring)?;
             Ok::<u64, LinkError>(pointer.addr() as u64)
@@ -300,9 +327,7 @@ impl Link {
         frontend.set_vring_num(index, ring.setup.size).map_err(failed("SET_VRING_NUM"))?;
         frontend.set_vring_base(index, ring.base).map_err(failed("SET_VRING_BASE"))?;
         frontend.set_vring_addr(index, &place).map_err(failed("SET_VRING_ADDR"))?;
-        frontend.set_vring_call(index, ring.call).map_err(failed("SET_VRING_CALL"))?;
-        self.started.push(index);
-        frontend.set_vring_kick(index, ring.kick).map_err(failed("SET_VRING_KICK"))
+        frontend.set_vring_call(index, ring.call).map_err(failed("SET_VRING_CALL"))
     }
 
     fn enable_ring(&mut self, index: usize, enabled: bool) -> Result<(), LinkError> {
@@ -321,16 +346,61 @@ impl Link {
         })
     }
 
+    /// Stops the rings that were started: on return, the back-end has left every one and touches no guest memory. It
+    /// keeps all the rest. Gives how far each ring is.
+    pub fn suspend(&mut self) -> Result<Vec<(usize, u16)>, LinkError> {
+        let mut bases = Vec::new();
+        self.in_time(|link| {
+            bases = link.stop_rings()?;
+            Ok(())
+        })?;
+        Ok(bases)
+    }
+
+    fn stop_rings(&mut self) -> Result<Vec<(usize, u16)>, LinkError> {
+        let started = std::mem::take(&mut self.started);
+        let base = |index| {
+            let base = self.frontend.get_vring_base(index).map_err(failed("GET_VRING_BASE"))?;
+            Ok((index, u16::try_from(base).map_err(|_| LinkError::Base { index, base })?))
+        };
+        started.into_iter().map(base).collect()
+    }
+
+    /// Whether the back-end can give its state away, or take another's.
+    pub fn has_device_state(&self) -> bool {
+        self.protocol.contains(VhostUserProtocolFeatures::DEVICE_STATE)
+    }
+
+    /// Has the back-end, whose rings are stopped, write its state to `channel` or read it there, and waits until it
+    /// has.
+    pub fn transfer(
+        &mut self,
+        direction: VhostTransferStateDirection,
+        channel: OwnedFd,
+    ) -> Result<(), LinkError> {
+        self.in_time(|link| {
+            let stopped = VhostTransferStatePhase::STOPPED;
+            let other = link
+                .frontend
+                .set_device_state_fd(direction, stopped, channel)
+                .map_err(failed("SET_DEVICE_STATE_FD"))?;
+            if other.is_some() {
+                return Err(LinkError::OtherChannel);
+            }
+            link.frontend.check_device_state().map_err(failed("CHECK_DEVICE_STATE"))
+        })
+    }
+
     /// Stops the device: on return, the back-end has left every ring and touches no guest memory.
     pub fn stop(&mut self) -> Result<(), LinkError> {
         self.in_time(Self::stop_device)
     }
 
     fn stop_device(&mut self) -> Result<(), LinkError> {
-        let started = std::mem::take(&mut self.started);
-        for &index in &started {
-            self.frontend.get_vring_base(index).map_err(failed("GET_VRING_BASE"))?;
-        }
+        let started = self.started.clone();
+        self.stop_rings()?;
+        // A device that was reset may have forgotten it.
+        self.has_memory = false;
         if self.protocol.contains(VhostUserProtocolFeatures::RESET_DEVICE) {
             return self.frontend.reset_device().map_err(failed("RESET_DEVICE"));
         }
@@ -343,7 +413,8 @@ fn negotiate(frontend: &mut Frontend) -> Result<VhostUserProtocolFeatures, LinkE
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::CONFIG
         | VhostUserProtocolFeatures::INFLIGHT_SHMFD
-        | VhostUserProtocolFeatures::RESET_DEVICE;
+        | VhostUserProtocolFeatures::RESET_DEVICE
+        | VhostUserProtocolFeatures::DEVICE_STATE;
     let offered = frontend.get_protocol_features().map_err(failed("GET_PROTOCOL_FEATURES"))?;
     let protocol = offered & wanted;
     frontend.set_protocol_features(protocol).map_err(failed("SET_PROTOCOL_FEATURES"))?;
@@ -410,7 +481,8 @@ mod tests {
         };
 
         let rings = [ring(0, 0, true), ring(3, 7, false)];
-        link.start(1 << 32 | 1 << 15, &memory, &mut None, &rings).unwrap();
+        link.set_up(1 << 32 | 1 << 15, &memory, &mut None, &rings).unwrap();
+        link.run(&rings).unwrap();
         link.enable_pairs(2).unwrap();
         link.stop().unwrap();
         drop(link);
@@ -426,11 +498,11 @@ mod tests {
             "SET_VRING_BASE 0 0",
             "SET_VRING_ADDR 0 0x1000 0x2000 0x3000",
             "SET_VRING_CALL 0",
-            "SET_VRING_KICK 0",
             "SET_VRING_NUM 3 256",
             "SET_VRING_BASE 3 7",
             "SET_VRING_ADDR 3 0x1000 0x2000 0x3000",
             "SET_VRING_CALL 3",
+            "SET_VRING_KICK 0",
             "SET_VRING_KICK 3",
             "SET_VRING_ENABLE 0 1",
             "SET_VRING_ENABLE 3 0",
@@ -452,7 +524,8 @@ mod tests {
         let (link, serving) = establish(backend, 2);
         let mut link = link.unwrap();
         let ring = RingStart { index: 1, setup: setup(), base: 0, enabled: true, kick: &kick, call: &call };
-        link.start(1 << 32, &memory, &mut None, &[ring]).unwrap();
+        link.set_up(1 << 32, &memory, &mut None, &[]).unwrap();
+        link.run(&[ring]).unwrap();
         link.stop().unwrap();
         drop(link);
         let log = serving.finish().log;
@@ -473,7 +546,7 @@ mod tests {
             let mut link = link.unwrap();
             let ring =
                 RingStart { index: 1, setup: setup(), base: 0, enabled: true, kick: &kick, call: &call };
-            link.start(1 << 32, &memory, &mut inflight, &[ring]).unwrap();
+            link.set_up(1 << 32, &memory, &mut inflight, &[ring]).unwrap();
             assert_eq!(inflight.is_some(), tracks);
             drop(link);
             let backend = serving.finish();
@@ -515,7 +588,7 @@ mod tests {
         let mut backend = FakeBackend::new(2);
         backend.refuses = Some("SET_FEATURES");
         let (link, _serving) = establish(backend, 2);
-        let error = link.unwrap().start(1 << 32, &memory, &mut None, &[]).unwrap_err();
+        let error = link.unwrap().set_up(1 << 32, &memory, &mut None, &[]).unwrap_err();
         assert!(matches!(error, LinkError::Message { message: "SET_FEATURES", .. }));
     }
 

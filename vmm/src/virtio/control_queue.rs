@@ -7,6 +7,7 @@
 
 use std::io::{Read, Write};
 
+use baton_protocol::migration::state::ControlState;
 use thiserror::Error;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_CTRL_MQ,
@@ -67,6 +68,17 @@ impl ControlQueue {
     pub fn new(mut queue: Queue, event_idx: bool) -> Self {
         queue.set_event_idx(event_idx);
         Self { queue }
+    }
+
+    /// How far it is.
+    pub fn save(&self) -> ControlState {
+        ControlState { next_available: self.queue.next_avail(), next_used: self.queue.next_used() }
+    }
+
+    /// Goes on from there.
+    pub fn restore(&mut self, state: ControlState) {
+        self.queue.set_next_avail(state.next_available);
+        self.queue.set_next_used(state.next_used);
     }
 
     /// Carries out the commands that are available, at most one ring full of them.

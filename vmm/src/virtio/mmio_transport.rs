@@ -8,7 +8,7 @@
 //!
 //! The guest is not trusted: an access in the wrong size or at the wrong time does nothing.
 
-use serde::{Deserialize, Serialize};
+use baton_protocol::migration::state::TransportState;
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
     VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
@@ -46,8 +46,8 @@ const DRIVER_STATUS: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE
     | VIRTIO_CONFIG_S_FAILED;
 
 /// The registers that a driver has written. Plain data.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Registers {
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Registers {
     status: u32,
     device_features_select: u32,
     driver_features_select: u32,
@@ -80,6 +80,55 @@ impl<D: VirtioDevice> MmioTransport<D> {
     /// A device that no driver has touched.
     pub fn new(device: D) -> Self {
         Self { registers: Registers::after_reset(device.queue_sizes()), device }
+    }
+
+    /// The transport's state. The vCPUs stand still.
+    pub fn save(&self) -> TransportState {
+        let Registers {
+            status,
+            device_features_select,
+            driver_features_select,
+            driver_features,
+            queue_select,
+            queues,
+        } = &self.registers;
+        let events = self.device.events();
+        TransportState {
+            status: *status,
+            device_features_select: *device_features_select,
+            driver_features_select: *driver_features_select,
+            driver_features: *driver_features,
+            queue_select: *queue_select,
+            queues: queues.iter().copied().map(Into::into).collect(),
+            config_pending: events.config_pending(),
+            config_generation: events.config_generation(),
+            needs_reset: events.needs_reset(),
+        }
+    }
+
+    /// Puts a state in, without a word to the device, whose own state is restored with it. That it is one which a
+    /// driver can have brought about has been checked.
+    pub fn restore(&mut self, state: &TransportState) {
+        let TransportState {
+            status,
+            device_features_select,
+            driver_features_select,
+            driver_features,
+            queue_select,
+            queues,
+            config_pending,
+            config_generation,
+            needs_reset,
+        } = state;
+        self.registers = Registers {
+            status: status & DRIVER_STATUS,
+            device_features_select: *device_features_select,
+            driver_features_select: *driver_features_select,
+            driver_features: *driver_features,
+            queue_select: *queue_select,
+            queues: queues.iter().copied().map(Into::into).collect(),
+        };
+        self.device.events().restore(*config_pending, *config_generation, *needs_reset);
     }
 
     fn has(&self, bit: u32) -> bool {

@@ -13,7 +13,7 @@ pub mod net_worker;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use serde::{Deserialize, Serialize};
+use baton_protocol::migration::state::QueueState;
 use thiserror::Error;
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
@@ -27,7 +27,7 @@ pub const fn feature(number: u32) -> u64 {
 }
 
 /// What the driver has told about a virtqueue. Plain data and untrusted: [`QueueSetup::check`] decides.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct QueueSetup {
     /// How many descriptors it has.
     pub size: u16,
@@ -39,6 +39,20 @@ pub struct QueueSetup {
     pub available_ring: u64,
     /// The used ring's guest address.
     pub used_ring: u64,
+}
+
+impl From<QueueState> for QueueSetup {
+    fn from(state: QueueState) -> Self {
+        let QueueState { size, ready, descriptor_table, available_ring, used_ring } = state;
+        Self { size, ready, descriptor_table, available_ring, used_ring }
+    }
+}
+
+impl From<QueueSetup> for QueueState {
+    fn from(setup: QueueSetup) -> Self {
+        let QueueSetup { size, ready, descriptor_table, available_ring, used_ring } = setup;
+        Self { size, ready, descriptor_table, available_ring, used_ring }
+    }
 }
 
 /// A virtqueue that does not lie in guest memory.
@@ -69,7 +83,7 @@ impl QueueSetup {
 }
 
 /// What a driver has negotiated when it starts a device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Activation {
     /// The features it acknowledged: a subset of those offered.
     pub features: u64,
@@ -138,6 +152,16 @@ impl DeviceEvents {
     pub fn need_reset(&self) {
         self.needs_reset.store(true, Ordering::SeqCst);
         self.config_changed();
+    }
+
+    /// What another device had to tell is told by this one; a driver that was told may be told again.
+    fn restore(&self, config_pending: bool, config_generation: u32, needs_reset: bool) {
+        self.config_generation.store(config_generation, Ordering::SeqCst);
+        self.needs_reset.store(needs_reset, Ordering::SeqCst);
+        self.config_pending.store(config_pending, Ordering::SeqCst);
+        if config_pending {
+            event::signal(&self.interrupt);
+        }
     }
 
     fn config_pending(&self) -> bool {

@@ -5,13 +5,17 @@
 //! [`NetShared`]. Starting and resetting wait for the thread, because a driver may rely on them being done.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use baton_protocol::control::{Frontend as Connection, NetStatus};
+use baton_protocol::migration::facts::NetFacts;
+use baton_protocol::migration::state::{DriverState, NetIdentity, NetState};
 use thiserror::Error;
+use vhost::vhost_user::message::VhostTransferStateDirection;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
@@ -25,9 +29,11 @@ use virtio_bindings::virtio_net::{
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::net_worker::NetError;
 use super::{Activation, CannotActivate, DeviceEvents, VirtioDevice, feature};
 use crate::config::{Mac, NetConfig};
 use crate::event;
+use crate::memory::GuestMemory;
 use crate::vhost_user::frontend::{CONFIG_SIZE, Cutter, Offer};
 
 /// The largest size of a data virtqueue.
@@ -123,6 +129,20 @@ impl Identity {
     }
 }
 
+impl From<Identity> for NetIdentity {
+    fn from(identity: Identity) -> Self {
+        let Identity { features, mac, mtu, queue_pairs } = identity;
+        Self { features, mac: mac.0, mtu, queue_pairs }
+    }
+}
+
+impl From<NetIdentity> for Identity {
+    fn from(identity: NetIdentity) -> Self {
+        let NetIdentity { features, mac, mtu, queue_pairs } = identity;
+        Self { features, mac: Mac(mac), mtu, queue_pairs }
+    }
+}
+
 /// Of the features that a guest acknowledged, those that its back-end has to know of.
 pub fn for_backend(acknowledged: u64) -> u64 {
     acknowledged & BACKEND_FEATURES
@@ -141,6 +161,10 @@ pub fn check_offer(acknowledged: u64, offer: &Offer) -> Result<(), OfferError> {
 struct Live {
     identity: Identity,
     connected: bool,
+    /// What the back-end offers.
+    offered: u64,
+    /// Whether it can give or take device state.
+    device_state: bool,
     acknowledged: u64,
     active_pairs: u16,
     announce: bool,
@@ -149,7 +173,7 @@ struct Live {
 /// What the transport's side, the device's thread and the control socket share.
 #[derive(Debug)]
 pub struct NetShared {
-    socket: PathBuf,
+    config: NetConfig,
     queue_pairs: u16,
     live: Mutex<Live>,
     cutter: Mutex<Option<Cutter>>,
@@ -167,9 +191,17 @@ impl NetShared {
         let queues = usize::from(config.queue_pairs) * 2 + 1;
         let events = || (0..queues).map(|_| event::new()).collect::<io::Result<Vec<_>>>();
         let identity = Identity { features: 0, mac: Mac::default(), mtu: 0, queue_pairs: config.queue_pairs };
-        let live = Live { identity, connected: false, acknowledged: 0, active_pairs: 1, announce: false };
+        let live = Live {
+            identity,
+            connected: false,
+            offered: 0,
+            device_state: false,
+            acknowledged: 0,
+            active_pairs: 1,
+            announce: false,
+        };
         Ok(Self {
-            socket: config.socket.clone(),
+            config: config.clone(),
             queue_pairs: config.queue_pairs,
             live: Mutex::new(live),
             cutter: Mutex::default(),
@@ -185,7 +217,31 @@ impl NetShared {
 
     /// The back-end's socket.
     pub fn socket(&self) -> &Path {
-        &self.socket
+        &self.config.socket
+    }
+
+    /// Whether a local migration hands the device's TAP over.
+    pub fn moves_locally(&self) -> bool {
+        self.config.local_migration
+    }
+
+    /// What a migration has to know of the device that a guest has, which is said to be `local`.
+    pub fn facts(&self, local: bool) -> NetFacts {
+        let live = *self.live();
+        NetFacts {
+            queue_pairs: self.queue_pairs,
+            local,
+            device_state: live.device_state,
+            connected: live.connected,
+            features: for_backend(live.acknowledged),
+            mac: Some(live.identity.mac.0),
+        }
+    }
+
+    /// The same of the device for a guest that has yet to come.
+    pub fn place_facts(&self, local: bool) -> NetFacts {
+        let features = self.live().offered;
+        NetFacts { features, mac: self.config.mac.map(|mac| mac.0), ..self.facts(local) }
     }
 
     /// How many queue pairs the device has.
@@ -197,7 +253,7 @@ impl NetShared {
     pub fn status(&self) -> NetStatus {
         let live = *self.live();
         NetStatus {
-            socket: self.socket.display().to_string(),
+            socket: self.config.socket.display().to_string(),
             backend: if live.connected { Connection::Connected } else { Connection::Disconnected },
             queue_pairs: self.queue_pairs,
             active_queue_pairs: live.active_pairs,
@@ -205,14 +261,28 @@ impl NetShared {
         }
     }
 
+    /// What the guest is offered, and whether it is asked to announce its addresses.
+    pub fn offered(&self) -> (Identity, bool) {
+        let live = *self.live();
+        (live.identity, live.announce)
+    }
+
     /// What the guest is offered from now on; only while no driver has the device.
     pub fn offer(&self, identity: Identity) {
         self.live().identity = identity;
     }
 
-    /// Whether there is a back-end.
-    pub fn set_connected(&self, connected: bool) {
-        self.live().connected = connected;
+    /// There is a back-end, which offers these features, and device state or not.
+    pub fn set_connected(&self, offered: u64, device_state: bool) {
+        let mut live = self.live();
+        live.connected = true;
+        live.offered = offered;
+        live.device_state = device_state;
+    }
+
+    /// There is no back-end.
+    pub fn set_disconnected(&self) {
+        self.live().connected = false;
     }
 
     /// What the driver has acknowledged, and how many queue pairs it uses; 0 and 1 after a reset.
@@ -220,6 +290,13 @@ impl NetShared {
         let mut live = self.live();
         live.acknowledged = acknowledged;
         live.active_pairs = active_pairs;
+    }
+
+    /// Asks the driver to announce its addresses, if it can.
+    pub fn announce(&self) {
+        if self.live().acknowledged & feature(VIRTIO_NET_F_GUEST_ANNOUNCE) != 0 {
+            self.set_announce(true);
+        }
     }
 
     /// Asks the driver to announce its addresses, or takes note that it has.
@@ -243,9 +320,27 @@ impl NetShared {
     }
 }
 
+/// What the device's thread answers, with its outcome.
+pub type Answer<T> = SyncSender<Result<T, NetError>>;
+
 /// What the device's thread is asked to do.
 #[derive(Debug)]
 pub enum Command {
+    /// The guest has got its memory.
+    UseMemory(GuestMemory, Answer<()>),
+    /// The VM stands still. Answered once nobody touches guest memory any more.
+    Suspend(Answer<()>),
+    /// The VM is about to run on. Answered once the rings run, or will as soon as there is a back-end.
+    Resume(Answer<()>),
+    /// What the driver has started, of a device that is suspended.
+    Save(Answer<Option<DriverState>>),
+    /// What the driver of another device has started is this one's, which is suspended and whose registers hold this.
+    /// Answered once all is set up but what starts the rings.
+    Restore(Box<NetState>, Answer<()>),
+    /// The back-end of a suspended device gives its state away, or takes another's.
+    Transfer(VhostTransferStateDirection, OwnedFd, Answer<()>),
+    /// The guest has moved away: a back-end that is lost is not looked for.
+    Retire,
     /// The driver is ready. Answered once the rings run, or will as soon as there is a back-end.
     Start(Activation, SyncSender<Result<(), CannotActivate>>),
     /// The driver resets the device. Answered once nobody touches guest memory any more.

@@ -9,15 +9,22 @@
 //! the index up to which the lost one had *used* them. Completion is in order, so the buffers after it are all
 //! still the device's: none is skipped and none is forgotten; frames that were in hand are sent again. Then every
 //! ring is kicked and every driver called once, in case the lost one took a notification with it.
+//!
+//! A device is *suspended* while its VM stands still: its rings are stopped, the thread knows how far they are and
+//! leaves the control virtqueue alone, so nobody touches guest memory. A device whose VM has yet to arrive is suspended
+//! from its start.
 
-use std::sync::Arc;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, TryRecvError, channel, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
+use baton_protocol::migration::state::{DriverState, NetState, RingBase};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use thiserror::Error;
+use vhost::vhost_user::message::VhostTransferStateDirection;
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MQ};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::QueueT;
@@ -25,7 +32,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::control_queue::{self, ControlQueue, Refused};
 use super::dialler::{Dialler, dial};
-use super::net::{Command, Identity, Mailbox, Net, NetShared, OfferError, check_offer, for_backend};
+use super::net::{Answer, Command, Identity, Mailbox, Net, NetShared, OfferError, check_offer, for_backend};
 use super::{Activation, CannotActivate, InvalidQueue, QueueSetup, feature};
 use crate::config::{Mac, NetConfig};
 use crate::event;
@@ -51,6 +58,15 @@ pub enum NetError {
     /// No thread, no events.
     #[error("cannot start a network device's thread")]
     Thread(#[source] std::io::Error),
+    /// The thread has ended.
+    #[error("the network device's thread has ended")]
+    Ended,
+    /// The connection was lost before.
+    #[error("the back-end is not connected")]
+    NoBackend,
+    /// A restored state whose parts contradict each other.
+    #[error("the state's virtqueues do not fit the device")]
+    State,
 }
 
 /// A network device's thread, and what it shares.
@@ -59,12 +75,17 @@ pub struct NetThread {
     /// What the device's thread shares.
     pub shared: Arc<NetShared>,
     mailbox: Mailbox,
-    thread: JoinHandle<()>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl NetThread {
-    /// Starts the thread and waits until it has greeted the back-end; gives the transport's side, too.
-    pub fn start(name: String, config: &NetConfig, memory: GuestMemory) -> Result<(Self, Net), NetError> {
+    /// Starts the thread and waits until it has greeted the back-end; gives the transport's side, too. Without
+    /// `memory` the device is suspended, and its guest has yet to arrive.
+    pub fn start(
+        name: String,
+        config: &NetConfig,
+        memory: Option<GuestMemory>,
+    ) -> Result<(Self, Net), NetError> {
         let shared = Arc::new(NetShared::new(config).map_err(NetError::Thread)?);
         let (commands, receiver) = channel();
         let wake = event::new().map_err(NetError::Thread)?;
@@ -74,12 +95,14 @@ impl NetThread {
             config: config.clone(),
             fallback: random_mac().map_err(NetError::Thread)?,
             shared: Arc::clone(&shared),
-            memory,
+            suspended: memory.is_none().then(Suspended::default),
+            memory: memory.unwrap_or_default(),
             commands: receiver,
             wake: clone()?,
             link: None,
             dialler: None,
             device: None,
+            retired: false,
             complaint: None,
         };
         let (greeted, greeting) = channel();
@@ -100,14 +123,56 @@ impl NetThread {
             Err(NetError::Thread(std::io::Error::other("it ended before it had greeted its back-end")))
         })?;
         let net = Net::new(Arc::clone(&shared), Mailbox { commands: commands.clone(), wake: clone()? });
-        Ok((Self { shared, mailbox: Mailbox { commands, wake }, thread }, net))
+        Ok((Self { shared, mailbox: Mailbox { commands, wake }, thread: Mutex::new(Some(thread)) }, net))
+    }
+
+    /// The guest has got its memory, which the back-end is to share.
+    pub fn use_memory(&self, memory: GuestMemory) -> Result<(), NetError> {
+        self.ask(|answer| Command::UseMemory(memory, answer))
+    }
+
+    /// Stops the rings; on return nobody touches guest memory. The vCPUs stand still.
+    pub fn suspend(&self) -> Result<(), NetError> {
+        self.ask(Command::Suspend)
+    }
+
+    /// Starts the rings that were stopped, before the vCPUs run.
+    pub fn resume(&self) -> Result<(), NetError> {
+        self.ask(Command::Resume)
+    }
+
+    /// What the driver has started; the device is suspended.
+    pub fn save(&self) -> Result<Option<DriverState>, NetError> {
+        self.ask(Command::Save)
+    }
+
+    /// Takes over what the driver of another device has started; the device is suspended.
+    pub fn restore(&self, state: NetState) -> Result<(), NetError> {
+        self.ask(|answer| Command::Restore(Box::new(state), answer))
+    }
+
+    /// Has the back-end write its state to `channel`, or read it there; the device is suspended.
+    pub fn transfer(&self, direction: VhostTransferStateDirection, channel: OwnedFd) -> Result<(), NetError> {
+        self.ask(|answer| Command::Transfer(direction, channel, answer))
+    }
+
+    /// The guest has moved away: a back-end that is lost is not looked for.
+    pub fn retire(&self) {
+        self.mailbox.send(Command::Retire);
+    }
+
+    fn ask<T>(&self, command: impl FnOnce(Answer<T>) -> Command) -> Result<T, NetError> {
+        let (sender, answer) = sync_channel(1);
+        self.mailbox.send(command(sender));
+        answer.recv().unwrap_or(Err(NetError::Ended))
     }
 
     /// Ends the thread and with it the connection.
-    pub fn stop(self) {
+    pub fn stop(&self) {
         self.mailbox.send(Command::Quit);
         self.shared.cut();
-        if self.thread.join().is_err() {
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if thread.is_some_and(|thread| thread.join().is_err()) {
             tracing::error!("a network device's thread panicked");
         }
     }
@@ -132,10 +197,39 @@ struct Started {
     inflight: Option<Inflight>,
 }
 
+impl Started {
+    /// The data virtqueues that the driver uses.
+    fn ready(&self) -> impl Iterator<Item = (usize, QueueSetup)> + '_ {
+        self.queues.iter().copied().enumerate().filter(|(_, queue)| queue.ready)
+    }
+}
+
+/// The driver's rings as the back-end is to run them, each at its base or at 0.
+fn rings<'a>(device: &Started, shared: &'a NetShared, bases: &[RingBase]) -> Vec<RingStart<'a>> {
+    let base = |index| bases.iter().find(|base| usize::from(base.index) == index).map_or(0, |base| base.base);
+    let ring = |(index, setup)| RingStart {
+        index,
+        setup,
+        base: base(index),
+        enabled: index / 2 < usize::from(device.pairs),
+        kick: &shared.kicks[index],
+        call: &shared.calls[index],
+    };
+    device.ready().map(ring).collect()
+}
+
 #[derive(Debug)]
 struct Control {
     queue: ControlQueue,
     index: usize,
+}
+
+/// How far the rings of a suspended device are.
+#[derive(Debug, Default)]
+struct Suspended {
+    bases: Vec<RingBase>,
+    /// The back-end knows all but what starts them.
+    set_up: bool,
 }
 
 struct Worker {
@@ -150,6 +244,9 @@ struct Worker {
     /// The search for a back-end, while there is none.
     dialler: Option<Dialler>,
     device: Option<Started>,
+    suspended: Option<Suspended>,
+    /// The guest has moved away.
+    retired: bool,
     /// What was last said about the missing back-end, so that it is said once.
     complaint: Option<String>,
 }
@@ -182,7 +279,7 @@ impl Worker {
             if woken.backend {
                 self.lose("it closed the connection");
             }
-            if self.link.is_none() {
+            if self.link.is_none() && !self.retired {
                 self.reconnect();
             }
         }
@@ -203,6 +300,9 @@ impl Worker {
     }
 
     fn control_kick(&self) -> Option<&EventFd> {
+        if self.suspended.is_some() {
+            return None;
+        }
         let control = self.device.as_ref()?.control.as_ref()?;
         self.shared.kicks.get(control.index)
     }
@@ -213,6 +313,27 @@ impl Worker {
         loop {
             // Whoever waits for an answer and has gone needs none.
             match self.commands.try_recv() {
+                Ok(Command::UseMemory(memory, answer)) => {
+                    let _ = answer.send(self.use_memory(memory));
+                }
+                Ok(Command::Suspend(answer)) => {
+                    self.suspend();
+                    let _ = answer.send(Ok(()));
+                }
+                Ok(Command::Resume(answer)) => {
+                    self.resume();
+                    let _ = answer.send(Ok(()));
+                }
+                Ok(Command::Save(answer)) => {
+                    let _ = answer.send(Ok(self.save()));
+                }
+                Ok(Command::Restore(state, answer)) => {
+                    let _ = answer.send(self.restore(&state));
+                }
+                Ok(Command::Transfer(direction, channel, answer)) => {
+                    let _ = answer.send(self.transfer(direction, channel));
+                }
+                Ok(Command::Retire) => self.retired = true,
                 Ok(Command::Start(activation, answer)) => {
                     let _ = answer.send(self.start(&activation));
                 }
@@ -233,9 +354,109 @@ impl Worker {
         })?;
         self.shared.set_driver(device.features, device.pairs);
         self.device = Some(device);
-        if let Err(error) = self.start_rings(false) {
+        if let Err(error) = self.start_rings(&[], false, false) {
             self.lose(&one_line(&error));
         }
+        Ok(())
+    }
+
+    fn use_memory(&mut self, memory: GuestMemory) -> Result<(), NetError> {
+        self.memory = memory;
+        let link = self.link.as_mut().ok_or(NetError::NoBackend)?;
+        Ok(link.share_memory(&self.memory)?)
+    }
+
+    /// Stops the rings. A back-end that fails here is lost, and where it was is read from guest memory.
+    fn suspend(&mut self) {
+        if self.suspended.is_some() {
+            return;
+        }
+        let mut bases = match self.link.as_mut().map_or(Ok(Vec::new()), Link::suspend) {
+            Ok(bases) => bases,
+            Err(error) => {
+                self.lose(&one_line(&error.into()));
+                Vec::new()
+            }
+        };
+        if bases.is_empty() {
+            bases = self.used_indices();
+        }
+        let base = |(index, base)| Some(RingBase { index: u16::try_from(index).ok()?, base });
+        let bases = bases.into_iter().filter_map(base).collect();
+        self.suspended = Some(Suspended { bases, set_up: false });
+    }
+
+    /// The index up to which each ring of the driver's was used.
+    fn used_indices(&self) -> Vec<(usize, u16)> {
+        let ready = self.device.iter().flat_map(Started::ready);
+        ready.filter_map(|(index, setup)| Some((index, self.used_index(index, &setup).ok()?))).collect()
+    }
+
+    fn used_index(&self, index: usize, setup: &QueueSetup) -> Result<u16, NetError> {
+        let queue = setup.check(index, &self.memory)?;
+        Ok(queue.used_idx(&self.memory, Ordering::Acquire).map_err(NetError::UsedIndex)?.0)
+    }
+
+    fn resume(&mut self) {
+        let Some(suspended) = self.suspended.take() else { return };
+        if let Err(error) = self.start_rings(&suspended.bases, suspended.set_up, true) {
+            self.lose(&one_line(&error));
+        }
+        if let Some(kick) = self.control_kick() {
+            event::signal(kick);
+        }
+    }
+
+    /// A back-end that fails here is asked for its rings all the same: it keeps its device, or is lost then.
+    fn transfer(&mut self, direction: VhostTransferStateDirection, channel: OwnedFd) -> Result<(), NetError> {
+        let link = self.link.as_mut().ok_or(NetError::NoBackend)?;
+        Ok(link.transfer(direction, channel)?)
+    }
+
+    fn save(&self) -> Option<DriverState> {
+        let device = self.device.as_ref()?;
+        Some(DriverState {
+            active_queue_pairs: device.pairs,
+            bases: self.suspended.as_ref().map(|suspended| suspended.bases.clone()).unwrap_or_default(),
+            control: device.control.as_ref().map(|control| control.queue.save()),
+        })
+    }
+
+    /// Takes on what another device's driver has started. The same checks as of a driver's own start, and all that can
+    /// fail before the rings are started.
+    fn restore(&mut self, state: &NetState) -> Result<(), NetError> {
+        let identity = Identity::from(state.identity);
+        let link = self.link.as_ref().ok_or(NetError::NoBackend)?;
+        check_offer(state.transport.driver_features, link.offer())?;
+        // After a reset the driver is offered no more than it was, and no more than there is now.
+        let now = Identity::new(link.offer(), self.config.queue_pairs, Some(identity.mac), self.fallback)?;
+        self.shared.offer(Identity { features: identity.features & now.features, ..identity });
+        // Another back-end that comes does not change it.
+        self.config.mac = Some(identity.mac);
+        self.shared.set_announce(state.announce);
+        let Some(driver) = &state.driver else { return Ok(()) };
+        let queues = state.transport.queues.iter().copied().map(Into::into).collect();
+        let mut device = self.accept(&Activation { features: state.transport.driver_features, queues })?;
+        device.pairs = driver.active_queue_pairs;
+        device.control = match (device.control, driver.control) {
+            (Some(mut control), Some(state)) => {
+                control.queue.restore(state);
+                Some(control)
+            }
+            // It is out of order until the driver resets the device.
+            (_, None) => None,
+            (None, Some(_)) => return Err(NetError::State),
+        };
+        let known = |index: usize| driver.bases.iter().any(|base| usize::from(base.index) == index);
+        if !device.ready().all(|(index, _)| known(index)) {
+            return Err(NetError::State);
+        }
+        self.shared.set_driver(device.features, device.pairs);
+        let rings = rings(&device, &self.shared, &driver.bases);
+        let link = self.link.as_mut().ok_or(NetError::NoBackend)?;
+        link.set_up(for_backend(device.features), &self.memory, &mut device.inflight, &rings)?;
+        self.device = Some(device);
+        self.suspended = Some(Suspended { bases: driver.bases.clone(), set_up: true });
         Ok(())
     }
 
@@ -262,23 +483,16 @@ impl Worker {
         Ok(Started { features, queues, control, pairs: 1, inflight: None })
     }
 
-    /// Hands the driver's rings to the back-end, if there are both. `resume`: the rings were running before.
-    fn start_rings(&mut self, resume: bool) -> Result<(), NetError> {
+    /// Hands the driver's rings to the back-end, if there are both, each with its base or 0. `set_up`: the back-end
+    /// knows all but what starts them. `resume`: they were running before.
+    fn start_rings(&mut self, bases: &[RingBase], set_up: bool, resume: bool) -> Result<(), NetError> {
         let (Some(link), Some(device)) = (&mut self.link, &mut self.device) else { return Ok(()) };
         check_offer(device.features, link.offer())?;
-        let mut rings = Vec::new();
-        for (index, setup) in device.queues.iter().enumerate().filter(|(_, queue)| queue.ready) {
-            let queue = setup.check(index, &self.memory)?;
-            let base = if resume {
-                queue.used_idx(&self.memory, Ordering::Acquire).map_err(NetError::UsedIndex)?.0
-            } else {
-                0
-            };
-            let enabled = index / 2 < usize::from(device.pairs);
-            let (kick, call) = (&self.shared.kicks[index], &self.shared.calls[index]);
-            rings.push(RingStart { index, setup: *setup, base, enabled, kick, call });
+        let rings = rings(device, &self.shared, bases);
+        if !set_up {
+            link.set_up(for_backend(device.features), &self.memory, &mut device.inflight, &rings)?;
         }
-        link.start(for_backend(device.features), &self.memory, &mut device.inflight, &rings)?;
+        link.run(&rings)?;
         if resume {
             for ring in rings {
                 event::signal(ring.kick);
@@ -286,6 +500,20 @@ impl Worker {
             }
         }
         Ok(())
+    }
+
+    /// Has a back-end go on where a lost one was.
+    fn restart_rings(&mut self) -> Result<(), NetError> {
+        if self.suspended.is_some() {
+            return Ok(());
+        }
+        let ready: Vec<_> = self.device.iter().flat_map(Started::ready).collect();
+        let mut bases = Vec::new();
+        for (index, setup) in ready {
+            let base = self.used_index(index, &setup)?;
+            bases.extend(u16::try_from(index).map(|index| RingBase { index, base }));
+        }
+        self.start_rings(&bases, false, true)
     }
 
     fn reset(&mut self) {
@@ -355,8 +583,8 @@ impl Worker {
         if self.device.is_none() {
             self.shared.offer(identity);
         }
+        self.shared.set_connected(link.offer().features, link.has_device_state());
         self.link = Some(link);
-        self.shared.set_connected(true);
         Ok(())
     }
 
@@ -367,7 +595,7 @@ impl Worker {
             match outcome
                 .map_err(NetError::from)
                 .and_then(|link| self.adopt(link))
-                .and_then(|()| self.start_rings(true))
+                .and_then(|()| self.restart_rings())
             {
                 Ok(()) => self.welcome(),
                 Err(error) => {
@@ -393,10 +621,7 @@ impl Worker {
     fn welcome(&mut self) {
         self.complaint = None;
         tracing::info!("{}: the back-end at {} is back", self.name, self.config.socket.display());
-        let announces = |device: &Started| device.features & feature(VIRTIO_NET_F_GUEST_ANNOUNCE) != 0;
-        if self.device.as_ref().is_some_and(announces) {
-            self.shared.set_announce(true);
-        }
+        self.shared.announce();
     }
 
     fn lose(&mut self, reason: &str) {
@@ -409,8 +634,11 @@ impl Worker {
 
     fn drop_link(&mut self) {
         self.link = None;
+        if let Some(suspended) = &mut self.suspended {
+            suspended.set_up = false;
+        }
         self.shared.set_cutter(None);
-        self.shared.set_connected(false);
+        self.shared.set_disconnected();
     }
 
     fn complain(&mut self, complaint: &str) {

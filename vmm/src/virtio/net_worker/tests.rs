@@ -3,6 +3,7 @@
 use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
+use baton_protocol::migration::state::TransportState;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
@@ -25,18 +26,23 @@ struct Bench {
 }
 
 fn bench() -> (Bench, Serving) {
+    let memory = crate::memory::allocate(64 << 20).unwrap();
+    bench_with(Some(memory), FakeBackend::new(4))
+}
+
+/// Without memory, for a guest that has yet to arrive.
+fn bench_with(memory: Option<GuestMemory>, backend: FakeBackend) -> (Bench, Serving) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("socket");
     let listener = UnixListener::bind(&path).unwrap();
-    let memory = crate::memory::allocate(64 << 20).unwrap();
     let config: NetConfig = format!("socket={},queue-pairs=2", path.display()).parse().unwrap();
     let starter = {
         let memory = memory.clone();
         std::thread::spawn(move || NetThread::start("net0".to_owned(), &config, memory).unwrap())
     };
-    let serving = FakeBackend::new(4).serve(listener.accept().unwrap().0);
+    let serving = backend.serve(listener.accept().unwrap().0);
     let (thread, net) = starter.join().unwrap();
-    (Bench { listener, memory, thread, net, _directory: directory }, serving)
+    (Bench { listener, memory: memory.unwrap_or_default(), thread, net, _directory: directory }, serving)
 }
 
 /// Virtqueue `index` at a place of its own.
@@ -69,8 +75,15 @@ fn log_of(serving: &Serving, message: &str) -> Vec<String> {
 }
 
 impl Bench {
-    /// Puts a command into the control virtqueue (index 4) and rings its bell.
+    /// Puts a command into the control virtqueue (index 4), rings its bell and waits for the answer.
     fn command(&self, number: u16, request: &[u8]) {
+        self.prepare_command(number, request);
+        self.net.notify(4);
+        let used = GuestAddress(queue(4).used_ring + 2);
+        wait_until(|| self.memory.read_obj::<u16>(used).unwrap() == number + 1);
+    }
+
+    fn prepare_command(&self, number: u16, request: &[u8]) {
         let control = queue(4);
         let (buffer, answer) = (0x80_0000, 0x81_0000);
         self.memory.write_slice(request, GuestAddress(buffer)).unwrap();
@@ -88,9 +101,6 @@ impl Bench {
             self.memory.write_slice(&bytes.concat(), at).unwrap();
         }
         self.memory.write_obj(number + 1, GuestAddress(control.available_ring + 2)).unwrap();
-        self.net.notify(4);
-        let used = GuestAddress(control.used_ring + 2);
-        wait_until(|| self.memory.read_obj::<u16>(used).unwrap() == number + 1);
     }
 }
 
@@ -256,4 +266,167 @@ fn a_broken_control_ring_needs_a_reset() {
     wait_until(|| bench.thread.shared.events.needs_reset());
     bench.net.reset();
     bench.thread.stop();
+}
+
+/// The rings of both queue pairs, of which the driver uses one.
+const FIRST_PAIR: [&str; 4] =
+    ["SET_VRING_ENABLE 0 1", "SET_VRING_ENABLE 1 1", "SET_VRING_ENABLE 2 0", "SET_VRING_ENABLE 3 0"];
+
+/// As [`bench`], with a driver, and a back-end that stops the rings where `bases` says.
+fn running(bases: &[u32]) -> (Bench, Serving) {
+    let (mut bench, serving) = bench();
+    serving.backend.lock().unwrap().bases = bases.to_vec();
+    bench.net.activate(activation(VERSION_1 | MULTI_QUEUE)).unwrap();
+    (bench, serving)
+}
+
+/// The log's entries from `since` on that begin with one of these.
+fn log_since(serving: &Serving, since: usize, messages: &[&str]) -> Vec<String> {
+    let log = serving.backend.lock().unwrap().log[since..].to_vec();
+    log.into_iter().filter(|entry| messages.iter().any(|message| entry.starts_with(message))).collect()
+}
+
+fn log_length(serving: &Serving) -> usize {
+    serving.backend.lock().unwrap().log.len()
+}
+
+fn drain_events(shared: &NetShared) {
+    for event in shared.kicks.iter().chain(&shared.calls) {
+        event::take(event);
+    }
+}
+
+fn state_of(bench: &Bench) -> NetState {
+    let (identity, announce) = bench.thread.shared.offered();
+    let queues = (0..5).map(|index| queue(index).into()).collect();
+    let transport = TransportState {
+        status: 15,
+        driver_features: VERSION_1 | MULTI_QUEUE,
+        queues,
+        ..TransportState::default()
+    };
+    NetState { identity: identity.into(), transport, announce, driver: bench.thread.save().unwrap() }
+}
+
+#[test]
+fn a_suspended_device_goes_on_where_it_stopped() {
+    let (bench, serving) = running(&[7, 65535, 0, 1]);
+    let before = log_length(&serving);
+    bench.thread.suspend().unwrap();
+    bench.thread.suspend().unwrap();
+    assert_eq!(
+        serving.backend.lock().unwrap().log[before..],
+        (0..4).map(|index| format!("GET_VRING_BASE {index}")).collect::<Vec<_>>()
+    );
+
+    drain_events(&bench.thread.shared);
+    let before = log_length(&serving);
+    bench.thread.resume().unwrap();
+    let bases = ["0 7", "1 65535", "2 0", "3 1"].map(|ring| format!("SET_VRING_BASE {ring}"));
+    assert_eq!(log_since(&serving, before, &["SET_VRING_BASE", "SET_MEM_TABLE"]), bases);
+    assert_eq!(log_since(&serving, before, &["SET_VRING_ENABLE"]), FIRST_PAIR);
+    for index in 0..4 {
+        assert_eq!(bench.thread.shared.kicks[index].read().unwrap(), 1);
+        assert_eq!(bench.thread.shared.calls[index].read().unwrap(), 1);
+    }
+    bench.thread.stop();
+    drop(serving.finish());
+}
+
+#[test]
+fn a_suspended_device_leaves_its_control_virtqueue_alone() {
+    let (bench, serving) = running(&[]);
+    bench.thread.suspend().unwrap();
+    let control = queue(4);
+    bench.prepare_command(0, &[4, 0, 2, 0]);
+    bench.net.notify(4);
+    // It answers one command after the other, so it has had its chance when this is answered.
+    bench.thread.save().unwrap();
+    let used = GuestAddress(control.used_ring + 2);
+    assert_eq!(bench.memory.read_obj::<u16>(used).unwrap(), 0);
+
+    bench.thread.resume().unwrap();
+    wait_until(|| bench.memory.read_obj::<u16>(used).unwrap() == 1);
+    assert_eq!(bench.thread.shared.status().active_queue_pairs, 2);
+    bench.thread.stop();
+    drop(serving.finish());
+}
+
+#[test]
+fn another_device_goes_on_with_a_guest() {
+    let (bench, serving) = running(&[7, 65535, 0, 1]);
+    bench.command(0, &[4, 0, 2, 0]);
+    bench.thread.suspend().unwrap();
+    let state = state_of(&bench);
+    bench.thread.stop();
+    drop(serving.finish());
+
+    let (mut target, serving) = bench_with(None, FakeBackend::new(4));
+    target.memory = bench.memory.clone();
+    target.thread.use_memory(bench.memory.clone()).unwrap();
+    target.thread.restore(state.clone()).unwrap();
+    assert_eq!(state_of(&target), state);
+    let bases = ["0 7", "1 65535", "2 0", "3 1"].map(|ring| format!("SET_VRING_BASE {ring}"));
+    assert_eq!(log_of(&serving, "SET_VRING_BASE"), bases);
+    assert_eq!(log_of(&serving, "SET_MEM_TABLE").len(), 1);
+    // Nothing that starts a ring.
+    assert!(log_since(&serving, 0, &["SET_VRING_KICK", "SET_VRING_ENABLE"]).is_empty());
+
+    target.thread.resume().unwrap();
+    assert_eq!(log_of(&serving, "SET_VRING_KICK").len(), 4);
+    assert_eq!(log_of(&serving, "SET_MEM_TABLE").len(), 1);
+    let enables = ["0 1", "1 1", "2 1", "3 1"].map(|ring| format!("SET_VRING_ENABLE {ring}"));
+    assert_eq!(log_of(&serving, "SET_VRING_ENABLE"), enables);
+    // The control virtqueue's second command.
+    target.command(1, &[4, 0, 1, 0]);
+    assert_eq!(target.thread.shared.status().active_queue_pairs, 1);
+    target.net.reset();
+    target.thread.stop();
+    drop(serving.finish());
+}
+
+#[test]
+fn a_back_end_that_comes_back_while_the_vm_stands_still_waits_for_it() {
+    let (bench, serving) = running(&[7, 8, 9, 10]);
+    bench.thread.suspend().unwrap();
+    bench.thread.shared.cut();
+    drop(serving.finish());
+    let second = FakeBackend::new(4).serve(bench.listener.accept().unwrap().0);
+    wait_until(|| bench.thread.shared.status().backend == baton_protocol::control::Frontend::Connected);
+    bench.thread.save().unwrap();
+    assert!(log_of(&second, "SET_FEATURES").is_empty());
+
+    bench.thread.resume().unwrap();
+    let bases = ["0 7", "1 8", "2 9", "3 10"].map(|ring| format!("SET_VRING_BASE {ring}"));
+    assert_eq!(log_of(&second, "SET_VRING_BASE"), bases);
+    assert_eq!(log_of(&second, "SET_VRING_KICK").len(), 4);
+    bench.thread.stop();
+    drop(second.finish());
+}
+
+#[test]
+fn a_state_that_does_not_fit_is_refused_before_the_back_end_sees_it() {
+    let (bench, serving) = running(&[7, 65535, 0, 1]);
+    bench.thread.suspend().unwrap();
+    let state = state_of(&bench);
+    bench.thread.stop();
+    drop(serving.finish());
+
+    let broken = |change: fn(&mut NetState)| {
+        let mut state = state.clone();
+        change(&mut state);
+        state
+    };
+    let no_base = broken(|state| state.driver.as_mut().unwrap().bases.truncate(3));
+    let outside = broken(|state| state.transport.queues[1].used_ring = 64 << 20);
+    let no_control = broken(|state| state.transport.queues[4].ready = false);
+    let more_features = broken(|state| state.transport.driver_features |= 1);
+    let (target, serving) = bench_with(None, FakeBackend::new(4));
+    target.thread.use_memory(bench.memory.clone()).unwrap();
+    for state in [no_base, outside, no_control, more_features] {
+        target.thread.restore(state).unwrap_err();
+    }
+    assert!(log_of(&serving, "SET_FEATURES").is_empty());
+    target.thread.stop();
+    drop(serving.finish());
 }

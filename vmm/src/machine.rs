@@ -1,0 +1,331 @@
+//! A VM with all that belongs to it: vCPUs, console, network devices.
+//!
+//! It is made either to boot a kernel, or to take another VM's memory and state in. It stands still until it is
+//! resumed. Whenever it stands still so do its devices: their back-ends have left the rings and do not read their TAPs.
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use baton_protocol::control::NetStatus;
+use baton_protocol::migration::facts::{MachineFacts, NetFacts};
+use baton_protocol::migration::state::{Clock, NetState, VmState};
+use thiserror::Error;
+use vhost::vhost_user::message::VhostTransferStateDirection;
+
+use crate::acpi::{self, AcpiError};
+use crate::boot::{self, BootError, EntryPoint};
+use crate::config::Config;
+use crate::memory::{self, GuestMemory, MemoryError};
+use crate::mmio_bus::Bus;
+use crate::platform::{
+    MAX_VIRTIO_DEVICES, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS, VIRTIO_MMIO_SIZE, VirtioSlot, virtio_slots,
+};
+use crate::power::{ACPI_PORT, ACPI_PORTS, AcpiRegisters, EndSignal, I8042, I8042_PORT, I8042_PORTS};
+use crate::serial::{SerialError, SharedConsole};
+use crate::vcpu::{Buses, VcpuError, Vcpus};
+use crate::vcpu_state::{self, VcpuStateError};
+use crate::virtio::mmio_transport::{MmioTransport, QUEUE_NOTIFY};
+use crate::virtio::net::{Net, NetShared};
+use crate::virtio::net_worker::{NetError, NetThread};
+use crate::vm::{Vm, VmError};
+
+/// Why there is no VM, or why it could not be stopped, saved or restored.
+#[derive(Debug, Error)]
+pub enum MachineError {
+    /// More devices than interrupts.
+    #[error("{0} network devices are too many: a VM can have {MAX_VIRTIO_DEVICES}")]
+    TooManyDevices(usize),
+    /// No guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// No kernel.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// No ACPI tables.
+    #[error(transparent)]
+    Acpi(#[from] AcpiError),
+    /// No VM.
+    #[error(transparent)]
+    Vm(#[from] VmError),
+    /// No vCPUs.
+    #[error(transparent)]
+    Vcpus(#[from] VcpuError),
+    /// The vCPUs' state.
+    #[error(transparent)]
+    VcpuState(#[from] VcpuStateError),
+    /// The serial port's state.
+    #[error(transparent)]
+    Serial(#[from] SerialError),
+    /// The guest's end came in between.
+    #[error("the guest has ended")]
+    GuestEnded,
+    /// A device that the VM does not have.
+    #[error("there is no network device {0}")]
+    NoDevice(usize),
+    /// A network device or its back-end.
+    #[error("back-end at {}", socket.display())]
+    Net {
+        /// The device's socket.
+        socket: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: NetError,
+    },
+}
+
+/// A network device.
+#[derive(Debug)]
+pub struct NetDevice {
+    thread: NetThread,
+    transport: Arc<Mutex<MmioTransport<Net>>>,
+}
+
+impl NetDevice {
+    /// What the device's thread shares.
+    pub fn shared(&self) -> &Arc<NetShared> {
+        &self.thread.shared
+    }
+
+    fn transport(&self) -> MutexGuard<'_, MmioTransport<Net>> {
+        self.transport.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn save(&self) -> Result<NetState, NetError> {
+        let driver = self.thread.save()?;
+        let (identity, announce) = self.shared().offered();
+        Ok(NetState { identity: identity.into(), transport: self.transport().save(), announce, driver })
+    }
+
+    fn restore(&self, state: &NetState) -> Result<(), NetError> {
+        self.thread.restore(state.clone())?;
+        self.transport().restore(&state.transport);
+        Ok(())
+    }
+
+    /// `operation` with its error's place.
+    fn named<T>(&self, operation: impl FnOnce(&NetThread) -> Result<T, NetError>) -> Result<T, MachineError> {
+        operation(&self.thread).map_err(|source| self.failed(source))
+    }
+
+    fn failed(&self, source: NetError) -> MachineError {
+        MachineError::Net { socket: self.shared().socket().to_owned(), source }
+    }
+}
+
+/// A VM and its devices.
+#[derive(Debug)]
+pub struct Machine {
+    vm: Vm,
+    vcpus: Vcpus,
+    console: Arc<SharedConsole>,
+    net: Vec<NetDevice>,
+    msr_indices: Vec<u32>,
+    cpus: u8,
+    memory: u64,
+    moves_tsc: bool,
+}
+
+impl Machine {
+    /// A VM that is about to boot `kernel`.
+    pub fn boot(
+        config: &Config,
+        kernel: &Path,
+        console: Arc<SharedConsole>,
+        end: &EndSignal,
+    ) -> Result<Self, MachineError> {
+        let slots = slots(config)?;
+        let ram = memory::ranges(config.memory.0);
+        let vm = Vm::new()?;
+        let memory = memory::allocate(config.memory.0)?;
+        vm.add_memory(memory.clone())?;
+        let entry = boot::load(config, kernel, &memory, &ram)?;
+        acpi::write(&memory, config.cpus, &slots)?;
+        Self::new(config, vm, Some(entry), console, end)
+    }
+
+    /// A VM that waits for another one's memory and state.
+    pub fn incoming(
+        config: &Config,
+        console: Arc<SharedConsole>,
+        end: &EndSignal,
+    ) -> Result<Self, MachineError> {
+        Self::new(config, Vm::new()?, None, console, end)
+    }
+
+    fn new(
+        config: &Config,
+        vm: Vm,
+        entry: Option<EntryPoint>,
+        console: Arc<SharedConsole>,
+        end: &EndSignal,
+    ) -> Result<Self, MachineError> {
+        vm.connect_interrupt(&console.interrupt, SERIAL_GSI)?;
+        let mut ports = Bus::default();
+        ports.insert(u64::from(SERIAL_PORT), u64::from(SERIAL_PORTS), console.device.clone());
+        ports.insert(u64::from(ACPI_PORT), ACPI_PORTS, Arc::new(Mutex::new(AcpiRegisters(end.clone()))));
+        ports.insert(u64::from(I8042_PORT), I8042_PORTS, Arc::new(Mutex::new(I8042(end.clone()))));
+        let mut memory = Bus::default();
+        let mut net = Vec::new();
+        for (index, (config, slot)) in config.net.iter().zip(slots(config)?).enumerate() {
+            let guest = entry.is_some().then(|| vm.memory());
+            let (thread, device) = NetThread::start(format!("net{index}"), config, guest)
+                .map_err(|source| MachineError::Net { socket: config.socket.clone(), source })?;
+            connect_device(&vm, &thread.shared, slot)?;
+            let transport = Arc::new(Mutex::new(MmioTransport::new(device)));
+            memory.insert(slot.address, VIRTIO_MMIO_SIZE, transport.clone());
+            net.push(NetDevice { thread, transport });
+        }
+        let msr_indices = vm.msr_indices()?;
+        let vcpus = vm.create_vcpus(config.cpus, entry)?;
+        let moves_tsc = vcpus.iter().all(vcpu_state::moves_tsc);
+        let vcpus = Vcpus::start(vcpus, &Arc::new(Buses { ports, memory }), end)?;
+        let (cpus, memory) = (config.cpus, config.memory.0);
+        Ok(Self { vm, vcpus, console, net, msr_indices, cpus, memory, moves_tsc })
+    }
+
+    /// What the control socket says about the network devices.
+    pub fn net_status(&self) -> Vec<NetStatus> {
+        self.net.iter().map(|device| device.shared().status()).collect()
+    }
+
+    /// Guest memory.
+    pub fn memory(&self) -> GuestMemory {
+        self.vm.memory()
+    }
+
+    /// Gives a VM that waits for another one's state its memory, and shares it with the back-ends.
+    pub fn use_memory(&self, memory: &GuestMemory) -> Result<(), MachineError> {
+        self.vm.add_memory(memory.clone())?;
+        self.net.iter().try_for_each(|device| device.named(|thread| thread.use_memory(memory.clone())))
+    }
+
+    /// What a migration has to know of this VM.
+    pub fn facts(&self, local: bool) -> MachineFacts {
+        self.facts_with(|device| device.facts(local && device.moves_locally()))
+    }
+
+    /// What a migration has to know of this place for a VM.
+    pub fn place_facts(&self, local: bool) -> MachineFacts {
+        self.facts_with(|device| device.place_facts(local && device.moves_locally()))
+    }
+
+    fn facts_with(&self, facts: impl Fn(&NetShared) -> NetFacts) -> MachineFacts {
+        MachineFacts {
+            cpus: self.cpus,
+            memory: self.memory,
+            moves_tsc: self.moves_tsc,
+            net: self.net.iter().map(|device| facts(device.shared())).collect(),
+        }
+    }
+
+    /// Stops the vCPUs.
+    pub fn pause_vcpus(&self) -> Result<(), MachineError> {
+        self.vcpus.pause();
+        if self.vcpus.all_alive() { Ok(()) } else { Err(MachineError::GuestEnded) }
+    }
+
+    /// Has the back-end of a suspended device give its state away, or take another's.
+    pub fn transfer(
+        &self,
+        device: usize,
+        direction: VhostTransferStateDirection,
+        channel: OwnedFd,
+    ) -> Result<(), MachineError> {
+        let device = self.net.get(device).ok_or(MachineError::NoDevice(device))?;
+        device.named(|thread| thread.transfer(direction, channel))
+    }
+
+    /// The VM has moved away.
+    pub fn retire(&self) {
+        self.net.iter().for_each(|device| device.thread.retire());
+    }
+
+    /// Stops the devices' rings; the vCPUs stand still.
+    pub fn suspend_devices(&self) -> Result<(), MachineError> {
+        self.net.iter().try_for_each(|device| device.named(NetThread::suspend))
+    }
+
+    /// Stops the vCPUs, then the devices.
+    pub fn pause(&self) -> Result<(), MachineError> {
+        // A guest that ends meanwhile is seen elsewhere.
+        self.vcpus.pause();
+        self.suspend_devices()
+    }
+
+    /// Lets the devices run, then the vCPUs. What fails is one device's back-end, and it is looked for again.
+    pub fn resume(&self) {
+        for device in &self.net {
+            if let Err(error) = device.named(NetThread::resume) {
+                tracing::error!("{:#}", anyhow::Error::from(error));
+            }
+        }
+        self.vcpus.tell_stopped();
+        self.vcpus.resume();
+    }
+
+    /// The first start.
+    pub fn start(&self) {
+        self.vcpus.resume();
+    }
+
+    /// The state of a VM that stands still.
+    pub fn save(&self) -> Result<VmState, MachineError> {
+        let net = self.net.iter().map(|device| device.save().map_err(|source| device.failed(source)));
+        Ok(VmState {
+            vcpus: self.vcpus.save(&self.msr_indices)?,
+            platform: self.vm.save()?,
+            serial: self.console.save(),
+            net: net.collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// Puts a state into a VM that has never run, and has its memory. All that is left is to set the clock and to
+    /// resume. The drivers of those devices that are not `local`, and so elsewhere in the network now, are asked to
+    /// announce their addresses.
+    pub fn restore(&self, state: &VmState, local: &[bool]) -> Result<(), MachineError> {
+        self.vcpus.pause();
+        self.vcpus.restore(&state.vcpus)?;
+        self.vm.restore(&state.platform)?;
+        self.console.restore(&state.serial)?;
+        for ((device, state), &local) in self.net.iter().zip(&state.net).zip(local) {
+            device.restore(state).map_err(|source| device.failed(source))?;
+            if !local {
+                device.shared().announce();
+            }
+        }
+        Ok(())
+    }
+
+    /// Sets the guest's clock to what it would be had it gone on.
+    pub fn set_clock(&self, clock: Clock) -> Result<(), MachineError> {
+        Ok(self.vm.set_clock(clock)?)
+    }
+
+    /// Ends the devices' connections and the vCPUs.
+    pub fn stop(&self) {
+        // First the connections, so that a vCPU that waits for a back-end can end.
+        self.net.iter().for_each(|device| device.thread.stop());
+        self.vcpus.stop();
+    }
+}
+
+fn slots(config: &Config) -> Result<Vec<VirtioSlot>, MachineError> {
+    let slots: Vec<_> = virtio_slots(config.net.len()).collect();
+    if slots.len() < config.net.len() {
+        return Err(MachineError::TooManyDevices(config.net.len()));
+    }
+    Ok(slots)
+}
+
+/// Connects a device's doorbells and interrupts to the guest, without the VMM in between.
+fn connect_device(vm: &Vm, shared: &NetShared, slot: VirtioSlot) -> Result<(), VmError> {
+    let doorbell = slot.address + QUEUE_NOTIFY;
+    for (queue, kick) in (0u32..).zip(&shared.kicks) {
+        vm.connect_doorbell(kick, doorbell, queue)?;
+    }
+    for interrupt in shared.calls.iter().chain([shared.events.interrupt()]) {
+        vm.connect_interrupt(interrupt, slot.gsi)?;
+    }
+    Ok(())
+}

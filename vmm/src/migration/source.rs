@@ -1,0 +1,294 @@
+//! Gives the VM away.
+//!
+//! Whatever fails before the word is offered lets the VM go on as it did. The word is offered in one place,
+//! [`Migration::commit`]; from there on only the word says whose the VM is.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use baton_channel::ownership::{OwnershipError, SharedWord, SwapError};
+use baton_channel::packet::{ChannelError, PacketSocket};
+use baton_channel::peer::{Peer, PeerError};
+use baton_protocol::control::{MigrationPhases, MigrationReport};
+use baton_protocol::fd_manifest::NamedFds;
+use baton_protocol::migration::message::{
+    Hello, Message, OWNERSHIP_FD, PROGRAM, Prepare, RamRegion, State, device_fd, ram_fd,
+};
+use baton_protocol::migration::source::{Action, Event, Phase, Reason, Source};
+use baton_protocol::ownership::Word;
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use thiserror::Error;
+use vhost::vhost_user::message::VhostTransferStateDirection;
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+
+use super::{Cutter, SENDING_PATIENCE};
+use crate::machine::{Machine, MachineError};
+
+/// What is wanted.
+#[derive(Clone, Debug)]
+pub struct Wish {
+    /// Where the target waits.
+    pub path: PathBuf,
+    /// Whether the TAPs move along, of the devices that want it.
+    pub local: bool,
+    /// Only to find out whether it could be done.
+    pub dry_run: bool,
+    /// Whether the VM runs.
+    pub running: bool,
+}
+
+/// What can fail on this side.
+#[derive(Debug, Error)]
+pub enum SourceError {
+    /// Nobody waits there.
+    #[error("cannot connect to {}: is a baton-vmm waiting there with --incoming?", path.display())]
+    Connect {
+        /// The socket's path.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Another user's process waits there.
+    #[error(transparent)]
+    Peer(#[from] PeerError),
+    /// The connection.
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+    /// The ownership word.
+    #[error(transparent)]
+    Ownership(#[from] OwnershipError),
+    /// The ownership word is not what it was.
+    #[error(transparent)]
+    Swap(#[from] SwapError),
+    /// The VM.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// Guest memory without files.
+    #[error("guest memory has no files to pass on")]
+    Memory,
+    /// No descriptors left, for example.
+    #[error("the system failed")]
+    System(#[from] std::io::Error),
+}
+
+/// Moves `machine`. `started` is given what ends the attempt early.
+pub fn migrate(machine: &Machine, wish: &Wish, started: impl FnOnce(Cutter)) -> MigrationReport {
+    let failed = |error: SourceError| MigrationReport::RolledBack {
+        phase: Phase::Greeting.name().to_owned(),
+        reason: one_line(error),
+    };
+    let migration = connect_to(&wish.path).and_then(|socket| {
+        Peer::trusted(&socket)?;
+        started(Cutter::new(&socket)?);
+        Migration::new(machine, wish, socket)
+    });
+    match migration {
+        Ok(mut migration) => migration.run(),
+        Err(error) => failed(error),
+    }
+}
+
+fn connect_to(path: &Path) -> Result<PacketSocket, SourceError> {
+    let failed = |errno: Errno| SourceError::Connect { path: path.to_owned(), source: errno.into() };
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let stream = socket(AddressFamily::Unix, SockType::Stream, flags, None).map_err(failed)?;
+    let address = UnixAddr::new(path).map_err(failed)?;
+    connect(std::os::fd::AsRawFd::as_raw_fd(&stream), &address).map_err(failed)?;
+    Ok(PacketSocket::try_from(stream)?)
+}
+
+fn one_line(error: SourceError) -> String {
+    format!("{:#}", anyhow::Error::from(error))
+}
+
+/// One attempt.
+struct Migration<'a> {
+    machine: &'a Machine,
+    wish: &'a Wish,
+    socket: PacketSocket,
+    word: SharedWord,
+    /// Our ends of the sockets between the back-ends of the local devices.
+    ends: Vec<(usize, OwnedFd)>,
+    phases: MigrationPhases,
+    /// When the VM began to stop, and when the last phase ended.
+    stopped: Option<Instant>,
+    lap: Instant,
+}
+
+impl<'a> Migration<'a> {
+    fn new(machine: &'a Machine, wish: &'a Wish, socket: PacketSocket) -> Result<Self, SourceError> {
+        Ok(Self {
+            machine,
+            wish,
+            socket,
+            word: SharedWord::create()?,
+            ends: Vec::new(),
+            phases: MigrationPhases::default(),
+            stopped: None,
+            lap: Instant::now(),
+        })
+    }
+
+    fn run(&mut self) -> MigrationReport {
+        let (mut state, mut actions) = Source::begin(Hello {
+            program: PROGRAM.to_owned(),
+            dry_run: self.wish.dry_run,
+            local: self.wish.local,
+            machine: self.machine.facts(self.wish.local),
+        });
+        loop {
+            let mut event = None;
+            for action in actions {
+                // What follows is of no use once something has come to pass.
+                event = self.carry_out(action);
+                if event.is_some() {
+                    break;
+                }
+            }
+            if event.is_none() && state.is_over() {
+                return self.report(state);
+            }
+            let event = event.unwrap_or_else(|| self.receive(state.patience()));
+            tracing::debug!(?state, "migration: {}", name_of(&event));
+            (state, actions) = state.step(event);
+        }
+    }
+
+    fn receive(&mut self, patience: Option<Duration>) -> Event {
+        match self.socket.receive(patience.unwrap_or(Duration::ZERO)) {
+            Ok(packet) => Event::Message(packet.message),
+            Err(ChannelError::Timeout) => Event::Timeout,
+            Err(error) => {
+                tracing::debug!("migration: {error}");
+                Event::Closed
+            }
+        }
+    }
+
+    /// Does what the state machine wants; gives what came of it, if that is not plain.
+    fn carry_out(&mut self, action: Action) -> Option<Event> {
+        let done = match action {
+            Action::Send(message) => self.send(&message, &[]),
+            Action::Prepare => self.prepare(),
+            Action::Stop => match self.stop() {
+                Ok(()) => return Some(Event::Stopped),
+                Err(error) => Err(error),
+            },
+            Action::Offer(word) => self.commit(word),
+            Action::Withdraw { from, to } => {
+                let won = self.word.swap(from, to).is_ok();
+                tracing::info!(
+                    "migration: the VM is {}",
+                    if won { "this VMM's again" } else { "the target's" }
+                );
+                return Some(Event::Swapped { won });
+            }
+            Action::Resume => {
+                self.resume();
+                Ok(())
+            }
+        };
+        done.err().map(|error| Event::Failed(one_line(error)))
+    }
+
+    fn send(&self, message: &Message, fds: &[BorrowedFd<'_>]) -> Result<(), SourceError> {
+        Ok(self.socket.send(message, fds, SENDING_PATIENCE)?)
+    }
+
+    /// Sends guest memory, the ownership word, and one end of a socket for each local device.
+    fn prepare(&mut self) -> Result<(), SourceError> {
+        let memory = self.machine.memory();
+        let mut named = Vec::new();
+        let mut ram = Vec::new();
+        for (number, region) in memory.iter().enumerate() {
+            let file = region.file_offset().ok_or(SourceError::Memory)?.file();
+            named.push((ram_fd(number), file.as_fd().try_clone_to_owned()?));
+            ram.push(RamRegion { start: region.start_addr().raw_value(), length: region.len() });
+        }
+        named.push((OWNERSHIP_FD.to_owned(), self.word.as_fd().try_clone_to_owned()?));
+        for (device, facts) in self.machine.facts(self.wish.local).net.iter().enumerate() {
+            if facts.local {
+                let (ours, theirs) = PacketSocket::pair()?;
+                self.ends.push((device, ours.into()));
+                named.push((device_fd(device), theirs.into()));
+            }
+        }
+        let (fds, descriptors) = named.into_iter().collect::<NamedFds<OwnedFd>>().unzip();
+        let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+        self.send(&Message::Prepare(Prepare { ram, fds }), &borrowed)
+    }
+
+    /// Stops the VM, has the local devices offered, and sends the VM's state.
+    fn stop(&mut self) -> Result<(), SourceError> {
+        self.phases.prepare_us = self.lap();
+        self.stopped = Some(self.lap);
+        self.machine.pause_vcpus()?;
+        self.phases.stop_vcpus_us = self.lap();
+        self.machine.suspend_devices()?;
+        self.phases.stop_rings_us = self.lap();
+        for (device, end) in std::mem::take(&mut self.ends) {
+            self.machine.transfer(device, VhostTransferStateDirection::SAVE, end)?;
+            tracing::info!(device, "migration: the back-end has offered its TAP");
+        }
+        self.phases.device_state_us = self.lap();
+        let vm = self.machine.save()?;
+        self.phases.save_us = self.lap();
+        self.send(&Message::State(State { running: self.wish.running, vm }), &[])
+    }
+
+    /// **The commit point.** From here on the VM is the first one's that swaps the word.
+    fn commit(&mut self, offered: Word) -> Result<(), SourceError> {
+        self.phases.restore_us = self.lap();
+        self.word.swap(Word::INITIAL, offered)?;
+        tracing::info!("migration: the VM is offered");
+        Ok(())
+    }
+
+    /// Lets the VM go on as it did.
+    fn resume(&self) {
+        if self.wish.running {
+            self.machine.resume();
+        }
+    }
+
+    fn report(&mut self, state: Source) -> MigrationReport {
+        match state {
+            Source::Completed => {
+                self.phases.start_us = self.lap();
+                let pause = self.stopped.map_or(0, |stopped| microseconds(self.lap - stopped));
+                MigrationReport::Completed { pause_us: pause, phases: self.phases }
+            }
+            Source::Ended { reason: Reason::Refused(reasons), .. } if self.wish.dry_run => {
+                MigrationReport::Refused { reasons: reasons.0 }
+            }
+            Source::Ended { phase, reason } => {
+                MigrationReport::RolledBack { phase: phase.name().to_owned(), reason: reason.to_string() }
+            }
+            _ => MigrationReport::Possible,
+        }
+    }
+
+    /// Microseconds since this was last asked.
+    fn lap(&mut self) -> u64 {
+        let now = Instant::now();
+        microseconds(now - std::mem::replace(&mut self.lap, now))
+    }
+}
+
+fn microseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+fn name_of(event: &Event) -> &'static str {
+    match event {
+        Event::Message(message) => message.name(),
+        Event::Closed => "closed",
+        Event::Timeout => "timeout",
+        Event::Stopped => "stopped",
+        Event::Failed(_) => "failed",
+        Event::Swapped { .. } => "swapped",
+    }
+}

@@ -1,0 +1,285 @@
+//! Takes a VM in.
+//!
+//! The machine for it is made first, with its back-ends connected; all that a source then has to wait for is the VM's
+//! own. A machine that a source has come to nothing with is not used for the next: its devices have seen the VM.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use baton_channel::ownership::{OwnershipError, SharedWord};
+use baton_channel::packet::{ChannelError, PacketSocket};
+use baton_channel::peer::{Peer, PeerError};
+use baton_protocol::fd_manifest::{ManifestError, NamedFds};
+use baton_protocol::migration::facts::MachineFacts;
+use baton_protocol::migration::message::{Hello, Message, OWNERSHIP_FD, Prepare, State, device_fd, ram_fd};
+use baton_protocol::migration::refusal::Refusal;
+use baton_protocol::migration::state::Clock;
+use baton_protocol::migration::target::{Action, Event, Target, active};
+use baton_protocol::migration::validate::{CheckedState, judge};
+use baton_protocol::ownership::Word;
+use baton_protocol::reasons::Reasons;
+use thiserror::Error;
+use vhost::vhost_user::message::VhostTransferStateDirection;
+
+use super::{Cutter, FOREVER, SENDING_PATIENCE};
+use crate::machine::{Machine, MachineError};
+use crate::memory::{self, MemoryError};
+
+/// What can fail on this side.
+#[derive(Debug, Error)]
+pub enum TargetError {
+    /// Another user's process.
+    #[error(transparent)]
+    Peer(#[from] PeerError),
+    /// The connection.
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+    /// No descriptor left, for example.
+    #[error("the system failed")]
+    System(#[from] std::io::Error),
+    /// The descriptors that came.
+    #[error(transparent)]
+    Descriptors(#[from] ManifestError),
+    /// The ownership word that came.
+    #[error(transparent)]
+    Ownership(#[from] OwnershipError),
+    /// The guest memory that came.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The VM.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// A state that is not possible.
+    #[error(transparent)]
+    State(#[from] Reasons),
+}
+
+impl TargetError {
+    /// As the source is told.
+    fn reasons(self) -> Reasons {
+        let text = |error: &Self| chain(error);
+        let refusal = match self {
+            Self::State(reasons) => return reasons,
+            Self::Descriptors(_) => Refusal::Descriptors(text(&self)),
+            Self::Ownership(_) => Refusal::Ownership(text(&self)),
+            Self::Memory(_) => Refusal::Ram(text(&self)),
+            Self::Peer(_) => Refusal::User(text(&self)),
+            _ => Refusal::Target(text(&self)),
+        };
+        Reasons::of([refusal])
+    }
+}
+
+/// An error with its causes.
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}
+
+/// What became of a source's wish.
+#[derive(Debug)]
+pub enum Taken {
+    /// The VM is here, and stands still.
+    Here(Arrival),
+    /// Nothing came of it; whether the machine can still be used for another.
+    Not {
+        /// It has seen nothing of the VM.
+        fresh: bool,
+    },
+}
+
+/// A VM that has been taken.
+#[derive(Debug)]
+pub struct Arrival {
+    /// Whether it ran.
+    pub running: bool,
+    socket: PacketSocket,
+}
+
+impl Arrival {
+    /// Tells the source that all is done.
+    pub fn confirm(self, running: bool) {
+        // The source may have gone: the word says all that matters.
+        if let Err(error) = self.socket.send(&active(running), &[], SENDING_PATIENCE) {
+            tracing::debug!("migration: the source does not hear: {error}");
+        }
+    }
+}
+
+/// Serves one source. `started` is given what ends it early.
+pub fn serve(machine: &Machine, stream: OwnedFd, started: impl FnOnce(Cutter)) -> Result<Taken, TargetError> {
+    let socket = PacketSocket::try_from(stream)?;
+    started(Cutter::new(&socket)?);
+    let peer = Peer::trusted(&socket);
+    let serving = Serving {
+        machine,
+        socket,
+        facts: None,
+        word: None,
+        ends: Vec::new(),
+        clock: Clock::default(),
+        running: false,
+    };
+    if let Err(error) = peer {
+        let refuse =
+            baton_protocol::migration::message::Refuse { reasons: TargetError::from(error).reasons() };
+        serving.send(&Message::Refuse(refuse));
+        return Ok(Taken::Not { fresh: true });
+    }
+    Ok(serving.run())
+}
+
+/// A source that is being served.
+struct Serving<'a> {
+    machine: &'a Machine,
+    socket: PacketSocket,
+    /// What was agreed.
+    facts: Option<MachineFacts>,
+    word: Option<SharedWord>,
+    /// Our ends of the sockets between the back-ends of the local devices.
+    ends: Vec<(usize, OwnedFd)>,
+    clock: Clock,
+    running: bool,
+}
+
+impl Serving<'_> {
+    fn run(mut self) -> Taken {
+        let mut state = Target::Waiting;
+        let mut descriptors = Vec::new();
+        let mut fresh = true;
+        loop {
+            let event;
+            (event, descriptors) = self.receive(state.patience().unwrap_or(FOREVER), descriptors);
+            let (next, actions) = state.step(event);
+            state = next;
+            let mut pending = actions;
+            while !pending.is_empty() {
+                let mut came = None;
+                for action in pending {
+                    fresh &= !matches!(action, Action::Prepare(_));
+                    came = self.carry_out(action, &mut descriptors);
+                }
+                pending = Vec::new();
+                if let Some(event) = came {
+                    (state, pending) = state.step(event);
+                }
+            }
+            descriptors.clear();
+            match state {
+                Target::Active => {
+                    return Taken::Here(Arrival { running: self.running, socket: self.socket });
+                }
+                Target::Ended { why } => {
+                    tracing::info!("migration: nothing came of it: {why}");
+                    return Taken::Not { fresh };
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn receive(&self, patience: Duration, mut descriptors: Vec<OwnedFd>) -> (Event, Vec<OwnedFd>) {
+        match self.socket.receive(patience) {
+            Ok(packet) => {
+                descriptors.extend(packet.fds);
+                (Event::Message(packet.message), descriptors)
+            }
+            Err(ChannelError::Timeout) => (Event::Timeout, descriptors),
+            Err(error) => {
+                tracing::debug!("migration: {error}");
+                (Event::Closed, descriptors)
+            }
+        }
+    }
+
+    /// Does what the state machine wants; gives what came of it, if it wants to know.
+    fn carry_out(&mut self, action: Action, descriptors: &mut Vec<OwnedFd>) -> Option<Event> {
+        let done = match action {
+            Action::Send(message) => {
+                self.send(&message);
+                return None;
+            }
+            Action::Judge(hello) => self.judge(&hello),
+            Action::Prepare(prepare) => self.prepare(prepare, std::mem::take(descriptors)),
+            Action::Restore(state) => self.restore(*state),
+            Action::Take { from, to } => return Some(Event::Swapped { won: self.take(from, to) }),
+            // Whoever has called does it.
+            Action::Activate => return None,
+        };
+        Some(match done {
+            Ok(()) => Event::Done,
+            Err(error) => Event::Failed(error.reasons()),
+        })
+    }
+
+    fn send(&self, message: &Message) {
+        // A source that does not read has gone, which is seen when it is listened to.
+        if let Err(error) = self.socket.send(message, &[], SENDING_PATIENCE) {
+            tracing::debug!("migration: cannot send {}: {error}", message.name());
+        }
+    }
+
+    fn judge(&mut self, hello: &Hello) -> Result<(), TargetError> {
+        tracing::info!("migration: {} has a VM", hello.program);
+        let facts = self.machine.place_facts(hello.local);
+        let refusals = judge(&hello.machine, &facts);
+        self.facts = Some(facts);
+        if refusals.is_empty() { Ok(()) } else { Err(Reasons::of(refusals).into()) }
+    }
+
+    /// Takes guest memory and the ownership word; KVM and the back-ends get to know the memory.
+    fn prepare(&mut self, prepare: Prepare, descriptors: Vec<OwnedFd>) -> Result<(), TargetError> {
+        let mut named = prepare.fds.pair(descriptors)?;
+        let files: Result<Vec<_>, _> =
+            (0..prepare.ram.len()).map(|region| named.claim(&ram_fd(region)).map(File::from)).collect();
+        self.word = Some(SharedWord::from_fd(named.claim(OWNERSHIP_FD)?)?);
+        self.claim_ends(&mut named)?;
+        named.finish()?;
+        let size = self.facts.as_ref().map_or(0, |facts| facts.memory);
+        if prepare.ram.iter().map(|region| (region.start, region.length)).ne(memory::ranges(size)) {
+            return Err(MemoryError::Layout(size).into());
+        }
+        let memory = memory::adopt(size, files?)?;
+        self.machine.use_memory(&memory)?;
+        Ok(())
+    }
+
+    fn claim_ends(&mut self, named: &mut NamedFds<OwnedFd>) -> Result<(), ManifestError> {
+        let devices = self.facts.iter().flat_map(|facts| &facts.net).enumerate();
+        for (device, _) in devices.filter(|(_, facts)| facts.local) {
+            self.ends.push((device, named.claim(&device_fd(device))?));
+        }
+        Ok(())
+    }
+
+    /// Puts the VM's state in; local devices first get their TAPs.
+    fn restore(&mut self, state: State) -> Result<(), TargetError> {
+        let facts = self.facts.clone().unwrap_or_default();
+        let vm = CheckedState::new(state.vm, &facts)?;
+        for (device, end) in std::mem::take(&mut self.ends) {
+            self.machine.transfer(device, VhostTransferStateDirection::LOAD, end)?;
+            tracing::info!(device, "migration: the back-end has adopted a TAP");
+        }
+        let local: Vec<bool> = facts.net.iter().map(|facts| facts.local).collect();
+        self.machine.restore(&vm, &local)?;
+        self.clock = vm.platform.clock;
+        self.running = state.running;
+        Ok(())
+    }
+
+    /// Takes the VM, if it is still offered.
+    fn take(&mut self, offered: Word, taken: Word) -> bool {
+        let Some(word) = &self.word else { return false };
+        if let Err(error) = word.swap(offered, taken) {
+            tracing::info!("migration: {error}");
+            return false;
+        }
+        tracing::info!("migration: the VM is taken");
+        if let Err(error) = self.machine.set_clock(self.clock) {
+            // The guest runs all the same, with a clock of its own.
+            tracing::error!("{}", chain(&error));
+        }
+        true
+    }
+}
