@@ -3,17 +3,20 @@
 //! The [`programs`] under test run as [`process`]es, a [`backend`] among them, in a [`netns`] of the test's own, with a
 //! [`packet_socket`] on the TAP for [`frames`], and a [`fake_frontend`] or a [`guest`] (booted from [`images`],
 //! making [`traffic`]) on the other side; a [`link`] is all of that with checks. Most tests are run with either
-//! [`datapath`]. The [`lab`] runs a test in a machine that has what this one lacks.
+//! [`datapath`]. In [`local_migration`] a guest moves from one baton-vmm to the next, or
+//! fails to at a [`fake_target`]. The [`lab`] runs a test in a machine that has what this one lacks.
 
 pub mod backend;
 pub mod datapath;
 pub mod fake_frontend;
+pub mod fake_target;
 pub mod frames;
 pub mod guest;
 pub mod hostile;
 pub mod images;
 pub mod lab;
 pub mod link;
+pub mod local_migration;
 pub mod migration;
 pub mod netns;
 pub mod packet_socket;

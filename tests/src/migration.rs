@@ -29,7 +29,7 @@ use crate::qmp::Qmp;
 const BRIDGE: (&str, &str) = ("br0", "02:ba:70:00:00:01");
 
 /// The guest is at one of them and goes to the other.
-const TAPS: [&str; 2] = ["tap0", "tap1"];
+pub(crate) const TAPS: [&str; 2] = ["tap0", "tap1"];
 
 /// How many frames wait in a TAP: all that are sent while a guest moves.
 const QUEUE: &str = "10000";
@@ -114,25 +114,44 @@ pub struct Switch {
     pub rounds: u64,
 }
 
+/// A network that a guest can be at two places of: a namespace with the host's address on a bridge, and [`TAPS`].
+///
+/// # Errors
+/// If it cannot be set up.
+pub(crate) fn network(queue_pairs: u16) -> Result<Netns> {
+    let netns = Netns::enter()?;
+    let (bridge, address) = BRIDGE;
+    ip(&["link", "set", "lo", "up"])?;
+    ip(&["link", "add", bridge, "address", address, "type", "bridge"])?;
+    ip(&["addr", "add", &format!("{HOST}/24"), "dev", bridge])?;
+    ip(&["link", "set", bridge, "up"])?;
+    ip(&["neigh", "add", &GUEST.to_string(), "lladdr", MAC, "dev", bridge])?;
+    for tap in TAPS {
+        netns.create_persistent_tap(tap, queue_pairs > 1)?;
+        ip(&["link", "set", tap, "txqueuelen", QUEUE])?;
+    }
+    Ok(netns)
+}
+
+/// Joins a TAP to the network.
+pub(crate) fn plug(tap: &str) -> Result<()> {
+    ip(&["link", "set", tap, "master", BRIDGE.0])
+}
+
+/// Parts a TAP from it.
+pub(crate) fn unplug(tap: &str) -> Result<()> {
+    ip(&["link", "set", tap, "nomaster"])
+}
+
 impl Mover {
     /// Sets up the network, and boots a guest at the first place.
     ///
     /// # Errors
     /// If anything cannot be set up.
     pub fn new(kind: Kind) -> Result<Self> {
-        let netns = Netns::enter()?;
-        let (bridge, address) = BRIDGE;
-        ip(&["link", "set", "lo", "up"])?;
-        ip(&["link", "add", bridge, "address", address, "type", "bridge"])?;
-        ip(&["addr", "add", &format!("{HOST}/24"), "dev", bridge])?;
-        ip(&["link", "set", bridge, "up"])?;
-        ip(&["neigh", "add", &GUEST.to_string(), "lladdr", MAC, "dev", bridge])?;
-        for tap in TAPS {
-            netns.create_persistent_tap(tap, kind.queue_pairs > 1)?;
-            ip(&["link", "set", tap, "txqueuelen", QUEUE])?;
-        }
+        let netns = network(kind.queue_pairs)?;
         let mut stay = Stay::new(kind, 0, |qemu| qemu)?;
-        ip(&["link", "set", stay.tap, "master", bridge])?;
+        plug(stay.tap)?;
         stay.guest.wait_for_shell()?;
         link::bring_up(&mut stay.guest, kind.queue_pairs)?;
         Ok(Self { kind, stay, stays: 1, _netns: netns })
@@ -166,8 +185,8 @@ impl Mover {
         );
 
         // First the new port: what is sent to the guest waits there until it runs.
-        ip(&["link", "set", target.tap, "master", BRIDGE.0])?;
-        ip(&["link", "set", self.stay.tap, "nomaster"])?;
+        plug(target.tap)?;
+        unplug(self.stay.tap)?;
         target.monitor.execute("cont", &json!({}))?;
         let running = target.monitor.wait_event("RESUME")?.time;
         target.guest.check("true").context("the guest's shell after the move")?;

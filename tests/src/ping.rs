@@ -3,18 +3,24 @@
 
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, connect, recv, send, socket,
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, connect, recv, send, setsockopt,
+    socket, sockopt,
 };
 
 /// How long to wait for a reply at most. Only catches what is lost.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Time between two requests.
 const INTERVAL: Duration = Duration::from_millis(10);
+/// Room for the replies, in bytes.
+const RECEIVE_BUFFER: usize = 16 << 20;
 /// Payload of each, in bytes.
 const PAYLOAD: usize = 56;
 
@@ -37,29 +43,76 @@ pub fn lost(to: Ipv4Addr, count: u16) -> Result<Vec<u16>> {
 }
 
 fn lost_within(to: Ipv4Addr, count: u16, patience: Duration) -> Result<Vec<u16>> {
+    let sent = send_while(to, patience, |number| number < count)?;
+    Ok((0..count).zip(&sent).filter(|(_, ping)| ping.replies == 0).map(|(number, _)| number).collect())
+}
+
+/// A ping that was sent.
+#[derive(Clone, Copy, Debug)]
+struct Sent {
+    time: Instant,
+    replies: u32,
+}
+
+/// Pings that go on until they are told to end.
+#[derive(Debug)]
+pub struct Endless {
+    ended: Arc<AtomicBool>,
+    thread: JoinHandle<Result<Vec<Sent>>>,
+}
+
+impl Endless {
+    /// Starts them, one every 10 ms.
+    pub fn start(to: Ipv4Addr) -> Self {
+        let ended = Arc::new(AtomicBool::new(false));
+        let of_thread = Arc::clone(&ended);
+        let go_on = move |number| number < u16::MAX && !of_thread.load(Ordering::Relaxed);
+        Self { ended, thread: thread::spawn(move || send_while(to, PATIENCE, go_on)) }
+    }
+
+    /// Ends them, and gives how many were sent, and when those to which no reply came.
+    ///
+    /// # Errors
+    /// As [`lost`].
+    pub fn end(self) -> Result<(usize, Vec<Instant>)> {
+        self.ended.store(true, Ordering::Relaxed);
+        let sent = self.thread.join().map_err(|_| anyhow!("the pings' thread panicked"))??;
+        let lost = sent.iter().filter(|ping| ping.replies == 0).map(|ping| ping.time).collect();
+        Ok((sent.len(), lost))
+    }
+}
+
+/// Sends pings as long as `go_on` with their number, and waits for the replies.
+fn send_while(to: Ipv4Addr, patience: Duration, go_on: impl Fn(u16) -> bool) -> Result<Vec<Sent>> {
+    /// Tells those of one process apart.
+    static SENDERS: AtomicU16 = AtomicU16::new(0);
     let socket = socket(AddressFamily::Inet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Icmp)
         .context("a socket for pings (this must run as root)")?;
+    // All replies that a machine which stood still sends at once.
+    setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER)?;
     let [a, b, c, d] = to.octets();
     connect(socket.as_raw_fd(), &SockaddrIn::new(a, b, c, d, 0))?;
-    let id = u16::try_from(std::process::id() & 0xffff)?;
-    let mut replies = vec![0u32; usize::from(count)];
+    let process = u16::try_from(std::process::id() & 0xffff)?;
+    let id = process.wrapping_add(SENDERS.fetch_add(1, Ordering::Relaxed));
+    let mut sent: Vec<Sent> = Vec::new();
     let mut next = Instant::now();
-    for number in 0..count {
-        hear(&socket, id, &mut replies, next)?;
+    for number in (0..u16::MAX).take_while(|&number| go_on(number)) {
+        hear(&socket, id, &mut sent, next)?;
         send(socket.as_raw_fd(), &request(id, number), MsgFlags::empty()).context("cannot send a ping")?;
+        sent.push(Sent { time: Instant::now(), replies: 0 });
         next = Instant::now() + INTERVAL;
     }
     let deadline = Instant::now() + patience;
-    while replies.contains(&0) && Instant::now() < deadline {
-        hear(&socket, id, &mut replies, (Instant::now() + INTERVAL).min(deadline))?;
+    while sent.iter().any(|ping| ping.replies == 0) && Instant::now() < deadline {
+        hear(&socket, id, &mut sent, (Instant::now() + INTERVAL).min(deadline))?;
     }
-    let lost = (0..count).filter(|number| replies[usize::from(*number)] == 0).collect();
-    ensure!(replies.iter().all(|replies| *replies <= 1), "replies from {to} were doubled: {replies:?}");
-    Ok(lost)
+    let doubled = sent.iter().position(|ping| ping.replies > 1);
+    ensure!(doubled.is_none(), "the reply to ping {doubled:?} to {to} was doubled");
+    Ok(sent)
 }
 
 /// Counts the replies that come until then.
-fn hear(socket: &OwnedFd, id: u16, replies: &mut [u32], until: Instant) -> Result<()> {
+fn hear(socket: &OwnedFd, id: u16, sent: &mut [Sent], until: Instant) -> Result<()> {
     loop {
         let left = until.saturating_duration_since(Instant::now());
         let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
@@ -73,10 +126,10 @@ fn hear(socket: &OwnedFd, id: u16, replies: &mut [u32], until: Instant) -> Resul
         let Some(message) = packet[..length].get(header..) else { bail!("a packet of {length} bytes") };
         let [0, _, _, _, id1, id2, number1, number2, payload @ ..] = message else { continue };
         if [*id1, *id2] == id.to_be_bytes()
-            && let Some(replies) = replies.get_mut(usize::from(u16::from_be_bytes([*number1, *number2])))
+            && let Some(ping) = sent.get_mut(usize::from(u16::from_be_bytes([*number1, *number2])))
         {
             ensure!(payload.iter().copied().eq(self::payload()), "a reply differs from its request");
-            *replies += 1;
+            ping.replies += 1;
         }
     }
 }

@@ -4,11 +4,15 @@
 use std::io::{self, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::process::{self, ExitCode, Stdio};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use baton_tests::traffic::{self, Direction, bulk, flows, sizes};
 use clap::{Parser, Subcommand};
+use nix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
 
 /// Sends and checks network traffic between two machines.
@@ -69,6 +73,12 @@ enum Command {
         #[arg(long, default_value_t = 30)]
         silence: u16,
     },
+    /// No traffic: whether this machine's monotonic clock ever goes back.
+    Clock {
+        /// Looks at it until there is a file of this name.
+        #[arg(long)]
+        until: PathBuf,
+    },
     /// Datagrams of every size, sent back and compared.
     Sizes {
         /// Where `traffic serve` listens.
@@ -101,8 +111,29 @@ fn main() -> ExitCode {
     }
 }
 
+/// How often the clock is looked at.
+const TICK: Duration = Duration::from_millis(2);
+
+/// Looks at the clock until there is such a file. How often it was looked at, and how often it had gone back since.
+fn watch_clock(until: &Path) -> Result<(u64, u64)> {
+    let now = || clock_gettime(ClockId::CLOCK_MONOTONIC);
+    let (mut looks, mut back, mut last) = (0, 0, now()?);
+    while !until.exists() {
+        let next = now()?;
+        back += u64::from(next < last);
+        looks += 1;
+        last = next;
+        thread::sleep(TICK);
+    }
+    Ok((looks, back))
+}
+
 fn run(command: &Command) -> Result<(Value, bool)> {
     match *command {
+        Command::Clock { ref until } => {
+            let (looks, back) = watch_clock(until)?;
+            Ok((json!({"looks": looks, "back": back}), back == 0))
+        }
         Command::Serve { inherited: true, .. } => {
             let listener = io::stdin().as_fd().try_clone_to_owned().context("standard input is not open")?;
             traffic::serve(&TcpListener::from(listener))?;

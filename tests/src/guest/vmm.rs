@@ -35,6 +35,16 @@ impl Vmm {
         Ok(Self { command, parameters: "quiet loglevel=1".to_owned() })
     }
 
+    /// Without a kernel: it waits on this socket for a VM of so many vCPUs and this memory to come.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn incoming(socket: &Path, cpus: u16, memory: &str) -> Result<Self> {
+        let mut command = Command::new(programs::vmm()?);
+        command.arg("--incoming").arg(socket).args(["--cpus", &cpus.to_string(), "--memory", memory]);
+        Ok(Self { command, parameters: String::new() })
+    }
+
     /// Further kernel parameters.
     #[must_use]
     pub fn parameters(mut self, parameters: &str) -> Self {

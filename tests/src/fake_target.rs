@@ -1,0 +1,137 @@
+//! A VMM that a guest could move to, up to a point: there it goes away, hangs, refuses, or takes the guest and is not
+//! heard of again.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::sync::mpsc::{Sender, channel};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use baton_channel::ownership::SharedWord;
+use baton_channel::packet::{Packet, PacketSocket};
+use baton_protocol::migration::message::{Message, OWNERSHIP_FD, PROGRAM, Prepared, Ready, Refuse, Welcome};
+use baton_protocol::migration::refusal::Refusal;
+use baton_protocol::reasons::Reasons;
+
+/// Only catches what hangs.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How far it goes, each after what comes before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Point {
+    /// It has read HELLO.
+    Hello,
+    /// It has read PREPARE.
+    Prepare,
+    /// It has read STATE: the guest stands still.
+    State,
+    /// It has read COMMIT.
+    Commit,
+}
+
+/// What it does there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Then {
+    /// Closes the connection and all descriptors, as if it had been killed.
+    Leave,
+    /// Nothing.
+    Hang,
+    /// Says that it will not.
+    Refuse,
+    /// Sends what does not belong there.
+    Babble,
+    /// Takes the guest, and closes the connection.
+    Take,
+    /// Says that it has taken the guest, and has not.
+    Lie,
+}
+
+/// A fake target at work.
+#[derive(Debug)]
+pub struct FakeTarget {
+    thread: JoinHandle<Result<()>>,
+    /// Closed to end a hang.
+    over: Sender<()>,
+}
+
+impl FakeTarget {
+    /// Waits at `path` for a source.
+    ///
+    /// # Errors
+    /// If it cannot listen there.
+    pub fn start(path: &Path, point: Point, then: Then) -> Result<Self> {
+        let listener = UnixListener::bind(path)?;
+        let path = path.to_owned();
+        let (over, wait) = channel::<()>();
+        let thread = thread::spawn(move || {
+            let (stream, _) = listener.accept()?;
+            std::fs::remove_file(path)?;
+            let socket = PacketSocket::try_from(OwnedFd::from(stream))?;
+            let held = play(&socket, point, then)?;
+            if then == Then::Hang {
+                // Until the other end of `over` is dropped.
+                let _ = wait.recv();
+            }
+            drop(held);
+            Ok(())
+        });
+        Ok(Self { thread, over })
+    }
+
+    /// Ends it.
+    ///
+    /// # Errors
+    /// If the source has not come to that point.
+    pub fn end(self) -> Result<()> {
+        drop(self.over);
+        self.thread.join().map_err(|_| anyhow!("the fake target panicked"))?
+    }
+}
+
+/// Plays its part; gives the descriptors that it has got.
+fn play(socket: &PacketSocket, point: Point, then: Then) -> Result<Vec<OwnedFd>> {
+    let mut held = Vec::new();
+    let mut word = None;
+    for next in [Point::Hello, Point::Prepare, Point::State, Point::Commit] {
+        let Packet { message, fds } = socket.receive::<Message>(PATIENCE)?;
+        let answer = match (next, &message) {
+            (Point::Hello, Message::Hello(_)) => {
+                Some(Message::Welcome(Welcome { program: PROGRAM.to_owned() }))
+            }
+            (Point::Prepare, Message::Prepare(prepare)) => {
+                let mut named = prepare.fds.clone().pair(fds)?;
+                word = Some(SharedWord::from_fd(named.claim(OWNERSHIP_FD)?)?);
+                held.extend(named.unzip().1);
+                Some(Message::Prepared(Prepared {}))
+            }
+            (Point::State, Message::State(_)) => Some(Message::Ready(Ready {})),
+            (Point::Commit, Message::Commit(_)) => None,
+            (_, other) => bail!("{} came instead of {next:?}", other.name()),
+        };
+        if next == point {
+            fail(socket, then, word.as_ref())?;
+            return Ok(held);
+        }
+        if let Some(answer) = answer {
+            socket.send(&answer, &[], PATIENCE)?;
+        }
+    }
+    Ok(held)
+}
+
+fn fail(socket: &PacketSocket, then: Then, word: Option<&SharedWord>) -> Result<()> {
+    let message = match then {
+        Then::Leave | Then::Hang => return Ok(()),
+        Then::Refuse => Message::Refuse(Refuse { reasons: Reasons::of([Refusal::Busy]) }),
+        Then::Babble => Message::Ready(Ready {}),
+        Then::Lie => baton_protocol::migration::target::active(true),
+        Then::Take => {
+            let word = word.context("no ownership word has come")?;
+            let offered = word.load()?;
+            return Ok(word.swap(offered, offered.taken().context("nothing is offered")?)?);
+        }
+    };
+    Ok(socket.send(&message, &[], PATIENCE)?)
+}
