@@ -134,7 +134,8 @@ fn rings_that_start_first_wait_for_the_device(datapath: Datapath) -> Result<()> 
     let old = device.move_to(target.connect()?)?;
     for index in 0..4 {
         target.wait_started(index)?;
-        ensure!(device.ring(index).wait_call(Instant::now() + PATIENCE)?, "vring {index} was not called");
+        // Of a ring that had been in use, when its call was set.
+        device.ring(index).take_calls()?;
     }
     ensure!(target.status()?.tap.is_empty());
     ensure!(rig.backend.status()?.state == BackendState::Serving);
