@@ -33,6 +33,17 @@ impl Reasons {
         Self(refusals.into_iter().map(Into::into).collect())
     }
 
+    /// Whether there is any refusal.
+    ///
+    /// # Errors
+    /// All of them.
+    pub fn none_of<R>(refusals: Vec<R>) -> Result<(), Self>
+    where
+        R: Into<Reason>,
+    {
+        if refusals.is_empty() { Ok(()) } else { Err(Self::of(refusals)) }
+    }
+
     /// What a peer sent, cut to a size that can be shown.
     #[must_use]
     pub fn bounded(mut self) -> Self {
@@ -74,6 +85,8 @@ mod tests {
         let reasons = Reasons::of([reason("a", "first"), reason("b", "second")]);
         assert_eq!(reasons.to_string(), "a: first; b: second");
         assert_eq!(Reasons::default().to_string(), "no reason given");
+        assert_eq!(Reasons::none_of(reasons.0.clone()), Err(reasons));
+        assert_eq!(Reasons::none_of(Vec::<Reason>::new()), Ok(()));
     }
 
     #[test]

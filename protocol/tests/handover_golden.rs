@@ -1,6 +1,5 @@
 //! Every packet of a device's hand-over, byte for byte: what an older version wrote must stay readable, and what this
 //! one writes must not change unnoticed. `BATON_GOLDEN=write` writes the files of the newest version anew.
-#![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use std::path::{Path, PathBuf};
 
@@ -10,11 +9,12 @@ use baton_protocol::handover::message::{
     FRAMES_FD, Hello, LINK_FD, Message, OWNERSHIP_FD, OfOffer, Offer, PROTOCOL, Prepare, ReadyToTake, Refuse,
     StateOnly, tap_fd,
 };
-use baton_protocol::handover::refusal::{Reasons, Refusal};
+use baton_protocol::handover::refusal::Refusal;
 use baton_protocol::handover::state::{
     Datapath, DeviceState, DirectionCounters, FrameExtent, QueuePairState,
 };
 use baton_protocol::handover::validate::{Capabilities, CheckedDevice};
+use baton_protocol::reasons::Reasons;
 
 fn device() -> DeviceState {
     let counters = |first| DirectionCounters {
@@ -55,7 +55,7 @@ fn device() -> DeviceState {
 fn messages() -> Vec<Message> {
     let hello =
         Hello { purpose: "device".to_owned(), program: "baton-backend 0.1.0".to_owned(), dry_run: true };
-    let reasons = Reasons::of(&[Refusal::Busy, Refusal::Features(0x10)]).unwrap();
+    let reasons = Reasons::of([Refusal::Busy, Refusal::Features(0x10)]);
     let names =
         [tap_fd(0), tap_fd(1)].into_iter().chain([OWNERSHIP_FD, FRAMES_FD, LINK_FD].map(str::to_owned));
     let of_offer = OfOffer { epoch: 0x0102_0304_0506 };
@@ -186,7 +186,7 @@ fn each_thing_that_is_wrong_has_its_name() {
         change(&mut device, &mut target);
         let refused: Vec<_> = match CheckedDevice::try_from((device, &target)) {
             Ok(_) => Vec::new(),
-            Err(reasons) => reasons.iter().map(|reason| reason.name.clone()).collect(),
+            Err(reasons) => reasons.0.iter().map(|reason| reason.name.clone()).collect(),
         };
         let expected: Vec<&str> = Some(name).filter(|name| !name.is_empty()).into_iter().collect();
         assert_eq!(refused, expected);
@@ -200,6 +200,6 @@ fn all_reasons_are_told_at_once() {
     device.tap.clear();
     let target = Capabilities { same_user: false, queue_pairs: Some(1), ..target() };
     let reasons = CheckedDevice::try_from((device, &target)).unwrap_err();
-    let names: Vec<_> = reasons.iter().map(|reason| reason.name.as_str()).collect();
+    let names: Vec<_> = reasons.0.iter().map(|reason| reason.name.as_str()).collect();
     assert_eq!(names, ["queue-pairs", "tap-name", "mtu", "downscript-user"]);
 }

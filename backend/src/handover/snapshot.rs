@@ -8,10 +8,11 @@ use baton_channel::ownership::SharedWord;
 use baton_protocol::control;
 use baton_protocol::fd_manifest::{FdManifest, NamedFds};
 use baton_protocol::handover::message::{FRAMES_FD, LINK_FD, OWNERSHIP_FD, Offer, tap_fd};
-use baton_protocol::handover::refusal::{Reasons, Refusal};
+use baton_protocol::handover::refusal::Refusal;
 use baton_protocol::handover::state::{Datapath, DeviceState, FrameExtent, QueuePairState};
 use baton_protocol::handover::validate::{Capabilities, CheckedDevice, MAX_QUEUE_PAIRS};
 use baton_protocol::ownership::{Owner, Word};
+use baton_protocol::reasons::Reasons;
 
 use super::frames;
 use crate::dataplane::rx::FrameInHand;

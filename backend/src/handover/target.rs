@@ -8,10 +8,11 @@ use baton_channel::peer::Peer;
 use baton_protocol::control::{HandoverState, HandoverStatus};
 use baton_protocol::fd_manifest::{FdManifest, NamedFds};
 use baton_protocol::handover::message::{LINK_FD, Message, Offer, Refuse};
-use baton_protocol::handover::refusal::{Reasons, Refusal};
+use baton_protocol::handover::refusal::Refusal;
 use baton_protocol::handover::state::DeviceState;
 use baton_protocol::handover::target::{Action, Event, Target};
 use baton_protocol::handover::validate::CheckedDevice;
+use baton_protocol::reasons::Reasons;
 
 use super::snapshot::{self, Adopted, Wishes};
 use super::{PROGRAM, Surroundings, TARGET};

@@ -19,10 +19,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::refusal::Reasons;
 use super::state::DeviceState;
 use crate::codec::Protocol;
 use crate::fd_manifest::FdManifest;
+use crate::reasons::Reasons;
 use crate::version::Versions;
 
 /// What this build speaks.

@@ -1,13 +1,7 @@
 //! Why a device cannot be handed over: reasons with names that stay, for scripts and for the operator's manual.
 
-use serde::{Deserialize, Serialize};
-
 use crate::fd_manifest::ManifestError;
-
-/// The most reasons that are read.
-const MAX_REASONS: usize = 64;
-/// The longest name or text that is kept, in bytes.
-const MAX_TEXT: usize = 512;
+use crate::reasons::{Reason, Reasons};
 
 /// One reason. The text says what to do where that is not plain.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -139,82 +133,14 @@ impl Refusal {
     }
 }
 
-/// A reason as it is sent.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Reason {
-    /// [`Refusal::name`], of this version or of another.
-    pub name: String,
-    /// For the operator.
-    pub text: String,
-}
-
-impl From<&Refusal> for Reason {
-    fn from(refusal: &Refusal) -> Self {
+impl From<Refusal> for Reason {
+    fn from(refusal: Refusal) -> Self {
         Self { name: refusal.name().to_owned(), text: refusal.to_string() }
-    }
-}
-
-/// All reasons, never none.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
-#[serde(transparent)]
-#[error("{}", self.listed())]
-pub struct Reasons(Vec<Reason>);
-
-impl Reasons {
-    /// Of refusals. `None` where there are none.
-    pub fn of(refusals: &[Refusal]) -> Option<Self> {
-        (!refusals.is_empty()).then(|| Self(refusals.iter().map(Reason::from).collect()))
-    }
-
-    /// Each of them.
-    pub fn iter(&self) -> impl Iterator<Item = &Reason> {
-        self.0.iter()
-    }
-
-    /// What a peer sent, cut to a size that can be shown.
-    #[must_use]
-    pub fn bounded(mut self) -> Self {
-        self.0.truncate(MAX_REASONS);
-        for reason in &mut self.0 {
-            for text in [&mut reason.name, &mut reason.text] {
-                *text = text.chars().filter(|c| !c.is_control()).take(MAX_TEXT).collect();
-            }
-        }
-        self
-    }
-
-    fn listed(&self) -> String {
-        let listed: Vec<_> = self.0.iter().map(|Reason { name, text }| format!("{name}: {text}")).collect();
-        if listed.is_empty() { "no reason given".to_owned() } else { listed.join("; ") }
     }
 }
 
 impl From<Refusal> for Reasons {
     fn from(refusal: Refusal) -> Self {
-        Self(vec![Reason::from(&refusal)])
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn all_reasons_are_listed_with_their_names() {
-        let reasons = Reasons::of(&[Refusal::Busy, Refusal::Mtu(60)]).unwrap();
-        assert_eq!(
-            reasons.to_string(),
-            "busy: the target is in another hand-over; mtu: an MTU of 60 is not possible"
-        );
-        assert_eq!(Reasons::of(&[]), None);
-    }
-
-    #[test]
-    fn a_peers_reasons_are_bounded_and_plain() {
-        let reason = Reason { name: "x\n\u{1b}[31m".to_owned(), text: "y".repeat(10_000) };
-        let reasons = Reasons(vec![reason; 1000]).bounded();
-        assert_eq!(reasons.0.len(), MAX_REASONS);
-        assert_eq!(reasons.0[0].name, "x[31m");
-        assert_eq!(reasons.0[0].text.len(), MAX_TEXT);
+        Self::of([refusal])
     }
 }

@@ -11,8 +11,8 @@
 use std::time::Duration;
 
 use super::message::{DEVICE, Hello, Message, OfOffer};
-use super::refusal::Reasons;
 use crate::ownership::Word;
+use crate::reasons::Reasons;
 
 /// How long the target may take for an answer before the device is offered.
 pub const PATIENCE: Duration = Duration::from_secs(2);

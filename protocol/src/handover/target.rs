@@ -12,10 +12,11 @@
 use std::time::Duration;
 
 use super::message::{DEVICE, Hello, Message, OfOffer, Offer, ReadyToTake, Refuse};
-use super::refusal::{Reasons, Refusal};
+use super::refusal::Refusal;
 use super::source::PATIENCE;
 use super::state::DeviceState;
 use crate::ownership::Word;
+use crate::reasons::Reasons;
 
 /// What happens to a target.
 #[derive(Clone, Debug, PartialEq, Eq)]

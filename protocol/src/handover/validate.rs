@@ -1,8 +1,10 @@
 //! From what a source says to what a target may act on. [`CheckedDevice`] can be had here only, and every reason
 //! against it is given, not just the first.
 
-use super::refusal::{Reasons, Refusal};
+use super::refusal::Refusal;
 use super::state::{DeviceState, FrameExtent, QueuePairState};
+
+use crate::reasons::Reasons;
 
 /// The most queue pairs of a device.
 pub const MAX_QUEUE_PAIRS: usize = 128;
@@ -55,10 +57,8 @@ impl TryFrom<(DeviceState, &Capabilities)> for CheckedDevice {
     type Error = Reasons;
 
     fn try_from((device, target): (DeviceState, &Capabilities)) -> Result<Self, Reasons> {
-        match Reasons::of(&refusals(&device, target)) {
-            None => Ok(Self(device)),
-            Some(reasons) => Err(reasons),
-        }
+        Reasons::none_of(refusals(&device, target))?;
+        Ok(Self(device))
     }
 }
 
@@ -70,7 +70,7 @@ pub fn check_without_tap(device: &DeviceState, target: &Capabilities) -> Result<
     let mut refusals = Vec::new();
     check_features(device, target, &mut refusals);
     check_pairs(device, target, &mut refusals);
-    Reasons::of(&refusals).map_or(Ok(()), Err)
+    Reasons::none_of(refusals)
 }
 
 fn refusals(device: &DeviceState, target: &Capabilities) -> Vec<Refusal> {

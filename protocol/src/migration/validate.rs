@@ -98,7 +98,8 @@ impl CheckedState {
                 refuse(format!("network device {device}: {text}"));
             }
         }
-        if refusals.is_empty() { Ok(Self(state)) } else { Err(Reasons::of(refusals)) }
+        Reasons::none_of(refusals)?;
+        Ok(Self(state))
     }
 }
 

@@ -225,7 +225,7 @@ impl Serving<'_> {
         let facts = self.machine.place_facts(hello.local);
         let refusals = judge(&hello.machine, &facts);
         self.facts = Some(facts);
-        if refusals.is_empty() { Ok(()) } else { Err(Reasons::of(refusals).into()) }
+        Ok(Reasons::none_of(refusals)?)
     }
 
     /// Takes guest memory and the ownership word; KVM and the back-ends get to know the memory.
