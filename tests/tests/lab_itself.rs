@@ -29,6 +29,7 @@ fn boots_a_guest_under_kvm() -> Result<()> {
         ensure!(guest.check("echo 'one  two'; echo three >&2")? == "one  two\nthree\n");
         ensure!(guest.run("exit_code() { return 7; }; exit_code")?.status == 7);
         guest.check("ethtool --version && traffic --help")?;
+        ensure!(guest.check("cat /proc/sys/net/core/default_qdisc")? == "pfifo_fast\n");
         ensure!(guest.power_off()?.success());
         Ok(())
     })
