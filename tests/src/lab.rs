@@ -11,7 +11,8 @@
 //! Its files are read-only and what is written is gone with the machine, except in [`crate::places::test_logs`],
 //! which both share. Jobs are done one after the other, as root; whatever a job started ends with it.
 //!
-//! The lab runs as long as the process that owns it: nextest, or a test that was started without it.
+//! The lab runs as long as the process that owns it: nextest, or a test that was started without it. For nextest there
+//! are two where this machine has room for them, which share nothing: tests that run side by side have each their own.
 
 mod agent;
 mod client;

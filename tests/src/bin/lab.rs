@@ -20,7 +20,7 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Prepare a run of nextest, as its set-up script: start the lab if this machine needs one.
+    /// Prepare a run of nextest, as its set-up script: start labs if this machine needs them.
     Up,
     /// Run a program in a lab of its own, as root.
     Run {
@@ -36,6 +36,8 @@ enum Command {
         #[arg(long)]
         owner: u32,
         #[arg(long)]
+        number: usize,
+        #[arg(long)]
         folder: PathBuf,
     },
     /// Be the first process of the lab's machine.
@@ -47,7 +49,9 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Up => up(),
         Command::Run { program, arguments } => run(program, arguments),
-        Command::Supervise { owner, folder } => lab::supervise(owner, &folder).map(|()| ExitCode::SUCCESS),
+        Command::Supervise { owner, number, folder } => {
+            lab::supervise(owner, number, &folder).map(|()| ExitCode::SUCCESS)
+        }
         Command::Agent => lab::agent().map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {
@@ -67,7 +71,7 @@ fn up() -> Result<ExitCode> {
 }
 
 fn run(program: PathBuf, arguments: Vec<String>) -> Result<ExitCode> {
-    let lab = Running::start(std::process::id())?;
+    let lab = Running::start(std::process::id(), 0)?;
     match lab.run(&Job::here(program, arguments)?, &mut |_| ())? {
         Outcome::Exited(code) => Ok(u8::try_from(code).map_or(ExitCode::FAILURE, ExitCode::from)),
         outcome => {

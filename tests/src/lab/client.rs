@@ -26,20 +26,22 @@ impl Running {
         Ok(Self { socket: socket.to_owned(), logs: places::logs()? })
     }
 
-    /// Starts a lab that runs as long as the process `owner`. Returns before it is up: clients wait.
-    pub fn start(owner: u32) -> Result<Self> {
+    /// Starts a lab that runs as long as the process `owner`. Returns before it is up: clients wait. Labs that run side
+    /// by side have numbers of their own.
+    pub fn start(owner: u32, number: usize) -> Result<Self> {
         // Made once, before any test asks for them.
         images::guest_initramfs()?;
         let logs = places::logs()?;
         fs::create_dir_all(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
-        let log = File::create(logs.join("lab-supervisor.log")).context("cannot write the lab's logs")?;
+        let log_path = logs.join(format!("lab-{number}-supervisor.log"));
+        let log = File::create(&log_path).context("cannot write the lab's logs")?;
         let folder =
             tempfile::Builder::new().prefix("baton-lab-").tempdir().context("cannot make a folder")?;
         let socket = folder.path().join("lab.sock");
         let listener =
             UnixListener::bind(&socket).with_context(|| format!("cannot bind {}", socket.display()))?;
         let mut supervisor = Command::new(programs::lab()?)
-            .args(["supervise", "--owner", &owner.to_string(), "--folder"])
+            .args(["supervise", "--number", &number.to_string(), "--owner", &owner.to_string(), "--folder"])
             .arg(folder.path())
             .stdin(OwnedFd::from(listener))
             .stdout(Stdio::piped())
@@ -52,7 +54,7 @@ impl Running {
             BufReader::new(output).read_line(&mut line).context("cannot hear the lab's supervisor")?;
         }
         if line != "started\n" {
-            bail!("the lab's supervisor did not start; see {}", logs.join("lab-supervisor.log").display());
+            bail!("the lab's supervisor did not start; see {}", log_path.display());
         }
         // It is the supervisor's from now on.
         let _ = folder.keep();

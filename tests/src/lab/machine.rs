@@ -29,14 +29,13 @@ pub(super) struct Machine {
 }
 
 impl Machine {
-    /// Starts it, the lab's first machine or a later one, and returns the connection to its agent. Its console is kept
-    /// in `logs`.
-    pub(super) fn start(logs: &Path, number: u32) -> Result<(Self, UnixStream)> {
+    /// Starts it, and returns the connection to its agent. Its console is kept in `logs`, under the machine's name.
+    pub(super) fn start(logs: &Path, name: &str) -> Result<(Self, UnixStream)> {
         let (port, qemu_port) = UnixStream::pair().context("cannot make a pair of sockets")?;
         let qemu_port = OwnedFd::from(qemu_port);
         fcntl(&qemu_port, FcntlArg::F_SETFD(FdFlag::empty())).context("cannot pass a socket on")?;
-        let errors = File::create(logs.join(format!("lab-qemu-{number}.log")))
-            .context("cannot write the lab's logs")?;
+        let errors =
+            File::create(logs.join(format!("{name}-qemu.log"))).context("cannot write the lab's logs")?;
 
         let mut command = Command::new(images::found("setpriv")?);
         command.args(["--pdeathsig", "KILL", "qemu-system-x86_64", "-nodefaults", "-no-user-config"]);
@@ -44,7 +43,7 @@ impl Machine {
         command.args(["-accel", "tcg,thread=multi", "-cpu", PROCESSOR, "-smp", PROCESSORS, "-m", "5G"]);
         command.arg("-kernel").arg(images::lab_kernel()?).arg("-initrd").arg(images::lab_initramfs()?);
         command.arg("-append").arg(kernel_command_line(logs)?);
-        command.arg("-serial").arg(option("file:", &logs.join(format!("lab-console-{number}.log")))?);
+        command.arg("-serial").arg(option("file:", &logs.join(format!("{name}-console.log")))?);
         command.args(["-fsdev", "local,id=machine,path=/,security_model=none,readonly=on,multidevs=remap"]);
         command.args(["-device", "virtio-9p-pci,fsdev=machine,mount_tag=machine"]);
         command.arg("-fsdev").arg(option("local,id=logs,security_model=none,path=", logs)?);

@@ -2,10 +2,13 @@
 //!
 //! A `/dev/kvm` proves little: there are hypervisors without hardware behind it that interpret the guest's kernel, a
 //! thousand times slower and not completely. So a guest counts to a million, and the time it takes tells.
+//!
+//! And for how many labs it has room.
 
 #![expect(unsafe_code, reason = "gives KVM its guest memory")]
 
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -23,6 +26,25 @@ pub(super) fn has_all() -> bool {
         && opens("/dev/vhost-net")
         && opens("/dev/net/tun")
         && time_to_count().is_ok_and(|time| time < PATIENCE)
+}
+
+/// The most labs at a time: as many tests run in labs side by side (`.config/nextest.toml`).
+const MOST: usize = 2;
+
+/// What a lab may come to need of this machine's memory, in KiB: its machine's, and QEMU's own.
+const NEEDED: usize = 6 << 20;
+
+/// How many labs this machine has the processors and the memory for; one that has not enough for one tries.
+pub(super) fn room() -> usize {
+    let processors = thread::available_parallelism().map_or(1, usize::from);
+    let memory = fs::read_to_string("/proc/meminfo").ok().and_then(|text| available(&text)).unwrap_or(0);
+    processors.min(memory / NEEDED).clamp(1, MOST)
+}
+
+/// The line `MemAvailable:    1234 kB` of /proc/meminfo.
+fn available(meminfo: &str) -> Option<usize> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.split_whitespace().next()?.parse().ok()
 }
 
 /// How long a guest takes to count from a million down to zero.

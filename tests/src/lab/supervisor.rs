@@ -34,10 +34,10 @@ const SILENCE: Duration = Duration::from_secs(90);
 /// How long a client may take to say what it wants.
 const REQUEST: Duration = Duration::from_secs(10);
 
-/// Runs the lab for as long as the process `owner` runs. Clients connect to standard input, a listening socket;
+/// Runs the lab of that number for as long as the process `owner` runs. Clients connect to standard input, a listening socket;
 /// "started" is written to standard output when the supervisor watches its owner. The folder, in which the socket is,
 /// goes away with the lab.
-pub fn supervise(owner: u32, folder: &Path) -> Result<()> {
+pub fn supervise(owner: u32, number: usize, folder: &Path) -> Result<()> {
     let owner = i32::try_from(owner).ok().and_then(Pid::from_raw).context("no process has such an id")?;
     let owner = pidfd_open(owner, PidfdFlags::empty()).context("cannot watch the lab's owner")?;
     let listener = io::stdin().as_fd().try_clone_to_owned().context("standard input is not open")?;
@@ -47,12 +47,14 @@ pub fn supervise(owner: u32, folder: &Path) -> Result<()> {
         .and_then(|()| output.flush())
         .context("cannot tell who started the lab")?;
 
-    let result = Supervisor::start(UnixListener::from(listener)).and_then(|mut lab| lab.run(&owner));
+    let result = Supervisor::start(UnixListener::from(listener), number).and_then(|mut lab| lab.run(&owner));
     fs::remove_dir_all(folder).with_context(|| format!("cannot remove {}", folder.display()))?;
     result
 }
 
 struct Supervisor {
+    /// The lab's.
+    number: usize,
     listener: UnixListener,
     port: UnixStream,
     state: State,
@@ -82,10 +84,10 @@ enum Event {
 }
 
 impl Supervisor {
-    fn start(listener: UnixListener) -> Result<Self> {
+    fn start(listener: UnixListener, number: usize) -> Result<Self> {
         let (port, _) = UnixStream::pair().context("cannot make a pair of sockets")?;
         let (state, line, heard) = (State::Booting, Vec::new(), Instant::now());
-        let mut supervisor = Self { listener, port, state, line, heard, machine: None, machines: 0 };
+        let mut supervisor = Self { number, listener, port, state, line, heard, machine: None, machines: 0 };
         supervisor.boot();
         Ok(supervisor)
     }
@@ -95,7 +97,8 @@ impl Supervisor {
         self.machines += 1;
         self.line.clear();
         self.heard = Instant::now();
-        match places::logs().and_then(|logs| Machine::start(&logs, self.machines)) {
+        let name = format!("lab-{}-{}", self.number, self.machines);
+        match places::logs().and_then(|logs| Machine::start(&logs, &name)) {
             Ok((machine, port)) => {
                 (self.machine, self.port, self.state) = (Some(machine), port, State::Booting);
             }
