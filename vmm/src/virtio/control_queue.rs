@@ -141,9 +141,6 @@ fn parse(reader: &mut impl Read) -> Result<Command, Refused> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use virtio_queue::desc::RawDescriptor;
-    use virtio_queue::desc::split::Descriptor;
-    use virtio_queue::mock::MockSplitQueue;
     use vm_memory::{Address, Bytes, GuestAddress};
 
     const WRITE: u16 = 2;
@@ -152,31 +149,49 @@ mod tests {
     const REQUEST: u64 = 0x10_0000;
     const ANSWER: u64 = 0x20_0000;
     const UNANSWERED: u8 = 0x55;
-    /// The mock's own used ring overlaps its available ring.
+    const SIZE: u16 = 16;
+    const DESCRIPTORS: GuestAddress = GuestAddress(0x1000);
+    const AVAILABLE_RING: GuestAddress = GuestAddress(0x4000);
     const USED_RING: GuestAddress = GuestAddress(0x8000);
+
+    type Descriptor = [u8; 16];
 
     fn memory() -> GuestMemory {
         crate::memory::allocate(64 << 20).unwrap()
     }
 
-    fn control_queue(ring: &MockSplitQueue<'_, GuestMemory>, event_idx: bool) -> ControlQueue {
-        let mut queue: Queue = ring.create_queue().unwrap();
+    fn control_queue(event_idx: bool) -> ControlQueue {
+        let mut queue = Queue::new(SIZE).unwrap();
+        queue.try_set_desc_table_address(DESCRIPTORS).unwrap();
+        queue.try_set_avail_ring_address(AVAILABLE_RING).unwrap();
         queue.try_set_used_ring_address(USED_RING).unwrap();
+        queue.set_ready(true);
         ControlQueue::new(queue, event_idx)
     }
 
-    fn descriptor(address: u64, length: u32, flags: u16, next: u16) -> RawDescriptor {
-        RawDescriptor::from(Descriptor::new(address, length, flags, next))
+    fn descriptor(address: u64, length: u32, flags: u16, next: u16) -> Descriptor {
+        let [flags, next] = [flags, next].map(u16::to_le_bytes);
+        let fields = [&address.to_le_bytes()[..], &length.to_le_bytes(), &flags, &next];
+        fields.concat().try_into().unwrap()
+    }
+
+    /// Writes a chain to the first descriptors; each entry of the available ring is its head.
+    fn put_chain(memory: &GuestMemory, chain: &[Descriptor]) {
+        memory.write_slice(chain.as_flattened(), DESCRIPTORS).unwrap();
+    }
+
+    fn make_available(memory: &GuestMemory, chains: u16) {
+        memory.write_obj(chains.to_le(), AVAILABLE_RING.unchecked_add(2)).unwrap();
     }
 
     /// What comes of one chain: the commands carried out, the answer, and how many bytes it is said to have.
-    fn serve(chain: &[RawDescriptor], request: &[u8]) -> (Vec<Command>, u8, u32) {
+    fn serve(chain: &[Descriptor], request: &[u8]) -> (Vec<Command>, u8, u32) {
         let memory = memory();
         memory.write_slice(request, GuestAddress(REQUEST)).unwrap();
         memory.write_obj(UNANSWERED, GuestAddress(ANSWER)).unwrap();
-        let ring = MockSplitQueue::create(&memory, GuestAddress(0x1000), 16);
-        ring.add_desc_chains(chain, 0).unwrap();
-        let mut control = control_queue(&ring, false);
+        put_chain(&memory, chain);
+        make_available(&memory, 1);
+        let mut control = control_queue(false);
         let mut commands = Vec::new();
         let served = control
             .serve(&memory, |command| {
@@ -258,31 +273,27 @@ mod tests {
     #[test]
     fn a_ring_with_too_many_chains_is_broken() {
         let memory = memory();
-        let ring = MockSplitQueue::create(&memory, GuestAddress(0x1000), 16);
-        let mut control = control_queue(&ring, true);
-        ring.avail().idx().store(17);
+        let mut control = control_queue(true);
+        make_available(&memory, SIZE + 1);
         control.serve(&memory, |_| Ok(())).unwrap_err();
     }
 
     #[test]
     fn an_endless_guest_does_not_hold_the_thread() {
         let memory = memory();
-        let ring = MockSplitQueue::create(&memory, GuestAddress(0x1000), 16);
         let chain = [descriptor(REQUEST, 4, NEXT, 1), descriptor(ANSWER, 1, WRITE, 0)];
-        ring.add_desc_chains(&chain, 0).unwrap();
+        put_chain(&memory, &chain);
+        make_available(&memory, 1);
         memory.write_slice(&[4, 0, 3, 0], GuestAddress(REQUEST)).unwrap();
-        let mut control = control_queue(&ring, false);
-        for entry in 0..16 {
-            ring.avail().ring().ref_at(entry).unwrap().store(0);
-        }
+        let mut control = control_queue(false);
         let mut commands = 0_u16;
         let served = control
             .serve(&memory, |_| {
                 commands += 1;
-                ring.avail().idx().store((commands + 1).to_le());
+                make_available(&memory, commands + 1);
                 Ok(())
             })
             .unwrap();
-        assert_eq!((commands, served), (16, Served { interrupt: true, more: true }));
+        assert_eq!((commands, served), (SIZE, Served { interrupt: true, more: true }));
     }
 }
