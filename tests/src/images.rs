@@ -1,12 +1,14 @@
 //! The kernels and the initramfs images that virtual machines boot: the guest's, and the lab's own.
 //!
 //! Kernels come from `tests/setup`. An image is made anew whenever it is asked for, and its file replaced only if it
-//! changed, so there is no question whether it is up to date.
+//! changed, so there is no question whether it is up to date. [`GUEST_INITRAMFS`] spares the tests of one run that: in
+//! the lab it takes seconds.
 
 mod cpio;
 mod libraries;
 mod modules;
 
+use std::env;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -17,6 +19,9 @@ use tempfile::NamedTempFile;
 
 use self::cpio::Cpio;
 use crate::{places, programs};
+
+/// The environment variable that says where [`guest_initramfs`] is, when it has been made for this run of the tests.
+pub const GUEST_INITRAMFS: &str = "BATON_GUEST_INITRAMFS";
 
 /// The guest's kernel as Debian delivers it: a bzImage.
 pub fn guest_kernel() -> Result<PathBuf> {
@@ -32,6 +37,9 @@ pub fn guest_vmlinux() -> Result<PathBuf> {
 ///
 /// [`crate::guest::Guest`] speaks with that shell. The script that starts it is `images/guest-init`.
 pub fn guest_initramfs() -> Result<PathBuf> {
+    if let Some(path) = env::var_os(GUEST_INITRAMFS) {
+        return Ok(path.into());
+    }
     let kernel = places::set_up(Path::new("guest-kernel/lib"))?;
     let mut image = Cpio::new();
     image.folder("root");

@@ -294,7 +294,7 @@ impl Link {
         let one = |direction: &str| {
             format!(
                 "traffic bulk {server} --direction={direction} --bytes={BYTES} >/bulk.{direction} 2>&1 & \
-                 traffic flows {server} --direction={direction} --count=10000 --flows=8 --rate=2000 \
+                 traffic flows {server} --direction={direction} --count=4000 --flows=8 --rate=2000 \
                  --silence=10 >/flows.{direction} 2>&1 &"
             )
         };
@@ -304,15 +304,17 @@ impl Link {
         self.restart_backend()?;
         let finished = guest.finish(&command)?;
         ensure!(finished.status == 0, "{finished:?}");
-        let mut outcome = |name: &str| -> Result<Value> {
-            let text = guest.check(&format!("cat {name}"))?;
-            serde_json::from_str(text.trim()).with_context(|| format!("{name}: {text}"))
-        };
-        for name in ["/bulk.up", "/bulk.down"] {
-            ensure!(outcome(name)?["bytes"] == BYTES, "{name}: {}", outcome(name)?);
-        }
-        for (name, twice) in [("/flows.up", BATCH * u64::from(self.queue_pairs)), ("/flows.down", 0)] {
-            let outcome: Outcome = serde_json::from_value(outcome(name)?)?;
+        // A line each.
+        let text = guest.check("cat /bulk.up /bulk.down /flows.up /flows.down")?;
+        let outcomes: Vec<Value> = serde_json::Deserializer::from_str(&text)
+            .into_iter()
+            .collect::<Result<_, _>>()
+            .with_context(|| text.clone())?;
+        let Ok([up, down, flows_up, flows_down]) = <[Value; 4]>::try_from(outcomes) else { bail!("{text}") };
+        ensure!([&up, &down].iter().all(|bulk| bulk["bytes"] == BYTES), "{up}, {down}");
+        let twice = BATCH * u64::from(self.queue_pairs);
+        for (name, outcome, twice) in [("up", flows_up, twice), ("down", flows_down, 0)] {
+            let outcome: Outcome = serde_json::from_value(outcome)?;
             let duplicated: u64 = outcome.flows.iter().map(|flow| u64::from(flow.duplicated)).sum();
             // As the TAP's queues come and go, the kernel moves flows from one to another.
             let may_change_queue = self.queue_pairs > 1;

@@ -44,12 +44,11 @@ fn goes_on_when_either_side_was_killed(datapath: Datapath) -> Result<()> {
         let mut body = || {
             let mut guest = link.boot_vmm("first")?;
             link.check_pings(&mut guest, 20)?;
-            for _ in 0..3 {
-                link.restart_backend()?;
-                link.wait_serving()?;
-                link.check_pings(&mut guest, 20)?;
-                link.check_bulk(&mut guest, 1 << 20, 4)?;
-            }
+            // While nothing is under way, and then while much is.
+            link.restart_backend()?;
+            link.wait_serving()?;
+            link.check_pings(&mut guest, 20)?;
+            link.check_bulk(&mut guest, 1 << 20, 4)?;
             link.check_killed_under_load(&mut guest)?;
             // Killed, not switched off.
             drop(guest);

@@ -22,21 +22,21 @@ fn serves_on(link: &mut Link, queue_pairs: u16) -> Result<()> {
     let accelerator = Accelerator::with(link.datapath());
     let mut guest = link.boot_qemu(accelerator, "first")?;
     link.check_pings(&mut guest, 50)?;
-    link.check_bulk(&mut guest, 16 << 20, queue_pairs)?;
+    link.check_bulk(&mut guest, (16 << 20) / u64::from(queue_pairs), queue_pairs)?;
     link.check_flows(&mut guest, 2000, 8, 2000)?;
     link.check_counters(&mut guest)?;
 
     link.restart_backend()?;
     link.wait_serving()?;
     link.check_pings(&mut guest, 50)?;
-    link.check_bulk(&mut guest, 4 << 20, queue_pairs)?;
+    link.check_bulk(&mut guest, (4 << 20) / u64::from(queue_pairs), queue_pairs)?;
     link.check_killed_under_load(&mut guest)?;
 
     // Killed, not switched off.
     drop(guest);
     let mut guest = link.boot_qemu(accelerator, "second")?;
     link.check_pings(&mut guest, 50)?;
-    link.check_bulk(&mut guest, 4 << 20, queue_pairs)?;
+    link.check_bulk(&mut guest, (4 << 20) / u64::from(queue_pairs), queue_pairs)?;
     link.check_healthy()?;
     ensure!(guest.power_off()?.success());
     Ok(())

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
+use baton_tests::images;
 use baton_tests::lab::{self, Job, Outcome, Place, Running};
 use clap::{Parser, Subcommand};
 
@@ -66,7 +67,9 @@ fn up() -> Result<ExitCode> {
     let path = env::var_os("NEXTEST_ENV")
         .context("NEXTEST_ENV is not set: nextest runs this, see .config/nextest.toml")?;
     let mut file = OpenOptions::new().append(true).open(path).context("cannot write to NEXTEST_ENV")?;
-    writeln!(file, "{}={place}", lab::PLACE).context("cannot write to NEXTEST_ENV")?;
+    let initramfs = images::guest_initramfs()?;
+    writeln!(file, "{}={place}\n{}={}", lab::PLACE, images::GUEST_INITRAMFS, initramfs.display())
+        .context("cannot write to NEXTEST_ENV")?;
     Ok(ExitCode::SUCCESS)
 }
 
