@@ -3,7 +3,8 @@
 //! All state that a front-end sets is in [`SessionState`], plain and movable; the device makes the dataplane follow
 //! it. Every change goes through [`Device::change`]: the pairs it concerns are parked, their vrings taken out and
 //! their places noted, the state changed, and what is set up whole is put back in and resumed. So no worker ever
-//! sees a change, and an answer to the front-end is given after its effect.
+//! sees a change, and an answer to the front-end is given after its effect. Changes that come together cost a pair one
+//! stop and one start: between [`Device::hold`] and [`Device::release`] the pairs concerned stay parked.
 //!
 //! The TAP is here while this process owns it. Without it, before it was handed over or while it is offered to another
 //! process, everything else is as usual, and the rings wait.
@@ -142,6 +143,8 @@ pub struct Device {
     offer: Features,
     config: DeviceConfig,
     session: SessionState,
+    /// Whether pairs stay parked after a change.
+    held: bool,
 }
 
 impl Device {
@@ -177,7 +180,9 @@ impl Device {
         }
         let session = SessionState::default();
         let offer = Features::default();
-        let mut device = Self { workers, counters, datapath, tap: None, pairs, mask, offer, config, session };
+        let held = false;
+        let mut device =
+            Self { workers, counters, datapath, tap: None, pairs, mask, offer, config, session, held };
         device.session = device.new_session();
         // Before there is a TAP everything is offered that one could do; what is negotiated arrives with it.
         let superset = Offer { mac: true, mtu: true, ufo: true, uso: true };
@@ -312,7 +317,25 @@ impl Device {
                 }
             }
         }
-        self.workers[pair].resume().map_err(failed)
+        if self.held { Ok(()) } else { self.workers[pair].resume().map_err(failed) }
+    }
+
+    /// From now on pairs stay parked after a change.
+    pub fn hold(&mut self) {
+        self.held = true;
+    }
+
+    /// Lets all pairs go that are parked, and from now on each after its change.
+    ///
+    /// # Errors
+    /// [`DeviceError::Dataplane`].
+    pub fn release(&mut self) -> Result<(), DeviceError> {
+        if std::mem::take(&mut self.held) {
+            for (pair, worker) in self.workers.iter_mut().enumerate() {
+                worker.resume().map_err(|source| DeviceError::Dataplane { pair, source })?;
+            }
+        }
+        Ok(())
     }
 
     /// Length of the virtio-net header that was negotiated.

@@ -168,9 +168,15 @@ impl Server {
                 }
             }
             progress = if look { self.talk()? } else { Progress::Waiting };
-            let mut dispatch = lock(&self.dispatch);
-            dispatch.settle()?;
-            self.ending |= self.session.is_none() && dispatch.handover.is_done();
+            let released = {
+                let dispatch = &mut *lock(&self.dispatch);
+                dispatch.settle()?;
+                dispatch.device.release()
+            };
+            if let Err(error) = released {
+                self.part(SessionEnd::Device(error.into()))?;
+            }
+            self.ending |= self.session.is_none() && lock(&self.dispatch).handover.is_done();
         }
         Ok(())
     }

@@ -152,6 +152,8 @@ impl Session {
         for _ in 0..TURN {
             let Some(header) = self.next_message()? else { return Ok(Progress::Waiting) };
             self.begun = true;
+            // A pair is stopped at most once for all of them; the event loop lets it go.
+            lock(&self.dispatch).device.hold();
             self.handle(&header)?;
         }
         Ok(Progress::More)

@@ -119,10 +119,13 @@ fn check_all_pairs(link: &Link, guest: &mut Guest) -> Result<()> {
 }
 
 /// Another front-end, so that the back-end has everything that it keeps from one session to the next.
-fn serve_once(link: &Link) -> Result<()> {
+fn serve_once(link: &mut Link) -> Result<()> {
     let features = Options::default().features | features::MQ;
     let options = Options { queue_pairs: link.queue_pairs(), features, ..Options::default() };
-    drop(Device::connect(link.socket()?.as_ref(), options)?);
+    let device = Device::connect(link.socket()?.as_ref(), options)?;
+    // It answers when it has done all that it was told, and has the threads for it.
+    link.status()?;
+    drop(device);
     Ok(())
 }
 

@@ -140,6 +140,8 @@ impl Worker {
     pub fn park(&mut self) -> Option<&mut QueuePair> {
         if self.here.is_none() {
             self.here = self.take_back();
+            // A ring that is stopped now has its descriptors dropped with it.
+            self.calls.clear();
         }
         self.here.as_deref_mut()
     }
@@ -178,8 +180,6 @@ impl Worker {
     /// What making a thread fails with; the pair stays here.
     pub fn resume(&mut self) -> io::Result<()> {
         let Some(pair) = &self.here else { return Ok(()) };
-        // Also where there is nothing to run: a stopped ring's descriptors are dropped.
-        self.calls.clear();
         if !pair.has_rings() {
             return Ok(());
         }
