@@ -22,6 +22,11 @@ use crate::ping;
 
 /// The guest's memory.
 const MEMORY: &str = "512M";
+/// What the kernel knows of its connections, and what it has counted. This thread's, which alone is in the namespace.
+const TCP: &str = "/proc/thread-self/net/tcp";
+const SNMP: &str = "/proc/thread-self/net/snmp";
+/// What a guest's kernel says of a machine on which handling its timers takes longer than they are apart.
+const SLOW: &str = "hrtimer: interrupt took";
 /// Its processors.
 const CPUS: u16 = 2;
 
@@ -208,6 +213,18 @@ impl Traveller {
         Ok(())
     }
 
+    /// That the guest's kernel has said nothing since its messages were last cleared, but that the machine is slow, which
+    /// it says once in its life.
+    ///
+    /// # Errors
+    /// If it has.
+    pub fn check_dmesg(&mut self) -> Result<()> {
+        let said = self.stay.guest.check("dmesg")?;
+        let news: Vec<_> = said.lines().filter(|line| !line.contains(SLOW)).collect();
+        ensure!(news.is_empty(), "the guest's kernel has said {news:?}");
+        Ok(())
+    }
+
     /// What to look at when something has failed.
     pub fn evidence(&mut self) -> String {
         self.stay.evidence()
@@ -344,13 +361,16 @@ impl Stay {
 
     /// What to look at when something has failed.
     pub fn evidence(&mut self) -> String {
+        let here = [TCP, SNMP].map(|path| std::fs::read_to_string(path).unwrap_or_default()).concat();
+        let there = self.guest.run(&format!("cat {TCP} {SNMP} /proc/interrupts; ethtool -S eth0"));
         format!(
-            "VMM: {:?}\n{}\nback-end: {:?}\n{:?}\n{}",
+            "VMM: {:?}\n{}\nback-end: {:?}\n{:?}\n{}\nthe network's end: {here}\nthe guest's: {}",
             self.status(),
             self.guest.log(),
             self.backend.status(),
             self.backend.stats(),
             self.backend.process.log(),
+            there.map_or_else(|error| format!("{error:#}"), |there| there.output),
         )
     }
 }

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::{Connection, Direction, Request, Stop};
 
 /// How much is written or read at once.
-const CHUNK: usize = 1 << 17;
+const CHUNK: usize = 1 << 14;
 
 /// The length of a chunk before it, in network byte order.
 const HEADER: usize = size_of::<u32>();

@@ -48,12 +48,11 @@ impl<T: Send + 'static> Endless<T> {
         self.shared.done.load(Ordering::Relaxed)
     }
 
-    /// Waits until so much more has passed.
+    /// Waits until so much has passed.
     ///
     /// # Errors
     /// If it does not, because the check has failed or for long.
-    pub fn wait_more(&self, amount: u64) -> Result<()> {
-        let until = self.done() + amount;
+    pub fn wait_until(&self, until: u64) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         while self.done() < until {
             ensure!(!self.thread.is_finished(), "the traffic has ended by itself");
