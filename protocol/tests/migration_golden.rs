@@ -13,7 +13,7 @@ use baton_protocol::migration::message::{
 };
 use baton_protocol::migration::refusal::Refusal;
 use baton_protocol::migration::state::{
-    Clock, ControlState, DriverState, Msr, NetIdentity, NetState, Opaque, PlatformState, QueueState,
+    Clock, ControlState, DriverState, Msr, NetIdentity, NetState, Opaque, Outline, PlatformState, QueueState,
     RingBase, SerialState, TransportState, VcpuState, VmState,
 };
 use baton_protocol::migration::validate::{CheckedState, judge};
@@ -102,20 +102,22 @@ fn facts() -> MachineFacts {
         features: 0x1_3063_ff83,
         mac: Some([2, 0, 0, 0, 0, 1]),
     };
-    MachineFacts { cpus: 2, memory: 512 << 20, moves_tsc: true, net: vec![net] }
+    MachineFacts { cpus: 2, memory: 512 << 20, moves_tsc: true, nested: false, net: vec![net] }
 }
 
 fn messages() -> Vec<(&'static str, Message)> {
     let program = || "baton-vmm 0.1.0".to_owned();
     let names = [ram_fd(0), ram_fd(1), OWNERSHIP_FD.to_owned(), device_fd(0)];
     let ram = vec![RamRegion { start: 0, length: 3 << 30 }, RamRegion { start: 4 << 30, length: 1 << 30 }];
+    let queues = vec![queue(0x10_0000), queue(0x20_0000)];
+    let net = vec![Some(Outline { features: 0x1_3063_ff83, active_queue_pairs: 1, queues }), None];
     let reasons = Reasons::of([Refusal::Busy, Refusal::Cpus { source_cpus: 2, target: 1 }]);
     let hello = Hello { program: program(), dry_run: true, local: true, machine: facts() };
     vec![
         ("hello", Message::Hello(hello)),
         ("welcome", Message::Welcome(Welcome { program: program() })),
         ("refuse", Message::Refuse(Refuse { reasons })),
-        ("prepare", Message::Prepare(Prepare { ram, fds: FdManifest::new(names) })),
+        ("prepare", Message::Prepare(Prepare { ram, fds: FdManifest::new(names), net })),
         ("prepared", Message::Prepared(Prepared {})),
         ("state", Message::State(State { running: true, vm: vm() })),
         ("ready", Message::Ready(Ready {})),
@@ -177,7 +179,7 @@ fn the_largest_vm_fits_into_a_message() {
 #[test]
 fn what_does_not_fit_is_refused_by_name() {
     type Case = (&'static str, fn(&mut MachineFacts, &mut MachineFacts));
-    let cases: [Case; 17] = [
+    let cases: [Case; 18] = [
         ("", |_, _| {}),
         ("", |source, target| {
             source.net[0].local = false;
@@ -198,6 +200,7 @@ fn what_does_not_fit_is_refused_by_name() {
         ("features", |_, target| target.net[0].features &= !(1 << 15)),
         ("mac", |_, target| target.net[0].mac = Some([2, 0, 0, 0, 0, 2])),
         ("tsc", |_, target| target.moves_tsc = false),
+        ("nested", |source, _| source.nested = true),
     ];
     for (name, change) in cases {
         let (mut source, mut target) = (facts(), facts());

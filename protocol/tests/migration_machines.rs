@@ -130,7 +130,7 @@ impl World {
                     None
                 }
                 source::Action::Prepare => {
-                    let prepare = Prepare { ram: Vec::new(), fds: FdManifest::default() };
+                    let prepare = Prepare { ram: Vec::new(), fds: FdManifest::default(), net: Vec::new() };
                     Self::send(&mut self.to_target, &Message::Prepare(prepare));
                     None
                 }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use baton_protocol::control::NetStatus;
 use baton_protocol::migration::facts::{MachineFacts, NetFacts};
-use baton_protocol::migration::state::{Clock, NetState, VmState};
+use baton_protocol::migration::state::{Clock, NetState, Outline, VmState};
 use thiserror::Error;
 use vhost::vhost_user::message::VhostTransferStateDirection;
 
@@ -200,23 +200,25 @@ impl Machine {
         self.net.iter().try_for_each(|device| device.named(|thread| thread.use_memory(memory.clone())))
     }
 
-    /// What a migration has to know of this VM.
+    /// What a migration has to know of this VM. Its vCPUs stand still for a moment.
     pub fn facts(&self, local: bool) -> MachineFacts {
-        self.facts_with(|device| device.facts(local && device.moves_locally()))
+        MachineFacts { nested: self.vcpus.any_nested(), ..self.facts_of(self.net_facts(local)) }
     }
 
     /// What a migration has to know of this place for a VM.
     pub fn place_facts(&self, local: bool) -> MachineFacts {
-        self.facts_with(|device| device.place_facts(local && device.moves_locally()))
+        let facts = |shared: &Arc<NetShared>| shared.place_facts(local && shared.moves_locally());
+        self.facts_of(self.net.iter().map(NetDevice::shared).map(facts).collect())
     }
 
-    fn facts_with(&self, facts: impl Fn(&NetShared) -> NetFacts) -> MachineFacts {
-        MachineFacts {
-            cpus: self.cpus,
-            memory: self.memory,
-            moves_tsc: self.moves_tsc,
-            net: self.net.iter().map(|device| facts(device.shared())).collect(),
-        }
+    /// What a migration has to know of this VM's network devices.
+    pub fn net_facts(&self, local: bool) -> Vec<NetFacts> {
+        let facts = |shared: &Arc<NetShared>| shared.facts(local && shared.moves_locally());
+        self.net.iter().map(NetDevice::shared).map(facts).collect()
+    }
+
+    fn facts_of(&self, net: Vec<NetFacts>) -> MachineFacts {
+        MachineFacts { cpus: self.cpus, memory: self.memory, moves_tsc: self.moves_tsc, nested: false, net }
     }
 
     /// Stops the vCPUs.
@@ -225,15 +227,33 @@ impl Machine {
         if self.vcpus.all_alive() { Ok(()) } else { Err(MachineError::GuestEnded) }
     }
 
-    /// Has the back-end of a suspended device give its state away, or take another's.
-    pub fn transfer(
+    fn device(&self, device: usize) -> Result<&NetDevice, MachineError> {
+        self.net.get(device).ok_or(MachineError::NoDevice(device))
+    }
+
+    /// What the driver of each network device has started.
+    pub fn outlines(&self) -> Result<Vec<Option<Outline>>, MachineError> {
+        self.net.iter().map(|device| device.named(NetThread::outline)).collect()
+    }
+
+    /// Tells a back-end what the driver of a guest that has yet to come will most likely bring along.
+    pub fn expect(&self, device: usize, outline: Outline) -> Result<(), MachineError> {
+        self.device(device)?.named(|thread| thread.expect(outline))
+    }
+
+    /// Has the back-end of a suspended device begin to give its state away, or to take another's.
+    pub fn begin_transfer(
         &self,
         device: usize,
         direction: VhostTransferStateDirection,
         channel: OwnedFd,
     ) -> Result<(), MachineError> {
-        let device = self.net.get(device).ok_or(MachineError::NoDevice(device))?;
-        device.named(|thread| thread.transfer(direction, channel))
+        self.device(device)?.named(|thread| thread.begin_transfer(direction, channel))
+    }
+
+    /// Waits until it has.
+    pub fn finish_transfer(&self, device: usize) -> Result<(), MachineError> {
+        self.device(device)?.named(NetThread::finish_transfer)
     }
 
     /// The VM has moved away.

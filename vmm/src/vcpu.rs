@@ -156,6 +156,18 @@ impl Vcpus {
         self.fds.iter().map(|fd| vcpu_state::save(&locked(fd), msrs)).collect()
     }
 
+    /// Whether the guest uses the processor's virtualisation on any of them, which stand still for a moment.
+    pub fn any_nested(&self) -> bool {
+        let running = self.gate.wanted() == Wanted::Running;
+        self.pause();
+        // One that cannot be asked is found out when its state is taken.
+        let nested = self.fds.iter().any(|fd| vcpu_state::is_nested(&locked(fd)).unwrap_or(false));
+        if running {
+            self.resume();
+        }
+        nested
+    }
+
     /// Puts a state into each of them. They have never run.
     pub fn restore(&self, states: &[VcpuState]) -> Result<(), VcpuStateError> {
         self.fds.iter().zip(states).try_for_each(|(fd, state)| vcpu_state::restore(&locked(fd), state))

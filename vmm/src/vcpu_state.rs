@@ -5,6 +5,7 @@
 //! in: the time stamp counter before the timer that is set by it, and the local APIC (its mode) before the deadline.
 #![expect(unsafe_code, reason = "the time stamp counter's offset is a device attribute, given by address")]
 
+use baton_protocol::migration::refusal::Refusal;
 use baton_protocol::migration::state::{Msr, VcpuState};
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, KVMIO, Msrs, kvm_cpuid_entry2,
@@ -48,8 +49,11 @@ pub enum VcpuStateError {
     #[error(transparent)]
     Size(#[from] WrongSize),
     /// A guest with guests of its own, whose state is not moved.
-    #[error("the guest uses the processor's virtualisation itself (SVM or VMX)")]
-    Nested,
+    #[error("{}: {refusal}", refusal.name())]
+    Nested {
+        /// As it is refused beforehand.
+        refusal: Refusal,
+    },
 }
 
 fn refused(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VcpuStateError {
@@ -129,9 +133,17 @@ pub fn tell_stopped(vcpu: &VcpuFd) {
     }
 }
 
+/// Whether the guest on a vCPU that stands still uses the processor's virtualisation itself.
+pub fn is_nested(vcpu: &VcpuFd) -> Result<bool, VcpuStateError> {
+    Ok(has_guests(&vcpu.get_sregs().map_err(refused("special registers"))?))
+}
+
+fn has_guests(special: &kvm_sregs) -> bool {
+    special.cr4 & CR4_VMX_ENABLE != 0 || special.efer & EFER_SVM_ENABLE != 0
+}
+
 fn refuse_nested(special: &kvm_sregs) -> Result<(), VcpuStateError> {
-    let nested = special.cr4 & CR4_VMX_ENABLE != 0 || special.efer & EFER_SVM_ENABLE != 0;
-    if nested { Err(VcpuStateError::Nested) } else { Ok(()) }
+    if has_guests(special) { Err(VcpuStateError::Nested { refusal: Refusal::Nested }) } else { Ok(()) }
 }
 
 fn entries(msrs: impl Iterator<Item = Msr>) -> Result<Msrs, VcpuStateError> {

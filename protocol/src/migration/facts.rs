@@ -11,6 +11,9 @@ pub struct MachineFacts {
     pub memory: u64,
     /// Whether the host's KVM lets time stamp counters move.
     pub moves_tsc: bool,
+    /// Whether the guest uses the processor's virtualisation itself, as it does for guests of its own.
+    #[serde(default)]
+    pub nested: bool,
     /// The network devices, in the order of the command line.
     pub net: Vec<NetFacts>,
 }

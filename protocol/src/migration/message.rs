@@ -17,7 +17,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::facts::MachineFacts;
-use super::state::VmState;
+use super::state::{Outline, VmState};
 use crate::codec::Protocol;
 use crate::fd_manifest::FdManifest;
 use crate::reasons::Reasons;
@@ -80,6 +80,10 @@ pub struct Prepare {
     pub ram: Vec<RamRegion>,
     /// The descriptors.
     pub fds: FdManifest,
+    /// What the driver of each network device has started, if it has: the target's back-ends can be told of it before
+    /// the VM stands still. What STATE says is what counts.
+    #[serde(default)]
+    pub net: Vec<Option<Outline>>,
 }
 
 /// A region of guest memory.

@@ -99,6 +99,21 @@ pub enum Refusal {
         /// Whose.
         side: &'static str,
     },
+    /// A guest with guests of its own, whose state is not moved.
+    #[error(
+        "the guest uses the processor's virtualisation itself (SVM or VMX); end the guest's own VMs and unload its KVM"
+    )]
+    Nested,
+    /// A back-end that has a TAP.
+    #[error(
+        "the target's back-end of network device {device} takes no TAP: {error}; start it with --incoming-fds and without a TAP of its own"
+    )]
+    Tap {
+        /// Which device.
+        device: usize,
+        /// What was heard of it.
+        error: String,
+    },
     /// Guest memory that is not what it should be.
     #[error("guest memory: {0}")]
     Ram(String),
@@ -140,6 +155,8 @@ impl Refusal {
             Self::Features { .. } => "features",
             Self::Mac { .. } => "mac",
             Self::Tsc { .. } => "tsc",
+            Self::Nested => "nested",
+            Self::Tap { .. } => "tap",
             Self::Ram(_) => "ram",
             Self::Descriptors(_) => "descriptors",
             Self::Ownership(_) => "ownership",

@@ -232,6 +232,18 @@ pub struct DriverState {
     pub control: Option<ControlState>,
 }
 
+/// What a network driver has started, as far as it stays the same while the driver runs. A driver that resets the
+/// device may change all of it at any time.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Outline {
+    /// The features that the driver has acknowledged.
+    pub features: u64,
+    /// How many queue pairs it uses.
+    pub active_queue_pairs: u16,
+    /// The data virtqueues.
+    pub queues: Vec<QueueState>,
+}
+
 /// How far a data virtqueue is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RingBase {

@@ -30,6 +30,9 @@ pub fn judge(source: &MachineFacts, target: &MachineFacts) -> Vec<Refusal> {
             refusals.push(Refusal::Tsc { side });
         }
     }
+    if source.nested {
+        refusals.push(Refusal::Nested);
+    }
     if source.net.len() != target.net.len() {
         refusals.push(Refusal::Devices { source_devices: source.net.len(), target: target.net.len() });
     }

@@ -201,6 +201,7 @@ impl<'a> Migration<'a> {
     /// Sends guest memory, the ownership word, and one end of a socket for each local device.
     fn prepare(&mut self) -> Result<(), SourceError> {
         let memory = self.machine.memory();
+        let net = self.machine.outlines()?;
         let mut named = Vec::new();
         let mut ram = Vec::new();
         for (number, region) in memory.iter().enumerate() {
@@ -209,7 +210,7 @@ impl<'a> Migration<'a> {
             ram.push(RamRegion { start: region.start_addr().raw_value(), length: region.len() });
         }
         named.push((OWNERSHIP_FD.to_owned(), self.word.as_fd().try_clone_to_owned()?));
-        for (device, facts) in self.machine.facts(self.wish.local).net.iter().enumerate() {
+        for (device, facts) in self.machine.net_facts(self.wish.local).iter().enumerate() {
             if facts.local {
                 let (ours, theirs) = PacketSocket::pair()?;
                 self.ends.push((device, ours.into()));
@@ -218,7 +219,7 @@ impl<'a> Migration<'a> {
         }
         let (fds, descriptors) = named.into_iter().collect::<NamedFds<OwnedFd>>().unzip();
         let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
-        self.send(&Message::Prepare(Prepare { ram, fds }), &borrowed)
+        self.send(&Message::Prepare(Prepare { ram, fds, net }), &borrowed)
     }
 
     /// Stops the VM, has the local devices offered, and sends the VM's state.
@@ -230,7 +231,8 @@ impl<'a> Migration<'a> {
         self.machine.suspend_devices()?;
         self.phases.stop_rings_us = self.lap();
         for (device, end) in std::mem::take(&mut self.ends) {
-            self.machine.transfer(device, VhostTransferStateDirection::SAVE, end)?;
+            self.machine.begin_transfer(device, VhostTransferStateDirection::SAVE, end)?;
+            self.machine.finish_transfer(device)?;
             tracing::info!(device, "migration: the back-end has offered its TAP");
         }
         self.phases.device_state_us = self.lap();

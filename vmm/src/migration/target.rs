@@ -53,6 +53,14 @@ pub enum TargetError {
     /// A state that is not possible.
     #[error(transparent)]
     State(#[from] Reasons),
+    /// A back-end that does not begin to take a TAP.
+    #[error("network device {device} takes no TAP")]
+    Tap {
+        /// The device.
+        device: usize,
+        /// What its back-end says.
+        source: MachineError,
+    },
 }
 
 impl TargetError {
@@ -65,6 +73,7 @@ impl TargetError {
             Self::Ownership(_) => Refusal::Ownership(text(&self)),
             Self::Memory(_) => Refusal::Ram(text(&self)),
             Self::Peer(_) => Refusal::User(text(&self)),
+            Self::Tap { device, source } => Refusal::Tap { device, error: chain(&source) },
             _ => Refusal::Target(text(&self)),
         };
         Reasons::of([refusal])
@@ -117,7 +126,7 @@ pub fn serve(machine: &Machine, stream: OwnedFd, started: impl FnOnce(Cutter)) -
         socket,
         facts: None,
         word: None,
-        ends: Vec::new(),
+        taking: Vec::new(),
         clock: Clock::default(),
         running: false,
     };
@@ -137,8 +146,8 @@ struct Serving<'a> {
     /// What was agreed.
     facts: Option<MachineFacts>,
     word: Option<SharedWord>,
-    /// Our ends of the sockets between the back-ends of the local devices.
-    ends: Vec<(usize, OwnedFd)>,
+    /// The local devices, whose back-ends listen for their TAPs.
+    taking: Vec<usize>,
     clock: Clock,
     running: bool,
 }
@@ -228,13 +237,14 @@ impl Serving<'_> {
         Ok(Reasons::none_of(refusals)?)
     }
 
-    /// Takes guest memory and the ownership word; KVM and the back-ends get to know the memory.
+    /// Takes guest memory and the ownership word; KVM and the back-ends get to know the memory, the back-ends of local
+    /// devices listen for their TAPs, and all hear of the rings that will come.
     fn prepare(&mut self, prepare: Prepare, descriptors: Vec<OwnedFd>) -> Result<(), TargetError> {
         let mut named = prepare.fds.pair(descriptors)?;
         let files: Result<Vec<_>, _> =
             (0..prepare.ram.len()).map(|region| named.claim(&ram_fd(region)).map(File::from)).collect();
         self.word = Some(SharedWord::from_fd(named.claim(OWNERSHIP_FD)?)?);
-        self.claim_ends(&mut named)?;
+        let ends = self.claim_ends(&mut named)?;
         named.finish()?;
         let size = self.facts.as_ref().map_or(0, |facts| facts.memory);
         if prepare.ram.iter().map(|region| (region.start, region.length)).ne(memory::ranges(size)) {
@@ -242,23 +252,31 @@ impl Serving<'_> {
         }
         let memory = memory::adopt(size, files?)?;
         self.machine.use_memory(&memory)?;
+        for (device, end) in ends {
+            // A back-end that has a TAP says so at once; one that has none begins to listen.
+            let begun = self.machine.begin_transfer(device, VhostTransferStateDirection::LOAD, end);
+            begun.map_err(|source| TargetError::Tap { device, source })?;
+            self.taking.push(device);
+        }
+        for (device, outline) in prepare.net.into_iter().enumerate() {
+            outline.map_or(Ok(()), |outline| self.machine.expect(device, outline))?;
+        }
         Ok(())
     }
 
-    fn claim_ends(&mut self, named: &mut NamedFds<OwnedFd>) -> Result<(), ManifestError> {
+    /// Our ends of the sockets between the back-ends of the local devices.
+    fn claim_ends(&self, named: &mut NamedFds<OwnedFd>) -> Result<Vec<(usize, OwnedFd)>, ManifestError> {
         let devices = self.facts.iter().flat_map(|facts| &facts.net).enumerate();
-        for (device, _) in devices.filter(|(_, facts)| facts.local) {
-            self.ends.push((device, named.claim(&device_fd(device))?));
-        }
-        Ok(())
+        let local = devices.filter(|(_, facts)| facts.local);
+        local.map(|(device, _)| Ok((device, named.claim(&device_fd(device))?))).collect()
     }
 
     /// Puts the VM's state in; local devices first get their TAPs.
     fn restore(&mut self, state: State) -> Result<(), TargetError> {
         let facts = self.facts.clone().unwrap_or_default();
         let vm = CheckedState::new(state.vm, &facts)?;
-        for (device, end) in std::mem::take(&mut self.ends) {
-            self.machine.transfer(device, VhostTransferStateDirection::LOAD, end)?;
+        for device in std::mem::take(&mut self.taking) {
+            self.machine.finish_transfer(device)?;
             tracing::info!(device, "migration: the back-end has adopted a TAP");
         }
         let local: Vec<bool> = facts.net.iter().map(|facts| facts.local).collect();

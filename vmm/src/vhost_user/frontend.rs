@@ -26,7 +26,9 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::inflight::Inflight;
+use super::pipeline::Pipeline;
 use super::watchdog::Watchdog;
+use crate::event;
 use crate::memory::GuestMemory;
 use crate::virtio::{QueueSetup, feature};
 
@@ -254,9 +256,9 @@ impl Link {
         Ok(())
     }
 
-    /// Acknowledges `features`, shares `memory` if that was not done, and tells all about `rings` but what starts
-    /// them. `inflight` is kept from one back-end of these rings to the next; one that does without it makes it
-    /// worthless.
+    /// Acknowledges `features`, shares `memory` if that was not done, and tells all about `rings` that stays the same
+    /// while a guest runs. `inflight` is kept from one back-end of these rings to the next; one that does without it
+    /// makes it worthless.
     pub fn set_up(
         &mut self,
         features: u64,
@@ -275,15 +277,27 @@ impl Link {
         })
     }
 
-    /// Starts `rings`, which were set up, and enables those that are to be.
+    /// Tells where `rings`, which were set up, are. From then on each can be started.
+    pub fn place(&mut self, rings: &[RingStart<'_>]) -> Result<(), LinkError> {
+        self.in_time(|link| {
+            let mut pipeline = link.pipeline();
+            rings.iter().try_for_each(|ring| pipeline.set_base(ring.index, ring.base))?;
+            pipeline.finish().map(drop)
+        })
+    }
+
+    /// Starts `rings`, which were set up and placed.
     pub fn run(&mut self, rings: &[RingStart<'_>]) -> Result<(), LinkError> {
         self.in_time(|link| {
-            for ring in rings {
-                link.started.push(ring.index);
-                link.frontend.set_vring_kick(ring.index, ring.kick).map_err(failed("SET_VRING_KICK"))?;
-            }
-            rings.iter().try_for_each(|ring| link.enable_ring(ring.index, ring.enabled))
+            link.started.extend(rings.iter().map(|ring| ring.index));
+            let mut pipeline = link.pipeline();
+            rings.iter().try_for_each(|ring| pipeline.set_kick(ring.index, event::descriptor(ring.kick)))?;
+            pipeline.finish().map(drop)
         })
+    }
+
+    fn pipeline(&self) -> Pipeline<'_> {
+        Pipeline::new(&self.socket, self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK))
     }
 
     /// Gives the back-end the inflight region; asks it for one if there is none yet.
@@ -325,9 +339,15 @@ impl Link {
         };
         let (frontend, index) = (&self.frontend, ring.index);
         frontend.set_vring_num(index, ring.setup.size).map_err(failed("SET_VRING_NUM"))?;
-        frontend.set_vring_base(index, ring.base).map_err(failed("SET_VRING_BASE"))?;
         frontend.set_vring_addr(index, &place).map_err(failed("SET_VRING_ADDR"))?;
-        frontend.set_vring_call(index, ring.call).map_err(failed("SET_VRING_CALL"))
+        frontend.set_vring_call(index, ring.call).map_err(failed("SET_VRING_CALL"))?;
+        // A ring that is enabled and not started does nothing; it starts as what it is to be.
+        self.enable_ring(index, ring.enabled)
+    }
+
+    /// Disables rings that were set up for nothing.
+    pub fn disable(&mut self, rings: &[usize]) -> Result<(), LinkError> {
+        self.in_time(|link| rings.iter().try_for_each(|&index| link.enable_ring(index, false)))
     }
 
     fn enable_ring(&mut self, index: usize, enabled: bool) -> Result<(), LinkError> {
@@ -359,11 +379,11 @@ impl Link {
 
     fn stop_rings(&mut self) -> Result<Vec<(usize, u16)>, LinkError> {
         let started = std::mem::take(&mut self.started);
-        let base = |index| {
-            let base = self.frontend.get_vring_base(index).map_err(failed("GET_VRING_BASE"))?;
-            Ok((index, u16::try_from(base).map_err(|_| LinkError::Base { index, base })?))
-        };
-        started.into_iter().map(base).collect()
+        let mut pipeline = self.pipeline();
+        started.iter().try_for_each(|&index| pipeline.get_base(index))?;
+        let split =
+            |(index, base)| Ok((index, u16::try_from(base).map_err(|_| LinkError::Base { index, base })?));
+        pipeline.finish()?.into_iter().map(split).collect()
     }
 
     /// Whether the back-end can give its state away, or take another's.
@@ -371,9 +391,8 @@ impl Link {
         self.protocol.contains(VhostUserProtocolFeatures::DEVICE_STATE)
     }
 
-    /// Has the back-end, whose rings are stopped, write its state to `channel` or read it there, and waits until it
-    /// has.
-    pub fn transfer(
+    /// Has the back-end, whose rings are stopped, begin to write its state to `channel` or to read it there.
+    pub fn begin_transfer(
         &mut self,
         direction: VhostTransferStateDirection,
         channel: OwnedFd,
@@ -384,11 +403,13 @@ impl Link {
                 .frontend
                 .set_device_state_fd(direction, stopped, channel)
                 .map_err(failed("SET_DEVICE_STATE_FD"))?;
-            if other.is_some() {
-                return Err(LinkError::OtherChannel);
-            }
-            link.frontend.check_device_state().map_err(failed("CHECK_DEVICE_STATE"))
+            if other.is_some() { Err(LinkError::OtherChannel) } else { Ok(()) }
         })
+    }
+
+    /// Waits until the back-end has written or read its state.
+    pub fn finish_transfer(&mut self) -> Result<(), LinkError> {
+        self.in_time(|link| link.frontend.check_device_state().map_err(failed("CHECK_DEVICE_STATE")))
     }
 
     /// Stops the device: on return, the back-end has left every ring and touches no guest memory.
@@ -437,7 +458,6 @@ fn read_config(frontend: &mut Frontend) -> Result<[u8; CONFIG_SIZE], LinkError> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::event;
     use crate::vhost_user::fake_backend::{FakeBackend, Serving};
 
     fn establish(backend: FakeBackend, rings: u16) -> (Result<Link, LinkError>, Serving) {
@@ -482,6 +502,7 @@ mod tests {
 
         let rings = [ring(0, 0, true), ring(3, 7, false)];
         link.set_up(1 << 32 | 1 << 15, &memory, &mut None, &rings).unwrap();
+        link.place(&rings).unwrap();
         link.run(&rings).unwrap();
         link.enable_pairs(2).unwrap();
         link.stop().unwrap();
@@ -495,17 +516,17 @@ mod tests {
             "GET_INFLIGHT_FD 4 256",
             "SET_INFLIGHT_FD 4 256",
             "SET_VRING_NUM 0 256",
-            "SET_VRING_BASE 0 0",
             "SET_VRING_ADDR 0 0x1000 0x2000 0x3000",
             "SET_VRING_CALL 0",
+            "SET_VRING_ENABLE 0 1",
             "SET_VRING_NUM 3 256",
-            "SET_VRING_BASE 3 7",
             "SET_VRING_ADDR 3 0x1000 0x2000 0x3000",
             "SET_VRING_CALL 3",
+            "SET_VRING_ENABLE 3 0",
+            "SET_VRING_BASE 0 0",
+            "SET_VRING_BASE 3 7",
             "SET_VRING_KICK 0",
             "SET_VRING_KICK 3",
-            "SET_VRING_ENABLE 0 1",
-            "SET_VRING_ENABLE 3 0",
             "SET_VRING_ENABLE 0 1",
             "SET_VRING_ENABLE 3 1",
             "GET_VRING_BASE 0",

@@ -4,4 +4,5 @@
 pub mod fake_backend;
 pub mod frontend;
 pub mod inflight;
+pub mod pipeline;
 pub mod watchdog;

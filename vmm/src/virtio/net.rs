@@ -13,7 +13,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use baton_protocol::control::{Frontend as Connection, NetStatus};
 use baton_protocol::migration::facts::NetFacts;
-use baton_protocol::migration::state::{DriverState, NetIdentity, NetState};
+use baton_protocol::migration::state::{DriverState, NetIdentity, NetState, Outline};
 use thiserror::Error;
 use vhost::vhost_user::message::VhostTransferStateDirection;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -328,6 +328,10 @@ pub type Answer<T> = SyncSender<Result<T, NetError>>;
 pub enum Command {
     /// The guest has got its memory.
     UseMemory(GuestMemory, Answer<()>),
+    /// What the driver has started, as far as it usually stays.
+    Outline(Answer<Option<Outline>>),
+    /// A driver that runs elsewhere will most likely bring this along. Answered once the back-end knows.
+    Expect(Outline, Answer<()>),
     /// The VM stands still. Answered once nobody touches guest memory any more.
     Suspend(Answer<()>),
     /// The VM is about to run on. Answered once the rings run, or will as soon as there is a back-end.
@@ -337,8 +341,10 @@ pub enum Command {
     /// What the driver of another device has started is this one's, which is suspended and whose registers hold this.
     /// Answered once all is set up but what starts the rings.
     Restore(Box<NetState>, Answer<()>),
-    /// The back-end of a suspended device gives its state away, or takes another's.
-    Transfer(VhostTransferStateDirection, OwnedFd, Answer<()>),
+    /// The back-end of a suspended device begins to give its state away, or to take another's.
+    BeginTransfer(VhostTransferStateDirection, OwnedFd, Answer<()>),
+    /// Answered once it has.
+    FinishTransfer(Answer<()>),
     /// The guest has moved away: a back-end that is lost is not looked for.
     Retire,
     /// The driver is ready. Answered once the rings run, or will as soon as there is a back-end.

@@ -20,7 +20,7 @@ use std::sync::mpsc::{Receiver, TryRecvError, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
-use baton_protocol::migration::state::{DriverState, NetState, RingBase};
+use baton_protocol::migration::state::{DriverState, NetState, Outline, RingBase};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use thiserror::Error;
@@ -102,6 +102,7 @@ impl NetThread {
             link: None,
             dialler: None,
             device: None,
+            expected: None,
             retired: false,
             complaint: None,
         };
@@ -131,6 +132,16 @@ impl NetThread {
         self.ask(|answer| Command::UseMemory(memory, answer))
     }
 
+    /// What the driver has started, as far as it usually stays while the driver runs.
+    pub fn outline(&self) -> Result<Option<Outline>, NetError> {
+        self.ask(Command::Outline)
+    }
+
+    /// Tells the back-end of the rings that a guest, which runs elsewhere yet, will most likely bring along.
+    pub fn expect(&self, outline: Outline) -> Result<(), NetError> {
+        self.ask(|answer| Command::Expect(outline, answer))
+    }
+
     /// Stops the rings; on return nobody touches guest memory. The vCPUs stand still.
     pub fn suspend(&self) -> Result<(), NetError> {
         self.ask(Command::Suspend)
@@ -151,9 +162,18 @@ impl NetThread {
         self.ask(|answer| Command::Restore(Box::new(state), answer))
     }
 
-    /// Has the back-end write its state to `channel`, or read it there; the device is suspended.
-    pub fn transfer(&self, direction: VhostTransferStateDirection, channel: OwnedFd) -> Result<(), NetError> {
-        self.ask(|answer| Command::Transfer(direction, channel, answer))
+    /// Has the back-end begin to write its state to `channel`, or to read it there; the device is suspended.
+    pub fn begin_transfer(
+        &self,
+        direction: VhostTransferStateDirection,
+        channel: OwnedFd,
+    ) -> Result<(), NetError> {
+        self.ask(|answer| Command::BeginTransfer(direction, channel, answer))
+    }
+
+    /// Waits until it has.
+    pub fn finish_transfer(&self) -> Result<(), NetError> {
+        self.ask(Command::FinishTransfer)
     }
 
     /// The guest has moved away: a back-end that is lost is not looked for.
@@ -198,6 +218,15 @@ struct Started {
 }
 
 impl Started {
+    /// Whether a back-end that was told of this needs no other word for `other` than where its rings are.
+    fn is_like(&self, other: &Self) -> bool {
+        let Self { features, queues, control: _, pairs, inflight: _ } = self;
+        for_backend(*features) == for_backend(other.features)
+            && *pairs == other.pairs
+            && queues.len() == other.queues.len()
+            && self.ready().eq(other.ready())
+    }
+
     /// The data virtqueues that the driver uses.
     fn ready(&self) -> impl Iterator<Item = (usize, QueueSetup)> + '_ {
         self.queues.iter().copied().enumerate().filter(|(_, queue)| queue.ready)
@@ -244,6 +273,8 @@ struct Worker {
     /// The search for a back-end, while there is none.
     dialler: Option<Dialler>,
     device: Option<Started>,
+    /// What the back-end was told of a driver that has yet to come.
+    expected: Option<Started>,
     suspended: Option<Suspended>,
     /// The guest has moved away.
     retired: bool,
@@ -316,6 +347,12 @@ impl Worker {
                 Ok(Command::UseMemory(memory, answer)) => {
                     let _ = answer.send(self.use_memory(memory));
                 }
+                Ok(Command::Outline(answer)) => {
+                    let _ = answer.send(Ok(self.outline()));
+                }
+                Ok(Command::Expect(outline, answer)) => {
+                    let _ = answer.send(self.expect(outline));
+                }
                 Ok(Command::Suspend(answer)) => {
                     self.suspend();
                     let _ = answer.send(Ok(()));
@@ -330,8 +367,11 @@ impl Worker {
                 Ok(Command::Restore(state, answer)) => {
                     let _ = answer.send(self.restore(&state));
                 }
-                Ok(Command::Transfer(direction, channel, answer)) => {
-                    let _ = answer.send(self.transfer(direction, channel));
+                Ok(Command::BeginTransfer(direction, channel, answer)) => {
+                    let _ = answer.send(self.transfer(|link| link.begin_transfer(direction, channel)));
+                }
+                Ok(Command::FinishTransfer(answer)) => {
+                    let _ = answer.send(self.transfer(Link::finish_transfer));
                 }
                 Ok(Command::Retire) => self.retired = true,
                 Ok(Command::Start(activation, answer)) => {
@@ -364,6 +404,35 @@ impl Worker {
         self.memory = memory;
         let link = self.link.as_mut().ok_or(NetError::NoBackend)?;
         Ok(link.share_memory(&self.memory)?)
+    }
+
+    fn outline(&self) -> Option<Outline> {
+        let device = self.device.as_ref()?;
+        Some(Outline {
+            features: device.features,
+            active_queue_pairs: device.pairs,
+            queues: device.queues.iter().copied().map(Into::into).collect(),
+        })
+    }
+
+    /// All that can be told before the guest is here, so that it does not stand still meanwhile. Nothing is lost if the
+    /// driver changes it until then: [`Self::restore`] compares.
+    fn expect(&mut self, outline: Outline) -> Result<(), NetError> {
+        let Outline { features, active_queue_pairs, queues } = outline;
+        let link = self.link.as_mut().ok_or(NetError::NoBackend)?;
+        check_offer(features, link.offer())?;
+        let pairs = self.config.queue_pairs;
+        if queues.len() > usize::from(pairs) * 2 || !(1..=pairs).contains(&active_queue_pairs) {
+            return Err(NetError::State);
+        }
+        let queues: Vec<QueueSetup> = queues.into_iter().map(Into::into).collect();
+        let mut device =
+            Started { features, queues, control: None, pairs: active_queue_pairs, inflight: None };
+        device.ready().try_for_each(|(index, queue)| queue.check(index, &self.memory).map(drop))?;
+        let rings = rings(&device, &self.shared, &[]);
+        link.set_up(for_backend(features), &self.memory, &mut device.inflight, &rings)?;
+        self.expected = Some(device);
+        Ok(())
     }
 
     /// Stops the rings. A back-end that fails here is lost, and where it was is read from guest memory.
@@ -408,9 +477,9 @@ impl Worker {
     }
 
     /// A back-end that fails here is asked for its rings all the same: it keeps its device, or is lost then.
-    fn transfer(&mut self, direction: VhostTransferStateDirection, channel: OwnedFd) -> Result<(), NetError> {
+    fn transfer(&mut self, step: impl FnOnce(&mut Link) -> Result<(), LinkError>) -> Result<(), NetError> {
         let link = self.link.as_mut().ok_or(NetError::NoBackend)?;
-        Ok(link.transfer(direction, channel)?)
+        Ok(step(link)?)
     }
 
     fn save(&self) -> Option<DriverState> {
@@ -434,7 +503,8 @@ impl Worker {
         // Another back-end that comes does not change it.
         self.config.mac = Some(identity.mac);
         self.shared.set_announce(state.announce);
-        let Some(driver) = &state.driver else { return Ok(()) };
+        let expected = self.expected.take();
+        let Some(driver) = &state.driver else { return self.disappoint(expected) };
         let queues = state.transport.queues.iter().copied().map(Into::into).collect();
         let mut device = self.accept(&Activation { features: state.transport.driver_features, queues })?;
         device.pairs = driver.active_queue_pairs;
@@ -452,12 +522,28 @@ impl Worker {
             return Err(NetError::State);
         }
         self.shared.set_driver(device.features, device.pairs);
-        let rings = rings(&device, &self.shared, &driver.bases);
+        match expected {
+            Some(expected) if expected.is_like(&device) => device.inflight = expected.inflight,
+            other => {
+                self.disappoint(other)?;
+                let rings = rings(&device, &self.shared, &driver.bases);
+                let link = self.link.as_mut().ok_or(NetError::NoBackend)?;
+                link.set_up(for_backend(device.features), &self.memory, &mut device.inflight, &rings)?;
+            }
+        }
         let link = self.link.as_mut().ok_or(NetError::NoBackend)?;
-        link.set_up(for_backend(device.features), &self.memory, &mut device.inflight, &rings)?;
+        link.place(&rings(&device, &self.shared, &driver.bases))?;
         self.device = Some(device);
         self.suspended = Some(Suspended { bases: driver.bases.clone(), set_up: true });
         Ok(())
+    }
+
+    /// What the back-end was told of a driver is not so.
+    fn disappoint(&mut self, expected: Option<Started>) -> Result<(), NetError> {
+        let (Some(link), Some(expected)) = (&mut self.link, expected) else { return Ok(()) };
+        tracing::debug!("{}: the driver has changed its rings meanwhile", self.name);
+        let rings: Vec<_> = expected.ready().map(|(index, _)| index).collect();
+        Ok(link.disable(&rings)?)
     }
 
     /// Checks what the driver has set up.
@@ -491,6 +577,7 @@ impl Worker {
         let rings = rings(device, &self.shared, bases);
         if !set_up {
             link.set_up(for_backend(device.features), &self.memory, &mut device.inflight, &rings)?;
+            link.place(&rings)?;
         }
         link.run(&rings)?;
         if resume {
@@ -634,6 +721,7 @@ impl Worker {
 
     fn drop_link(&mut self) {
         self.link = None;
+        self.expected = None;
         if let Some(suspended) = &mut self.suspended {
             suspended.set_up = false;
         }

@@ -141,7 +141,7 @@ fn a_new_back_end_goes_on_where_the_lost_one_stopped() {
     bench.thread.shared.cut();
     drop(serving.finish());
     let second = FakeBackend::new(4).serve(bench.listener.accept().unwrap().0);
-    wait_until(|| log_of(&second, "SET_VRING_ENABLE").len() == 4);
+    wait_until(|| log_of(&second, "SET_VRING_KICK").len() == 4);
 
     assert_eq!(log_of(&second, "SET_FEATURES"), ["SET_FEATURES 0x140600000"]);
     let bases = ["0 7", "1 65535", "2 0", "3 1"].map(|ring| format!("SET_VRING_BASE {ring}"));
@@ -177,7 +177,7 @@ fn the_inflight_region_lives_as_long_as_the_drivers_rings() {
         bench.thread.shared.cut();
         drop(serving.finish());
         serving = FakeBackend::new(4).serve(bench.listener.accept().unwrap().0);
-        wait_until(|| log_of(&serving, "SET_VRING_ENABLE").len() == 4);
+        wait_until(|| log_of(&serving, "SET_VRING_KICK").len() == 4);
         assert_eq!((region(&serving), asked(&serving).len()), (first, 0));
     }
 
@@ -196,7 +196,7 @@ fn the_inflight_region_lives_as_long_as_the_drivers_rings() {
     bench.net.reset();
     bench.net.activate(activation(VERSION_1 | MULTI_QUEUE)).unwrap();
     let serving = FakeBackend::new(4).serve(bench.listener.accept().unwrap().0);
-    wait_until(|| log_of(&serving, "SET_VRING_ENABLE").len() == 4);
+    wait_until(|| log_of(&serving, "SET_VRING_KICK").len() == 4);
     assert_eq!(asked(&serving), ["GET_INFLIGHT_FD 4 16"]);
     assert!(region(&serving) != second && region(&serving) != first);
     bench.thread.stop();
@@ -215,7 +215,7 @@ fn a_back_end_with_fewer_features_is_not_used() {
     let log = lesser.serve(bench.listener.accept().unwrap().0).finish().log;
     assert!(!log.iter().any(|entry| entry.starts_with("SET_FEATURES")), "{log:?}");
     let second = FakeBackend::new(4).serve(bench.listener.accept().unwrap().0);
-    wait_until(|| log_of(&second, "SET_VRING_ENABLE").len() == 4);
+    wait_until(|| log_of(&second, "SET_VRING_KICK").len() == 4);
     bench.thread.stop();
     drop(second.finish());
 }
@@ -370,7 +370,7 @@ fn another_device_goes_on_with_a_guest() {
     assert_eq!(log_of(&serving, "SET_VRING_BASE"), bases);
     assert_eq!(log_of(&serving, "SET_MEM_TABLE").len(), 1);
     // Nothing that starts a ring.
-    assert!(log_since(&serving, 0, &["SET_VRING_KICK", "SET_VRING_ENABLE"]).is_empty());
+    assert!(log_of(&serving, "SET_VRING_KICK").is_empty());
 
     target.thread.resume().unwrap();
     assert_eq!(log_of(&serving, "SET_VRING_KICK").len(), 4);
@@ -381,6 +381,93 @@ fn another_device_goes_on_with_a_guest() {
     target.command(1, &[4, 0, 1, 0]);
     assert_eq!(target.thread.shared.status().active_queue_pairs, 1);
     target.net.reset();
+    target.thread.stop();
+    drop(serving.finish());
+}
+
+/// A guest's device that was suspended, its state, and what was told of it while it ran.
+fn on_its_way() -> (Bench, NetState, Outline) {
+    let (bench, serving) = running(&[7, 65535, 0, 1]);
+    let outline = bench.thread.outline().unwrap().unwrap();
+    bench.thread.suspend().unwrap();
+    let state = state_of(&bench);
+    bench.thread.stop();
+    drop(serving.finish());
+    (bench, state, outline)
+}
+
+#[test]
+fn a_guest_stands_still_for_no_more_than_two_messages_a_ring() {
+    let (bench, state, outline) = on_its_way();
+    let (target, serving) = bench_with(None, FakeBackend::new(4));
+    target.thread.use_memory(bench.memory.clone()).unwrap();
+    target.thread.expect(outline).unwrap();
+    assert_eq!(log_since(&serving, 0, &["SET_VRING_ENABLE"]), FIRST_PAIR);
+    assert_eq!(log_of(&serving, "SET_INFLIGHT_FD").len(), 1);
+
+    let since = log_length(&serving);
+    target.thread.restore(state).unwrap();
+    let bases = ["0 7", "1 65535", "2 0", "3 1"].map(|ring| format!("SET_VRING_BASE {ring}"));
+    assert_eq!(serving.backend.lock().unwrap().log[since..], bases);
+    let since = log_length(&serving);
+    target.thread.resume().unwrap();
+    let kicks = (0..4).map(|ring| format!("SET_VRING_KICK {ring}"));
+    assert_eq!(serving.backend.lock().unwrap().log[since..], kicks.collect::<Vec<_>>());
+    target.thread.stop();
+    drop(serving.finish());
+}
+
+#[test]
+fn a_driver_may_change_its_rings_until_its_guest_stands_still() {
+    let changes: [fn(&mut NetState); 4] = [
+        |state| state.transport.queues[1].used_ring += 0x1000,
+        |state| state.transport.driver_features &= !MULTI_QUEUE,
+        |state| state.driver.as_mut().unwrap().active_queue_pairs = 2,
+        |state| state.driver = None,
+    ];
+    for change in changes {
+        let (bench, mut state, outline) = on_its_way();
+        change(&mut state);
+        let (target, serving) = bench_with(None, FakeBackend::new(4));
+        target.thread.use_memory(bench.memory.clone()).unwrap();
+        target.thread.expect(outline).unwrap();
+        let since = log_length(&serving);
+        target.thread.restore(state.clone()).unwrap();
+        target.thread.resume().unwrap();
+        // What was told before is withdrawn, and all is told anew.
+        let disabled = (0..4).map(|ring| format!("SET_VRING_ENABLE {ring} 0"));
+        let log = log_since(&serving, since, &["SET_VRING_", "SET_FEATURES"]);
+        assert!(log[..4].iter().cloned().eq(disabled), "{log:?}");
+        let started = log_since(&serving, since, &["SET_VRING_KICK"]).len();
+        let ready = state.transport.queues.len() - 1;
+        let pairs = if state.transport.driver_features & MULTI_QUEUE == 0 { 2 } else { ready };
+        assert_eq!(started, if state.driver.is_some() { pairs } else { 0 }, "{log:?}");
+        let told = log_since(&serving, since, &["SET_FEATURES"]).len();
+        assert_eq!(told, usize::from(state.driver.is_some()));
+        target.thread.stop();
+        drop(serving.finish());
+    }
+}
+
+#[test]
+fn what_was_told_of_a_guest_is_checked() {
+    let (bench, _, outline) = on_its_way();
+    let (target, serving) = bench_with(None, FakeBackend::new(4));
+    target.thread.use_memory(bench.memory.clone()).unwrap();
+    let since = log_length(&serving);
+    let wrong: [fn(&mut Outline); 5] = [
+        |outline| outline.features |= 1,
+        |outline| outline.active_queue_pairs = 0,
+        |outline| outline.active_queue_pairs = 3,
+        |outline| outline.queues.push(outline.queues[0]),
+        |outline| outline.queues[1].used_ring = 64 << 20,
+    ];
+    for change in wrong {
+        let mut outline = outline.clone();
+        change(&mut outline);
+        target.thread.expect(outline).unwrap_err();
+    }
+    assert_eq!(log_length(&serving), since);
     target.thread.stop();
     drop(serving.finish());
 }
