@@ -17,12 +17,21 @@ use nix::sys::socket::{
 
 /// How long to wait for a reply at most. Only catches what is lost.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// Time between two requests.
+/// Time between two requests, if no reply comes before.
 const INTERVAL: Duration = Duration::from_millis(10);
 /// Room for the replies, in bytes.
 const RECEIVE_BUFFER: usize = 16 << 20;
-/// Payload of each, in bytes.
+/// Payload of each, in bytes: its number, and a pattern.
 const PAYLOAD: usize = 56;
+
+/// When the next request is sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pace {
+    /// Every 10 ms.
+    Steady,
+    /// When the reply to the last one has come, or 10 ms after it (`ping -f`).
+    Flood,
+}
 
 /// Sends `count` ICMP echo requests, one every 10 ms, and waits for the reply to each.
 ///
@@ -43,7 +52,7 @@ pub fn lost(to: Ipv4Addr, count: u16) -> Result<Vec<u16>> {
 }
 
 fn lost_within(to: Ipv4Addr, count: u16, patience: Duration) -> Result<Vec<u16>> {
-    let sent = send_while(to, patience, |number| number < count)?;
+    let sent = send_while(to, Pace::Steady, patience, |number| number < u32::from(count))?;
     Ok((0..count).zip(&sent).filter(|(_, ping)| ping.replies == 0).map(|(number, _)| number).collect())
 }
 
@@ -54,7 +63,7 @@ struct Sent {
     replies: u32,
 }
 
-/// Pings that go on until they are told to end.
+/// A flood of pings that goes on until it is told to end.
 #[derive(Debug)]
 pub struct Endless {
     ended: Arc<AtomicBool>,
@@ -62,15 +71,15 @@ pub struct Endless {
 }
 
 impl Endless {
-    /// Starts them, one every 10 ms.
+    /// Starts it.
     pub fn start(to: Ipv4Addr) -> Self {
         let ended = Arc::new(AtomicBool::new(false));
         let of_thread = Arc::clone(&ended);
-        let go_on = move |number| number < u16::MAX && !of_thread.load(Ordering::Relaxed);
-        Self { ended, thread: thread::spawn(move || send_while(to, PATIENCE, go_on)) }
+        let go_on = move |_| !of_thread.load(Ordering::Relaxed);
+        Self { ended, thread: thread::spawn(move || send_while(to, Pace::Flood, PATIENCE, go_on)) }
     }
 
-    /// Ends them, and gives how many were sent, and when those to which no reply came.
+    /// Ends it, and gives how many were sent, and when those to which no reply came.
     ///
     /// # Errors
     /// As [`lost`].
@@ -83,7 +92,12 @@ impl Endless {
 }
 
 /// Sends pings as long as `go_on` with their number, and waits for the replies.
-fn send_while(to: Ipv4Addr, patience: Duration, go_on: impl Fn(u16) -> bool) -> Result<Vec<Sent>> {
+fn send_while(
+    to: Ipv4Addr,
+    pace: Pace,
+    patience: Duration,
+    go_on: impl Fn(u32) -> bool,
+) -> Result<Vec<Sent>> {
     /// Tells those of one process apart.
     static SENDERS: AtomicU16 = AtomicU16::new(0);
     let socket = socket(AddressFamily::Inet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Icmp)
@@ -95,55 +109,58 @@ fn send_while(to: Ipv4Addr, patience: Duration, go_on: impl Fn(u16) -> bool) -> 
     let process = u16::try_from(std::process::id() & 0xffff)?;
     let id = process.wrapping_add(SENDERS.fetch_add(1, Ordering::Relaxed));
     let mut sent: Vec<Sent> = Vec::new();
-    let mut next = Instant::now();
-    for number in (0..u16::MAX).take_while(|&number| go_on(number)) {
-        hear(&socket, id, &mut sent, next)?;
+    for number in (0..).take_while(|&number| go_on(number)) {
+        if let Some(last) = sent.last() {
+            let next = last.time + INTERVAL;
+            hear(&socket, id, &mut sent, next, pace == Pace::Flood)?;
+        }
         send(socket.as_raw_fd(), &request(id, number), MsgFlags::empty()).context("cannot send a ping")?;
         sent.push(Sent { time: Instant::now(), replies: 0 });
-        next = Instant::now() + INTERVAL;
     }
     let deadline = Instant::now() + patience;
     while sent.iter().any(|ping| ping.replies == 0) && Instant::now() < deadline {
-        hear(&socket, id, &mut sent, (Instant::now() + INTERVAL).min(deadline))?;
+        hear(&socket, id, &mut sent, (Instant::now() + INTERVAL).min(deadline), false)?;
     }
     let doubled = sent.iter().position(|ping| ping.replies > 1);
     ensure!(doubled.is_none(), "the reply to ping {doubled:?} to {to} was doubled");
     Ok(sent)
 }
 
-/// Counts the replies that come until then.
-fn hear(socket: &OwnedFd, id: u16, sent: &mut [Sent], until: Instant) -> Result<()> {
-    loop {
+/// Counts the replies that come until then, or until the last request's has come.
+fn hear(socket: &OwnedFd, id: u16, sent: &mut [Sent], until: Instant, until_last: bool) -> Result<()> {
+    while !until_last || sent.last().is_some_and(|last| last.replies == 0) {
         let left = until.saturating_duration_since(Instant::now());
         let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
         if poll(&mut fds, PollTimeout::try_from(left)?)? == 0 {
-            return Ok(());
+            break;
         }
         let mut packet = [0; 2048];
         let length = recv(socket.as_raw_fd(), &mut packet, MsgFlags::MSG_DONTWAIT)?;
         // An IPv4 header, whose length is in words, comes first.
         let header = usize::from(packet[0] & 0xf) * 4;
         let Some(message) = packet[..length].get(header..) else { bail!("a packet of {length} bytes") };
-        let [0, _, _, _, id1, id2, number1, number2, payload @ ..] = message else { continue };
+        let [0, _, _, _, id1, id2, _, _, payload @ ..] = message else { continue };
         if [*id1, *id2] == id.to_be_bytes()
-            && let Some(ping) = sent.get_mut(usize::from(u16::from_be_bytes([*number1, *number2])))
+            && let Some((number, _)) = payload.split_first_chunk()
+            && let number = u32::from_be_bytes(*number)
+            && let Some(ping) = sent.get_mut(usize::try_from(number)?)
         {
-            ensure!(payload.iter().copied().eq(self::payload()), "a reply differs from its request");
+            ensure!(message[4..] == request(id, number)[4..], "a reply differs from its request");
             ping.replies += 1;
         }
     }
-}
-
-fn payload() -> impl Iterator<Item = u8> {
-    (0u8..).take(PAYLOAD)
+    Ok(())
 }
 
 /// An echo request (RFC 792).
-fn request(id: u16, number: u16) -> Vec<u8> {
+fn request(id: u16, number: u32) -> Vec<u8> {
     let mut message = vec![8, 0, 0, 0];
     message.extend(id.to_be_bytes());
-    message.extend(number.to_be_bytes());
-    message.extend(payload());
+    // The sequence number has the lower half only.
+    let bytes = number.to_be_bytes();
+    message.extend(&bytes[2..]);
+    message.extend(bytes);
+    message.extend((0u8..).take(PAYLOAD - bytes.len()));
     let sum: u32 = message.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
     let sum = (sum & 0xffff) + (sum >> 16);
     let checksum = !u16::try_from((sum & 0xffff) + (sum >> 16)).unwrap_or_default();
