@@ -1,5 +1,5 @@
 //! QEMU moves a guest to another QEMU on the same host, whose back-end takes the TAP over: memory in a shared file,
-//! the hand-over armed by the operator. Nothing in the network changes, and no ping is lost.
+//! the hand-over armed by the operator. Nothing in the network changes, and nothing is lost.
 
 use std::path::Path;
 use std::time::Instant;
@@ -10,6 +10,7 @@ use baton_tests::backend::{Backend, TAP};
 use baton_tests::datapath::Datapath;
 use baton_tests::guest::{Accelerator, Guest, Qemu};
 use baton_tests::link::{self, GUEST, HOST, MAC, Meeting, ip};
+use baton_tests::migration::{Kind, Load};
 use baton_tests::netns::{self, Netns};
 use baton_tests::on_both_datapaths;
 use baton_tests::ping;
@@ -18,7 +19,8 @@ use baton_tests::qmp::Qmp;
 use serde_json::json;
 
 on_both_datapaths! {
-    the_guest_keeps_its_tap_and_its_pings,
+    the_guest_keeps_its_tap_and_loses_nothing,
+    a_guest_whose_migration_fails_after_its_stop_keeps_its_network,
     a_guest_that_is_stopped_reset_or_not_moved_after_all_keeps_its_network,
 }
 
@@ -77,6 +79,21 @@ impl Place {
         self.monitor.execute("migrate", &channel)?;
         self.wait_migration("pre-switchover")
     }
+
+    /// Moves the guest, which has been stopped.
+    fn finish(&mut self, target: &mut Self) -> Result<()> {
+        self.go_on()?;
+        self.wait_migration("completed")?;
+        target.wait_migration("completed")?;
+        target.monitor.execute("cont", &json!({}))?;
+        self.backend.wait_handover(HandoverState::HandedOver)?;
+        Ok(())
+    }
+
+    fn go_on(&mut self) -> Result<()> {
+        self.monitor.execute("migrate-continue", &json!({ "state": "pre-switchover" }))?;
+        Ok(())
+    }
 }
 
 /// A guest that works, and the file that its memory is in.
@@ -112,23 +129,21 @@ fn wait_state(backend: &mut Backend, wanted: BackendState) -> Result<()> {
     }
 }
 
-fn the_guest_keeps_its_tap_and_its_pings(datapath: Datapath) -> Result<()> {
+fn the_guest_keeps_its_tap_and_loses_nothing(datapath: Datapath) -> Result<()> {
     let (_netns, directory, mut here) = booted(datapath)?;
     let memory = directory.path().join("memory");
+    let accelerator = Accelerator::with(datapath);
+    let load = Load::start(Kind { datapath, accelerator, queue_pairs: PAIRS });
     for hop in 1..=3 {
         let mut there = Place::waiting(datapath, &memory, &format!("target-{hop}"))?;
         here.backend.arm(&there.backend.incoming())?;
+        load.wait_flowing()?;
         let moved = std::thread::scope(|scope| -> Result<()> {
             let pings = scope.spawn(|| ping::check(GUEST, 400));
             here.begin(&mut there)?;
             there.backend.wait_handover(HandoverState::Adopted)?;
             ensure!(there.backend.status()?.tap.is_empty(), "the TAP was taken before the guest ran");
-            let goes_on = json!({ "state": "pre-switchover" });
-            here.monitor.execute("migrate-continue", &goes_on)?;
-            here.wait_migration("completed")?;
-            there.wait_migration("completed")?;
-            there.monitor.execute("cont", &json!({}))?;
-            here.backend.wait_handover(HandoverState::HandedOver)?;
+            here.finish(&mut there)?;
             pings.join().map_err(|_| anyhow::anyhow!("the pings panicked"))?
         });
         moved.with_context(|| {
@@ -147,11 +162,46 @@ fn the_guest_keeps_its_tap_and_its_pings(datapath: Datapath) -> Result<()> {
         ping::check(GUEST, 20)?;
         ensure!(here.backend.status()?.queue_pairs == PAIRS);
     }
+    load.wait_flowing()?;
+    let balance = load.end(&[])?;
+    ensure!(balance.bytes > 0 && balance.datagrams.iter().all(|count| *count > 0), "{balance:?}");
     let dropped = netns::counters(TAP)?.tx_dropped;
     ensure!(dropped == 0, "the TAP dropped {dropped} frames");
     let messages = here.guest.check("dmesg | grep -c 'NETDEV WATCHDOG' || true")?;
     ensure!(messages.trim() == "0", "the guest complains: {messages}");
     here.backend.check_healthy()
+}
+
+fn a_guest_whose_migration_fails_after_its_stop_keeps_its_network(datapath: Datapath) -> Result<()> {
+    let (_netns, directory, mut here) = booted(datapath)?;
+    let memory = directory.path().join("memory");
+    let load = Load::start(Kind { datapath, accelerator: Accelerator::with(datapath), queue_pairs: PAIRS });
+    let mut there = Place::waiting(datapath, &memory, "target")?;
+    here.backend.arm(&there.backend.incoming())?;
+    load.wait_flowing()?;
+    let pings = ping::Endless::start(GUEST);
+    here.begin(&mut there)?;
+    there.backend.wait_handover(HandoverState::Adopted)?;
+    // Nobody takes the guest any more: its QEMU has gone, its back-end has not.
+    let Place { guest, monitor, backend } = there;
+    drop((guest, monitor));
+    here.go_on()?;
+    here.wait_migration("failed")?;
+    wait_state(&mut here.backend, BackendState::Serving)?;
+    here.guest.check(&format!("ping -c 3 -i 0.2 {HOST}"))?;
+    load.wait_flowing()?;
+
+    // The back-end has stayed armed, and the other one has waited for another QEMU.
+    let mut there = Place::new(datapath, backend, &memory, "second-target", Qemu::incoming)?;
+    here.backend.wait_handover(HandoverState::Armed)?;
+    here.begin(&mut there)?;
+    here.finish(&mut there)?;
+    there.guest.check(&format!("ping -c 3 -i 0.2 {HOST}"))?;
+    load.wait_flowing()?;
+    load.end(&[])?;
+    let (_, lost) = pings.end()?;
+    ensure!(lost.is_empty(), "{lost:?} were lost");
+    there.backend.check_healthy()
 }
 
 fn a_guest_that_is_stopped_reset_or_not_moved_after_all_keeps_its_network(datapath: Datapath) -> Result<()> {
