@@ -16,6 +16,7 @@
 
 mod agent;
 mod client;
+mod clock;
 mod machine;
 mod message;
 mod place;

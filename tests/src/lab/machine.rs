@@ -9,6 +9,7 @@ use std::process::{Child, Command, Stdio};
 use anyhow::{Context, Result, bail};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
+use super::clock::tsc_khz;
 use crate::{images, places, programs};
 
 /// The name of the port by which the agent speaks with the supervisor.
@@ -80,7 +81,7 @@ const KERNEL_PARAMETERS: &str =
 fn kernel_command_line(logs: &Path) -> Result<String> {
     let agent = programs::lab()?;
     let modules = images::lab_modules()?;
-    let mut line = KERNEL_PARAMETERS.to_owned();
+    let mut line = format!("{KERNEL_PARAMETERS} tsc_early_khz={}", tsc_khz());
     for (name, path) in [("agent", agent.as_path()), ("modules", &modules), ("logs", logs)] {
         let path = path.to_str().filter(|path| !path.contains([' ', '"']));
         let Some(path) = path else {
