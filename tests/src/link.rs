@@ -406,6 +406,16 @@ impl Link {
         format!("status: {:?}\nstats: {:?}\nlog:\n{}", self.status(), self.stats(), self.backend.log())
     }
 
+    /// Waits until the back-end, whose device is another one's, has ended; it must be well.
+    ///
+    /// # Errors
+    /// If it is not, or does not end.
+    pub fn wait_backend_ended(&mut self) -> Result<()> {
+        let status = self.backend.wait()?;
+        ensure!(status.success(), "it ended with {status}:\n{}", self.backend.log());
+        Ok(())
+    }
+
     /// That the back-end runs and has not panicked.
     ///
     /// # Errors

@@ -1,6 +1,7 @@
-//! `demo`: boots a Linux guest on `baton-vmm` with its network on `baton-backend` and a TAP, shows it at work, and
-//! sums up. In the lab where this machine's KVM cannot run Linux. With `--vhost` the kernel moves the frames.
+//! `demo`: boots a Linux guest on `baton-vmm` with its network on `baton-backend` and a TAP, shows it at work, moves it
+//! to another pair of them, and sums up. In the lab where this machine's KVM cannot run Linux. With `--vhost` the kernel moves the frames.
 
+use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::fs;
 use std::io::{self, Write};
@@ -9,7 +10,8 @@ use std::process::{Command, ExitCode};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
-use baton_protocol::control::{BackendStats, DirectionStats};
+use baton_protocol::control::{BackendStats, DirectionStats, MigrationPhases, MigrationReport};
+use baton_tests::backend::Backend;
 use baton_tests::datapath::{self, Datapath};
 use baton_tests::guest::{Guest, QueuePair, Vmm};
 use baton_tests::lab::{Job, Outcome, Place};
@@ -21,6 +23,7 @@ use clap::Parser;
 const QUEUE_PAIRS: u16 = 2;
 const PINGS: u16 = 50;
 const BULK: u64 = 32 << 20;
+const MEMORY: &str = "512M";
 
 /// Show a Linux guest's network at work.
 #[derive(Debug, Parser)]
@@ -63,7 +66,8 @@ fn demonstrate(datapath: Datapath) -> Result<bool> {
     fs::create_dir_all(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
 
     let mut link = Link::new(datapath, Meeting::BackendListens, QUEUE_PAIRS)?;
-    let vmm = Vmm::new(QUEUE_PAIRS, "512M")?.net(link.socket()?, MAC, QUEUE_PAIRS);
+    let vmm_control = link.control().with_file_name("vmm");
+    let vmm = Vmm::new(QUEUE_PAIRS, MEMORY)?.net(link.socket()?, MAC, QUEUE_PAIRS).control(&vmm_control);
     heading("What runs")?;
     say(&link.command_line())?;
     say(&vmm.command_line())?;
@@ -91,13 +95,84 @@ fn demonstrate(datapath: Datapath) -> Result<bool> {
     say(&batonctl(link.control(), "status")?)?;
     say(&batonctl(link.control(), "stats")?)?;
     link.check_healthy()?;
-    ensure!(guest.power_off()?.success(), "baton-vmm did not end well");
+
+    heading("The guest moves, with its TAP, while it is pinged")?;
+    let moved = migrate(datapath, guest, &vmm_control, &logs)?;
+    link.wait_backend_ended().context("the back-end that the guest has left")?;
 
     heading("Summary")?;
-    say(&summary(&seen, &stats, &traffic, start)?)?;
+    say(&summary(&seen, &stats, &traffic, &moved, start)?)?;
     heading("The same by hand, as root where KVM can run Linux")?;
     say(&by_hand(datapath)?)?;
-    Ok(traffic.lost == 0)
+    Ok(traffic.lost == 0 && moved.lost == 0)
+}
+
+/// How the guest has moved.
+struct Moved {
+    pause_us: u64,
+    pings: usize,
+    lost: usize,
+}
+
+/// Moves the guest to another baton-vmm and baton-backend, and switches it off there.
+fn migrate(datapath: Datapath, guest: Guest, control: &Path, logs: &Path) -> Result<Moved> {
+    let mut backend = Backend::waiting(datapath, &["--log-level=debug"])?;
+    let socket = backend.socket.to_str().context("a path that is not UTF-8")?;
+    let (incoming, there) = (backend.directory().join("vm"), backend.directory().join("vmm.ctl"));
+    let target = Vmm::incoming(&incoming, QUEUE_PAIRS, MEMORY)?.net(socket, MAC, QUEUE_PAIRS).control(&there);
+    let options = datapath::options(datapath).iter().map(|option| format!(" {option}")).collect::<String>();
+    let taps = backend.incoming();
+    say(&format!("baton-backend --socket-path={socket} --incoming-fds={}{options}", taps.display()))?;
+    say(&target.command_line())?;
+    let mut target = target.start_with_logs("target", logs)?;
+    backend.process.connect(&there)?;
+
+    let pings = ping::Endless::start(GUEST);
+    let path = incoming.to_str().context("a path that is not UTF-8")?;
+    let report = run_batonctl(control, &["migrate", path, "--local"])?;
+    say(&format!("batonctl {} migrate {path} --local", control.display()))?;
+    let report: MigrationReport = serde_json::from_str(report.trim()).context("what batonctl said")?;
+    let MigrationReport::Completed { pause_us, phases } = report else { bail!("{report:?}") };
+    say(&phases_of(pause_us, &phases))?;
+    say(&batonctl(control, "status")?)?;
+    run_batonctl(control, &["quit"])?;
+    ensure!(guest.wait()?.success(), "the baton-vmm that the guest has left did not end well");
+    say(&batonctl(&there, "status")?)?;
+    say(&format!("guest# ping -c 3 {HOST}"))?;
+    say(target.check(&format!("ping -c 3 -i 0.2 {HOST}"))?.trim_end())?;
+    let (pings, lost) = pings.end()?;
+    ensure!(target.power_off()?.success(), "baton-vmm did not end well");
+    backend.check_healthy()?;
+    Ok(Moved { pause_us, pings, lost: lost.len() })
+}
+
+fn phases_of(pause_us: u64, phases: &MigrationPhases) -> String {
+    let MigrationPhases {
+        prepare_us,
+        stop_vcpus_us,
+        stop_rings_us,
+        device_state_us,
+        save_us,
+        restore_us,
+        start_us,
+    } = *phases;
+    let ms = |us: u64| format!("{}.{} ms", us / 1000, us % 1000 / 100);
+    let mut text = format!(
+        "{:>10}  before, while it ran\n{:>10}  it stood still, of that\n",
+        ms(prepare_us),
+        ms(pause_us)
+    );
+    for (us, what) in [
+        (stop_vcpus_us, "its vCPUs stopped"),
+        (stop_rings_us, "its rings stopped"),
+        (device_state_us, "the back-end offered the TAP to the other one"),
+        (save_us, "its state was taken"),
+        (restore_us, "its state was put in at the other place"),
+        (start_us, "the other back-end took the TAP, and the guest ran"),
+    ] {
+        text.push_str(&format!("{:>14}  {what}\n", ms(us)));
+    }
+    text.trim_end().to_owned()
 }
 
 /// What went through the network, as seen by those who sent and received it.
@@ -135,7 +210,13 @@ fn lost(text: &str) -> Result<u32> {
     Ok(sent.saturating_sub(received))
 }
 
-fn summary(seen: &[QueuePair], stats: &BackendStats, traffic: &Traffic, start: Instant) -> Result<String> {
+fn summary(
+    seen: &[QueuePair],
+    stats: &BackendStats,
+    traffic: &Traffic,
+    moved: &Moved,
+    start: Instant,
+) -> Result<String> {
     let mut text = String::new();
     for (pair, QueuePair { rx, tx }) in seen.iter().enumerate() {
         writeln!(
@@ -149,6 +230,12 @@ fn summary(seen: &[QueuePair], stats: &BackendStats, traffic: &Traffic, start: I
     }
     writeln!(text, "lost pings: {} of {}", traffic.lost, 2 * PINGS)?;
     writeln!(text, "TCP: {} bytes, all sums equal", traffic.bytes)?;
+    let Moved { pause_us, pings, lost } = moved;
+    writeln!(
+        text,
+        "move: the guest stood still for {} ms, {lost} of {pings} pings were lost",
+        pause_us / 1000
+    )?;
     write!(text, "in {:.0} s, boot included", start.elapsed().as_secs_f64())?;
     Ok(text)
 }
@@ -190,18 +277,24 @@ fn by_hand(datapath: Datapath) -> Result<String> {
     Ok(text)
 }
 
+/// What batonctl says for people, below its command line.
 fn batonctl(control: &Path, command: &str) -> Result<String> {
-    let output = Command::new(programs::batonctl()?)
-        .arg(control)
-        .arg(command)
-        .output()
-        .context("cannot run batonctl")?;
-    ensure!(output.status.success(), "batonctl: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(format!(
-        "batonctl {} {command}\n{}",
-        control.display(),
-        String::from_utf8_lossy(&output.stdout).trim_end()
-    ))
+    let said = ask(&[control.as_os_str(), command.as_ref()])?;
+    Ok(format!("batonctl {} {command}\n{}", control.display(), said.trim_end()))
+}
+
+/// The reply as it came.
+fn run_batonctl(control: &Path, command: &[&str]) -> Result<String> {
+    let words = ["--json".as_ref(), control.as_os_str()].into_iter();
+    ask(&words.chain(command.iter().map(AsRef::as_ref)).collect::<Vec<_>>())
+}
+
+fn ask(arguments: &[&OsStr]) -> Result<String> {
+    let output =
+        Command::new(programs::batonctl()?).args(arguments).output().context("cannot run batonctl")?;
+    let (said, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    ensure!(output.status.success(), "batonctl: {said}{errors}");
+    Ok(said.into_owned())
 }
 
 fn heading(text: &str) -> Result<()> {

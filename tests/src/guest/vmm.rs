@@ -66,6 +66,12 @@ impl Vmm {
         self.args(["--net", &format!("socket={socket},mac={mac},queue-pairs={queue_pairs}")])
     }
 
+    /// A control socket at this path.
+    #[must_use]
+    pub fn control(self, path: &Path) -> Self {
+        self.args([format!("--control-socket={}", path.display()).as_str()])
+    }
+
     /// The command line, for people.
     pub fn command_line(&self) -> String {
         let words = self.command.get_args().map(|word| match word.to_string_lossy() {
