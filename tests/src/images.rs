@@ -44,7 +44,7 @@ pub fn guest_initramfs() -> Result<PathBuf> {
     let mut image = Cpio::new();
     image.folder("root");
     busybox(&mut image, include_bytes!("images/guest-init"))?;
-    let modules = ["virtio_mmio", "virtio_pci", "virtio_net"];
+    let modules = ["virtio_mmio", "virtio_pci", "virtio_net", "msr"];
     add_modules(&mut image, &kernel, &modules)?;
     for program in [programs::traffic()?, found("ethtool")?] {
         add_program(&mut image, &program)?;

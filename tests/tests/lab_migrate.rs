@@ -107,6 +107,15 @@ fn rolled_back(report: &MigrationReport) -> Result<String> {
     }
 }
 
+/// A guest's command that sets EFER of its first processor: 0xd01 is Linux' own, with bit 12 SVM can be used.
+fn set_efer(value: u16) -> String {
+    let [low, high] = value.to_le_bytes();
+    // `dd` counts in blocks of 8 bytes.
+    let register = 0xc000_0080_u32 / 8;
+    let bytes = format!(r"\x{low:02x}\x{high:02x}\x00\x00\x00\x00\x00\x00");
+    format!("printf '{bytes}' | dd of=/dev/cpu/0/msr bs=8 seek={register} 2>&1")
+}
+
 #[test]
 fn stays_where_it_cannot_move() -> Result<()> {
     lab::run(|| {
@@ -149,6 +158,15 @@ fn stays_where_it_cannot_move() -> Result<()> {
             ensure!(traveller.stay.status()?.state == VmmState::Running);
             traveller.check_pings(5)?;
             drop(owner);
+
+            // A guest that could have guests of its own.
+            traveller.stay.guest.check(&set_efer(0x1d01))?;
+            let report = traveller.stay.ask_migrate(&target, Way::SameTap)?;
+            let MigrationReport::Refused { reasons } = &report else { bail!("{report:?}") };
+            ensure!(reasons.len() == 1 && reasons[0].name == "nested", "{report:?}");
+            let text = rolled_back(&traveller.stay.migrate(&target, Way::SameTap)?)?;
+            ensure!(text.starts_with("hello: the target refuses: nested: "), "{text}");
+            traveller.stay.guest.check(&set_efer(0xd01))?;
 
             // A VMM that hangs, before and after its HELLO.
             target.signal_vmm(Signal::SIGSTOP)?;

@@ -4,10 +4,10 @@
 //!   source                                        target
 //!     HELLO    what the VM is ─▶
 //!         ◀─ HELLO, or REFUSE with all reasons
-//!     PREPARE  guest memory, ownership word ─▶    KVM and the back-ends get the memory
+//!     PREPARE  guest memory, ownership word ─▶    KVM and the back-ends get the memory, and hear of the rings
 //!         ◀─ PREPARED, or REFUSE
 //!   ── vCPUs and rings are stopped, local devices are saved ──
-//!     STATE    all the rest of the VM ─▶          vCPUs, devices; rings set up, not started
+//!     STATE    all the rest of the VM ─▶          vCPUs, devices; rings get their places, and are not started
 //!         ◀─ READY, or REFUSE
 //!   ── the word is offered: the commit point ──
 //!     COMMIT ─▶                                   the word is taken; rings and vCPUs start
