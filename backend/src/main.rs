@@ -22,7 +22,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 /// `VHostUserBackendCapabilities` of QEMU's `docs/interop/vhost-user.json`.
 const CAPABILITIES: &str = r#"{"type": "net"}"#;
 
-fn main() -> ExitCode {
+pub(crate) fn main() -> ExitCode {
     let result = match args::parse(std::env::args_os()) {
         Ok(Command::Serve(args)) => serve(&args),
         Ok(Command::PrintCapabilities) => {

@@ -8,7 +8,7 @@ use baton_vmm::config::{Config, Unusable};
 const FAILURE: u8 = 1;
 const USAGE: u8 = 2;
 
-fn main() -> ExitCode {
+pub(crate) fn main() -> ExitCode {
     let config = match Config::from_arguments(std::env::args_os()) {
         Ok(config) => config,
         Err(Unusable::Information(text)) => {
