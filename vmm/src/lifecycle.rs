@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
 use baton_control::Promise;
+use baton_faults::Point;
 use baton_protocol::control::{MigrationReport, Refusal, VmmState, VmmStatus};
 use thiserror::Error;
 
@@ -103,6 +104,7 @@ impl Lifecycle {
             inner.state = if running { VmmState::Running } else { VmmState::Paused };
             inner.cutter = None;
         }
+        baton_faults::pass(Point::TargetVmmResumed);
         // Whoever hears of it finds the VM here.
         arrival.confirm(running);
         tracing::info!("migration: the VM is here and {}", if running { "runs" } else { "stands still" });

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use baton_channel::ownership::{OwnershipError, SharedWord, SwapError};
 use baton_channel::packet::{ChannelError, PacketSocket};
 use baton_channel::peer::{Peer, PeerError};
+use baton_faults::Point;
 use baton_protocol::control::{MigrationPhases, MigrationReport};
 use baton_protocol::fd_manifest::NamedFds;
 use baton_protocol::migration::message::{
@@ -83,6 +84,7 @@ pub fn migrate(machine: &Machine, wish: &Wish, started: impl FnOnce(Cutter)) -> 
     let migration = connect_to(&wish.path).and_then(|socket| {
         Peer::trusted(&socket)?;
         started(Cutter::new(&socket)?);
+        baton_faults::point(Point::SourceVmmConnected)?;
         Migration::new(machine, wish, socket)
     });
     match migration {
@@ -158,8 +160,11 @@ impl<'a> Migration<'a> {
     }
 
     fn receive(&mut self, patience: Option<Duration>) -> Event {
-        match self.socket.receive(patience.unwrap_or(Duration::ZERO)) {
-            Ok(packet) => Event::Message(packet.message),
+        match self.socket.receive(baton_faults::patience(patience.unwrap_or(Duration::ZERO))) {
+            Ok(packet) => match reached(&packet.message) {
+                Ok(()) => Event::Message(packet.message),
+                Err(error) => Event::Failed(error.to_string()),
+            },
             Err(ChannelError::Timeout) => Event::Timeout,
             Err(error) => {
                 tracing::debug!("migration: {error}");
@@ -171,7 +176,11 @@ impl<'a> Migration<'a> {
     /// Does what the state machine wants; gives what came of it, if that is not plain.
     fn carry_out(&mut self, action: Action) -> Option<Event> {
         let done = match action {
-            Action::Send(message) => self.send(&message, &[]),
+            Action::Send(message) => self.send(&message, &[]).inspect(|()| {
+                if matches!(message, Message::Commit(_)) {
+                    baton_faults::pass(Point::SourceVmmCommitSent);
+                }
+            }),
             Action::Prepare => self.prepare(),
             Action::Stop => match self.stop() {
                 Ok(()) => return Some(Event::Stopped),
@@ -227,8 +236,10 @@ impl<'a> Migration<'a> {
         self.phases.prepare_us = self.lap();
         self.stopped = Some(self.lap);
         self.machine.pause_vcpus()?;
+        baton_faults::point(Point::SourceVmmVcpusStopped)?;
         self.phases.stop_vcpus_us = self.lap();
         self.machine.suspend_devices()?;
+        baton_faults::point(Point::SourceVmmRingsStopped)?;
         self.phases.stop_rings_us = self.lap();
         for (device, end) in std::mem::take(&mut self.ends) {
             self.machine.begin_transfer(device, VhostTransferStateDirection::SAVE, end)?;
@@ -236,15 +247,19 @@ impl<'a> Migration<'a> {
             tracing::info!(device, "migration: the back-end has offered its TAP");
         }
         self.phases.device_state_us = self.lap();
+        baton_faults::point(Point::SourceVmmDevicesOffered)?;
         let vm = self.machine.save()?;
         self.phases.save_us = self.lap();
-        self.send(&Message::State(State { running: self.wish.running, vm }), &[])
+        baton_faults::point(Point::SourceVmmSaved)?;
+        self.send(&Message::State(State { running: self.wish.running, vm }), &[])?;
+        Ok(baton_faults::point(Point::SourceVmmStateSent)?)
     }
 
     /// **The commit point.** From here on the VM is the first one's that swaps the word.
     fn commit(&mut self, offered: Word) -> Result<(), SourceError> {
         self.phases.restore_us = self.lap();
         self.word.swap(Word::INITIAL, offered)?;
+        baton_faults::point(Point::SourceVmmOffered)?;
         tracing::info!("migration: the VM is offered");
         Ok(())
     }
@@ -259,6 +274,7 @@ impl<'a> Migration<'a> {
     fn report(&mut self, state: Source) -> MigrationReport {
         match state {
             Source::Completed => {
+                baton_faults::pass(Point::SourceVmmCompleted);
                 self.phases.start_us = self.lap();
                 let pause = self.stopped.map_or(0, |stopped| microseconds(self.lap - stopped));
                 MigrationReport::Completed { pause_us: pause, phases: self.phases }
@@ -277,6 +293,16 @@ impl<'a> Migration<'a> {
     fn lap(&mut self) -> u64 {
         let now = Instant::now();
         microseconds(now - std::mem::replace(&mut self.lap, now))
+    }
+}
+
+/// The fault points that the target's messages lead to.
+fn reached(message: &Message) -> std::io::Result<()> {
+    match message {
+        Message::Welcome(_) => baton_faults::point(Point::SourceVmmGreeted),
+        Message::Prepared(_) => baton_faults::point(Point::SourceVmmPrepared),
+        Message::Ready(_) => baton_faults::point(Point::SourceVmmReady),
+        _ => Ok(()),
     }
 }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 use baton_channel::ownership::{OwnershipError, SharedWord};
 use baton_channel::packet::{ChannelError, PacketSocket};
 use baton_channel::peer::{Peer, PeerError};
+use baton_faults::Point;
 use baton_protocol::fd_manifest::{ManifestError, NamedFds};
 use baton_protocol::migration::facts::MachineFacts;
 use baton_protocol::migration::message::{Hello, Message, OWNERSHIP_FD, Prepare, State, device_fd, ram_fd};
@@ -120,6 +121,7 @@ impl Arrival {
 pub fn serve(machine: &Machine, stream: OwnedFd, started: impl FnOnce(Cutter)) -> Result<Taken, TargetError> {
     let socket = PacketSocket::try_from(stream)?;
     started(Cutter::new(&socket)?);
+    baton_faults::point(Point::TargetVmmConnected)?;
     let peer = Peer::trusted(&socket);
     let serving = Serving {
         machine,
@@ -189,7 +191,7 @@ impl Serving<'_> {
     }
 
     fn receive(&self, patience: Duration, mut descriptors: Vec<OwnedFd>) -> (Event, Vec<OwnedFd>) {
-        match self.socket.receive(patience) {
+        match self.socket.receive(baton_faults::patience(patience)) {
             Ok(packet) => {
                 descriptors.extend(packet.fds);
                 (Event::Message(packet.message), descriptors)
@@ -234,6 +236,7 @@ impl Serving<'_> {
         let facts = self.machine.place_facts(hello.local);
         let refusals = judge(&hello.machine, &facts);
         self.facts = Some(facts);
+        baton_faults::point(Point::TargetVmmGreeted)?;
         Ok(Reasons::none_of(refusals)?)
     }
 
@@ -261,7 +264,7 @@ impl Serving<'_> {
         for (device, outline) in prepare.net.into_iter().enumerate() {
             outline.map_or(Ok(()), |outline| self.machine.expect(device, outline))?;
         }
-        Ok(())
+        Ok(baton_faults::point(Point::TargetVmmPrepared)?)
     }
 
     /// Our ends of the sockets between the back-ends of the local devices.
@@ -273,26 +276,32 @@ impl Serving<'_> {
 
     /// Puts the VM's state in; local devices first get their TAPs.
     fn restore(&mut self, state: State) -> Result<(), TargetError> {
+        baton_faults::point(Point::TargetVmmStateReceived)?;
         let facts = self.facts.clone().unwrap_or_default();
         let vm = CheckedState::new(state.vm, &facts)?;
         for device in std::mem::take(&mut self.taking) {
             self.machine.finish_transfer(device)?;
             tracing::info!(device, "migration: the back-end has adopted a TAP");
         }
+        baton_faults::point(Point::TargetVmmDevicesAdopted)?;
         let local: Vec<bool> = facts.net.iter().map(|facts| facts.local).collect();
         self.machine.restore(&vm, &local)?;
         self.clock = vm.platform.clock;
         self.running = state.running;
-        Ok(())
+        Ok(baton_faults::point(Point::TargetVmmRestored)?)
     }
 
     /// Takes the VM, if it is still offered.
     fn take(&mut self, offered: Word, taken: Word) -> bool {
         let Some(word) = &self.word else { return false };
+        if baton_faults::point(Point::TargetVmmCommitting).is_err() {
+            return false;
+        }
         if let Err(error) = word.swap(offered, taken) {
             tracing::info!("migration: {error}");
             return false;
         }
+        baton_faults::pass(Point::TargetVmmTaken);
         tracing::info!("migration: the VM is taken");
         if let Err(error) = self.machine.set_clock(self.clock) {
             // The guest runs all the same, with a clock of its own.

@@ -191,7 +191,8 @@ impl Link {
             has_protocol_features: false,
             has_memory: false,
             started: Vec::new(),
-            watchdog: Watchdog::start(watched, PATIENCE).map_err(LinkError::Socket)?,
+            watchdog: Watchdog::start(watched, baton_faults::patience(PATIENCE))
+                .map_err(LinkError::Socket)?,
         };
         link.in_time(|link| link.greet(rings))?;
         Ok(link)
