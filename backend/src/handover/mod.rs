@@ -25,6 +25,7 @@ use baton_channel::ownership::OwnershipError;
 use baton_channel::packet::{ChannelError, PacketSocket};
 use baton_channel::peer::{Peer, PeerError};
 use baton_control::socket_path::{BindError, BoundSocket};
+use baton_faults::Point;
 use baton_protocol::control::{HandoverReply, HandoverStatus};
 use baton_protocol::handover::message::{Message, StateOnly};
 use baton_protocol::handover::refusal::Refusal;
@@ -485,6 +486,7 @@ impl Handover {
     /// [`DeviceStateError`]; the device is as before.
     pub fn save_device_state(&mut self, device: &mut Device, fd: File) -> Result<(), DeviceStateError> {
         self.check_transfer(device)?;
+        baton_faults::point(Point::SourceBackendSaving).map_err(HandoverError::from)?;
         self.transfer = Transfer::None;
         match Route::from(fd) {
             Route::Pipe(pipe) => {
@@ -522,6 +524,7 @@ impl Handover {
     /// [`DeviceStateError`]; the device is as before.
     pub fn load_device_state(&mut self, device: &Device, fd: File) -> Result<(), DeviceStateError> {
         self.check_transfer(device)?;
+        baton_faults::point(Point::TargetBackendLoading).map_err(HandoverError::from)?;
         self.transfer = Transfer::None;
         let route = Route::from(fd);
         if matches!(route, Route::Socket(_)) {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use baton_channel::ownership::SharedWord;
 use baton_channel::packet::{ChannelError, PacketSocket};
+use baton_faults::Point;
 use baton_protocol::control::{HandoverReply, HandoverState, HandoverStatus};
 use baton_protocol::handover::message::{Message, Offer, Prepare};
 use baton_protocol::handover::source::{Action, Ended, Event, Source};
@@ -147,7 +148,12 @@ impl SourceEnd {
         let Some(link) = &self.link else { return Ok(()) };
         let event = match link.receive::<Message>(Duration::ZERO) {
             // None of the target's messages has descriptors; any that came are closed.
-            Ok(packet) => Event::Message(packet.message),
+            Ok(packet) => {
+                if matches!(packet.message, Message::Adopted(_)) {
+                    baton_faults::pass(Point::SourceBackendAdopted);
+                }
+                Event::Message(packet.message)
+            }
             Err(ChannelError::Timeout) => return Ok(()),
             Err(error) => {
                 if !matches!(error, ChannelError::Closed) {
@@ -296,6 +302,7 @@ impl SourceEnd {
                     }
                 }
                 Action::Release => {
+                    baton_faults::pass(Point::SourceBackendHandedOver);
                     self.tap = None;
                     for pair in 0..device.pairs() {
                         device.set_frame_in_hand(pair, None)?;
@@ -336,12 +343,15 @@ impl SourceEnd {
     ) -> Result<(), DeviceError> {
         let frames = device.frames_in_hand()?;
         self.tap = device.set_tap_aside()?;
+        baton_faults::pass(Point::SourceBackendTapAside);
         let before = Word { epoch: word.epoch - 1, owner: Owner::Source };
         let offered = self.word.swap(before, word).is_ok();
-        if !offered || !self.send_offer(device, word, &frames) {
+        let failed = baton_faults::point(Point::SourceBackendOffered).is_err();
+        if !offered || failed || !self.send_offer(device, word, &frames) {
             self.close(around);
             return self.tell(device, around, Event::Closed);
         }
+        baton_faults::pass(Point::SourceBackendOfferSent);
         tracing::info!(peer = self.peer, epoch = word.epoch, "TAP descriptors sent: the device is offered");
         Ok(())
     }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use baton_channel::packet::{ChannelError, Packet, PacketSocket};
 use baton_channel::peer::Peer;
+use baton_faults::Point;
 use baton_protocol::control::{HandoverState, HandoverStatus};
 use baton_protocol::fd_manifest::{FdManifest, NamedFds};
 use baton_protocol::handover::message::{LINK_FD, Message, Offer, Refuse};
@@ -271,13 +272,18 @@ impl TargetEnd {
                     self.tell(device, wishes, around, Event::Adoption(adoption))?;
                 }
                 Action::Swap { from, to } => {
+                    baton_faults::pass(Point::TargetBackendTaking);
                     let won = match &self.state {
                         Target::Adopted { device, .. } => device.word.swap(from, to).is_ok(),
                         _ => false,
                     };
                     self.tell(device, wishes, around, Event::Swapped { won })?;
                 }
-                Action::Activate(adopted) => activate(device, *adopted)?,
+                Action::Activate(adopted) => {
+                    baton_faults::pass(Point::TargetBackendTaken);
+                    activate(device, *adopted)?;
+                    baton_faults::pass(Point::TargetBackendActive);
+                }
                 Action::Release(adopted) => {
                     tracing::info!(tap = adopted.tap.name(), "the device stays the source's");
                     let Before { config, offer, pairs } = &self.before;
@@ -313,8 +319,14 @@ impl TargetEnd {
     ) -> Result<(baton_protocol::ownership::Word, Box<Adopted>), Reasons> {
         let empty = || std::iter::empty().collect();
         let fds = self.fds.take().unwrap_or_else(empty);
-        match snapshot::adopt(device, wishes, self.same_user, offer, fds) {
+        let failed = baton_faults::point(Point::TargetBackendOfferReceived);
+        let adoption = match failed {
+            Ok(()) => snapshot::adopt(device, wishes, self.same_user, offer, fds),
+            Err(error) => Err(Refusal::Tap(error.to_string()).into()),
+        };
+        match adoption {
             Ok((word, adopted)) => {
+                baton_faults::pass(Point::TargetBackendAdopted);
                 let state = adopted.device.state();
                 let config = snapshot::config(state, wishes);
                 let offer = device.offer_with(&config, adopted.tap.has_ufo(), adopted.tap.has_uso());
