@@ -28,6 +28,8 @@ enum Deed {
     Disconnect,
     KillSource,
     KillTarget,
+    /// From now on it does nothing.
+    SourceHangs,
     /// What is asked of this end next fails.
     SourceFails,
     TargetFails,
@@ -44,6 +46,7 @@ fn deeds() -> impl Strategy<Value = Deed> {
         1 => Just(Deed::Disconnect),
         1 => Just(Deed::KillSource),
         1 => Just(Deed::KillTarget),
+        1 => Just(Deed::SourceHangs),
         1 => Just(Deed::SourceFails),
         1 => Just(Deed::TargetFails),
     ]
@@ -61,6 +64,7 @@ struct World {
     connected: bool,
     source_fails: bool,
     target_fails: bool,
+    source_hangs: bool,
 }
 
 impl World {
@@ -79,6 +83,7 @@ impl World {
             connected: true,
             source_fails: false,
             target_fails: false,
+            source_hangs: false,
         };
         world.source_acts(actions);
         world
@@ -192,6 +197,8 @@ impl World {
                 None if !self.connected => self.target_steps(target::Event::Closed),
                 None => {}
             },
+            Deed::DeliverToSource | Deed::SourceTimeout if self.source_hangs => {}
+            Deed::SourceHangs => self.source_hangs = true,
             Deed::DeliverToSource => match self.to_source.pop_front() {
                 Some(message) => self.source_steps(source::Event::Message(message)),
                 None if !self.connected => self.source_steps(source::Event::Closed),
@@ -248,13 +255,23 @@ impl World {
 
     /// Lets both ends come to their end by time alone.
     fn finish(&mut self) {
-        self.connected = false;
-        let orphaned = self.source.is_none()
+        self.connected &= self.source_hangs;
+        let hangs = self.source_hangs;
+        let orphaned = (hangs || self.source.is_none())
             && self.target == Some(Target::Ready)
             && self.word.owner == Owner::Offered
             && self.to_target.iter().all(|message| matches!(message, Message::Commit(_)));
         for _ in 0..40 {
             self.do_deed(Deed::DeliverToTarget);
+            self.do_deed(Deed::TargetTimeout);
+            self.do_deed(Deed::DeliverToSource);
+            self.do_deed(Deed::SourceTimeout);
+        }
+        // And a source that hangs or was killed after its offer leaves it to a target that is ready for it.
+        assert!(!orphaned || self.target_runs, "the target did not take what was offered to it");
+        // One that hung finds out later.
+        self.source_hangs = false;
+        for _ in 0..40 {
             self.do_deed(Deed::DeliverToSource);
             self.do_deed(Deed::SourceTimeout);
         }
@@ -270,8 +287,6 @@ impl World {
         if source_lives && self.word.owner != Owner::Target {
             assert!(self.source_runs, "the source has the VM, and it stands still");
         }
-        // And a source that was killed after its offer leaves it to a target that is ready for it.
-        assert!(!orphaned || self.target_runs, "the target did not take what was offered to it");
     }
 }
 
@@ -308,4 +323,37 @@ fn a_dry_run_stops_nothing() {
         assert!(world.source_runs);
     }
     assert_eq!(world.source, Some(Source::Possible));
+}
+
+/// As far as the target being ready; `offered`: the source, too, but its COMMIT is lost with it.
+fn hanging(offered: bool) -> World {
+    let mut world = World::new(false);
+    while world.target != Some(Target::Ready) {
+        world.do_deed(Deed::DeliverToTarget);
+        if world.target != Some(Target::Ready) || offered {
+            world.do_deed(Deed::DeliverToSource);
+        }
+    }
+    world.to_target.clear();
+    world.do_deed(Deed::SourceHangs);
+    world.do_deed(Deed::TargetTimeout);
+    world
+}
+
+#[test]
+fn a_source_that_hangs_after_its_offer_leaves_the_vm_to_its_target() {
+    let mut world = hanging(true);
+    assert!(world.target_runs);
+    world.source_hangs = false;
+    world.do_deed(Deed::SourceTimeout);
+    assert_eq!(world.source, Some(Source::Completed));
+}
+
+#[test]
+fn a_source_that_hangs_before_its_offer_has_the_vm_when_it_goes_on() {
+    let mut world = hanging(false);
+    assert!(matches!(world.target, Some(Target::Ended { .. })) && !world.target_runs);
+    world.source_hangs = false;
+    world.finish();
+    assert!(world.source_runs);
 }

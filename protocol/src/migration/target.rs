@@ -1,17 +1,19 @@
 //! The end that waits for a VM.
 //!
 //! ```text
-//! Waiting ─HELLO─▶ Greeted ─PREPARE─▶ Prepared ─STATE─▶ Ready ─COMMIT, or the connection's end: swap won─▶ Active
+//! Waiting ─HELLO─▶ Greeted ─PREPARE─▶ Prepared ─STATE─▶ Ready ─COMMIT, the connection's end, time: swap won─▶ Active
 //!     └───────────────┴───────┬──────────┴───────────────┘
-//!                             ▼ end, failure, refusal, swap lost
+//!                             ▼ end, time, failure, refusal, swap lost
 //!                           Ended
 //! ```
-//! The source may die between its offer and its COMMIT. So a target that is ready tries to take the VM at the
-//! connection's end, too: if it was not offered, or was withdrawn, the swap fails.
+//! The source may die or hang between its offer and its COMMIT. So a target that is ready tries to take the VM at the
+//! connection's end, too, and when nothing comes: if it was not offered, or was withdrawn, the swap fails. A source that
+//! goes on later finds the VM taken, or nobody there, and has it again.
 
 use std::time::Duration;
 
 use super::message::{Active, Hello, Message, PROGRAM, Prepare, Prepared, Ready, Refuse, State, Welcome};
+use super::source::{PREPARING_PATIENCE, STOPPED_PATIENCE};
 use crate::ownership::Word;
 use crate::reasons::Reasons;
 
@@ -104,9 +106,15 @@ pub enum Target {
 }
 
 impl Target {
-    /// How long to wait for the source; `None` where it may take its time.
+    /// How long to wait for the source; `None` where nothing is to come from it.
     pub fn patience(&self) -> Option<Duration> {
-        matches!(self, Self::Waiting).then_some(GREETING_PATIENCE)
+        match self {
+            Self::Waiting => Some(GREETING_PATIENCE),
+            // It shares its memory, or stops its VM and has its back-ends stop.
+            Self::Greeted { .. } | Self::Prepared => Some(PREPARING_PATIENCE),
+            Self::Ready => Some(STOPPED_PATIENCE),
+            Self::Busy { .. } | Self::Active | Self::Ended { .. } => None,
+        }
     }
 
     /// Whether it is over.
@@ -128,7 +136,9 @@ impl Target {
             (Self::Prepared, Event::Message(Message::State(state))) => {
                 Self::busy(Busy::Restoring, Action::Restore(Box::new(state)))
             }
-            (Self::Ready, Event::Message(Message::Commit(_)) | Event::Closed) => Self::take(),
+            (Self::Ready, Event::Message(Message::Commit(_)) | Event::Closed | Event::Timeout) => {
+                Self::take()
+            }
             (Self::Busy { with, hello }, event) => Self::finished(with, hello, event),
             (state @ (Self::Active | Self::Ended { .. }), _) => (state, Vec::new()),
             (_, Event::Message(message)) => {
@@ -170,7 +180,7 @@ impl Target {
             (Busy::Restoring, Event::Done) => (Self::Ready, vec![Action::Send(Message::Ready(Ready {}))]),
             (Busy::Taking, Event::Swapped { won: true }) => (Self::Active, vec![Action::Activate]),
             (Busy::Taking, Event::Swapped { won: false }) => {
-                Self::end("the source has the VM again".to_owned())
+                Self::end("the source has not offered the VM, or has it again".to_owned())
             }
             (_, Event::Failed(reasons)) => {
                 let why = reasons.to_string();
