@@ -335,3 +335,23 @@ fn a_target_that_dies_leaves_the_device_to_its_source() {
     device.restart_rings().unwrap();
     rig.check_traffic(&mut device).unwrap();
 }
+
+#[test]
+fn a_device_is_dropped_when_the_front_end_that_brought_it_leaves() {
+    let (mut rig, mut device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
+    let at_rest = target.process.open_fds().unwrap();
+    transfer(&device, &connection, SockType::SeqPacket).unwrap();
+    target.wait_handover(HandoverState::Adopted).unwrap();
+    drop(connection);
+    // Whoever had it has it again, and the target waits for another.
+    rig.backend.wait_handover(HandoverState::Failed).unwrap();
+    device.restart_rings().unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    device.suspend().unwrap();
+    let connection = negotiated(&mut target).unwrap();
+    target.process.wait_open_fds(at_rest).unwrap();
+    transfer(&device, &connection, SockType::SeqPacket).unwrap();
+    device.move_to(connection).unwrap();
+    rig.backend = target;
+    rig.check_traffic(&mut device).unwrap();
+}

@@ -298,7 +298,7 @@ impl Handover {
         }
     }
 
-    /// The source's front-end has gone, with all rings stopped.
+    /// The front-end has gone, with all rings stopped.
     ///
     /// # Errors
     /// [`DeviceError`]: the device cannot go on.
@@ -307,6 +307,10 @@ impl Handover {
             Transfer::Running | Transfer::Abandoned => Transfer::Abandoned,
             Transfer::None | Transfer::Over(_) => Transfer::None,
         };
+        let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
+        if let Some(target) = &mut self.target {
+            target.frontend_left(device, &self.wishes, around)?;
+        }
         self.settle(device)?;
         let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
         match &mut self.source {

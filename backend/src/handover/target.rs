@@ -47,6 +47,8 @@ pub struct TargetEnd {
     before: Before,
     /// Why the last offer was refused.
     refused: Option<Reasons>,
+    /// Brought by the front-end, for one migration.
+    once: bool,
 }
 
 /// Refuses whoever has just connected.
@@ -59,7 +61,7 @@ pub fn refuse(link: &PacketSocket, refusal: Refusal) {
 impl TargetEnd {
     fn new(state: Target<Box<Adopted>>, link: PacketSocket, same_user: bool, device: &Device) -> Self {
         let before = Before { config: device.config().clone(), offer: device.offer(), pairs: device.pairs() };
-        Self { state, link: Some(link), same_user, fds: None, before, refused: None }
+        Self { state, link: Some(link), same_user, fds: None, before, refused: None, once: false }
     }
 
     /// With a source that has connected.
@@ -95,6 +97,7 @@ impl TargetEnd {
         }
         let mut target = Self::new(Target::Ready, link, same_user, device);
         target.fds = Some(fds);
+        target.once = true;
         target.tell(device, wishes, around, Event::Message(Message::Offer(offer)))?;
         Ok(match target.refused.take() {
             Some(reasons) => Err(reasons.to_string()),
@@ -181,6 +184,19 @@ impl TargetEnd {
         around: Surroundings<'_>,
     ) -> Result<(), DeviceError> {
         self.tell(device, wishes, around, Event::Time(around.now))
+    }
+
+    /// The front-end has gone: what it brought, and has not taken, is not for the next one.
+    ///
+    /// # Errors
+    /// [`DeviceError`]: the device cannot go on.
+    pub fn frontend_left(
+        &mut self,
+        device: &mut Device,
+        wishes: &Wishes,
+        around: Surroundings<'_>,
+    ) -> Result<(), DeviceError> {
+        if self.once { self.tell(device, wishes, around, Event::FrontendLeft) } else { Ok(()) }
     }
 
     /// Follows the rings: the first that starts takes the device.

@@ -34,6 +34,8 @@ pub enum Event<D> {
     Judged(Result<(), Reasons>),
     /// The answer to [`Action::Adopt`].
     Adoption(Result<(Word, D), Reasons>),
+    /// The front-end that brought the offer has gone, and with it what it was for.
+    FrontendLeft,
     /// One of the target's rings has started, and the device is not there.
     RingStarting,
     /// How [`Action::Swap`] ended.
@@ -209,7 +211,9 @@ impl<D> Target<D> {
             Event::Closed { word: now } if now == Some(word) => {
                 Ok((Self::Adopted { word, device, linked: false }, vec![Action::Close]))
             }
-            Event::Closed { .. } => Ok((Self::Ended, vec![Action::Release(device), Action::Close])),
+            Event::Closed { .. } | Event::FrontendLeft => {
+                Ok((Self::Ended, vec![Action::Release(device), Action::Close]))
+            }
             _ => Ok((Self::Adopted { word, device, linked }, Vec::new())),
         }
     }
