@@ -204,7 +204,11 @@ impl<'a> Migration<'a> {
     }
 
     fn send(&self, message: &Message, fds: &[BorrowedFd<'_>]) -> Result<(), SourceError> {
-        Ok(self.socket.send(message, fds, SENDING_PATIENCE)?)
+        match self.socket.send(message, fds, SENDING_PATIENCE) {
+            // The end of the connection is heard after the target's last word.
+            Ok(()) | Err(ChannelError::Closed) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Sends guest memory, the ownership word, and one end of a socket for each local device.
