@@ -107,7 +107,11 @@ impl Waiting {
     fn run(&mut self, mut machine: Arc<Machine>) -> Result<(), IncomingError> {
         let lifecycle = Arc::clone(&self.awaited.lifecycle);
         while let Some(stream) = self.accept()? {
-            match serve(&machine, stream, |cutter| lifecycle.migration_started(cutter)) {
+            let served = serve(&machine, stream, |cutter| lifecycle.migration_started(cutter));
+            if !matches!(served, Ok(Taken::Here(_))) {
+                lifecycle.migration_ended();
+            }
+            match served {
                 Ok(Taken::Here(arrival)) => {
                     lifecycle.arrive(&machine, arrival, self.awaited.config.paused);
                     return Ok(());

@@ -119,6 +119,11 @@ impl Lifecycle {
         inner.cutter = Some(cutter);
     }
 
+    /// It came to nothing: the source may hear that.
+    pub fn migration_ended(&self) {
+        self.inner().cutter = None;
+    }
+
     /// What the control socket says.
     pub fn status(&self) -> VmmStatus {
         let inner = self.inner();
