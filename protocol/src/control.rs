@@ -358,6 +358,9 @@ pub struct VmmStatus {
     pub memory: u64,
     /// Every network device, in the order of the command line.
     pub net: Vec<NetStatus>,
+    /// How the last attempt to move this VM away ended, if there was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migration: Option<MigrationReport>,
 }
 
 /// One network device of a [`VmmStatus`].

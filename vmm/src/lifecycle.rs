@@ -51,6 +51,8 @@ struct Inner {
     migration: Option<JoinHandle<()>>,
     /// What ends the migration that is under way, to this VMM or from it.
     cutter: Option<Cutter>,
+    /// How the last one from this VMM ended.
+    last: Option<MigrationReport>,
     /// The VMM is about to end.
     ending: bool,
 }
@@ -67,7 +69,7 @@ impl Lifecycle {
     /// No VM yet.
     pub fn new(config: &Config) -> Self {
         let state = VmmState::Incoming;
-        let inner = Inner { state, machine: None, migration: None, cutter: None, ending: false };
+        let inner = Inner { state, machine: None, migration: None, cutter: None, last: None, ending: false };
         Self { cpus: config.cpus, memory: config.memory.0, inner: Mutex::new(inner) }
     }
 
@@ -128,7 +130,8 @@ impl Lifecycle {
     pub fn status(&self) -> VmmStatus {
         let inner = self.inner();
         let net = inner.machine.as_deref().map(Machine::net_status).unwrap_or_default();
-        VmmStatus { state: inner.state, cpus: self.cpus, memory: self.memory, net }
+        let migration = inner.last.clone();
+        VmmStatus { state: inner.state, cpus: self.cpus, memory: self.memory, net, migration }
     }
 
     /// The VM, if it is this VMM's to do something with, and whether it runs.
@@ -176,6 +179,7 @@ impl Lifecycle {
         }
         let lifecycle = Arc::clone(self);
         let before = inner.state;
+        let asked_only = wish.dry_run;
         let thread = Builder::new().name("migration".to_owned()).spawn(move || {
             let report = migrate(&machine, &wish, |cutter| lifecycle.migration_started(cutter));
             let next = match report {
@@ -186,12 +190,15 @@ impl Lifecycle {
                 _ => before,
             };
             tracing::info!("migration: {report:?}");
+            let reply = serde_json::to_value(&report);
             {
                 let mut inner = lifecycle.inner();
                 inner.state = next;
                 inner.cutter = None;
+                if !asked_only {
+                    inner.last = Some(report);
+                }
             }
-            let reply = serde_json::to_value(&report);
             promise.keep(reply.map_err(|error| Refusal { error: error.to_string() }));
         });
         inner.migration = Some(thread.map_err(LifecycleError::Thread)?);
