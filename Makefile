@@ -1,12 +1,13 @@
 # What a developer runs. Everything sets itself up: see tests/setup.
 
-.PHONY: help setup demo test check clean
+.PHONY: help setup demo test soak check clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo    boot a VM on baton-vmm and baton-backend, and show its network at work;'
 	@echo '             with VHOST=1 the kernel (vhost-net) moves the frames'
 	@echo 'make test    run all the tests'
+	@echo 'make soak    kill, stop and starve every process at every step, SOAK_ROUNDS=N times over'
 	@echo 'make check   format, lints and documentation'
 	@echo 'make setup   only install what these need; they do it themselves'
 	@echo 'make clean   remove what was built'
@@ -18,6 +19,10 @@ demo: setup
 	cargo build --release --workspace --bins
 	target/release/demo $(if $(filter 1,$(VHOST)),--vhost)
 
+# All faults at all fault points, with either datapath, SOAK_ROUNDS times.
+soak: setup
+	cargo nextest run -p baton-tests --test lab_fault_soak --run-ignored only --profile soak
+
 test: setup
 	cargo build --workspace --bins
 	cargo nextest run --workspace
@@ -26,6 +31,7 @@ test: setup
 check:
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy --workspace --all-targets --features fault-points -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --no-deps --document-private-items
 
 clean:

@@ -17,6 +17,7 @@ use nix::sys::signal::Signal;
 
 use crate::datapath::{self, Datapath};
 use crate::fake_frontend::{Connection, Device, NetHeader, Options};
+use crate::faults::Faults;
 use crate::frames;
 use crate::images;
 use crate::netns::Netns;
@@ -145,6 +146,45 @@ impl Backend {
         // With the options of no datapath: the arguments say it.
         let setpriv = images::found("setpriv")?;
         Self::start_program(&setpriv, directory, prefix, Datapath::Userspace, arguments, fds)
+    }
+
+    /// As [`Self::listening`], with fault points if any are wanted.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn with_faults(datapath: Datapath, arguments: &[&str], faults: &Faults) -> Result<Self> {
+        Self::start_faulty(tempfile::tempdir()?, datapath, arguments, faults)
+    }
+
+    /// Kills it, and starts another one at the same sockets.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn replace(&mut self, datapath: Datapath, arguments: &[&str], faults: &Faults) -> Result<()> {
+        if self.process.is_running()? {
+            self.process.signal(Signal::SIGKILL)?;
+            self.process.wait()?;
+        }
+        let directory = std::mem::replace(&mut self.directory, tempfile::tempdir()?);
+        *self = Self::start_faulty(directory, datapath, arguments, faults)?;
+        Ok(())
+    }
+
+    fn start_faulty(
+        directory: tempfile::TempDir,
+        datapath: Datapath,
+        arguments: &[&str],
+        faults: &Faults,
+    ) -> Result<Self> {
+        let mut socket = OsString::from("--socket-path=");
+        socket.push(directory.path().join("vhost-user"));
+        if !faults.any() {
+            return Self::start(directory, vec![socket], datapath, arguments, &[]);
+        }
+        // It becomes the program: it is the same process.
+        let environment = faults.environment().map(|(name, value)| format!("{name}={value}").into());
+        let prefix = [environment.as_slice(), &[programs::faulty_backend()?.into(), socket]].concat();
+        Self::start_program(&images::found("env")?, directory, prefix, datapath, arguments, &[])
     }
 
     fn start(

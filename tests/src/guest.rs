@@ -68,6 +68,7 @@ impl Guest {
         let log = File::create(logs.join(format!("{name}.log"))).context("cannot write a guest's log")?;
         let mut command = Command::new(images::found("setpriv")?);
         command.args(["--pdeathsig", "KILL"]).arg(program.get_program()).args(program.get_args());
+        command.envs(program.get_envs().filter_map(|(name, value)| Some((name, value?))));
         let mut program = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -182,6 +183,11 @@ impl Guest {
 
     /// Waits until the program that runs the guest has ended.
     pub fn wait(mut self) -> Result<ExitStatus> {
+        self.wait_end()
+    }
+
+    /// As [`Self::wait`], for who looks at it afterwards.
+    pub fn wait_end(&mut self) -> Result<ExitStatus> {
         // Standard output is closed by the end of the process.
         let ended = self.console.wait_for_end(PATIENCE);
         ended.map_err(|error| self.failed(error, "it did not end"))?;

@@ -10,6 +10,8 @@ pub mod backend;
 pub mod datapath;
 pub mod fake_frontend;
 pub mod fake_target;
+pub mod fault_cells;
+pub mod faults;
 pub mod frames;
 pub mod guest;
 pub mod hostile;

@@ -14,6 +14,7 @@ use nix::unistd::Pid;
 
 use crate::backend::Backend;
 use crate::datapath::Datapath;
+use crate::faults::{Faults, Party};
 use crate::guest::{Guest, Vmm};
 use crate::link::{self, GUEST, HOST, MAC};
 use crate::migration::{TAPS, network, plug, unplug};
@@ -57,12 +58,16 @@ pub struct Stay {
     /// The back-end.
     pub backend: Backend,
     control: PathBuf,
-    tap: &'static str,
+    client: Option<ControlClient>,
+    /// The TAP that its back-end has, or is to get.
+    pub tap: &'static str,
+    /// Its fault points.
+    pub faults: Faults,
     directory: tempfile::TempDir,
 }
 
 /// How a place is to differ from that where the guest is.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Wanted {
     /// Its processors.
     pub cpus: u16,
@@ -70,11 +75,13 @@ pub struct Wanted {
     pub local_migration: bool,
     /// Whether the guest stands still when it has come.
     pub paused: bool,
+    /// The fault points of the VMM and the back-end.
+    pub faults: Faults,
 }
 
 impl Default for Wanted {
     fn default() -> Self {
-        Self { cpus: CPUS, local_migration: true, paused: false }
+        Self { cpus: CPUS, local_migration: true, paused: false, faults: Faults::default() }
     }
 }
 
@@ -113,8 +120,16 @@ impl Traveller {
     /// # Errors
     /// If anything cannot be set up.
     pub fn new(kind: Kind) -> Result<Self> {
+        Self::with_faults(kind, &Faults::default())
+    }
+
+    /// As [`Self::new`], with fault points at the first place.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn with_faults(kind: Kind, faults: &Faults) -> Result<Self> {
         let netns = network(kind.queue_pairs)?;
-        let mut stay = Stay::new(kind, 0, Tap::Own(TAPS[0]), "", |_| Vmm::new(CPUS, MEMORY))?;
+        let mut stay = Stay::new(kind, 0, Tap::Own(TAPS[0]), "", faults, |_| Vmm::new(CPUS, MEMORY))?;
         plug(stay.tap)?;
         stay.guest.wait_for_shell()?;
         link::bring_up(&mut stay.guest, kind.queue_pairs)?;
@@ -134,7 +149,7 @@ impl Traveller {
         let local = if wanted.local_migration { "on" } else { "off" };
         let net = format!(",local-migration={local}");
         let paused = wanted.paused.then_some("--paused");
-        let mut stay = Stay::new(self.kind, self.stays, tap, &net, |directory| {
+        let mut stay = Stay::new(self.kind, self.stays, tap, &net, &wanted.faults, |directory| {
             Ok(Vmm::incoming(&directory.join("incoming"), wanted.cpus, MEMORY)?.args(paused))
         })?;
         self.stays += 1;
@@ -247,6 +262,7 @@ impl Stay {
         number: usize,
         tap: Tap,
         net: &str,
+        faults: &Faults,
         vmm: impl FnOnce(&Path) -> Result<Vmm>,
     ) -> Result<Self> {
         let directory = tempfile::tempdir()?;
@@ -255,7 +271,9 @@ impl Stay {
             Tap::Incoming(_) => format!("--incoming-fds={}", directory.path().join("tap").display()),
         };
         let arguments = [from, format!("--queue-pairs={}", kind.queue_pairs), "--log-level=debug".to_owned()];
-        let mut backend = Backend::listening(kind.datapath, &arguments.each_ref().map(String::as_str), &[])?;
+        let arguments = arguments.each_ref().map(String::as_str);
+        let of_backend = faults.of(&[Party::SourceBackend, Party::TargetBackend]);
+        let mut backend = Backend::with_faults(kind.datapath, &arguments, &of_backend)?;
         backend.status()?;
         if let Tap::Own(tap) = tap {
             // A bridge sends nothing to a port without a carrier, which this one has got from the back-end.
@@ -266,9 +284,10 @@ impl Stay {
         let option = format!("--control-socket={}", control.display());
         let net = format!("socket={socket},mac={MAC},queue-pairs={}{net}", kind.queue_pairs);
         let vmm = vmm(directory.path())?.args(["--net", &net, &option]);
-        let guest = vmm.start(&format!("guest-{number}"))?;
+        let of_vmm = faults.of(&[Party::SourceVmm, Party::TargetVmm]);
+        let guest = vmm.with_faults(&of_vmm)?.start(&format!("guest-{number}"))?;
         let (Tap::Own(tap) | Tap::Incoming(tap)) = tap;
-        Ok(Self { guest, backend, control, tap, directory })
+        Ok(Self { guest, backend, control, client: None, tap, faults: faults.clone(), directory })
     }
 
     /// Where it waits for a guest.
@@ -276,15 +295,39 @@ impl Stay {
         self.directory.path().join("incoming")
     }
 
-    /// Asks the VMM something.
+    /// The VMM's control socket.
+    pub fn control(&self) -> &Path {
+        &self.control
+    }
+
+    /// Kills the back-end, and starts another one in its place, which opens the TAP itself.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn replace_backend(&mut self, kind: Kind, faults: &Faults) -> Result<()> {
+        let arguments = [
+            format!("--tap={}", self.tap),
+            format!("--queue-pairs={}", kind.queue_pairs),
+            "--log-level=debug".to_owned(),
+        ];
+        self.backend.replace(kind.datapath, &arguments.each_ref().map(String::as_str), faults)
+    }
+
+    /// Asks the VMM something. The connection is kept, so that it is among the open descriptors always.
     ///
     /// # Errors
     /// If it refuses, or gives no answer.
     pub fn ask(&mut self, request: &Request) -> Result<serde_json::Value> {
-        let control = &self.control;
-        let connect = |_: &crate::process::Process| Ok(ControlClient::connect(control).ok());
-        // The back-end lives as long as the VMM must.
-        let mut client = self.backend.process.wait_until("the VMM served its control socket", connect)?;
+        let client = match &mut self.client {
+            Some(client) => client,
+            None => {
+                let control = &self.control;
+                let connect = |_: &crate::process::Process| Ok(ControlClient::connect(control).ok());
+                // The back-end lives as long as the VMM must.
+                let what = "the VMM served its control socket";
+                self.client.insert(self.backend.process.wait_until(what, connect)?)
+            }
+        };
         Ok(client.call(request)?)
     }
 

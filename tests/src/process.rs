@@ -20,6 +20,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
+use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
 
 /// How long anything may take. Only catches what hangs.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -225,6 +226,17 @@ impl Process {
         let kibibytes: u64 = line.trim().trim_end_matches(" kB").parse().context("RssAnon")?;
         Ok(kibibytes * 1024)
     }
+}
+
+/// Lets a process have descriptors below this number only, or as many as this one may have.
+///
+/// # Errors
+/// If it has ended.
+pub fn limit_descriptors(process: u32, below: Option<u64>) -> Result<()> {
+    let process = rustix::process::Pid::from_raw(i32::try_from(process)?);
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    prlimit(process, Resource::Nofile, Rlimit { current: below.or(maximum), maximum })?;
+    Ok(())
 }
 
 impl Drop for Process {

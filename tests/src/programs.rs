@@ -16,6 +16,16 @@ pub fn vmm() -> Result<PathBuf> {
     program("baton-vmm")
 }
 
+/// `baton-backend` with fault points.
+pub fn faulty_backend() -> Result<PathBuf> {
+    faulty("baton-backend-faulty")
+}
+
+/// `baton-vmm` with fault points.
+pub fn faulty_vmm() -> Result<PathBuf> {
+    faulty("baton-vmm-faulty")
+}
+
 /// `batonctl`.
 pub fn batonctl() -> Result<PathBuf> {
     program("batonctl")
@@ -32,9 +42,17 @@ pub(crate) fn lab() -> Result<PathBuf> {
 }
 
 fn program(name: &str) -> Result<PathBuf> {
+    built(name, "cargo build --workspace --bins")
+}
+
+fn faulty(name: &str) -> Result<PathBuf> {
+    built(name, "tests/build-faulty")
+}
+
+fn built(name: &str, by: &str) -> Result<PathBuf> {
     let path = places::programs()?.join(name);
     if !path.is_file() {
-        bail!("{} was not built; run: cargo build --workspace --bins", path.display());
+        bail!("{} was not built; run: {by}", path.display());
     }
     Ok(path)
 }

@@ -6,6 +6,7 @@ use std::process::Command;
 use anyhow::Result;
 
 use super::Guest;
+use crate::faults::Faults;
 use crate::{images, programs};
 
 /// A baton-vmm about to be started.
@@ -43,6 +44,19 @@ impl Vmm {
         let mut command = Command::new(programs::vmm()?);
         command.arg("--incoming").arg(socket).args(["--cpus", &cpus.to_string(), "--memory", memory]);
         Ok(Self { command, parameters: String::new() })
+    }
+
+    /// With fault points, if any are wanted.
+    ///
+    /// # Errors
+    /// If it was not built.
+    pub fn with_faults(mut self, faults: &Faults) -> Result<Self> {
+        if faults.any() {
+            let mut command = Command::new(programs::faulty_vmm()?);
+            command.args(self.command.get_args()).envs(faults.environment());
+            self.command = command;
+        }
+        Ok(self)
     }
 
     /// Further kernel parameters.

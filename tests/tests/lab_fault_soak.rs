@@ -1,0 +1,68 @@
+//! The whole matrix of faults, with either datapath, again and again: `make soak`, `SOAK_ROUNDS` times.
+
+use anyhow::{Context, Result};
+use baton_tests::fault_cells::kill::{kill_guests, kill_others};
+use baton_tests::fault_cells::refuse::refuse_everywhere;
+use baton_tests::fault_cells::{Arena, points};
+use baton_tests::faults::{Faults, Party};
+use baton_tests::local_migration::Kind;
+use baton_tests::{datapath, lab};
+
+const PARTIES: [Party; 4] = [Party::TargetVmm, Party::TargetBackend, Party::SourceBackend, Party::SourceVmm];
+
+/// What hangs is waited for as long as this is shorter than usual.
+const HURRY: u32 = 4;
+
+fn rounds(datapath: datapath::Datapath, body: impl Fn(Kind) -> Result<()>) -> Result<()> {
+    let rounds = std::env::var("SOAK_ROUNDS").unwrap_or_else(|_| "1".to_owned());
+    let rounds: u32 = rounds.parse().with_context(|| format!("SOAK_ROUNDS={rounds} is no number"))?;
+    lab::run(|| {
+        (0..rounds).try_for_each(|round| {
+            body(Kind { datapath, queue_pairs: 2 }).with_context(|| format!("round {round}"))
+        })
+    })
+}
+
+fn kills(kind: Kind) -> Result<()> {
+    kill_others(kind)?;
+    kill_guests(kind)
+}
+
+fn hangs(kind: Kind) -> Result<()> {
+    let mut arena = Arena::new(kind, HURRY, Faults::default())?;
+    for party in PARTIES {
+        points(party, true).chain(points(party, false)).try_for_each(|point| arena.hang(point))?;
+    }
+    arena.end()
+}
+
+fn starves(kind: Kind) -> Result<()> {
+    let mut arena = Arena::new(kind, HURRY, Faults::default())?;
+    for party in PARTIES {
+        points(party, true).chain(points(party, false)).try_for_each(|point| arena.starve(point))?;
+    }
+    arena.end()
+}
+
+/// Two tests of each of these, which `make test` leaves out.
+macro_rules! soaks {
+    ($($body:ident),+) => {
+        $(mod $body {
+            use baton_tests::datapath::Datapath;
+
+            #[test]
+            #[ignore = "takes minutes: make soak"]
+            fn userspace() -> anyhow::Result<()> {
+                super::rounds(Datapath::Userspace, super::$body)
+            }
+
+            #[test]
+            #[ignore = "takes minutes: make soak"]
+            fn vhost_net() -> anyhow::Result<()> {
+                super::rounds(Datapath::VhostNet, super::$body)
+            }
+        })+
+    };
+}
+
+soaks!(kills, hangs, starves, refuse_everywhere);
