@@ -23,6 +23,9 @@ use crate::migration::target::{Taken, serve};
 use crate::power::EndSignal;
 use crate::serial::SharedConsole;
 
+/// How long to leave sources waiting that cannot be accepted, for want of descriptors, say, in milliseconds.
+const REST: u8 = 100;
+
 /// Why no VM can come.
 #[derive(Debug, Error)]
 pub enum IncomingError {
@@ -151,7 +154,11 @@ impl Waiting {
                 Ok((stream, _)) => return Ok(Some(stream.into())),
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
                 Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => {}
-                Err(error) => return Err(error.into()),
+                Err(error) => {
+                    // The source is still there to be accepted; what is missing may come back.
+                    tracing::warn!("migration: cannot accept a source now: {error}");
+                    poll(&mut [readable(event::descriptor(&self.stop))], REST)?;
+                }
             }
         }
     }
