@@ -17,6 +17,8 @@ use nix::sys::socket::{
 
 /// How long to wait for a reply at most. Only catches what is lost.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How long to wait for others once the last one's reply has come: they come in order.
+const LINGER: Duration = Duration::from_secs(2);
 /// Time between two requests, if no reply comes before.
 const INTERVAL: Duration = Duration::from_millis(10);
 /// Room for the replies, in bytes.
@@ -117,9 +119,12 @@ fn send_while(
         send(socket.as_raw_fd(), &request(id, number), MsgFlags::empty()).context("cannot send a ping")?;
         sent.push(Sent { time: Instant::now(), replies: 0 });
     }
-    let deadline = Instant::now() + patience;
+    let mut deadline = Instant::now() + patience;
     while sent.iter().any(|ping| ping.replies == 0) && Instant::now() < deadline {
         hear(&socket, id, &mut sent, (Instant::now() + INTERVAL).min(deadline), false)?;
+        if sent.last().is_some_and(|last| last.replies > 0) {
+            deadline = deadline.min(Instant::now() + LINGER);
+        }
     }
     let doubled = sent.iter().position(|ping| ping.replies > 1);
     ensure!(doubled.is_none(), "the reply to ping {doubled:?} to {to} was doubled");
