@@ -2,7 +2,7 @@
 //!
 //! A program calls [`point`] or [`pass`] wherever a state of it begins that a peer, or whoever comes after it, must be
 //! able to cope with. Without the feature `fault-points` these are empty, and what is shipped has no trace of them.
-//! With it, a program that has called [`arm`] does what `BATON_FAULT` says:
+//! With it, a program that has called `arm` does what `BATON_FAULT` says:
 //!
 //! ```text
 //! BATON_FAULT=target-vmm/restored:kill,target-vmm/greeted:fail
