@@ -1,7 +1,7 @@
 //! A guest that is to move to another baton-vmm with its TAP, and what is left when one of the four processes fails on
 //! the way.
 //!
-//! A *cell* is one attempt with one fault: [`kill`], [`hang`], [`starve`], [`refuse`]. After each there is exactly one
+//! A *cell* is one attempt with one fault: [`mod@kill`], [`hang`], [`starve`], [`refuse`]. After each there is exactly one
 //! VM, which has its network, nobody else holds its TAP, and every process that lives has let go of what it had taken.
 //! The cells of one [`Arena`] have the same guest as long as it lives.
 
