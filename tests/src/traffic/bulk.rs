@@ -13,8 +13,11 @@ use serde::{Deserialize, Serialize};
 
 use super::{Connection, Direction, Request, Stop};
 
-/// How much is written or read at once.
-const CHUNK: usize = 1 << 14;
+/// How much is written or read at once, at most; as much as makes the largest frames.
+const CHUNK: usize = 1 << 17;
+
+/// How much is written at once to a stream that somebody ends, and may slow down: that looks at it after each.
+const PACED_CHUNK: usize = 1 << 14;
 
 /// The length of a chunk before it, in network byte order.
 const HEADER: usize = size_of::<u32>();
@@ -118,11 +121,12 @@ fn write(
     mut go_on: impl FnMut(&mut Connection, u64) -> Result<bool>,
 ) -> Result<Sum> {
     let mut noise = Noise::new(seed);
-    let mut chunk = vec![0; HEADER + CHUNK];
+    let most = if bytes == ENDLESS { PACED_CHUNK } else { CHUNK };
+    let mut chunk = vec![0; HEADER + most];
     let mut crc = crc32fast::Hasher::new();
     let mut sent = 0;
     while sent < bytes && go_on(connection, sent)? {
-        let length = usize::try_from(bytes - sent).unwrap_or(CHUNK).min(CHUNK);
+        let length = usize::try_from(bytes - sent).unwrap_or(most).min(most);
         let (header, data) = chunk.split_at_mut(HEADER);
         header.copy_from_slice(&u32::try_from(length)?.to_be_bytes());
         noise.fill(&mut data[..length]);
