@@ -53,8 +53,12 @@ fn device() -> DeviceState {
 }
 
 fn messages() -> Vec<Message> {
-    let hello =
-        Hello { purpose: "device".to_owned(), program: "baton-backend 0.1.0".to_owned(), dry_run: true };
+    let hello = Hello {
+        purpose: "device".to_owned(),
+        program: "baton-backend 0.1.0".to_owned(),
+        dry_run: true,
+        wants_vhost: false,
+    };
     let reasons = Reasons::of([Refusal::Busy, Refusal::Features(0x10)]);
     let names =
         [tap_fd(0), tap_fd(1)].into_iter().chain([OWNERSHIP_FD, FRAMES_FD, LINK_FD].map(str::to_owned));
@@ -62,7 +66,7 @@ fn messages() -> Vec<Message> {
     vec![
         Message::Hello(hello),
         Message::Refuse(Refuse { reasons }),
-        Message::Prepare(Prepare { device: device() }),
+        Message::Prepare(Prepare { device: device(), session: None }),
         Message::Ready(ReadyToTake {}),
         Message::Offer(Offer { epoch: 7, device: device(), fds: FdManifest::new(names) }),
         Message::Adopted(of_offer),

@@ -135,7 +135,10 @@ impl World {
         for action in actions {
             match action {
                 source::Action::Prepare => {
-                    self.post_to_target(&Message::Prepare(Prepare { device: DeviceState::default() }));
+                    self.post_to_target(&Message::Prepare(Prepare {
+                        device: DeviceState::default(),
+                        session: None,
+                    }));
                 }
                 source::Action::Offer(word) => {
                     assert!(self.source_uses, "offers what it does not have");

@@ -287,7 +287,7 @@ impl SourceEnd {
             match action {
                 Action::Prepare => {
                     let state = snapshot::describe(device, device.tap(), &[]);
-                    let message = Message::Prepare(Prepare { device: state });
+                    let message = Message::Prepare(Prepare { device: state, session: None });
                     self.send(device, around, &message)?;
                 }
                 Action::Offer(word) => self.offer(device, around, word)?,

@@ -1,5 +1,6 @@
-//! The packets of a device's hand-over.
+//! The packets of a hand-over: of a device, or of a whole session.
 //!
+//! A device:
 //! ```text
 //!   source                                   target
 //!     HELLO    what is to be handed over ─▶
@@ -16,6 +17,23 @@
 //! ```
 //! For a front-end that asks for device state, the OFFER comes first, with a `link` for the answers; over a pipe the
 //! device goes as DEVICE, without descriptors.
+//!
+//! A session:
+//! ```text
+//!   source                                   target
+//!     HELLO    what is to be handed over ─▶
+//!         ◀─ HELLO, or REFUSE with all reasons
+//!     PREPARE  device and session as they are now ─▶
+//!         ◀─ READY, or REFUSE
+//!   ── the front-end's messages stay in its socket ──
+//!     STAGE    both, and the first of their descriptors ─▶
+//!     DESCRIPTORS  more of them, in as many packets as STAGE says ─▶
+//!         ◀─ STAGED, or REFUSE                      holds all, has touched nothing
+//!   ── all rings of the source are stopped, the word offers the session ──
+//!     COMMIT   what has changed since STAGE ─▶
+//!   ── the target's swap ──
+//!         ◀─ ACTIVE
+//! ```
 
 use serde::{Deserialize, Serialize};
 
@@ -23,31 +41,71 @@ use super::state::DeviceState;
 use crate::codec::Protocol;
 use crate::fd_manifest::FdManifest;
 use crate::reasons::Reasons;
+use crate::session::state::{FreezeTimes, PairNow, SessionState, TakeTimes, VringNow, is_default};
 use crate::version::Versions;
 
 /// What this build speaks.
 pub const PROTOCOL: Protocol =
-    Protocol { magic: *b"BATH", versions: Versions { oldest: 1, newest: 1 }, max_body: 128 * 1024 };
+    Protocol { magic: *b"BATH", versions: Versions { oldest: 1, newest: 1 }, max_body: MAX_BODY };
+
+/// The longest body. With its header it fits into a Unix socket's send buffer, which is 212,992 bytes if nobody has
+/// changed that.
+const MAX_BODY: usize = 192 * 1024;
 
 /// The descriptor of a TAP's queue.
 pub fn tap_fd(pair: usize) -> String {
     format!("tap/{pair}")
 }
 
+/// The file of a memory region.
+pub fn memory_fd(region: usize) -> String {
+    format!("memory/{region}")
+}
+
+/// A vring's kick.
+pub fn kick_fd(vring: usize) -> String {
+    format!("kick/{vring}")
+}
+
+/// A vring's call.
+pub fn call_fd(vring: usize) -> String {
+    format!("call/{vring}")
+}
+
+/// A vring's error descriptor.
+pub fn error_fd(vring: usize) -> String {
+    format!("error/{vring}")
+}
+
+/// An instance of vhost-net for a queue pair, in nobody's use.
+pub fn vhost_fd(pair: usize) -> String {
+    format!("vhost/{pair}")
+}
+
+/// The front-end's connection.
+pub const FRONTEND_FD: &str = "frontend";
+/// The socket that front-ends connect to.
+pub const LISTENER_FD: &str = "listener";
+/// The file of the log of changed pages.
+pub const LOG_FD: &str = "log";
+/// The file of the inflight region.
+pub const INFLIGHT_FD: &str = "inflight";
 /// The ownership word's memfd.
 pub const OWNERSHIP_FD: &str = "ownership";
-/// The memfd of the frames in hand, if there are any.
+/// The memfd of the frames in hand: of a device if there are any, of a session with room for all.
 pub const FRAMES_FD: &str = "frames";
 /// A socket for the answers to an offer that came over another one.
 pub const LINK_FD: &str = "link";
 
 /// The word in [`Hello::purpose`] for a device.
 pub const DEVICE: &str = "device";
+/// The word in [`Hello::purpose`] for a session.
+pub const SESSION: &str = "session";
 
 /// The first packet each way.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
-    /// What is to be handed over: [`DEVICE`].
+    /// What is to be handed over: [`DEVICE`] or [`SESSION`].
     pub purpose: String,
     /// Which program says so, and its version: for the log.
     #[serde(default)]
@@ -55,6 +113,9 @@ pub struct Hello {
     /// Only to find out whether it could be done: nothing will be offered.
     #[serde(default)]
     pub dry_run: bool,
+    /// The target wants vhost-net and may not open it: the source is to give it an instance for each queue pair.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub wants_vhost: bool,
 }
 
 /// The device as it is, to be judged.
@@ -62,6 +123,9 @@ pub struct Hello {
 pub struct Prepare {
     /// What would be handed over now.
     pub device: DeviceState,
+    /// The session with it, if that is what is handed over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session: Option<Box<SessionState>>,
 }
 
 /// The target would take it.
@@ -100,6 +164,54 @@ pub struct StateOnly {
     pub device: DeviceState,
 }
 
+/// Device and session, which run on, with the first of their descriptors.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stage {
+    /// What is handed over: but for counters, frames in hand and what else COMMIT says.
+    pub device: DeviceState,
+    /// The session with it, likewise.
+    pub session: SessionState,
+    /// In how many packets [`Descriptors`] follow.
+    pub more: u16,
+    /// The first descriptors.
+    pub fds: FdManifest,
+}
+
+/// More of the descriptors.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Descriptors {
+    /// Which.
+    pub fds: FdManifest,
+}
+
+/// The target holds all, and has touched nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StagedAll {}
+
+/// What has changed since STAGE. Nobody uses the device until the word says who does.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Commit {
+    /// Of the ownership word.
+    pub epoch: u64,
+    /// Each vring of STAGE, in the same order.
+    pub vrings: Vec<VringNow>,
+    /// Each queue pair of STAGE, in the same order.
+    pub pairs: Vec<PairNow>,
+    /// When the source did what.
+    #[serde(default)]
+    pub times: FreezeTimes,
+}
+
+/// The session is the target's, and runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Active {
+    /// Of the ownership word.
+    pub epoch: u64,
+    /// When the target did what.
+    #[serde(default)]
+    pub times: TakeTimes,
+}
+
 crate::messages! {
     /// A packet.
     #[derive(Clone, Debug, PartialEq, Eq)]
@@ -122,6 +234,16 @@ crate::messages! {
         Retract(OfOffer) = 8,
         /// DEVICE.
         Device(StateOnly) = 9,
+        /// STAGE.
+        Stage(Box<Stage>) = 10,
+        /// DESCRIPTORS.
+        Descriptors(Descriptors) = 11,
+        /// STAGED.
+        Staged(StagedAll) = 12,
+        /// COMMIT.
+        Commit(Commit) = 13,
+        /// ACTIVE.
+        Active(Active) = 14,
     }
 }
 
@@ -138,6 +260,11 @@ impl Message {
             Self::Taken(_) => "TAKEN",
             Self::Retract(_) => "RETRACT",
             Self::Device(_) => "DEVICE",
+            Self::Stage(_) => "STAGE",
+            Self::Descriptors(_) => "DESCRIPTORS",
+            Self::Staged(_) => "STAGED",
+            Self::Commit(_) => "COMMIT",
+            Self::Active(_) => "ACTIVE",
         }
     }
 }

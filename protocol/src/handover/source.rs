@@ -154,7 +154,8 @@ pub type Step = Result<(Source, Vec<Action>), Failure>;
 impl Source {
     /// Begins on a fresh connection.
     pub fn begin(program: &str, dry_run: bool, now: Duration) -> (Self, Vec<Action>) {
-        let hello = Hello { purpose: DEVICE.to_owned(), program: program.to_owned(), dry_run };
+        let hello =
+            Hello { purpose: DEVICE.to_owned(), program: program.to_owned(), dry_run, wants_vhost: false };
         let state = Self::Greeting { dry_run, deadline: now + PATIENCE };
         (state, vec![Action::Send(Message::Hello(hello))])
     }

@@ -171,8 +171,12 @@ impl<D> Target<D> {
             let purpose = hello.purpose.chars().filter(|c| !c.is_control()).take(64).collect();
             return Self::refuse(Refusal::Purpose(purpose).into());
         }
-        let answer =
-            Hello { purpose: DEVICE.to_owned(), program: program.to_owned(), dry_run: hello.dry_run };
+        let answer = Hello {
+            purpose: DEVICE.to_owned(),
+            program: program.to_owned(),
+            dry_run: hello.dry_run,
+            wants_vhost: false,
+        };
         (Self::Greeted { deadline: now + PATIENCE }, vec![Action::Send(Message::Hello(answer))])
     }
 
