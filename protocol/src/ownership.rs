@@ -4,12 +4,15 @@
 //! ```text
 //!              offer (epoch + 1)              take
 //!   Source ─────────────────────▶ Offered ───────────▶ Target
-//!     ▲  │                          │
-//!     │  └──────────── abort ───────┼────▶ Aborted
+//!     ▲  │ ╎                        │                  ▲ ╎
+//!     │  │ ╎           survive      │                  ╎ ╎ survive
+//!     │  │ └╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌┼╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌┘ ▼
+//!     │  └──────────── abort ───────┴────▶ Aborted ◀╌╌╌╌╌╌
 //!     └───────── take back ─────────┘
 //! ```
 //! Each offer has an epoch of its own, so who heard of an old one cannot take a later one. `Target` and `Aborted` are
-//! final: the next hand-over has a word of its own.
+//! final as long as both live: the next hand-over has a word of its own. What is dashed is for the one whose peer is
+//! *proven* dead, by a pidfd: a connection that has ended, or silence, proves nothing.
 
 /// Who owns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,6 +92,18 @@ impl Word {
         matches!(self.owner, Owner::Source | Owner::Offered).then_some(Self { owner: Owner::Aborted, ..self })
     }
 
+    /// The target takes what a dead source has not given up. `None` where the source gave nothing, or not to it. Legal
+    /// only on proof that the source is dead, and for a target that holds all there is to take.
+    pub fn survived_by_target(self) -> Option<Self> {
+        matches!(self.owner, Owner::Source | Owner::Offered).then_some(Self { owner: Owner::Target, ..self })
+    }
+
+    /// The source takes back what a dead target had taken. `None` where that took nothing. Legal only on proof that the
+    /// target is dead, and for a source that holds everything still.
+    pub fn survived_by_source(self) -> Option<Self> {
+        (self.owner == Owner::Target).then_some(Self { owner: Owner::Aborted, ..self })
+    }
+
     fn out_of_offer(self, owner: Owner) -> Option<Self> {
         (self.owner == Owner::Offered).then_some(Self { owner, ..self })
     }
@@ -113,11 +128,22 @@ mod tests {
     }
 
     #[test]
-    fn what_is_final_stays() {
+    fn what_is_final_stays_while_both_live() {
         for owner in [Owner::Target, Owner::Aborted] {
             let word = Word { epoch: 3, owner };
             assert_eq!([word.offered(), word.taken(), word.taken_back(), word.aborted()], [None; 4]);
         }
+    }
+
+    #[test]
+    fn a_survivor_takes_what_the_dead_one_had() {
+        let after = |owner| Word { epoch: 3, owner };
+        let target = OWNERS.map(|owner| after(owner).survived_by_target().map(|word| word.owner));
+        assert_eq!(target, [Some(Owner::Target), Some(Owner::Target), None, None]);
+        let source = OWNERS.map(|owner| after(owner).survived_by_source().map(|word| word.owner));
+        assert_eq!(source, [None, None, Some(Owner::Aborted), None]);
+        assert_eq!(after(Owner::Target).survived_by_source().unwrap().epoch, 3);
+        assert_eq!(after(Owner::Source).survived_by_target().unwrap().epoch, 3);
     }
 
     #[test]
