@@ -2,6 +2,8 @@
 //! receiver claims each by name; what is missing, surplus or claimed by nobody is an error with that name, and what
 //! was not claimed is closed by being dropped.
 //!
+//! Where there are more than one message can bring, they come in several: [`NamedFds::packets`] and [`NamedFds::join`].
+//!
 //! Generic over the descriptor, so that nothing here opens or closes anything.
 
 use std::collections::BTreeSet;
@@ -106,6 +108,39 @@ impl<F> NamedFds<F> {
         (FdManifest(names), fds)
     }
 
+    /// In as many parts as messages are needed: at least one, none with more than [`MAX_FDS`].
+    pub fn packets(self) -> Vec<Self> {
+        let mut rest = self.0.into_iter();
+        let mut packets = vec![Self(rest.by_ref().take(MAX_FDS).collect())];
+        while rest.len() > 0 {
+            packets.push(Self(rest.by_ref().take(MAX_FDS).collect()));
+        }
+        packets
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// These and those of a further message.
+    ///
+    /// # Errors
+    /// [`ManifestError::Twice`], and all are dropped.
+    pub fn join(mut self, more: Self) -> Result<Self, ManifestError> {
+        let own: BTreeSet<&str> = self.0.iter().map(|(name, _)| name.as_str()).collect();
+        if let Some((name, _)) = more.0.iter().find(|(name, _)| own.contains(name.as_str())) {
+            return Err(ManifestError::Twice(name.clone()));
+        }
+        self.0.extend(more.0);
+        Ok(self)
+    }
+
     /// Takes the descriptor of this name, if it came.
     pub fn claim_optional(&mut self, name: &str) -> Option<F> {
         let at = self.0.iter().position(|(own, _)| own == name)?;
@@ -148,6 +183,22 @@ mod tests {
         assert_eq!(fds.claim_optional("frames"), None);
         assert_eq!(fds.claim("ownership"), Ok(20));
         fds.finish().unwrap();
+    }
+
+    #[test]
+    fn many_descriptors_come_in_several_messages() {
+        let named = |count: usize| (0..count).map(|fd| (format!("kick/{fd}"), fd)).collect::<NamedFds<_>>();
+        let lengths = |count| named(count).packets().iter().map(NamedFds::len).collect::<Vec<_>>();
+        assert_eq!(lengths(0), [0]);
+        assert_eq!(lengths(MAX_FDS), [MAX_FDS]);
+        assert_eq!(lengths(2 * MAX_FDS + 1), [MAX_FDS, MAX_FDS, 1]);
+        let mut packets = named(300).packets().into_iter();
+        let first = packets.next().unwrap();
+        let mut all = packets.try_fold(first, NamedFds::join).unwrap();
+        assert_eq!(all.claim("kick/299"), Ok(299));
+        assert_eq!(all.len(), 299);
+        let twice = named(2).join(named(1)).unwrap_err();
+        assert_eq!(twice, ManifestError::Twice("kick/0".to_owned()));
     }
 
     #[test]
