@@ -7,6 +7,7 @@
 //! moves from one VMM to another.
 #![forbid(unsafe_code)]
 
+mod bounded;
 pub mod codec;
 pub mod control;
 pub mod fd_manifest;

@@ -38,10 +38,14 @@
 use serde::{Deserialize, Serialize};
 
 use super::state::DeviceState;
+use super::validate::MAX_QUEUE_PAIRS;
+use crate::bounded;
 use crate::codec::Protocol;
 use crate::fd_manifest::FdManifest;
 use crate::reasons::Reasons;
-use crate::session::state::{FreezeTimes, PairNow, SessionState, TakeTimes, VringNow, is_default};
+use crate::session::state::{
+    FreezeTimes, MAX_VRINGS, PairNow, SessionState, TakeTimes, VringNow, is_default,
+};
 use crate::version::Versions;
 
 /// What this build speaks.
@@ -194,8 +198,10 @@ pub struct Commit {
     /// Of the ownership word.
     pub epoch: u64,
     /// Each vring of STAGE, in the same order.
+    #[serde(deserialize_with = "bounded::list::<MAX_VRINGS, _, _>")]
     pub vrings: Vec<VringNow>,
     /// Each queue pair of STAGE, in the same order.
+    #[serde(deserialize_with = "bounded::list::<MAX_QUEUE_PAIRS, _, _>")]
     pub pairs: Vec<PairNow>,
     /// When the source did what.
     #[serde(default)]

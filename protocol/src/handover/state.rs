@@ -4,12 +4,16 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::validate::MAX_QUEUE_PAIRS;
+use crate::bounded;
+
 /// A network device without its descriptors.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceState {
     /// The TAP's interface name; empty where the source has none.
     pub tap: String,
     /// Every queue pair, in order.
+    #[serde(deserialize_with = "bounded::list::<MAX_QUEUE_PAIRS, _, _>")]
     pub queue_pairs: Vec<QueuePairState>,
     /// The virtio features that the front-end acknowledged; 0 before it did.
     pub features: u64,

@@ -5,7 +5,16 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::bounded;
 use crate::handover::state::DirectionCounters;
+use crate::handover::validate::MAX_QUEUE_PAIRS;
+
+/// The most memory regions of a session.
+pub const MAX_REGIONS: usize = 509;
+/// The most vrings of a session.
+pub const MAX_VRINGS: usize = 2 * MAX_QUEUE_PAIRS;
+/// The most counters of a direction that are read.
+const MAX_COUNTERS: usize = 64;
 
 /// Room for one frame in hand in the file `frames`, in bytes: pair *n*'s begins at *n* times that. A virtio-net header
 /// of 10 bytes, then the frame; no page belongs to two pairs.
@@ -26,7 +35,7 @@ pub struct SessionState {
     /// Where front-ends come from.
     pub endpoint: EndpointState,
     /// The shared memory, by guest address.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "bounded::list::<MAX_REGIONS, _, _>")]
     pub regions: Vec<RegionState>,
     /// The log of changed pages (`SET_LOG_BASE`).
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -35,6 +44,7 @@ pub struct SessionState {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub inflight: Option<InflightState>,
     /// The vrings: 2n receives, 2n + 1 transmits.
+    #[serde(deserialize_with = "bounded::list::<MAX_VRINGS, _, _>")]
     pub vrings: Vec<VringState>,
 }
 
@@ -238,7 +248,7 @@ pub struct PairNow {
 /// kicks, calls. Those that are missing are 0; later versions add theirs behind.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Counters(pub Vec<u64>);
+pub struct Counters(#[serde(deserialize_with = "bounded::list::<MAX_COUNTERS, _, _>")] pub Vec<u64>);
 
 impl From<DirectionCounters> for Counters {
     fn from(counters: DirectionCounters) -> Self {
