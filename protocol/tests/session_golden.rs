@@ -11,10 +11,12 @@ use baton_protocol::handover::message::{
     tap_fd, vhost_fd,
 };
 use baton_protocol::handover::state::{Datapath, DeviceState, DirectionCounters, QueuePairState};
+use baton_protocol::handover::validate;
 use baton_protocol::session::state::{
     AddressesState, Counters, EndpointKind, EndpointState, FreezeTimes, FrontendState, InflightState,
     KickState, LogState, PairNow, RegionState, SessionState, TakeTimes, VringNow, VringState,
 };
+use baton_protocol::session::validate::{Capabilities, CheckedCommit, CheckedSession, fd_names};
 
 fn device() -> DeviceState {
     let pair =
@@ -236,4 +238,173 @@ fn counters_travel_without_their_names() {
     assert_eq!(DirectionCounters::from(&longer), whole);
     let shorter = DirectionCounters::from(&Counters(vec![7, 8]));
     assert_eq!(shorter, DirectionCounters { frames: 7, bytes: 8, ..DirectionCounters::default() });
+}
+
+fn target() -> Capabilities {
+    let device = validate::Capabilities {
+        features: u64::MAX,
+        protocol_features: u64::MAX,
+        same_user: true,
+        ..validate::Capabilities::default()
+    };
+    Capabilities { device, max_regions: 509, has_frontend: false }
+}
+
+#[test]
+fn each_thing_that_is_wrong_has_its_name() {
+    type Case = (&'static str, fn(&mut SessionState, &mut DeviceState, &mut Capabilities));
+    let cases: [Case; 32] = [
+        ("", |_, _, _| {}),
+        // Before a front-end has said anything.
+        ("", |session, _, _| {
+            *session = SessionState { vrings: vec![VringState::default(); 2], ..Default::default() }
+        }),
+        // Set up before its memory is there.
+        ("", |session, _, _| {
+            session.regions.clear();
+            session.vrings[0].kick = KickState::None;
+            session.vrings[0].started = false;
+        }),
+        ("features", |_, _, target| target.device.features = 0),
+        ("front-end", |_, _, target| target.has_frontend = true),
+        ("endpoint", |session, _, _| session.endpoint.kind = EndpointKind::Other),
+        ("endpoint", |session, _, _| session.endpoint.path = None),
+        ("endpoint", |session, _, _| session.endpoint.path = Some("run/baton.sock".to_owned())),
+        ("endpoint", |session, _, _| session.endpoint.path = Some(format!("/{}", "x".repeat(107)))),
+        ("endpoint", |session, _, _| session.endpoint.path = Some("/\0".to_owned())),
+        ("endpoint", |session, _, _| session.endpoint.kind = EndpointKind::Listener),
+        ("vrings", |session, _, _| session.vrings.push(VringState::default())),
+        ("vrings", |session, _, _| session.vrings.truncate(1)),
+        ("memory-regions", |_, _, target| target.max_regions = 1),
+        ("memory-region", |session, _, _| session.regions[1].size = 0),
+        ("memory-region", |session, _, _| session.regions[1].count = 0),
+        ("memory-region", |session, _, _| session.regions[1].guest_address = u64::MAX),
+        ("memory-region", |session, _, _| session.regions[1].file_offset = u64::MAX),
+        ("memory-region", |session, _, _| session.regions[1].guest_address = 0x10_0fff),
+        ("memory-region", |session, _, _| session.regions[1].user_address = 0x7000_0000 - 0xf_ffff),
+        ("region", |session, _, _| session.log = Some(LogState { offset: 1, size: u64::MAX })),
+        ("region", |session, _, _| session.log = Some(LogState::default())),
+        ("region", |session, _, _| session.inflight = Some(InflightState::default())),
+        ("vring-size", |session, _, _| session.vrings[1].size = Some(100)),
+        ("vring-size", |session, _, _| session.vrings[1].size = Some(0)),
+        ("vring-address", |session, _, _| session.regions.truncate(0)),
+        ("vring-address", |session, _, _| {
+            session.vrings[0].addresses =
+                Some(AddressesState { descriptors: 0x7000_1008, available: 0x7000_2000, used: 0x7000_3000 });
+        }),
+        // The used ring ends two bytes behind the region.
+        ("vring-address", |session, _, _| {
+            session.vrings[0].addresses = Some(AddressesState {
+                descriptors: 0x7000_1000,
+                available: 0x7000_2000,
+                used: 0x7010_0000 - 2052,
+            });
+        }),
+        ("vring-kick", |session, _, _| session.vrings[1].kick = KickState::Other),
+        ("vring-started", |session, _, _| session.vrings[0].kick = KickState::None),
+        ("header-size", |_, device, _| device.queue_pairs[0].host_vnet_hdr_len = 20),
+        ("tap-name", |_, device, _| device.tap.clear()),
+    ];
+    for (number, (name, change)) in cases.into_iter().enumerate() {
+        let (mut session, mut device, mut target) = (session(), device(), target());
+        change(&mut session, &mut device, &mut target);
+        let refused: Vec<_> = match CheckedSession::try_from((device, session, &target)) {
+            Ok(_) => Vec::new(),
+            Err(reasons) => reasons.0.iter().map(|reason| reason.name.clone()).collect(),
+        };
+        let expected: Vec<&str> = Some(name).filter(|name| !name.is_empty()).into_iter().collect();
+        assert_eq!(refused, expected, "case {number}");
+    }
+}
+
+#[test]
+fn all_reasons_are_told_at_once() {
+    let mut session = session();
+    session.regions[0].size = 0;
+    session.vrings[1].size = Some(3);
+    let device = DeviceState { mtu: Some(1), ..device() };
+    let target = Capabilities { has_frontend: true, ..target() };
+    let reasons = CheckedSession::try_from((device, session, &target)).unwrap_err();
+    let names: Vec<_> = reasons.0.iter().map(|reason| reason.name.as_str()).collect();
+    assert_eq!(names, ["front-end", "memory-region", "vring-address", "vring-size", "mtu"]);
+}
+
+#[test]
+fn a_commit_goes_with_its_session() {
+    type Case = (&'static str, fn(&mut Commit));
+    let cases: [Case; 9] = [
+        ("", |_| {}),
+        ("commit", |commit| commit.epoch = 2),
+        ("commit", |commit| commit.epoch = (1 << 56) + 1),
+        ("commit", |commit| commit.pairs.push(PairNow::default())),
+        ("commit", |commit| commit.pairs.clear()),
+        ("commit", |commit| commit.vrings.truncate(1)),
+        ("frame-in-hand", |commit| commit.pairs[0].frame = Some(10)),
+        ("frame-in-hand", |commit| commit.pairs[0].frame = Some(65_564)),
+        ("vring-started", |commit| commit.vrings[1].started = true),
+    ];
+    let mut session = session();
+    session.vrings[1].kick = KickState::None;
+    let session = CheckedSession::try_from((device(), session, &target())).unwrap();
+    for (name, change) in cases {
+        let mut commit = commit();
+        change(&mut commit);
+        let refused: Vec<_> = match CheckedCommit::try_from((commit, &session.shape())) {
+            Ok(_) => Vec::new(),
+            Err(reasons) => reasons.0.iter().map(|reason| reason.name.clone()).collect(),
+        };
+        let expected: Vec<&str> = Some(name).filter(|name| !name.is_empty()).into_iter().collect();
+        assert_eq!(refused, expected);
+    }
+}
+
+#[test]
+fn each_frame_in_hand_has_a_place_of_its_own() {
+    let device = DeviceState { queue_pairs: vec![device().queue_pairs[0]; 3], ..device() };
+    let session = SessionState { vrings: vec![VringState::default(); 6], ..session() };
+    let session = CheckedSession::try_from((device, session, &target())).unwrap();
+    let frame = |frame| PairNow { frame, ..PairNow::default() };
+    let pairs = vec![frame(Some(65_563)), frame(None), frame(Some(70))];
+    let commit = Commit { epoch: 1, vrings: vec![VringNow::default(); 6], pairs, ..Commit::default() };
+    let commit = CheckedCommit::try_from((commit, &session.shape())).unwrap();
+    assert_eq!(commit.frames().collect::<Vec<_>>(), [(0, 0, 65_563), (2, 2 * 69_632, 70)]);
+}
+
+#[test]
+fn every_descriptor_has_a_name() {
+    let names = fd_names(&device(), &session(), true);
+    let expected = [
+        "ownership",
+        "frames",
+        "frontend",
+        "listener",
+        "memory/0",
+        "memory/1",
+        "log",
+        "inflight",
+        "kick/0",
+        "call/0",
+        "error/0",
+        "tap/0",
+        "vhost/0",
+    ];
+    assert_eq!(names, expected);
+    let nothing = SessionState { vrings: vec![VringState::default(); 2], ..SessionState::default() };
+    assert_eq!(fd_names(&device(), &nothing, false), ["ownership", "frames", "tap/0"]);
+}
+
+#[test]
+fn lists_without_end_are_cut_short_and_refused() {
+    let session = SessionState {
+        vrings: vec![VringState::default(); 100_000],
+        regions: vec![session().regions[0]; 1000],
+        ..session()
+    };
+    let prepare = Message::Prepare(Prepare { device: device(), session: Some(Box::new(session)) });
+    let Message::Prepare(read) = Message::decode(&prepare.encode().unwrap()).unwrap() else { panic!() };
+    let session = *read.session.unwrap();
+    assert_eq!((session.vrings.len(), session.regions.len()), (257, 510));
+    let reasons = CheckedSession::try_from((device(), session, &target())).unwrap_err();
+    let names: Vec<_> = reasons.0.iter().map(|reason| reason.name.as_str()).collect();
+    assert_eq!(names, ["vrings", "memory-regions"]);
 }

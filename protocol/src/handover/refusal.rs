@@ -97,6 +97,59 @@ pub enum Refusal {
     /// The ownership word cannot be used, or does not offer the device.
     #[error("{0}")]
     Ownership(String),
+    /// The target serves somebody already.
+    #[error("the target has a front-end of its own and cannot take another's session; start one without")]
+    FrontEnd,
+    /// A source that hands over a session, and says nothing of one.
+    #[error("the source says nothing of its session")]
+    NoSession,
+    /// Front-ends would come in a way that the target does not know, or from nowhere.
+    #[error("the target cannot take over where front-ends come from: {0}")]
+    Endpoint(String),
+    /// Not two for each queue pair.
+    #[error("the session has {vrings} vrings, which are not those of {pairs} queue pairs")]
+    Vrings {
+        /// The session's vrings.
+        vrings: usize,
+        /// The device's queue pairs.
+        pairs: usize,
+    },
+    /// More memory regions than the target's datapath takes.
+    #[error(
+        "the front-end shares {regions} memory regions, the target takes {max}; use a target without --vhost, or raise max_mem_regions of the module vhost"
+    )]
+    MemoryRegions {
+        /// The session's.
+        regions: usize,
+        /// The target's.
+        max: usize,
+    },
+    /// A region that is empty, wraps around or overlaps another one.
+    #[error("memory region {0} is empty, wraps around or overlaps another one")]
+    MemoryRegion(usize),
+    /// A log or an inflight region that cannot be.
+    #[error("the {0} wraps around or is empty")]
+    Region(&'static str),
+    /// Not a power of two, or too large.
+    #[error("vring {vring} has {size} descriptors; a power of two up to 32768 is possible")]
+    VringSize {
+        /// Which vring.
+        vring: usize,
+        /// Its size.
+        size: u16,
+    },
+    /// Rings that do not lie where rings can, or not in shared memory.
+    #[error("the rings of vring {0} are not aligned or not in shared memory")]
+    VringAddress(usize),
+    /// Its notifications come in a way that the target does not know.
+    #[error("vring {0} is kicked in a way that the target does not know")]
+    VringKick(usize),
+    /// It runs without being set up.
+    #[error("vring {0} was started and is not set up")]
+    VringStarted(usize),
+    /// What is said at last does not go with what was said before.
+    #[error("what the source says at last is not of this session: {0}")]
+    Commit(&'static str),
     /// The peer is another user's.
     #[error("{0}")]
     User(String),
@@ -128,6 +181,18 @@ impl Refusal {
             Self::Descriptors(_) => "descriptors",
             Self::Tap(_) => "tap",
             Self::Ownership(_) => "ownership",
+            Self::FrontEnd => "front-end",
+            Self::NoSession => "session",
+            Self::Endpoint(_) => "endpoint",
+            Self::Vrings { .. } => "vrings",
+            Self::MemoryRegions { .. } => "memory-regions",
+            Self::MemoryRegion(_) => "memory-region",
+            Self::Region(_) => "region",
+            Self::VringSize { .. } => "vring-size",
+            Self::VringAddress(_) => "vring-address",
+            Self::VringKick(_) => "vring-kick",
+            Self::VringStarted(_) => "vring-started",
+            Self::Commit(_) => "commit",
             Self::User(_) => "user",
         }
     }

@@ -9,9 +9,9 @@ use crate::reasons::Reasons;
 /// The most queue pairs of a device.
 pub const MAX_QUEUE_PAIRS: usize = 128;
 /// The largest frame with its header: 64 KiB of IP, an Ethernet header, a VLAN tag.
-const MAX_FRAME: u32 = 10 + 65535 + 14 + 4;
+pub(crate) const MAX_FRAME: u32 = 10 + 65535 + 14 + 4;
 /// The header before a frame in hand.
-const FRAME_HEADER: u32 = 10;
+pub(crate) const FRAME_HEADER: u32 = 10;
 /// The longest name of an interface.
 const MAX_NAME: usize = 15;
 /// The smallest MTU of IPv4.

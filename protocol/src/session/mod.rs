@@ -2,4 +2,6 @@
 //! device, with the front-end none the wiser (DESIGN: "The handover protocol"). The packets are
 //! [`handover::message`](crate::handover::message)'s.
 
+pub mod report;
 pub mod state;
+pub mod validate;
