@@ -2,8 +2,8 @@
 //! changes by compare-and-swap only: whoever's swap wins owns, whatever was or was not said.
 //!
 //! ```text
-//!              offer (epoch + 1)              take
-//!   Source ─────────────────────▶ Offered ───────────▶ Target
+//!              offer (epoch + 1)              take           settle
+//!   Source ─────────────────────▶ Offered ───────────▶ Target ───────▶ Settled
 //!     ▲  │ ╎                        │                  ▲ ╎
 //!     │  │ ╎           survive      │                  ╎ ╎ survive
 //!     │  │ └╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌┼╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌╌┘ ▼
@@ -13,6 +13,10 @@
 //! Each offer has an epoch of its own, so who heard of an old one cannot take a later one. `Target` and `Aborted` are
 //! final as long as both live: the next hand-over has a word of its own. What is dashed is for the one whose peer is
 //! *proven* dead, by a pidfd: a connection that has ended, or silence, proves nothing.
+//!
+//! A target settles before it does what makes the source's knowledge old: before it hears the front-end of a session
+//! it has taken. From then on there is nothing to survive with. A device on its own, which has no session, is not
+//! settled.
 
 /// Who owns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,10 +25,12 @@ pub enum Owner {
     Source,
     /// Neither yet: the first that takes it. Nobody uses it meanwhile.
     Offered,
-    /// The target, for good.
+    /// The target, for good while it lives.
     Target,
     /// The source, for good.
     Aborted,
+    /// The target, for good: what the source still knows is old.
+    Settled,
 }
 
 /// Who owns, and how often it was offered.
@@ -52,6 +58,7 @@ impl Word {
             Owner::Offered => 1,
             Owner::Target => 2,
             Owner::Aborted => 3,
+            Owner::Settled => 4,
         };
         self.epoch << 8 | owner
     }
@@ -66,6 +73,7 @@ impl Word {
             1 => Owner::Offered,
             2 => Owner::Target,
             3 => Owner::Aborted,
+            4 => Owner::Settled,
             _ => return Err(WordError(bits)),
         };
         Ok(Self { epoch: bits >> 8, owner })
@@ -92,6 +100,11 @@ impl Word {
         matches!(self.owner, Owner::Source | Owner::Offered).then_some(Self { owner: Owner::Aborted, ..self })
     }
 
+    /// The target makes it final that it has taken it. `None` where it has not.
+    pub fn settled(self) -> Option<Self> {
+        (self.owner == Owner::Target).then_some(Self { owner: Owner::Settled, ..self })
+    }
+
     /// The target takes what a dead source has not given up. `None` where the source gave nothing, or not to it. Legal
     /// only on proof that the source is dead, and for a target that holds all there is to take.
     pub fn survived_by_target(self) -> Option<Self> {
@@ -113,7 +126,7 @@ impl Word {
 mod tests {
     use super::*;
 
-    const OWNERS: [Owner; 4] = [Owner::Source, Owner::Offered, Owner::Target, Owner::Aborted];
+    const OWNERS: [Owner; 5] = [Owner::Source, Owner::Offered, Owner::Target, Owner::Aborted, Owner::Settled];
 
     #[test]
     fn every_word_survives_its_bits() {
@@ -123,13 +136,13 @@ mod tests {
                 assert_eq!(Word::from_bits(word.to_bits()), Ok(word));
             }
         }
-        assert_eq!(Word::from_bits(0x0104), Err(WordError(0x0104)));
+        assert_eq!(Word::from_bits(0x0105), Err(WordError(0x0105)));
         assert_eq!(Word::INITIAL.to_bits(), 0);
     }
 
     #[test]
     fn what_is_final_stays_while_both_live() {
-        for owner in [Owner::Target, Owner::Aborted] {
+        for owner in [Owner::Target, Owner::Aborted, Owner::Settled] {
             let word = Word { epoch: 3, owner };
             assert_eq!([word.offered(), word.taken(), word.taken_back(), word.aborted()], [None; 4]);
         }
@@ -139,9 +152,11 @@ mod tests {
     fn a_survivor_takes_what_the_dead_one_had() {
         let after = |owner| Word { epoch: 3, owner };
         let target = OWNERS.map(|owner| after(owner).survived_by_target().map(|word| word.owner));
-        assert_eq!(target, [Some(Owner::Target), Some(Owner::Target), None, None]);
+        assert_eq!(target, [Some(Owner::Target), Some(Owner::Target), None, None, None]);
         let source = OWNERS.map(|owner| after(owner).survived_by_source().map(|word| word.owner));
-        assert_eq!(source, [None, None, Some(Owner::Aborted), None]);
+        assert_eq!(source, [None, None, Some(Owner::Aborted), None, None]);
+        let settled = OWNERS.map(|owner| after(owner).settled().map(|word| word.owner));
+        assert_eq!(settled, [None, None, Some(Owner::Settled), None, None]);
         assert_eq!(after(Owner::Target).survived_by_source().unwrap().epoch, 3);
         assert_eq!(after(Owner::Source).survived_by_target().unwrap().epoch, 3);
     }
