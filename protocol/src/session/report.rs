@@ -41,6 +41,11 @@ impl Report {
     }
 }
 
+/// A time as it travels.
+pub(super) fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,0 +1,296 @@
+//! Source and target of a live session over a link that loses, delays, repeats and cuts packets, while either end is
+//! killed or stopped at any place, between any two of its actions, and time passes as it likes: never two owners, and
+//! in the end one, if there is anyone who could; no message of the front-end is heard twice, in the wrong place, or with
+//! old knowledge; no descriptor is left behind.
+#![expect(clippy::unwrap_used, reason = "these are tests")]
+
+#[path = "session_world/mod.rs"]
+mod session_world;
+
+use std::time::Duration;
+
+use baton_protocol::handover::message::Message;
+use baton_protocol::ownership::{Owner, Word};
+use baton_protocol::session::source::{self, Ended, Phase, Source};
+use baton_protocol::session::target::{Taken, Target};
+use proptest::prelude::*;
+use session_world::{Deed, End, World};
+
+fn ends() -> impl Strategy<Value = End> {
+    prop_oneof![Just(End::Source), Just(End::Target)]
+}
+
+fn deeds() -> impl Strategy<Value = Deed> {
+    prop_oneof![
+        40 => ends().prop_map(Deed::Act),
+        30 => ends().prop_map(Deed::Deliver),
+        1 => ends().prop_map(Deed::Lose),
+        1 => ends().prop_map(Deed::Repeat),
+        1 => (ends(), any::<u8>()).prop_map(|(end, at)| Deed::Cut(end, at)),
+        1 => ends().prop_map(Deed::Later),
+        4 => Just(Deed::FrontendSays),
+        8 => ends().prop_map(Deed::Hear),
+        2 => prop_oneof![Just(1u64), Just(40), Just(150), Just(600), Just(3_000), Just(11_000), Just(31_000)]
+            .prop_map(Deed::Pass),
+        4 => ends().prop_map(Deed::Clock),
+        1 => Just(Deed::Disconnect),
+        4 => ends().prop_map(Deed::SeeEnd),
+        1 => ends().prop_map(Deed::Kill),
+        4 => ends().prop_map(Deed::SeeDeath),
+        1 => ends().prop_map(Deed::Stop),
+        2 => ends().prop_map(Deed::Continue),
+        1 => Just(Deed::Cancel),
+        1 => Just(Deed::Fail),
+        1 => Just(Deed::Unwilling),
+        1 => Just(Deed::BadCommit),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 6000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn one_owner_always(deeds in proptest::collection::vec(deeds(), 0..160)) {
+        let mut world = World::new(false);
+        for deed in deeds {
+            world.act(deed);
+        }
+        world.finish();
+    }
+
+    /// From each place of an undisturbed hand-over on, one after the other.
+    #[test]
+    fn one_owner_from_everywhere(steps in 0..80usize, deeds in proptest::collection::vec(deeds(), 0..40)) {
+        let mut world = World::new(false);
+        for _ in 0..steps {
+            world.undisturbed();
+        }
+        for deed in deeds {
+            world.act(deed);
+        }
+        world.finish();
+    }
+}
+
+/// One of the ends is killed, or stopped until the other has settled everything, after each number of steps.
+fn disturbed_everywhere(disturb: impl Fn(&mut World)) -> Vec<World> {
+    let mut ended = Vec::new();
+    for steps in 0..200 {
+        let mut world = World::new(false);
+        let whole = (0..steps).all(|_| world.undisturbed());
+        disturb(&mut world);
+        world.finish();
+        ended.push(world);
+        if !whole {
+            return ended;
+        }
+    }
+    panic!("it does not end");
+}
+
+#[test]
+fn undisturbed_it_is_handed_over_and_reported() {
+    let mut world = World::new(false);
+    while world.undisturbed() {}
+    let Some(Source::HandedOver(Some(report))) = world.source.state() else { panic!("{world:?}") };
+    let phases: Vec<_> = report.phases.iter().map(|(phase, _)| *phase).collect();
+    assert_eq!(phases, ["check", "stage", "stop", "commit", "pass", "take", "start"]);
+    let freeze: u64 = report.phases[2..].iter().map(|(_, took)| took).sum();
+    assert_eq!(report.blackout_us, freeze);
+    assert!(report.phases.iter().all(|(_, took)| *took > 0), "{report:?}");
+    let Some(Target::Active(Taken::Committed(own))) = world.target.state() else { panic!("{world:?}") };
+    assert_eq!(own.blackout_us, report.blackout_us);
+    assert_eq!(world.word, Word { epoch: 1, owner: Owner::Settled });
+    world.finish();
+}
+
+#[test]
+fn a_dry_run_ends_before_anything_is_stopped_or_held() {
+    let mut world = World::new(true);
+    while world.undisturbed() {
+        assert!(world.source.runs && world.source.listens);
+    }
+    assert_eq!(world.source.state(), Some(&Source::Ended { phase: Phase::Check, ended: Ended::Possible }));
+    assert!(matches!(world.target.state(), Some(Target::Ended)));
+    world.finish();
+}
+
+#[test]
+fn a_target_killed_anywhere_leaves_the_session_to_the_source() {
+    for world in disturbed_everywhere(|world| world.act(Deed::Kill(End::Target))) {
+        let settled = world.word.owner == Owner::Settled;
+        assert_eq!(world.source.runs, !settled, "{world:?}");
+    }
+}
+
+#[test]
+fn a_source_killed_anywhere_leaves_the_session_to_a_target_that_holds_it() {
+    let ended = disturbed_everywhere(|world| world.act(Deed::Kill(End::Source)));
+    let survived =
+        ended.iter().filter(|world| matches!(world.target.state(), Some(Target::Active(Taken::Survived))));
+    assert!(survived.count() > 5);
+    let first = ended.iter().position(|world| world.target.runs).unwrap();
+    assert!(ended[first..].iter().all(|world| world.target.runs), "later it survives, too");
+}
+
+#[test]
+fn a_source_that_sleeps_anywhere_serves_on_or_finds_it_handed_over() {
+    let ended = disturbed_everywhere(|world| {
+        world.act(Deed::Stop(End::Source));
+        for _ in 0..400 {
+            world.act(Deed::Pass(200));
+            world.undisturbed();
+            world.act(Deed::Clock(End::Target));
+        }
+    });
+    for world in ended {
+        assert_ne!(world.source.runs, world.target.runs, "{world:?}");
+    }
+}
+
+#[test]
+fn a_target_that_sleeps_anywhere_loses_or_has_taken_it() {
+    let ended = disturbed_everywhere(|world| {
+        world.act(Deed::Stop(End::Target));
+        for _ in 0..400 {
+            world.act(Deed::Pass(200));
+            world.undisturbed();
+            world.act(Deed::Clock(End::Source));
+        }
+    });
+    for world in ended {
+        assert_ne!(world.source.runs, world.target.runs, "{world:?}");
+    }
+}
+
+#[test]
+fn each_rollback_has_its_phase_and_reason() {
+    let until = |reached: fn(&Source) -> bool| {
+        let mut world = World::new(false);
+        while !world.source.state().is_some_and(reached) {
+            assert!(world.undisturbed());
+        }
+        world.tell_source(source::Event::Closed);
+        world.finish();
+        match world.source.state() {
+            Some(Source::Ended { phase, ended }) => (phase.name(), ended.clone()),
+            state => panic!("{state:?}"),
+        }
+    };
+    let closed = Ended::Closed;
+    assert_eq!(until(|state| matches!(state, Source::Greeting { .. })), ("greet", closed.clone()));
+    assert_eq!(until(|state| matches!(state, Source::Checking { .. })), ("check", closed.clone()));
+    assert_eq!(until(|state| matches!(state, Source::Staging { .. })), ("stage", closed.clone()));
+    assert_eq!(until(|state| matches!(state, Source::Freezing { .. })), ("freeze", closed.clone()));
+    let mut world = World::new(false);
+    world.until_source(|state| matches!(state, Source::Committed { .. }));
+    world.act(Deed::Lose(End::Target));
+    world.source_after(499);
+    assert!(matches!(world.source.state(), Some(Source::Committed { .. })));
+    world.source_after(2);
+    assert_eq!(world.source.state(), Some(&Source::Ended { phase: Phase::Commit, ended: Ended::Silent }),);
+    world.finish();
+    assert!(world.source.runs);
+}
+
+#[test]
+fn silence_is_endured_for_as_long_as_is_said() {
+    type Case = (fn(&Source) -> bool, u64);
+    let cases: [Case; 3] = [
+        (|state| matches!(state, Source::Greeting { .. }), 2_000),
+        (|state| matches!(state, Source::Checking { .. }), 2_000),
+        (|state| matches!(state, Source::Staging { .. }), 10_000),
+    ];
+    for (reached, patience) in cases {
+        let mut world = World::new(false);
+        world.until_source(reached);
+        world.source_after(patience - 1);
+        assert!(world.source.state().is_some_and(reached), "{world:?}");
+        world.source_after(1);
+        assert!(matches!(world.source.state(), Some(Source::Ended { ended: Ended::Silent, .. })));
+        world.finish();
+        assert!(world.source.runs);
+    }
+}
+
+#[test]
+fn a_target_holds_the_session_for_half_a_minute() {
+    let mut world = World::new(false);
+    world.until_source(|state| matches!(state, Source::Freezing { .. }));
+    world.act(Deed::Stop(End::Source));
+    world.act(Deed::Pass(29_000));
+    world.act(Deed::Clock(End::Target));
+    assert!(matches!(world.target.state(), Some(Target::Staged(_))));
+    world.act(Deed::Pass(1_100));
+    world.act(Deed::Clock(End::Target));
+    assert!(matches!(world.target.state(), Some(Target::Ended)));
+    world.finish();
+    assert!(world.source.runs && !world.target.runs);
+}
+
+#[test]
+fn a_target_that_says_too_early_that_it_runs_does_not_get_the_session() {
+    let mut world = World::new(false);
+    world.until_source(|state| matches!(state, Source::Committed { .. }));
+    world.act(Deed::Stop(End::Target));
+    let active = baton_protocol::handover::message::Active { epoch: 1, times: Default::default() };
+    world.tell_source(source::Event::Message(Message::Active(active)));
+    world.source_acts();
+    assert!(matches!(world.source.state(), Some(Source::Ended { ended: Ended::Untrue, .. })));
+    world.finish();
+    assert!(world.source.runs && !world.target.runs);
+}
+
+#[test]
+fn a_bad_commit_is_refused_and_the_source_goes_on() {
+    let mut world = World::new(false);
+    world.act(Deed::BadCommit);
+    while world.undisturbed() {}
+    world.finish();
+    let Some(Source::Ended { phase: Phase::Commit, ended: Ended::Refused(reasons) }) = world.source.state()
+    else {
+        panic!("{world:?}")
+    };
+    assert_eq!(reasons.0[0].name, "commit");
+    assert!(world.source.runs);
+}
+
+#[test]
+fn what_a_peer_scribbles_into_the_word_makes_no_second_owner() {
+    let scribbles = [Owner::Source, Owner::Offered, Owner::Target, Owner::Aborted, Owner::Settled];
+    for owner in scribbles {
+        for steps in 0..80 {
+            let mut world = World::new(false);
+            for _ in 0..steps {
+                world.undisturbed();
+            }
+            // What was taken or aborted already is not offered any more.
+            if !matches!(world.word.owner, Owner::Source | Owner::Offered) {
+                break;
+            }
+            world.word = Word { epoch: 1, owner };
+            world.scribbled = true;
+            for _ in 0..200 {
+                world.undisturbed();
+                world.act(Deed::Pass(20));
+                world.act(Deed::Clock(End::Source));
+                world.act(Deed::Clock(End::Target));
+            }
+            assert!(!(world.source.runs && world.target.runs));
+        }
+    }
+}
+
+#[test]
+fn every_state_knows_its_deadline() {
+    let mut world = World::new(false);
+    loop {
+        for deadline in [world.source.deadline(), world.target.deadline()].into_iter().flatten() {
+            assert!(deadline > world.now && deadline <= world.now + Duration::from_secs(30));
+        }
+        if !world.undisturbed() {
+            break;
+        }
+    }
+    assert_eq!((world.source.deadline(), world.target.deadline()), (None, None));
+}
