@@ -2,6 +2,7 @@
 
 use crate::fd_manifest::ManifestError;
 use crate::reasons::{Reason, Reasons};
+use crate::version::VersionError;
 
 /// One reason. The text says what to do where that is not plain.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -97,6 +98,9 @@ pub enum Refusal {
     /// The ownership word cannot be used, or does not offer the device.
     #[error("{0}")]
     Ownership(String),
+    /// No version of the protocol in common.
+    #[error(transparent)]
+    Version(#[from] VersionError),
     /// The target serves somebody already.
     #[error("the target has a front-end of its own and cannot take another's session; start one without")]
     FrontEnd,
@@ -181,6 +185,7 @@ impl Refusal {
             Self::Descriptors(_) => "descriptors",
             Self::Tap(_) => "tap",
             Self::Ownership(_) => "ownership",
+            Self::Version(_) => "version",
             Self::FrontEnd => "front-end",
             Self::NoSession => "session",
             Self::Endpoint(_) => "endpoint",

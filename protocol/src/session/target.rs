@@ -30,6 +30,7 @@ use crate::handover::source::PATIENCE;
 use crate::handover::state::DeviceState;
 use crate::ownership::{Owner, Word};
 use crate::reasons::Reasons;
+use crate::version::VersionError;
 
 /// How long everything is held for a source that does not go on.
 pub const HOLDING: Duration = Duration::from_secs(30);
@@ -46,6 +47,8 @@ pub enum Event<F, D> {
     Message(Message, Vec<F>),
     /// The connection ended, brought what is no message, or could not take one.
     Closed,
+    /// The source said something in no version of ours.
+    Stranger(VersionError),
     /// The source is proven dead: its pidfd is readable.
     Dead,
     /// Time has passed.
@@ -208,6 +211,7 @@ impl<F, D> Target<F, D> {
             (Self::Fresh { .. }, Event::Message(Message::Hello(theirs), _)) => {
                 Self::greet(&theirs, hello, now)
             }
+            (Self::Fresh { .. }, Event::Stranger(error)) => Self::refuse(Refusal::from(error).into()),
             (Self::Greeted { .. }, Event::Message(Message::Prepare(prepare), _)) => match prepare.session {
                 Some(session) => {
                     let state = Self::Greeted { deadline: now + PATIENCE };
@@ -286,7 +290,7 @@ impl<F, D> Target<F, D> {
     /// What is the same while nothing is held that could be taken.
     fn before(self, event: &Event<F, D>, now: Duration) -> Step<F, D> {
         let over = match event {
-            Event::Message(..) | Event::Closed | Event::Dead => true,
+            Event::Message(..) | Event::Closed | Event::Stranger(_) | Event::Dead => true,
             Event::Time => self.deadline().is_some_and(|deadline| now >= deadline),
             _ => false,
         };
@@ -303,7 +307,7 @@ impl<F, D> Target<F, D> {
             }
             Event::Staged(Err(reasons)) if linked => Self::refuse(reasons),
             Event::Staged(Err(_)) => (Self::Ended, vec![Action::Close]),
-            Event::Message(..) | Event::Closed => {
+            Event::Message(..) | Event::Closed | Event::Stranger(_) => {
                 (Self::Staging { linked: false, dead }, vec![Action::Close])
             }
             // It cannot be talked to either.
@@ -370,7 +374,7 @@ impl<D> Staged<D> {
     fn step<F>(mut self, event: Event<F, D>, now: Duration) -> Step<F, D> {
         match event {
             Event::Message(Message::Commit(commit), _) if self.linked => self.commit(commit, now),
-            Event::Message(..) | Event::Closed => {
+            Event::Message(..) | Event::Closed | Event::Stranger(_) => {
                 self.linked = false;
                 (Target::Staged(self), vec![Action::Close, Action::Look])
             }

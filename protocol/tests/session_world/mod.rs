@@ -1,5 +1,7 @@
 //! Two back-ends, a front-end and what is between them, one step at a time.
 
+mod next;
+
 use std::collections::VecDeque;
 use std::fmt::Debug;
 use std::rc::Rc;
@@ -88,9 +90,9 @@ pub struct Held {
     _fds: Vec<Fd>,
 }
 
-type Target_ = Target<Fd, Held>;
-type TargetEvent = target::Event<Fd, Held>;
-type TargetAction = target::Action<Fd, Held>;
+pub type Target_ = Target<Fd, Held>;
+pub type TargetEvent = target::Event<Fd, Held>;
+pub type TargetAction = target::Action<Fd, Held>;
 
 /// A process.
 #[derive(Debug)]
@@ -199,6 +201,8 @@ pub struct World {
     fd: Fd,
     willing: bool,
     bad_commit: bool,
+    /// Which of the two is a build of the next version.
+    pub next: Option<End>,
     /// The source died when the target had everything.
     must_survive: bool,
 }
@@ -239,6 +243,7 @@ impl World {
             fd: Rc::new(()),
             willing: true,
             bad_commit: false,
+            next: None,
             must_survive: false,
         }
     }
@@ -250,7 +255,7 @@ impl World {
         self.source.todo.extend(actions);
     }
 
-    fn tell_target(&mut self, event: TargetEvent) {
+    pub fn tell_target(&mut self, event: TargetEvent) {
         let Some(state) = self.target.state.take() else { return };
         let hello = Hello {
             purpose: SESSION.to_owned(),
@@ -264,12 +269,9 @@ impl World {
     }
 
     fn post(&mut self, to: End, message: &Message, fds: Vec<Fd>) {
-        let packet = message.encode().unwrap();
-        let open = match to {
-            End::Source => !self.source.closed && !self.target.closed,
-            End::Target => !self.target.closed && !self.source.closed,
-        };
-        if self.linked && open {
+        let is_next = self.next == Some(to.other());
+        let packet = if is_next { next::write(message) } else { message.encode().unwrap() };
+        if self.linked && !self.source.closed && !self.target.closed {
             self.sent.push(packet.clone());
             self.inbox(to).push_back((packet, fds));
         }
@@ -413,14 +415,16 @@ impl World {
             return false;
         }
         let Some((packet, fds)) = self.inbox(end).pop_front() else { return false };
-        match (end, Message::decode(&packet)) {
-            (End::Source, Ok(message)) => self.tell_source(source::Event::Message(message)),
-            (End::Target, Ok(message)) => self.tell_target(target::Event::Message(message, fds)),
-            (End::Source, Err(_)) => {
+        let is_next = self.next == Some(end);
+        let message = if is_next { next::read(&packet) } else { Message::decode(&packet).ok() };
+        match (end, message) {
+            (End::Source, Some(message)) => self.tell_source(source::Event::Message(message)),
+            (End::Target, Some(message)) => self.tell_target(target::Event::Message(message, fds)),
+            (End::Source, None) => {
                 self.source.close();
                 self.tell_source(source::Event::Closed);
             }
-            (End::Target, Err(_)) => {
+            (End::Target, None) => {
                 self.target.close();
                 self.tell_target(target::Event::Closed);
             }
@@ -620,6 +624,21 @@ impl World {
         self.act(Deed::Pass(time));
         self.act(Deed::Clock(End::Source));
         self.source_acts();
+    }
+
+    /// One of the two hears what was recorded of the other, and does what is to be done until it waits for more.
+    pub fn replay(&mut self, end: End, packet: &[u8]) {
+        let message = Message::decode(packet).unwrap();
+        let fds = match &message {
+            Message::Stage(stage) => stage.fds.len(),
+            Message::Descriptors(more) => more.fds.len(),
+            _ => 0,
+        };
+        let fds = vec![Rc::clone(&self.fd); fds];
+        self.inbox(end).push_back((packet.to_vec(), fds));
+        while self.perform(end) {}
+        assert!(self.deliver(end));
+        while self.perform(end) {}
     }
 
     /// Nobody stops or breaks anything any more, and much time passes.

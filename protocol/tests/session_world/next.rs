@@ -1,0 +1,92 @@
+//! A build of the next version: its packets have more fields, everywhere, and it reads those of this version.
+
+use baton_protocol::codec::{self, HEADER, Message as _, Protocol};
+use baton_protocol::handover::message::{
+    Active, Commit, Descriptors, Hello, Message, PROTOCOL, Prepare, ReadyToTake, Refuse, Stage, StagedAll,
+};
+use baton_protocol::version::Versions;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+const NEXT: Protocol = Protocol {
+    versions: Versions { oldest: PROTOCOL.versions.oldest, newest: PROTOCOL.versions.newest + 1 },
+    ..PROTOCOL
+};
+
+/// A body with a field that came later, of which this version knows nothing.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Later<T> {
+    #[serde(flatten)]
+    known: T,
+    #[serde(default)]
+    later: Option<u32>,
+}
+
+baton_protocol::messages! {
+    #[derive(Clone, Debug)]
+    enum Next: NEXT {
+        Hello(Later<Hello>) = 1,
+        Refuse(Later<Refuse>) = 2,
+        Prepare(Later<Prepare>) = 3,
+        Ready(Later<ReadyToTake>) = 4,
+        Stage(Later<Stage>) = 10,
+        Descriptors(Later<Descriptors>) = 11,
+        Staged(Later<StagedAll>) = 12,
+        Commit(Later<Commit>) = 13,
+        Active(Later<Active>) = 14,
+    }
+}
+
+/// How the next version writes it.
+pub fn write(message: &Message) -> Vec<u8> {
+    fn later<T: Clone>(known: &T) -> Later<T> {
+        Later { known: known.clone(), later: Some(7) }
+    }
+    let next = match message {
+        Message::Hello(body) => Next::Hello(later(body)),
+        Message::Refuse(body) => Next::Refuse(later(body)),
+        Message::Prepare(body) => Next::Prepare(later(body)),
+        Message::Ready(body) => Next::Ready(later(body)),
+        Message::Stage(body) => Next::Stage(later(body)),
+        Message::Descriptors(body) => Next::Descriptors(later(body)),
+        Message::Staged(body) => Next::Staged(later(body)),
+        Message::Commit(body) => Next::Commit(later(body)),
+        Message::Active(body) => Next::Active(later(body)),
+        other => panic!("{} is not of a session", other.name()),
+    };
+    let packet = next.encode().unwrap();
+    let mut body: Value = rmp_serde::from_slice(&packet[HEADER..]).unwrap();
+    add_fields(&mut body);
+    codec::encode(NEXT, next.kind(), &body).unwrap()
+}
+
+/// To each structure, however deep.
+fn add_fields(value: &mut Value) {
+    match value {
+        Value::Object(fields) => {
+            fields.values_mut().for_each(add_fields);
+            fields.insert("a_new_thing".to_owned(), json!({ "of": [1, "kind"] }));
+        }
+        Value::Array(list) => list.iter_mut().for_each(add_fields),
+        _ => {}
+    }
+}
+
+/// How the next version reads what this one wrote.
+pub fn read(packet: &[u8]) -> Option<Message> {
+    fn known<T>(body: Later<T>) -> T {
+        assert_eq!(body.later, None, "this version writes nothing of the kind");
+        body.known
+    }
+    Some(match Next::decode(packet).ok()? {
+        Next::Hello(body) => Message::Hello(known(body)),
+        Next::Refuse(body) => Message::Refuse(known(body)),
+        Next::Prepare(body) => Message::Prepare(known(body)),
+        Next::Ready(body) => Message::Ready(known(body)),
+        Next::Stage(body) => Message::Stage(Box::new(known(body))),
+        Next::Descriptors(body) => Message::Descriptors(known(body)),
+        Next::Staged(body) => Message::Staged(known(body)),
+        Next::Commit(body) => Message::Commit(known(body)),
+        Next::Active(body) => Message::Active(known(body)),
+    })
+}
