@@ -11,7 +11,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use baton_protocol::codec::Message as _;
-use baton_protocol::handover::message::{Message, PROTOCOL};
+use baton_protocol::fd_manifest::FdManifest;
+use baton_protocol::handover::message::{Hello, Message, PROTOCOL, Prepare, Stage};
+use baton_protocol::handover::state::DeviceState;
 use baton_protocol::ownership::{Owner, Word};
 use baton_protocol::session::source::{self, Ended, Phase, Source};
 use baton_protocol::session::target::{self, Taken, Target};
@@ -170,9 +172,7 @@ fn a_target_that_sleeps_anywhere_loses_or_has_taken_it() {
 fn each_rollback_has_its_phase_and_reason() {
     let until = |reached: fn(&Source) -> bool| {
         let mut world = World::new(false);
-        while !world.source.state().is_some_and(reached) {
-            assert!(world.undisturbed());
-        }
+        world.until_source(reached);
         world.tell_source(source::Event::Closed);
         world.finish();
         match world.source.state() {
@@ -282,6 +282,140 @@ fn what_a_peer_scribbles_into_the_word_makes_no_second_owner() {
             assert!(!(world.source.runs && world.target.runs));
         }
     }
+}
+
+#[test]
+fn a_target_waits_two_seconds_for_what_must_come_next() {
+    type Reached = fn(&Target<session_world::Fd, session_world::Held>) -> bool;
+    let cases: [Reached; 4] = [
+        |state| matches!(state, Target::Fresh { .. }),
+        |state| matches!(state, Target::Greeted { .. }),
+        |state| matches!(state, Target::Ready { .. }),
+        |state| matches!(state, Target::Gathering { .. }),
+    ];
+    for reached in cases {
+        let mut world = World::new(false);
+        world.until_target(reached);
+        world.target_after(1_999);
+        assert!(world.target.state().is_some_and(reached), "{world:?}");
+        world.target_after(1);
+        assert!(matches!(world.target.state(), Some(Target::Ended)), "{world:?}");
+        world.finish();
+        assert!(world.source.runs);
+    }
+}
+
+#[test]
+fn what_cannot_be_staged_is_refused_by_name() {
+    let mut world = World::new(false);
+    world.until_target(|state| matches!(state, Target::Gathering { .. }));
+    world.act(Deed::Unwilling);
+    while world.undisturbed() {}
+    let Some(Source::Ended { phase: Phase::Stage, ended: Ended::Refused(reasons) }) = world.source.state()
+    else {
+        panic!("{world:?}")
+    };
+    assert_eq!(reasons.0[0].name, "front-end");
+    world.finish();
+}
+
+#[test]
+fn descriptors_without_end_or_without_names_are_refused() {
+    let cases: [fn(&mut Stage); 2] = [|stage| stage.more = 9, |stage| stage.fds = FdManifest::default()];
+    for change in cases {
+        let mut world = World::new(false);
+        world.until_target(|state| matches!(state, Target::Ready { .. }));
+        while !world.source.state().is_some_and(|state| matches!(state, Source::Staging { .. })) {
+            world.act(Deed::Deliver(End::Source));
+        }
+        world.source_acts();
+        world.change_stage(change);
+        while world.undisturbed() {}
+        let Some(Source::Ended { phase: Phase::Stage, ended: Ended::Refused(reasons) }) =
+            world.source.state()
+        else {
+            panic!("{world:?}")
+        };
+        assert_eq!(reasons.0[0].name, "descriptors");
+        world.finish();
+    }
+}
+
+#[test]
+fn what_is_no_session_is_refused_by_name() {
+    let hello = |purpose: &str| {
+        let (purpose, program) = (purpose.to_owned(), String::new());
+        Message::Hello(Hello { purpose, program, dry_run: false, wants_vhost: false })
+    };
+    let prepare = Message::Prepare(Prepare { device: DeviceState::default(), session: None });
+    let cases: [(&str, &[Message]); 2] =
+        [("purpose", &[hello("device")]), ("session", &[hello("session"), prepare])];
+    for (name, said) in cases {
+        let mut world = World::new(false);
+        for message in said {
+            world.tell_target(target::Event::Message(message.clone(), Vec::new()));
+        }
+        let refused = world.target.todo().any(|action| match action {
+            target::Action::Send(Message::Refuse(refuse)) => refuse.reasons.0[0].name == name,
+            _ => false,
+        });
+        assert!(refused, "{world:?}");
+    }
+}
+
+#[test]
+fn proof_of_death_is_enough_to_survive() {
+    for staging in [true, false] {
+        let mut world = World::new(false);
+        if staging {
+            world.until_target(|state| matches!(state, Target::Staging { .. }));
+        } else {
+            world.until_target(|state| matches!(state, Target::Staged(_)));
+        }
+        world.act(Deed::Kill(End::Source));
+        world.act(Deed::SeeDeath(End::Target));
+        world.target_acts();
+        assert_eq!(world.target.runs, !staging, "{world:?}");
+        world.finish();
+        assert!(world.target.runs);
+    }
+}
+
+#[test]
+fn an_aborted_session_is_dropped_soon_after() {
+    let mut world = World::new(false);
+    world.until_target(|state| matches!(state, Target::Staged(_)));
+    world.act(Deed::Disconnect);
+    world.act(Deed::SeeEnd(End::Target));
+    world.target_acts();
+    assert!(matches!(world.target.state(), Some(Target::Staged(_))), "it is not known yet");
+    world.act(Deed::Stop(End::Target));
+    while world.undisturbed() {}
+    assert_eq!(world.word.owner, Owner::Aborted);
+    world.act(Deed::Continue(End::Target));
+    world.target_after(100);
+    assert!(matches!(world.target.state(), Some(Target::Ended)), "{world:?}");
+    world.finish();
+}
+
+#[test]
+fn a_word_that_says_the_other_is_obeyed_even_if_it_cannot_be() {
+    let mut world = World::new(false);
+    world.until_source(|state| matches!(state, Source::Staging { .. }));
+    world.scribbled = true;
+    world.word = Word { epoch: 0, owner: Owner::Target };
+    world.tell_source(source::Event::Closed);
+    world.source_acts();
+    assert!(!world.source.runs && !world.source.listens);
+
+    let mut world = World::new(false);
+    world.until_target(|state| matches!(state, Target::Starting { .. }));
+    assert!(world.target.runs);
+    world.scribbled = true;
+    world.word = Word { epoch: 1, owner: Owner::Aborted };
+    world.act(Deed::Act(End::Target));
+    world.target_acts();
+    assert!(!world.target.runs && !world.target.listens);
 }
 
 #[test]

@@ -1,9 +1,9 @@
 //! Two back-ends, a front-end and what is between them, one step at a time.
 
 mod next;
+mod party;
 
 use std::collections::VecDeque;
-use std::fmt::Debug;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -15,70 +15,11 @@ use baton_protocol::handover::state::{DeviceState, QueuePairState};
 use baton_protocol::handover::validate;
 use baton_protocol::ownership::{Owner, Word};
 use baton_protocol::reasons::Reasons;
-use baton_protocol::session::source::{self, Source};
+use baton_protocol::session::source::{self, Phase, Source};
 use baton_protocol::session::state::{LogState, PairNow, SessionState, VringNow, VringState};
 use baton_protocol::session::target::{self, Target};
 use baton_protocol::session::validate::{Capabilities, CheckedSession, fd_names};
-
-/// What is done to whom.
-#[derive(Clone, Copy, Debug)]
-pub enum Deed {
-    /// It does the next of what it is to do.
-    Act(End),
-    /// It receives the next packet.
-    Deliver(End),
-    /// Its next packet is lost.
-    Lose(End),
-    /// Its next packet comes again, after all others.
-    Repeat(End),
-    /// Its next packet is cut.
-    Cut(End, u8),
-    /// Its next packet comes after all others.
-    Later(End),
-    /// The front-end says something.
-    FrontendSays,
-    /// It hears what the front-end said, if it listens.
-    Hear(End),
-    /// So many milliseconds pass.
-    Pass(u64),
-    /// It looks at the clock.
-    Clock(End),
-    /// The connection ends.
-    Disconnect,
-    /// It sees that the connection has ended.
-    SeeEnd(End),
-    /// It is killed.
-    Kill(End),
-    /// It sees that the other one is dead.
-    SeeDeath(End),
-    /// It does nothing any more,
-    Stop(End),
-    /// until it goes on.
-    Continue(End),
-    /// The operator cancels.
-    Cancel,
-    /// The source cannot go on.
-    Fail,
-    /// The target refuses from now on.
-    Unwilling,
-    /// The source's COMMIT will be of another session.
-    BadCommit,
-}
-
-/// Which of the two.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
-    /// The one that serves.
-    Source,
-    /// The one that waits.
-    Target,
-}
-
-impl End {
-    fn other(self) -> Self {
-        if self == Self::Source { Self::Target } else { Self::Source }
-    }
-}
+pub use party::{Deed, End, Party};
 
 /// A descriptor: as many are open as there are clones.
 pub type Fd = Rc<()>;
@@ -93,79 +34,6 @@ pub struct Held {
 pub type Target_ = Target<Fd, Held>;
 pub type TargetEvent = target::Event<Fd, Held>;
 pub type TargetAction = target::Action<Fd, Held>;
-
-/// A process.
-#[derive(Debug)]
-pub struct Party<S, A, E> {
-    state: Option<S>,
-    /// What it is to do.
-    todo: VecDeque<A>,
-    /// What comes of what it has done.
-    pending: Option<E>,
-    inbox: VecDeque<(Vec<u8>, Vec<Fd>)>,
-    stopped: bool,
-    /// It has closed the connection, or seen its end.
-    closed: bool,
-    saw_death: bool,
-    /// Its rings run.
-    pub runs: bool,
-    /// It hears the front-end.
-    pub listens: bool,
-    /// How much it knows of what the front-end said.
-    knows: u64,
-}
-
-impl<S: Debug, A, E> Party<S, A, E> {
-    fn new(state: S, todo: Vec<A>, serves: bool) -> Self {
-        Self {
-            state: Some(state),
-            todo: todo.into(),
-            pending: None,
-            inbox: VecDeque::new(),
-            stopped: false,
-            closed: false,
-            saw_death: false,
-            runs: serves,
-            listens: serves,
-            knows: 0,
-        }
-    }
-
-    /// How far it is; `None` if it is dead.
-    pub fn state(&self) -> Option<&S> {
-        self.state.as_ref()
-    }
-
-    /// Whether its event loop waits for something.
-    fn waits(&self) -> bool {
-        self.state.is_some() && !self.stopped && self.todo.is_empty()
-    }
-
-    fn die(&mut self) {
-        let stopped = false;
-        let state = self.state.take();
-        assert!(state.is_some());
-        (self.runs, self.listens, self.stopped, self.closed) = (false, false, stopped, true);
-        self.todo.clear();
-        self.inbox.clear();
-        self.pending = None;
-    }
-
-    fn close(&mut self) {
-        self.closed = true;
-        self.inbox.clear();
-    }
-
-    fn hear(&mut self, heard: &mut u64, said: u64) -> bool {
-        if !self.waits() || !self.listens || *heard == said {
-            return false;
-        }
-        assert_eq!(self.knows, *heard, "hears the front-end with old knowledge");
-        *heard += 1;
-        self.knows = *heard;
-        true
-    }
-}
 
 pub type SourceParty = Party<Source, source::Action, source::Event>;
 pub type TargetParty = Party<Target_, TargetAction, TargetEvent>;
@@ -330,6 +198,14 @@ impl World {
             source::Action::Send(message) => self.post(End::Target, &message, Vec::new()),
             source::Action::Close => self.source.close(),
         }
+    }
+
+    /// Changes the STAGE that is on its way.
+    pub fn change_stage(&mut self, change: fn(&mut Stage)) {
+        let (packet, _) = self.target.inbox.front_mut().unwrap();
+        let Ok(Message::Stage(mut stage)) = Message::decode(packet) else { panic!("no STAGE") };
+        change(&mut stage);
+        *packet = Message::Stage(stage).encode().unwrap();
     }
 
     /// In three packets.
@@ -548,7 +424,7 @@ impl World {
         }
     }
 
-    /// Does it. Gives whether it had any effect, as far as that is known.
+    /// Does it, if it can be done.
     pub fn act(&mut self, deed: Deed) {
         self.now += Duration::from_micros(10);
         match deed {
@@ -619,6 +495,28 @@ impl World {
         }
     }
 
+    /// Until the target is as far, and has done what it is to do there.
+    pub fn until_target(&mut self, reached: fn(&Target_) -> bool) {
+        while !self.target.state.as_ref().is_some_and(reached) {
+            assert!(self.undisturbed(), "{self:?}");
+        }
+        self.target_acts();
+    }
+
+    /// The target does all that it is to do, but waits for what comes of it.
+    pub fn target_acts(&mut self) {
+        while !self.target.todo.is_empty() {
+            self.act(Deed::Act(End::Target));
+        }
+    }
+
+    /// So many milliseconds later the target looks at the clock.
+    pub fn target_after(&mut self, time: u64) {
+        self.act(Deed::Pass(time));
+        self.act(Deed::Clock(End::Target));
+        self.target_acts();
+    }
+
     /// So many milliseconds later the source looks at the clock.
     pub fn source_after(&mut self, time: u64) {
         self.act(Deed::Pass(time));
@@ -658,6 +556,10 @@ impl World {
         let owners = usize::from(self.source.runs) + usize::from(self.target.runs);
         match (&self.source.state, &self.target.state) {
             (Some(Source::HandedOver(_)), None) => assert_eq!(owners, 0),
+            (Some(source), Some(Target::Active(_))) => {
+                assert!(matches!(source, Source::HandedOver(_)), "the source waits for nothing: {self:?}");
+                assert!(self.target.runs);
+            }
             (Some(_), _) => assert_eq!(owners, 1, "the source lives, and nobody has it: {self:?}"),
             (None, Some(Target::Active(_) | Target::Ended)) => {
                 assert!(self.target.runs || !self.must_survive, "the target could take it: {self:?}");
@@ -685,6 +587,17 @@ impl World {
             assert!(!target.runs || matches!(owner, Owner::Target | Owner::Settled), "{self:?}");
             assert!(!target.listens || owner == Owner::Settled, "{self:?}");
             assert!(!source.runs || matches!(owner, Owner::Source | Owner::Aborted), "{self:?}");
+            let over = !matches!(
+                source.state,
+                Some(
+                    Source::Greeting { .. }
+                        | Source::Checking { .. }
+                        | Source::Staging { .. }
+                        | Source::Ended { phase: Phase::Greet | Phase::Check, .. }
+                )
+            );
+            // Else a survivor could take what is old by then.
+            assert!(!source.listens || !over || owner == Owner::Aborted, "{self:?}");
         }
     }
 }

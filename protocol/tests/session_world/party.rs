@@ -1,0 +1,145 @@
+//! What is done to whom, and one of the two processes.
+
+use std::collections::VecDeque;
+use std::fmt::Debug;
+
+use super::Fd;
+
+/// What is done to whom.
+#[derive(Clone, Copy, Debug)]
+pub enum Deed {
+    /// It does the next of what it is to do.
+    Act(End),
+    /// It receives the next packet.
+    Deliver(End),
+    /// Its next packet is lost.
+    Lose(End),
+    /// Its next packet comes again, after all others.
+    Repeat(End),
+    /// Its next packet is cut.
+    Cut(End, u8),
+    /// Its next packet comes after all others.
+    Later(End),
+    /// The front-end says something.
+    FrontendSays,
+    /// It hears what the front-end said, if it listens.
+    Hear(End),
+    /// So many milliseconds pass.
+    Pass(u64),
+    /// It looks at the clock.
+    Clock(End),
+    /// The connection ends.
+    Disconnect,
+    /// It sees that the connection has ended.
+    SeeEnd(End),
+    /// It is killed.
+    Kill(End),
+    /// It sees that the other one is dead.
+    SeeDeath(End),
+    /// It does nothing any more,
+    Stop(End),
+    /// until it goes on.
+    Continue(End),
+    /// The operator cancels.
+    Cancel,
+    /// The source cannot go on.
+    Fail,
+    /// The target refuses from now on.
+    Unwilling,
+    /// The source's COMMIT will be of another session.
+    BadCommit,
+}
+
+/// Which of the two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The one that serves.
+    Source,
+    /// The one that waits.
+    Target,
+}
+
+impl End {
+    pub(super) fn other(self) -> Self {
+        if self == Self::Source { Self::Target } else { Self::Source }
+    }
+}
+
+/// A process.
+#[derive(Debug)]
+pub struct Party<S, A, E> {
+    pub(super) state: Option<S>,
+    /// What it is to do.
+    pub(super) todo: VecDeque<A>,
+    /// What comes of what it has done.
+    pub(super) pending: Option<E>,
+    pub(super) inbox: VecDeque<(Vec<u8>, Vec<Fd>)>,
+    pub(super) stopped: bool,
+    /// It has closed the connection, or seen its end.
+    pub(super) closed: bool,
+    pub(super) saw_death: bool,
+    /// Its rings run.
+    pub runs: bool,
+    /// It hears the front-end.
+    pub listens: bool,
+    /// How much it knows of what the front-end said.
+    pub(super) knows: u64,
+}
+
+impl<S: Debug, A, E> Party<S, A, E> {
+    pub(super) fn new(state: S, todo: Vec<A>, serves: bool) -> Self {
+        Self {
+            state: Some(state),
+            todo: todo.into(),
+            pending: None,
+            inbox: VecDeque::new(),
+            stopped: false,
+            closed: false,
+            saw_death: false,
+            runs: serves,
+            listens: serves,
+            knows: 0,
+        }
+    }
+
+    /// How far it is; `None` if it is dead.
+    pub fn state(&self) -> Option<&S> {
+        self.state.as_ref()
+    }
+
+    /// What it is to do.
+    pub fn todo(&self) -> impl Iterator<Item = &A> {
+        self.todo.iter()
+    }
+
+    /// Whether its event loop waits for something.
+    pub(super) fn waits(&self) -> bool {
+        self.state.is_some() && !self.stopped && self.todo.is_empty()
+    }
+
+    pub(super) fn die(&mut self) {
+        let stopped = false;
+        let state = self.state.take();
+        assert!(state.is_some());
+        (self.runs, self.listens, self.stopped, self.closed) = (false, false, stopped, true);
+        self.todo.clear();
+        self.inbox.clear();
+        self.pending = None;
+    }
+
+    pub(super) fn close(&mut self) {
+        self.closed = true;
+        self.inbox.clear();
+    }
+
+    pub(super) fn hear(&mut self, heard: &mut u64, said: u64) -> bool {
+        // Even between any two things that it does.
+        if self.state.is_none() || self.stopped || !self.listens || *heard == said {
+            return false;
+        }
+        assert_eq!(self.knows, *heard, "hears the front-end with old knowledge");
+        *heard += 1;
+        self.knows = *heard;
+        true
+    }
+}
