@@ -398,6 +398,53 @@ fn an_aborted_session_is_dropped_soon_after() {
     world.finish();
 }
 
+/// The target has taken the session, and the source does not hear of it.
+fn lost() -> World {
+    let mut world = World::new(false);
+    world.until_target(|state| matches!(state, Target::Starting { .. }));
+    world.act(Deed::Disconnect);
+    world.act(Deed::SeeEnd(End::Source));
+    world.source_acts();
+    assert!(matches!(world.source.state(), Some(Source::Lost { .. })), "{world:?}");
+    assert!(world.target.runs && !world.target.listens);
+    world
+}
+
+/// It has, and hears the front-end.
+fn settle(world: &mut World) {
+    world.act(Deed::Act(End::Target));
+    world.target_acts();
+    assert_eq!(world.word.owner, Owner::Settled);
+    world.act(Deed::FrontendSays);
+    world.act(Deed::Hear(End::Target));
+}
+
+#[test]
+fn a_source_that_lost_takes_back_only_what_was_not_settled() {
+    for settled in [false, true] {
+        let mut world = lost();
+        if settled {
+            settle(&mut world);
+        }
+        world.act(Deed::Kill(End::Target));
+        world.act(Deed::SeeDeath(End::Source));
+        world.source_acts();
+        assert_eq!(world.source.runs, !settled, "{world:?}");
+        world.finish();
+    }
+}
+
+#[test]
+fn a_source_that_lost_learns_from_the_word_that_it_may_go() {
+    let mut world = lost();
+    world.source_after(5_000);
+    assert!(matches!(world.source.state(), Some(Source::Lost { .. })));
+    settle(&mut world);
+    world.source_after(100);
+    assert_eq!(world.source.state(), Some(&Source::HandedOver(None)));
+    world.finish();
+}
+
 #[test]
 fn a_word_that_says_the_other_is_obeyed_even_if_it_cannot_be() {
     let mut world = World::new(false);
