@@ -3,33 +3,30 @@
 //!
 //! A process may be first the one, then the other: [`target`] waits on `--incoming-fds` and is over when it owns the
 //! TAP; [`source`] lasts from a command, or from the front-end's wish, until the TAP is the target's or for good ours.
-//! [`snapshot`] turns the device into what is said of it and back, [`frames`] moves frames in hand, [`transfer`] has
-//! the threads for device state.
+//! [`snapshot`] turns the device into what is said of it and back, [`frames`] moves frames in hand; [`device_state`] is
+//! what the front-end asks for, [`transfer`] has its threads.
 //!
 //! Everything happens in the event loop, which waits for [`Handover`] as for any descriptor and calls
 //! [`Handover::settle`] after everything else that may have started or stopped a ring.
 
+pub mod device_state;
+pub mod error;
 pub mod frames;
+pub mod incoming;
 pub mod snapshot;
 pub mod source;
 pub mod target;
 pub mod transfer;
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use baton_channel::ownership::OwnershipError;
-use baton_channel::packet::{ChannelError, PacketSocket};
+use baton_channel::packet::PacketSocket;
 use baton_channel::peer::{Peer, PeerError};
-use baton_control::socket_path::{BindError, BoundSocket};
-use baton_faults::Point;
 use baton_protocol::control::{HandoverReply, HandoverStatus};
-use baton_protocol::handover::message::{Message, StateOnly};
 use baton_protocol::handover::refusal::Refusal;
-use baton_protocol::handover::validate::check_without_tap;
 use nix::sys::timer::Expiration;
 use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags, TimerSetTimeFlags};
 
@@ -38,10 +35,13 @@ use crate::device::{Device, DeviceError};
 use crate::events::{Epoll, Events, Ready};
 use crate::log_limit;
 use crate::mailbox::{Mailbox, Mailer, mailbox};
+use device_state::Transfer;
+use error::{HandoverError, IncomingError};
+use incoming::Incoming;
 use snapshot::Wishes;
 use source::SourceEnd;
 use target::TargetEnd;
-use transfer::{Outcome, Route, TransferError};
+use transfer::Outcome;
 
 const INCOMING: u64 = 0;
 const TIMER: u64 = 1;
@@ -49,93 +49,8 @@ const SOURCE: u64 = 2;
 const TARGET: u64 = 3;
 const MAIL: u64 = 4;
 
-/// How long to leave sources waiting that cannot be accepted, for want of descriptors, say.
-const REST: Duration = Duration::from_millis(100);
-
 /// What this program calls itself.
 const PROGRAM: &str = concat!("baton-backend ", env!("CARGO_PKG_VERSION"));
-
-/// Why a hand-over cannot begin.
-#[derive(Debug, thiserror::Error)]
-pub enum HandoverError {
-    /// One is under way.
-    #[error("a hand-over to {0} is under way; end it with handover --cancel")]
-    UnderWay(String),
-    /// To this process itself.
-    #[error("this is the same back-end: a device cannot be handed over to itself")]
-    Oneself,
-    /// There is nothing to hand over.
-    #[error("this back-end has no TAP to hand over")]
-    NoTap,
-    /// Nothing to cancel.
-    #[error("no hand-over is under way")]
-    NotUnderWay,
-    /// Not with this version.
-    #[error("only a device can be handed over, when its front-end has stopped it: use --on-suspend")]
-    LiveSession,
-    /// It cannot be begun.
-    #[error(transparent)]
-    Channel(#[from] ChannelError),
-    /// It cannot be begun.
-    #[error(transparent)]
-    Ownership(#[from] OwnershipError),
-    /// It cannot be begun.
-    #[error("cannot begin a hand-over")]
-    System(#[from] io::Error),
-}
-
-/// Why device state is not moved.
-#[derive(Debug, thiserror::Error)]
-pub enum DeviceStateError {
-    /// Rings are set up or run.
-    #[error("device state moves only while all rings are stopped")]
-    NotSuspended,
-    /// One is under way.
-    #[error("another transfer of device state is under way")]
-    UnderWay,
-    /// None was begun.
-    #[error("no device state has been moved")]
-    None,
-    /// A TAP would arrive where there is one.
-    #[error("this back-end has a TAP already and cannot receive one; start it with --incoming-fds")]
-    AlreadyInitialised,
-    /// The device is being handed over in another way.
-    #[error("the device is in another hand-over")]
-    Busy,
-    /// The target refuses what came, or the source could not send it.
-    #[error("{0}")]
-    Failed(String),
-    /// It cannot be begun.
-    #[error(transparent)]
-    Begin(#[from] HandoverError),
-    /// It failed.
-    #[error(transparent)]
-    Transfer(#[from] TransferError),
-}
-
-/// Why there is no place to receive a device.
-#[derive(Debug, thiserror::Error)]
-pub enum IncomingError {
-    /// Its path cannot be bound.
-    #[error(transparent)]
-    Bind(#[from] BindError),
-    /// The system would not.
-    #[error("cannot wait for a hand-over")]
-    System(#[from] io::Error),
-}
-
-/// The transfer of device state that the front-end asked for last.
-#[derive(Debug)]
-enum Transfer {
-    /// None was asked for.
-    None,
-    /// A thread is at it.
-    Running,
-    /// A thread is at it, for a session that is over.
-    Abandoned,
-    /// It is over.
-    Over(Result<(), DeviceStateError>),
-}
 
 /// A program to run at the end, with the TAP's name.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -160,9 +75,7 @@ pub struct Handover {
     began: Instant,
     timer: TimerFd,
     wishes: Wishes,
-    incoming: Option<BoundSocket>,
-    /// Until when nobody is accepted.
-    resting: Option<Duration>,
+    incoming: Option<Incoming>,
     source: Option<SourceEnd>,
     target: Option<TargetEnd>,
     transfer: Transfer,
@@ -183,11 +96,7 @@ impl Handover {
     /// [`IncomingError`].
     pub fn new(incoming: Option<&Path>, wishes: Wishes) -> Result<Self, IncomingError> {
         let epoll = Epoll::new()?;
-        let incoming = incoming.map(BoundSocket::bind_packets).transpose()?;
-        if let Some(socket) = &incoming {
-            socket.listener().set_nonblocking(true)?;
-            epoll.add(socket.listener(), Events::EPOLLIN, INCOMING)?;
-        }
+        let incoming = incoming.map(|path| Incoming::bind(path, &epoll)).transpose()?;
         let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
         let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags).map_err(io::Error::from)?;
         epoll.add(&timer, Events::EPOLLIN, TIMER)?;
@@ -199,7 +108,6 @@ impl Handover {
             timer,
             wishes,
             incoming,
-            resting: None,
             source: None,
             target: None,
             transfer: Transfer::None,
@@ -250,11 +158,8 @@ impl Handover {
                 _ => {
                     // Fails only when nothing has expired.
                     let _ = self.timer.unset();
-                    if let Some(socket) = &self.incoming
-                        && self.resting.take_if(|until| *until <= around.now).is_some()
-                        && let Err(error) = self.epoll.add(socket.listener(), Events::EPOLLIN, INCOMING)
-                    {
-                        tracing::warn!(%error, "cannot wait for sources any more");
+                    if let Some(incoming) = &mut self.incoming {
+                        incoming.on_time(around);
                     }
                     if let Some(source) = &mut self.source {
                         source.on_time(device, around)?;
@@ -289,7 +194,7 @@ impl Handover {
         let deadlines = [
             self.source.as_ref().and_then(SourceEnd::deadline),
             self.target.as_ref().and_then(TargetEnd::deadline),
-            self.resting,
+            self.incoming.as_ref().and_then(Incoming::deadline),
         ];
         let Some(deadline) = deadlines.into_iter().flatten().min() else { return };
         let left = deadline.saturating_sub(self.now()).max(Duration::from_millis(1));
@@ -422,36 +327,15 @@ impl Handover {
 
     /// Somebody wants to hand a device over.
     fn accept(&mut self, device: &Device) {
-        let Some(socket) = &self.incoming else { return };
-        let connection = match socket.listener().accept() {
-            Ok((connection, _)) => connection,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-            Err(error) => {
-                // The connection is still there to be accepted; what is missing may come back.
-                if let Some(left_out) = log_limit::allow() {
-                    tracing::warn!(%error, left_out, "cannot accept a source now");
-                }
-                let _ = self.epoll.remove(socket.listener());
-                self.resting = Some(self.now() + REST);
-                return;
-            }
-        };
-        let link = match PacketSocket::try_from(std::os::fd::OwnedFd::from(connection)) {
-            Ok(link) => link,
-            Err(error) => {
-                tracing::warn!(%error, "a connection for a hand-over is of no use");
-                return;
-            }
-        };
+        let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
+        let Some(link) = self.incoming.as_mut().and_then(|incoming| incoming.accept(around)) else { return };
         let trusted = Peer::trusted(&link);
         let refusal = match &trusted {
             Err(error @ (PeerError::User { .. } | PeerError::System(_))) => {
                 Some(Refusal::User(error.to_string()))
             }
             Ok(_) if device.tap().is_some() => Some(Refusal::AlreadyInitialised),
-            Ok(_) if self.target.is_some() || matches!(self.transfer, Transfer::Running) => {
-                Some(Refusal::Busy)
-            }
+            Ok(_) if self.target.is_some() || self.is_transferring() => Some(Refusal::Busy),
             Ok(_) => None,
         };
         if let Some(refusal) = refusal {
@@ -466,132 +350,6 @@ impl Handover {
             return;
         }
         let same_user = trusted.is_ok_and(Peer::same_user);
-        self.target = Some(TargetEnd::greeted(link, same_user, device, self.now()));
-    }
-
-    /// Whether a transfer of device state runs: [`Self::check_device_state`] must wait.
-    pub fn is_transferring(&self) -> bool {
-        matches!(self.transfer, Transfer::Running)
-    }
-
-    fn check_transfer(&self, device: &Device) -> Result<(), DeviceStateError> {
-        if !device.suspended() {
-            return Err(DeviceStateError::NotSuspended);
-        }
-        if matches!(self.transfer, Transfer::Running | Transfer::Abandoned) {
-            return Err(DeviceStateError::UnderWay);
-        }
-        Ok(())
-    }
-
-    /// `SET_DEVICE_STATE_FD`, save.
-    ///
-    /// # Errors
-    /// [`DeviceStateError`]; the device is as before.
-    pub fn save_device_state(&mut self, device: &mut Device, fd: File) -> Result<(), DeviceStateError> {
-        self.check_transfer(device)?;
-        baton_faults::point(Point::SourceBackendSaving).map_err(HandoverError::from)?;
-        self.transfer = Transfer::None;
-        match Route::from(fd) {
-            Route::Pipe(pipe) => {
-                let aside = self.source.as_ref().and_then(SourceEnd::tap);
-                let state = snapshot::describe(device, device.tap().or(aside), &[]);
-                let message = Message::Device(StateOnly { device: state });
-                transfer::save(pipe, &message, self.mailer.clone()).map_err(HandoverError::from)?;
-                self.transfer = Transfer::Running;
-            }
-            Route::Socket(socket) => {
-                self.check_free(device).map_err(|error| match error {
-                    HandoverError::UnderWay(_) => DeviceStateError::Busy,
-                    other => other.into(),
-                })?;
-                let (link, theirs) = PacketSocket::pair().map_err(HandoverError::from)?;
-                self.epoll.add(&link, Events::EPOLLIN, SOURCE).map_err(HandoverError::from)?;
-                let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
-                let end = SourceEnd::new(link, "the front-end's device state".to_owned())?;
-                let sent = self.source.insert(end).offer_over(device, around, socket, theirs);
-                let sent = sent.map_err(|error| DeviceStateError::Failed(error.to_string()))?;
-                let result = if sent {
-                    Ok(())
-                } else {
-                    Err(DeviceStateError::Failed("the device state could not be sent".to_owned()))
-                };
-                self.transfer = Transfer::Over(result);
-            }
-        }
-        Ok(())
-    }
-
-    /// `SET_DEVICE_STATE_FD`, load.
-    ///
-    /// # Errors
-    /// [`DeviceStateError`]; the device is as before.
-    pub fn load_device_state(&mut self, device: &Device, fd: File) -> Result<(), DeviceStateError> {
-        self.check_transfer(device)?;
-        baton_faults::point(Point::TargetBackendLoading).map_err(HandoverError::from)?;
-        self.transfer = Transfer::None;
-        let route = Route::from(fd);
-        if matches!(route, Route::Socket(_)) {
-            if device.tap().is_some() || self.incoming.is_none() {
-                return Err(DeviceStateError::AlreadyInitialised);
-            }
-            if self.target.is_some() {
-                return Err(DeviceStateError::Busy);
-            }
-        }
-        transfer::load(route, self.mailer.clone()).map_err(HandoverError::from)?;
-        self.transfer = Transfer::Running;
-        Ok(())
-    }
-
-    /// `CHECK_DEVICE_STATE`, once no transfer runs.
-    ///
-    /// # Errors
-    /// How the last transfer failed.
-    pub fn check_device_state(&mut self) -> Result<(), DeviceStateError> {
-        match std::mem::replace(&mut self.transfer, Transfer::None) {
-            Transfer::Over(result) => result,
-            other => {
-                self.transfer = other;
-                Err(DeviceStateError::None)
-            }
-        }
-    }
-
-    fn on_mail(&mut self, device: &mut Device) -> Result<(), DeviceError> {
-        while let Some(outcome) = self.mail.take() {
-            if matches!(self.transfer, Transfer::Abandoned) {
-                self.transfer = Transfer::None;
-                continue;
-            }
-            let result = match outcome {
-                Outcome::Saved(result) => result.map_err(DeviceStateError::from),
-                Outcome::Read(Ok(Message::Device(StateOnly { device: state }))) => {
-                    let capabilities = snapshot::capabilities(device, &self.wishes, &state, true);
-                    check_without_tap(&state, &capabilities)
-                        .map_err(|reasons| DeviceStateError::Failed(reasons.to_string()))
-                }
-                Outcome::Read(Ok(other)) => Err(DeviceStateError::Failed(format!(
-                    "the device state begins with {}, which needs a socket",
-                    other.name()
-                ))),
-                Outcome::Received(Ok(packet)) => {
-                    let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
-                    match TargetEnd::offered(packet, device, &self.wishes, around)? {
-                        Ok(target) => {
-                            self.target = Some(target);
-                            Ok(())
-                        }
-                        Err(why) => Err(DeviceStateError::Failed(why)),
-                    }
-                }
-                Outcome::Read(Err(error)) | Outcome::Received(Err(error)) => Err(error.into()),
-            };
-            if let Err(error) = &result {
-                tracing::warn!(error = %error, "device state was not moved");
-            }
-            self.transfer = Transfer::Over(result);
-        }
-        Ok(())
+        self.target = Some(TargetEnd::greeted(link, same_user, device, around.now));
     }
 }

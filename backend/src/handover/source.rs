@@ -11,7 +11,8 @@ use baton_protocol::handover::message::{Message, Offer, Prepare};
 use baton_protocol::handover::source::{Action, Ended, Event, Source};
 use baton_protocol::ownership::{Owner, Word};
 
-use super::{HandoverError, Surroundings, frames, snapshot};
+use super::error::HandoverError;
+use super::{Surroundings, frames, snapshot};
 use crate::control::{self, Call};
 use crate::device::{Device, DeviceError};
 use crate::tap::Tap;

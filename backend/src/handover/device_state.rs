@@ -1,0 +1,158 @@
+//! Device state that the front-end moves (`SET_DEVICE_STATE_FD`, `CHECK_DEVICE_STATE`): over a socket it is an offer of
+//! the device, over a pipe the state alone.
+
+use std::fs::File;
+
+use baton_channel::packet::PacketSocket;
+use baton_faults::Point;
+use baton_protocol::handover::message::{Message, StateOnly};
+use baton_protocol::handover::validate::check_without_tap;
+
+use super::error::{DeviceStateError, HandoverError};
+use super::source::SourceEnd;
+use super::target::TargetEnd;
+use super::transfer::{self, Outcome, Route};
+use super::{Handover, SOURCE, Surroundings, snapshot};
+use crate::device::{Device, DeviceError};
+use crate::events::Events;
+
+/// The transfer of device state that the front-end asked for last.
+#[derive(Debug)]
+pub(super) enum Transfer {
+    /// None was asked for.
+    None,
+    /// A thread is at it.
+    Running,
+    /// A thread is at it, for a session that is over.
+    Abandoned,
+    /// It is over.
+    Over(Result<(), DeviceStateError>),
+}
+
+impl Handover {
+    /// Whether a transfer of device state runs: [`Self::check_device_state`] must wait.
+    pub fn is_transferring(&self) -> bool {
+        matches!(self.transfer, Transfer::Running)
+    }
+
+    fn check_transfer(&self, device: &Device) -> Result<(), DeviceStateError> {
+        if !device.suspended() {
+            return Err(DeviceStateError::NotSuspended);
+        }
+        if matches!(self.transfer, Transfer::Running | Transfer::Abandoned) {
+            return Err(DeviceStateError::UnderWay);
+        }
+        Ok(())
+    }
+
+    /// `SET_DEVICE_STATE_FD`, save.
+    ///
+    /// # Errors
+    /// [`DeviceStateError`]; the device is as before.
+    pub fn save_device_state(&mut self, device: &mut Device, fd: File) -> Result<(), DeviceStateError> {
+        self.check_transfer(device)?;
+        baton_faults::point(Point::SourceBackendSaving).map_err(HandoverError::from)?;
+        self.transfer = Transfer::None;
+        match Route::from(fd) {
+            Route::Pipe(pipe) => {
+                let aside = self.source.as_ref().and_then(SourceEnd::tap);
+                let state = snapshot::describe(device, device.tap().or(aside), &[]);
+                let message = Message::Device(StateOnly { device: state });
+                transfer::save(pipe, &message, self.mailer.clone()).map_err(HandoverError::from)?;
+                self.transfer = Transfer::Running;
+            }
+            Route::Socket(socket) => {
+                self.check_free(device).map_err(|error| match error {
+                    HandoverError::UnderWay(_) => DeviceStateError::Busy,
+                    other => other.into(),
+                })?;
+                let (link, theirs) = PacketSocket::pair().map_err(HandoverError::from)?;
+                self.epoll.add(&link, Events::EPOLLIN, SOURCE).map_err(HandoverError::from)?;
+                let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
+                let end = SourceEnd::new(link, "the front-end's device state".to_owned())?;
+                let sent = self.source.insert(end).offer_over(device, around, socket, theirs);
+                let sent = sent.map_err(|error| DeviceStateError::Failed(error.to_string()))?;
+                let result = if sent {
+                    Ok(())
+                } else {
+                    Err(DeviceStateError::Failed("the device state could not be sent".to_owned()))
+                };
+                self.transfer = Transfer::Over(result);
+            }
+        }
+        Ok(())
+    }
+
+    /// `SET_DEVICE_STATE_FD`, load.
+    ///
+    /// # Errors
+    /// [`DeviceStateError`]; the device is as before.
+    pub fn load_device_state(&mut self, device: &Device, fd: File) -> Result<(), DeviceStateError> {
+        self.check_transfer(device)?;
+        baton_faults::point(Point::TargetBackendLoading).map_err(HandoverError::from)?;
+        self.transfer = Transfer::None;
+        let route = Route::from(fd);
+        if matches!(route, Route::Socket(_)) {
+            if device.tap().is_some() || self.incoming.is_none() {
+                return Err(DeviceStateError::AlreadyInitialised);
+            }
+            if self.target.is_some() {
+                return Err(DeviceStateError::Busy);
+            }
+        }
+        transfer::load(route, self.mailer.clone()).map_err(HandoverError::from)?;
+        self.transfer = Transfer::Running;
+        Ok(())
+    }
+
+    /// `CHECK_DEVICE_STATE`, once no transfer runs.
+    ///
+    /// # Errors
+    /// How the last transfer failed.
+    pub fn check_device_state(&mut self) -> Result<(), DeviceStateError> {
+        match std::mem::replace(&mut self.transfer, Transfer::None) {
+            Transfer::Over(result) => result,
+            other => {
+                self.transfer = other;
+                Err(DeviceStateError::None)
+            }
+        }
+    }
+
+    pub(super) fn on_mail(&mut self, device: &mut Device) -> Result<(), DeviceError> {
+        while let Some(outcome) = self.mail.take() {
+            if matches!(self.transfer, Transfer::Abandoned) {
+                self.transfer = Transfer::None;
+                continue;
+            }
+            let result = match outcome {
+                Outcome::Saved(result) => result.map_err(DeviceStateError::from),
+                Outcome::Read(Ok(Message::Device(StateOnly { device: state }))) => {
+                    let capabilities = snapshot::capabilities(device, &self.wishes, &state, true);
+                    check_without_tap(&state, &capabilities)
+                        .map_err(|reasons| DeviceStateError::Failed(reasons.to_string()))
+                }
+                Outcome::Read(Ok(other)) => Err(DeviceStateError::Failed(format!(
+                    "the device state begins with {}, which needs a socket",
+                    other.name()
+                ))),
+                Outcome::Received(Ok(packet)) => {
+                    let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
+                    match TargetEnd::offered(packet, device, &self.wishes, around)? {
+                        Ok(target) => {
+                            self.target = Some(target);
+                            Ok(())
+                        }
+                        Err(why) => Err(DeviceStateError::Failed(why)),
+                    }
+                }
+                Outcome::Read(Err(error)) | Outcome::Received(Err(error)) => Err(error.into()),
+            };
+            if let Err(error) = &result {
+                tracing::warn!(error = %error, "device state was not moved");
+            }
+            self.transfer = Transfer::Over(result);
+        }
+        Ok(())
+    }
+}

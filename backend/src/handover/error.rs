@@ -1,0 +1,78 @@
+//! Why a hand-over does not begin, or device state does not move.
+
+use std::io;
+
+use baton_channel::ownership::OwnershipError;
+use baton_channel::packet::ChannelError;
+use baton_control::socket_path::BindError;
+
+use super::transfer::TransferError;
+
+/// Why a hand-over cannot begin.
+#[derive(Debug, thiserror::Error)]
+pub enum HandoverError {
+    /// One is under way.
+    #[error("a hand-over to {0} is under way; end it with handover --cancel")]
+    UnderWay(String),
+    /// To this process itself.
+    #[error("this is the same back-end: a device cannot be handed over to itself")]
+    Oneself,
+    /// There is nothing to hand over.
+    #[error("this back-end has no TAP to hand over")]
+    NoTap,
+    /// Nothing to cancel.
+    #[error("no hand-over is under way")]
+    NotUnderWay,
+    /// Not with this version.
+    #[error("only a device can be handed over, when its front-end has stopped it: use --on-suspend")]
+    LiveSession,
+    /// It cannot be begun.
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+    /// It cannot be begun.
+    #[error(transparent)]
+    Ownership(#[from] OwnershipError),
+    /// It cannot be begun.
+    #[error("cannot begin a hand-over")]
+    System(#[from] io::Error),
+}
+
+/// Why device state is not moved.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceStateError {
+    /// Rings are set up or run.
+    #[error("device state moves only while all rings are stopped")]
+    NotSuspended,
+    /// One is under way.
+    #[error("another transfer of device state is under way")]
+    UnderWay,
+    /// None was begun.
+    #[error("no device state has been moved")]
+    None,
+    /// A TAP would arrive where there is one.
+    #[error("this back-end has a TAP already and cannot receive one; start it with --incoming-fds")]
+    AlreadyInitialised,
+    /// The device is being handed over in another way.
+    #[error("the device is in another hand-over")]
+    Busy,
+    /// The target refuses what came, or the source could not send it.
+    #[error("{0}")]
+    Failed(String),
+    /// It cannot be begun.
+    #[error(transparent)]
+    Begin(#[from] HandoverError),
+    /// It failed.
+    #[error(transparent)]
+    Transfer(#[from] TransferError),
+}
+
+/// Why there is no place to receive a device.
+#[derive(Debug, thiserror::Error)]
+pub enum IncomingError {
+    /// Its path cannot be bound.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// The system would not.
+    #[error("cannot wait for a hand-over")]
+    System(#[from] io::Error),
+}
