@@ -251,12 +251,10 @@ impl Device {
     pub fn end_session(&mut self) -> Result<(), DeviceError> {
         let empty = self.new_session();
         self.change(.., |session| *session = empty)?;
-        for (pair, worker) in self.workers.iter_mut().enumerate() {
-            let parked = worker.park().ok_or(DeviceError::Dead(pair))?;
-            if let Some(kernel) = &mut parked.kernel {
-                kernel.vhost.release().map_err(|source| DeviceError::Dataplane { pair, source })?;
-            }
-        }
+        self.park_each(|parked| match &mut parked.kernel {
+            Some(kernel) => kernel.vhost.release(),
+            None => Ok(()),
+        })?;
         self.set_tap_features(Features::default())
     }
 
@@ -273,6 +271,10 @@ impl Device {
     ) -> Result<T, DeviceError> {
         let all = 0..self.workers.len();
         let concerned: Vec<usize> = all.filter(|pair| pairs.contains(pair)).collect();
+        // All stop at the same time.
+        for &pair in &concerned {
+            self.workers[pair].close();
+        }
         for &pair in &concerned {
             let worker = self.workers[pair].park().ok_or(DeviceError::Dead(pair))?;
             for (side, vring) in sides(pair) {
@@ -362,8 +364,18 @@ impl Device {
     }
 
     fn park_all(&mut self) -> Result<(), DeviceError> {
+        self.park_each(|_| Ok(()))
+    }
+
+    /// Parks all workers, which stop at the same time, and does something with each pair.
+    fn park_each(
+        &mut self,
+        mut action: impl FnMut(&mut QueuePair) -> std::io::Result<()>,
+    ) -> Result<(), DeviceError> {
+        self.workers.iter().for_each(Worker::close);
         for (pair, worker) in self.workers.iter_mut().enumerate() {
-            worker.park().ok_or(DeviceError::Dead(pair))?;
+            let parked = worker.park().ok_or(DeviceError::Dead(pair))?;
+            action(parked).map_err(|source| DeviceError::Dataplane { pair, source })?;
         }
         Ok(())
     }

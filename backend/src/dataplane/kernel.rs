@@ -17,10 +17,9 @@ use std::time::Duration;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::Turn;
-use super::pair::{KICK_EVENTS, POLLED_WAIT, QueuePair, RX_KICK, Side, TX_KICK, kicked};
+use super::pair::{KICK_EVENTS, POLLED_WAIT, QueuePair, RX_KICK, Side, TX_KICK};
 use super::ring::{Kick, Ring};
 use super::worker::Gate;
-use crate::events::Ready;
 use crate::features::Features;
 use crate::notify::{Notifier, NotifierError};
 use crate::tap::TapQueue;
@@ -63,52 +62,28 @@ impl KernelPath {
 }
 
 impl QueuePair {
-    /// Has the kernel move frames until the gate closes.
-    pub(super) fn run_kernel(&mut self, tap: &TapQueue, gate: &Gate) {
-        let mut ready = Ready::<4>::default();
-        let mut look = true;
-        while !gate.closed() {
-            self.give(Side::Rx, tap);
-            self.give(Side::Tx, tap);
-            if look && self.tx.ring.as_ref().is_some_and(|ring| !ring.enabled) {
-                look = self.tx.run(self.index, tap, &self.counters.tx, true) == Turn::More;
-            } else {
-                look = false;
-            }
-            if tap.was_deleted() {
-                gate.report(&io::Error::other("the TAP was deleted"));
-                break;
-            }
-            let polled = self.polled();
-            if polled && let Some(kernel) = &self.kernel {
-                kernel.doorbell.notify();
-            }
-            let timeout = match (look, polled, self.index) {
-                (true, ..) => 0,
-                (false, true, _) => POLLED_WAIT,
-                (false, false, 0) => TAP_WATCH,
-                (false, false, _) => -1,
-            };
-            let events = match self.epoll.wait(timeout, &mut ready) {
-                Ok(events) => events,
-                Err(error) => {
-                    gate.report(&error);
-                    break;
-                }
-            };
-            for (token, _) in events {
-                match token {
-                    RX_KICK => {
-                        kicked(self.rx.ring.as_mut(), &self.counters.rx);
-                    }
-                    TX_KICK => look |= kicked(self.tx.ring.as_mut(), &self.counters.tx),
-                    _ => {}
-                }
-            }
-            look |= polled;
+    /// Has the kernel move frames, and does what it leaves to do.
+    pub(super) fn turn_of_kernel(&mut self, tap: &TapQueue) -> io::Result<i32> {
+        self.give(Side::Rx, tap);
+        self.give(Side::Tx, tap);
+        let polled = self.polled();
+        if (self.look_tx || polled) && self.tx.ring.as_ref().is_some_and(|ring| !ring.enabled) {
+            self.look_tx = self.tx.run(self.index, tap, &self.counters.tx, true) == Turn::More;
+        } else {
+            self.look_tx = false;
         }
-        self.take_from_kernel(Side::Rx, gate);
-        self.take_from_kernel(Side::Tx, gate);
+        if tap.was_deleted() {
+            return Err(io::Error::other("the TAP was deleted"));
+        }
+        if polled && let Some(kernel) = &self.kernel {
+            kernel.doorbell.notify();
+        }
+        Ok(match (self.look_tx, polled, self.index) {
+            (true, ..) => 0,
+            (false, true, _) => POLLED_WAIT,
+            (false, false, 0) => TAP_WATCH,
+            (false, false, _) => -1,
+        })
     }
 
     /// Gives the kernel the ring of `side`, if it is to run and is not the kernel's already.
@@ -135,7 +110,7 @@ impl QueuePair {
     }
 
     /// Takes the ring of `side` back, if the kernel has it.
-    fn take_from_kernel(&mut self, side: Side, gate: &Gate) {
+    pub(super) fn take_from_kernel(&mut self, side: Side, gate: &Gate) {
         let (ring, token) = match side {
             Side::Rx => (&mut self.rx.ring, RX_KICK),
             Side::Tx => (&mut self.tx.ring, TX_KICK),

@@ -1,14 +1,13 @@
 //! A queue pair: all that its worker works on, in one struct that is handed over whole when the worker parks.
 //!
-//! The worker waits in the pair's own epoll instance. Everything there is edge-triggered, so kicks need not be read
-//! (a read would take them from whoever shares the eventfd) and nothing has to be switched off while a ring is full
-//! or stopped; to make up for edges that came while nobody looked, every run begins with a look at everything.
+//! The worker waits for the pair's own epoll instance, between turns. Everything there is edge-triggered, so kicks need
+//! not be read (a read would take them from whoever shares the eventfd) and nothing has to be switched off while a ring
+//! is full or stopped; to make up for edges that came while nobody looked, every run begins with a look at everything.
 //!
 //! A pair has a queue of the TAP while this process owns it. Without one it moves nothing, and only tells when the
 //! driver starts a ring.
 
 use std::io;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -19,8 +18,8 @@ use super::ring::{Kick, Ring};
 use super::rx::Rx;
 use super::tx::Tx;
 use super::worker::Gate;
-use crate::events::{Epoll, Events, Ready};
-use crate::metrics::{self, PairCounters};
+use crate::events::{Epoll, Events};
+use crate::metrics::PairCounters;
 use crate::tap::TapQueue;
 use crate::vhost_net::VhostNet;
 
@@ -37,7 +36,7 @@ const TAP: u64 = 0;
 pub(super) const RX_KICK: u64 = 1;
 pub(super) const TX_KICK: u64 = 2;
 /// The worker's own wake-up, registered by it.
-pub const WAKE: u64 = 3;
+pub(super) const WAKE: u64 = 3;
 
 /// Which vring of a pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,9 +59,15 @@ pub struct QueuePair {
     /// What the kernel moves the frames with, if it does.
     pub kernel: Option<KernelPath>,
     pub(super) counters: Arc<PairCounters>,
-    pub(super) epoll: Epoll,
+    pub(super) epoll: Arc<Epoll>,
     /// How long to look for work before waiting for it.
     pub(super) poll: Duration,
+    /// There may be something to receive.
+    look_rx: bool,
+    /// There may be something to transmit.
+    pub(super) look_tx: bool,
+    /// When there was something to do last, while that matters.
+    last_work: Instant,
 }
 
 impl QueuePair {
@@ -76,9 +81,19 @@ impl QueuePair {
         counters: Arc<PairCounters>,
         poll: Duration,
     ) -> io::Result<Self> {
-        let epoll = Epoll::new()?;
-        let kernel = vhost.map(KernelPath::new).transpose()?;
-        Ok(Self { index, tap: None, rx: Rx::default(), tx: Tx::default(), kernel, counters, epoll, poll })
+        Ok(Self {
+            index,
+            tap: None,
+            rx: Rx::default(),
+            tx: Tx::default(),
+            kernel: vhost.map(KernelPath::new).transpose()?,
+            counters,
+            epoll: Arc::new(Epoll::new()?),
+            poll,
+            look_rx: false,
+            look_tx: false,
+            last_work: Instant::now(),
+        })
     }
 
     /// Gives it the TAP's queue, of which it has none.
@@ -110,12 +125,9 @@ impl QueuePair {
         self.poll = poll;
     }
 
-    /// Has the worker's wake-up end a wait.
-    ///
-    /// # Errors
-    /// What `epoll_ctl(2)` fails with.
-    pub fn watch_wake(&self, wake: &impl AsFd) -> io::Result<()> {
-        self.epoll.add(wake, Events::EPOLLIN, WAKE)
+    /// What its events come from: all it watches, and the worker's own wake-up.
+    pub(super) fn events(&self) -> Arc<Epoll> {
+        Arc::clone(&self.epoll)
     }
 
     /// Whether a worker has anything to do here.
@@ -162,109 +174,97 @@ impl QueuePair {
         Some(ring)
     }
 
-    /// Moves frames, or has them moved, until the gate closes.
-    pub fn run(&mut self, gate: &Gate) {
+    /// Begins to work, whatever was heard before: with a look at everything, and the calls that are due.
+    pub(super) fn begin(&mut self) {
+        self.look_rx = true;
+        self.look_tx = true;
+        self.last_work = Instant::now();
         for ring in [&mut self.rx.ring, &mut self.tx.ring].into_iter().flatten() {
             if std::mem::take(&mut ring.call_due) {
                 ring.vring.call_guest();
             }
         }
-        match (self.tap.clone(), self.kernel.is_some()) {
-            (None, _) => self.wait_for_tap(gate),
-            (Some(tap), true) => self.run_kernel(&tap, gate),
-            (Some(tap), false) => self.run_here(&tap, gate),
+    }
+
+    /// Moves frames, or has them moved, for one turn. Gives for how many milliseconds to wait for events then, −1 being
+    /// for ever; `None` if it cannot go on, which the event loop has been told.
+    pub(super) fn turn(&mut self, gate: &Gate) -> Option<i32> {
+        let result = match (self.tap.clone(), self.kernel.is_some()) {
+            (None, _) => Ok(-1),
+            (Some(tap), true) => self.turn_of_kernel(&tap),
+            (Some(tap), false) => self.turn_here(&tap),
+        };
+        result.map_err(|error| gate.report(&error)).ok()
+    }
+
+    /// Takes what the kernel has of it: nobody but the caller touches a ring from here on.
+    pub(super) fn leave(&mut self, gate: &Gate) {
+        if self.kernel.is_some() {
+            self.take_from_kernel(Side::Rx, gate);
+            self.take_from_kernel(Side::Tx, gate);
         }
     }
 
-    /// Without a TAP: tells when a ring starts, and works on none.
-    fn wait_for_tap(&mut self, gate: &Gate) {
-        let mut ready = Ready::<4>::default();
-        while !gate.closed() {
-            let events = match self.epoll.wait(-1, &mut ready) {
-                Ok(events) => events,
-                Err(error) => {
-                    gate.report(&error);
-                    return;
-                }
-            };
-            for (token, _) in events {
-                let (ring, counters) = match token {
-                    RX_KICK => (self.rx.ring.as_mut(), &self.counters.rx),
-                    TX_KICK => (self.tx.ring.as_mut(), &self.counters.tx),
-                    _ => continue,
+    /// Whether the kernel works on a ring.
+    pub(super) fn runs_in_kernel(&self) -> bool {
+        self.kernel.as_ref().is_some_and(|kernel| kernel.vhost.runs(Side::Rx) || kernel.vhost.runs(Side::Tx))
+    }
+
+    /// An event came.
+    pub(super) fn hear(&mut self, token: u64, events: Events, gate: &Gate) {
+        match token {
+            TAP => {
+                self.look_rx |= events.intersects(Events::EPOLLIN | Events::EPOLLERR);
+                self.look_tx |= events.contains(Events::EPOLLOUT) && self.tx.writable();
+            }
+            RX_KICK | TX_KICK => {
+                let (ring, counters, look) = match token {
+                    RX_KICK => (self.rx.ring.as_mut(), &self.counters.rx, &mut self.look_rx),
+                    _ => (self.tx.ring.as_mut(), &self.counters.tx, &mut self.look_tx),
                 };
-                let started = |ring: &Ring| ring.started;
-                let before = ring.as_deref().is_some_and(started);
-                if let Some(ring) = ring {
-                    ring.kicked(counters);
-                    if ring.started && !before {
-                        gate.report_start();
-                    }
+                let Some(ring) = ring else { return };
+                let before = ring.started;
+                ring.kicked(counters);
+                *look = true;
+                // Without a TAP nothing more comes of it.
+                if self.tap.is_none() && ring.started && !before {
+                    gate.report_start();
                 }
             }
+            _ => {}
         }
     }
 
-    fn run_here(&mut self, tap: &TapQueue, gate: &Gate) {
-        let mut ready = Ready::<4>::default();
-        let (mut look_rx, mut look_tx) = (true, true);
-        let mut last_work = Instant::now();
-        while !gate.closed() {
-            let polling = !self.poll.is_zero() && last_work.elapsed() < self.poll;
-            let mut worked = false;
-            if look_tx || polling {
-                let turn = self.tx.run(self.index, tap, &self.counters.tx, !polling);
-                worked |= turn != Turn::Idle;
-                // While polling no kicks are asked for: the last look, before waiting, is the one that does.
-                look_tx = turn == Turn::More || polling;
-                // A TAP tells of new room only if it was looked at since it had none: without this there is no edge.
-                if turn == Turn::Full
-                    && let Err(error) = self.epoll.rearm(tap, TAP_EVENTS, TAP)
-                {
-                    gate.report(&error);
-                    return;
-                }
+    fn turn_here(&mut self, tap: &TapQueue) -> io::Result<i32> {
+        let polling = !self.poll.is_zero() && self.last_work.elapsed() < self.poll;
+        let polled = self.polled();
+        let mut worked = false;
+        if self.look_tx || polling || polled {
+            let turn = self.tx.run(self.index, tap, &self.counters.tx, !polling);
+            worked |= turn != Turn::Idle;
+            // While polling no kicks are asked for: the last look, before waiting, is the one that does.
+            self.look_tx = turn == Turn::More || polling;
+            // A TAP tells of new room only if it was looked at since it had none: without this there is no edge.
+            if turn == Turn::Full {
+                self.epoll.rearm(tap, TAP_EVENTS, TAP)?;
             }
-            if look_rx || polling {
-                let turn = self.rx.run(self.index, tap, &self.counters.rx);
-                worked |= turn != Turn::Idle;
-                look_rx = turn == Turn::More;
-            }
-            if tap.is_gone() {
-                gate.report(&io::Error::other("the TAP was deleted"));
-                return;
-            }
-            if worked && !self.poll.is_zero() {
-                last_work = Instant::now();
-            }
-            let polled = self.polled();
-            let timeout = match (look_rx || look_tx, polled) {
-                (true, _) => 0,
-                (false, true) => POLLED_WAIT,
-                (false, false) => -1,
-            };
-            let events = match self.epoll.wait(timeout, &mut ready) {
-                Ok(events) => events,
-                Err(error) => {
-                    // Only a bug makes this fail; the thread must not spin on it, nor end unseen.
-                    gate.report(&error);
-                    return;
-                }
-            };
-            for (token, events) in events {
-                match token {
-                    TAP => {
-                        look_rx |= events.intersects(Events::EPOLLIN | Events::EPOLLERR);
-                        look_tx |= events.contains(Events::EPOLLOUT) && self.tx.writable();
-                    }
-                    RX_KICK => look_rx |= kicked(self.rx.ring.as_mut(), &self.counters.rx),
-                    TX_KICK => look_tx |= kicked(self.tx.ring.as_mut(), &self.counters.tx),
-                    _ => {}
-                }
-            }
-            look_rx |= polled;
-            look_tx |= polled;
         }
+        if self.look_rx || polling || polled {
+            let turn = self.rx.run(self.index, tap, &self.counters.rx);
+            worked |= turn != Turn::Idle;
+            self.look_rx = turn == Turn::More;
+        }
+        if tap.is_gone() {
+            return Err(io::Error::other("the TAP was deleted"));
+        }
+        if worked && !self.poll.is_zero() {
+            self.last_work = Instant::now();
+        }
+        Ok(match (self.look_rx || self.look_tx, polled) {
+            (true, _) => 0,
+            (false, true) => POLLED_WAIT,
+            (false, false) => -1,
+        })
     }
 
     pub(super) fn polled(&self) -> bool {
@@ -273,11 +273,4 @@ impl QueuePair {
         };
         polled(&self.rx.ring) || polled(&self.tx.ring)
     }
-}
-
-pub(super) fn kicked(ring: Option<&mut Ring>, counters: &metrics::Direction) -> bool {
-    ring.is_some_and(|ring| {
-        ring.kicked(counters);
-        true
-    })
 }

@@ -1,12 +1,16 @@
 //! A worker thread and the gate at which it parks.
 //!
-//! A queue pair is in exactly one place: with its [`Worker`]'s owner, or with the thread. [`Worker::park`] asks for
-//! it and returns when the thread has stopped at a batch boundary and given it back, so whoever holds the pair knows
-//! that nobody else reads the TAP's queue or touches a ring. The thread is made when it is first needed.
+//! A queue pair is in exactly one place: with its [`Worker`]'s owner, or with the thread; or it lies between them while
+//! the thread waits for events, and whoever comes first has it. [`Worker::park`] gets it, at once from a thread that
+//! waits, at a batch boundary from one that works; so whoever holds the pair knows that nobody else reads the TAP's queue
+//! or touches a ring. The thread is made when it is first needed, or beforehand ([`Worker::make_thread`]).
 //!
 //! ```text
-//!   owner: Here(pair) ──resume──▶ thread: Run(pair) ──park: gate closed, wake──▶ Parked(pair) ──▶ Here(pair)
-//!                                 thread ends by an error ──▶ Failed(pair) ──▶ Here(pair), reported to the event loop
+//!   owner: Here(pair) ──resume──▶ Run(pair) ──thread wakes──▶ thread works ──nothing to do──▶ Waiting(pair)
+//!                                    │                          │   ▲──────────event────────────┘ │
+//!                                    │                     gate closed: Parked(pair)              │
+//!          Here(pair) ◀─park─────────┴──────────────────────────┴─────────────────────────────────┘
+//!                                 thread cannot go on ──▶ Parked(pair), reported to the event loop
 //! ```
 
 use std::io;
@@ -17,7 +21,8 @@ use std::time::Duration;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::pair::QueuePair;
+use super::pair::{QueuePair, WAKE};
+use crate::events::{Epoll, Events, Ready};
 use crate::mailbox::Mailer;
 use crate::notify::Notifier;
 
@@ -27,10 +32,12 @@ const PATIENCE: Duration = Duration::from_millis(50);
 /// Where the pair is, as far as the thread and its owner share it.
 #[derive(Debug)]
 enum Slot {
-    /// The thread has nothing.
+    /// With the owner, or with the thread, which works.
     Empty,
-    /// For the thread to run.
+    /// For the thread to begin with.
     Run(Box<QueuePair>),
+    /// The thread waits for events, and goes on with it when one comes.
+    Waiting(Box<QueuePair>),
     /// Given back by the thread.
     Parked(Box<QueuePair>),
     /// The thread is to end.
@@ -44,11 +51,21 @@ struct Shared {
     slot: Mutex<Slot>,
     changed: Condvar,
     gate: Gate,
+    /// The pair's events, and the gate's.
+    events: Arc<Epoll>,
 }
 
 impl Shared {
     fn slot(&self) -> MutexGuard<'_, Slot> {
         self.slot.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts the thread's pair where its owner finds it.
+    fn put_down(&self, slot: Slot) {
+        *self.slot() = slot;
+        if self.gate.closed() {
+            self.changed.notify_all();
+        }
     }
 }
 
@@ -80,9 +97,14 @@ pub enum WorkerNews {
 
 impl Gate {
     /// Whether the worker is to park.
-    #[inline]
-    pub fn closed(&self) -> bool {
+    fn closed(&self) -> bool {
         self.closed.load(Ordering::Relaxed)
+    }
+
+    /// Ends the thread's wait for events.
+    fn wake(&self) {
+        // Fails only when the counter is full, after 2^64 of them.
+        let _ = self.wake.write(1);
     }
 
     /// Tells the event loop that the worker cannot go on.
@@ -129,10 +151,24 @@ impl Worker {
     /// What making an eventfd fails with.
     pub fn new(index: u16, pair: QueuePair, news: Mailer<WorkerNews>) -> io::Result<Self> {
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        pair.watch_wake(&wake)?;
+        let events = pair.events();
+        // Told of each time that it is written to, and so never read.
+        events.add(&wake, Events::EPOLLIN | Events::EPOLLET, WAKE)?;
         let gate = Gate { closed: AtomicBool::new(true), wake, news, pair: index };
-        let shared = Shared { slot: Mutex::new(Slot::Empty), changed: Condvar::new(), gate };
+        let shared = Shared { slot: Mutex::new(Slot::Empty), changed: Condvar::new(), gate, events };
         Ok(Self { here: Some(Box::new(pair)), calls: Vec::new(), shared: Arc::new(shared), thread: None })
+    }
+
+    /// Has the thread stop at its next batch boundary, without waiting for that: where several are to be parked, all
+    /// stop at the same time.
+    pub fn close(&self) {
+        if self.here.is_some() || self.shared.gate.closed.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        if matches!(*self.shared.slot(), Slot::Empty) {
+            // It works, or waits for what the kernel does.
+            self.shared.gate.wake();
+        }
     }
 
     /// Stops the thread at a batch boundary and gives the pair, which stays here until [`Self::resume`]. `None` if
@@ -147,17 +183,11 @@ impl Worker {
     }
 
     fn take_back(&self) -> Option<Box<QueuePair>> {
-        let gate = &self.shared.gate;
-        gate.closed.store(true, Ordering::Relaxed);
-        // Fails only when the counter is full, and then the thread is awake.
-        let _ = gate.wake.write(1);
+        self.close();
         let mut slot = self.shared.slot();
         loop {
             match std::mem::replace(&mut *slot, Slot::Empty) {
-                Slot::Parked(pair) => {
-                    let _ = gate.wake.read();
-                    return Some(pair);
-                }
+                Slot::Run(pair) | Slot::Waiting(pair) | Slot::Parked(pair) => return Some(pair),
                 Slot::Dead => {
                     *slot = Slot::Dead;
                     return None;
@@ -183,11 +213,7 @@ impl Worker {
         if !pair.has_rings() {
             return Ok(());
         }
-        if self.thread.is_none() {
-            let shared = Arc::clone(&self.shared);
-            let name = format!("pair{}", shared.gate.pair);
-            self.thread = Some(std::thread::Builder::new().name(name).spawn(move || work(&shared))?);
-        }
+        self.make_thread()?;
         let Some(pair) = self.here.take() else { return Ok(()) };
         for ring in [&pair.rx.ring, &pair.tx.ring].into_iter().flatten() {
             self.calls.extend(ring.vring.call().cloned());
@@ -195,7 +221,20 @@ impl Worker {
         }
         self.shared.gate.closed.store(false, Ordering::Relaxed);
         *self.shared.slot() = Slot::Run(pair);
-        self.shared.changed.notify_all();
+        self.shared.gate.wake();
+        Ok(())
+    }
+
+    /// Makes the thread, if there is none yet: it waits.
+    ///
+    /// # Errors
+    /// What making a thread fails with.
+    pub fn make_thread(&mut self) -> io::Result<()> {
+        if self.thread.is_none() {
+            let shared = Arc::clone(&self.shared);
+            let name = format!("pair{}", shared.gate.pair);
+            self.thread = Some(std::thread::Builder::new().name(name).spawn(move || work(&shared))?);
+        }
         Ok(())
     }
 }
@@ -205,7 +244,7 @@ impl Drop for Worker {
         self.park();
         if let Some(thread) = self.thread.take() {
             *self.shared.slot() = Slot::End;
-            self.shared.changed.notify_all();
+            self.shared.gate.wake();
             // A panic was reported when it happened.
             let _ = thread.join();
         }
@@ -214,19 +253,51 @@ impl Drop for Worker {
 
 fn work(shared: &Arc<Shared>) {
     let _last_word = LastWord(Arc::clone(shared));
-    let mut slot = shared.slot();
+    let gate = &shared.gate;
+    let mut ready = Ready::<4>::default();
+    let mut held: Option<Box<QueuePair>> = None;
     loop {
-        match std::mem::replace(&mut *slot, Slot::Empty) {
-            Slot::Run(mut pair) => {
-                drop(slot);
-                pair.run(&shared.gate);
-                slot = shared.slot();
-                *slot = Slot::Parked(pair);
-                shared.changed.notify_all();
+        let mut timeout = -1;
+        if let Some(mut pair) = held.take() {
+            // It must not spin on what fails, nor end unseen: it gives the pair back, and the event loop was told.
+            let turn = if gate.closed() { None } else { pair.turn(gate) };
+            timeout = turn.unwrap_or(-1);
+            match turn {
+                None => {
+                    pair.leave(gate);
+                    shared.put_down(Slot::Parked(pair));
+                }
+                Some(timeout) if timeout == 0 || pair.runs_in_kernel() => held = Some(pair),
+                Some(_) => shared.put_down(Slot::Waiting(pair)),
             }
-            Slot::End => return,
-            other => *slot = other,
         }
-        slot = shared.changed.wait(slot).unwrap_or_else(PoisonError::into_inner);
+        let events = match shared.events.wait(timeout, &mut ready) {
+            Ok(events) => events,
+            Err(error) => {
+                // Only a bug makes this fail.
+                gate.report(&error);
+                *shared.slot() = Slot::Dead;
+                shared.changed.notify_all();
+                return;
+            }
+        };
+        if held.is_none() {
+            let mut slot = shared.slot();
+            match std::mem::replace(&mut *slot, Slot::Empty) {
+                Slot::Run(mut pair) => {
+                    drop(slot);
+                    pair.begin();
+                    held = Some(pair);
+                }
+                Slot::Waiting(pair) if !gate.closed() => held = Some(pair),
+                Slot::End => return,
+                other => *slot = other,
+            }
+        }
+        if let Some(pair) = &mut held {
+            for (token, events) in events {
+                pair.hear(token, events, gate);
+            }
+        }
     }
 }

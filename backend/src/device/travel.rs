@@ -8,6 +8,7 @@ use baton_protocol::control::Datapath;
 
 use super::{Device, DeviceConfig, DeviceError};
 use crate::dataplane::kernel::KernelPath;
+use crate::dataplane::pair::QueuePair;
 use crate::dataplane::rx::FrameInHand;
 use crate::features::{Features, Offer};
 use crate::tap::Tap;
@@ -52,10 +53,7 @@ impl Device {
     /// # Errors
     /// [`DeviceError::Dead`], [`DeviceError::Dataplane`].
     pub fn set_tap_aside(&mut self) -> Result<Option<Tap>, DeviceError> {
-        for (pair, worker) in self.workers.iter_mut().enumerate() {
-            let parked = worker.park().ok_or(DeviceError::Dead(pair))?;
-            parked.detach().map_err(|source| DeviceError::Dataplane { pair, source })?;
-        }
+        self.park_each(QueuePair::detach)?;
         tracing::info!("polling of the TAP is off");
         let tap = self.tap.take();
         self.change(.., |_| ())?;
@@ -82,10 +80,8 @@ impl Device {
         let queues: Vec<_> = (0..pairs).map(|pair| Arc::clone(tap.queue(pair))).collect();
         self.tap = Some(tap);
         self.set_tap_features(self.session.features)?;
-        for (pair, (worker, queue)) in self.workers.iter_mut().zip(&queues).enumerate() {
-            let parked = worker.park().ok_or(DeviceError::Dead(pair))?;
-            parked.attach(queue).map_err(|source| DeviceError::Dataplane { pair, source })?;
-        }
+        let mut queues = queues.iter();
+        self.park_each(|parked| queues.next().map_or(Ok(()), |queue| parked.attach(queue)))?;
         self.change(.., |session| {
             for vring in &mut session.vrings {
                 vring.call_due |= vring.started;
@@ -118,9 +114,10 @@ impl Device {
     /// [`DeviceError::Dead`], [`DeviceError::Dataplane`].
     pub fn frames_in_hand(&mut self) -> Result<Vec<Option<FrameInHand>>, DeviceError> {
         let mut frames = Vec::new();
-        for (pair, worker) in self.workers.iter_mut().enumerate() {
-            frames.push(worker.park().ok_or(DeviceError::Dead(pair))?.rx.in_hand.clone());
-        }
+        self.park_each(|parked| {
+            frames.push(parked.rx.in_hand.clone());
+            Ok(())
+        })?;
         self.change(.., |_| ())?;
         Ok(frames)
     }
@@ -142,9 +139,10 @@ impl Device {
     /// # Errors
     /// [`DeviceError::Dead`], [`DeviceError::Dataplane`].
     pub fn set_poll(&mut self, poll: Duration) -> Result<(), DeviceError> {
-        for (pair, worker) in self.workers.iter_mut().enumerate() {
-            worker.park().ok_or(DeviceError::Dead(pair))?.set_poll(poll);
-        }
+        self.park_each(|parked| {
+            parked.set_poll(poll);
+            Ok(())
+        })?;
         self.change(.., |_| ())
     }
 }
