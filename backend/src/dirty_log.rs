@@ -80,6 +80,11 @@ impl DirtyLog {
         self.mapping.file()
     }
 
+    /// Where it lies in the file: offset and size in bytes.
+    pub fn place(&self) -> (u64, u64) {
+        (self.mapping.offset(), self.mapping.length() as u64)
+    }
+
     /// Notes that `length` bytes from guest address `address` on were written. What has no bit is left out.
     pub fn mark(&self, address: u64, length: usize) {
         let Some(beyond) = (length as u64).checked_sub(1) else { return };

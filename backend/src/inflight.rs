@@ -108,6 +108,16 @@ impl InflightRegion {
     pub fn file(&self) -> &File {
         self.mapping.file()
     }
+
+    /// Where it lies in the file: offset and size in bytes.
+    pub fn place(&self) -> (u64, u64) {
+        (self.mapping.offset(), self.mapping.length() as u64)
+    }
+
+    /// For how many queues, and for how many descriptors of each.
+    pub fn shape(&self) -> (u16, u16) {
+        (self.queues, self.entries)
+    }
 }
 
 /// What a region says of a queue that cannot be.

@@ -129,6 +129,33 @@ impl GuestMemory {
         Ok(memory)
     }
 
+    /// Maps a table whose regions are there so many times, as [`Self::files`] gave it elsewhere.
+    ///
+    /// # Errors
+    /// Any [`MemoryError`]; nothing stays mapped then.
+    pub fn map_counted(
+        regions: impl IntoIterator<Item = (RegionLayout, u32, File)>,
+    ) -> Result<Self, MemoryError> {
+        let mut memory = Self::default();
+        for (layout, count, file) in regions {
+            let place = memory.insert(Region::map(layout, file)?)?;
+            memory.entries[place].count = count.max(1);
+        }
+        Ok(memory)
+    }
+
+    /// Every region by guest address: where it lies, how often it was shared, and its file.
+    pub fn files(&self) -> impl Iterator<Item = (RegionLayout, u32, &File)> {
+        self.entries.iter().map(|entry| (entry.region.layout, entry.count, entry.region.mapping.file()))
+    }
+
+    /// Has the pages of `length` bytes at `pointer`, which [`Self::resolve_user`] has given, there for writing.
+    pub fn prefault(&self, pointer: *mut u8, length: usize) {
+        for Entry { region, .. } in &self.entries {
+            region.mapping.prefault(pointer, length);
+        }
+    }
+
     /// This table with one more region (`ADD_MEM_REG`). One that is there already, of the same file, is there once
     /// more: to be removed as often as it was added.
     ///
@@ -166,7 +193,7 @@ impl GuestMemory {
         Ok(memory)
     }
 
-    fn insert(&mut self, region: Region) -> Result<(), MemoryError> {
+    fn insert(&mut self, region: Region) -> Result<usize, MemoryError> {
         if self.entries.len() == MAX_REGIONS {
             return Err(MemoryError::TooMany);
         }
@@ -176,7 +203,7 @@ impl GuestMemory {
         let below = |other: &Entry| other.region.layout.guest_address < region.layout.guest_address;
         let place = self.entries.partition_point(below);
         self.entries.insert(place, Entry { region: Arc::new(region), count: 1 });
-        Ok(())
+        Ok(place)
     }
 
     /// How many regions there are.
@@ -321,6 +348,34 @@ mod tests {
         assert!(base.without(layout(0x1000, 0x1000)).unwrap().is_empty());
         // The same place, but another file.
         assert!(matches!(refused(layout(0x1000, 0x1000), file(0x1000)), MemoryError::Overlaps(_)));
+    }
+
+    #[test]
+    fn a_table_is_the_same_where_its_files_were_given() {
+        let shared = file(0x3000);
+        let regions = [
+            (
+                RegionLayout { file_offset: 0x1000, ..layout(0x10_0000, 0x7000_0000) },
+                shared.try_clone().unwrap(),
+            ),
+            (layout(0x1000, 0x6000_0000), shared.try_clone().unwrap()),
+        ];
+        let memory = GuestMemory::map(regions).unwrap();
+        let memory = memory.with(layout(0x1000, 0x6000_0000), shared).unwrap();
+        let files = memory.files().map(|(layout, count, file)| (layout, count, file.try_clone().unwrap()));
+        let again = GuestMemory::map_counted(files).unwrap();
+        let plain = |memory: &GuestMemory| -> Vec<_> {
+            memory.files().map(|(layout, count, _)| (layout, count)).collect()
+        };
+        assert_eq!(plain(&again), plain(&memory));
+        let (ours, theirs) = (0x10_0123, 0x7000_0123);
+        let (pointer, _) = memory.resolve(ours, &mut 0).unwrap();
+        // SAFETY: `resolve` gave a pointer to at least one byte.
+        unsafe { pointer.write_volatile(7) };
+        let pointer = again.resolve_user(theirs, 1).unwrap();
+        again.prefault(pointer, 0x10);
+        // SAFETY: as above.
+        assert_eq!(unsafe { pointer.read_volatile() }, 7);
     }
 
     #[test]

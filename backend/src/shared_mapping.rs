@@ -1,7 +1,7 @@
 //! A part of a front-end's file, mapped for reading and writing: guest memory, the log of changed pages, the
 //! inflight region. Every mapping is known to [`crate::sigbus`], so a file that its owner truncates costs the
 //! session, not the process.
-#![expect(unsafe_code, reason = "a mapping may be shared by threads")]
+#![expect(unsafe_code, reason = "a mapping may be shared by threads, and is made ready for use")]
 
 use std::fs::File;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -11,6 +11,9 @@ use vm_memory::mmap::MmapRegionError;
 use vm_memory::{FileOffset, MmapRegion};
 
 use crate::sigbus;
+
+/// The size of a page.
+const PAGE: usize = 0x1000;
 
 /// Why a part of a file cannot be mapped.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +53,7 @@ pub struct SharedMapping {
     _watch: sigbus::Watch,
     mapping: MmapRegion,
     file: Arc<File>,
+    offset: u64,
 }
 
 // SAFETY: the pointer is into `mapping`, which lives as long as this and may be used from any thread.
@@ -79,7 +83,7 @@ impl SharedMapping {
         let mapping = MmapRegion::from_file(place, length).map_err(MappingError::Map)?;
         let start = mapping.as_ptr();
         let watch = sigbus::Watch::new(start as usize, length).ok_or(MappingError::TooMany)?;
-        Ok(Self { start, _watch: watch, mapping, file })
+        Ok(Self { start, _watch: watch, mapping, file, offset })
     }
 
     /// Where the mapping begins.
@@ -97,5 +101,24 @@ impl SharedMapping {
     /// What is mapped.
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// Where in the file the mapping begins.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Has the pages of `length` bytes at `start` there for writing, which does not change them: the first touch of a
+    /// page takes time. Does nothing where that is not possible, and for what is not all of this mapping.
+    pub fn prefault(&self, start: *mut u8, length: usize) {
+        let offset = (start as usize).wrapping_sub(self.start as usize);
+        if offset.checked_add(length).is_none_or(|end| end > self.length()) {
+            return;
+        }
+        let first = offset & !(PAGE - 1);
+        // SAFETY: within the mapping, as was checked.
+        let page = unsafe { self.start.add(first) };
+        // SAFETY: pages of our own mapping, whose contents stay; a file that ends before is an error, not a signal.
+        unsafe { libc::madvise(page.cast(), offset + length - first, libc::MADV_POPULATE_WRITE) };
     }
 }
