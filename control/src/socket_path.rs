@@ -1,16 +1,20 @@
 //! The socket files of a Baton process: bound so that only their owner may connect, never over something that is
 //! still in use, and unlinked only by the process whose socket they are.
 //!
-//! [`BoundSocket`] owns the listener and the file; a file that has been replaced since is left alone.
+//! [`BoundSocket`] owns the listener and the file; a file that has been replaced since is left alone. Both may go on
+//! to another process: one [adopts](BoundSocket::adopt) what the other [forgets](BoundSocket::forget).
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockname, getsockopt, listen,
+    socket, sockopt,
+};
 use nix::sys::stat::{Mode, fchmod};
 
 /// Why a socket was not bound. Every message names the path.
@@ -34,6 +38,12 @@ pub enum BindError {
         /// The path asked for.
         path: PathBuf,
     },
+    /// It is not what is bound there.
+    #[error("{}: the socket that came is not the one that listens there", path.display())]
+    NotBound {
+        /// The path.
+        path: PathBuf,
+    },
     /// A system call failed.
     #[error("{}: cannot {step}", path.display())]
     Io {
@@ -54,7 +64,7 @@ type Identity = (u64, u64);
 pub struct BoundSocket {
     listener: UnixListener,
     path: PathBuf,
-    /// `None` until the file is known to be ours.
+    /// `None` unless the file is known to be ours.
     identity: Option<Identity>,
 }
 
@@ -74,6 +84,50 @@ impl BoundSocket {
     /// another kind, are errors.
     pub fn bind(path: &Path) -> Result<Self, BindError> {
         Self::bind_as(path, SockType::Stream)
+    }
+
+    /// Binds `path` over a socket that another process may be listening on: who connects reaches one or the other at
+    /// any time. That process' socket is without a file then.
+    ///
+    /// # Errors
+    /// Those of [`Self::bind`]; what was there stays.
+    pub fn bind_over(path: &Path) -> Result<Self, BindError> {
+        let failed = |step, source: io::Error| BindError::Io { path: path.to_owned(), step, source };
+        let path = std::path::absolute(path).map_err(|error| failed("resolve the path", error))?;
+        match std::fs::symlink_metadata(&path) {
+            Ok(metadata) if !metadata.file_type().is_socket() => return Err(BindError::NotASocket { path }),
+            _ => {}
+        }
+        let mut beside = path.clone();
+        beside.set_file_name(format!(".baton-{}", std::process::id()));
+        let mut bound = Self::bind_as(&beside, SockType::Stream)?;
+        // Its identity goes with the file.
+        std::fs::rename(&beside, &path).map_err(|error| failed("take the socket's place", error))?;
+        bound.path = path;
+        Ok(bound)
+    }
+
+    /// Takes over a listening socket that another process bound to `path`, and its file, which goes with it from now
+    /// on.
+    ///
+    /// # Errors
+    /// [`BindError::NotBound`] where it is no socket that listens there; the file stays.
+    pub fn adopt(listener: OwnedFd, path: &Path) -> Result<Self, BindError> {
+        let not_bound = || BindError::NotBound { path: path.to_owned() };
+        let listens = getsockopt(&listener, sockopt::AcceptConn) == Ok(true);
+        let address = getsockname::<UnixAddr>(listener.as_raw_fd()).map_err(|_| not_bound())?;
+        if !listens || address.path() != Some(path) {
+            return Err(not_bound());
+        }
+        let failed =
+            |error| BindError::Io { path: path.to_owned(), step: "look at the socket", source: error };
+        let identity = identity_of(path).map_err(failed)?;
+        Ok(Self { listener: UnixListener::from(listener), path: path.to_owned(), identity })
+    }
+
+    /// Leaves the file to whoever has the socket, too.
+    pub fn forget(&mut self) {
+        self.identity = None;
     }
 
     fn bind_as(path: &Path, kind: SockType) -> Result<Self, BindError> {
@@ -262,6 +316,58 @@ mod tests {
         UnixStream::connect(&path).unwrap();
         drop(second);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_socket_goes_on_with_its_file() {
+        let (_directory, path) = scratch();
+        let mut first = BoundSocket::bind(&path).unwrap();
+        let fd = OwnedFd::from(first.listener().try_clone().unwrap());
+        let second = BoundSocket::adopt(fd, &path).unwrap();
+        first.forget();
+        drop(first);
+        assert!(path.exists());
+        UnixStream::connect(&path).unwrap();
+        second.listener().accept().unwrap();
+        drop(second);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn what_does_not_listen_at_a_path_is_not_adopted() {
+        let (directory, path) = scratch();
+        let socket = BoundSocket::bind(&path).unwrap();
+        let elsewhere = OwnedFd::from(socket.listener().try_clone().unwrap());
+        let connected = OwnedFd::from(UnixStream::connect(&path).unwrap());
+        let file = OwnedFd::from(tempfile::tempfile().unwrap());
+        for (fd, path) in
+            [(elsewhere, directory.path().join("other")), (connected, path.clone()), (file, path.clone())]
+        {
+            let error = BoundSocket::adopt(fd, &path).unwrap_err();
+            assert!(matches!(error, BindError::NotBound { .. }), "{error}");
+        }
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn a_client_reaches_whoever_took_the_place() {
+        let (directory, path) = scratch();
+        let first = BoundSocket::bind(&path).unwrap();
+        let second = BoundSocket::bind_over(&path).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o600);
+        UnixStream::connect(&path).unwrap();
+        second.listener().accept().unwrap();
+        drop(first);
+        assert!(path.exists());
+        drop(second);
+        assert!(!path.exists());
+        // Also where there is nobody.
+        drop(BoundSocket::bind_over(&path).unwrap());
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+        std::fs::write(&path, "precious").unwrap();
+        let error = BoundSocket::bind_over(&path).unwrap_err();
+        assert!(matches!(error, BindError::NotASocket { .. }), "{error}");
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
     }
 
     #[test]
