@@ -9,6 +9,8 @@
 //! The TAP is here while this process owns it. Without it, before it was handed over or while it is offered to another
 //! process, everything else is as usual, and the rings wait.
 
+mod freeze;
+mod stage;
 mod travel;
 
 use std::path::PathBuf;
@@ -33,6 +35,8 @@ use crate::tap::{Offloads, Tap, TapError};
 use crate::vhost_net::{self, VhostNet};
 use crate::vring::LayoutError;
 use crate::vring_setup::{Surroundings, VringSetup};
+pub use freeze::Frozen;
+use stage::{Staged, Surplus};
 
 /// What the operator decided about the device. It travels with the device.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -145,6 +149,10 @@ pub struct Device {
     session: SessionState,
     /// Whether pairs stay parked after a change.
     held: bool,
+    /// Ready for a session that comes from another process; its state is in `session` already.
+    staged: Option<Staged>,
+    /// Of no more use.
+    surplus: Surplus,
 }
 
 impl Device {
@@ -180,9 +188,20 @@ impl Device {
         }
         let session = SessionState::default();
         let offer = Features::default();
-        let held = false;
-        let mut device =
-            Self { workers, counters, datapath, tap: None, pairs, mask, offer, config, session, held };
+        let mut device = Self {
+            workers,
+            counters,
+            datapath,
+            tap: None,
+            pairs,
+            mask,
+            offer,
+            config,
+            session,
+            held: false,
+            staged: None,
+            surplus: Surplus::default(),
+        };
         device.session = device.new_session();
         // Before there is a TAP everything is offered that one could do; what is negotiated arrives with it.
         let superset = Offer { mac: true, mtu: true, ufo: true, uso: true };
@@ -293,21 +312,12 @@ impl Device {
     /// Makes a parked pair follow the session's state and resumes it.
     fn put_back(&mut self, pair: usize) -> Result<(), DeviceError> {
         let failed = |source| DeviceError::Dataplane { pair, source };
-        let header = self.header_size();
+        self.settle_pair(pair)?;
         let log = self.session.active_log().cloned();
         let SessionState { features, memory, vrings, inflight, .. } = &mut self.session;
         let surroundings =
             Surroundings { memory, features: *features, log: log.as_ref(), inflight: inflight.as_ref() };
         let worker = self.workers[pair].park().ok_or(DeviceError::Dead(pair))?;
-        worker.rx.settings = RxSettings {
-            header,
-            mergeable: features.has(virtio_net::VIRTIO_NET_F_MRG_RXBUF),
-            accepted: Accepted::from(*features),
-        };
-        worker.tx.header = header;
-        if let Some(kernel) = &mut worker.kernel {
-            kernel.features = *features;
-        }
         for (side, vring) in sides(pair) {
             match vrings[vring].activate(vring, surroundings) {
                 Ok(Some(ring)) => worker.put_ring(side, ring).map_err(failed)?,
@@ -333,16 +343,31 @@ impl Device {
     /// [`DeviceError::Dataplane`].
     pub fn release(&mut self) -> Result<(), DeviceError> {
         if std::mem::take(&mut self.held) {
-            for (pair, worker) in self.workers.iter_mut().enumerate() {
-                worker.resume().map_err(|source| DeviceError::Dataplane { pair, source })?;
-            }
+            self.resume_all()?;
+        }
+        Ok(())
+    }
+
+    /// Makes a parked pair follow what was negotiated.
+    fn settle_pair(&mut self, pair: usize) -> Result<(), DeviceError> {
+        let header = self.header_size();
+        let features = self.session.features;
+        let worker = self.workers[pair].park().ok_or(DeviceError::Dead(pair))?;
+        worker.rx.settings = RxSettings {
+            header,
+            mergeable: features.has(virtio_net::VIRTIO_NET_F_MRG_RXBUF),
+            accepted: Accepted::from(features),
+        };
+        worker.tx.header = header;
+        if let Some(kernel) = &mut worker.kernel {
+            kernel.features = features;
         }
         Ok(())
     }
 
     /// Length of the virtio-net header that was negotiated.
     fn header_size(&self) -> usize {
-        if self.session.features.long_header() { net_header::LONG } else { net_header::SHORT }
+        header_size(self.session.features)
     }
 
     /// Takes the features that the front-end accepted; the TAP follows.
@@ -382,8 +407,7 @@ impl Device {
 
     fn set_tap_features(&mut self, features: Features) -> Result<(), DeviceError> {
         let Some(tap) = &mut self.tap else { return Ok(()) };
-        let size = if features.long_header() { net_header::LONG } else { net_header::SHORT };
-        tap.set_header_size(size)?;
+        tap.set_header_size(header_size(features))?;
         tap.set_offloads(offloads(features))?;
         Ok(())
     }
@@ -413,6 +437,11 @@ impl Device {
 /// The vrings of a pair.
 fn sides(pair: usize) -> [(Side, usize); 2] {
     [(Side::Rx, 2 * pair), (Side::Tx, 2 * pair + 1)]
+}
+
+/// Length of the virtio-net header that goes with these features.
+fn header_size(features: Features) -> usize {
+    if features.long_header() { net_header::LONG } else { net_header::SHORT }
 }
 
 /// What the guest can take, from the features that it accepted.

@@ -95,6 +95,17 @@ pub enum Progress {
     More,
 }
 
+/// What a front-end has said that the crate's handler must know of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Negotiated {
+    /// Whether it has said anything.
+    pub begun: bool,
+    /// Virtio features (`SET_FEATURES`).
+    pub features: u64,
+    /// Protocol features (`SET_PROTOCOL_FEATURES`).
+    pub protocol_features: u64,
+}
+
 /// A session.
 pub struct Session {
     handler: BackendReqHandler<Mutex<Dispatch>>,
@@ -124,19 +135,31 @@ impl Session {
     ///
     /// # Errors
     /// What preparing the crate's handler fails with.
-    pub fn new(socket: &UnixStream, dispatch: Arc<Mutex<Dispatch>>) -> io::Result<Self> {
+    pub fn new(socket: &impl AsFd, dispatch: Arc<Mutex<Dispatch>>) -> io::Result<Self> {
+        Self::negotiated(socket, dispatch, Negotiated::default())
+    }
+
+    /// A session on a connected socket, of which another process has had the beginning.
+    ///
+    /// # Errors
+    /// What preparing the crate's handler fails with.
+    pub fn negotiated(
+        socket: &impl AsFd,
+        dispatch: Arc<Mutex<Dispatch>>,
+        negotiated: Negotiated,
+    ) -> io::Result<Self> {
         let (ours, primer) = UnixStream::pair()?;
         let mut handler = BackendReqHandler::from_stream(ours, Arc::clone(&dispatch));
         lock(&dispatch).restoring = true;
-        let primed = prime(&mut handler, &primer);
+        let primed = prime(&mut handler, &primer, negotiated);
         lock(&dispatch).restoring = false;
         primed?;
         // The handler's own socket becomes the real one.
         // SAFETY: both are open sockets; the handler keeps using the number that it owns.
-        if unsafe { libc::dup3(socket.as_raw_fd(), handler.as_raw_fd(), libc::O_CLOEXEC) } < 0 {
+        if unsafe { libc::dup3(socket.as_fd().as_raw_fd(), handler.as_raw_fd(), libc::O_CLOEXEC) } < 0 {
             return Err(io::Error::last_os_error());
         }
-        Ok(Self { handler, dispatch, begun: false })
+        Ok(Self { handler, dispatch, begun: negotiated.begun })
     }
 
     /// Whether the front-end has said anything.
@@ -265,11 +288,22 @@ impl Session {
     }
 }
 
-/// Brings a fresh handler to the state in which `SET_VRING_ENABLE` is served before `SET_FEATURES`, as QEMU sends it.
-fn prime(handler: &mut BackendReqHandler<Mutex<Dispatch>>, primer: &UnixStream) -> io::Result<()> {
-    let features = 1u64 << PROTOCOL_FEATURES;
-    let messages: [(FrontendReq, &[u8]); 2] =
-        [(FrontendReq::GET_FEATURES, &[]), (FrontendReq::SET_FEATURES, &features.to_ne_bytes())];
+/// Brings a fresh handler to the state of a session; and to one in which `SET_VRING_ENABLE` is served before
+/// `SET_FEATURES`, as QEMU sends it.
+fn prime(
+    handler: &mut BackendReqHandler<Mutex<Dispatch>>,
+    primer: &UnixStream,
+    negotiated: Negotiated,
+) -> io::Result<()> {
+    let protocol_features = negotiated.protocol_features.to_ne_bytes();
+    let features = if negotiated.features == 0 { 1 << PROTOCOL_FEATURES } else { negotiated.features };
+    let features = features.to_ne_bytes();
+    let messages: [(FrontendReq, &[u8]); 4] = [
+        (FrontendReq::GET_FEATURES, &[]),
+        (FrontendReq::GET_PROTOCOL_FEATURES, &[]),
+        (FrontendReq::SET_PROTOCOL_FEATURES, &protocol_features),
+        (FrontendReq::SET_FEATURES, &features),
+    ];
     for (request, body) in messages {
         let mut message = Vec::with_capacity(HEADER + body.len());
         message.extend((request as u32).to_ne_bytes());

@@ -405,6 +405,12 @@ impl Tap {
         self.uso
     }
 
+    /// Knows what another process has set.
+    pub fn settled(&mut self, header_size: usize, offloads: Offloads) {
+        self.header_size = Some(header_size);
+        self.offloads = Some(offloads);
+    }
+
     /// Sets what the guest can take (`TUNSETOFFLOAD`).
     ///
     /// # Errors

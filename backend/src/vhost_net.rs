@@ -87,6 +87,8 @@ pub struct VhostNet {
     /// What the kernel reads and writes while a ring runs.
     mapped: Option<(Arc<GuestMemory>, Option<Arc<DirtyLog>>)>,
     running: [bool; 2],
+    /// Rings that the kernel has been told of, but for where they are.
+    prepared: [bool; 2],
 }
 
 /// What a ring is started with, beside the ring itself.
@@ -166,7 +168,14 @@ impl VhostNet {
     }
 
     fn new(kernel: Kernel, features: u64) -> Self {
-        Self { kernel, features: Features(features), owned: false, mapped: None, running: [false; 2] }
+        Self {
+            kernel,
+            features: Features(features),
+            owned: false,
+            mapped: None,
+            running: [false; 2],
+            prepared: [false; 2],
+        }
     }
 
     /// What of `offer` can be offered if the kernel moves the frames.
@@ -196,12 +205,40 @@ impl VhostNet {
     }
 
     fn try_start(&mut self, side: Side, vring: &Vring, start: &Start<'_>) -> io::Result<()> {
+        if !std::mem::take(&mut self.prepared[slot(side)]) {
+            self.describe(side, vring, start)?;
+        }
+        self.kernel.set_vring_base(slot(side), vring.next_available()).map_err(io_error)?;
+        self.kernel.set_backend(number(side), Some(start.tap.as_fd()))
+    }
+
+    /// Tells the kernel all of a ring but where it is, so that [`Self::start`] with the same takes no time. The kernel
+    /// touches nothing meanwhile.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn prepare(&mut self, side: Side, vring: &Vring, start: &Start<'_>) -> io::Result<()> {
+        let result = self.describe(side, vring, start);
+        self.prepared[slot(side)] = result.is_ok();
+        if result.is_err() {
+            self.forget(side);
+        }
+        result
+    }
+
+    /// The ring of [`Self::prepare`] is not as it was.
+    pub fn unprepare(&mut self, side: Side) {
+        if self.prepared[slot(side)] {
+            self.forget(side);
+        }
+    }
+
+    fn describe(&mut self, side: Side, vring: &Vring, start: &Start<'_>) -> io::Result<()> {
         let log = vring.log();
         self.configure(start.features, vring.shared_memory(), log.map(|log| &log.log))?;
         let ring = number(side);
         let index = slot(side);
         self.kernel.set_vring_num(index, vring.size()).map_err(io_error)?;
-        self.kernel.set_vring_base(index, vring.next_available()).map_err(io_error)?;
         let [descriptors, available, used] = vring.host_addresses();
         let used_logged_at = log.and_then(|log| log.covered_used_ring(vring.used_length()));
         self.kernel.set_addresses(&vhost_vring_addr {
@@ -215,8 +252,7 @@ impl VhostNet {
         self.kernel.connect(ring, Wire::Error, start.error.map(AsFd::as_fd))?;
         self.kernel.connect(ring, Wire::Call, vring.call().map(AsFd::as_fd))?;
         self.kernel.connect(ring, Wire::Kick, Some(start.kick.as_fd()))?;
-        self.kernel.set_busy_loop(ring, u32::try_from(start.poll.as_micros()).unwrap_or(u32::MAX))?;
-        self.kernel.set_backend(ring, Some(start.tap.as_fd()))
+        self.kernel.set_busy_loop(ring, u32::try_from(start.poll.as_micros()).unwrap_or(u32::MAX))
     }
 
     /// What both rings share. While one of them runs it is as the other needs it: a change stops both.
@@ -226,7 +262,7 @@ impl VhostNet {
         memory: &Arc<GuestMemory>,
         log: Option<&Arc<DirtyLog>>,
     ) -> io::Result<()> {
-        if self.running.contains(&true) {
+        if self.running.contains(&true) || self.prepared.contains(&true) {
             return Ok(());
         }
         self.own()?;
@@ -268,12 +304,13 @@ impl VhostNet {
 
     /// Takes from the kernel what it had for a ring that does not run.
     fn forget(&mut self, side: Side) {
+        self.prepared[slot(side)] = false;
         for wire in [Wire::Kick, Wire::Call, Wire::Error] {
             if let Err(error) = self.kernel.connect(number(side), wire, None) {
                 tracing::warn!(?side, ?wire, %error, "vhost-net keeps an eventfd");
             }
         }
-        if !self.running.contains(&true) {
+        if !self.running.contains(&true) && !self.prepared.contains(&true) {
             self.mapped = None;
         }
     }
@@ -283,6 +320,7 @@ impl VhostNet {
     /// # Errors
     /// The kernel's.
     pub fn release(&mut self) -> io::Result<()> {
+        [Side::Rx, Side::Tx].into_iter().for_each(|side| self.unprepare(side));
         if self.owned {
             self.kernel.reset_owner().map_err(io_error)?;
             self.owned = false;

@@ -179,7 +179,8 @@ impl Vring {
         let count = usize::from(size);
         // Each with the event index that follows the ring.
         let descriptors = locate(&memory, "descriptor", addresses.descriptors, 16, 16 * count)?;
-        let available: *mut u16 = locate(&memory, "available", addresses.available, 2, 6 + 2 * count)?.cast();
+        let available: *mut u16 =
+            locate(&memory, "available", addresses.available, 2, available_length(count))?.cast();
         let used: *mut u16 = locate(&memory, "used", addresses.used, 4, used_length(count))?.cast();
         let mut vring = Self {
             memory,
@@ -201,11 +202,29 @@ impl Vring {
             inflight: None,
             resubmitted: VecDeque::new(),
         };
-        let used_index = vring.used_word(1).load(Ordering::Acquire);
-        vring.used_index = used_index;
-        vring.published = used_index;
-        vring.set_next_available(used_index);
+        vring.reread();
         Ok(vring)
+    }
+
+    /// Begins anew where another process has worked on the ring since: its place is the used index found in memory until
+    /// [`Self::set_next_available`] says otherwise.
+    pub fn reread(&mut self) {
+        let used_index = self.used_word(1).load(Ordering::Acquire);
+        self.used_index = used_index;
+        self.published = used_index;
+        self.decided = None;
+        self.kicks_wanted = None;
+        self.inflight = None;
+        self.resubmitted.clear();
+        self.set_next_available(used_index);
+    }
+
+    /// Has the rings' pages there before they are used.
+    pub fn prefault(&self) {
+        let count = usize::from(self.size);
+        self.memory.prefault(self.descriptors.cast_mut().cast(), 16 * count);
+        self.memory.prefault(self.available.cast(), available_length(count));
+        self.memory.prefault(self.used.cast(), used_length(count));
     }
 
     /// Sets the available index of the next buffer to take.
@@ -477,6 +496,10 @@ impl Vring {
         // SAFETY: within the mapping that `memory` keeps, and aligned; shared with the guest, hence atomic.
         unsafe { AtomicU16::from_ptr(pointer) }
     }
+}
+
+fn available_length(size: usize) -> usize {
+    6 + 2 * size
 }
 
 fn used_length(size: usize) -> usize {

@@ -9,6 +9,8 @@
 
 use std::sync::Arc;
 
+use baton_protocol::session::state::VringNow;
+
 use crate::dataplane::ring::{Kick, Ring};
 use crate::dirty_log::{DirtyLog, RingLog};
 use crate::features::Features;
@@ -20,7 +22,7 @@ use crate::vring::{LayoutError, RingAddresses, Vring, VringLayout};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 /// One vring of a session.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct VringSetup {
     /// `SET_VRING_NUM`.
     pub size: Option<u16>,
@@ -89,8 +91,26 @@ impl VringSetup {
             event_idx: features.has(VIRTIO_RING_F_EVENT_IDX),
             indirect: features.has(VIRTIO_RING_F_INDIRECT_DESC),
         };
-        let mut vring = Vring::new(layout, Arc::clone(memory), self.call.clone())?;
-        vring.set_log(log.map(|log| RingLog { log: Arc::clone(log), used: self.log_used }));
+        let vring = Vring::new(layout, Arc::clone(memory), self.call.clone())?;
+        let mut ring = Ring {
+            vring,
+            kick: kick.clone(),
+            error: self.error.clone(),
+            call_due: false,
+            held: false,
+            started: false,
+            enabled: false,
+            broken: false,
+        };
+        ring.vring.set_log(log.map(|log| RingLog { log: Arc::clone(log), used: self.log_used }));
+        self.place(index, &mut ring, inflight);
+        Ok(Some(ring))
+    }
+
+    /// Puts a mapped vring, of which nothing has been done since it was mapped or [read again](Vring::reread), where it
+    /// goes on.
+    pub fn place(&mut self, index: usize, ring: &mut Ring, inflight: Option<&Arc<InflightRegion>>) {
+        let vring = &mut ring.vring;
         if self.base_is_given {
             // Completion is in order, so a used index that is ahead of the base says how far the device got.
             let ahead = vring.published().wrapping_sub(self.base);
@@ -100,25 +120,40 @@ impl VringSetup {
             self.base_is_given = false;
         }
         vring.set_next_available(self.base);
-        if let Some(inflight) = inflight.and_then(|region| InflightQueue::new(region, index, size)) {
+        if let Some(inflight) = inflight.and_then(|region| InflightQueue::new(region, index, vring.size())) {
             vring.set_inflight(inflight);
         }
         // A ring in use may get no further kick. But a front-end that comes back enables it last, and what waits in a
         // transmit ring is not to be discarded until then, nor are kicks that the last back-end left to start it.
         let in_use = self.base != 0 || self.resumes || vring.was_in_use();
         self.was_enabled |= self.enabled;
-        let held = in_use && !self.was_enabled;
-        self.started |= !held && (matches!(kick, Kick::Polled) || self.enabled && in_use);
-        Ok(Some(Ring {
-            vring,
-            kick: kick.clone(),
-            error: self.error.clone(),
-            call_due: std::mem::take(&mut self.call_due),
-            held,
+        ring.held = in_use && !self.was_enabled;
+        self.started |= !ring.held && (matches!(ring.kick, Kick::Polled) || self.enabled && in_use);
+        ring.started = self.started;
+        ring.enabled = self.enabled;
+        ring.broken = self.broken;
+        ring.call_due = std::mem::take(&mut self.call_due);
+    }
+
+    /// How it stands while no worker has it.
+    pub fn now(&self) -> VringNow {
+        VringNow {
+            base: self.base,
+            base_is_given: self.base_is_given,
             started: self.started,
-            enabled: self.enabled,
             broken: self.broken,
-        }))
+            call_due: self.call_due,
+        }
+    }
+
+    /// Makes it as another process says that it stands.
+    pub fn set_now(&mut self, now: &VringNow) {
+        let VringNow { base, base_is_given, started, broken, call_due } = *now;
+        self.base = base;
+        self.base_is_given = base_is_given;
+        self.started = started;
+        self.broken = broken;
+        self.call_due = call_due;
     }
 
     /// Notes where a ring is that was taken out of its worker.

@@ -52,16 +52,46 @@ impl KernelPath {
     }
 
     fn start(&mut self, side: Side, ring: &Ring, tap: &TapQueue, poll: Duration) -> io::Result<()> {
-        let kick = match &ring.kick {
-            Kick::Eventfd(kick) => kick,
-            Kick::Polled => &self.doorbell,
-        };
-        let start = Start { features: self.features, tap, kick, error: ring.error.as_ref(), poll };
-        self.vhost.start(side, &ring.vring, &start)
+        let Self { vhost, features, doorbell } = self;
+        vhost.start(side, &ring.vring, &wiring(*features, doorbell, ring, tap, poll))
+    }
+
+    fn prepare(&mut self, side: Side, ring: &Ring, tap: &TapQueue, poll: Duration) -> io::Result<()> {
+        let Self { vhost, features, doorbell } = self;
+        vhost.prepare(side, &ring.vring, &wiring(*features, doorbell, ring, tap, poll))
     }
 }
 
+/// What the kernel starts a ring with.
+fn wiring<'a>(
+    features: Features,
+    doorbell: &'a Notifier,
+    ring: &'a Ring,
+    tap: &'a TapQueue,
+    poll: Duration,
+) -> Start<'a> {
+    let kick = match &ring.kick {
+        Kick::Eventfd(kick) => kick,
+        Kick::Polled => doorbell,
+    };
+    Start { features, tap, kick, error: ring.error.as_ref(), poll }
+}
+
 impl QueuePair {
+    /// Tells the kernel of the rings, which another process works on: it is to have them in no time later.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn prepare_kernel(&mut self) -> io::Result<()> {
+        let (Some(kernel), Some(tap)) = (&mut self.kernel, self.tap.clone()) else { return Ok(()) };
+        for (side, ring) in [(Side::Rx, &self.rx.ring), (Side::Tx, &self.tx.ring)] {
+            if let Some(ring) = ring {
+                kernel.prepare(side, ring, &tap, self.poll)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Has the kernel move frames, and does what it leaves to do.
     pub(super) fn turn_of_kernel(&mut self, tap: &TapQueue) -> io::Result<i32> {
         self.give(Side::Rx, tap);

@@ -51,7 +51,7 @@ pub enum Side {
 #[derive(Debug)]
 pub struct QueuePair {
     pub(super) index: u16,
-    tap: Option<Arc<TapQueue>>,
+    pub(super) tap: Option<Arc<TapQueue>>,
     /// TAP to guest.
     pub rx: Rx,
     /// Guest to TAP.
@@ -68,6 +68,8 @@ pub struct QueuePair {
     pub(super) look_tx: bool,
     /// When there was something to do last, while that matters.
     last_work: Instant,
+    /// A kick may have come for a ring before this process could take it for one.
+    kicks_missed: bool,
 }
 
 impl QueuePair {
@@ -93,6 +95,7 @@ impl QueuePair {
             look_rx: false,
             look_tx: false,
             last_work: Instant::now(),
+            kicks_missed: false,
         })
     }
 
@@ -155,6 +158,14 @@ impl QueuePair {
         Ok(())
     }
 
+    /// The vring of a side, which stays in.
+    pub fn ring_mut(&mut self, side: Side) -> Option<&mut Ring> {
+        match side {
+            Side::Rx => self.rx.ring.as_mut(),
+            Side::Tx => self.tx.ring.as_mut(),
+        }
+    }
+
     /// Takes a vring out, with all its chains completed and published or still available.
     pub fn take_ring(&mut self, side: Side) -> Option<Ring> {
         let (ring, counters) = match side {
@@ -166,6 +177,9 @@ impl QueuePair {
         };
         let ring = ring?;
         counters.started.store(false, Ordering::Relaxed);
+        if let Some(kernel) = &mut self.kernel {
+            kernel.vhost.unprepare(side);
+        }
         if let Kick::Eventfd(kick) = &ring.kick
             && let Err(error) = self.epoll.remove(kick)
         {
@@ -174,14 +188,37 @@ impl QueuePair {
         Some(ring)
     }
 
+    /// The rings are this process' now, and were watched before.
+    pub fn taken_over(&mut self) {
+        for (ring, counters) in [(&self.rx.ring, &self.counters.rx), (&self.tx.ring, &self.counters.tx)] {
+            let Some(ring) = ring else { continue };
+            counters.started.store(ring.started, Ordering::Relaxed);
+            self.kicks_missed |= !ring.started;
+        }
+    }
+
     /// Begins to work, whatever was heard before: with a look at everything, and the calls that are due.
     pub(super) fn begin(&mut self) {
         self.look_rx = true;
         self.look_tx = true;
         self.last_work = Instant::now();
+        if std::mem::take(&mut self.kicks_missed) {
+            self.look_at_kicks();
+        }
         for ring in [&mut self.rx.ring, &mut self.tx.ring].into_iter().flatten() {
             if std::mem::take(&mut ring.call_due) {
                 ring.vring.call_guest();
+            }
+        }
+    }
+
+    /// Has the kicks of rings that have not started told anew, if there were any.
+    fn look_at_kicks(&self) {
+        for (ring, token) in [(&self.rx.ring, RX_KICK), (&self.tx.ring, TX_KICK)] {
+            if let Some(Ring { kick: Kick::Eventfd(kick), started: false, .. }) = ring
+                && let Err(error) = self.epoll.rearm(kick, KICK_EVENTS, token)
+            {
+                tracing::warn!(pair = self.index, %error, "cannot look at a kick");
             }
         }
     }

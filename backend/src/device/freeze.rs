@@ -1,0 +1,142 @@
+//! A device whose session goes to another process, from the side that has it: it stands still, with everything in its
+//! place, and then goes on as if nothing had been, or after another process has worked on its rings, or lets go.
+
+use std::io;
+use std::sync::Arc;
+
+use baton_protocol::session::state::{Counters, PairNow, VringNow};
+
+use super::{Device, DeviceError, sides};
+use crate::dataplane::ring::Ring;
+use crate::dataplane::rx::FrameInHand;
+use crate::dataplane::worker::Worker;
+use crate::inflight::InflightRegion;
+use crate::vring_setup::VringSetup;
+
+/// What changes while a session runs, as it is now that it stands still.
+#[derive(Debug)]
+pub struct Frozen {
+    /// Every vring.
+    pub vrings: Vec<VringNow>,
+    /// Every queue pair, but for the frame in hand.
+    pub pairs: Vec<PairNow>,
+}
+
+impl Device {
+    /// Stops everything: nobody reads the TAP or touches a ring until [`Self::thaw`], and nothing is put away for that.
+    /// Frames in hand go to `keep`, which gives their length.
+    ///
+    /// # Errors
+    /// [`DeviceError::Dead`], and [`DeviceError::Dataplane`] if a frame cannot be kept.
+    pub fn freeze(
+        &mut self,
+        mut keep: impl FnMut(usize, &FrameInHand) -> io::Result<u32>,
+    ) -> Result<Frozen, DeviceError> {
+        let mut frozen = Frozen {
+            vrings: Vec::with_capacity(self.session.vrings.len()),
+            pairs: Vec::with_capacity(self.workers.len()),
+        };
+        // Nor does what waits for its turn make anybody run.
+        self.held = false;
+        self.workers.iter().for_each(Worker::close);
+        for (pair, worker) in self.workers.iter_mut().enumerate() {
+            let parked = worker.park().ok_or(DeviceError::Dead(pair))?;
+            for (side, vring) in sides(pair) {
+                let setup = &self.session.vrings[vring];
+                frozen.vrings.push(parked.ring_mut(side).map_or_else(|| setup.now(), |ring| ring_now(ring)));
+            }
+            let frame = parked.rx.in_hand.as_ref().map(|frame| keep(pair, frame)).transpose();
+            let frame = frame.map_err(|source| DeviceError::Dataplane { pair, source })?;
+            let counters = &self.counters[pair];
+            let (rx, tx) = (Counters::from(counters.rx.save()), Counters::from(counters.tx.save()));
+            frozen.pairs.push(PairNow { frame, rx, tx });
+        }
+        Ok(frozen)
+    }
+
+    /// Goes on where [`Self::freeze`] stopped.
+    ///
+    /// # Errors
+    /// [`DeviceError::Dataplane`].
+    pub fn thaw(&mut self) -> Result<(), DeviceError> {
+        self.resume_all()
+    }
+
+    /// Goes on after [`Self::freeze`] and after another process, which is dead, has worked on the rings since. What it
+    /// had in hand is lost; the frame in hand here is its, too.
+    ///
+    /// # Errors
+    /// [`DeviceError::Dead`], [`DeviceError::Dataplane`].
+    pub fn survive(&mut self) -> Result<(), DeviceError> {
+        for (pair, worker) in self.workers.iter_mut().enumerate() {
+            let parked = worker.park().ok_or(DeviceError::Dead(pair))?;
+            parked.rx.in_hand = None;
+            parked.rx.unprepare();
+            for (side, vring) in sides(pair) {
+                if let Some(ring) = parked.ring_mut(side) {
+                    let setup = &mut self.session.vrings[vring];
+                    setup.deactivate(ring);
+                    place_by_used(vring, setup, ring, self.session.inflight.as_ref());
+                }
+            }
+        }
+        self.resume_all()
+    }
+
+    /// Lets go of a session and a TAP that are another process' now: no watch is left on what both hold.
+    ///
+    /// # Errors
+    /// [`DeviceError::Dead`], [`DeviceError::Dataplane`].
+    pub fn let_go(&mut self) -> Result<(), DeviceError> {
+        self.park_each(|parked| {
+            for (side, _) in sides(0) {
+                parked.take_ring(side);
+            }
+            parked.rx.in_hand = None;
+            if let Some(kernel) = &mut parked.kernel {
+                kernel.vhost.release()?;
+            }
+            parked.detach()
+        })?;
+        self.tap = None;
+        self.session = self.new_session();
+        Ok(())
+    }
+
+    pub(super) fn resume_all(&mut self) -> Result<(), DeviceError> {
+        for (pair, worker) in self.workers.iter_mut().enumerate() {
+            worker.resume().map_err(|source| DeviceError::Dataplane { pair, source })?;
+        }
+        Ok(())
+    }
+}
+
+/// How a ring stands that is not worked on.
+fn ring_now(ring: &Ring) -> VringNow {
+    VringNow {
+        base: ring.vring.base(),
+        base_is_given: false,
+        started: ring.started,
+        broken: ring.broken,
+        call_due: ring.call_due,
+    }
+}
+
+/// Puts a ring where its used index says that whoever worked on it had come.
+pub(super) fn place_by_used(
+    index: usize,
+    setup: &mut VringSetup,
+    ring: &mut Ring,
+    inflight: Option<&Arc<InflightRegion>>,
+) {
+    ring.vring.reread();
+    if setup.started {
+        setup.base = ring.vring.published();
+        setup.base_is_given = false;
+    } else {
+        // It may have been started since.
+        setup.base_is_given = true;
+    }
+    setup.place(index, ring, inflight);
+    ring.call_due = ring.started;
+}
