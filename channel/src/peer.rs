@@ -1,10 +1,15 @@
 //! Who is at the other end of a Unix socket. Descriptors, memory and paths are taken only from the same user or root.
+//!
+//! A peer's [`Life`] is a descriptor of its process: the only proof that it is dead. A closed connection is none.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{getsockopt, sockopt};
 use nix::unistd::{Uid, geteuid};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 /// A peer that is not trusted, or that cannot be known.
 #[derive(Debug, thiserror::Error)]
@@ -60,6 +65,49 @@ impl Peer {
     }
 }
 
+/// The process at the other end, to be waited for: readable once it is dead.
+#[derive(Debug)]
+pub struct Life(OwnedFd);
+
+impl Life {
+    /// Of the process at the other end of `socket`, as it was when it connected or listened.
+    ///
+    /// # Errors
+    /// What the system says; [`io::ErrorKind::NotFound`] where it is dead already, or has no number here.
+    pub fn of(socket: &impl AsFd) -> io::Result<Self> {
+        match getsockopt(socket, sockopt::PeerPidfd) {
+            Ok(pidfd) => Ok(Self(pidfd)),
+            // Linux before 6.5 has no such option.
+            Err(Errno::ENOPROTOOPT) => Self::by_number(socket),
+            Err(Errno::ESRCH) => Err(io::ErrorKind::NotFound.into()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    fn by_number(socket: &impl AsFd) -> io::Result<Self> {
+        let process = Pid::from_raw(Peer::of(socket)?.process).ok_or(io::ErrorKind::NotFound)?;
+        let pidfd = pidfd_open(process, PidfdFlags::empty()).map_err(|_| io::ErrorKind::NotFound)?;
+        // Only a process that still held the connection then had that number still.
+        let mut fds = [PollFd::new(socket.as_fd(), PollFlags::empty())];
+        match poll(&mut fds, PollTimeout::ZERO)? {
+            0 => Ok(Self(pidfd)),
+            _ => Err(io::ErrorKind::NotFound.into()),
+        }
+    }
+
+    /// Whether it is over.
+    pub fn is_over(&self) -> bool {
+        let mut fds = [PollFd::new(self.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
+}
+
+impl AsFd for Life {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::UnixStream;
@@ -72,6 +120,27 @@ mod tests {
         let peer = Peer::trusted(&here).unwrap();
         assert_eq!(peer.process, i32::try_from(std::process::id()).unwrap());
         assert!(peer.same_user());
+    }
+
+    #[test]
+    fn a_process_that_runs_is_alive() {
+        let (here, there) = UnixStream::pair().unwrap();
+        assert!(!Life::of(&here).unwrap().is_over());
+        assert!(!Life::by_number(&here).unwrap().is_over());
+        drop(there);
+        let error = Life::by_number(&here).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn a_life_is_over_when_the_process_is_dead() {
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = Pid::from_child(&child);
+        let life = Life(pidfd_open(pid, PidfdFlags::empty()).unwrap());
+        assert!(!life.is_over());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(life.is_over());
     }
 
     #[test]
