@@ -14,7 +14,7 @@ use clap::{ArgGroup, Parser};
 /// and moves the frames between the guest's memory and a TAP.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "baton-backend", version, max_term_width = 100)]
-#[command(group(ArgGroup::new("front-end").args(["socket_path", "fd"]).required(true)))]
+#[command(group(ArgGroup::new("front-end").args(["socket_path", "fd"])))]
 #[command(group(ArgGroup::new("network").args(["tap", "tap_fds", "incoming_fds"]).required(true).multiple(true)))]
 pub struct Args {
     /// Listen for the front-end on this Unix socket, and again whenever it has left
@@ -111,11 +111,21 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, c
         return Ok(Command::PrintCapabilities);
     }
     let args = Args::try_parse_from(arguments)?;
+    check_front_end(&args)
+        .map_err(|message| clap::Error::raw(clap::error::ErrorKind::MissingRequiredArgument, message))?;
     check_incoming(&args)
         .map_err(|message| clap::Error::raw(clap::error::ErrorKind::ArgumentConflict, message))?;
     check_descriptors(&args)
         .map_err(|message| clap::Error::raw(clap::error::ErrorKind::WrongNumberOfValues, message))?;
     Ok(Command::Serve(Box::new(args)))
+}
+
+/// Only a session that arrives brings its front-end along.
+fn check_front_end(args: &Args) -> Result<(), String> {
+    if args.socket_path.is_none() && args.fd.is_none() && args.incoming_fds.is_none() {
+        return Err("no front-end can come: use --socket-path or --fd".to_owned());
+    }
+    Ok(())
 }
 
 /// What arrives decides about the TAP and the guest's side of it.
@@ -290,6 +300,7 @@ mod tests {
 
     #[test]
     fn what_arrives_excludes_what_would_be_opened_or_set() {
+        assert_eq!(args("--incoming-fds=p").socket_path, None);
         assert_eq!(args("--fd=3 --incoming-fds=p").pairs(), MAX_QUEUE_PAIRS);
         assert_eq!(args("--fd=3 --incoming-fds=p --queue-pairs=4 --poll-us=5 --vhost").pairs(), 4);
         assert_eq!(args("--fd=3 --incoming-fds=p --vhost-fds=5,6").pairs(), 2);

@@ -1,4 +1,5 @@
-//! Where front-ends come from: a listening socket, a front-end that listens, or an inherited socket.
+//! Where front-ends come from: a listening socket, a front-end that listens, or an inherited socket. It may go on to
+//! another process, with the session.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -7,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use baton_control::socket_path::{BindError, BoundSocket};
+use baton_protocol::session::state::{EndpointKind, EndpointState};
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockProtocol, SockType, UnixAddr, connect, getsockopt, socket, sockopt,
 };
@@ -24,6 +26,9 @@ pub enum EndpointError {
     /// The socket's path cannot be bound.
     #[error(transparent)]
     Bind(#[from] BindError),
+    /// Another process gives none that can be used.
+    #[error("descriptor listener is no Unix stream socket that listens")]
+    Listener,
     /// Not a socket that can be used.
     #[error("--fd={0} is no Unix stream socket that is connected or listens")]
     Inherited(RawFd),
@@ -35,6 +40,8 @@ pub enum EndpointError {
 /// Where front-ends come from.
 #[derive(Debug)]
 pub enum Endpoint {
+    /// Nowhere: there will be what another process hands over.
+    Nowhere,
     /// `--socket-path`.
     Listening(BoundSocket),
     /// `--fd`, listening.
@@ -70,6 +77,8 @@ impl Endpoint {
     /// # Errors
     /// [`EndpointError::System`].
     pub fn client(path: PathBuf) -> Result<Self, EndpointError> {
+        // It may mean something else to another process.
+        let path = std::path::absolute(path)?;
         let redial =
             TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC)
                 .map_err(io::Error::from)?;
@@ -98,12 +107,74 @@ impl Endpoint {
         Ok(Self::InheritedConnection(Some(UnixStream::from(socket))))
     }
 
+    /// What another process says of its endpoint, with the listening socket if there is one. What it has in the file
+    /// system stays its own until [`Self::own`].
+    ///
+    /// # Errors
+    /// [`EndpointError`].
+    pub fn adopt(state: &EndpointState, fd: Option<OwnedFd>) -> Result<Self, EndpointError> {
+        let listener = |fd: Option<OwnedFd>| fd.ok_or(EndpointError::Listener);
+        let path = PathBuf::from(state.path.as_deref().unwrap_or_default());
+        match (state.kind, fd) {
+            (EndpointKind::Listening, fd) => Ok(Self::Listening(BoundSocket::adopt(listener(fd)?, &path)?)),
+            (EndpointKind::Listener, fd) => {
+                let socket = listener(fd)?;
+                if getsockopt(&socket, sockopt::AcceptConn) != Ok(true) {
+                    return Err(EndpointError::Listener);
+                }
+                Ok(Self::InheritedListener(UnixListener::from(socket)))
+            }
+            (EndpointKind::Client, _) => Self::client(path),
+            (EndpointKind::None | EndpointKind::Other, _) => Ok(Self::Nowhere),
+        }
+    }
+
+    /// What another process has to know of it.
+    pub fn state(&self) -> EndpointState {
+        let path = |path: &Path| Some(path.to_string_lossy().into_owned());
+        match self {
+            Self::Nowhere | Self::InheritedConnection(_) => EndpointState::default(),
+            Self::Listening(socket) => {
+                EndpointState { kind: EndpointKind::Listening, path: path(socket.path()) }
+            }
+            Self::InheritedListener(_) => EndpointState { kind: EndpointKind::Listener, path: None },
+            Self::Client { path: dialled, .. } => {
+                EndpointState { kind: EndpointKind::Client, path: path(dialled) }
+            }
+        }
+    }
+
+    /// The listening socket, if there is one.
+    pub fn listener(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Listening(socket) => Some(socket.listener().as_fd()),
+            Self::InheritedListener(listener) => Some(listener.as_fd()),
+            Self::Nowhere | Self::InheritedConnection(_) | Self::Client { .. } => None,
+        }
+    }
+
+    /// From now on what it has in the file system goes with it.
+    pub fn own(&mut self) {
+        if let Self::Listening(socket) = self
+            && let Err(error) = socket.own_file()
+        {
+            tracing::warn!(%error, "the front-end's socket will stay when this process ends");
+        }
+    }
+
+    /// Leaves what it has in the file system to another process.
+    pub fn leave(&mut self) {
+        if let Self::Listening(socket) = self {
+            socket.leave_file();
+        }
+    }
+
     /// What becomes readable when it is worth calling [`Self::next_frontend`] again; `None` when there will never be more.
     pub fn source(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Listening(socket) => Some(socket.listener().as_fd()),
             Self::InheritedListener(listener) => Some(listener.as_fd()),
-            Self::InheritedConnection(_) => None,
+            Self::InheritedConnection(_) | Self::Nowhere => None,
             Self::Client { redial, .. } => Some(redial.as_fd()),
         }
     }
@@ -117,6 +188,7 @@ impl Endpoint {
             Self::Listening(socket) => accept(socket.listener()),
             Self::InheritedListener(listener) => accept(listener),
             Self::InheritedConnection(connection) => Ok(connection.take()),
+            Self::Nowhere => Ok(None),
             Self::Client { path, redial, dialled, told } => {
                 let since = dialled.map(|dialled| dialled.elapsed());
                 if let Some(wait) =
@@ -172,6 +244,32 @@ fn dial(path: &Path) -> io::Result<UnixStream> {
 mod tests {
     use super::*;
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+    #[test]
+    fn an_endpoint_goes_on_and_its_file_with_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let mut first = Endpoint::listen(&path).unwrap();
+        let twin = |endpoint: &Endpoint| {
+            let listener = endpoint.listener().map(|fd| fd.try_clone_to_owned().unwrap());
+            Endpoint::adopt(&endpoint.state(), listener).unwrap()
+        };
+        // Not taken.
+        drop(twin(&first));
+        assert!(path.exists());
+        let mut second = twin(&first);
+        second.own();
+        first.leave();
+        drop(first);
+        UnixStream::connect(&path).unwrap();
+        assert!(second.next_frontend().unwrap().is_some());
+        drop(second);
+        assert!(!path.exists());
+        let client = twin(&Endpoint::client(path.clone()).unwrap());
+        assert!(matches!(&client, Endpoint::Client { path: dialled, .. } if *dialled == path));
+        let error = Endpoint::adopt(&EndpointState { kind: EndpointKind::Listener, path: None }, None);
+        assert!(matches!(error, Err(EndpointError::Listener)));
+    }
 
     #[test]
     fn a_front_end_that_ends_each_connection_at_once_is_not_dialled_at_once() {

@@ -78,7 +78,8 @@ fn serve(args: &Args) -> Result<()> {
         (Some(endpoint), _) => endpoint,
         (None, Some(path)) if args.client => Endpoint::client(path.clone())?,
         (None, Some(path)) => Endpoint::listen(path)?,
-        (None, None) => anyhow::bail!("no front-end; use --socket-path or --fd"),
+        // --incoming-fds, or the command line would have been refused.
+        (None, None) => Endpoint::Nowhere,
     };
     let poll = args.poll_us.map(|poll| Duration::from_micros(u64::from(poll)));
     let wishes = Wishes {

@@ -2,7 +2,8 @@
 //! still in use, and unlinked only by the process whose socket they are.
 //!
 //! [`BoundSocket`] owns the listener and the file; a file that has been replaced since is left alone. Both may go on
-//! to another process: one [adopts](BoundSocket::adopt) what the other [forgets](BoundSocket::forget).
+//! to another process: one [adopts](BoundSocket::adopt) the socket, then the [file](BoundSocket::own_file) which the
+//! other [leaves](BoundSocket::leave_file).
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -107,11 +108,11 @@ impl BoundSocket {
         Ok(bound)
     }
 
-    /// Takes over a listening socket that another process bound to `path`, and its file, which goes with it from now
-    /// on.
+    /// Takes over a listening socket that another process bound to `path`. The file stays that process' until
+    /// [`Self::own_file`].
     ///
     /// # Errors
-    /// [`BindError::NotBound`] where it is no socket that listens there; the file stays.
+    /// [`BindError::NotBound`] where it is no socket that listens there.
     pub fn adopt(listener: OwnedFd, path: &Path) -> Result<Self, BindError> {
         let not_bound = || BindError::NotBound { path: path.to_owned() };
         let listens = getsockopt(&listener, sockopt::AcceptConn) == Ok(true);
@@ -119,14 +120,21 @@ impl BoundSocket {
         if !listens || address.path() != Some(path) {
             return Err(not_bound());
         }
-        let failed =
-            |error| BindError::Io { path: path.to_owned(), step: "look at the socket", source: error };
-        let identity = identity_of(path).map_err(failed)?;
-        Ok(Self { listener: UnixListener::from(listener), path: path.to_owned(), identity })
+        Ok(Self { listener: UnixListener::from(listener), path: path.to_owned(), identity: None })
+    }
+
+    /// From now on the file goes with this socket.
+    ///
+    /// # Errors
+    /// If it cannot be looked at; it stays then.
+    pub fn own_file(&mut self) -> Result<(), BindError> {
+        let failed = |source| BindError::Io { path: self.path.clone(), step: "look at the socket", source };
+        self.identity = identity_of(&self.path).map_err(failed)?;
+        Ok(())
     }
 
     /// Leaves the file to whoever has the socket, too.
-    pub fn forget(&mut self) {
+    pub fn leave_file(&mut self) {
         self.identity = None;
     }
 
@@ -322,13 +330,16 @@ mod tests {
     fn a_socket_goes_on_with_its_file() {
         let (_directory, path) = scratch();
         let mut first = BoundSocket::bind(&path).unwrap();
-        let fd = OwnedFd::from(first.listener().try_clone().unwrap());
-        let second = BoundSocket::adopt(fd, &path).unwrap();
-        first.forget();
+        let twin = || OwnedFd::from(first.listener().try_clone().unwrap());
+        drop(BoundSocket::adopt(twin(), &path).unwrap());
+        assert!(path.exists());
+        let mut second = BoundSocket::adopt(twin(), &path).unwrap();
+        first.leave_file();
         drop(first);
         assert!(path.exists());
         UnixStream::connect(&path).unwrap();
         second.listener().accept().unwrap();
+        second.own_file().unwrap();
         drop(second);
         assert!(!path.exists());
     }
