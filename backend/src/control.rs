@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::mpsc::{SyncSender, sync_channel};
 
+use baton_control::later::{Answer as Reply, Promise};
 use baton_control::server::ControlServer;
 use baton_control::socket_path::{BindError, BoundSocket};
 use baton_protocol::control::{
@@ -22,14 +23,31 @@ pub type Answer = Result<Value, Refusal>;
 pub struct Call {
     /// What is asked.
     pub request: Request,
-    answer: SyncSender<Answer>,
+    place: Place,
+}
+
+/// Where an answer goes.
+#[derive(Debug)]
+enum Place {
+    /// To the control thread, which waits for it.
+    Waiting(SyncSender<Answer>),
+    /// To whoever asked; others are served meanwhile.
+    Promised(Promise),
 }
 
 impl Call {
     /// Answers it.
     pub fn answer(self, answer: Answer) {
-        // The control thread waits for it, unless the process is ending.
-        let _ = self.answer.send(answer);
+        match self.place {
+            // The control thread waits for it, unless the process is ending.
+            Place::Waiting(waiting) => drop(waiting.send(answer)),
+            Place::Promised(promise) => promise.keep(answer),
+        }
+    }
+
+    /// Whether it only asks what could be done.
+    pub fn is_dry_run(&self) -> bool {
+        matches!(self.request, Request::Handover { dry_run: true, .. })
     }
 }
 
@@ -49,11 +67,32 @@ pub enum ControlError {
 /// # Errors
 /// [`ControlError`].
 pub fn start(path: &Path, calls: Mailer<Call>) -> Result<ControlServer, ControlError> {
-    let socket = BoundSocket::bind(path)?;
+    serve(BoundSocket::bind(path)?, calls)
+}
+
+/// Serves a control socket in the place of another process'; who connects reaches one or the other at any time.
+///
+/// # Errors
+/// [`ControlError`]; the other process' socket stays then.
+pub fn take_place(path: &Path, calls: Mailer<Call>) -> Result<ControlServer, ControlError> {
+    serve(BoundSocket::bind_over(path)?, calls)
+}
+
+fn serve(socket: BoundSocket, calls: Mailer<Call>) -> Result<ControlServer, ControlError> {
     ControlServer::start(socket, move |request| {
+        let ending = || Err(refusal("the back-end is ending"));
+        if matches!(request, Request::Handover { on_suspend: false, cancel: false, .. }) {
+            return match Promise::new() {
+                Ok((promise, later)) => {
+                    calls.send(Call { request, place: Place::Promised(promise) });
+                    Reply::Later(later)
+                }
+                Err(error) => Reply::Now(Err(refusal(error.to_string()))),
+            };
+        }
         let (answer, answered) = sync_channel(1);
-        calls.send(Call { request, answer });
-        answered.recv().unwrap_or_else(|_| Err(refusal("the back-end is ending")))
+        calls.send(Call { request, place: Place::Waiting(answer) });
+        Reply::Now(answered.recv().unwrap_or_else(|_| ending()))
     })
     .map_err(ControlError::Start)
 }
@@ -73,7 +112,7 @@ pub fn status(device: &Device, handover: Option<HandoverStatus>, connected: bool
     let session = device.session();
     let state = match (handover.as_ref().map(|handover| handover.state), device.tap(), connected) {
         (Some(HandoverState::HandedOver), ..) => BackendState::HandedOver,
-        (Some(HandoverState::Offered), ..) => BackendState::HandingOver,
+        (Some(HandoverState::Staging | HandoverState::Offered), ..) => BackendState::HandingOver,
         (_, Some(_), true) => BackendState::Serving,
         _ => BackendState::Waiting,
     };

@@ -7,16 +7,18 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use baton_backend::args::{self, Args, Command, Script};
-use baton_backend::control;
+use baton_backend::control::{self, Call, ControlError};
 use baton_backend::device::{Device, DeviceConfig, Vhost};
 use baton_backend::endpoint::Endpoint;
 use baton_backend::handover::snapshot::Wishes;
 use baton_backend::handover::{Handover, LastWork};
-use baton_backend::mailbox::mailbox;
+use baton_backend::mailbox::{Mailer, mailbox};
 use baton_backend::script;
+use baton_backend::server::live::ControlPlace;
 use baton_backend::server::{self, Server};
 use baton_backend::tap::Tap;
 use baton_backend::vhost_net::{VhostNet, VhostNetError};
+use baton_control::socket_path::BindError;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// `VHostUserBackendCapabilities` of QEMU's `docs/interop/vhost-user.json`.
@@ -73,7 +75,7 @@ fn serve(args: &Args) -> Result<()> {
     raise_descriptor_limit();
     let signals = server::signals().context("cannot take signals")?;
     let (mailer, calls) = mailbox().context("cannot make a mailbox")?;
-    let control = args.control_socket.as_deref().map(|path| control::start(path, mailer)).transpose()?;
+    let control = control_place(args, mailer)?;
     let endpoint = match (inherited, &args.socket_path) {
         (Some(endpoint), _) => endpoint,
         (None, Some(path)) if args.client => Endpoint::client(path.clone())?,
@@ -86,6 +88,7 @@ fn serve(args: &Args) -> Result<()> {
         queue_pairs: args.queue_pairs.map(usize::from),
         vhost_fds: args.vhost_fds.as_ref().map(Vec::len),
         poll,
+        vhost_from_source: false,
     };
     let handover = Handover::new(args.incoming_fds.as_deref(), wishes)?;
     if let (Some(script), Some(tap)) = (&args.script.0, &tap) {
@@ -113,6 +116,18 @@ fn serve(args: &Args) -> Result<()> {
     });
     result?;
     after
+}
+
+/// The control socket; or the path of one that comes with the device.
+fn control_place(args: &Args, calls: Mailer<Call>) -> Result<ControlPlace> {
+    let Some(path) = &args.control_socket else { return Ok(ControlPlace::None) };
+    match control::start(path, calls.clone()) {
+        Ok(server) => Ok(ControlPlace::Served(server)),
+        Err(ControlError::Bind(BindError::InUse { path })) if args.incoming_fds.is_some() => {
+            Ok(ControlPlace::Anothers { path, calls })
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// A vhost-net for each queue pair, if the kernel is to move the frames.

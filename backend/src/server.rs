@@ -1,12 +1,13 @@
 //! The event loop: one thread that waits for front-ends, their messages, control requests and signals, and never
 //! touches a frame.
 
+pub mod live;
+
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use baton_control::server::ControlServer;
 use baton_protocol::control::{Done, Request};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -19,12 +20,13 @@ use crate::device::{Device, DeviceError};
 use crate::dispatch::{Dispatch, Rejection};
 use crate::endpoint::Endpoint;
 use crate::events::{Epoll, Events, Ready};
-use crate::handover::error::HandoverError;
+use crate::handover::live::Live;
 use crate::handover::{Handover, LastWork};
 use crate::log_limit;
 use crate::mailbox::Mailbox;
 use crate::session::{Progress, Session, SessionEnd};
 use crate::sigbus;
+use live::ControlPlace;
 
 const SIGNAL: u64 = 0;
 const ENDPOINT: u64 = 1;
@@ -34,6 +36,11 @@ const NEWS: u64 = 4;
 const ALARM: u64 = 5;
 const RESTED: u64 = 6;
 const HANDOVER: u64 = 7;
+const LIVE: u64 = 8;
+
+/// What a front-end's connection is watched for.
+const SESSION_EVENTS: Events =
+    Events::EPOLLIN.union(Events::EPOLLOUT).union(Events::EPOLLRDHUP).union(Events::EPOLLET);
 
 /// How long to leave front-ends waiting that cannot be accepted, for want of descriptors, say.
 const REST: Duration = Duration::from_millis(100);
@@ -71,7 +78,9 @@ pub struct Server {
     session: Option<Session>,
     endpoint: Endpoint,
     dispatch: Arc<Mutex<Dispatch>>,
-    control: Option<ControlServer>,
+    /// The hand-over of the session, which is all of the above.
+    live: Live,
+    control: ControlPlace,
     /// Whether to end, with exit code 0.
     ending: bool,
 }
@@ -97,7 +106,7 @@ impl Server {
         device: Device,
         handover: Handover,
         endpoint: Endpoint,
-        control: Option<ControlServer>,
+        control: ControlPlace,
         calls: Mailbox<Call>,
         news: Mailbox<WorkerNews>,
         signals: SignalFd,
@@ -111,6 +120,8 @@ impl Server {
         let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
         let rested = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags).map_err(io::Error::from)?;
         epoll.add(&rested, Events::EPOLLIN, RESTED)?;
+        let live = Live::new()?;
+        epoll.add(&live, Events::EPOLLIN, LIVE)?;
         let dispatch = Arc::new(Mutex::new(Dispatch::new(device, handover)));
         Ok(Self {
             epoll,
@@ -121,6 +132,7 @@ impl Server {
             session: None,
             endpoint,
             dispatch,
+            live,
             control,
             ending: false,
         })
@@ -128,15 +140,13 @@ impl Server {
 
     /// Serves until told to end. Gives, besides how it ended, what is to be run then by whoever owned the TAP last.
     pub fn run(mut self) -> (Result<(), ServerError>, Option<LastWork>) {
-        let result = self.serve().and_then(|()| self.end_session());
+        let result = self.serve().and_then(|()| self.end_live()).and_then(|()| self.end_session());
         let finished = {
             let dispatch = &mut *lock(&self.dispatch);
             dispatch.handover.finish(&mut dispatch.device)
         };
         drop(self.calls);
-        if let Some(control) = self.control {
-            control.stop();
-        }
+        self.control.stop();
         match finished {
             Ok(last_work) => (result, last_work),
             Err(error) => (result.and(Err(error.into())), None),
@@ -164,10 +174,12 @@ impl Server {
                         // A message may have waited for a transfer's end.
                         look = true;
                     }
+                    LIVE => look |= self.on_live()?,
                     RESTED => self.on_rested()?,
                     _ => self.on_alarm()?,
                 }
             }
+            look |= self.welcome()?;
             progress = if look { self.talk()? } else { Progress::Waiting };
             let released = {
                 let dispatch = &mut *lock(&self.dispatch);
@@ -177,14 +189,21 @@ impl Server {
             if let Err(error) = released {
                 self.part(SessionEnd::Device(error.into()))?;
             }
-            self.ending |= self.session.is_none() && lock(&self.dispatch).handover.is_done();
+            let dispatch = lock(&self.dispatch);
+            self.ending |= self.session.is_none() && dispatch.handover.is_done();
+            self.ending |= self.live.is_done();
+            let owner = dispatch.device.tap().is_some();
+            drop(dispatch);
+            if owner {
+                self.control.take();
+            }
         }
         Ok(())
     }
 
     /// Takes the next front-end, if there is one and none is here.
     fn meet(&mut self) -> Result<(), ServerError> {
-        if self.session.is_some() {
+        if self.session.is_some() || self.live.holds_front() {
             return Ok(());
         }
         let session = loop {
@@ -212,8 +231,7 @@ impl Server {
         if let Some(source) = self.endpoint.source() {
             self.epoll.remove(&source)?;
         }
-        let events = Events::EPOLLIN | Events::EPOLLOUT | Events::EPOLLRDHUP | Events::EPOLLET;
-        self.epoll.add(&session, events, SESSION)?;
+        self.epoll.add(&session, SESSION_EVENTS, SESSION)?;
         self.session = Some(session);
         Ok(())
     }
@@ -243,6 +261,9 @@ impl Server {
 
     /// Serves the front-end's messages.
     fn talk(&mut self) -> Result<Progress, ServerError> {
+        if self.live.holds_front() {
+            return Ok(Progress::Waiting);
+        }
         let Some(session) = &mut self.session else { return Ok(Progress::Waiting) };
         let before = session.begun();
         let result = session.progress();
@@ -312,13 +333,31 @@ impl Server {
             let mut dispatch = lock(&self.dispatch);
             let Dispatch { device, handover, .. } = &mut *dispatch;
             let answer = match &call.request {
-                Request::Status => control::answer(&control::status(device, handover.status(), connected)),
+                Request::Status => {
+                    let live = self.live.status();
+                    let handover = if self.live.peer().is_some() { live } else { handover.status().or(live) };
+                    control::answer(&control::status(device, handover, connected))
+                }
+                Request::Handover { cancel: true, .. } if self.live.peer().is_some() => {
+                    drop(dispatch);
+                    let answer = self.cancel_live()?;
+                    call.answer(answer);
+                    continue;
+                }
                 Request::Handover { cancel: true, .. } => handover.cancel(device)?,
                 Request::Handover { path: None, .. } => {
                     Err(control::refusal("say where the other back-end waits: its --incoming-fds"))
                 }
-                Request::Handover { on_suspend: false, dry_run: false, .. } => {
-                    Err(control::refusal(HandoverError::LiveSession.to_string()))
+                Request::Handover { path: Some(path), on_suspend: false, dry_run, .. } => {
+                    let (path, dry_run) = (PathBuf::from(path), *dry_run);
+                    match handover.check_live(device) {
+                        Ok(()) => {
+                            drop(dispatch);
+                            self.begin_live(&path, dry_run, call)?;
+                            continue;
+                        }
+                        Err(error) => Err(control::refusal(error.to_string())),
+                    }
                 }
                 Request::Handover { path: Some(path), dry_run, .. } => {
                     let (path, dry_run) = (PathBuf::from(path), *dry_run);
@@ -358,6 +397,8 @@ impl Server {
 
     fn on_alarm(&mut self) -> Result<(), ServerError> {
         if sigbus::take_struck() && self.session.is_some() {
+            // The target must not go on with it.
+            self.cancel_live().map(drop)?;
             self.part(SessionEnd::MemoryTruncated)?;
         }
         Ok(())

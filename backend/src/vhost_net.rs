@@ -9,7 +9,7 @@ mod kernel;
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -112,23 +112,18 @@ impl VhostNet {
     /// # Errors
     /// [`VhostNetError::Open`], [`VhostNetError::Ioctl`].
     pub fn open() -> Result<Self, VhostNetError> {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
-            .open(DEVICE)
-            .map_err(|source| {
-                let hint = match source.kind() {
-                    io::ErrorKind::NotFound => {
-                        ": this kernel has none loaded; load the module vhost_net, or run without --vhost"
-                    }
-                    io::ErrorKind::PermissionDenied => {
-                        ": not permitted; run as a user who may open it, or have --vhost-fds opened by one who may"
-                    }
-                    _ => "",
-                };
-                VhostNetError::Open { hint, source }
-            })?;
+        Self::from_file(open()?)
+    }
+
+    /// An instance that another process opened for this one.
+    ///
+    /// # Errors
+    /// [`VhostNetError::Ioctl`] where it is none.
+    pub fn from_fd(fd: OwnedFd) -> Result<Self, VhostNetError> {
+        Self::from_file(File::from(fd))
+    }
+
+    fn from_file(file: File) -> Result<Self, VhostNetError> {
         let kernel = Kernel::from(file);
         let features = kernel.get_features().map_err(|error| VhostNetError::Ioctl {
             operation: "VHOST_GET_FEATURES",
@@ -327,6 +322,27 @@ impl VhostNet {
         }
         Ok(())
     }
+}
+
+/// Opens the device, in nobody's use: for this process, or for another one.
+///
+/// # Errors
+/// [`VhostNetError::Open`].
+pub fn open() -> Result<File, VhostNetError> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC);
+    options.open(DEVICE).map_err(|source| {
+        let hint = match source.kind() {
+            io::ErrorKind::NotFound => {
+                ": this kernel has none loaded; load the module vhost_net, or run without --vhost"
+            }
+            io::ErrorKind::PermissionDenied => {
+                ": not permitted; run as a user who may open it, or have --vhost-fds opened by one who may"
+            }
+            _ => "",
+        };
+        VhostNetError::Open { hint, source }
+    })
 }
 
 /// How many memory regions the kernel takes.

@@ -4,11 +4,13 @@
 //! A request is an object with a `command`: `{"command":"status"}`. A reply is the command's own object, or
 //! `{"error":"…"}`. Commands and fields may be added; a reader ignores the fields that it does not know.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use crate::reasons::Reason;
+use crate::session::report::Report;
 
 /// The longest request or reply, in bytes, without its newline.
 pub const MAX_LINE: usize = 64 * 1024;
@@ -25,7 +27,7 @@ pub enum Request {
     Pause,
     /// Lets a paused VM run: [`Done`].
     Resume,
-    /// Hands a back-end's device over to another one: [`HandoverReply`].
+    /// Hands a back-end's session over to another one: [`SessionReport`]; or its device: [`HandoverReply`].
     Handover {
         /// Where the other one waits (`--incoming-fds`); nothing with `cancel`.
         #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -88,6 +90,35 @@ pub enum HandoverResult {
     Cancelled,
 }
 
+/// How a hand-over of a running session ended. All but [`Self::Completed`] leave the session as it was.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "result", rename_all = "kebab-case")]
+pub enum SessionReport {
+    /// The session is the target's.
+    Completed {
+        /// For how long nobody served, in microseconds.
+        blackout_us: u64,
+        /// What each phase took, in microseconds.
+        phases: BTreeMap<String, u64>,
+    },
+    /// The session is the source's, and goes on.
+    RolledBack {
+        /// How far it was: `greet`, `check`, `stage`, `freeze` or `commit`.
+        phase: String,
+        /// What happened.
+        reason: String,
+    },
+}
+
+impl SessionReport {
+    /// The session is the target's.
+    pub fn completed(report: Report) -> Self {
+        let Report { blackout_us, phases } = report;
+        let phases = phases.into_iter().map(|(phase, took)| (phase.to_owned(), took));
+        Self::Completed { blackout_us, phases: phases.collect() }
+    }
+}
+
 /// How a hand-over of a back-end's device stands.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HandoverStatus {
@@ -111,6 +142,8 @@ pub enum HandoverState {
     Checking,
     /// The source will offer the device.
     Armed,
+    /// The target makes everything ready for a session that runs on.
+    Staging,
     /// The source has offered it.
     Offered,
     /// The target has it.

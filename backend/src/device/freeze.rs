@@ -130,12 +130,9 @@ pub(super) fn place_by_used(
     inflight: Option<&Arc<InflightRegion>>,
 ) {
     ring.vring.reread();
-    if setup.started {
+    // Completion is in order. What the front-end has said of a ring that nobody has worked on yet stands.
+    if !setup.base_is_given {
         setup.base = ring.vring.published();
-        setup.base_is_given = false;
-    } else {
-        // It may have been started since.
-        setup.base_is_given = true;
     }
     setup.place(index, ring, inflight);
     ring.call_due = ring.started;

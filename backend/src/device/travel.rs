@@ -29,6 +29,24 @@ impl Device {
         self.pairs = pairs;
     }
 
+    /// Gives the first pairs that have no vhost-net one each, if the kernel moves the frames.
+    ///
+    /// # Errors
+    /// [`VhostNetError::Open`] for want of an eventfd.
+    pub fn give_vhost(&mut self, instances: Vec<VhostNet>) -> Result<(), VhostNetError> {
+        let mut instances = instances.into_iter();
+        if self.datapath == Datapath::Userspace {
+            return Ok(());
+        }
+        for worker in &mut self.workers {
+            let Some(pair) = worker.park().filter(|pair| pair.kernel.is_none()) else { continue };
+            let Some(instance) = instances.next() else { break };
+            let kernel = KernelPath::new(instance);
+            pair.kernel = Some(kernel.map_err(|source| VhostNetError::Open { hint: "", source })?);
+        }
+        Ok(())
+    }
+
     /// Has a vhost-net for each of the first `pairs` pairs, if the kernel moves the frames.
     ///
     /// # Errors

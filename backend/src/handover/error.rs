@@ -15,7 +15,7 @@ pub enum HandoverError {
     #[error("a hand-over to {0} is under way; end it with handover --cancel")]
     UnderWay(String),
     /// To this process itself.
-    #[error("this is the same back-end: a device cannot be handed over to itself")]
+    #[error("this is the same back-end: it cannot hand anything over to itself")]
     Oneself,
     /// There is nothing to hand over.
     #[error("this back-end has no TAP to hand over")]
@@ -23,9 +23,9 @@ pub enum HandoverError {
     /// Nothing to cancel.
     #[error("no hand-over is under way")]
     NotUnderWay,
-    /// Not with this version.
-    #[error("only a device can be handed over, when its front-end has stopped it: use --on-suspend")]
-    LiveSession,
+    /// The front-end moves device state.
+    #[error("the front-end is moving device state; try again when it has")]
+    DeviceState,
     /// It cannot be begun.
     #[error(transparent)]
     Channel(#[from] ChannelError),

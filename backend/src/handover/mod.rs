@@ -1,5 +1,6 @@
 //! Handing the device over to another back-end, and taking one (DESIGN: "Local VM migration"). What is said, and what
-//! follows from it, is [`baton_protocol::handover`]'s; here it is carried out on the device.
+//! follows from it, is [`baton_protocol::handover`]'s; here it is carried out on the device. [`live`] does the same for a
+//! running session.
 //!
 //! A process may be first the one, then the other: [`target`] waits on `--incoming-fds` and is over when it owns the
 //! TAP; [`source`] lasts from a command, or from the front-end's wish, until the TAP is the target's or for good ours.
@@ -13,6 +14,7 @@ pub mod device_state;
 pub mod error;
 pub mod frames;
 pub mod incoming;
+pub mod live;
 pub mod snapshot;
 pub mod source;
 pub mod target;
@@ -38,6 +40,7 @@ use crate::mailbox::{Mailbox, Mailer, mailbox};
 use device_state::Transfer;
 use error::{HandoverError, IncomingError};
 use incoming::Incoming;
+use live::Arrived;
 use snapshot::Wishes;
 use source::SourceEnd;
 use target::TargetEnd;
@@ -78,6 +81,10 @@ pub struct Handover {
     incoming: Option<Incoming>,
     source: Option<SourceEnd>,
     target: Option<TargetEnd>,
+    /// A source of a session that has just come.
+    arrived: Option<Arrived>,
+    /// The peer of a session's hand-over that is under way.
+    live: Option<String>,
     transfer: Transfer,
     mailer: Mailer<Outcome>,
     mail: Mailbox<Outcome>,
@@ -110,6 +117,8 @@ impl Handover {
             incoming,
             source: None,
             target: None,
+            arrived: None,
+            live: None,
             transfer: Transfer::None,
             mailer,
             mail,
@@ -152,6 +161,9 @@ impl Handover {
                 TARGET => {
                     if let Some(target) = &mut self.target {
                         target.listen(device, &self.wishes, around)?;
+                    }
+                    if let Some(target) = self.target.take_if(|target| target.is_for_session()) {
+                        self.arrived = target.into_arrived(around);
                     }
                 }
                 MAIL => self.on_mail(device)?,
@@ -300,8 +312,37 @@ impl Handover {
         SourceEnd::new(link, path.display().to_string())
     }
 
+    /// What the command line decides of what arrives.
+    pub fn wishes(&self) -> &Wishes {
+        &self.wishes
+    }
+
+    /// A source that wants to hand a session over, and has just said so.
+    pub fn take_arrived(&mut self) -> Option<Arrived> {
+        self.arrived.take()
+    }
+
+    /// Whose session's hand-over is under way.
+    pub fn set_live(&mut self, peer: Option<&str>) {
+        if self.live.as_deref() != peer {
+            self.live = peer.map(str::to_owned);
+        }
+    }
+
+    /// That a session's hand-over can begin.
+    ///
+    /// # Errors
+    /// [`HandoverError`].
+    pub fn check_live(&self, device: &Device) -> Result<(), HandoverError> {
+        self.check_free(device)?;
+        if self.is_transferring() { Err(HandoverError::DeviceState) } else { Ok(()) }
+    }
+
     /// That this process has a device, and does not hand it over yet.
     fn check_free(&self, device: &Device) -> Result<(), HandoverError> {
+        if let Some(peer) = &self.live {
+            return Err(HandoverError::UnderWay(peer.clone()));
+        }
         if let Some(source) = self.source.as_ref().filter(|source| !source.is_over()) {
             return Err(HandoverError::UnderWay(source.peer().to_owned()));
         }
@@ -335,7 +376,9 @@ impl Handover {
                 Some(Refusal::User(error.to_string()))
             }
             Ok(_) if device.tap().is_some() => Some(Refusal::AlreadyInitialised),
-            Ok(_) if self.target.is_some() || self.is_transferring() => Some(Refusal::Busy),
+            Ok(_) if self.target.is_some() || self.live.is_some() || self.is_transferring() => {
+                Some(Refusal::Busy)
+            }
             Ok(_) => None,
         };
         if let Some(refusal) = refusal {

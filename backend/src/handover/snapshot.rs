@@ -30,6 +30,8 @@ pub struct Wishes {
     pub vhost_fds: Option<usize>,
     /// `--poll-us`.
     pub poll: Option<Duration>,
+    /// `--vhost`, by a user who may not open it: only a source of a session can give it.
+    pub vhost_from_source: bool,
 }
 
 /// A device that is here and was not touched yet.

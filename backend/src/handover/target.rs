@@ -6,15 +6,17 @@ use std::time::Duration;
 use baton_channel::packet::{ChannelError, Packet, PacketSocket};
 use baton_channel::peer::Peer;
 use baton_faults::Point;
+use baton_protocol::codec::CodecError;
 use baton_protocol::control::{HandoverState, HandoverStatus};
 use baton_protocol::fd_manifest::{FdManifest, NamedFds};
-use baton_protocol::handover::message::{LINK_FD, Message, Offer, Refuse};
+use baton_protocol::handover::message::{Hello, LINK_FD, Message, Offer, Refuse, SESSION};
 use baton_protocol::handover::refusal::Refusal;
 use baton_protocol::handover::state::DeviceState;
 use baton_protocol::handover::target::{Action, Event, Target};
 use baton_protocol::handover::validate::CheckedDevice;
 use baton_protocol::reasons::Reasons;
 
+use super::live::Arrived;
 use super::snapshot::{self, Adopted, Wishes};
 use super::{PROGRAM, Surroundings, TARGET};
 use crate::device::{Device, DeviceConfig, DeviceError};
@@ -49,6 +51,8 @@ pub struct TargetEnd {
     refused: Option<Reasons>,
     /// Brought by the front-end, for one migration.
     once: bool,
+    /// What a source of a session has said.
+    for_session: Option<Hello>,
 }
 
 /// Refuses whoever has just connected.
@@ -61,7 +65,16 @@ pub fn refuse(link: &PacketSocket, refusal: Refusal) {
 impl TargetEnd {
     fn new(state: Target<Box<Adopted>>, link: PacketSocket, same_user: bool, device: &Device) -> Self {
         let before = Before { config: device.config().clone(), offer: device.offer(), pairs: device.pairs() };
-        Self { state, link: Some(link), same_user, fds: None, before, refused: None, once: false }
+        Self {
+            state,
+            link: Some(link),
+            same_user,
+            fds: None,
+            before,
+            refused: None,
+            once: false,
+            for_session: None,
+        }
     }
 
     /// With a source that has connected.
@@ -105,6 +118,20 @@ impl TargetEnd {
         })
     }
 
+    /// Whether the source wants to hand over a session rather than a device.
+    pub fn is_for_session(&self) -> bool {
+        self.for_session.is_some()
+    }
+
+    /// What there is of a source of a session, which is not watched any more.
+    pub fn into_arrived(mut self, around: Surroundings<'_>) -> Option<Arrived> {
+        let (hello, link) = (self.for_session?, self.link.take()?);
+        if let Err(error) = around.epoll.remove(&link) {
+            tracing::warn!(%error, "cannot stop watching a source");
+        }
+        Some(Arrived { link, hello, same_user: self.same_user })
+    }
+
     /// Whether the next source may come.
     pub fn is_over(&self) -> bool {
         matches!(self.state, Target::Ended | Target::Taken)
@@ -137,6 +164,12 @@ impl TargetEnd {
     ) -> Result<(), DeviceError> {
         let Some(link) = &self.link else { return Ok(()) };
         let event = match link.receive::<Message>(Duration::ZERO) {
+            Ok(Packet { message: Message::Hello(hello), .. })
+                if hello.purpose == SESSION && matches!(self.state, Target::Fresh { .. }) =>
+            {
+                self.for_session = Some(hello);
+                return Ok(());
+            }
             Ok(Packet { mut message, fds }) => {
                 let manifest = match &mut message {
                     Message::Offer(offer) => std::mem::take(&mut offer.fds),
@@ -151,6 +184,13 @@ impl TargetEnd {
                 }
             }
             Err(ChannelError::Timeout) => return Ok(()),
+            Err(ChannelError::Codec(CodecError::Version(error)))
+                if matches!(self.state, Target::Fresh { .. }) =>
+            {
+                tracing::warn!(%error, "a source cannot be understood");
+                refuse(link, Refusal::from(error));
+                self.closed(around)
+            }
             Err(ChannelError::Closed) => self.closed(around),
             Err(error) => self.nonsense(around, &error),
         };

@@ -154,6 +154,14 @@ pub enum Refusal {
     /// What is said at last does not go with what was said before.
     #[error("what the source says at last is not of this session: {0}")]
     Commit(&'static str),
+    /// The target could not make anything of it.
+    #[error("the target cannot use {what}: {text}")]
+    Unusable {
+        /// Of what.
+        what: &'static str,
+        /// Why.
+        text: String,
+    },
     /// The peer is another user's.
     #[error("{0}")]
     User(String),
@@ -198,6 +206,7 @@ impl Refusal {
             Self::VringKick(_) => "vring-kick",
             Self::VringStarted(_) => "vring-started",
             Self::Commit(_) => "commit",
+            Self::Unusable { .. } => "unusable",
             Self::User(_) => "user",
         }
     }

@@ -42,7 +42,7 @@ impl Report {
 }
 
 /// A time as it travels.
-pub(super) fn nanoseconds(time: Duration) -> u64 {
+pub fn nanoseconds(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 

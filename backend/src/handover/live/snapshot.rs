@@ -1,0 +1,115 @@
+//! What is said of a session, and its descriptors, from the side that serves it.
+
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::Ordering;
+
+use baton_channel::ownership::SharedWord;
+use baton_protocol::fd_manifest::NamedFds;
+use baton_protocol::handover::message::{
+    FRAMES_FD, FRONTEND_FD, INFLIGHT_FD, LISTENER_FD, LOG_FD, OWNERSHIP_FD, call_fd, error_fd, kick_fd,
+    memory_fd, tap_fd, vhost_fd,
+};
+use baton_protocol::session::state::{
+    AddressesState, FrontendState, InflightState, KickState, LogState, RegionState, SessionState, VringState,
+};
+
+use super::Front;
+use super::frames::Slots;
+use crate::dataplane::ring::Kick;
+use crate::device::Device;
+use crate::vring::RingAddresses;
+use crate::vring_setup::VringSetup;
+
+/// What is said of the session of `device` with the front-end of `front`.
+pub fn describe(device: &Device, front: Front<'_>) -> SessionState {
+    let session = device.session();
+    let regions = session.memory.files().map(|(layout, count, _)| RegionState {
+        guest_address: layout.guest_address,
+        size: layout.size,
+        user_address: layout.user_address,
+        file_offset: layout.file_offset,
+        count,
+    });
+    let log = session.log.as_ref().map(|log| {
+        let (offset, size) = log.place();
+        LogState { offset, size }
+    });
+    let inflight = session.inflight.as_ref().map(|region| {
+        let (offset, size) = region.place();
+        let (queues, entries) = region.shape();
+        InflightState { offset, size, queues, entries }
+    });
+    SessionState {
+        frontend: front.session.map(|session| FrontendState { begun: session.begun() }),
+        endpoint: front.endpoint.state(),
+        regions: regions.collect(),
+        log,
+        inflight,
+        vrings: session.vrings.iter().enumerate().map(|(index, setup)| vring(device, index, setup)).collect(),
+    }
+}
+
+fn vring(device: &Device, index: usize, setup: &VringSetup) -> VringState {
+    // Of a ring that runs only its worker knows that it was started.
+    let counters = device.counters().get(index / 2);
+    let direction = counters.map(|pair| if index.is_multiple_of(2) { &pair.rx } else { &pair.tx });
+    let started = direction.is_some_and(|direction| direction.started.load(Ordering::Relaxed));
+    let addresses = |addresses: RingAddresses| {
+        let RingAddresses { descriptors, available, used } = addresses;
+        AddressesState { descriptors, available, used }
+    };
+    VringState {
+        size: setup.size,
+        addresses: setup.addresses.map(addresses),
+        log_used: setup.log_used,
+        base: setup.base,
+        base_is_given: setup.base_is_given,
+        kick: match setup.kick {
+            None => KickState::None,
+            Some(Kick::Polled) => KickState::Polled,
+            Some(Kick::Eventfd(_)) => KickState::Fd,
+        },
+        call: setup.call.is_some(),
+        error: setup.error.is_some(),
+        enabled: setup.enabled,
+        resumes: setup.resumes,
+        was_enabled: setup.was_enabled,
+        started: setup.started || started,
+        broken: setup.broken,
+        paused: setup.paused,
+        call_due: setup.call_due,
+    }
+}
+
+/// Everything that goes along, by name: `vhost` are instances of vhost-net, one a pair or none.
+pub fn descriptors<'a>(
+    device: &'a Device,
+    front: Front<'a>,
+    word: &'a SharedWord,
+    frames: &'a Slots,
+    vhost: &'a [File],
+) -> NamedFds<BorrowedFd<'a>> {
+    let session = device.session();
+    let mut named = vec![(OWNERSHIP_FD.to_owned(), word.as_fd()), (FRAMES_FD.to_owned(), frames.as_fd())];
+    let mut one = |name: &str, fd: Option<BorrowedFd<'a>>| named.extend(fd.map(|fd| (name.to_owned(), fd)));
+    one(FRONTEND_FD, front.session.map(AsFd::as_fd));
+    one(LISTENER_FD, front.endpoint.listener());
+    for (region, (_, _, file)) in session.memory.files().enumerate() {
+        one(&memory_fd(region), Some(file.as_fd()));
+    }
+    one(LOG_FD, session.log.as_ref().map(|log| log.file().as_fd()));
+    one(INFLIGHT_FD, session.inflight.as_ref().map(|region| region.file().as_fd()));
+    for (index, vring) in session.vrings.iter().enumerate() {
+        if let Some(Kick::Eventfd(kick)) = &vring.kick {
+            one(&kick_fd(index), Some(kick.as_fd()));
+        }
+        one(&call_fd(index), vring.call.as_ref().map(AsFd::as_fd));
+        one(&error_fd(index), vring.error.as_ref().map(AsFd::as_fd));
+    }
+    for pair in 0..device.pairs() {
+        one(&tap_fd(pair), device.tap().map(|tap| tap.queue(pair).as_fd()));
+        one(&vhost_fd(pair), vhost.get(pair).map(AsFd::as_fd));
+    }
+    named.into_iter().collect()
+}

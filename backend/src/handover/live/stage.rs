@@ -1,0 +1,232 @@
+//! A session made of what came for it, on the side that is to have it. Everything is checked, mapped and set up; what the
+//! source works with is not touched.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex};
+
+use baton_channel::ownership::SharedWord;
+use baton_protocol::fd_manifest::{ManifestError, NamedFds};
+use baton_protocol::handover::message::{
+    FRAMES_FD, FRONTEND_FD, INFLIGHT_FD, LISTENER_FD, LOG_FD, OWNERSHIP_FD, Stage, call_fd, error_fd,
+    kick_fd, memory_fd, tap_fd, vhost_fd,
+};
+use baton_protocol::handover::refusal::Refusal;
+use baton_protocol::handover::state::DeviceState;
+use baton_protocol::ownership::Word;
+use baton_protocol::reasons::Reasons;
+use baton_protocol::session::state as wire;
+use baton_protocol::session::validate::{Capabilities, CheckedSession, Shape};
+
+use super::super::snapshot::{self, Wishes};
+use super::frames::Slots;
+use super::{Front, lock};
+use crate::dataplane::ring::Kick;
+use crate::device::{Device, SessionState};
+use crate::dirty_log::DirtyLog;
+use crate::dispatch::Dispatch;
+use crate::endpoint::Endpoint;
+use crate::features::Features;
+use crate::inflight::InflightRegion;
+use crate::memory::{GuestMemory, RegionLayout};
+use crate::notify::Notifier;
+use crate::session::{Negotiated, Session};
+use crate::tap::adopted;
+use crate::vhost_net::VhostNet;
+use crate::vring::RingAddresses;
+use crate::vring_setup::VringSetup;
+
+/// What is here beside the device, and waits to be taken.
+#[derive(Debug)]
+pub struct Staged {
+    /// The front-end's connection, if one is connected.
+    pub session: Option<Session>,
+    /// Where front-ends come from.
+    pub endpoint: Endpoint,
+    /// The frames in hand, later.
+    pub frames: Slots,
+}
+
+/// What this back-end could take of a session, from a source that is of the same user or not.
+pub fn capabilities(
+    device: &Device,
+    front: Front<'_>,
+    wishes: &Wishes,
+    state: &DeviceState,
+    same_user: bool,
+) -> Capabilities {
+    Capabilities {
+        device: snapshot::capabilities(device, wishes, state, same_user),
+        max_regions: device.max_regions(),
+        has_frontend: front.session.is_some_and(Session::begun),
+    }
+}
+
+/// Makes everything ready that `stage` speaks of, with these descriptors; those that are of no use are closed.
+///
+/// # Errors
+/// All [`Reasons`] against it, or the first that only making it shows; all is as before.
+pub fn stage(
+    dispatch: &Arc<Mutex<Dispatch>>,
+    front: Front<'_>,
+    wishes: &Wishes,
+    same_user: bool,
+    stage: Stage,
+    mut fds: NamedFds<OwnedFd>,
+) -> Result<(Arc<SharedWord>, Staged, Shape), Reasons> {
+    let Stage { device: device_state, session: session_state, .. } = stage;
+    let checked = {
+        let device = &lock(dispatch).device;
+        let capabilities = capabilities(device, front, wishes, &device_state, same_user);
+        CheckedSession::try_from((device_state, session_state, &capabilities))?
+    };
+    let (device_state, state) = (checked.device().state(), checked.session());
+    let pairs = device_state.queue_pairs.len();
+
+    let claimed = |error: ManifestError| Reasons::from(Refusal::Descriptors(error));
+    let word = SharedWord::from_fd(fds.claim(OWNERSHIP_FD).map_err(claimed)?)
+        .map_err(|error| Refusal::Ownership(error.to_string()))?;
+    if word.load() != Ok(Word::INITIAL) {
+        let text = "the ownership word does not say that the source has the session".to_owned();
+        return Err(Refusal::Ownership(text).into());
+    }
+    let frames = Slots::adopt(fds.claim(FRAMES_FD).map_err(claimed)?, pairs)
+        .map_err(|error| made("frames", &error))?;
+    let frontend = state.frontend.map(|_| fds.claim(FRONTEND_FD)).transpose().map_err(claimed)?;
+    let listens = matches!(state.endpoint.kind, wire::EndpointKind::Listening | wire::EndpointKind::Listener);
+    let listener = listens.then(|| fds.claim(LISTENER_FD)).transpose().map_err(claimed)?;
+    let endpoint =
+        Endpoint::adopt(&state.endpoint, listener).map_err(|error| Refusal::Endpoint(error.to_string()))?;
+    let session = session(device_state, state, &mut fds)?;
+    let taps: Result<Vec<_>, _> = (0..pairs).map(|pair| fds.claim(&tap_fd(pair))).collect();
+    let tap = adopted::adopt(device_state, taps.map_err(claimed)?)
+        .map_err(|error| Refusal::Tap(error.to_string()))?;
+    let vhost = (0..pairs).filter_map(|pair| fds.claim_optional(&vhost_fd(pair))).collect::<Vec<_>>();
+    fds.finish().map_err(claimed)?;
+
+    let negotiated = Negotiated {
+        begun: state.frontend.is_some_and(|frontend| frontend.begun),
+        features: device_state.features,
+        protocol_features: device_state.protocol_features,
+    };
+    let stage_device = || -> Result<(), Reasons> {
+        let device = &mut lock(dispatch).device;
+        let vhost = vhost.into_iter().map(VhostNet::from_fd).collect::<Result<_, _>>();
+        let vhost = vhost.map_err(|error| Refusal::VhostNet(error.to_string()))?;
+        device.give_vhost(vhost).map_err(|error| Refusal::VhostNet(error.to_string()))?;
+        device.open_vhost(pairs).map_err(|error| Refusal::VhostNet(error.to_string()))?;
+        let config = snapshot::config(device_state, wishes);
+        let offer = device.offer_with(&config, tap.has_ufo(), tap.has_uso());
+        device.stage(session, tap, config, offer).map_err(|error| made("the device", &error))?;
+        Ok(())
+    };
+    stage_device()?;
+    // Not with the lock held: it is the handler's, too.
+    let session = frontend.map(|socket| Session::negotiated(&socket, Arc::clone(dispatch), negotiated));
+    match session.transpose() {
+        Ok(session) => Ok((Arc::new(word), Staged { session, endpoint, frames }, checked.shape())),
+        Err(error) => {
+            // A worker that died is found by whoever uses it next.
+            let _ = lock(dispatch).device.unstage();
+            Err(made("the front-end's connection", &error))
+        }
+    }
+}
+
+/// What could not be made of what came.
+fn made(what: &'static str, error: &dyn std::error::Error) -> Reasons {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    Refusal::Unusable { what, text }.into()
+}
+
+/// The session's state with all that it needs.
+fn session(
+    device: &DeviceState,
+    state: &wire::SessionState,
+    fds: &mut NamedFds<OwnedFd>,
+) -> Result<SessionState, Reasons> {
+    let mut claim = |name: &str| fds.claim(name).map(File::from).map_err(Refusal::from);
+    let mut regions = Vec::new();
+    for (index, region) in state.regions.iter().enumerate() {
+        let layout = RegionLayout {
+            guest_address: region.guest_address,
+            size: region.size,
+            user_address: region.user_address,
+            file_offset: region.file_offset,
+        };
+        regions.push((layout, region.count, claim(&memory_fd(index))?));
+    }
+    let memory = GuestMemory::map_counted(regions).map_err(|error| made("the memory", &error))?;
+    let mut log = None;
+    if let Some(wire::LogState { offset, size }) = state.log {
+        let mapped = DirtyLog::new(claim(LOG_FD)?, offset, size);
+        log = Some(Arc::new(mapped.map_err(|error| made("the log of changed pages", &error))?));
+    }
+    let features = Features(device.features);
+    SessionState::check_log(features, &memory, log.as_deref())
+        .map_err(|error| made("the log of changed pages", &error))?;
+    let mut inflight = None;
+    if let Some(wire::InflightState { offset, size, queues, entries }) = state.inflight {
+        let mapped = InflightRegion::new(claim(INFLIGHT_FD)?, offset, size, queues, entries);
+        inflight = Some(Arc::new(mapped.map_err(|error| made("the inflight region", &error))?));
+    }
+    let mut vrings = Vec::new();
+    for (index, state) in state.vrings.iter().enumerate() {
+        let mut notifier = |is_there: bool, name: String| -> Result<Option<Notifier>, Reasons> {
+            if !is_there {
+                return Ok(None);
+            }
+            let notifier = Notifier::try_from(claim(&name)?);
+            notifier.map(Some).map_err(|error| made("a vring's descriptor", &error))
+        };
+        let kick = notifier(state.kick == wire::KickState::Fd, kick_fd(index))?;
+        let call = notifier(state.call, call_fd(index))?;
+        let error = notifier(state.error, error_fd(index))?;
+        vrings.push(vring(state, kick, call, error));
+    }
+    Ok(SessionState {
+        features,
+        protocol_features: device.protocol_features,
+        memory: Arc::new(memory),
+        log,
+        inflight,
+        vrings,
+    })
+}
+
+fn vring(
+    state: &wire::VringState,
+    kick: Option<Notifier>,
+    call: Option<Notifier>,
+    error: Option<Notifier>,
+) -> VringSetup {
+    let addresses = |addresses: wire::AddressesState| {
+        let wire::AddressesState { descriptors, available, used } = addresses;
+        RingAddresses { descriptors, available, used }
+    };
+    VringSetup {
+        size: state.size,
+        addresses: state.addresses.map(addresses),
+        log_used: state.log_used,
+        call_due: state.call_due,
+        base: state.base,
+        kick: match state.kick {
+            wire::KickState::Polled => Some(Kick::Polled),
+            _ => kick.map(Kick::Eventfd),
+        },
+        call,
+        error,
+        enabled: state.enabled,
+        resumes: state.resumes,
+        was_enabled: state.was_enabled,
+        started: state.started,
+        base_is_given: state.base_is_given,
+        broken: state.broken,
+        paused: state.paused,
+    }
+}
