@@ -11,6 +11,7 @@ use anyhow::{Context, Result, ensure};
 use baton_control::ControlClient;
 use baton_protocol::control::{
     BackendStats, BackendStatus, Frontend, HandoverState, HandoverStatus, QueuePairStats, Request,
+    SessionReport,
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
@@ -42,6 +43,8 @@ pub struct Backend {
     pub control: PathBuf,
     client: Option<ControlClient>,
     directory: tempfile::TempDir,
+    /// Where the socket is that came with its session.
+    origin: Option<tempfile::TempDir>,
 }
 
 impl Backend {
@@ -80,6 +83,51 @@ impl Backend {
         // It answers once it has everything that it was told to have.
         backend.status()?;
         Ok(backend)
+    }
+
+    /// Starts a back-end that waits for a session, with these further arguments.
+    ///
+    /// # Errors
+    /// If it cannot be started, or does not listen.
+    pub fn waiting_for_session(datapath: Datapath, arguments: &[&str]) -> Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let mut option = OsString::from("--incoming-fds=");
+        option.push(directory.path().join(INCOMING));
+        let mut backend = Self::start(directory, vec![option], datapath, arguments, &[])?;
+        // It answers once it has everything that it was told to have.
+        backend.status()?;
+        Ok(backend)
+    }
+
+    /// Asks it to hand its session over to a back-end that waits there.
+    ///
+    /// # Errors
+    /// If it refuses.
+    pub fn hand_over_to(&mut self, path: &Path, dry_run: bool) -> Result<serde_json::Value> {
+        let path = Some(path.display().to_string());
+        self.ask(&Request::Handover { path, on_suspend: false, dry_run, cancel: false })
+    }
+
+    /// Hands its session over to one that waits, and is that one from then on. Gives the report.
+    ///
+    /// # Errors
+    /// If that does not work, or the old one does not end by itself.
+    pub fn become_target(&mut self, mut target: Self) -> Result<SessionReport> {
+        let answer = self.hand_over_to(&target.incoming(), false)?;
+        let report: SessionReport =
+            serde_json::from_value(answer.clone()).with_context(|| format!("{answer}"))?;
+        ensure!(
+            matches!(report, SessionReport::Completed { .. }),
+            "{report:?}; log:\n{}",
+            self.process.log()
+        );
+        let status = self.process.wait()?;
+        ensure!(status.code() == Some(0), "{status}; log:\n{}", self.process.log());
+        ensure!(!self.control.exists() || self.control == target.control, "its control socket is left");
+        target.socket.clone_from(&self.socket);
+        let source = std::mem::replace(self, target);
+        self.origin = source.origin.or(Some(source.directory));
+        Ok(report)
     }
 
     /// Where it waits for a device.
@@ -212,7 +260,7 @@ impl Backend {
         all.extend(datapath::options(datapath).iter().chain(arguments).map(OsString::from));
         let process = Process::start(program, &all, fds)?;
         let socket = directory.path().join("vhost-user");
-        Ok(Self { process, socket, control, client: None, directory })
+        Ok(Self { process, socket, control, client: None, directory, origin: None })
     }
 
     /// The directory of its sockets.

@@ -18,6 +18,7 @@ pub mod hostile;
 pub mod images;
 pub mod lab;
 pub mod link;
+pub mod load;
 pub mod local_migration;
 pub mod migration;
 pub mod netns;

@@ -1,0 +1,194 @@
+//! A running session handed to another back-end: the front-end and the guest notice nothing, whatever state the session
+//! is in, and whatever becomes of the target.
+
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
+
+use anyhow::{Context, Result, ensure};
+use baton_protocol::control::{BackendState, Frontend, SessionReport};
+use baton_tests::backend::{Backend, Rig, TAP};
+use baton_tests::datapath::Datapath;
+use baton_tests::fake_frontend::net::features;
+use baton_tests::fake_frontend::{Connection, Device, Options};
+use baton_tests::load;
+use baton_tests::netns;
+use baton_tests::on_both_datapaths;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+on_both_datapaths! {
+    a_session_moves_under_load,
+    a_session_moves_before_it_is_negotiated,
+    a_session_moves_with_its_rings_stopped,
+    a_back_end_moves_without_a_front_end,
+}
+
+/// Frames a second each way.
+const RATE: u32 = 20_000;
+
+fn options(queue_pairs: u16) -> Options {
+    let features = Options::default().features | features::MQ;
+    Options { queue_pairs, features, ..Options::default() }
+}
+
+/// A device that works.
+fn serving(datapath: Datapath, queue_pairs: u16) -> Result<(Rig, Device)> {
+    let mut rig = Rig::new(datapath, queue_pairs, &[])?;
+    let mut device = rig.device(options(queue_pairs))?;
+    rig.check_traffic(&mut device)?;
+    Ok((rig, device))
+}
+
+/// Hands the rig's session on.
+fn hand_on(rig: &mut Rig) -> Result<SessionReport> {
+    let target = Backend::waiting_for_session(rig.datapath, &[])?;
+    rig.backend.become_target(target)
+}
+
+/// That the front-end has been told nothing, and is still connected.
+fn check_quiet(connection: &Connection) -> Result<()> {
+    let mut fds = [PollFd::new(connection.stream().as_fd(), PollFlags::POLLIN)];
+    ensure!(poll(&mut fds, PollTimeout::ZERO)? == 0, "the front-end's socket: {:?}", fds[0].revents());
+    Ok(())
+}
+
+/// That the TAP has kept everything.
+fn check_nothing_dropped() -> Result<()> {
+    let dropped = netns::counters(TAP)?.tx_dropped;
+    ensure!(dropped == 0, "the TAP dropped {dropped} frames");
+    Ok(())
+}
+
+fn a_session_moves_under_load(datapath: Datapath) -> Result<()> {
+    let (mut rig, mut device) = serving(datapath, 4)?;
+    let before = rig.backend.stats()?;
+    let Rig { network, backend, .. } = &mut rig;
+    let (report, sent) = load::run(&mut device, network, RATE, || {
+        let target = Backend::waiting_for_session(datapath, &[])?;
+        backend.become_target(target)
+    })?;
+    check_quiet(&device.connection)?;
+    check_nothing_dropped()?;
+    let SessionReport::Completed { blackout_us, phases } = report else { unreachable!("as was checked") };
+    let phases: u64 = ["stop", "commit", "pass", "take", "start"].map(|phase| phases[phase]).iter().sum();
+    ensure!(blackout_us > 0 && phases <= blackout_us, "{blackout_us} µs, of them {phases}");
+    let status = rig.backend.status()?;
+    ensure!((status.state, status.tap.as_str(), status.queue_pairs) == (BackendState::Serving, TAP, 4));
+    if datapath == Datapath::Userspace {
+        let frames = |stats: &baton_protocol::control::BackendStats| -> u64 {
+            stats.queue_pairs.iter().filter_map(|pair| pair.rx.frames).sum()
+        };
+        ensure!(frames(&rig.backend.stats()?) == frames(&before) + sent.down, "the counters do not go on");
+    }
+    // It is a session as any other.
+    device.suspend()?;
+    device.restart_rings()?;
+    rig.check_traffic(&mut device)?;
+    drop(device);
+    let mut device = rig.device(options(4))?;
+    rig.check_traffic(&mut device)?;
+    rig.backend.check_healthy()
+}
+
+#[test]
+fn nothing_grows_with_a_hundred_in_a_row_on_one_queue_pair() {
+    a_hundred_in_a_row(1).unwrap();
+}
+
+#[test]
+fn nothing_grows_with_a_hundred_in_a_row_on_four_queue_pairs() {
+    a_hundred_in_a_row(4).unwrap();
+}
+
+fn a_hundred_in_a_row(queue_pairs: u16) -> Result<()> {
+    let (mut rig, mut device) = serving(Datapath::Userspace, queue_pairs)?;
+    let Rig { network, backend, .. } = &mut rig;
+    let mut sizes = Vec::new();
+    load::run(&mut device, network, RATE, || {
+        for hop in 0..100 {
+            let target = Backend::waiting_for_session(Datapath::Userspace, &[])?;
+            backend.become_target(target).with_context(|| format!("hop {hop}"))?;
+            if hop % 45 == 5 {
+                backend.status()?;
+                let process = &backend.process;
+                sizes.push((process.open_fds()?, process.threads()?, process.resident_bytes()?));
+            }
+        }
+        Ok(())
+    })?;
+    check_quiet(&device.connection)?;
+    check_nothing_dropped()?;
+    let (fds, threads, resident) = sizes[0];
+    for size in &sizes {
+        ensure!((size.0, size.1) == (fds, threads) && size.2 < resident + (1 << 20), "{sizes:?}");
+    }
+    rig.check_traffic(&mut device)?;
+    rig.backend.check_healthy()
+}
+
+fn a_session_moves_before_it_is_negotiated(datapath: Datapath) -> Result<()> {
+    let mut rig = Rig::new(datapath, 1, &[])?;
+    let connection = rig.backend.connect()?;
+    let offered = connection.get_features()?;
+    hand_on(&mut rig)?;
+    check_quiet(&connection)?;
+    ensure!(connection.get_features()? == offered);
+    ensure!(rig.backend.status()?.frontend == Frontend::Connected);
+    let mut device = Device::new(connection, options(1))?;
+    device.negotiate()?;
+    hand_on(&mut rig)?;
+    device.set_up()?;
+    hand_on(&mut rig)?;
+    device.fill_receive_rings()?;
+    rig.check_traffic(&mut device)?;
+    hand_on(&mut rig)?;
+    rig.check_traffic(&mut device)?;
+    rig.backend.check_healthy()
+}
+
+fn a_session_moves_with_its_rings_stopped(datapath: Datapath) -> Result<()> {
+    let (mut rig, mut device) = serving(datapath, 1)?;
+    device.suspend()?;
+    rig.inject(0..20, 100)?;
+    hand_on(&mut rig)?;
+    hand_on(&mut rig)?;
+    device.restart_rings()?;
+    rig.expect_in_guest(&mut device, 0..20)?;
+    rig.check_traffic(&mut device)?;
+    rig.backend.check_healthy()
+}
+
+fn a_back_end_moves_without_a_front_end(datapath: Datapath) -> Result<()> {
+    let mut rig = Rig::new(datapath, 2, &[])?;
+    hand_on(&mut rig)?;
+    ensure!(rig.backend.status()?.state == BackendState::Waiting);
+    let mut device = rig.device(options(2))?;
+    rig.check_traffic(&mut device)?;
+    drop(device);
+    hand_on(&mut rig)?;
+    let mut device = rig.device(options(2))?;
+    rig.check_traffic(&mut device)?;
+    rig.backend.check_healthy()
+}
+
+#[test]
+fn a_target_of_a_client_dials_again() {
+    let netns = netns::Netns::enter().unwrap();
+    netns.create_persistent_tap(TAP, false).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("front-end");
+    let listener = UnixListener::bind(&path).unwrap();
+    let arguments =
+        [format!("--socket-path={}", path.display()), "--client".to_owned(), format!("--tap={TAP}")];
+    let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
+    let mut backend = Backend::with_arguments(Datapath::Userspace, &arguments, &[]).unwrap();
+    backend.status().unwrap();
+    let accept = || Connection::new(listener.accept().unwrap().0).unwrap();
+    let connection = accept();
+    let features = connection.get_features().unwrap();
+    let target = Backend::waiting_for_session(Datapath::Userspace, &[]).unwrap();
+    backend.become_target(target).unwrap();
+    check_quiet(&connection).unwrap();
+    drop(connection);
+    assert_eq!(accept().get_features().unwrap(), features);
+    assert!(path.exists());
+}
