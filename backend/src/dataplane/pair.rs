@@ -68,8 +68,6 @@ pub struct QueuePair {
     pub(super) look_tx: bool,
     /// When there was something to do last, while that matters.
     last_work: Instant,
-    /// A kick may have come for a ring before this process could take it for one.
-    kicks_missed: bool,
 }
 
 impl QueuePair {
@@ -95,7 +93,6 @@ impl QueuePair {
             look_rx: false,
             look_tx: false,
             last_work: Instant::now(),
-            kicks_missed: false,
         })
     }
 
@@ -193,7 +190,6 @@ impl QueuePair {
         for (ring, counters) in [(&self.rx.ring, &self.counters.rx), (&self.tx.ring, &self.counters.tx)] {
             let Some(ring) = ring else { continue };
             counters.started.store(ring.started, Ordering::Relaxed);
-            self.kicks_missed |= !ring.started;
         }
     }
 
@@ -202,9 +198,7 @@ impl QueuePair {
         self.look_rx = true;
         self.look_tx = true;
         self.last_work = Instant::now();
-        if std::mem::take(&mut self.kicks_missed) {
-            self.look_at_kicks();
-        }
+        self.look_at_kicks();
         for ring in [&mut self.rx.ring, &mut self.tx.ring].into_iter().flatten() {
             if std::mem::take(&mut ring.call_due) {
                 ring.vring.call_guest();
@@ -212,7 +206,8 @@ impl QueuePair {
         }
     }
 
-    /// Has the kicks of rings that have not started told anew, if there were any.
+    /// Has the kicks of rings that have not started told anew: whoever heard of them while nobody worked here, or in
+    /// another process, could not start a ring.
     fn look_at_kicks(&self) {
         for (ring, token) in [(&self.rx.ring, RX_KICK), (&self.tx.ring, TX_KICK)] {
             if let Some(Ring { kick: Kick::Eventfd(kick), started: false, .. }) = ring
