@@ -2,13 +2,14 @@
 //!
 //! [`mmio_transport`] is a register file that any [`VirtioDevice`] can stand behind. The only one is [`net`],
 //! whose data virtqueues are served by its back-end and whose control virtqueue ([`control_queue`]) by its own
-//! thread ([`net_worker`]); a lost back-end is looked for by yet another ([`dialler`]).
+//! thread ([`net_worker`], asked through [`net_thread`]); a lost back-end is looked for by yet another ([`dialler`]).
 
 pub mod control_queue;
 pub mod dialler;
 pub mod mmio_transport;
 pub mod net;
-pub mod net_worker;
+pub mod net_thread;
+mod net_worker;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};

@@ -29,7 +29,7 @@ use virtio_bindings::virtio_net::{
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::net_worker::NetError;
+use super::net_thread::NetError;
 use super::{Activation, CannotActivate, DeviceEvents, VirtioDevice, feature};
 use crate::config::{Mac, NetConfig};
 use crate::event;

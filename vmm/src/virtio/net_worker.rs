@@ -12,256 +12,34 @@
 //!
 //! A device is *suspended* while its VM stands still: its rings are stopped, the thread knows how far they are and
 //! leaves the control virtqueue alone, so nobody touches guest memory. A device whose VM has yet to arrive is suspended
-//! from its start.
+//! from its start ([`travel`]).
 
-use std::os::fd::OwnedFd;
-use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, TryRecvError, channel, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{Builder, JoinHandle};
+mod started;
+mod travel;
 
-use baton_protocol::migration::state::{DriverState, NetState, Outline, RingBase};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, TryRecvError};
+
+use baton_protocol::migration::state::RingBase;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use thiserror::Error;
-use vhost::vhost_user::message::VhostTransferStateDirection;
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MQ};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-use virtio_queue::QueueT;
 use vmm_sys_util::eventfd::EventFd;
 
+use self::started::{Control, Started, Suspended, rings};
 use super::control_queue::{self, ControlQueue, Refused};
 use super::dialler::{Dialler, dial};
-use super::net::{Answer, Command, Identity, Mailbox, Net, NetShared, OfferError, check_offer, for_backend};
-use super::{Activation, CannotActivate, InvalidQueue, QueueSetup, feature};
+use super::net::{Command, Identity, NetShared, check_offer, for_backend};
+use super::net_thread::NetError;
+use super::{Activation, CannotActivate, InvalidQueue, feature};
 use crate::config::{Mac, NetConfig};
 use crate::event;
 use crate::memory::GuestMemory;
-use crate::vhost_user::frontend::{Link, LinkError, RingStart};
-use crate::vhost_user::inflight::Inflight;
+use crate::vhost_user::frontend::Link;
 
-/// Why a device has no back-end.
-#[derive(Debug, Error)]
-pub enum NetError {
-    /// The connection.
-    #[error(transparent)]
-    Link(#[from] LinkError),
-    /// The back-end is of the wrong kind.
-    #[error(transparent)]
-    Offer(#[from] OfferError),
-    /// The driver's virtqueues.
-    #[error(transparent)]
-    Queue(#[from] InvalidQueue),
-    /// A virtqueue's used index cannot be read.
-    #[error("cannot read a virtqueue's used index")]
-    UsedIndex(#[source] virtio_queue::Error),
-    /// No thread, no events.
-    #[error("cannot start a network device's thread")]
-    Thread(#[source] std::io::Error),
-    /// The thread has ended.
-    #[error("the network device's thread has ended")]
-    Ended,
-    /// The connection was lost before.
-    #[error("the back-end is not connected")]
-    NoBackend,
-    /// A restored state whose parts contradict each other.
-    #[error("the state's virtqueues do not fit the device")]
-    State,
-}
-
-/// A network device's thread, and what it shares.
-#[derive(Debug)]
-pub struct NetThread {
-    /// What the device's thread shares.
-    pub shared: Arc<NetShared>,
-    mailbox: Mailbox,
-    thread: Mutex<Option<JoinHandle<()>>>,
-}
-
-impl NetThread {
-    /// Starts the thread and waits until it has greeted the back-end; gives the transport's side, too. Without
-    /// `memory` the device is suspended, and its guest has yet to arrive.
-    pub fn start(
-        name: String,
-        config: &NetConfig,
-        memory: Option<GuestMemory>,
-    ) -> Result<(Self, Net), NetError> {
-        let shared = Arc::new(NetShared::new(config).map_err(NetError::Thread)?);
-        let (commands, receiver) = channel();
-        let wake = event::new().map_err(NetError::Thread)?;
-        let clone = || wake.try_clone().map_err(NetError::Thread);
-        let mut worker = Worker {
-            name: name.clone(),
-            config: config.clone(),
-            fallback: random_mac().map_err(NetError::Thread)?,
-            shared: Arc::clone(&shared),
-            suspended: memory.is_none().then(Suspended::default),
-            memory: memory.unwrap_or_default(),
-            commands: receiver,
-            wake: clone()?,
-            link: None,
-            dialler: None,
-            device: None,
-            expected: None,
-            retired: false,
-            complaint: None,
-        };
-        let (greeted, greeting) = channel();
-        let run =
-            move || match dial(&worker.shared).map_err(NetError::from).and_then(|link| worker.adopt(link)) {
-                Ok(()) => {
-                    if greeted.send(Ok(())).is_ok() {
-                        worker.run();
-                    }
-                }
-                // Nobody waits any longer: the VMM is ending.
-                Err(error) => {
-                    let _ = greeted.send(Err(error));
-                }
-            };
-        let thread = Builder::new().name(name).spawn(run).map_err(NetError::Thread)?;
-        greeting.recv().unwrap_or_else(|_| {
-            Err(NetError::Thread(std::io::Error::other("it ended before it had greeted its back-end")))
-        })?;
-        let net = Net::new(Arc::clone(&shared), Mailbox { commands: commands.clone(), wake: clone()? });
-        Ok((Self { shared, mailbox: Mailbox { commands, wake }, thread: Mutex::new(Some(thread)) }, net))
-    }
-
-    /// The guest has got its memory, which the back-end is to share.
-    pub fn use_memory(&self, memory: GuestMemory) -> Result<(), NetError> {
-        self.ask(|answer| Command::UseMemory(memory, answer))
-    }
-
-    /// What the driver has started, as far as it usually stays while the driver runs.
-    pub fn outline(&self) -> Result<Option<Outline>, NetError> {
-        self.ask(Command::Outline)
-    }
-
-    /// Tells the back-end of the rings that a guest, which runs elsewhere yet, will most likely bring along.
-    pub fn expect(&self, outline: Outline) -> Result<(), NetError> {
-        self.ask(|answer| Command::Expect(outline, answer))
-    }
-
-    /// Stops the rings; on return nobody touches guest memory. The vCPUs stand still.
-    pub fn suspend(&self) -> Result<(), NetError> {
-        self.ask(Command::Suspend)
-    }
-
-    /// Starts the rings that were stopped, before the vCPUs run.
-    pub fn resume(&self) -> Result<(), NetError> {
-        self.ask(Command::Resume)
-    }
-
-    /// What the driver has started; the device is suspended.
-    pub fn save(&self) -> Result<Option<DriverState>, NetError> {
-        self.ask(Command::Save)
-    }
-
-    /// Takes over what the driver of another device has started; the device is suspended.
-    pub fn restore(&self, state: NetState) -> Result<(), NetError> {
-        self.ask(|answer| Command::Restore(Box::new(state), answer))
-    }
-
-    /// Has the back-end begin to write its state to `channel`, or to read it there; the device is suspended.
-    pub fn begin_transfer(
-        &self,
-        direction: VhostTransferStateDirection,
-        channel: OwnedFd,
-    ) -> Result<(), NetError> {
-        self.ask(|answer| Command::BeginTransfer(direction, channel, answer))
-    }
-
-    /// Waits until it has.
-    pub fn finish_transfer(&self) -> Result<(), NetError> {
-        self.ask(Command::FinishTransfer)
-    }
-
-    /// The guest has moved away: a back-end that is lost is not looked for.
-    pub fn retire(&self) {
-        self.mailbox.send(Command::Retire);
-    }
-
-    fn ask<T>(&self, command: impl FnOnce(Answer<T>) -> Command) -> Result<T, NetError> {
-        let (sender, answer) = sync_channel(1);
-        self.mailbox.send(command(sender));
-        answer.recv().unwrap_or(Err(NetError::Ended))
-    }
-
-    /// Ends the thread and with it the connection.
-    pub fn stop(&self) {
-        self.mailbox.send(Command::Quit);
-        self.shared.cut();
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if thread.is_some_and(|thread| thread.join().is_err()) {
-            tracing::error!("a network device's thread panicked");
-        }
-    }
-}
-
-fn random_mac() -> std::io::Result<Mac> {
-    let mut bytes = [0; 6];
-    std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut bytes)?;
-    Ok(Mac::locally_administered(bytes))
-}
-
-/// What a driver has started.
-#[derive(Debug)]
-struct Started {
-    features: u64,
-    /// The data virtqueues.
-    queues: Vec<QueueSetup>,
-    control: Option<Control>,
-    /// How many queue pairs the driver uses.
-    pairs: u16,
-    /// Where back-ends note which chains they have, for as long as these virtqueues live.
-    inflight: Option<Inflight>,
-}
-
-impl Started {
-    /// Whether a back-end that was told of this needs no other word for `other` than where its rings are.
-    fn is_like(&self, other: &Self) -> bool {
-        let Self { features, queues, control: _, pairs, inflight: _ } = self;
-        for_backend(*features) == for_backend(other.features)
-            && *pairs == other.pairs
-            && queues.len() == other.queues.len()
-            && self.ready().eq(other.ready())
-    }
-
-    /// The data virtqueues that the driver uses.
-    fn ready(&self) -> impl Iterator<Item = (usize, QueueSetup)> + '_ {
-        self.queues.iter().copied().enumerate().filter(|(_, queue)| queue.ready)
-    }
-}
-
-/// The driver's rings as the back-end is to run them, each at its base or at 0.
-fn rings<'a>(device: &Started, shared: &'a NetShared, bases: &[RingBase]) -> Vec<RingStart<'a>> {
-    let base = |index| bases.iter().find(|base| usize::from(base.index) == index).map_or(0, |base| base.base);
-    let ring = |(index, setup)| RingStart {
-        index,
-        setup,
-        base: base(index),
-        enabled: index / 2 < usize::from(device.pairs),
-        kick: &shared.kicks[index],
-        call: &shared.calls[index],
-    };
-    device.ready().map(ring).collect()
-}
-
-#[derive(Debug)]
-struct Control {
-    queue: ControlQueue,
-    index: usize,
-}
-
-/// How far the rings of a suspended device are.
-#[derive(Debug, Default)]
-struct Suspended {
-    bases: Vec<RingBase>,
-    /// The back-end knows all but what starts them.
-    set_up: bool,
-}
-
-struct Worker {
+/// The thread's own.
+pub(super) struct Worker {
     name: String,
     config: NetConfig,
     fallback: Mac,
@@ -290,7 +68,44 @@ struct Woken {
 }
 
 impl Worker {
-    fn run(&mut self) {
+    /// One that has yet to greet its back-end. Without `memory` the device is suspended.
+    ///
+    /// # Errors
+    /// What reading from `/dev/urandom` fails with.
+    pub(super) fn new(
+        name: String,
+        config: NetConfig,
+        shared: Arc<NetShared>,
+        memory: Option<GuestMemory>,
+        commands: Receiver<Command>,
+        wake: EventFd,
+    ) -> std::io::Result<Self> {
+        Ok(Self {
+            name,
+            config,
+            fallback: random_mac()?,
+            shared,
+            suspended: memory.is_none().then(Suspended::default),
+            memory: memory.unwrap_or_default(),
+            commands,
+            wake,
+            link: None,
+            dialler: None,
+            device: None,
+            expected: None,
+            retired: false,
+            complaint: None,
+        })
+    }
+
+    /// Connects to the back-end, which must be there.
+    pub(super) fn greet(&mut self) -> Result<(), NetError> {
+        let link = dial(&self.shared)?;
+        self.adopt(link)
+    }
+
+    /// Works until it is told to end.
+    pub(super) fn run(&mut self) {
         loop {
             let woken = match self.wait() {
                 Ok(woken) => woken,
@@ -404,146 +219,6 @@ impl Worker {
         self.memory = memory;
         let link = self.link.as_mut().ok_or(NetError::NoBackend)?;
         Ok(link.share_memory(&self.memory)?)
-    }
-
-    fn outline(&self) -> Option<Outline> {
-        let device = self.device.as_ref()?;
-        Some(Outline {
-            features: device.features,
-            active_queue_pairs: device.pairs,
-            queues: device.queues.iter().copied().map(Into::into).collect(),
-        })
-    }
-
-    /// All that can be told before the guest is here, so that it does not stand still meanwhile. Nothing is lost if the
-    /// driver changes it until then: [`Self::restore`] compares.
-    fn expect(&mut self, outline: Outline) -> Result<(), NetError> {
-        let Outline { features, active_queue_pairs, queues } = outline;
-        let link = self.link.as_mut().ok_or(NetError::NoBackend)?;
-        check_offer(features, link.offer())?;
-        let pairs = self.config.queue_pairs;
-        if queues.len() > usize::from(pairs) * 2 || !(1..=pairs).contains(&active_queue_pairs) {
-            return Err(NetError::State);
-        }
-        let queues: Vec<QueueSetup> = queues.into_iter().map(Into::into).collect();
-        let mut device =
-            Started { features, queues, control: None, pairs: active_queue_pairs, inflight: None };
-        device.ready().try_for_each(|(index, queue)| queue.check(index, &self.memory).map(drop))?;
-        let rings = rings(&device, &self.shared, &[]);
-        link.set_up(for_backend(features), &self.memory, &mut device.inflight, &rings)?;
-        self.expected = Some(device);
-        Ok(())
-    }
-
-    /// Stops the rings. A back-end that fails here is lost, and where it was is read from guest memory.
-    fn suspend(&mut self) {
-        if self.suspended.is_some() {
-            return;
-        }
-        let mut bases = match self.link.as_mut().map_or(Ok(Vec::new()), Link::suspend) {
-            Ok(bases) => bases,
-            Err(error) => {
-                self.lose(&one_line(&error.into()));
-                Vec::new()
-            }
-        };
-        if bases.is_empty() {
-            bases = self.used_indices();
-        }
-        let base = |(index, base)| Some(RingBase { index: u16::try_from(index).ok()?, base });
-        let bases = bases.into_iter().filter_map(base).collect();
-        self.suspended = Some(Suspended { bases, set_up: false });
-    }
-
-    /// The index up to which each ring of the driver's was used.
-    fn used_indices(&self) -> Vec<(usize, u16)> {
-        let ready = self.device.iter().flat_map(Started::ready);
-        ready.filter_map(|(index, setup)| Some((index, self.used_index(index, &setup).ok()?))).collect()
-    }
-
-    fn used_index(&self, index: usize, setup: &QueueSetup) -> Result<u16, NetError> {
-        let queue = setup.check(index, &self.memory)?;
-        Ok(queue.used_idx(&self.memory, Ordering::Acquire).map_err(NetError::UsedIndex)?.0)
-    }
-
-    fn resume(&mut self) {
-        let Some(suspended) = self.suspended.take() else { return };
-        if let Err(error) = self.start_rings(&suspended.bases, suspended.set_up, true) {
-            self.lose(&one_line(&error));
-        }
-        if let Some(kick) = self.control_kick() {
-            event::signal(kick);
-        }
-    }
-
-    /// A back-end that fails here is asked for its rings all the same: it keeps its device, or is lost then.
-    fn transfer(&mut self, step: impl FnOnce(&mut Link) -> Result<(), LinkError>) -> Result<(), NetError> {
-        let link = self.link.as_mut().ok_or(NetError::NoBackend)?;
-        Ok(step(link)?)
-    }
-
-    fn save(&self) -> Option<DriverState> {
-        let device = self.device.as_ref()?;
-        Some(DriverState {
-            active_queue_pairs: device.pairs,
-            bases: self.suspended.as_ref().map(|suspended| suspended.bases.clone()).unwrap_or_default(),
-            control: device.control.as_ref().map(|control| control.queue.save()),
-        })
-    }
-
-    /// Takes on what another device's driver has started. The same checks as of a driver's own start, and all that can
-    /// fail before the rings are started.
-    fn restore(&mut self, state: &NetState) -> Result<(), NetError> {
-        let identity = Identity::from(state.identity);
-        let link = self.link.as_ref().ok_or(NetError::NoBackend)?;
-        check_offer(state.transport.driver_features, link.offer())?;
-        // After a reset the driver is offered no more than it was, and no more than there is now.
-        let now = Identity::new(link.offer(), self.config.queue_pairs, Some(identity.mac), self.fallback)?;
-        self.shared.offer(Identity { features: identity.features & now.features, ..identity });
-        // Another back-end that comes does not change it.
-        self.config.mac = Some(identity.mac);
-        self.shared.set_announce(state.announce);
-        let expected = self.expected.take();
-        let Some(driver) = &state.driver else { return self.disappoint(expected) };
-        let queues = state.transport.queues.iter().copied().map(Into::into).collect();
-        let mut device = self.accept(&Activation { features: state.transport.driver_features, queues })?;
-        device.pairs = driver.active_queue_pairs;
-        device.control = match (device.control, driver.control) {
-            (Some(mut control), Some(state)) => {
-                control.queue.restore(state);
-                Some(control)
-            }
-            // It is out of order until the driver resets the device.
-            (_, None) => None,
-            (None, Some(_)) => return Err(NetError::State),
-        };
-        let known = |index: usize| driver.bases.iter().any(|base| usize::from(base.index) == index);
-        if !device.ready().all(|(index, _)| known(index)) {
-            return Err(NetError::State);
-        }
-        self.shared.set_driver(device.features, device.pairs);
-        match expected {
-            Some(expected) if expected.is_like(&device) => device.inflight = expected.inflight,
-            other => {
-                self.disappoint(other)?;
-                let rings = rings(&device, &self.shared, &driver.bases);
-                let link = self.link.as_mut().ok_or(NetError::NoBackend)?;
-                link.set_up(for_backend(device.features), &self.memory, &mut device.inflight, &rings)?;
-            }
-        }
-        let link = self.link.as_mut().ok_or(NetError::NoBackend)?;
-        link.place(&rings(&device, &self.shared, &driver.bases))?;
-        self.device = Some(device);
-        self.suspended = Some(Suspended { bases: driver.bases.clone(), set_up: true });
-        Ok(())
-    }
-
-    /// What the back-end was told of a driver is not so.
-    fn disappoint(&mut self, expected: Option<Started>) -> Result<(), NetError> {
-        let (Some(link), Some(expected)) = (&mut self.link, expected) else { return Ok(()) };
-        tracing::debug!("{}: the driver has changed its rings meanwhile", self.name);
-        let rings: Vec<_> = expected.ready().map(|(index, _)| index).collect();
-        Ok(link.disable(&rings)?)
     }
 
     /// Checks what the driver has set up.
@@ -735,6 +410,12 @@ impl Worker {
             self.complaint = Some(complaint.to_owned());
         }
     }
+}
+
+fn random_mac() -> std::io::Result<Mac> {
+    let mut bytes = [0; 6];
+    std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut bytes)?;
+    Ok(Mac::locally_administered(bytes))
 }
 
 /// An error with its causes.

@@ -3,12 +3,14 @@
 use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
-use baton_protocol::migration::state::TransportState;
+use baton_protocol::migration::state::{NetState, Outline, TransportState};
 use vm_memory::{Bytes, GuestAddress};
 
+use super::super::net::Net;
+use super::super::net_thread::NetThread;
 use super::*;
 use crate::vhost_user::fake_backend::{FakeBackend, Serving};
-use crate::virtio::VirtioDevice;
+use crate::virtio::{QueueSetup, VirtioDevice};
 
 /// Only catches a test that hangs.
 const LIMIT: Duration = Duration::from_secs(60);

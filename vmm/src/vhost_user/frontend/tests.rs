@@ -1,0 +1,166 @@
+//! A connection to a back-end that writes down what it is asked.
+
+use super::*;
+use crate::vhost_user::fake_backend::{FakeBackend, Serving};
+
+fn establish(backend: FakeBackend, rings: u16) -> (Result<Link, LinkError>, Serving) {
+    let (here, there) = UnixStream::pair().unwrap();
+    let serving = backend.serve(there);
+    (Link::establish(here, rings), serving)
+}
+
+fn setup() -> QueueSetup {
+    QueueSetup { size: 256, ready: true, descriptor_table: 0x1000, available_ring: 0x2000, used_ring: 0x3000 }
+}
+
+const GREETING: [&str; 6] = [
+    "SET_OWNER",
+    "GET_FEATURES",
+    "GET_PROTOCOL_FEATURES",
+    "SET_PROTOCOL_FEATURES 0x3209",
+    "GET_QUEUE_NUM",
+    "GET_CONFIG 0 12",
+];
+
+#[test]
+fn a_device_is_started_and_stopped_in_the_standard_order() {
+    let memory = crate::memory::allocate(64 << 20).unwrap();
+    let (kick, call) = (event::new().unwrap(), event::new().unwrap());
+    let (link, serving) = establish(FakeBackend::new(4), 4);
+    let mut link = link.unwrap();
+    let ring =
+        |index, base, enabled| RingStart { index, setup: setup(), base, enabled, kick: &kick, call: &call };
+
+    let rings = [ring(0, 0, true), ring(3, 7, false)];
+    link.set_up(1 << 32 | 1 << 15, &memory, &mut None, &rings).unwrap();
+    link.place(&rings).unwrap();
+    link.run(&rings).unwrap();
+    link.enable_pairs(2).unwrap();
+    link.stop().unwrap();
+    drop(link);
+
+    let backend = serving.finish();
+    assert_eq!(backend.memory.iter().map(|region| region.1).collect::<Vec<_>>(), [64 << 20]);
+    let started = [
+        "SET_FEATURES 0x140008000",
+        "SET_MEM_TABLE",
+        "GET_INFLIGHT_FD 4 256",
+        "SET_INFLIGHT_FD 4 256",
+        "SET_VRING_NUM 0 256",
+        "SET_VRING_ADDR 0 0x1000 0x2000 0x3000",
+        "SET_VRING_CALL 0",
+        "SET_VRING_ENABLE 0 1",
+        "SET_VRING_NUM 3 256",
+        "SET_VRING_ADDR 3 0x1000 0x2000 0x3000",
+        "SET_VRING_CALL 3",
+        "SET_VRING_ENABLE 3 0",
+        "SET_VRING_BASE 0 0",
+        "SET_VRING_BASE 3 7",
+        "SET_VRING_KICK 0",
+        "SET_VRING_KICK 3",
+        "SET_VRING_ENABLE 0 1",
+        "SET_VRING_ENABLE 3 1",
+        "GET_VRING_BASE 0",
+        "GET_VRING_BASE 3",
+        "RESET_DEVICE",
+    ];
+    assert_eq!(backend.log, [&GREETING[..], &started].concat());
+}
+
+#[test]
+fn without_reset_device_the_rings_are_disabled() {
+    let memory = crate::memory::allocate(64 << 20).unwrap();
+    let (kick, call) = (event::new().unwrap(), event::new().unwrap());
+    let mut backend = FakeBackend::new(2);
+    backend.protocol.remove(VhostUserProtocolFeatures::RESET_DEVICE);
+    let (link, serving) = establish(backend, 2);
+    let mut link = link.unwrap();
+    let ring = RingStart { index: 1, setup: setup(), base: 0, enabled: true, kick: &kick, call: &call };
+    link.set_up(1 << 32, &memory, &mut None, &[]).unwrap();
+    link.run(&[ring]).unwrap();
+    link.stop().unwrap();
+    drop(link);
+    let log = serving.finish().log;
+    assert_eq!(log[log.len() - 2..], ["GET_VRING_BASE 1", "SET_VRING_ENABLE 1 0"]);
+}
+
+#[test]
+fn the_inflight_region_goes_from_back_end_to_back_end_until_one_does_without() {
+    let memory = crate::memory::allocate(64 << 20).unwrap();
+    let (kick, call) = (event::new().unwrap(), event::new().unwrap());
+    let mut inflight = None;
+    let mut given = Vec::new();
+    let mut asked = Vec::new();
+    for tracks in [true, true, false, true] {
+        let mut backend = FakeBackend::new(2);
+        backend.protocol.set(VhostUserProtocolFeatures::INFLIGHT_SHMFD, tracks);
+        let (link, serving) = establish(backend, 2);
+        let mut link = link.unwrap();
+        let ring = RingStart { index: 1, setup: setup(), base: 0, enabled: true, kick: &kick, call: &call };
+        link.set_up(1 << 32, &memory, &mut inflight, &[ring]).unwrap();
+        assert_eq!(inflight.is_some(), tracks);
+        drop(link);
+        let backend = serving.finish();
+        given.push(backend.inflight);
+        asked.push(backend.log.iter().any(|entry| entry == "GET_INFLIGHT_FD 2 256"));
+    }
+    assert_eq!(asked, [true, false, false, true]);
+    assert!(given[0].is_some() && given[0] == given[1], "{given:?}");
+    assert_eq!(given[2], None);
+    assert!(given[3].is_some() && given[3] != given[0], "{given:?}");
+}
+
+#[test]
+fn a_back_end_without_protocol_features_serves_one_pair() {
+    let mut backend = FakeBackend::new(2);
+    backend.features &= !PROTOCOL_FEATURES;
+    let (link, serving) = establish(backend, 2);
+    let mut link = link.unwrap();
+    assert_eq!(link.offer().config, None);
+    link.enable_pairs(1).unwrap();
+    drop(link);
+    assert_eq!(serving.finish().log, ["SET_OWNER", "GET_FEATURES"]);
+}
+
+#[test]
+fn a_back_end_that_does_not_fit_is_named() {
+    let mut legacy = FakeBackend::new(2);
+    legacy.features &= !feature(VIRTIO_F_VERSION_1);
+    assert!(matches!(establish(legacy, 2).0, Err(LinkError::Legacy)));
+
+    let too_few = establish(FakeBackend::new(4), 8).0.err().unwrap();
+    assert!(matches!(too_few, LinkError::TooFewRings { offered: 4, needed: 8 }));
+    assert!(too_few.to_string().contains("--queue-pairs=4"));
+}
+
+#[test]
+fn a_refused_message_is_named() {
+    let memory = crate::memory::allocate(64 << 20).unwrap();
+    let mut backend = FakeBackend::new(2);
+    backend.refuses = Some("SET_FEATURES");
+    let (link, _serving) = establish(backend, 2);
+    let error = link.unwrap().set_up(1 << 32, &memory, &mut None, &[]).unwrap_err();
+    assert!(matches!(error, LinkError::Message { message: "SET_FEATURES", .. }));
+}
+
+#[test]
+fn a_back_end_that_goes_away_is_an_error() {
+    let (here, there) = UnixStream::pair().unwrap();
+    drop(there);
+    let error = Link::establish(here, 2).err().unwrap();
+    assert!(matches!(error, LinkError::Message { .. }));
+}
+
+#[test]
+fn nobody_listening_is_said_at_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    assert!(
+        matches!(connect_to(&path), Err(LinkError::Connect(error)) if error.kind() == io::ErrorKind::NotFound)
+    );
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    let refused = connect_to(&path);
+    assert!(
+        matches!(refused, Err(LinkError::Connect(error)) if error.kind() == io::ErrorKind::ConnectionRefused)
+    );
+}
