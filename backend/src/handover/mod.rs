@@ -226,7 +226,7 @@ impl Handover {
         };
         let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
         if let Some(target) = &mut self.target {
-            target.frontend_left(device, &self.wishes, around)?;
+            target.frontend(device, &self.wishes, around, false)?;
         }
         self.settle(device)?;
         let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
@@ -242,6 +242,9 @@ impl Handover {
     /// [`DeviceError`]: the device cannot go on.
     pub fn frontend_came(&mut self, device: &mut Device) -> Result<(), DeviceError> {
         let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
+        if let Some(target) = &mut self.target {
+            target.frontend(device, &self.wishes, around, true)?;
+        }
         match &mut self.source {
             Some(source) => source.frontend_came(device, around),
             None => Ok(()),
