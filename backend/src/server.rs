@@ -75,8 +75,11 @@ pub struct Server {
     signals: SignalFd,
     /// Runs while no front-end is accepted.
     rested: TimerFd,
+    resting: bool,
     session: Option<Session>,
     endpoint: Endpoint,
+    /// Whether `epoll` has the endpoint.
+    watched: bool,
     dispatch: Arc<Mutex<Dispatch>>,
     /// The hand-over of the session, which is all of the above.
     live: Live,
@@ -129,8 +132,10 @@ impl Server {
             news,
             signals,
             rested,
+            resting: false,
             session: None,
             endpoint,
+            watched: false,
             dispatch,
             live,
             control,
@@ -154,13 +159,14 @@ impl Server {
     }
 
     fn serve(&mut self) -> Result<(), ServerError> {
-        self.watch_endpoint()?;
         self.meet()?;
         let mut ready = Ready::<8>::default();
         let mut progress = Progress::Waiting;
         while !self.ending {
+            self.watch_endpoint()?;
             let timeout = if progress == Progress::More { 0 } else { -1 };
             let mut look = progress == Progress::More;
+            let held = self.live.holds_front();
             for (token, _) in self.epoll.wait(timeout, &mut ready)? {
                 match token {
                     SIGNAL => self.on_signal()?,
@@ -174,12 +180,14 @@ impl Server {
                         // A message may have waited for a transfer's end.
                         look = true;
                     }
-                    LIVE => look |= self.on_live()?,
+                    LIVE => self.on_live()?,
                     RESTED => self.on_rested()?,
                     _ => self.on_alarm()?,
                 }
             }
-            look |= self.welcome()?;
+            self.welcome()?;
+            // What came meanwhile nobody tells of again.
+            look |= held && !self.live.holds_front();
             progress = if look { self.talk()? } else { Progress::Waiting };
             let released = {
                 let dispatch = &mut *lock(&self.dispatch);
@@ -227,20 +235,14 @@ impl Server {
                 Err(error) => return Err(error.into()),
             }
         };
-        // Another one waits in the backlog meanwhile.
-        if let Some(source) = self.endpoint.source() {
-            self.epoll.remove(&source)?;
-        }
         self.epoll.add(&session, SESSION_EVENTS, SESSION)?;
         self.session = Some(session);
         Ok(())
     }
 
     /// Leaves the endpoint alone for a while.
-    fn rest(&self) -> Result<(), ServerError> {
-        if let Some(source) = self.endpoint.source() {
-            self.epoll.remove(&source)?;
-        }
+    fn rest(&mut self) -> Result<(), ServerError> {
+        self.resting = true;
         let rest = Expiration::OneShot(REST.into());
         self.rested.set(rest, TimerSetTimeFlags::empty()).map_err(io::Error::from)?;
         Ok(())
@@ -248,13 +250,20 @@ impl Server {
 
     fn on_rested(&mut self) -> Result<(), ServerError> {
         self.rested.unset().map_err(io::Error::from)?;
-        self.watch_endpoint()?;
+        self.resting = false;
         self.meet()
     }
 
-    fn watch_endpoint(&self) -> Result<(), ServerError> {
-        if let Some(source) = self.endpoint.source() {
-            self.epoll.add(&source, Events::EPOLLIN, ENDPOINT)?;
+    /// Has the endpoint watched while a front-end that comes would be taken; else those wait in the backlog.
+    fn watch_endpoint(&mut self) -> Result<(), ServerError> {
+        let wanted = self.session.is_none() && !self.resting && !self.live.holds_front();
+        if let Some(source) = self.endpoint.source().filter(|_| wanted != self.watched) {
+            if wanted {
+                self.epoll.add(&source, Events::EPOLLIN, ENDPOINT)?;
+            } else {
+                self.epoll.remove(&source)?;
+            }
+            self.watched = wanted;
         }
         Ok(())
     }
@@ -300,7 +309,6 @@ impl Server {
             self.ending = true;
             return Ok(());
         }
-        self.watch_endpoint()?;
         self.meet()
     }
 

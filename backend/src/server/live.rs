@@ -63,19 +63,19 @@ macro_rules! around {
 }
 
 impl Server {
-    /// Does what there is to do for the hand-over. Gives whether the front-end is to be heard.
-    pub(super) fn on_live(&mut self) -> Result<bool, ServerError> {
+    /// Does what there is to do for the hand-over.
+    pub(super) fn on_live(&mut self) -> Result<(), ServerError> {
         let outcomes = self.live.progress(around!(self))?;
         self.follow(outcomes)
     }
 
-    /// Hears a source that has just come. Gives whether the front-end is to be heard.
-    pub(super) fn welcome(&mut self) -> Result<bool, ServerError> {
+    /// Hears a source that has just come.
+    pub(super) fn welcome(&mut self) -> Result<(), ServerError> {
         let (arrived, wishes) = {
             let handover = &mut lock(&self.dispatch).handover;
             match handover.take_arrived() {
                 Some(arrived) => (arrived, handover.wishes().clone()),
-                None => return Ok(false),
+                None => return Ok(()),
             }
         };
         let outcomes = self.live.arrived(around!(self), wishes, arrived)?;
@@ -85,7 +85,7 @@ impl Server {
     /// Hands the session over to who waits at `path`.
     pub(super) fn begin_live(&mut self, path: &Path, dry_run: bool, call: Call) -> Result<(), ServerError> {
         let outcomes = self.live.begin(around!(self), path, dry_run, call)?;
-        self.follow(outcomes).map(drop)
+        self.follow(outcomes)
     }
 
     /// Ends the hand-over that this process began, if it can.
@@ -102,13 +102,11 @@ impl Server {
     /// The process ends.
     pub(super) fn end_live(&mut self) -> Result<(), ServerError> {
         let outcomes = self.live.finish(around!(self))?;
-        self.follow(outcomes).map(drop)
+        self.follow(outcomes)
     }
 
-    fn follow(&mut self, outcomes: Vec<Outcome>) -> Result<bool, ServerError> {
-        let mut look = false;
+    fn follow(&mut self, outcomes: Vec<Outcome>) -> Result<(), ServerError> {
         for outcome in outcomes {
-            look = true;
             match outcome {
                 Outcome::Resumed => self.meet()?,
                 Outcome::Released => {
@@ -126,10 +124,7 @@ impl Server {
                             self.epoll.add(&*session, SESSION_EVENTS, SESSION)?;
                             self.session = Some(*session);
                         }
-                        None => {
-                            self.watch_endpoint()?;
-                            self.meet()?;
-                        }
+                        None => self.meet()?,
                     }
                 }
                 Outcome::Abandoned => {
@@ -140,20 +135,17 @@ impl Server {
         }
         self.live.settle();
         lock(&self.dispatch).handover.set_live(self.live.peer());
-        Ok(look)
+        Ok(())
     }
 
     /// Closes the front-end's connection, which another process may hold, and looks for none.
     fn forget_front(&mut self) {
-        let watched = match self.session.take() {
-            Some(session) => self.epoll.remove(&session),
-            None => match self.endpoint.source() {
-                // It may be resting.
-                Some(source) => self.epoll.remove(&source).or(Ok(())),
-                None => Ok(()),
-            },
+        let session = self.session.take().map_or(Ok(()), |session| self.epoll.remove(&session));
+        let endpoint = match self.endpoint.source() {
+            Some(source) if std::mem::take(&mut self.watched) => self.epoll.remove(&source),
+            _ => Ok(()),
         };
-        if let Err(error) = watched {
+        if let Err(error) = session.and(endpoint) {
             tracing::warn!(%error, "cannot stop watching the front-end");
         }
     }
