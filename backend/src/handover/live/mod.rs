@@ -267,12 +267,14 @@ impl Live {
         Ok(outcomes)
     }
 
-    /// The outcomes have been seen to: a source that has nothing more to hear of this end may go.
+    /// The outcomes have been seen to: of an end that is over, the peer is let go.
     pub fn settle(&mut self) {
-        if matches!(&self.end, End::Target(target) if target.is_over()) {
-            self.end = End::None;
-            self.set_timer();
+        match &mut self.end {
+            End::Target(target) if target.is_over() => self.end = End::None,
+            End::Source(source) if source.is_over() => source.forget_peer(),
+            _ => return,
         }
+        self.set_timer();
     }
 
     /// The process ends. What is staged is dropped, what is ours stays ours, what is the target's is let go.

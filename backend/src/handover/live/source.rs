@@ -53,7 +53,8 @@ struct Shared {
 pub struct LiveSource {
     state: Source,
     link: Option<PacketSocket>,
-    life: Life,
+    /// Until it does not matter any more: a process that has ended stays so, and would be told of for ever.
+    life: Option<Life>,
     /// The target, for people.
     peer: String,
     /// Who asked, until it is over.
@@ -72,7 +73,7 @@ impl LiveSource {
         Self {
             state: Source::HandedOver(None),
             link: Some(link),
-            life,
+            life: Some(life),
             peer,
             call: None,
             shared: None,
@@ -90,6 +91,12 @@ impl LiveSource {
     /// Whether another one may begin.
     pub fn is_over(&self) -> bool {
         matches!(self.state, Source::Ended { .. })
+    }
+
+    /// It is over: only how it ended is kept.
+    pub fn forget_peer(&mut self) {
+        self.link = None;
+        self.life = None;
     }
 
     /// Whether the process may end.
@@ -166,7 +173,7 @@ impl LiveSource {
     fn closed(&mut self, around: Around<'_>, outcomes: &mut Vec<Outcome>) -> Result<(), DeviceError> {
         self.link = None;
         self.farewell = None;
-        if self.life.is_over() {
+        if self.life.as_ref().is_some_and(Life::is_over) {
             self.tell(around, Event::Dead, outcomes)?;
         }
         self.tell(around, Event::Closed, outcomes)
