@@ -145,7 +145,9 @@ impl Server {
 
     /// Serves until told to end. Gives, besides how it ended, what is to be run then by whoever owned the TAP last.
     pub fn run(mut self) -> (Result<(), ServerError>, Option<LastWork>) {
-        let result = self.serve().and_then(|()| self.end_live()).and_then(|()| self.end_session());
+        let served = self.serve();
+        // However that ended: whose the session is must be said before anything is cleaned up for its last owner.
+        let result = served.and(self.end_live()).and_then(|()| self.end_session());
         let finished = {
             let dispatch = &mut *lock(&self.dispatch);
             dispatch.handover.finish(&mut dispatch.device)
