@@ -88,19 +88,18 @@ impl Device {
     /// # Errors
     /// [`DeviceError::Dead`], [`DeviceError::Dataplane`].
     pub fn let_go(&mut self) -> Result<(), DeviceError> {
-        self.park_each(|parked| {
+        let result = self.park_each(|parked| {
             for (side, _) in sides(0) {
                 parked.take_ring(side);
             }
             parked.rx.in_hand = None;
-            if let Some(kernel) = &mut parked.kernel {
-                kernel.vhost.release()?;
-            }
-            parked.detach()
-        })?;
+            let released = parked.kernel.as_mut().map_or(Ok(()), |kernel| kernel.vhost.release());
+            parked.detach().and(released)
+        });
+        // Whatever became of that, they are not ours.
         self.tap = None;
         self.session = self.new_session();
-        Ok(())
+        result
     }
 
     pub(super) fn resume_all(&mut self) -> Result<(), DeviceError> {
