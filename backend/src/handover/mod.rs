@@ -332,6 +332,11 @@ impl Handover {
         }
     }
 
+    /// Whether a session's hand-over is under way, or is about to be.
+    fn is_live(&self) -> bool {
+        self.live.is_some() || self.arrived.is_some()
+    }
+
     /// That a session's hand-over can begin.
     ///
     /// # Errors
@@ -379,9 +384,7 @@ impl Handover {
                 Some(Refusal::User(error.to_string()))
             }
             Ok(_) if device.tap().is_some() => Some(Refusal::AlreadyInitialised),
-            Ok(_) if self.target.is_some() || self.live.is_some() || self.is_transferring() => {
-                Some(Refusal::Busy)
-            }
+            Ok(_) if self.target.is_some() || self.is_live() || self.is_transferring() => Some(Refusal::Busy),
             Ok(_) => None,
         };
         if let Some(refusal) = refusal {
