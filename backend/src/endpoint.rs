@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use baton_control::socket_path::{BindError, BoundSocket};
 use baton_protocol::session::state::{EndpointKind, EndpointState};
 use nix::sys::socket::{
-    AddressFamily, SockFlag, SockProtocol, SockType, UnixAddr, connect, getsockopt, socket, sockopt,
+    AddressFamily, SockFlag, SockProtocol, SockType, UnixAddr, connect, getpeername, getsockname, getsockopt,
+    socket, sockopt,
 };
 use nix::sys::timer::Expiration;
 use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags, TimerSetTimeFlags};
@@ -92,18 +93,14 @@ impl Endpoint {
     pub fn inherited(fd: RawFd) -> Result<Self, EndpointError> {
         let refused = || EndpointError::Inherited(fd);
         let socket: OwnedFd = inherited::claim(fd).ok_or_else(refused)?;
-        let is = |option| option == Ok(true);
-        let unix = is(getsockopt(&socket, sockopt::SockType).map(|kind| kind == SockType::Stream))
-            && nix::sys::socket::getsockname::<UnixAddr>(socket.as_raw_fd()).is_ok();
-        if !unix {
-            return Err(refused());
-        }
-        if is(getsockopt(&socket, sockopt::AcceptConn)) {
+        if listens(&socket) {
             let listener = UnixListener::from(socket);
             listener.set_nonblocking(true)?;
             return Ok(Self::InheritedListener(listener));
         }
-        nix::sys::socket::getpeername::<UnixAddr>(socket.as_raw_fd()).map_err(|_| refused())?;
+        if !is_connection(&socket) {
+            return Err(refused());
+        }
         Ok(Self::InheritedConnection(Some(UnixStream::from(socket))))
     }
 
@@ -119,7 +116,7 @@ impl Endpoint {
             (EndpointKind::Listening, fd) => Ok(Self::Listening(BoundSocket::adopt(listener(fd)?, &path)?)),
             (EndpointKind::Listener, fd) => {
                 let socket = listener(fd)?;
-                if getsockopt(&socket, sockopt::AcceptConn) != Ok(true) {
+                if !listens(&socket) {
                     return Err(EndpointError::Listener);
                 }
                 Ok(Self::InheritedListener(UnixListener::from(socket)))
@@ -216,6 +213,21 @@ impl Endpoint {
             }
         }
     }
+}
+
+/// Whether this is a Unix stream socket that is connected, or was.
+pub fn is_connection(socket: &OwnedFd) -> bool {
+    is_unix_stream(socket) && getpeername::<UnixAddr>(socket.as_raw_fd()).is_ok()
+}
+
+/// Whether this is a Unix stream socket that listens.
+fn listens(socket: &OwnedFd) -> bool {
+    is_unix_stream(socket) && getsockopt(socket, sockopt::AcceptConn) == Ok(true)
+}
+
+fn is_unix_stream(socket: &OwnedFd) -> bool {
+    getsockopt(socket, sockopt::SockType) == Ok(SockType::Stream)
+        && getsockname::<UnixAddr>(socket.as_raw_fd()).is_ok()
 }
 
 fn accept(listener: &UnixListener) -> io::Result<Option<UnixStream>> {

@@ -25,7 +25,7 @@ use crate::dataplane::ring::Kick;
 use crate::device::{Device, SessionState};
 use crate::dirty_log::DirtyLog;
 use crate::dispatch::Dispatch;
-use crate::endpoint::Endpoint;
+use crate::endpoint::{self, Endpoint};
 use crate::features::Features;
 use crate::inflight::InflightRegion;
 use crate::memory::{GuestMemory, RegionLayout};
@@ -93,6 +93,10 @@ pub fn stage(
     let frames = Slots::adopt(fds.claim(FRAMES_FD).map_err(claimed)?, pairs)
         .map_err(|error| made("frames", &error))?;
     let frontend = state.frontend.map(|_| fds.claim(FRONTEND_FD)).transpose().map_err(claimed)?;
+    if frontend.as_ref().is_some_and(|socket| !endpoint::is_connection(socket)) {
+        let text = "it is no connected Unix stream socket".to_owned();
+        return Err(Refusal::Unusable { what: "the front-end's connection", text }.into());
+    }
     let listens = matches!(state.endpoint.kind, wire::EndpointKind::Listening | wire::EndpointKind::Listener);
     let listener = listens.then(|| fds.claim(LISTENER_FD)).transpose().map_err(claimed)?;
     let endpoint =
