@@ -22,6 +22,14 @@ pub enum PeerError {
         /// This process'.
         own: u32,
     },
+    /// Another user, who would get what is this one's.
+    #[error("the peer runs as user {peer}; user {own} gives nothing but to itself and root")]
+    Strange {
+        /// The peer's.
+        peer: u32,
+        /// This process'.
+        own: u32,
+    },
     /// The system does not say.
     #[error("cannot find out who the peer is")]
     System(#[from] io::Error),
@@ -61,6 +69,19 @@ impl Peer {
             Ok(peer)
         } else {
             Err(PeerError::User { peer: peer.user, own: geteuid().as_raw() })
+        }
+    }
+
+    /// Who is at the other end, if what is this process' may be given to it: to the same user and root, and by root to
+    /// anyone.
+    ///
+    /// # Errors
+    /// [`PeerError`].
+    pub fn entrusted(socket: &impl AsFd) -> Result<Self, PeerError> {
+        match Self::trusted(socket) {
+            Err(PeerError::User { .. }) if geteuid().is_root() => Ok(Self::of(socket)?),
+            Err(PeerError::User { peer, own }) => Err(PeerError::Strange { peer, own }),
+            other => other,
         }
     }
 }

@@ -4,6 +4,7 @@ use std::io;
 
 use baton_channel::ownership::OwnershipError;
 use baton_channel::packet::ChannelError;
+use baton_channel::peer::PeerError;
 use baton_control::socket_path::BindError;
 
 use super::transfer::TransferError;
@@ -29,6 +30,9 @@ pub enum HandoverError {
     /// It cannot be begun.
     #[error(transparent)]
     Channel(#[from] ChannelError),
+    /// To somebody else's process.
+    #[error(transparent)]
+    Peer(#[from] PeerError),
     /// It cannot be begun.
     #[error(transparent)]
     Ownership(#[from] OwnershipError),

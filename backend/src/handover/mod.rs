@@ -26,7 +26,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use baton_channel::packet::PacketSocket;
-use baton_channel::peer::{Peer, PeerError};
+use baton_channel::peer::Peer;
 use baton_protocol::control::{HandoverReply, HandoverStatus};
 use baton_protocol::handover::refusal::Refusal;
 use nix::sys::timer::Expiration;
@@ -307,7 +307,7 @@ impl Handover {
     fn try_begin(&self, device: &Device, path: &Path) -> Result<SourceEnd, HandoverError> {
         self.check_free(device)?;
         let link = PacketSocket::connect(path)?;
-        let process = Peer::of(&link)?.process;
+        let process = Peer::entrusted(&link)?.process;
         if u32::try_from(process) == Ok(std::process::id()) {
             return Err(HandoverError::Oneself);
         }
@@ -380,9 +380,7 @@ impl Handover {
         let Some(link) = self.incoming.as_mut().and_then(|incoming| incoming.accept(around)) else { return };
         let trusted = Peer::trusted(&link);
         let refusal = match &trusted {
-            Err(error @ (PeerError::User { .. } | PeerError::System(_))) => {
-                Some(Refusal::User(error.to_string()))
-            }
+            Err(error) => Some(Refusal::User(error.to_string())),
             Ok(_) if device.tap().is_some() => Some(Refusal::AlreadyInitialised),
             Ok(_) if self.target.is_some() || self.is_live() || self.is_transferring() => Some(Refusal::Busy),
             Ok(_) => None,

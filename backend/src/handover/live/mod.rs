@@ -193,7 +193,7 @@ impl Live {
 
     fn connect(&self, path: &Path) -> Result<(PacketSocket, Life), HandoverError> {
         let link = PacketSocket::connect(path)?;
-        if u32::try_from(Peer::of(&link)?.process) == Ok(std::process::id()) {
+        if u32::try_from(Peer::entrusted(&link)?.process) == Ok(std::process::id()) {
             return Err(HandoverError::Oneself);
         }
         let life = Life::of(&link)?;
