@@ -162,6 +162,14 @@ pub enum Refusal {
         /// Why.
         text: String,
     },
+    /// The source could not give it.
+    #[error("the source cannot give {what}: {text}")]
+    Source {
+        /// What.
+        what: &'static str,
+        /// Why not.
+        text: String,
+    },
     /// The peer is another user's.
     #[error("{0}")]
     User(String),
@@ -207,6 +215,7 @@ impl Refusal {
             Self::VringStarted(_) => "vring-started",
             Self::Commit(_) => "commit",
             Self::Unusable { .. } => "unusable",
+            Self::Source { .. } => "source",
             Self::User(_) => "user",
         }
     }

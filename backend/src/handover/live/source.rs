@@ -12,7 +12,6 @@ use baton_protocol::fd_manifest::{FdManifest, NamedFds};
 use baton_protocol::handover::message::{Commit, Descriptors, Message, Prepare, Stage};
 use baton_protocol::handover::refusal::Refusal;
 use baton_protocol::ownership::Word;
-use baton_protocol::reasons::Reasons;
 use baton_protocol::session::report::nanoseconds;
 use baton_protocol::session::source::{Action, Ended, Event, Source};
 use baton_protocol::session::state::FreezeTimes;
@@ -294,8 +293,9 @@ impl LiveSource {
                 Action::Hold => self.holds_front = true,
                 Action::Stage { vhost } => {
                     if let Err(error) = self.stage(around, vhost) {
-                        let reasons = Refusal::Unusable { what: "the session", text: error.to_string() };
-                        self.tell(around, Event::Failed(reasons.into()), outcomes)?;
+                        let text = format!("{:#}", anyhow::Error::new(error));
+                        let reason = Refusal::Source { what: "the session", text };
+                        self.tell(around, Event::Failed(reason.into()), outcomes)?;
                     }
                 }
                 Action::Freeze => self.freeze(around, outcomes)?,
@@ -399,8 +399,8 @@ impl LiveSource {
                 self.tell(around, Event::Frozen, outcomes)
             }
             Err(DeviceError::Dataplane { source, .. }) => {
-                let reason = Refusal::Unusable { what: "a frame in hand", text: source.to_string() };
-                self.tell(around, Event::Failed(Reasons::from(reason)), outcomes)
+                let reason = Refusal::Source { what: "a frame in hand", text: source.to_string() };
+                self.tell(around, Event::Failed(reason.into()), outcomes)
             }
             Err(error) => Err(error),
         }
