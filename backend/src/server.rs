@@ -81,6 +81,8 @@ pub struct Server {
     /// Whether `epoll` has the endpoint.
     watched: bool,
     dispatch: Arc<Mutex<Dispatch>>,
+    /// Memory of the session was truncated.
+    struck: bool,
     /// The hand-over of the session, which is all of the above.
     live: Live,
     control: ControlPlace,
@@ -137,6 +139,7 @@ impl Server {
             endpoint,
             watched: false,
             dispatch,
+            struck: false,
             live,
             control,
             ending: false,
@@ -188,8 +191,11 @@ impl Server {
                 }
             }
             self.welcome()?;
-            // What came meanwhile nobody tells of again.
-            look |= held && !self.live.holds_front();
+            if held && !self.live.holds_front() {
+                // What came meanwhile nobody tells of again.
+                look = true;
+                self.part_from_truncated()?;
+            }
             progress = if look { self.talk()? } else { Progress::Waiting };
             let released = {
                 let dispatch = &mut *lock(&self.dispatch);
@@ -324,6 +330,7 @@ impl Server {
             }
             // With the workers parked and the memory gone: a fault of this session's must not end the next one.
             sigbus::take_struck();
+            self.struck = false;
             self.epoll.remove(&session)?;
         }
         Ok(())
@@ -406,9 +413,21 @@ impl Server {
     }
 
     fn on_alarm(&mut self) -> Result<(), ServerError> {
-        if sigbus::take_struck() && self.session.is_some() {
+        self.struck |= sigbus::take_struck();
+        if self.struck && self.session.is_some() {
             // The target must not go on with it.
             self.cancel_live().map(drop)?;
+        }
+        self.part_from_truncated()
+    }
+
+    /// Ends the session whose memory was truncated, if there is one. One that is the target's now is left alone: there
+    /// it will be found out, too.
+    fn part_from_truncated(&mut self) -> Result<(), ServerError> {
+        if self.live.holds_front() {
+            return Ok(());
+        }
+        if std::mem::take(&mut self.struck) && self.session.is_some() {
             self.part(SessionEnd::MemoryTruncated)?;
         }
         Ok(())

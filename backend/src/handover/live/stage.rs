@@ -31,6 +31,7 @@ use crate::inflight::InflightRegion;
 use crate::memory::{GuestMemory, RegionLayout};
 use crate::notify::Notifier;
 use crate::session::{Negotiated, Session};
+use crate::sigbus;
 use crate::tap::adopted;
 use crate::vhost_net::VhostNet;
 use crate::vring::RingAddresses;
@@ -127,12 +128,22 @@ pub fn stage(
     stage_device()?;
     // Not with the lock held: it is the handler's, too.
     let session = frontend.map(|socket| Session::negotiated(&socket, Arc::clone(dispatch), negotiated));
-    match session.transpose() {
+    let session = match session.transpose() {
+        // From here on nobody touches the memory until the session is taken.
+        Ok(_) if sigbus::take_struck() => Err(Refusal::Unusable {
+            what: "the memory",
+            text: "the file of a region was truncated".to_owned(),
+        }
+        .into()),
+        Ok(session) => Ok(session),
+        Err(error) => Err(made("the front-end's connection", &error)),
+    };
+    match session {
         Ok(session) => Ok((Arc::new(word), Staged { session, endpoint, frames }, checked.shape())),
-        Err(error) => {
+        Err(reasons) => {
             // A worker that died is found by whoever uses it next.
             let _ = lock(dispatch).device.unstage();
-            Err(made("the front-end's connection", &error))
+            Err(reasons)
         }
     }
 }
