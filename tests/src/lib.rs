@@ -28,5 +28,6 @@ pub mod places;
 pub mod process;
 pub mod programs;
 pub mod qmp;
+pub mod session_peer;
 pub mod switching;
 pub mod traffic;
