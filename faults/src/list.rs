@@ -11,6 +11,10 @@ pub enum Party {
     SourceBackend,
     /// The back-end that takes it.
     TargetBackend,
+    /// The back-end that gives a running session away.
+    SourceSession,
+    /// The back-end that takes it.
+    TargetSession,
 }
 
 macro_rules! points {
@@ -125,6 +129,52 @@ points! {
         TargetBackendTaken = "taken";
         /// It is used; the source was not told.
         TargetBackendActive = "active";
+    }
+    SourceSession "source-session" {
+        /// Connected to the target, of which nothing is known.
+        SourceSessionConnected = "connected", fails;
+        /// The target has answered, and was not told of the session.
+        SourceSessionGreeted = "greeted";
+        /// The target would take the session, of which nothing was staged; the front-end is left alone.
+        SourceSessionReady = "ready", fails;
+        /// STAGE was sent, and of the descriptors only the first packet.
+        SourceSessionStageSent = "stage-sent";
+        /// The target has all; the rings run.
+        SourceSessionStaged = "staged";
+        /// The rings are stopped; the word is still the source's.
+        SourceSessionFrozen = "frozen", fails;
+        /// The word is offered; COMMIT was not sent.
+        SourceSessionOffered = "offered";
+        /// COMMIT was sent.
+        SourceSessionCommitSent = "commit-sent";
+        /// The session is known to be the target's, and still open here.
+        SourceSessionHandedOver = "handed-over";
+        /// It is closed; whoever asked was not told.
+        SourceSessionReleased = "released";
+    }
+    TargetSession "target-session" {
+        /// A source has said hello, and nothing is known of it.
+        TargetSessionArrived = "arrived", fails;
+        /// The session could be taken; the source was not told.
+        TargetSessionJudged = "judged";
+        /// STAGE has come, and more descriptors are on their way.
+        TargetSessionGathering = "gathering";
+        /// All descriptors are here; nothing was made of them.
+        TargetSessionGathered = "gathered", fails;
+        /// Everything is ready, untouched; the source was not told.
+        TargetSessionStaged = "staged";
+        /// The source was told.
+        TargetSessionStagedSent = "staged-sent";
+        /// The session is to be taken; the word is not the target's yet.
+        TargetSessionTaking = "taking";
+        /// The word is the target's; no ring runs.
+        TargetSessionTaken = "taken";
+        /// The rings run; the word is not settled.
+        TargetSessionRunning = "running";
+        /// The word is settled; the source was not told.
+        TargetSessionSettled = "settled";
+        /// The source was told, if it lives; the front-end was not heard.
+        TargetSessionActiveSent = "active-sent";
     }
 }
 

@@ -72,7 +72,7 @@ impl Arena {
         match point.party() {
             // Which cannot go on without it; its VMM may have ended for that.
             Party::TargetVmm | Party::TargetBackend => check_no_tap(&target.stay)?,
-            Party::SourceVmm | Party::SourceBackend => {
+            _ => {
                 // The VM runs, and looks for its back-end.
                 self.replace_backend(Faults::default())?;
                 check_waits(target)?;

@@ -191,6 +191,7 @@ impl Arena {
             // One that was booted with it has it.
             Party::SourceVmm if self.traveller.stay.faults.has(point) => {}
             Party::SourceVmm => self.move_to(faults)?,
+            Party::SourceSession | Party::TargetSession => bail!("no session is handed over here"),
         }
         self.place(none)
     }

@@ -23,6 +23,7 @@ use std::time::Duration;
 
 use baton_channel::packet::PacketSocket;
 use baton_channel::peer::{Life, Peer};
+use baton_faults::Point;
 use baton_protocol::control::HandoverStatus;
 use baton_protocol::handover::message::Hello;
 use nix::sys::time::TimeSpec;
@@ -110,6 +111,8 @@ enum End {
 pub struct Live {
     epoll: Epoll,
     timer: TimerFd,
+    /// What the timer is set for.
+    due: Duration,
     end: End,
 }
 
@@ -129,7 +132,7 @@ impl Live {
         let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
         let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?;
         epoll.add(&timer, Events::EPOLLIN, TIMER)?;
-        Ok(Self { epoll, timer, end: End::None })
+        Ok(Self { epoll, timer, due: Duration::ZERO, end: End::None })
     }
 
     /// Whether the front-end, and those that would come, are left alone for now.
@@ -193,6 +196,7 @@ impl Live {
 
     fn connect(&self, path: &Path) -> Result<(PacketSocket, Life), HandoverError> {
         let link = PacketSocket::connect(path)?;
+        baton_faults::point(Point::SourceSessionConnected).map_err(HandoverError::from)?;
         if u32::try_from(Peer::entrusted(&link)?.process) == Ok(std::process::id()) {
             return Err(HandoverError::Oneself);
         }
@@ -212,7 +216,8 @@ impl Live {
         arrived: Arrived,
     ) -> Result<Vec<Outcome>, DeviceError> {
         let Arrived { link, hello, same_user } = arrived;
-        let life = match Life::of(&link).and_then(|life| self.watch(&link, &life).map(|()| life)) {
+        let life = baton_faults::point(Point::TargetSessionArrived).and_then(|()| Life::of(&link));
+        let life = match life.and_then(|life| self.watch(&link, &life).map(|()| life)) {
             Ok(life) => life,
             Err(error) => {
                 tracing::warn!(%error, "a source cannot be known");
@@ -248,14 +253,17 @@ impl Live {
         // What the peer said, then its death, then time.
         tokens.sort_by_key(|token| [LINK, LIFE, TIMER].iter().position(|other| other == token));
         let mut outcomes = Vec::new();
+        let due = self.due;
         for token in tokens {
+            // For who is in a hurry it comes early.
+            let time = now().max(due);
             match (&mut self.end, token) {
                 (End::Source(source), LINK) => source.listen(around, &mut outcomes)?,
                 (End::Source(source), LIFE) => source.died(around, &mut outcomes)?,
-                (End::Source(source), _) => source.on_time(around, &mut outcomes)?,
+                (End::Source(source), _) => source.on_time(around, time, &mut outcomes)?,
                 (End::Target(target), LINK) => target.listen(around, &mut outcomes)?,
                 (End::Target(target), LIFE) => target.died(around, &mut outcomes)?,
-                (End::Target(target), _) => target.on_time(around, &mut outcomes)?,
+                (End::Target(target), _) => target.on_time(around, time, &mut outcomes)?,
                 (End::None, _) => {}
             }
             if token == TIMER {
@@ -309,7 +317,7 @@ impl Live {
         Ok(Some((answer, outcomes)))
     }
 
-    fn set_timer(&self) {
+    fn set_timer(&mut self) {
         let deadline = match &self.end {
             End::None => None,
             End::Source(source) => source.deadline(),
@@ -318,7 +326,10 @@ impl Live {
         let result = match deadline {
             // Zero would be no time at all.
             Some(deadline) => {
-                let at = TimeSpec::from(deadline.max(Duration::from_nanos(1)));
+                self.due = deadline;
+                let now = now();
+                let at = now + baton_faults::patience(deadline.saturating_sub(now));
+                let at = TimeSpec::from(at.max(Duration::from_nanos(1)));
                 self.timer.set(Expiration::OneShot(at), TimerSetTimeFlags::TFD_TIMER_ABSTIME)
             }
             None => self.timer.unset(),

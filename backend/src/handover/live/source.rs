@@ -1,12 +1,14 @@
 //! The end that serves the session: carries out what [`baton_protocol::session::source`] decides.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use baton_channel::ownership::{OwnershipError, SharedWord, SwapError};
 use baton_channel::packet::{ChannelError, PacketSocket};
 use baton_channel::peer::Life;
+use baton_faults::Point;
 use baton_protocol::control::{HandoverReply, HandoverState, HandoverStatus, SessionReport};
 use baton_protocol::fd_manifest::{FdManifest, NamedFds};
 use baton_protocol::handover::message::{Commit, Descriptors, Message, Prepare, Stage};
@@ -38,6 +40,8 @@ enum StageError {
     Vhost(#[from] VhostNetError),
     #[error(transparent)]
     Channel(#[from] ChannelError),
+    #[error(transparent)]
+    System(#[from] io::Error),
 }
 
 /// What there is while a session is staged.
@@ -194,15 +198,20 @@ impl LiveSource {
         self.tell(around, Event::Dead, outcomes)
     }
 
-    /// Time has passed.
+    /// It is `now`.
     ///
     /// # Errors
     /// [`DeviceError`]: the device cannot go on.
-    pub fn on_time(&mut self, around: Around<'_>, outcomes: &mut Vec<Outcome>) -> Result<(), DeviceError> {
-        if self.farewell.take_if(|until| *until <= now()).is_some() {
+    pub fn on_time(
+        &mut self,
+        around: Around<'_>,
+        now: Duration,
+        outcomes: &mut Vec<Outcome>,
+    ) -> Result<(), DeviceError> {
+        if self.farewell.take_if(|until| *until <= now).is_some() {
             self.link = None;
         }
-        self.tell(around, Event::Time, outcomes)
+        self.tell_at(around, Event::Time, now, outcomes)
     }
 
     /// Ends it, if the session is not the target's yet.
@@ -236,8 +245,18 @@ impl LiveSource {
         event: Event,
         outcomes: &mut Vec<Outcome>,
     ) -> Result<(), DeviceError> {
+        self.tell_at(around, event, now(), outcomes)
+    }
+
+    fn tell_at(
+        &mut self,
+        around: Around<'_>,
+        event: Event,
+        now: Duration,
+        outcomes: &mut Vec<Outcome>,
+    ) -> Result<(), DeviceError> {
         let state = std::mem::replace(&mut self.state, Source::HandedOver(None));
-        let (state, actions) = state.step(event, now());
+        let (state, actions) = state.step(event, now);
         self.state = state;
         self.act(around, actions, outcomes)?;
         self.report();
@@ -281,6 +300,7 @@ impl LiveSource {
         for action in actions {
             match action {
                 Action::Prepare => {
+                    baton_faults::pass(Point::SourceSessionGreeted);
                     let message = {
                         let device = &lock(around.dispatch).device;
                         Message::Prepare(Prepare {
@@ -324,9 +344,11 @@ impl LiveSource {
                     self.resumed(outcomes);
                 }
                 Action::Release => {
+                    baton_faults::pass(Point::SourceSessionHandedOver);
                     lock(around.dispatch).device.let_go()?;
                     self.frozen = None;
                     outcomes.push(Outcome::Released);
+                    baton_faults::pass(Point::SourceSessionReleased);
                 }
                 Action::Send(message) => self.send(around, &message, &[], outcomes)?,
                 // The target may have something to tidy up, and closes the connection then.
@@ -365,6 +387,7 @@ impl LiveSource {
     }
 
     fn stage(&mut self, around: Around<'_>, vhost: bool) -> Result<(), StageError> {
+        baton_faults::point(Point::SourceSessionReady)?;
         let device = &lock(around.dispatch).device;
         let pairs = device.pairs();
         let shared = Shared { word: SharedWord::create()?, frames: Slots::create(pairs)? };
@@ -382,6 +405,7 @@ impl LiveSource {
             fds: names,
         };
         link.send(&Message::Stage(Box::new(stage)), &first, PATIENCE)?;
+        baton_faults::pass(Point::SourceSessionStageSent);
         for (fds, more) in packets {
             link.send(&Message::Descriptors(Descriptors { fds }), &more, PATIENCE)?;
         }
@@ -389,6 +413,7 @@ impl LiveSource {
     }
 
     fn freeze(&mut self, around: Around<'_>, outcomes: &mut Vec<Outcome>) -> Result<(), DeviceError> {
+        baton_faults::pass(Point::SourceSessionStaged);
         let frozen = {
             let Some(shared) = &self.shared else { return Ok(()) };
             lock(around.dispatch).device.freeze(|pair, frame| shared.frames.keep(pair, frame))
@@ -396,7 +421,13 @@ impl LiveSource {
         match frozen {
             Ok(frozen) => {
                 self.frozen = Some(frozen);
-                self.tell(around, Event::Frozen, outcomes)
+                let event = match baton_faults::point(Point::SourceSessionFrozen) {
+                    Ok(()) => Event::Frozen,
+                    Err(error) => {
+                        Event::Failed(Refusal::Unusable { what: "the rings", text: error.to_string() }.into())
+                    }
+                };
+                self.tell(around, event, outcomes)
             }
             Err(DeviceError::Dataplane { source, .. }) => {
                 let reason = Refusal::Source { what: "a frame in hand", text: source.to_string() };
@@ -414,9 +445,11 @@ impl LiveSource {
         outcomes: &mut Vec<Outcome>,
     ) -> Result<(), DeviceError> {
         let Some(Frozen { vrings, pairs }) = self.frozen.take() else { return Ok(()) };
+        baton_faults::pass(Point::SourceSessionOffered);
         let times = FreezeTimes { sent: nanoseconds(now()), ..times };
         let message = Message::Commit(Commit { epoch: word.epoch, vrings, pairs, times });
         self.send(around, &message, &[], outcomes)?;
+        baton_faults::pass(Point::SourceSessionCommitSent);
         self.tell(around, Event::Sent, outcomes)
     }
 }

@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
 use baton_channel::ownership::SharedWord;
+use baton_faults::Point;
 use baton_protocol::fd_manifest::{ManifestError, NamedFds};
 use baton_protocol::handover::message::{
     FRAMES_FD, FRONTEND_FD, INFLIGHT_FD, LISTENER_FD, LOG_FD, OWNERSHIP_FD, Stage, call_fd, error_fd,
@@ -75,6 +76,7 @@ pub fn stage(
     stage: Stage,
     mut fds: NamedFds<OwnedFd>,
 ) -> Result<(Arc<SharedWord>, Staged, Shape), Reasons> {
+    baton_faults::point(Point::TargetSessionGathered).map_err(|error| made("the session", &error))?;
     let Stage { device: device_state, session: session_state, .. } = stage;
     let checked = {
         let device = &lock(dispatch).device;

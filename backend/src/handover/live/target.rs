@@ -7,11 +7,13 @@ use std::time::Duration;
 use baton_channel::ownership::{SharedWord, SwapError};
 use baton_channel::packet::{ChannelError, Packet, PacketSocket};
 use baton_channel::peer::Life;
+use baton_faults::Point;
 use baton_protocol::codec::CodecError;
 use baton_protocol::control::{HandoverState, HandoverStatus, SessionReport};
 use baton_protocol::handover::message::{Hello, Message, SESSION};
 use baton_protocol::handover::refusal::Refusal;
 use baton_protocol::handover::state::DeviceState;
+use baton_protocol::ownership::Owner;
 use baton_protocol::reasons::Reasons;
 use baton_protocol::session::state::SessionState;
 use baton_protocol::session::target::{Action, Event, Taken, Target};
@@ -136,12 +138,17 @@ impl LiveTarget {
         self.tell(around, Event::Dead, outcomes)
     }
 
-    /// Time has passed.
+    /// It is `now`.
     ///
     /// # Errors
     /// [`DeviceError`]: the device cannot go on.
-    pub fn on_time(&mut self, around: Around<'_>, outcomes: &mut Vec<Outcome>) -> Result<(), DeviceError> {
-        self.tell(around, Event::Time, outcomes)
+    pub fn on_time(
+        &mut self,
+        around: Around<'_>,
+        now: Duration,
+        outcomes: &mut Vec<Outcome>,
+    ) -> Result<(), DeviceError> {
+        self.tell_at(around, Event::Time, now, outcomes)
     }
 
     fn tell(
@@ -150,9 +157,22 @@ impl LiveTarget {
         event: Event<OwnedFd, Box<Staged>>,
         outcomes: &mut Vec<Outcome>,
     ) -> Result<(), DeviceError> {
+        self.tell_at(around, event, now(), outcomes)
+    }
+
+    fn tell_at(
+        &mut self,
+        around: Around<'_>,
+        event: Event<OwnedFd, Box<Staged>>,
+        now: Duration,
+        outcomes: &mut Vec<Outcome>,
+    ) -> Result<(), DeviceError> {
         let state = std::mem::replace(&mut self.state, Target::Ended);
-        let (state, actions) = state.step(event, &self.hello, now());
+        let (state, actions) = state.step(event, &self.hello, now);
         self.state = state;
+        if matches!(self.state, Target::Gathering { .. }) {
+            baton_faults::pass(Point::TargetSessionGathering);
+        }
         self.act(around, actions, outcomes)
     }
 
@@ -166,6 +186,9 @@ impl LiveTarget {
             match action {
                 Action::Judge(device, session) => {
                     let verdict = self.judge(around, device, *session);
+                    if verdict.is_ok() {
+                        baton_faults::pass(Point::TargetSessionJudged);
+                    }
                     self.tell(around, Event::Judged(verdict), outcomes)?;
                 }
                 Action::Stage(stage, fds) => {
@@ -175,12 +198,16 @@ impl LiveTarget {
                         self.word = Some(word);
                         (Box::new(staged), shape)
                     });
-                    if let Err(reasons) = &staged {
-                        tracing::warn!(%reasons, "a session is refused");
+                    match &staged {
+                        Ok(_) => baton_faults::pass(Point::TargetSessionStaged),
+                        Err(reasons) => tracing::warn!(%reasons, "a session is refused"),
                     }
                     self.tell(around, Event::Staged(staged), outcomes)?;
                 }
                 Action::Swap { from, to } => {
+                    if to.owner == Owner::Target {
+                        baton_faults::pass(Point::TargetSessionTaking);
+                    }
                     let result = match &self.word {
                         Some(word) => word.swap(from, to).map_err(|error| match error {
                             SwapError::Lost(word) => Some(word),
@@ -195,15 +222,22 @@ impl LiveTarget {
                     self.tell(around, Event::Seen(word), outcomes)?;
                 }
                 Action::Activate(staged, commit) => {
+                    baton_faults::pass(Point::TargetSessionTaken);
                     self.activate(around, staged, &commit)?;
+                    baton_faults::pass(Point::TargetSessionRunning);
                     self.tell(around, Event::Activated, outcomes)?;
                 }
                 Action::Recover(staged) => {
+                    baton_faults::pass(Point::TargetSessionTaken);
                     lock(around.dispatch).device.inherit()?;
                     self.taken = Some(staged);
+                    baton_faults::pass(Point::TargetSessionRunning);
                     self.tell(around, Event::Activated, outcomes)?;
                 }
-                Action::Listen => self.listen_to_front(around, outcomes),
+                Action::Listen => {
+                    baton_faults::pass(Point::TargetSessionActiveSent);
+                    self.listen_to_front(around, outcomes);
+                }
                 Action::Release(staged) => {
                     lock(around.dispatch).device.unstage()?;
                     drop(staged);
@@ -218,11 +252,17 @@ impl LiveTarget {
                     outcomes.push(Outcome::Abandoned);
                 }
                 Action::Send(message) => {
+                    if matches!(message, Message::Active(_)) {
+                        baton_faults::pass(Point::TargetSessionSettled);
+                    }
                     if let Some(link) = &self.link
                         && let Err(error) = link.send(&message, &[], PATIENCE)
                     {
                         // The end of the connection will be seen.
                         tracing::warn!(%error, "cannot send {}", message.name());
+                    }
+                    if matches!(message, Message::Staged(_)) {
+                        baton_faults::pass(Point::TargetSessionStagedSent);
                     }
                 }
                 // Once the event loop has the session, the source learns so from the end of the connection.
