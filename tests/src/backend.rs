@@ -32,6 +32,13 @@ const INCOMING: &str = "incoming";
 /// The TAP of a [`Rig`].
 pub const TAP: &str = "tap0";
 
+/// What a back-end waits for, on a socket in its directory.
+#[derive(Clone, Copy, Debug)]
+enum Place {
+    FrontEnds,
+    Session,
+}
+
 /// A running back-end, with a control socket.
 #[derive(Debug)]
 pub struct Backend {
@@ -90,10 +97,16 @@ impl Backend {
     /// # Errors
     /// If it cannot be started, or does not listen.
     pub fn waiting_for_session(datapath: Datapath, arguments: &[&str]) -> Result<Self> {
-        let directory = tempfile::tempdir()?;
-        let mut option = OsString::from("--incoming-fds=");
-        option.push(directory.path().join(INCOMING));
-        let mut backend = Self::start(directory, vec![option], datapath, arguments, &[])?;
+        Self::waiting_with_faults(datapath, arguments, &Faults::default())
+    }
+
+    /// Likewise, with fault points if any are wanted.
+    ///
+    /// # Errors
+    /// If it cannot be started, or does not listen.
+    pub fn waiting_with_faults(datapath: Datapath, arguments: &[&str], faults: &Faults) -> Result<Self> {
+        let mut backend =
+            Self::start_faulty(tempfile::tempdir()?, Place::Session, datapath, arguments, faults)?;
         // It answers once it has everything that it was told to have.
         backend.status()?;
         Ok(backend)
@@ -112,7 +125,7 @@ impl Backend {
     ///
     /// # Errors
     /// If that does not work, or the old one does not end by itself.
-    pub fn become_target(&mut self, mut target: Self) -> Result<SessionReport> {
+    pub fn become_target(&mut self, target: Self) -> Result<SessionReport> {
         let answer = self.hand_over_to(&target.incoming(), false)?;
         let report: SessionReport =
             serde_json::from_value(answer.clone()).with_context(|| format!("{answer}"))?;
@@ -124,10 +137,16 @@ impl Backend {
         let status = self.process.wait()?;
         ensure!(status.code() == Some(0), "{status}; log:\n{}", self.process.log());
         ensure!(!self.control.exists() || self.control == target.control, "its control socket is left");
+        drop(self.succeeded_by(target));
+        Ok(report)
+    }
+
+    /// Is that one from now on, which has its session. Gives the old one.
+    pub fn succeeded_by(&mut self, mut target: Self) -> Process {
         target.socket.clone_from(&self.socket);
         let source = std::mem::replace(self, target);
         self.origin = source.origin.or(Some(source.directory));
-        Ok(report)
+        source.process
     }
 
     /// Where it waits for a device.
@@ -201,7 +220,7 @@ impl Backend {
     /// # Errors
     /// If it cannot be started.
     pub fn with_faults(datapath: Datapath, arguments: &[&str], faults: &Faults) -> Result<Self> {
-        Self::start_faulty(tempfile::tempdir()?, datapath, arguments, faults)
+        Self::start_faulty(tempfile::tempdir()?, Place::FrontEnds, datapath, arguments, faults)
     }
 
     /// Kills it, and starts another one at the same sockets.
@@ -214,18 +233,23 @@ impl Backend {
             self.process.wait()?;
         }
         let directory = std::mem::replace(&mut self.directory, tempfile::tempdir()?);
-        *self = Self::start_faulty(directory, datapath, arguments, faults)?;
+        *self = Self::start_faulty(directory, Place::FrontEnds, datapath, arguments, faults)?;
         Ok(())
     }
 
     fn start_faulty(
         directory: tempfile::TempDir,
+        place: Place,
         datapath: Datapath,
         arguments: &[&str],
         faults: &Faults,
     ) -> Result<Self> {
-        let mut socket = OsString::from("--socket-path=");
-        socket.push(directory.path().join("vhost-user"));
+        let (option, name) = match place {
+            Place::FrontEnds => ("--socket-path=", "vhost-user"),
+            Place::Session => ("--incoming-fds=", INCOMING),
+        };
+        let mut socket = OsString::from(option);
+        socket.push(directory.path().join(name));
         if !faults.any() {
             return Self::start(directory, vec![socket], datapath, arguments, &[]);
         }

@@ -4,7 +4,8 @@
 //! [`packet_socket`] on the TAP for [`frames`], and a [`fake_frontend`] or a [`guest`] (booted from [`images`],
 //! making [`traffic`]) on the other side; a [`link`] is all of that with checks. Most tests are run with either
 //! [`datapath`]. In [`local_migration`] a guest moves from one baton-vmm to the next, or
-//! fails to at a [`fake_target`]. The [`lab`] runs a test in a machine that has what this one lacks.
+//! fails to at a [`fake_target`]; [`fault_cells`] and [`session_cells`] have its processes and those of a session's
+//! hand-over die, hang and starve. The [`lab`] runs a test in a machine that has what this one lacks.
 
 pub mod backend;
 pub mod datapath;
@@ -28,6 +29,7 @@ pub mod places;
 pub mod process;
 pub mod programs;
 pub mod qmp;
+pub mod session_cells;
 pub mod session_peer;
 pub mod switching;
 pub mod traffic;

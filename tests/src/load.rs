@@ -1,5 +1,5 @@
 //! Numbered frames both ways between the network and a fake front-end's device, at a rate, while something else happens:
-//! none may be lost, doubled or overtaken within its flow.
+//! none may be lost, doubled or overtaken within its flow, but for what a [`Demand`] allows.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -24,12 +24,37 @@ const DOWN: u16 = 20_000;
 /// The first UDP port of the flows from the guest, one a queue pair. The kernel steers what comes back by what went out.
 const UP: u16 = 30_000;
 
+/// What is sent, and what of it must arrive.
+#[derive(Clone, Copy, Debug)]
+pub struct Demand {
+    /// Frames a second each way.
+    pub rate: u32,
+    /// The most frames of one direction that are on their way at once: where nobody serves for a while, no queue
+    /// overflows.
+    pub under_way: u64,
+    /// So many frames of one direction may be lost.
+    pub may_lose: u64,
+    /// So many of one direction may come twice: again from one that has come before on, and in their order.
+    pub may_double: u64,
+}
+
+impl Demand {
+    /// Everything, once, in its order.
+    pub fn whole(rate: u32) -> Self {
+        Self { rate, under_way: u64::MAX, may_lose: 0, may_double: 0 }
+    }
+}
+
 /// A flow's frame, whose number changes.
 #[derive(Debug)]
 struct Flow {
     frame: Segment,
     sent: u32,
     received: u32,
+    /// The number of the frame that would be next.
+    expected: u32,
+    lost: u64,
+    doubled: u64,
 }
 
 impl Flow {
@@ -37,7 +62,7 @@ impl Flow {
         let mut frame = segment(Network::V4, Transport::Udp, &vec![0x5a; length]);
         let place = frame.transport_offset;
         frame.bytes[place..place + 2].copy_from_slice(&port.to_be_bytes());
-        Self { frame, sent: 0, received: 0 }
+        Self { frame, sent: 0, received: 0, expected: 0, lost: 0, doubled: 0 }
     }
 
     /// The next frame to send.
@@ -71,8 +96,16 @@ impl Direction {
         self.flows.iter().map(|flow| u64::from(flow.sent - flow.received)).sum()
     }
 
+    fn lost(&self) -> u64 {
+        self.flows.iter().map(|flow| flow.lost).sum()
+    }
+
+    fn doubled(&self) -> u64 {
+        self.flows.iter().map(|flow| flow.doubled).sum()
+    }
+
     /// Counts a frame that arrived.
-    fn receive(&mut self, frame: &[u8]) -> Result<()> {
+    fn receive(&mut self, frame: &[u8], demand: &Demand) -> Result<()> {
         let (transport, payload) = (self.flows[0].frame.transport_offset, self.flows[0].frame.payload_offset);
         let port = frame.get(transport..transport + 2).context("a short frame")?;
         let port = u16::from_be_bytes(port.try_into()?);
@@ -81,15 +114,20 @@ impl Direction {
         let number = frame.get(payload..payload + 4).context("a short frame")?;
         let number = u32::from_be_bytes(number.try_into()?);
         ensure!(
-            number == flow.received,
-            "frame {number} of port {port} came instead of {}: {}",
-            flow.received,
-            if number > flow.received { "lost or overtaken" } else { "doubled or late" }
-        );
-        ensure!(
             frame.len() == flow.frame.bytes.len() && frame[payload + 4..].iter().all(|byte| *byte == 0x5a)
         );
-        flow.received += 1;
+        ensure!(number < flow.sent, "frame {number} of port {port} came, and was never sent");
+        // Those that come again do so from one of them on, and without a gap.
+        let (expected, in_order) = (flow.expected, number <= flow.expected || flow.expected == flow.received);
+        flow.lost += u64::from(number.saturating_sub(flow.received));
+        flow.doubled += u64::from(number < flow.received);
+        flow.expected = number + 1;
+        flow.received = flow.received.max(number + 1);
+        ensure!(
+            in_order && self.lost() <= demand.may_lose && self.doubled() <= demand.may_double,
+            "frame {number} of port {port} came instead of {expected}: {}",
+            if number > expected { "lost or overtaken" } else { "doubled or late" }
+        );
         Ok(())
     }
 }
@@ -97,10 +135,14 @@ impl Direction {
 /// What a load came to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
-    /// Frames that went from the network to the guest, all of them in order.
+    /// Frames that went from the network to the guest.
     pub down: u64,
     /// And from the guest to the network.
     pub up: u64,
+    /// Those that were lost on the way to the guest, and to the network.
+    pub lost: [u64; 2],
+    /// Likewise those that came twice.
+    pub doubled: [u64; 2],
 }
 
 /// Sends `rate` frames a second each way while `during` goes on, and until all have arrived.
@@ -113,9 +155,22 @@ pub fn run<T>(
     rate: u32,
     during: impl FnOnce() -> Result<T>,
 ) -> Result<(T, Outcome)> {
+    run_with(device, network, Demand::whole(rate), during)
+}
+
+/// Likewise, with a demand of its own.
+///
+/// # Errors
+/// If more is lost or doubled than is allowed, or anything comes out of its order; those of `during`.
+pub fn run_with<T>(
+    device: &mut Device,
+    network: &mut PacketSocket,
+    demand: Demand,
+    during: impl FnOnce() -> Result<T>,
+) -> Result<(T, Outcome)> {
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
-        let traffic = scope.spawn(|| traffic(device, network, rate, &over));
+        let traffic = scope.spawn(|| traffic(device, network, &demand, &over));
         let result = during();
         over.store(true, Ordering::Relaxed);
         let outcome = traffic.join().map_err(|_| anyhow!("the load panicked"))?;
@@ -128,16 +183,22 @@ pub fn run<T>(
     })
 }
 
-fn traffic(device: &mut Device, network: &mut PacketSocket, rate: u32, over: &AtomicBool) -> Result<Outcome> {
+fn traffic(
+    device: &mut Device,
+    network: &mut PacketSocket,
+    demand: &Demand,
+    over: &AtomicBool,
+) -> Result<Outcome> {
     let pairs = device.pairs.len();
     let (mut down, mut up) = (Direction::new(DOWN, FLOWS), Direction::new(UP, pairs));
     let mut frame = Vec::new();
     let (mut before, mut due) = (Instant::now(), 0.0);
     let mut progress = Instant::now();
+    let mut closed = false;
     loop {
         let ending = over.load(Ordering::Relaxed);
         let now = Instant::now();
-        due += now.duration_since(before).as_secs_f64() * f64::from(rate);
+        due += now.duration_since(before).as_secs_f64() * f64::from(demand.rate);
         before = now;
         let mut worked = false;
         if !ending {
@@ -146,7 +207,7 @@ fn traffic(device: &mut Device, network: &mut PacketSocket, rate: u32, over: &At
             let most = (down.sent() + BURST) as f64;
             due = due.min(most);
             #[expect(clippy::cast_precision_loss, reason = "counts of a test")]
-            while (down.sent() as f64) < due {
+            while (down.sent() as f64) < due && down.outstanding().max(up.outstanding()) < demand.under_way {
                 let turn = down.turn;
                 network.send(down.flows[turn].next())?;
                 down.turn = (turn + 1) % FLOWS;
@@ -158,19 +219,35 @@ fn traffic(device: &mut Device, network: &mut PacketSocket, rate: u32, over: &At
         }
         for pair in 0..pairs {
             while device.try_receive(pair, &mut frame)?.is_some() {
-                down.receive(&frame).context("in the guest")?;
+                down.receive(&frame, demand).context("in the guest")?;
                 worked = true;
             }
         }
         while let Some((_, frame)) = network.try_receive()? {
-            up.receive(frame).context("on the network")?;
+            up.receive(frame, demand).context("on the network")?;
             worked = true;
         }
         if worked {
             progress = Instant::now();
         }
-        if ending && down.outstanding() + up.outstanding() == 0 {
-            return Ok(Outcome { down: down.sent(), up: up.sent() });
+        let forgiving = demand.may_lose + demand.may_double > 0;
+        if ending && (closed || !forgiving) && down.outstanding() + up.outstanding() == 0 {
+            return Ok(Outcome {
+                down: down.sent(),
+                up: up.sent(),
+                lost: [down.lost(), up.lost()],
+                doubled: [down.doubled(), up.doubled()],
+            });
+        }
+        if ending && !closed && !worked && forgiving {
+            // Once these are here, what is not will not come, nor come again.
+            for flow in &mut down.flows {
+                network.send(flow.next())?;
+            }
+            for (pair, flow) in up.flows.iter_mut().enumerate() {
+                device.send(pair, &NetHeader::default(), flow.next())?;
+            }
+            closed = true;
         }
         if progress.elapsed() > PATIENCE {
             bail!("{} frames to the guest and {} from it did not come", down.outstanding(), up.outstanding());

@@ -228,6 +228,16 @@ impl Process {
     }
 }
 
+/// Whether a process is stopped.
+///
+/// # Errors
+/// If there is no such process.
+pub fn is_stopped(process: u32) -> Result<bool> {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat"))?;
+    // After the program's name, which is in parentheses.
+    Ok(stat.rsplit_once(')').is_some_and(|(_, fields)| fields.trim_start().starts_with('T')))
+}
+
 /// Lets a process have descriptors below this number only, or as many as this one may have.
 ///
 /// # Errors

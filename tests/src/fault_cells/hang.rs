@@ -1,7 +1,5 @@
 //! A process hangs, longer than anybody waits for it, and later goes on.
 
-use std::fs;
-
 use anyhow::{Result, ensure};
 use baton_protocol::control::VmmState;
 use nix::sys::signal::Signal;
@@ -11,12 +9,11 @@ use super::{
     Arena, Target, check_no_tap, check_waits, end_backend, is_source, quit_left, signal, stays, until,
 };
 use crate::faults::{Action, Party, Point, has_reached};
+use crate::process;
 
 /// Whether a process is stopped.
 fn is_stopped(process: Pid) -> Result<bool> {
-    let stat = fs::read_to_string(format!("/proc/{process}/stat"))?;
-    // After the program's name, which is in parentheses.
-    Ok(stat.rsplit_once(')').is_some_and(|(_, fields)| fields.trim_start().starts_with('T')))
+    process::is_stopped(u32::try_from(process.as_raw())?)
 }
 
 impl Arena {

@@ -176,7 +176,7 @@ impl LiveSource {
     fn closed(&mut self, around: Around<'_>, outcomes: &mut Vec<Outcome>) -> Result<(), DeviceError> {
         self.link = None;
         self.farewell = None;
-        if self.life.as_ref().is_some_and(Life::is_over) {
+        if self.life.take_if(|life| life.is_over()).is_some() {
             self.tell(around, Event::Dead, outcomes)?;
         }
         self.tell(around, Event::Closed, outcomes)
@@ -195,6 +195,7 @@ impl LiveSource {
             }
         }
         self.farewell = None;
+        self.life = None;
         self.tell(around, Event::Dead, outcomes)
     }
 
@@ -260,6 +261,7 @@ impl LiveSource {
         self.state = state;
         self.act(around, actions, outcomes)?;
         self.report();
+        self.life.take_if(|_| matches!(self.state, Source::Ended { .. }));
         Ok(())
     }
 

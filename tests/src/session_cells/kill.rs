@@ -1,0 +1,120 @@
+//! A process is killed.
+
+use std::os::unix::process::ExitStatusExt;
+
+use anyhow::{Result, ensure};
+use nix::sys::signal::Signal;
+
+use super::{Arena, Fate, RATE, Scene, UNDER_WAY, check_ends, is_source, points};
+use crate::datapath::Datapath;
+use crate::faults::{Action, Party, Point};
+use crate::load::Demand;
+
+/// The most frames that a queue pair takes at once.
+const BATCH: u64 = 64;
+
+/// Each process is killed at each point.
+///
+/// # Errors
+/// If anything is not as it should be.
+pub fn kill_everywhere(datapath: Datapath, queue_pairs: u16) -> Result<()> {
+    let mut arena = Arena::new(datapath, queue_pairs, 256)?;
+    for party in [Party::TargetSession, Party::SourceSession] {
+        points(party).try_for_each(|point| arena.kill(point))?;
+    }
+    arena.end()
+}
+
+/// What becomes of a session whose descriptors go in one packet.
+fn fate(point: Point) -> Fate {
+    match point {
+        // The target has nothing yet.
+        Point::SourceSessionConnected | Point::SourceSessionGreeted | Point::SourceSessionReady => Fate::Lost,
+        Point::SourceSessionStageSent
+        | Point::SourceSessionStaged
+        | Point::SourceSessionFrozen
+        | Point::SourceSessionOffered => Fate::Inherited,
+        Point::TargetSessionTaken | Point::TargetSessionRunning => Fate::Returns,
+        // The front-end may have been heard by one that is dead: nobody knows its session any more.
+        Point::TargetSessionSettled | Point::TargetSessionActiveSent => Fate::Lost,
+        _ if is_source(point) => Fate::Moves,
+        _ => Fate::Stays,
+    }
+}
+
+/// How far the source says that it was.
+pub(super) fn phase(point: Point) -> &'static str {
+    match point {
+        Point::TargetSessionArrived => "greet",
+        Point::TargetSessionJudged => "check",
+        Point::TargetSessionGathering | Point::TargetSessionGathered | Point::TargetSessionStaged => "stage",
+        _ => "commit",
+    }
+}
+
+/// Whether rings run in the process that is killed, whose successor knows of them only what the rings say.
+fn works(point: Point) -> bool {
+    matches!(point, Point::SourceSessionStageSent | Point::SourceSessionStaged | Point::TargetSessionRunning)
+}
+
+impl Arena {
+    /// The process that comes by the point is killed there.
+    ///
+    /// # Errors
+    /// If anything is not as it should be.
+    pub fn kill(&mut self, point: Point) -> Result<()> {
+        self.kill_for(point, fate(point))
+    }
+
+    /// Likewise, where that leads to something else.
+    ///
+    /// # Errors
+    /// If anything is not as it should be.
+    pub fn kill_for(&mut self, point: Point, fate: Fate) -> Result<()> {
+        let batch = if works(point) { BATCH * u64::from(self.options.queue_pairs) } else { 0 };
+        let demand = Demand {
+            // Of what nobody serves nothing arrives.
+            rate: if fate == Fate::Lost { 0 } else { RATE },
+            under_way: UNDER_WAY,
+            may_lose: batch,
+            may_double: batch,
+        };
+        self.cell(point, Action::Kill, 1, demand, |scene| {
+            let attempt = scene.attempt();
+            match fate {
+                _ if is_source(point) => {
+                    let report = attempt.end();
+                    ensure!(report.is_err(), "a back-end that was killed has reported {report:?}");
+                }
+                Fate::Stays => {
+                    let (at, reason) = attempt.end_rolled_back()?;
+                    // Its descriptors are closed before it is dead.
+                    let gone = ["the target died", "the target closed the connection"];
+                    ensure!(at == phase(point) && gone.contains(&reason.as_str()), "{at}: {reason}");
+                }
+                Fate::Returns => {
+                    let (at, reason) = attempt.end_rolled_back()?;
+                    ensure!(at == "commit" && reason.ends_with("has taken it back"), "{at}: {reason}");
+                }
+                _ => {
+                    attempt.end_completed()?;
+                    check_ends(&mut scene.source.process)?;
+                }
+            }
+            scene.expect_killed()?;
+            if matches!(fate, Fate::Moves | Fate::Inherited) {
+                scene.target.wait_serving()?;
+            }
+            Ok(fate)
+        })
+    }
+}
+
+impl Scene<'_> {
+    fn expect_killed(&mut self) -> Result<()> {
+        self.check_reached()?;
+        let status = self.faulty().wait()?;
+        ensure!(status.signal() == Some(Signal::SIGKILL as i32), "{status}");
+        Ok(())
+    }
+}
