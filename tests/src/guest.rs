@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use self::console::Console;
 pub use self::qemu::{Accelerator, Qemu};
@@ -30,6 +30,9 @@ pub const KERNEL_COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=1 panic=-1";
 
 /// What `images/guest-init` says when the shell is about to start.
 const UP: &str = "The guest is up.";
+
+/// What a guest's kernel says of a machine on which handling its timers takes longer than they are apart.
+const SLOW: &str = "hrtimer: interrupt took";
 
 /// The longest command: what a terminal takes as one line, less what goes around the command.
 const MAX_COMMAND: usize = 3900;
@@ -110,6 +113,18 @@ impl Guest {
             bail!("the guest {}: {command:?} ended with {status}: {output}", self.name);
         }
         Ok(output)
+    }
+
+    /// That the guest's kernel has said nothing since its messages were last cleared, but that the machine is slow, which
+    /// it says once in its life.
+    ///
+    /// # Errors
+    /// If it has.
+    pub fn check_dmesg(&mut self) -> Result<()> {
+        let said = self.check("dmesg")?;
+        let news: Vec<_> = said.lines().filter(|line| !line.contains(SLOW)).collect();
+        ensure!(news.is_empty(), "the guest's kernel has said {news:?}");
+        Ok(())
     }
 
     /// What each queue pair of a virtio-net interface has carried since its driver was bound.

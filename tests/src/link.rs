@@ -3,6 +3,8 @@
 //! The same checks serve every front-end that runs a Linux guest. The network's end is the TAP's own interface, in the
 //! namespace of the test; `traffic serve` runs at both ends.
 
+mod handover;
+
 use std::ffi::OsString;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
@@ -10,7 +12,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use baton_control::ControlClient;
-use baton_protocol::control::{BackendStats, BackendStatus, DirectionStats, Request};
+use baton_protocol::control::{BackendStats, BackendStatus, DirectionStats, Frontend, Request};
 use serde_json::Value;
 
 use crate::datapath::{self, Datapath};
@@ -60,6 +62,7 @@ pub struct Link {
     datapath: Datapath,
     meeting: Meeting,
     queue_pairs: u16,
+    hand_overs: u32,
     /// Kept, so that it is among the back-end's descriptors always.
     client: Option<ControlClient>,
     _server: Process,
@@ -105,6 +108,7 @@ impl Link {
             datapath,
             meeting,
             queue_pairs,
+            hand_overs: 0,
             client: None,
             _server: server,
             _directory: directory,
@@ -189,10 +193,28 @@ impl Link {
     /// # Errors
     /// If they never do.
     pub fn wait_serving(&mut self) -> Result<()> {
+        self.wait_status("a front-end's rings ran", |status| {
+            status.vrings[..2].iter().all(|vring| vring.started && vring.enabled)
+        })
+    }
+
+    /// Waits until there is no front-end.
+    ///
+    /// # Errors
+    /// If there always is.
+    pub fn wait_left(&mut self) -> Result<()> {
+        self.wait_status("the front-end had left", |status| status.frontend == Frontend::Disconnected)
+    }
+
+    /// Waits until the back-end's status is as it should be.
+    ///
+    /// # Errors
+    /// If it never is.
+    pub fn wait_status(&mut self, what: &str, condition: impl Fn(&BackendStatus) -> bool) -> Result<()> {
         let mut client = ControlClient::connect(&self.control)?;
-        self.backend.wait_until("a front-end's rings ran", |_| {
+        self.backend.wait_until(what, |_| {
             let status: BackendStatus = serde_json::from_value(client.call(&Request::Status)?)?;
-            Ok(status.vrings[..2].iter().all(|vring| vring.started && vring.enabled).then_some(()))
+            Ok(condition(&status).then_some(()))
         })
     }
 
@@ -210,7 +232,7 @@ impl Link {
     /// # Errors
     /// If it cannot be.
     pub fn boot_qemu(&self, accelerator: Accelerator, name: &str) -> Result<Guest> {
-        let qemu = Qemu::new(accelerator, self.queue_pairs, "512M")?;
+        let qemu = Qemu::new(accelerator, self.queue_pairs, "512M")?.rebooting();
         let qemu = qemu.vhost_user("net0", self.socket()?, self.meeting, MAC, self.queue_pairs);
         self.brought_up(qemu.start(name)?)
     }

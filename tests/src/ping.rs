@@ -4,7 +4,7 @@
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -25,6 +25,10 @@ const INTERVAL: Duration = Duration::from_millis(10);
 const RECEIVE_BUFFER: usize = 16 << 20;
 /// Payload of each, in bytes: its number, and a pattern.
 const PAYLOAD: usize = 56;
+
+/// How many more show that they are answered, and how often is looked.
+const SOME: usize = 10;
+const TICK: Duration = Duration::from_millis(1);
 
 /// When the next request is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +58,7 @@ pub fn lost(to: Ipv4Addr, count: u16) -> Result<Vec<u16>> {
 }
 
 fn lost_within(to: Ipv4Addr, count: u16, patience: Duration) -> Result<Vec<u16>> {
-    let sent = send_while(to, Pace::Steady, patience, |number| number < u32::from(count))?;
+    let sent = send_while(to, Pace::Steady, patience, |sent| sent.len() < usize::from(count))?;
     Ok((0..count).zip(&sent).filter(|(_, ping)| ping.replies == 0).map(|(number, _)| number).collect())
 }
 
@@ -69,16 +73,38 @@ struct Sent {
 #[derive(Debug)]
 pub struct Endless {
     ended: Arc<AtomicBool>,
+    /// How many have been answered.
+    answered: Arc<AtomicUsize>,
     thread: JoinHandle<Result<Vec<Sent>>>,
 }
 
 impl Endless {
     /// Starts it.
     pub fn start(to: Ipv4Addr) -> Self {
-        let ended = Arc::new(AtomicBool::new(false));
-        let of_thread = Arc::clone(&ended);
-        let go_on = move |_| !of_thread.load(Ordering::Relaxed);
-        Self { ended, thread: thread::spawn(move || send_while(to, Pace::Flood, PATIENCE, go_on)) }
+        let (ended, answered) = (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default());
+        let of_thread = (Arc::clone(&ended), Arc::clone(&answered));
+        let go_on = move |sent: &[Sent]| {
+            let (ended, answered) = &of_thread;
+            let is_answered = sent.last().is_some_and(|ping| ping.replies > 0);
+            answered.fetch_add(usize::from(is_answered), Ordering::Relaxed);
+            !ended.load(Ordering::Relaxed)
+        };
+        let thread = thread::spawn(move || send_while(to, Pace::Flood, PATIENCE, go_on));
+        Self { ended, answered, thread }
+    }
+
+    /// Waits until some more were answered in time.
+    ///
+    /// # Errors
+    /// If none is, or the pings have ended by themselves.
+    pub fn wait_answered(&self) -> Result<()> {
+        let (deadline, before) = (Instant::now() + PATIENCE, self.answered.load(Ordering::Relaxed));
+        while self.answered.load(Ordering::Relaxed) < before + SOME {
+            ensure!(!self.thread.is_finished(), "the pings have ended by themselves");
+            ensure!(Instant::now() < deadline, "no ping is answered");
+            thread::sleep(TICK);
+        }
+        Ok(())
     }
 
     /// Ends it, and gives how many were sent, and when those to which no reply came.
@@ -93,12 +119,12 @@ impl Endless {
     }
 }
 
-/// Sends pings as long as `go_on` with their number, and waits for the replies.
+/// Sends pings as long as `go_on` after those sent so far, and waits for the replies.
 fn send_while(
     to: Ipv4Addr,
     pace: Pace,
     patience: Duration,
-    go_on: impl Fn(u32) -> bool,
+    go_on: impl Fn(&[Sent]) -> bool,
 ) -> Result<Vec<Sent>> {
     /// Tells those of one process apart.
     static SENDERS: AtomicU16 = AtomicU16::new(0);
@@ -111,10 +137,13 @@ fn send_while(
     let process = u16::try_from(std::process::id() & 0xffff)?;
     let id = process.wrapping_add(SENDERS.fetch_add(1, Ordering::Relaxed));
     let mut sent: Vec<Sent> = Vec::new();
-    for number in (0..).take_while(|&number| go_on(number)) {
+    for number in 0.. {
         if let Some(last) = sent.last() {
             let next = last.time + INTERVAL;
             hear(&socket, id, &mut sent, next, pace == Pace::Flood)?;
+        }
+        if !go_on(&sent) {
+            break;
         }
         send(socket.as_raw_fd(), &request(id, number), MsgFlags::empty()).context("cannot send a ping")?;
         sent.push(Sent { time: Instant::now(), replies: 0 });

@@ -47,11 +47,24 @@ impl Process {
     /// # Errors
     /// If it cannot be started.
     pub fn start(path: &Path, arguments: &[OsString], fds: &[BorrowedFd<'_>]) -> Result<Self> {
+        Self::start_with_input(path, arguments, fds, Stdio::null())
+    }
+
+    /// The same with something on its standard input.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start_with_input(
+        path: &Path,
+        arguments: &[OsString],
+        fds: &[BorrowedFd<'_>],
+        input: Stdio,
+    ) -> Result<Self> {
         let log = tempfile::tempfile().context("a file for the log")?;
         let fds: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         let parent = nix::unistd::getpid();
         let mut command = Command::new(path);
-        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log.try_clone()?);
+        command.args(arguments).stdin(input).stdout(Stdio::null()).stderr(log.try_clone()?);
         let before_exec = move || {
             nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
             if nix::unistd::getppid() != parent {
@@ -195,15 +208,7 @@ impl Process {
     /// # Errors
     /// If it has ended.
     pub fn fd_targets(&self) -> Result<Vec<String>> {
-        let mut targets = Vec::new();
-        for entry in std::fs::read_dir(format!("/proc/{}/fd", self.pid()))? {
-            // One that has been closed since is no target.
-            if let Ok(target) = std::fs::read_link(entry?.path()) {
-                targets.push(target.display().to_string());
-            }
-        }
-        targets.sort();
-        Ok(targets)
+        targets(self.pid())
     }
 
     /// Waits until it has exactly this many descriptors open.
@@ -236,6 +241,29 @@ pub fn is_stopped(process: u32) -> Result<bool> {
     let stat = std::fs::read_to_string(format!("/proc/{process}/stat"))?;
     // After the program's name, which is in parentheses.
     Ok(stat.rsplit_once(')').is_some_and(|(_, fields)| fields.trim_start().starts_with('T')))
+}
+
+/// The sockets that a process has, by names that no other sockets ever have.
+///
+/// # Errors
+/// If it has ended.
+pub fn sockets_of(process: u32) -> Result<Vec<String>> {
+    let mut sockets = targets(process)?;
+    sockets.retain(|target| target.starts_with("socket:"));
+    Ok(sockets)
+}
+
+/// Where the descriptors of a process point.
+fn targets(process: u32) -> Result<Vec<String>> {
+    let mut targets = Vec::new();
+    for entry in std::fs::read_dir(format!("/proc/{process}/fd"))? {
+        // One that has been closed since is no target.
+        if let Ok(target) = std::fs::read_link(entry?.path()) {
+            targets.push(target.display().to_string());
+        }
+    }
+    targets.sort();
+    Ok(targets)
 }
 
 /// Lets a process have descriptors below this number only, or as many as this one may have.

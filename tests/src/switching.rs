@@ -5,7 +5,6 @@ use std::collections::HashSet;
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
-use baton_protocol::control::Frontend;
 
 use crate::datapath::Datapath;
 use crate::fake_frontend::{Device, Options, features};
@@ -22,7 +21,7 @@ const ROUNDS: u16 = 2;
 /// If the device is lost, traffic goes wrong, or the back-end holds more than before.
 pub fn check(link: &mut Link, boot: impl FnOnce(&Link) -> Result<Guest>) -> Result<()> {
     serve_once(link)?;
-    wait_left(link)?;
+    link.wait_left()?;
     let at_rest = Holdings::of(&link.backend)?;
     ensure!(at_rest.vhost_workers == 0, "without a front-end: {at_rest:?}");
 
@@ -47,7 +46,7 @@ pub fn check(link: &mut Link, boot: impl FnOnce(&Link) -> Result<Guest>) -> Resu
 
     link.check_flows(&mut guest, 2000, 16, 2000)?;
     ensure!(guest.power_off()?.success(), "a guest that was switched off is no failure");
-    wait_left(link)?;
+    link.wait_left()?;
     at_rest.wait(&mut link.backend)?;
     link.check_healthy()
 }
@@ -58,13 +57,22 @@ fn switch_link(_: &Link, guest: &mut Guest) -> Result<()> {
 }
 
 fn switch_driver(_: &Link, guest: &mut Guest) -> Result<()> {
+    rebind_driver(guest)?;
+    wait_traffic(guest)
+}
+
+/// Takes the device from its driver, and gives it back.
+///
+/// # Errors
+/// If the driver does not come up again.
+pub fn rebind_driver(guest: &mut Guest) -> Result<()> {
     let device = guest.check("basename $(readlink /sys/class/net/eth0/device)")?;
     let device = device.trim();
     let driver = "/sys/bus/virtio/drivers/virtio_net";
     guest.check(&format!("echo {device} > {driver}/unbind && ! [ -e /sys/class/net/eth0 ]"))?;
     guest.check(&format!("echo {device} > {driver}/bind"))?;
     guest.check(&format!("ip link set eth0 up && ip addr add {GUEST}/24 dev eth0"))?;
-    wait_traffic(guest)
+    Ok(())
 }
 
 fn switch_queue_pairs(link: &Link, guest: &mut Guest) -> Result<()> {
@@ -105,7 +113,10 @@ fn wait_traffic(guest: &mut Guest) -> Result<()> {
 }
 
 /// Pings and sums over TCP; every queue pair has its part both ways.
-fn check_all_pairs(link: &Link, guest: &mut Guest) -> Result<()> {
+///
+/// # Errors
+/// If not so.
+pub fn check_all_pairs(link: &Link, guest: &mut Guest) -> Result<()> {
     let before = guest.queue_pairs("eth0")?;
     link.check_pings(guest, 10)?;
     link.check_bulk(guest, 1 << 18, link.queue_pairs())?;
@@ -126,11 +137,6 @@ fn serve_once(link: &mut Link) -> Result<()> {
     // It answers when it has done all that it was told, and has the threads for it.
     link.status()?;
     drop(device);
-    Ok(())
-}
-
-fn wait_left(link: &mut Link) -> Result<()> {
-    while link.status()?.frontend != Frontend::Disconnected {}
     Ok(())
 }
 

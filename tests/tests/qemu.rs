@@ -1,4 +1,4 @@
-//! QEMU as the front-end of a Linux guest: traffic, and restarts of either side.
+//! QEMU as the front-end of a Linux guest: traffic, restarts of either side, and live hand-overs.
 
 use anyhow::{Context, Result, ensure};
 use baton_tests::datapath::Datapath;
@@ -10,6 +10,9 @@ on_both_datapaths! {
     one_pair_listening,
     four_pairs_as_client,
 }
+
+/// How often a session is handed over.
+const HAND_OVERS: usize = 20;
 
 /// Traffic; the same after the back-end was killed and another one took its place under the running guest; the same
 /// for a new guest after QEMU was killed.
@@ -58,6 +61,33 @@ fn four_pairs_listening() -> Result<()> {
 
 fn four_pairs_as_client(datapath: Datapath) -> Result<()> {
     serves(datapath, Meeting::FrontendListens, 4)
+}
+
+/// Its session goes from back-end to back-end under traffic. QEMU and the guest notice nothing, and then the driver begins
+/// anew, and the guest.
+fn is_handed_over(meeting: Meeting, queue_pairs: u16) -> Result<()> {
+    let mut link = Link::new(Datapath::Userspace, meeting, queue_pairs)?;
+    let body = |link: &mut Link| {
+        let mut guest = link.boot_qemu(Accelerator::Tcg, "guest")?;
+        link.check_hand_overs(&mut guest, Accelerator::Tcg, HAND_OVERS)?;
+        link.check_rebound(&mut guest)?;
+        guest.type_line("reboot -f")?;
+        guest.wait_for_shell()?;
+        link.bring_up(&mut guest)?;
+        switching::check_all_pairs(link, &mut guest)?;
+        link.check_healthy()
+    };
+    body(&mut link).with_context(|| link.evidence())
+}
+
+#[test]
+fn one_pair_is_handed_over_listening() -> Result<()> {
+    is_handed_over(Meeting::BackendListens, 1)
+}
+
+#[test]
+fn four_pairs_are_handed_over_as_client() -> Result<()> {
+    is_handed_over(Meeting::FrontendListens, 4)
 }
 
 // With the kernel's datapath baton-vmm's test has it: in the lab each takes minutes.

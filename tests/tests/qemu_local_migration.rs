@@ -107,10 +107,8 @@ fn booted(datapath: Datapath) -> Result<(Netns, tempfile::TempDir, Place)> {
     let arguments =
         [format!("--tap={TAP}"), format!("--queue-pairs={PAIRS}"), "--log-level=debug".to_owned()];
     let backend = Backend::listening(datapath, &arguments.each_ref().map(String::as_str), &[])?;
-    let mut place = Place::new(datapath, backend, &directory.path().join("memory"), "source", |qemu| {
-        // Not to its end.
-        qemu.args(["-action", "reboot=reset"])
-    })?;
+    let memory = directory.path().join("memory");
+    let mut place = Place::new(datapath, backend, &memory, "source", Qemu::rebooting)?;
     place.guest.wait_for_shell()?;
     link::bring_up(&mut place.guest, PAIRS)?;
     ping::check(GUEST, 20)?;

@@ -132,6 +132,11 @@ impl Qemu {
         Ok((guest, monitor))
     }
 
+    /// Has it start the guest anew when that reboots, rather than end.
+    pub fn rebooting(self) -> Self {
+        self.args(["-action", "reboot=reset"])
+    }
+
     /// Has it wait for a guest that comes from elsewhere, and not let it run by itself either.
     pub fn incoming(self) -> Self {
         self.args(["-incoming", "defer", "-S"])

@@ -74,9 +74,22 @@ impl Load {
     /// # Errors
     /// If something stands still.
     pub fn wait_flowing(&self) -> Result<()> {
+        self.wait_share(1)
+    }
+
+    /// Waits until some more has passed on every stream, and another datagram has come.
+    ///
+    /// # Errors
+    /// If something stands still.
+    pub fn wait_moving(&self) -> Result<()> {
+        self.wait_share(64)
+    }
+
+    fn wait_share(&self, share: u32) -> Result<()> {
         // All at once, not one after the other.
-        let until: Vec<_> = self.streams.iter().map(|stream| stream.done() + self.pace.bytes).collect();
-        let datagrams = self.from_guest.done() + u64::from(self.pace.datagrams) / 4;
+        let more = self.pace.bytes / u64::from(share);
+        let until: Vec<_> = self.streams.iter().map(|stream| stream.done() + more).collect();
+        let datagrams = self.from_guest.done() + u64::from(self.pace.datagrams / 4 / share).max(1);
         for (number, (stream, until)) in self.streams.iter().zip(until).enumerate() {
             stream.wait_until(until).with_context(|| format!("TCP stream {number}"))?;
         }

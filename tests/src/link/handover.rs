@@ -1,0 +1,116 @@
+//! The session under a running guest goes from back-end to back-end, and neither the guest nor its front-end notices.
+
+use anyhow::{Context, Result, ensure};
+use baton_control::ControlClient;
+use baton_protocol::control::{Request, SessionReport};
+
+use super::{GUEST, Link, TAP, option};
+use crate::datapath;
+use crate::guest::{Accelerator, Guest};
+use crate::migration::{Kind, Load};
+use crate::process::{self, Process};
+use crate::{netns, ping, programs, switching};
+
+/// What a back-end says when it can be given a session.
+const WAITS: &str = "waiting for a device";
+
+impl Link {
+    /// Hands the session over to another back-end, which is this link's from then on, at the same control socket.
+    ///
+    /// # Errors
+    /// If that does not work, or the old one does not end well by itself.
+    pub fn hand_over(&mut self) -> Result<SessionReport> {
+        // The last one still has its own.
+        self.hand_overs += 1;
+        let incoming = self.control.with_file_name(format!("incoming-{}", self.hand_overs));
+        let mut arguments = vec![
+            option("--incoming-fds=", &incoming),
+            option("--control-socket=", &self.control),
+            "--log-level=debug".into(),
+        ];
+        arguments.extend(datapath::options(self.datapath).iter().map(Into::into));
+        let mut target = Process::start(&programs::backend()?, &arguments, &[])?;
+        target
+            .wait_until("it waited for a session", |target| Ok(target.log().contains(WAITS).then_some(())))?;
+        let path = Some(incoming.display().to_string());
+        let request = Request::Handover { path, on_suspend: false, dry_run: false, cancel: false };
+        let report: SessionReport = self.ask(&request)?;
+        let logs = |link: &Self| format!("source:\n{}target:\n{}", link.backend.log(), target.log());
+        ensure!(matches!(report, SessionReport::Completed { .. }), "{report:?}; {}", logs(self));
+        let status = self.backend.wait()?;
+        ensure!(status.success(), "it ended with {status}; {}", logs(self));
+        ensure!(!self.backend.log().contains("panicked"), "{}", logs(self));
+        self.backend = target;
+        self.client = Some(ControlClient::connect(&self.control)?);
+        Ok(report)
+    }
+
+    /// Hands the session over so often while pings, TCP streams and numbered datagrams go both ways. Nothing of that is
+    /// lost, doubled or overtaken, and neither the guest nor the program that runs it has anything to tell.
+    ///
+    /// # Errors
+    /// If not so.
+    pub fn check_hand_overs(
+        &mut self,
+        guest: &mut Guest,
+        accelerator: Accelerator,
+        times: usize,
+    ) -> Result<()> {
+        // Its kernel says that the link is up some time after that.
+        guest.check("until grep -q up /sys/class/net/eth0/operstate; do sleep 0.1; done")?;
+        self.check_pings(guest, 5)?;
+        let before = Appearance::of(guest)?;
+        guest.check("dmesg -c >/dev/null")?;
+        let (datapath, queue_pairs) = (self.datapath, self.queue_pairs);
+        let load = Load::start(Kind { datapath, accelerator, queue_pairs });
+        let pings = ping::Endless::start(GUEST);
+        for hop in 0..times {
+            load.wait_moving().with_context(|| format!("before hand-over {hop}"))?;
+            self.hand_over().with_context(|| format!("hand-over {hop}"))?;
+        }
+        load.wait_moving()?;
+        let (sent, lost) = pings.end()?;
+        ensure!(lost.is_empty(), "of {sent} pings {} were lost", lost.len());
+        let balance = load.end(&[])?;
+        ensure!(balance.bytes > 0 && balance.datagrams.iter().all(|count| *count > 0), "{balance:?}");
+        guest.check_dmesg()?;
+        let after = Appearance::of(guest)?;
+        ensure!(after == before, "the guest was {before:?}, is {after:?}");
+        self.check_healthy()
+    }
+
+    /// After hand-overs: the guest's driver begins anew, every queue pair works, and the session can be handed over.
+    ///
+    /// # Errors
+    /// If not so.
+    pub fn check_rebound(&mut self, guest: &mut Guest) -> Result<()> {
+        switching::rebind_driver(guest)?;
+        switching::check_all_pairs(self, guest)?;
+        self.hand_over()?;
+        switching::check_all_pairs(self, guest)
+    }
+}
+
+/// What would change if a back-end were not there for a while.
+#[derive(Debug, PartialEq, Eq)]
+struct Appearance {
+    /// The front-end's connections.
+    sockets: Vec<String>,
+    /// What it has said.
+    log: String,
+    /// How often its guest's link went up or down.
+    carrier_changes: String,
+    /// How many frames the TAP had no room for.
+    dropped: u64,
+}
+
+impl Appearance {
+    fn of(guest: &mut Guest) -> Result<Self> {
+        Ok(Self {
+            sockets: process::sockets_of(guest.process())?,
+            log: guest.log(),
+            carrier_changes: guest.check("cat /sys/class/net/eth0/carrier_changes")?,
+            dropped: netns::counters(TAP)?.tx_dropped,
+        })
+    }
+}
