@@ -1,22 +1,40 @@
 //! DPDK's `dpdk-testpmd` as the front-end, with its `net_virtio_user` device: a virtio driver and vhost-user front-end
-//! in one process, which answers pings.
+//! in one process, which answers pings: restarts of either side, and live hand-overs.
 
 use std::ffi::OsString;
+use std::io::{PipeWriter, Write, pipe};
 use std::path::Path;
+use std::process::Stdio;
 
 use anyhow::{Context, Result, ensure};
 use baton_tests::datapath::Datapath;
 use baton_tests::link::{GUEST, Link, MAC, Meeting};
 use baton_tests::on_both_datapaths;
 use baton_tests::ping;
-use baton_tests::process::Process;
+use baton_tests::process::{self, Process};
 
 on_both_datapaths! {
     two_pairs_as_client,
+    two_pairs_are_handed_over_as_client,
+}
+
+/// How often a session is handed over.
+const HAND_OVERS: usize = 20;
+
+/// A running testpmd, which does what is written to it.
+struct Testpmd {
+    process: Process,
+    input: PipeWriter,
+}
+
+impl Testpmd {
+    fn tell(&mut self, command: &str) -> Result<()> {
+        writeln!(self.input, "{command}").with_context(|| format!("cannot tell testpmd to {command}"))
+    }
 }
 
 /// Starts testpmd and waits until the back-end serves it.
-fn start(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Result<Process> {
+fn start(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Result<Testpmd> {
     let server = match meeting {
         Meeting::BackendListens => "",
         Meeting::FrontendListens => {
@@ -35,17 +53,20 @@ fn start(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Result<Process>
     let arguments: Vec<OsString> =
         ["--lcores=0@0,1@0", "--no-pci", "--no-telemetry", "--no-huge", "-m", "256"]
             .into_iter()
-            .chain([device.as_str(), &prefix, "--", "--nb-cores=1", "--total-num-mbufs=8192"])
-            .chain(["--rxd=1024", "--txd=1024", "--forward-mode=icmpecho", "--stats-period=3600"])
+            .chain([device.as_str(), &prefix, "--", "-i", "--nb-cores=1", "--total-num-mbufs=8192"])
+            .chain(["--rxd=1024", "--txd=1024", "--forward-mode=icmpecho"])
             // What comes before it forwards waits for it, rather than being thrown away.
             .chain(["--no-flush-rx"])
             .chain(queues.iter().map(String::as_str))
             .map(OsString::from)
             .collect();
     let program = Path::new("/usr/bin/dpdk-testpmd");
-    let mut testpmd = Process::start(program, &arguments, &[])?;
-    link.wait_serving().with_context(|| format!("testpmd:\n{}", testpmd.log()))?;
-    ensure!(testpmd.is_running()?, "testpmd has ended:\n{}", testpmd.log());
+    let (reader, input) = pipe()?;
+    let process = Process::start_with_input(program, &arguments, &[], Stdio::from(reader))?;
+    let mut testpmd = Testpmd { process, input };
+    testpmd.tell("start")?;
+    link.wait_serving().with_context(|| format!("testpmd:\n{}", testpmd.process.log()))?;
+    ensure!(testpmd.process.is_running()?, "testpmd has ended:\n{}", testpmd.process.log());
     Ok(testpmd)
 }
 
@@ -66,13 +87,67 @@ fn serves_on(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Result<()> 
     }
     link.wait_serving()?;
     ping::check(GUEST, 100)?;
-    ensure!(testpmd.is_running()?, "testpmd has ended:\n{}", testpmd.log());
+    ensure!(testpmd.process.is_running()?, "testpmd has ended:\n{}", testpmd.process.log());
+    link.check_healthy()
+}
+
+/// The session goes from back-end to back-end while floods of pings go both ways; testpmd notices nothing. Then it resets
+/// its device, closes it, and another testpmd comes.
+fn is_handed_over_on(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Result<()> {
+    let mut testpmd = start(link, meeting, queue_pairs)?;
+    ping::check(GUEST, 5)?;
+    let before = (process::sockets_of(testpmd.process.pid())?, testpmd.process.log());
+    let floods = [(); 2].map(|()| ping::Endless::start(GUEST));
+    for hop in 0..HAND_OVERS {
+        floods.iter().try_for_each(ping::Endless::wait_answered)?;
+        link.hand_over().with_context(|| format!("hand-over {hop}"))?;
+    }
+    for flood in floods {
+        flood.wait_answered()?;
+        let (sent, lost) = flood.end()?;
+        ensure!(lost.is_empty(), "of {sent} pings {} were lost", lost.len());
+    }
+    let after = (process::sockets_of(testpmd.process.pid())?, testpmd.process.log());
+    ensure!(after == before, "testpmd was {before:?}, is {after:?}");
+
+    // It is the other features that make it reset the device.
+    let features = link.status()?.features;
+    for command in ["stop", "port stop 0", "port config 0 rx_offload tcp_cksum on", "port start 0", "start"] {
+        testpmd.tell(command)?;
+    }
+    link.wait_status("the device had been reset", |status| status.features != features)?;
+    link.wait_serving()?;
+    ping::check(GUEST, 100)?;
+    link.hand_over()?;
+    ping::check(GUEST, 100)?;
+
+    for command in ["stop", "port stop 0", "port close 0"] {
+        testpmd.tell(command)?;
+    }
+    link.wait_left()?;
+    drop(testpmd);
+    let _testpmd = start(link, meeting, queue_pairs)?;
+    ping::check(GUEST, 100)?;
     link.check_healthy()
 }
 
 fn serves(datapath: Datapath, meeting: Meeting, queue_pairs: u16) -> Result<()> {
     let mut link = Link::new(datapath, meeting, queue_pairs)?;
     serves_on(&mut link, meeting, queue_pairs).with_context(|| link.evidence())
+}
+
+fn is_handed_over(datapath: Datapath, meeting: Meeting, queue_pairs: u16) -> Result<()> {
+    let mut link = Link::new(datapath, meeting, queue_pairs)?;
+    is_handed_over_on(&mut link, meeting, queue_pairs).with_context(|| link.evidence())
+}
+
+#[test]
+fn one_pair_is_handed_over_listening() -> Result<()> {
+    is_handed_over(Datapath::Userspace, Meeting::BackendListens, 1)
+}
+
+fn two_pairs_are_handed_over_as_client(datapath: Datapath) -> Result<()> {
+    is_handed_over(datapath, Meeting::FrontendListens, 2)
 }
 
 #[test]
