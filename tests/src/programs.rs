@@ -36,6 +36,11 @@ pub fn traffic() -> Result<PathBuf> {
     program("traffic")
 }
 
+/// `bench-handover`, which measures hand-overs.
+pub fn bench_handover() -> Result<PathBuf> {
+    program("bench-handover")
+}
+
 /// `lab`, which runs the lab's machine.
 pub(crate) fn lab() -> Result<PathBuf> {
     program("lab")

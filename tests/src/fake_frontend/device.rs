@@ -46,6 +46,8 @@ pub struct Options {
     pub indirect: bool,
     /// Check that the device writes nothing behind a frame. Costs a write of the whole buffer a frame.
     pub canaries: bool,
+    /// The guest's memory in bytes, where that is more than everything needs.
+    pub memory: u64,
 }
 
 impl Default for Options {
@@ -59,6 +61,7 @@ impl Default for Options {
             transmit_pieces: vec![2048],
             indirect: false,
             canaries: true,
+            memory: 0,
         }
     }
 }
@@ -279,7 +282,7 @@ impl Device {
         let pieces = |pieces: &[u32]| pieces.iter().map(|&length| u64::from(length) + 32).sum::<u64>();
         let slot = pieces(&options.receive_pieces) + pieces(&options.transmit_pieces) + 64;
         // Room for everything in either region.
-        let size = (buffers * slot + 0x20_0000).next_multiple_of(0x1000);
+        let size = (buffers * slot + 0x20_0000).max(options.memory / 2).next_multiple_of(0x1000);
         let mut memory = GuestMemory::new(&[size, size])?;
         let pairs = (0..u32::from(options.queue_pairs))
             .map(|pair| {
