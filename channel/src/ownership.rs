@@ -90,8 +90,10 @@ impl SharedWord {
 
     fn map(file: File) -> Result<Self, OwnershipError> {
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // Its page is there before the first swap, which somebody waits for.
+        let flags = MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE;
         // SAFETY: a new mapping, wherever there is room.
-        let page = unsafe { mmap(None, SIZE, access, MapFlags::MAP_SHARED, &file, 0) };
+        let page = unsafe { mmap(None, SIZE, access, flags, &file, 0) };
         Ok(Self { page: page.map_err(io::Error::from)?.cast(), file: file.into() })
     }
 

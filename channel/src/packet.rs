@@ -6,6 +6,7 @@
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use baton_protocol::codec::{CodecError, HEADER, Header, Message};
@@ -78,6 +79,8 @@ pub struct Packet<M> {
 pub struct PacketSocket {
     socket: OwnedFd,
     stream: bool,
+    /// Where packets are received: kept, for its pages are made one by one when they are first written to.
+    buffer: Mutex<Vec<u8>>,
 }
 
 impl AsFd for PacketSocket {
@@ -103,11 +106,15 @@ impl TryFrom<OwnedFd> for PacketSocket {
             Ok(SockType::Stream) if unix => true,
             _ => return Err(ChannelError::NotUnix),
         };
-        Ok(Self { socket, stream })
+        Ok(Self::new(socket, stream))
     }
 }
 
 impl PacketSocket {
+    fn new(socket: OwnedFd, stream: bool) -> Self {
+        Self { socket, stream, buffer: Mutex::default() }
+    }
+
     /// Two ends of a packet socket.
     ///
     /// # Errors
@@ -115,7 +122,7 @@ impl PacketSocket {
     pub fn pair() -> Result<(Self, Self), ChannelError> {
         let flags = SockFlag::SOCK_CLOEXEC;
         let (here, there) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
-        Ok((Self { socket: here, stream: false }, Self { socket: there, stream: false }))
+        Ok((Self::new(here, false), Self::new(there, false)))
     }
 
     /// Connects to the packet socket at `path`, without waiting for a peer that does not accept.
@@ -127,7 +134,7 @@ impl PacketSocket {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).map_err(failed)?;
         connect(socket.as_raw_fd(), &UnixAddr::new(path).map_err(failed)?).map_err(failed)?;
-        Ok(Self { socket, stream: false })
+        Ok(Self::new(socket, false))
     }
 
     /// Sends a message with descriptors, waiting for room for no longer than `patience`.
@@ -174,8 +181,12 @@ impl PacketSocket {
 
     fn receive_packet<M: Message>(&self, deadline: Instant) -> Result<Packet<M>, ChannelError> {
         // One byte more than is allowed, so that too long a packet shows.
-        let mut buffer = vec![0; HEADER + M::PROTOCOL.max_body + 1];
-        let received = self.receive_some(&mut buffer, deadline)?;
+        let longest = HEADER + M::PROTOCOL.max_body + 1;
+        let mut buffer = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
+        if buffer.len() < longest {
+            *buffer = vec![0; longest];
+        }
+        let received = self.receive_some(&mut buffer[..longest], deadline)?;
         if received.bytes_lost {
             let length = received.length.saturating_sub(HEADER);
             return Err(CodecError::TooLong { length, max: M::PROTOCOL.max_body }.into());

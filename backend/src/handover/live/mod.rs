@@ -46,6 +46,9 @@ const TIMER: u64 = 0;
 const LINK: u64 = 1;
 const LIFE: u64 = 2;
 
+/// How long the event loop stands still for what is to come at once, while nobody serves.
+const MOMENT: Duration = Duration::from_millis(2);
+
 /// How long a peer's socket may be full.
 const PATIENCE: Duration = Duration::from_millis(100);
 
@@ -270,6 +273,12 @@ impl Live {
                 // Fails only when nothing has expired.
                 let _ = self.timer.unset();
             }
+        }
+        // Nobody serves: what comes next is waited for here, which is faster than through the event loop.
+        match &mut self.end {
+            End::None => {}
+            End::Source(source) => source.hurry(around, &mut outcomes)?,
+            End::Target(target) => target.hurry(around, &mut outcomes)?,
         }
         self.set_timer();
         Ok(outcomes)

@@ -20,7 +20,7 @@ use baton_protocol::session::state::FreezeTimes;
 
 use super::super::snapshot::describe as describe_device;
 use super::frames::{Slots, SlotsError};
-use super::{Around, Outcome, PATIENCE, lock, now, snapshot};
+use super::{Around, MOMENT, Outcome, PATIENCE, lock, now, snapshot};
 use crate::control::{self, Answer, Call};
 use crate::device::{DeviceError, Frozen};
 use crate::handover::PROGRAM;
@@ -66,6 +66,8 @@ pub struct LiveSource {
     /// What is said in COMMIT.
     frozen: Option<Frozen>,
     holds_front: bool,
+    /// The answer was waited for.
+    hurried: bool,
     /// Until when the target is given to tidy up.
     farewell: Option<Duration>,
 }
@@ -82,6 +84,7 @@ impl LiveSource {
             shared: None,
             frozen: None,
             holds_front: false,
+            hurried: false,
             farewell: None,
         }
     }
@@ -158,8 +161,29 @@ impl LiveSource {
     /// # Errors
     /// [`DeviceError`]: the device cannot go on.
     pub fn listen(&mut self, around: Around<'_>, outcomes: &mut Vec<Outcome>) -> Result<(), DeviceError> {
+        self.hear(around, Duration::ZERO, outcomes)
+    }
+
+    /// Once the session is offered, waits a moment for the target's answer: it has the processor at once if there is but
+    /// one.
+    ///
+    /// # Errors
+    /// [`DeviceError`]: the device cannot go on.
+    pub fn hurry(&mut self, around: Around<'_>, outcomes: &mut Vec<Outcome>) -> Result<(), DeviceError> {
+        if matches!(self.state, Source::Committed { .. }) && !std::mem::replace(&mut self.hurried, true) {
+            self.hear(around, MOMENT, outcomes)?;
+        }
+        Ok(())
+    }
+
+    fn hear(
+        &mut self,
+        around: Around<'_>,
+        patience: Duration,
+        outcomes: &mut Vec<Outcome>,
+    ) -> Result<(), DeviceError> {
         let Some(link) = &self.link else { return Ok(()) };
-        match link.receive::<Message>(Duration::ZERO) {
+        match link.receive::<Message>(patience) {
             // None of the target's messages has descriptors; any that came are closed.
             Ok(packet) => self.tell(around, Event::Message(packet.message), outcomes),
             Err(ChannelError::Timeout) => Ok(()),

@@ -21,7 +21,7 @@ use baton_protocol::session::validate::{CheckedCommit, CheckedSession};
 
 use super::super::snapshot::Wishes;
 use super::stage::{self, Staged};
-use super::{Around, Outcome, PATIENCE, lock, now};
+use super::{Around, MOMENT, Outcome, PATIENCE, lock, now};
 use crate::device::DeviceError;
 use crate::handover::PROGRAM;
 
@@ -40,6 +40,8 @@ pub struct LiveTarget {
     word: Option<Arc<SharedWord>>,
     /// What was taken, until the front-end may be heard.
     taken: Option<Box<Staged>>,
+    /// COMMIT was waited for.
+    hurried: bool,
 }
 
 impl LiveTarget {
@@ -52,7 +54,17 @@ impl LiveTarget {
             wants_vhost: wishes.vhost_from_source,
         };
         let state = Target::begin(now());
-        Self { state, link: Some(link), life, same_user, wishes, hello, word: None, taken: None }
+        Self {
+            state,
+            link: Some(link),
+            life,
+            same_user,
+            wishes,
+            hello,
+            word: None,
+            taken: None,
+            hurried: false,
+        }
     }
 
     /// Whether the next source may come.
@@ -98,8 +110,28 @@ impl LiveTarget {
     /// # Errors
     /// [`DeviceError`]: the device cannot go on.
     pub fn listen(&mut self, around: Around<'_>, outcomes: &mut Vec<Outcome>) -> Result<(), DeviceError> {
+        self.hear(around, Duration::ZERO, outcomes)
+    }
+
+    /// Once everything is staged, waits a moment for COMMIT: the source stops its rings as soon as it hears of it.
+    ///
+    /// # Errors
+    /// [`DeviceError`]: the device cannot go on.
+    pub fn hurry(&mut self, around: Around<'_>, outcomes: &mut Vec<Outcome>) -> Result<(), DeviceError> {
+        if matches!(self.state, Target::Staged(_)) && !std::mem::replace(&mut self.hurried, true) {
+            self.hear(around, MOMENT, outcomes)?;
+        }
+        Ok(())
+    }
+
+    fn hear(
+        &mut self,
+        around: Around<'_>,
+        patience: Duration,
+        outcomes: &mut Vec<Outcome>,
+    ) -> Result<(), DeviceError> {
         let Some(link) = &self.link else { return Ok(()) };
-        match link.receive::<Message>(Duration::ZERO) {
+        match link.receive::<Message>(patience) {
             Ok(Packet { message, fds }) => self.tell(around, Event::Message(message, fds), outcomes),
             Err(ChannelError::Timeout) => Ok(()),
             Err(ChannelError::Codec(CodecError::Version(error))) => {
