@@ -410,7 +410,7 @@ fn refusals_say_why_and_leave_the_source_serving() {
     );
     assert_eq!(
         refused(&mut rig.backend, &to_itself),
-        "this is the same back-end: a device cannot be handed over to itself"
+        "this is the same back-end: it cannot hand anything over to itself"
     );
     rig.check_traffic(&mut device).unwrap();
 }
