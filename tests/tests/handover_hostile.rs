@@ -3,13 +3,14 @@
 //! Afterwards an honest peer is served.
 
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use baton_channel::ownership::SharedWord;
 use baton_protocol::codec::Message as _;
-use baton_protocol::control::SessionReport;
+use baton_protocol::control::{HandoverState, SessionReport};
 use baton_protocol::handover::message::{
     Active, Commit, FRAMES_FD, FRONTEND_FD, LISTENER_FD, Message, OWNERSHIP_FD, ReadyToTake, Refuse, call_fd,
     kick_fd, memory_fd, tap_fd,
@@ -29,6 +30,7 @@ use baton_tests::session_peer::{
     Asked, FakeTarget, Link, Relay, STAGED, Sent, greet, hear_stage, hello_of, prepare, send_stage,
 };
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::signal::Signal;
 
 /// Frames a second each way.
 const RATE: u32 = 5_000;
@@ -355,7 +357,7 @@ impl FakeSource {
     }
 
     /// Brings a fresh connection to where it is wanted, with an ownership word of its own.
-    fn bring(&mut self, incoming: &std::path::Path, at: At) -> Result<Link> {
+    fn bring(&mut self, incoming: &Path, at: At) -> Result<Link> {
         let link = Link::connect(incoming)?;
         if at == At::Fresh {
             return Ok(link);
@@ -688,4 +690,207 @@ fn what_a_target_has_done_is_told() {
         Ok(())
     })
     .unwrap();
+}
+
+/// A target that hangs: how its source ends that, with the session its own.
+fn a_target_that_hangs(point: Point) -> Result<()> {
+    while_serving(|backend, place| {
+        let asked = Asked::of(backend, place.path())?;
+        let source = place.accept()?;
+        let held = point.reach(&source)?;
+        let failure = asked.failure()?;
+        drop((source, held));
+        ensure!(
+            failure == (point.phase().to_owned(), "the target does not answer".to_owned()),
+            "{failure:?}"
+        );
+        Ok(())
+    })
+}
+
+#[test]
+fn a_target_that_hangs_is_given_up_before_it_has_said_anything() {
+    a_target_that_hangs(Point::Hello).unwrap();
+}
+
+#[test]
+fn a_target_that_hangs_while_it_judges_is_given_up() {
+    a_target_that_hangs(Point::Prepare).unwrap();
+}
+
+#[test]
+fn a_target_that_hangs_while_it_stages_is_given_up() {
+    a_target_that_hangs(Point::Stage).unwrap();
+}
+
+#[test]
+fn a_target_that_hangs_with_a_commit_does_not_get_the_session() {
+    a_target_that_hangs(Point::Commit).unwrap();
+}
+
+#[test]
+fn a_source_that_hangs_is_given_up_wherever() {
+    while_serving(|backend, place| {
+        let mut hanging = Vec::new();
+        for at in ALL {
+            let target = Backend::waiting_for_session(Datapath::Userspace, &[])?;
+            let rest = Rest::of(&target.process)?;
+            let mut source = FakeSource::record(backend, place)?;
+            let link = source.bring(&target.incoming(), at)?;
+            hanging.push((at, target, rest, source, link));
+        }
+        for (at, mut target, rest, source, link) in hanging {
+            let asked = Asked::of(backend, &target.incoming());
+            if at == At::Staged {
+                // It would be held for longer than a test should take.
+                ensure!(asked?.failure()?.1.contains("busy"));
+                source.abort()?;
+                drop(link);
+            } else {
+                ensure!(asked?.failure()?.1.contains("busy"), "{at:?}");
+                ensure!(link.hear_end()?.is_none(), "{at:?}");
+            }
+            rest.check(&mut target, &format!("a source that hung at {at:?}"))?;
+            target.check_healthy()?;
+        }
+        Ok(())
+    })
+    .unwrap();
+}
+
+#[test]
+fn of_two_sources_that_come_at_once_one_is_served() {
+    while_serving(|backend, place| {
+        let mut target = Backend::waiting_for_session(Datapath::Userspace, &[])?;
+        let rest = Rest::of(&target.process)?;
+        let mut source = FakeSource::record(backend, place)?;
+        for _ in 0..20 {
+            // Both are there when it looks, and the first has spoken.
+            target.process.signal(Signal::SIGSTOP)?;
+            let first = Link::connect(&target.incoming())?;
+            target.process.signal(Signal::SIGCONT)?;
+            target.wait_handover(HandoverState::Checking)?;
+            target.process.signal(Signal::SIGSTOP)?;
+            first.say(&Message::Hello(hello_of("first")))?;
+            let second = Link::connect(&target.incoming())?;
+            target.process.signal(Signal::SIGCONT)?;
+            let (said, _) = second.hear()?;
+            let Message::Refuse(refuse) = said else { bail!("{said:?}") };
+            ensure!(refuse.reasons.0[0].name == "busy", "{}", refuse.reasons);
+            let (Message::Hello(_), _) = first.hear()? else { bail!("no HELLO") };
+            drop((first, second));
+            rest.check(&mut target, "two sources")?;
+        }
+        // Nor does a second one disturb what is staged.
+        let link = source.bring(&target.incoming(), At::Staged)?;
+        for _ in 0..3 {
+            let second = Link::connect(&target.incoming())?;
+            let (said, _) = second.hear()?;
+            ensure!(matches!(said, Message::Refuse(_)), "{said:?}");
+        }
+        ensure!(target.status()?.handover.is_some_and(|handover| handover.state == HandoverState::Adopted));
+        source.abort()?;
+        drop(link);
+        rest.check(&mut target, "a second source")?;
+        backend.become_target(target).map(drop)
+    })
+    .unwrap();
+}
+
+#[test]
+fn another_user_neither_gives_nor_gets_a_session() {
+    let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
+    let tap = rig.netns.create_tap("tap1", 1).unwrap();
+    let option = format!("--tap-fds={}", tap[0].as_raw_fd());
+    let mut nobodys = Backend::unprivileged(&[&option], &[tap[0].as_fd()]).unwrap();
+    nobodys.status().unwrap();
+    // That a socket is somebody's file is not what keeps others away.
+    let open = |path: &Path| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o777)).unwrap();
+    };
+    let mut target = Backend::waiting_for_session(Datapath::Userspace, &[]).unwrap();
+    open(target.directory());
+    open(&target.incoming());
+    let rest = Rest::of(&target.process).unwrap();
+    let (phase, reason) = Asked::of(&nobodys, &target.incoming()).unwrap().failure().unwrap();
+    assert_eq!(
+        (phase.as_str(), reason.as_str()),
+        (
+            "greet",
+            "the target refuses: user: the peer runs as user 65534; only user 0 and root may hand over here"
+        )
+    );
+    rest.check(&mut target, "another user's source").unwrap();
+
+    // And the other way round.
+    let place = FakeTarget::bind_as(&nobodys.directory().join("fake"), 65533).unwrap();
+    open(place.path());
+    let error = nobodys.hand_over_to(place.path(), false).unwrap_err().to_string();
+    assert_eq!(error, "the peer runs as user 65533; user 65534 gives nothing but to itself and root");
+    nobodys.check_healthy().unwrap();
+
+    // Root may give to anyone, who then serves without any right.
+    let mut device = rig.device(Options::default()).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    open(directory.path());
+    let incoming = directory.path().join("incoming");
+    let mut target =
+        Backend::unprivileged(&[&format!("--incoming-fds={}", incoming.display())], &[]).unwrap();
+    target.status().unwrap();
+    let report = Asked::of(&rig.backend, &incoming).unwrap().report().unwrap();
+    assert!(matches!(report, SessionReport::Completed { .. }), "{report:?}");
+    rig.backend.process.wait().unwrap();
+    let _old = std::mem::replace(&mut rig.backend, target);
+    rig.check_traffic(&mut device).unwrap();
+    rig.backend.check_healthy().unwrap();
+}
+
+#[test]
+fn memory_that_is_truncated_on_the_way_ends_the_session_and_nobody() {
+    for staged in [false, true] {
+        let (mut rig, device, place) = serving().unwrap();
+        let mut target = Backend::waiting_for_session(Datapath::Userspace, &[]).unwrap();
+        let rest = Rest::of(&target.process).unwrap();
+        let mut old = None;
+        let asked = Asked::of(&rig.backend, place.path()).unwrap();
+        let relay = Relay::join(&place, &target.incoming()).unwrap();
+        let truncate = || device.memory.regions().iter().for_each(|region| region.truncate(0).unwrap());
+        if staged {
+            relay.until_staged().unwrap();
+            truncate();
+            relay.finish().unwrap();
+            drop(relay);
+            let report = asked.report().unwrap();
+            assert!(matches!(report, SessionReport::Completed { .. }), "{report:?}");
+            rig.backend.process.wait().unwrap();
+            target.socket.clone_from(&rig.backend.socket);
+            // It has the directory of the socket.
+            old = Some(std::mem::replace(&mut rig.backend, target));
+            // The first look at a ring was one at what is not there.
+            device.connection.wait_closed().unwrap();
+        } else {
+            relay.until_ready().unwrap();
+            let sent = hear_stage(&relay.source).unwrap();
+            truncate();
+            send_stage(&relay.target, &sent).unwrap();
+            let Some(Message::Refuse(refuse)) = relay.target.hear_end().unwrap() else {
+                panic!("no refusal")
+            };
+            assert_eq!(refuse.reasons.0[0].name, "unusable", "{}", refuse.reasons);
+            drop((relay, sent));
+            rest.check(&mut target, "truncated memory").unwrap();
+            target.check_healthy().unwrap();
+            asked.failure().unwrap();
+            // It had not looked yet.
+            device.ring(1).kick().unwrap();
+            device.connection.wait_closed().unwrap();
+        }
+        drop(device);
+        let mut device = rig.device(Options::default()).unwrap();
+        rig.check_traffic(&mut device).unwrap();
+        rig.backend.check_healthy().unwrap();
+        assert!(rig.backend.process.log().contains("truncated the memory"), "{}", rig.backend.process.log());
+        drop(old);
+    }
 }
