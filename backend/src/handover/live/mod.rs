@@ -25,7 +25,8 @@ use baton_channel::packet::PacketSocket;
 use baton_channel::peer::{Life, Peer};
 use baton_faults::Point;
 use baton_protocol::control::HandoverStatus;
-use baton_protocol::handover::message::Hello;
+use baton_protocol::handover::message::{Hello, Message, Refuse};
+use baton_protocol::handover::refusal::Refusal;
 use nix::sys::time::TimeSpec;
 use nix::sys::timer::Expiration;
 use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags, TimerSetTimeFlags};
@@ -224,6 +225,10 @@ impl Live {
             Ok(life) => life,
             Err(error) => {
                 tracing::warn!(%error, "a source cannot be known");
+                let reason = Refusal::Unusable { what: "the source", text: error.to_string() };
+                let refuse = Message::Refuse(Refuse { reasons: reason.into() });
+                // Whoever does not hear it sees the end of the connection.
+                let _ = link.send(&refuse, &[], PATIENCE);
                 return Ok(Vec::new());
             }
         };

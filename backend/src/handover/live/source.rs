@@ -281,8 +281,13 @@ impl LiveSource {
         outcomes: &mut Vec<Outcome>,
     ) -> Result<(), DeviceError> {
         let state = std::mem::replace(&mut self.state, Source::HandedOver(None));
+        let lost_before = matches!(state, Source::Lost { .. });
         let (state, actions) = state.step(event, now);
         self.state = state;
+        if !lost_before && matches!(self.state, Source::Lost { .. }) {
+            let peer = &self.peer;
+            tracing::warn!(peer, "the target has taken the session, but does not go on; it has it while it lives");
+        }
         self.act(around, actions, outcomes)?;
         self.report();
         self.life.take_if(|_| matches!(self.state, Source::Ended { .. }));
@@ -337,13 +342,15 @@ impl LiveSource {
                     self.send(around, &message, &[], outcomes)?;
                 }
                 Action::Hold => self.holds_front = true,
-                Action::Stage { vhost } => {
-                    if let Err(error) = self.stage(around, vhost) {
+                Action::Stage { vhost } => match self.stage(around, vhost) {
+                    // The end of a connection is heard after the target's last word.
+                    Ok(()) | Err(StageError::Channel(ChannelError::Closed)) => {}
+                    Err(error) => {
                         let text = format!("{:#}", anyhow::Error::new(error));
                         let reason = Refusal::Source { what: "the session", text };
                         self.tell(around, Event::Failed(reason.into()), outcomes)?;
                     }
-                }
+                },
                 Action::Freeze => self.freeze(around, outcomes)?,
                 Action::Commit { word, times } => self.commit(around, word, times, outcomes)?,
                 Action::Swap { from, to } => {
@@ -450,7 +457,7 @@ impl LiveSource {
                 let event = match baton_faults::point(Point::SourceSessionFrozen) {
                     Ok(()) => Event::Frozen,
                     Err(error) => {
-                        Event::Failed(Refusal::Unusable { what: "the rings", text: error.to_string() }.into())
+                        Event::Failed(Refusal::Source { what: "the rings", text: error.to_string() }.into())
                     }
                 };
                 self.tell(around, event, outcomes)

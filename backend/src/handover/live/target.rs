@@ -10,7 +10,7 @@ use baton_channel::peer::Life;
 use baton_faults::Point;
 use baton_protocol::codec::CodecError;
 use baton_protocol::control::{HandoverState, HandoverStatus, SessionReport};
-use baton_protocol::handover::message::{Hello, Message, SESSION};
+use baton_protocol::handover::message::{Hello, Message, Refuse, SESSION};
 use baton_protocol::handover::refusal::Refusal;
 use baton_protocol::handover::state::DeviceState;
 use baton_protocol::ownership::Owner;
@@ -140,6 +140,10 @@ impl LiveTarget {
             Err(error) => {
                 if !matches!(error, ChannelError::Closed) {
                     tracing::warn!(%error, "the source makes no sense");
+                    let reason = Refusal::Unusable { what: "a message", text: error.to_string() };
+                    let refuse = Message::Refuse(Refuse { reasons: reason.into() });
+                    // Whoever does not hear it sees the end of the connection.
+                    let _ = link.send(&refuse, &[], PATIENCE);
                 }
                 self.closed(around, outcomes)
             }
