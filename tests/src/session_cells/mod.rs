@@ -5,7 +5,10 @@
 //! front-end has heard nothing, nobody holds more than before, and the session moves on to the next.
 //! The cells of one [`Arena`] have the same front-end as long as its session lives.
 
+pub mod hang;
 pub mod kill;
+pub mod refuse;
+pub mod starve;
 
 use std::os::fd::AsFd;
 use std::thread::{self, JoinHandle};
@@ -25,6 +28,8 @@ use crate::load::{self, Demand};
 use crate::netns;
 use crate::process::{PATIENCE, Process};
 
+/// What is sent while nothing may be lost.
+const WHOLE: Demand = Demand { rate: RATE, under_way: UNDER_WAY, may_lose: 0, may_double: 0 };
 /// Frames a second each way.
 const RATE: u32 = 20_000;
 /// The most frames of a direction that wait until somebody serves them: fewer than a ring or a queue of the TAP's holds.
@@ -92,6 +97,15 @@ impl Attempt {
         match self.end()? {
             SessionReport::RolledBack { phase, reason } => Ok((phase, reason)),
             other => bail!("not rolled back: {other:?}"),
+        }
+    }
+
+    /// The session has not moved, or was not begun to; gives where and why.
+    fn end_refused(self) -> Result<String> {
+        match self.end() {
+            Ok(SessionReport::RolledBack { phase, reason }) => Ok(format!("{phase}: {reason}")),
+            Ok(other) => bail!("not refused: {other:?}"),
+            Err(error) => Ok(error.to_string()),
         }
     }
 
@@ -306,6 +320,8 @@ impl Arena {
         };
         self.rig.backend.become_target(target)?;
         self.check()?;
+        // What it had for the hand-over is closed when it answers.
+        self.rig.backend.status()?;
         let held = *self.held.get_or_insert(self.rig.backend.process.open_fds()?);
         self.rig.backend.process.wait_open_fds(held)
     }
