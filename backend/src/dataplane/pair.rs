@@ -199,11 +199,27 @@ impl QueuePair {
         self.look_tx = true;
         self.last_work = Instant::now();
         self.look_at_kicks();
+        self.make_calls();
+    }
+
+    /// Makes the calls that are due. They may take as long as the front-end likes.
+    pub(super) fn make_calls(&mut self) {
         for ring in [&mut self.rx.ring, &mut self.tx.ring].into_iter().flatten() {
             if std::mem::take(&mut ring.call_due) {
                 ring.vring.call_guest();
             }
         }
+    }
+
+    /// Whether there is nothing to do until the TAP has something to read, or the driver kicks, which it is asked for. No
+    /// when in doubt.
+    pub(super) fn is_idle(&mut self) -> bool {
+        if self.kernel.is_some() || !self.poll.is_zero() || self.rx.in_hand.is_some() {
+            return false;
+        }
+        let (Some(rx), Some(tx)) = (&self.rx.ring, &mut self.tx.ring) else { return false };
+        let runs = |ring: &Ring| ring.runs() && ring.enabled && matches!(ring.kick, Kick::Eventfd(_));
+        runs(rx) && runs(tx) && tx.vring.enable_kicks(0) == Ok(0)
     }
 
     /// Has the kicks of rings that have not started told anew: whoever heard of them while nobody worked here, or in

@@ -17,7 +17,7 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
@@ -46,25 +46,90 @@ enum Slot {
     Dead,
 }
 
+/// What a thread hears that has no pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ear {
+    /// It does not listen yet, and lets pass what there is to hear at first.
+    Deaf,
+    /// It waits for an event. Whatever comes finds it so, or asleep.
+    Listens,
+    /// It has heard an event while the pair was elsewhere, and hears no other until it is woken.
+    Asleep,
+}
+
+/// What thread and owner share.
+#[derive(Debug)]
+struct Place {
+    slot: Slot,
+    /// What the thread does that has no pair.
+    ear: Ear,
+    /// The owner waits until the thread has begun.
+    awaited: bool,
+}
+
 #[derive(Debug)]
 struct Shared {
-    slot: Mutex<Slot>,
+    place: Mutex<Place>,
+    /// The owner's: something has changed in the slot.
     changed: Condvar,
+    /// The thread's, which is asleep.
+    wanted: Condvar,
     gate: Gate,
     /// The pair's events, and the gate's.
     events: Arc<Epoll>,
 }
 
 impl Shared {
-    fn slot(&self) -> MutexGuard<'_, Slot> {
-        self.slot.lock().unwrap_or_else(PoisonError::into_inner)
+    fn place(&self) -> MutexGuard<'_, Place> {
+        self.place.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Puts the thread's pair where its owner finds it.
     fn put_down(&self, slot: Slot) {
-        *self.slot() = slot;
+        self.place().slot = slot;
         if self.gate.closed() {
             self.changed.notify_all();
+        }
+    }
+
+    /// Puts something where the thread finds it, and wakes that.
+    fn give(&self, slot: Slot) {
+        let mut place = self.place();
+        place.slot = slot;
+        let ear = place.ear;
+        drop(place);
+        if ear == Ear::Asleep {
+            self.wanted.notify_one();
+        } else {
+            self.gate.wake();
+        }
+    }
+
+    /// The pair, if it is the thread's to go on with; else sleeps until it is, for what is heard meanwhile concerns
+    /// whoever has it. `None`: the thread is to end.
+    fn pick_up(&self) -> Option<Box<QueuePair>> {
+        let mut place = self.place();
+        loop {
+            match std::mem::replace(&mut place.slot, Slot::Empty) {
+                Slot::Run(mut pair) => {
+                    let awaited = std::mem::take(&mut place.awaited);
+                    drop(place);
+                    if awaited {
+                        self.changed.notify_all();
+                    }
+                    pair.begin();
+                    return Some(pair);
+                }
+                Slot::Waiting(mut pair) if !self.gate.closed() => {
+                    pair.make_calls();
+                    return Some(pair);
+                }
+                Slot::End => return None,
+                other => place.slot = other,
+            }
+            place.ear = Ear::Asleep;
+            place = self.wanted.wait(place).unwrap_or_else(PoisonError::into_inner);
+            place.ear = Ear::Listens;
         }
     }
 }
@@ -126,7 +191,7 @@ struct LastWord(Arc<Shared>);
 impl Drop for LastWord {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            *self.0.slot() = Slot::Dead;
+            self.0.place().slot = Slot::Dead;
             self.0.changed.notify_all();
             self.0.gate.report(&io::Error::other("the worker thread panicked"));
         }
@@ -155,7 +220,8 @@ impl Worker {
         // Told of each time that it is written to, and so never read.
         events.add(&wake, Events::EPOLLIN | Events::EPOLLET, WAKE)?;
         let gate = Gate { closed: AtomicBool::new(true), wake, news, pair: index };
-        let shared = Shared { slot: Mutex::new(Slot::Empty), changed: Condvar::new(), gate, events };
+        let place = Mutex::new(Place { slot: Slot::Empty, ear: Ear::Deaf, awaited: false });
+        let shared = Shared { place, changed: Condvar::new(), wanted: Condvar::new(), gate, events };
         Ok(Self { here: Some(Box::new(pair)), calls: Vec::new(), shared: Arc::new(shared), thread: None })
     }
 
@@ -165,7 +231,7 @@ impl Worker {
         if self.here.is_some() || self.shared.gate.closed.swap(true, Ordering::Relaxed) {
             return;
         }
-        if matches!(*self.shared.slot(), Slot::Empty) {
+        if matches!(self.shared.place().slot, Slot::Empty) {
             // It works, or waits for what the kernel does.
             self.shared.gate.wake();
         }
@@ -184,19 +250,19 @@ impl Worker {
 
     fn take_back(&self) -> Option<Box<QueuePair>> {
         self.close();
-        let mut slot = self.shared.slot();
+        let mut place = self.shared.place();
         loop {
-            match std::mem::replace(&mut *slot, Slot::Empty) {
+            match std::mem::replace(&mut place.slot, Slot::Empty) {
                 Slot::Run(pair) | Slot::Waiting(pair) | Slot::Parked(pair) => return Some(pair),
                 Slot::Dead => {
-                    *slot = Slot::Dead;
+                    place.slot = Slot::Dead;
                     return None;
                 }
-                other => *slot = other,
+                other => place.slot = other,
             }
             let (next, waited) =
-                self.shared.changed.wait_timeout(slot, PATIENCE).unwrap_or_else(PoisonError::into_inner);
-            slot = next;
+                self.shared.changed.wait_timeout(place, PATIENCE).unwrap_or_else(PoisonError::into_inner);
+            place = next;
             if waited.timed_out() {
                 // A front-end's blocking eventfd may be full.
                 self.calls.iter().for_each(Notifier::unblock_writer);
@@ -214,15 +280,69 @@ impl Worker {
             return Ok(());
         }
         self.make_thread()?;
-        let Some(pair) = self.here.take() else { return Ok(()) };
+        if let Some(pair) = self.hand_out() {
+            self.shared.give(Slot::Run(pair));
+        }
+        Ok(())
+    }
+
+    /// The pair on its way to the thread.
+    fn hand_out(&mut self) -> Option<Box<QueuePair>> {
+        let pair = self.here.take()?;
         for ring in [&pair.rx.ring, &pair.tx.ring].into_iter().flatten() {
             self.calls.extend(ring.vring.call().cloned());
             self.calls.extend(ring.error.clone());
         }
         self.shared.gate.closed.store(false, Ordering::Relaxed);
-        *self.shared.slot() = Slot::Run(pair);
-        self.shared.gate.wake();
+        Some(pair)
+    }
+
+    /// Whether the thread waits for an event, and has heard none while the pair was here.
+    pub fn listens(&self) -> bool {
+        self.shared.place().ear == Ear::Listens
+    }
+
+    /// As [`Self::resume`], for a pair whose TAP had nothing to read since [`Self::listens`] was true: where its rings have
+    /// nothing either, the thread is not woken until an event comes. Calls that are due wait as long, or until
+    /// [`Self::nudge`].
+    ///
+    /// # Errors
+    /// Those of [`Self::resume`].
+    pub fn resume_idle(&mut self) -> io::Result<()> {
+        if !self.here.as_mut().is_some_and(|pair| pair.is_idle()) {
+            return self.resume();
+        }
+        let Some(pair) = self.hand_out() else { return Ok(()) };
+        let mut place = self.shared.place();
+        if place.ear == Ear::Listens {
+            place.slot = Slot::Waiting(pair);
+        } else {
+            drop(place);
+            self.shared.give(Slot::Run(pair));
+        }
         Ok(())
+    }
+
+    /// Has the thread make the calls that are due.
+    pub fn nudge(&self) {
+        if matches!(self.shared.place().slot, Slot::Waiting(_)) {
+            self.shared.gate.wake();
+        }
+    }
+
+    /// Waits until the thread has begun with the pair that it was given, if it was woken for that. No longer than until
+    /// `deadline`.
+    pub fn wait_begun(&self, deadline: Instant) {
+        let mut place = self.shared.place();
+        while matches!(place.slot, Slot::Run(_)) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            place.awaited = true;
+            let waited = self.shared.changed.wait_timeout(place, left);
+            place = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
     }
 
     /// Makes the thread, if there is none yet: it waits.
@@ -243,8 +363,7 @@ impl Drop for Worker {
     fn drop(&mut self) {
         self.park();
         if let Some(thread) = self.thread.take() {
-            *self.shared.slot() = Slot::End;
-            self.shared.gate.wake();
+            self.shared.give(Slot::End);
             // A panic was reported when it happened.
             let _ = thread.join();
         }
@@ -256,6 +375,12 @@ fn work(shared: &Arc<Shared>) {
     let gate = &shared.gate;
     let mut ready = Ready::<4>::default();
     let mut held: Option<Box<QueuePair>> = None;
+    if !listen(shared, &mut ready) {
+        match shared.pick_up() {
+            Some(pair) => held = Some(pair),
+            None => return,
+        }
+    }
     loop {
         let mut timeout = -1;
         if let Some(mut pair) = held.take() {
@@ -276,22 +401,15 @@ fn work(shared: &Arc<Shared>) {
             Err(error) => {
                 // Only a bug makes this fail.
                 gate.report(&error);
-                *shared.slot() = Slot::Dead;
+                shared.place().slot = Slot::Dead;
                 shared.changed.notify_all();
                 return;
             }
         };
         if held.is_none() {
-            let mut slot = shared.slot();
-            match std::mem::replace(&mut *slot, Slot::Empty) {
-                Slot::Run(mut pair) => {
-                    drop(slot);
-                    pair.begin();
-                    held = Some(pair);
-                }
-                Slot::Waiting(pair) if !gate.closed() => held = Some(pair),
-                Slot::End => return,
-                other => *slot = other,
+            match shared.pick_up() {
+                Some(pair) => held = Some(pair),
+                None => return,
             }
         }
         if let Some(pair) = &mut held {
@@ -300,4 +418,14 @@ fn work(shared: &Arc<Shared>) {
             }
         }
     }
+}
+
+/// Begins to listen. What there is to hear at first is not news: each new watch tells of kicks that came long ago. False if
+/// the thread is wanted already.
+fn listen<const N: usize>(shared: &Shared, ready: &mut Ready<N>) -> bool {
+    // What makes it fail does so again, where it is seen to.
+    drop(shared.events.wait(0, ready));
+    let mut place = shared.place();
+    place.ear = Ear::Listens;
+    matches!(place.slot, Slot::Empty)
 }

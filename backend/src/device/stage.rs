@@ -1,10 +1,13 @@
 //! A device whose session comes from another process, from the side that is to have it: everything is made ready beside
 //! the process that works on it, and nothing of the device's is touched until the session is taken.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use baton_protocol::handover::state::DirectionCounters;
 use baton_protocol::session::state::{PairNow, VringNow};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::freeze::place_by_used;
 use super::{Device, DeviceConfig, DeviceError, SessionState, header_size, offloads, sides};
@@ -15,6 +18,9 @@ use crate::features::Features;
 use crate::metrics::PairCounters;
 use crate::tap::Tap;
 use crate::vring_setup::{Surroundings, VringSetup};
+
+/// How long to wait until the threads of a session that was taken have begun.
+const MOMENT: Duration = Duration::from_millis(1);
 
 /// What a device has that is ready for a session.
 #[derive(Debug)]
@@ -151,13 +157,35 @@ impl Device {
             }
             parked.taken_over();
         }
+        let idle = self.idle(&staged.tap);
+        for ((pair, worker), idle) in self.workers.iter_mut().enumerate().zip(idle) {
+            let resumed = if idle { worker.resume_idle() } else { worker.resume() };
+            resumed.map_err(|source| DeviceError::Dataplane { pair, source })?;
+        }
         self.tap = Some(staged.tap);
         self.surplus = staged.surplus;
-        self.resume_all()
+        // They have the processor first, if there is but one.
+        let deadline = Instant::now() + MOMENT;
+        self.workers.iter().for_each(|worker| worker.wait_begun(deadline));
+        Ok(())
     }
 
-    /// Ends the threads and closes what the session that was taken has no use for.
+    /// Which pairs have nothing to read, as far as can be told before their threads are woken.
+    fn idle(&self, tap: &Tap) -> Vec<bool> {
+        let mut idle: Vec<_> = self.workers.iter().map(Worker::listens).collect();
+        let queues = (0..idle.len()).map(|pair| PollFd::new(tap.queue(pair).as_fd(), PollFlags::POLLIN));
+        let mut queues: Vec<_> = queues.collect();
+        let looked = poll(&mut queues, PollTimeout::ZERO).is_ok();
+        for (idle, queue) in idle.iter_mut().zip(&queues) {
+            *idle &= looked && queue.any() == Some(false);
+        }
+        idle
+    }
+
+    /// Does what was left for later when the session was taken: the calls of pairs that have had nothing to do yet, and
+    /// the end of threads and descriptors that the session has no use for.
     pub fn tidy(&mut self) {
+        self.workers.iter().for_each(Worker::nudge);
         self.surplus = Surplus::default();
     }
 
