@@ -134,11 +134,20 @@ impl Backend {
             "{report:?}; log:\n{}",
             self.process.log()
         );
+        self.is_succeeded_by(target)?;
+        Ok(report)
+    }
+
+    /// Its session is the target's, which it is from then on.
+    ///
+    /// # Errors
+    /// If it does not end by itself.
+    pub fn is_succeeded_by(&mut self, target: Self) -> Result<()> {
         let status = self.process.wait()?;
         ensure!(status.code() == Some(0), "{status}; log:\n{}", self.process.log());
         ensure!(!self.control.exists() || self.control == target.control, "its control socket is left");
         drop(self.succeeded_by(target));
-        Ok(report)
+        Ok(())
     }
 
     /// Is that one from now on, which has its session. Gives the old one.
@@ -322,6 +331,11 @@ impl Backend {
             }
         };
         Ok(client.call(request)?)
+    }
+
+    /// Connects anew when it is asked next.
+    pub fn forget_client(&mut self) {
+        self.client = None;
     }
 
     /// Its status.
