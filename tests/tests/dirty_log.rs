@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use baton_tests::backend::{Rig, TAP};
+use baton_tests::backend::{Backend, Rig, TAP};
 use baton_tests::datapath::Datapath;
 use baton_tests::fake_frontend::device::Ring;
 use baton_tests::fake_frontend::dirty_log::PAGE;
@@ -21,6 +21,7 @@ on_both_datapaths! {
     the_used_rings_are_marked_only_where_asked_for_and_where_they_are_said_to_be,
     nothing_is_marked_before_it_is_asked_for_nor_after,
     a_copy_made_by_the_log_under_traffic_misses_nothing,
+    a_copy_made_by_the_log_misses_nothing_while_the_session_moves,
     a_log_that_is_too_small_is_refused,
     a_reset_forgets_the_log,
 }
@@ -271,6 +272,15 @@ fn a_frame_that_is_not_delivered_has_its_pages_marked_too() {
 /// What a front-end does that migrates a guest: copies all memory, then what was marked meanwhile, again and again,
 /// and the last time when the device is stopped. The copy must have all that the back-end wrote.
 fn a_copy_made_by_the_log_under_traffic_misses_nothing(datapath: Datapath) {
+    copies_by_the_log(datapath, false);
+}
+
+fn a_copy_made_by_the_log_misses_nothing_while_the_session_moves(datapath: Datapath) {
+    copies_by_the_log(datapath, true);
+}
+
+/// Copies all that the log says changed while frames arrive, and, if it is to move, while the session is handed on.
+fn copies_by_the_log(datapath: Datapath, moving: bool) {
     for features in [BASIC, BASIC | features::MRG_RXBUF | features::EVENT_IDX] {
         // Anew, as frames are left in the TAP.
         let mut rig = Rig::new(datapath, 1, &[]).unwrap();
@@ -287,6 +297,10 @@ fn a_copy_made_by_the_log_under_traffic_misses_nothing(datapath: Datapath) {
             let next = number + 40;
             rig.inject(number..next, 60 + (round * 179) % 8900).unwrap();
             // While they arrive.
+            if moving && round % 10 == 5 {
+                let target = Backend::waiting_for_session(datapath, &[]).unwrap();
+                rig.backend.become_target(target).unwrap();
+            }
             copy_marked(&device.memory, &log, &mut copy);
             rig.expect_in_guest(&mut device, number..next).unwrap();
             number = next;

@@ -5,12 +5,13 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use baton_tests::backend::Rig;
+use baton_tests::backend::{Backend, Rig};
 use baton_tests::datapath::Datapath;
 use baton_tests::fake_frontend::wire::{Message, protocol, request};
 use baton_tests::fake_frontend::{Connection, Device, Inflight, NetHeader, Options, features};
 use baton_tests::frames;
 use baton_tests::hostile::Random;
+use baton_tests::load;
 
 const RX: u32 = 0;
 const TX: u32 = 1;
@@ -98,6 +99,33 @@ fn nothing_is_lost_or_completed_twice_when_the_back_end_is_killed_under_load() {
         assert_eq!(device.ring(RX).queue.outstanding(), usize::from(SIZE));
         rig.network.drain().unwrap();
     }
+    rig.backend.check_healthy().unwrap();
+}
+
+#[test]
+fn the_region_goes_along_with_the_session() {
+    let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
+    let mut device = working(&mut rig);
+    let Rig { network, backend, .. } = &mut rig;
+    load::run(&mut device, network, 10_000, || {
+        for _ in 0..10 {
+            let target = Backend::waiting_for_session(Datapath::Userspace, &[])?;
+            backend.become_target(target)?;
+        }
+        Ok(())
+    })
+    .unwrap();
+    // Its last owner is killed at work, and whoever comes then finds in it how far that was.
+    device.options.canaries = false;
+    rig.inject(1000..1100, 700).unwrap();
+    rig.transmit(&mut device, 1000..1100, 700).unwrap();
+    rig.kill_backend().unwrap();
+    rig.restart_backend().unwrap();
+    let connection = rig.backend.connect().unwrap();
+    device.reconnect(connection).unwrap();
+    device.wait_transmitted(0).unwrap();
+    use_every_buffer(&mut rig, &mut device, 1_000_000);
+    assert_eq!(device.ring(RX).queue.outstanding(), usize::from(SIZE));
     rig.backend.check_healthy().unwrap();
 }
 
