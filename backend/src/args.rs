@@ -37,7 +37,7 @@ pub struct Args {
     #[arg(long, value_name = "N[,N...]", value_delimiter = ',')]
     pub tap_fds: Option<Vec<RawFd>>,
 
-    /// Wait on this Unix socket for another back-end that hands its device over
+    /// Wait on this Unix socket for another back-end that hands over its session with its front-end, or its device
     #[arg(long, value_name = "PATH")]
     pub incoming_fds: Option<PathBuf>,
 
@@ -73,11 +73,11 @@ pub struct Args {
     #[arg(long, value_name = "PATH|no", default_value = "no")]
     pub script: Script,
 
-    /// Run this program with the TAP's name at the end
+    /// Run this program with the TAP's name at the end, if it has not been handed over
     #[arg(long, value_name = "PATH|no", default_value = "no")]
     pub downscript: Script,
 
-    /// Take commands from batonctl on this Unix socket
+    /// Take commands from batonctl on this Unix socket; with --incoming-fds it may be the source's
     #[arg(long, value_name = "PATH")]
     pub control_socket: Option<PathBuf>,
 

@@ -34,18 +34,18 @@ enum Command {
     Pause,
     /// Let a VM that stands still run on.
     Resume,
-    /// Hand a back-end's device over to another one that waits with --incoming-fds.
+    /// Hand a back-end's session over to another one, which serves on: its front-end does not notice.
     Handover {
         /// The other one's --incoming-fds.
         #[arg(required_unless_present = "cancel", conflicts_with = "cancel")]
         path: Option<String>,
-        /// When the front-end has stopped the device; say so before the VM migrates.
+        /// Only the device, once the front-end has stopped it; say so before the VM goes to another VMM.
         #[arg(long, conflicts_with = "cancel")]
         on_suspend: bool,
         /// Only find out whether the other one would take it.
         #[arg(long, conflicts_with = "cancel")]
         dry_run: bool,
-        /// End the hand-over that is under way: the device stays.
+        /// End the hand-over that is under way: all stays as it is.
         #[arg(long)]
         cancel: bool,
     },

@@ -286,7 +286,10 @@ impl LiveSource {
         self.state = state;
         if !lost_before && matches!(self.state, Source::Lost { .. }) {
             let peer = &self.peer;
-            tracing::warn!(peer, "the target has taken the session, but does not go on; it has it while it lives");
+            tracing::warn!(
+                peer,
+                "the target has taken the session, but does not go on; it has it while it lives"
+            );
         }
         self.act(around, actions, outcomes)?;
         self.report();
