@@ -274,6 +274,12 @@ impl Vring {
         self.published
     }
 
+    /// Whether something was completed that the guest does not see.
+    #[inline]
+    pub fn is_ahead(&self) -> bool {
+        self.published != self.used_index
+    }
+
     /// Length of the used ring in bytes, with the event index.
     pub fn used_length(&self) -> usize {
         used_length(usize::from(self.size))
@@ -388,7 +394,7 @@ impl Vring {
     /// Lets the guest see all that was completed, and calls it if it wants that. Gives whether it was called.
     #[inline]
     pub fn publish(&mut self) -> bool {
-        if self.published == self.used_index {
+        if !self.is_ahead() {
             return false;
         }
         if self.log.is_some() {

@@ -1,6 +1,7 @@
 //! The build with fault points: what was ordered, and how it is done.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use nix::sys::signal::{Signal, raise};
 use nix::sys::stat::Mode;
 use thiserror::Error;
 
-use crate::Point;
+use crate::{Batch, Point};
 
 /// The variable that says what is to happen where.
 const FAULTS: &str = "BATON_FAULT";
@@ -28,7 +29,7 @@ pub enum SpecError {
     #[error("{FAULTS}: there is no fault point {0:?}")]
     Point(String),
     /// No such action.
-    #[error("{FAULTS}: there is no action {0:?}, only kill, stop, fail and nofile")]
+    #[error("{FAULTS}: there is no action {0:?}, only kill, stop, fail, nofile, receiving and sending")]
     Action(String),
     /// Nothing can fail there.
     #[error("{FAULTS}: nothing can fail at {0:?}")]
@@ -49,11 +50,19 @@ enum Action {
     Fail,
     /// No descriptor can be had any more.
     NoFile,
+    /// Nothing more happens there until the process kills itself in the middle of such a batch.
+    In(Batch),
 }
 
 impl Action {
-    const ALL: [(&str, Self); 4] =
-        [("kill", Self::Kill), ("stop", Self::Stop), ("fail", Self::Fail), ("nofile", Self::NoFile)];
+    const ALL: [(&str, Self); 6] = [
+        ("kill", Self::Kill),
+        ("stop", Self::Stop),
+        ("fail", Self::Fail),
+        ("nofile", Self::NoFile),
+        ("receiving", Self::In(Batch::Received)),
+        ("sending", Self::In(Batch::Sent)),
+    ];
 
     fn name(self) -> &'static str {
         Self::ALL.iter().find(|(_, action)| *action == self).map_or("", |(name, _)| name)
@@ -66,6 +75,9 @@ struct Orders {
     faults: Mutex<Vec<(Point, Action)>>,
     hurry: u32,
 }
+
+/// Whether the process is to die in the middle of a batch of received and of sent frames.
+static DOOMED: [AtomicBool; 2] = [AtomicBool::new(false), AtomicBool::new(false)];
 
 static ORDERS: OnceLock<Orders> = OnceLock::new();
 
@@ -134,6 +146,27 @@ pub fn point(point: Point) -> io::Result<()> {
         Action::Stop => Ok(raise(Signal::SIGSTOP)?),
         Action::Fail => Err(io::Error::other(format!("fault point {}", point.name()))),
         Action::NoFile => Ok(use_up_descriptors()?),
+        Action::In(batch) => {
+            doomed(batch).store(true, Ordering::Relaxed);
+            loop {
+                std::thread::park();
+            }
+        }
+    }
+}
+
+fn doomed(batch: Batch) -> &'static AtomicBool {
+    match batch {
+        Batch::Received => &DOOMED[0],
+        Batch::Sent => &DOOMED[1],
+    }
+}
+
+/// A worker is in the middle of this.
+pub fn batch(batch: Batch) {
+    if doomed(batch).load(Ordering::Relaxed) {
+        // Only a process without a number to send signals to would go on.
+        let _ = raise(Signal::SIGKILL);
     }
 }
 

@@ -17,6 +17,15 @@ pub enum Party {
     TargetSession,
 }
 
+/// What a worker is in the middle of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Batch {
+    /// Frames are in the guest's memory, and it was not told of them.
+    Received,
+    /// Frames have gone out, and the guest was not told.
+    Sent,
+}
+
 macro_rules! points {
     ($($party:ident $prefix:literal { $($(#[$doc:meta])* $point:ident = $name:literal $(, $fails:ident)?;)* })*) => {
         /// A fault point.

@@ -13,15 +13,26 @@ pub enum Action {
     Fail,
     /// It has no descriptor to spare from then on.
     NoFile,
+    /// It goes no further, and kills itself with frames in the guest's memory of which the guest was not told.
+    Receiving,
+    /// Likewise with frames that have gone out.
+    Sending,
 }
 
 impl Action {
+    /// Whether the process dies of it.
+    pub fn kills(self) -> bool {
+        matches!(self, Self::Kill | Self::Receiving | Self::Sending)
+    }
+
     fn name(self) -> &'static str {
         match self {
             Self::Kill => "kill",
             Self::Stop => "stop",
             Self::Fail => "fail",
             Self::NoFile => "nofile",
+            Self::Receiving => "receiving",
+            Self::Sending => "sending",
         }
     }
 }

@@ -6,6 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use nix::errno::Errno;
 
 use crate::fake_frontend::Device;
 use crate::fake_frontend::net::NetHeader;
@@ -19,6 +20,8 @@ const FLOWS: usize = 16;
 const BURST: u64 = 50;
 /// How long to rest where there is nothing to do.
 const REST: Duration = Duration::from_micros(100);
+/// When to end a load anew whose end has not come.
+const AGAIN: Duration = Duration::from_millis(50);
 /// The first UDP port of the flows from the network.
 const DOWN: u16 = 20_000;
 /// The first UDP port of the flows from the guest, one a queue pair. The kernel steers what comes back by what went out.
@@ -29,19 +32,20 @@ const UP: u16 = 30_000;
 pub struct Demand {
     /// Frames a second each way.
     pub rate: u32,
-    /// The most frames of one direction that are on their way at once: where nobody serves for a while, no queue
-    /// overflows.
-    pub under_way: u64,
-    /// So many frames of one direction may be lost.
+    /// The most frames that are on their way at once to the guest, and to the network: where nobody serves for a while,
+    /// no queue overflows.
+    pub under_way: [u64; 2],
+    /// So many frames may be lost on the way to the guest; none is on the way to the network.
     pub may_lose: u64,
-    /// So many of one direction may come twice: again from one that has come before on, and in their order.
+    /// So many may come to the network twice: again from one that has come before on, and in their order. None comes to
+    /// the guest twice.
     pub may_double: u64,
 }
 
 impl Demand {
     /// Everything, once, in its order.
     pub fn whole(rate: u32) -> Self {
-        Self { rate, under_way: u64::MAX, may_lose: 0, may_double: 0 }
+        Self { rate, under_way: [u64::MAX; 2], may_lose: 0, may_double: 0 }
     }
 }
 
@@ -105,7 +109,7 @@ impl Direction {
     }
 
     /// Counts a frame that arrived.
-    fn receive(&mut self, frame: &[u8], demand: &Demand) -> Result<()> {
+    fn receive(&mut self, frame: &[u8], may_lose: u64, may_double: u64) -> Result<()> {
         let (transport, payload) = (self.flows[0].frame.transport_offset, self.flows[0].frame.payload_offset);
         let port = frame.get(transport..transport + 2).context("a short frame")?;
         let port = u16::from_be_bytes(port.try_into()?);
@@ -124,7 +128,7 @@ impl Direction {
         flow.expected = number + 1;
         flow.received = flow.received.max(number + 1);
         ensure!(
-            in_order && self.lost() <= demand.may_lose && self.doubled() <= demand.may_double,
+            in_order && self.lost() <= may_lose && self.doubled() <= may_double,
             "frame {number} of port {port} came instead of {expected}: {}",
             if number > expected { "lost or overtaken" } else { "doubled or late" }
         );
@@ -183,6 +187,14 @@ pub fn run_with<T>(
     })
 }
 
+/// Sends a flow's next frame to the guest. What the TAP has no room for is lost.
+fn send_down(network: &PacketSocket, flow: &mut Flow, demand: &Demand) -> Result<()> {
+    match network.send(flow.next()) {
+        Err(error) if demand.may_lose > 0 && error.downcast_ref::<Errno>() == Some(&Errno::ENOBUFS) => Ok(()),
+        result => result,
+    }
+}
+
 fn traffic(
     device: &mut Device,
     network: &mut PacketSocket,
@@ -194,7 +206,7 @@ fn traffic(
     let mut frame = Vec::new();
     let (mut before, mut due) = (Instant::now(), 0.0);
     let mut progress = Instant::now();
-    let mut closed = false;
+    let mut closed: Option<Instant> = None;
     loop {
         let ending = over.load(Ordering::Relaxed);
         let now = Instant::now();
@@ -207,31 +219,33 @@ fn traffic(
             let most = (down.sent() + BURST) as f64;
             due = due.min(most);
             #[expect(clippy::cast_precision_loss, reason = "counts of a test")]
-            while (down.sent() as f64) < due && down.outstanding().max(up.outstanding()) < demand.under_way {
+            while (down.sent() as f64) < due && down.outstanding() < demand.under_way[0] {
                 let turn = down.turn;
-                network.send(down.flows[turn].next())?;
+                send_down(network, &mut down.flows[turn], demand)?;
                 down.turn = (turn + 1) % FLOWS;
-                let turn = up.turn;
-                device.send(turn, &NetHeader::default(), up.flows[turn].next())?;
-                up.turn = (turn + 1) % pairs;
+                if up.outstanding() < demand.under_way[1] {
+                    let turn = up.turn;
+                    device.send(turn, &NetHeader::default(), up.flows[turn].next())?;
+                    up.turn = (turn + 1) % pairs;
+                }
                 worked = true;
             }
         }
         for pair in 0..pairs {
             while device.try_receive(pair, &mut frame)?.is_some() {
-                down.receive(&frame, demand).context("in the guest")?;
+                down.receive(&frame, demand.may_lose, 0).context("in the guest")?;
                 worked = true;
             }
         }
         while let Some((_, frame)) = network.try_receive()? {
-            up.receive(frame, demand).context("on the network")?;
+            up.receive(frame, 0, demand.may_double).context("on the network")?;
             worked = true;
         }
         if worked {
             progress = Instant::now();
         }
-        let forgiving = demand.may_lose + demand.may_double > 0;
-        if ending && (closed || !forgiving) && down.outstanding() + up.outstanding() == 0 {
+        let forgiving = demand.may_lose > 0 || demand.may_double > 0;
+        if ending && (closed.is_some() || !forgiving) && down.outstanding() + up.outstanding() == 0 {
             return Ok(Outcome {
                 down: down.sent(),
                 up: up.sent(),
@@ -239,15 +253,15 @@ fn traffic(
                 doubled: [down.doubled(), up.doubled()],
             });
         }
-        if ending && !closed && !worked && forgiving {
-            // Once these are here, what is not will not come, nor come again.
+        if ending && !worked && forgiving && closed.is_none_or(|closed| closed.elapsed() > AGAIN) {
+            // Once these are here, what is not will not come, nor come again. They may be lost themselves.
             for flow in &mut down.flows {
-                network.send(flow.next())?;
+                send_down(network, flow, demand)?;
             }
             for (pair, flow) in up.flows.iter_mut().enumerate() {
                 device.send(pair, &NetHeader::default(), flow.next())?;
             }
-            closed = true;
+            closed = Some(Instant::now());
         }
         if progress.elapsed() > PATIENCE {
             bail!("{} frames to the guest and {} from it did not come", down.outstanding(), up.outstanding());

@@ -6,6 +6,8 @@
 use std::error::Error;
 use std::sync::atomic::Ordering;
 
+use baton_faults::Batch;
+
 use crate::log_limit;
 use crate::metrics::Direction;
 use crate::notify::Notifier;
@@ -46,6 +48,15 @@ impl Ring {
     #[inline]
     pub fn runs(&self) -> bool {
         self.started && !self.broken
+    }
+
+    /// Lets the guest see all that was completed, which ends a batch of this kind. Gives whether it was called.
+    #[inline]
+    pub fn publish(&mut self, batch: Batch) -> bool {
+        if self.vring.is_ahead() {
+            baton_faults::batch(batch);
+        }
+        self.vring.publish()
     }
 
     /// A kick came, or may have come.

@@ -6,6 +6,8 @@
 //! A frame that was read and does not fit into what the guest has made available is kept *in hand* and goes first.
 #![expect(unsafe_code, reason = "gives the kernel vectors into guest memory, and writes headers there")]
 
+use baton_faults::Batch;
+
 use super::chain::{self, Direction, MAX_VECTORS, Vectors};
 use super::ring::Ring;
 use super::{BATCH, TURN_BYTES, TURN_FRAMES, Turn};
@@ -98,7 +100,7 @@ impl Rx {
             Turn::Idle
         } else {
             let result = self.turn(&mut ring, tap, counters);
-            if ring.vring.publish() {
+            if ring.publish(Batch::Received) {
                 counters.calls.add(1);
             }
             result.unwrap_or_else(|error| {
@@ -141,7 +143,7 @@ impl Rx {
                 Some(length) => {
                     frames += 1;
                     bytes += length;
-                    if frames.is_multiple_of(u32::from(BATCH)) && ring.vring.publish() {
+                    if frames.is_multiple_of(u32::from(BATCH)) && ring.publish(Batch::Received) {
                         counters.calls.add(1);
                     }
                 }

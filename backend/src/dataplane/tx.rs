@@ -2,6 +2,8 @@
 //! published with one index update and at most one call.
 #![expect(unsafe_code, reason = "gives the kernel vectors into guest memory")]
 
+use baton_faults::Batch;
+
 use super::chain::{self, Direction, MAX_VECTORS, Vectors};
 use super::ring::Ring;
 use super::{BATCH, TURN_BYTES, TURN_FRAMES, Turn};
@@ -78,7 +80,7 @@ impl Tx {
                 discard(ring, counters).map(|discarded| (discarded, 0))
             };
             // What was completed before an error is the guest's all the same.
-            if ring.vring.publish() {
+            if ring.publish(Batch::Sent) {
                 counters.calls.add(1);
             }
             let (sent, length) = result?;

@@ -4,9 +4,12 @@ use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
 
 use super::kill::phase;
-use super::{Arena, Fate, Scene, WHOLE, check_ends, is_source, points};
+use super::{Arena, Fate, Scene, WHOLE, check_ends, is_source, points, until};
+use crate::backend::TAP;
 use crate::datapath::Datapath;
 use crate::faults::{Action, Party, Point, has_reached};
+use crate::load::Demand;
+use crate::netns;
 use crate::process::is_stopped;
 
 /// How much shorter than usual it is waited for who hangs. Who does not must have its time, too.
@@ -128,7 +131,8 @@ impl Arena {
                     Ok(Fate::Moves)
                 }
             }
-        })
+        })?;
+        Ok(())
     }
 
     /// The source stops at the point until the target has given it up.
@@ -144,6 +148,27 @@ impl Arena {
             let (_, reason) = attempt.end_rolled_back()?;
             ensure!(reason == "the target closed the connection", "{reason}");
             Ok(Fate::Stays)
-        })
+        })?;
+        Ok(())
+    }
+
+    /// The source stops at the point, while more comes than the TAP has room for: nothing else is lost.
+    ///
+    /// # Errors
+    /// If anything is not as it should be.
+    pub fn overflow(&mut self, point: Point) -> Result<()> {
+        let before = self.dropped;
+        let demand = Demand { under_way: [u64::MAX, WHOLE.under_way[1]], may_lose: u64::MAX, ..WHOLE };
+        let outcome = self.cell(point, Action::Stop, 1, demand, |scene| {
+            let attempt = scene.attempt();
+            scene.wait_hanging()?;
+            until("the TAP was full", || Ok(netns::counters(TAP)?.tx_dropped > before))?;
+            scene.wake()?;
+            attempt.end_completed()?;
+            Ok(Fate::Moves)
+        })?;
+        let dropped = self.dropped - before;
+        ensure!(dropped > 0 && outcome.lost == [dropped, 0], "the TAP dropped {dropped}: {outcome:?}");
+        Ok(())
     }
 }

@@ -5,10 +5,10 @@ use std::os::unix::process::ExitStatusExt;
 use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
 
-use super::{Arena, Fate, RATE, Scene, UNDER_WAY, check_ends, is_source, points};
+use super::{Arena, Fate, Scene, WHOLE, check_ends, is_source, points};
 use crate::datapath::Datapath;
 use crate::faults::{Action, Party, Point};
-use crate::load::Demand;
+use crate::load::{Demand, Outcome};
 
 /// The most frames that a queue pair takes at once.
 const BATCH: u64 = 64;
@@ -22,6 +22,17 @@ pub fn kill_everywhere(datapath: Datapath, queue_pairs: u16) -> Result<()> {
     for party in [Party::TargetSession, Party::SourceSession] {
         points(party).try_for_each(|point| arena.kill(point))?;
     }
+    arena.end()
+}
+
+/// Each process is killed while its rings run, in the middle of a batch of frames.
+///
+/// # Errors
+/// If anything is not as it should be.
+pub fn kill_in_batches(queue_pairs: u16) -> Result<()> {
+    // The kernel's batches are its own.
+    let mut arena = Arena::new(Datapath::Userspace, queue_pairs, 256)?;
+    arena.kill_at_work()?;
     arena.end()
 }
 
@@ -63,7 +74,7 @@ impl Arena {
     /// # Errors
     /// If anything is not as it should be.
     pub fn kill(&mut self, point: Point) -> Result<()> {
-        self.kill_for(point, fate(point))
+        self.kill_by(point, Action::Kill, fate(point)).map(drop)
     }
 
     /// Likewise, where that leads to something else.
@@ -71,15 +82,33 @@ impl Arena {
     /// # Errors
     /// If anything is not as it should be.
     pub fn kill_for(&mut self, point: Point, fate: Fate) -> Result<()> {
-        let batch = if works(point) { BATCH * u64::from(self.options.queue_pairs) } else { 0 };
-        let demand = Demand {
+        self.kill_by(point, Action::Kill, fate).map(drop)
+    }
+
+    /// Wherever rings run in the process that is killed, it is while it moves frames: what it had moved and not told of
+    /// is lost, or goes out twice.
+    ///
+    /// # Errors
+    /// If anything is not as it should be.
+    pub fn kill_at_work(&mut self) -> Result<()> {
+        for point in Point::ALL.iter().copied().filter(|point| works(*point)) {
+            let received = self.kill_by(point, Action::Receiving, fate(point))?;
+            ensure!(received.lost[0] > 0, "it was not receiving: {received:?}");
+            let sent = self.kill_by(point, Action::Sending, fate(point))?;
+            ensure!(sent.doubled[1] > 0, "it was not sending: {sent:?}");
+        }
+        Ok(())
+    }
+
+    fn kill_by(&mut self, point: Point, action: Action, fate: Fate) -> Result<Outcome> {
+        let batch = BATCH * u64::from(self.options.queue_pairs);
+        let demand = match fate {
             // Of what nobody serves nothing arrives.
-            rate: if fate == Fate::Lost { 0 } else { RATE },
-            under_way: UNDER_WAY,
-            may_lose: batch,
-            may_double: batch,
+            Fate::Lost => Demand { rate: 0, ..WHOLE },
+            _ if works(point) => Demand { may_lose: batch, may_double: batch, ..WHOLE },
+            _ => WHOLE,
         };
-        self.cell(point, Action::Kill, 1, demand, |scene| {
+        self.cell(point, action, 1, demand, |scene| {
             let attempt = scene.attempt();
             match fate {
                 _ if is_source(point) => {

@@ -24,12 +24,12 @@ use crate::datapath::Datapath;
 use crate::fake_frontend::net::features;
 use crate::fake_frontend::{Connection, Device, Options};
 use crate::faults::{Action, Faults, Party, Point, has_reached};
-use crate::load::{self, Demand};
+use crate::load::{self, Demand, Outcome};
 use crate::netns;
 use crate::process::{PATIENCE, Process};
 
 /// What is sent while nothing may be lost.
-const WHOLE: Demand = Demand { rate: RATE, under_way: UNDER_WAY, may_lose: 0, may_double: 0 };
+const WHOLE: Demand = Demand { rate: RATE, under_way: [UNDER_WAY; 2], may_lose: 0, may_double: 0 };
 /// Frames a second each way.
 const RATE: u32 = 20_000;
 /// The most frames of a direction that wait until somebody serves them: fewer than a ring or a queue of the TAP's holds.
@@ -228,8 +228,8 @@ impl Arena {
         self.rig.backend.check_healthy()
     }
 
-    /// Runs a cell: `body` says what it is to lead to, while this load goes on. The process that comes by the point has
-    /// the fault, the other one this hurry.
+    /// Runs a cell: `body` says what it is to lead to, while this load goes on, whose outcome is given. The process that
+    /// comes by the point has the fault, the other one this hurry.
     fn cell(
         &mut self,
         point: Point,
@@ -237,7 +237,7 @@ impl Arena {
         hurry: u32,
         demand: Demand,
         body: impl FnOnce(&mut Scene<'_>) -> Result<Fate>,
-    ) -> Result<()> {
+    ) -> Result<Outcome> {
         let began = Instant::now();
         let mut log = String::new();
         let result = self.run(point, action, hurry, demand, body, &mut log);
@@ -256,7 +256,7 @@ impl Arena {
         demand: Demand,
         body: impl FnOnce(&mut Scene<'_>) -> Result<Fate>,
         log: &mut String,
-    ) -> Result<()> {
+    ) -> Result<Outcome> {
         let (fault, other) = (Faults::at(point, action), Faults::default().hurried(hurry));
         let (source, target) = if is_source(point) { (&fault, &other) } else { (&other, &fault) };
         if source.any() {
@@ -268,8 +268,11 @@ impl Arena {
         let mut scene = Scene { source: backend, target: &mut target, point, action };
         let result = load::run_with(&mut self.device, network, demand, || body(&mut scene));
         *log = target.backend.process.log();
-        let (fate, sent) = result?;
-        eprintln!("{}, {action:?}: {fate:?}, {sent:?}", point.name());
+        let (fate, outcome) = result?;
+        eprintln!("{}, {action:?}: {fate:?}, {outcome:?}", point.name());
+        if demand.under_way[0] > UNDER_WAY {
+            self.dropped = netns::counters(TAP)?.tx_dropped;
+        }
         let next = match fate {
             Fate::Stays | Fate::Returns => {
                 self.rig.backend.process.wait_open_fds(held)?;
@@ -282,8 +285,8 @@ impl Arena {
             }
             Fate::Moves | Fate::Inherited => {
                 let mut source = self.rig.backend.succeeded_by(target.backend);
-                let killed = is_source(point) && action == Action::Kill;
-                if !killed {
+                // One that was killed has ended otherwise.
+                if !is_source(point) || !action.kills() {
                     check_ends(&mut source)?;
                 }
                 None
@@ -300,7 +303,8 @@ impl Arena {
             }
         };
         self.check()?;
-        self.hand_on(next.map(|target| target.backend), &Faults::default()).context("afterwards")
+        self.hand_on(next.map(|target| target.backend), &Faults::default()).context("afterwards")?;
+        Ok(outcome)
     }
 
     /// The session works, and the front-end has heard nothing.

@@ -10,9 +10,9 @@ use crate::faults::{Action, Point};
 const FAILURES: [(Point, &str); 5] = [
     (Point::SourceSessionConnected, "cannot begin a hand-over: fault point"),
     (Point::TargetSessionArrived, "greet: the target refuses: unusable: "),
-    (Point::SourceSessionReady, "stage: cannot stage the session: fault point"),
+    (Point::SourceSessionReady, "stage: source: the source cannot give the session: fault point"),
     (Point::TargetSessionGathered, "stage: the target refuses: unusable: "),
-    (Point::SourceSessionFrozen, "freeze: fault point"),
+    (Point::SourceSessionFrozen, "freeze: source: the source cannot give the rings: fault point"),
 ];
 
 /// Whatever can fail does, one after the other.
@@ -32,6 +32,7 @@ impl Arena {
             ensure!(said.starts_with(expected), "{said}");
             scene.check_reached()?;
             Ok(Fate::Stays)
-        })
+        })?;
+        Ok(())
     }
 }

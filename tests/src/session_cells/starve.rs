@@ -24,7 +24,7 @@ fn refusal(point: Point) -> Option<&'static str> {
     Some(match point {
         Point::SourceSessionConnected => "cannot begin a hand-over: Too many open files",
         Point::SourceSessionGreeted | Point::SourceSessionReady => {
-            "stage: cannot stage the session: cannot set up the ownership word: Too many open files"
+            "stage: source: the source cannot give the session: cannot set up the ownership word: Too many"
         }
         Point::TargetSessionArrived => {
             "greet: the target refuses: unusable: the target cannot use the source: "
@@ -63,6 +63,7 @@ impl Arena {
                 limit_descriptors(scene.faulty().pid(), None)?;
             }
             Ok(fate)
-        })
+        })?;
+        Ok(())
     }
 }
