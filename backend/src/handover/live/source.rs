@@ -482,10 +482,12 @@ impl LiveSource {
     ) -> Result<(), DeviceError> {
         let Some(Frozen { vrings, pairs }) = self.frozen.take() else { return Ok(()) };
         baton_faults::pass(Point::SourceSessionOffered);
-        let times = FreezeTimes { sent: nanoseconds(now()), ..times };
+        // As the target hears it: when this process runs again, it may be long after that.
+        let now = now();
+        let times = FreezeTimes { sent: nanoseconds(now), ..times };
         let message = Message::Commit(Commit { epoch: word.epoch, vrings, pairs, times });
         self.send(around, &message, &[], outcomes)?;
         baton_faults::pass(Point::SourceSessionCommitSent);
-        self.tell(around, Event::Sent, outcomes)
+        self.tell_at(around, Event::Sent, now, outcomes)
     }
 }
