@@ -18,6 +18,12 @@ pub const MAX_VECTORS: usize = 1024;
 /// How many descriptors of an indirect table are followed. Empty buffers aside, a chain this long cannot be served.
 const LONGEST: u32 = 2048;
 
+/// How many bytes of a ring's buffers are made ready beforehand: enough for 1024 of 4 KiB.
+const PREFAULT: usize = 4 << 20;
+
+/// The size of a page.
+const PAGE: usize = 0x1000;
+
 /// Which way the guest's buffers go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
@@ -57,6 +63,14 @@ pub struct Vectors(pub Vec<libc::iovec>);
 // SAFETY: an iovec is a plain pointer and a length; what it points to is kept by the owner of the list.
 unsafe impl Send for Vectors {}
 
+impl Vectors {
+    /// Has memory for as many as one system call takes there before they are used. The list must be empty.
+    pub fn prefault(&mut self) {
+        self.0.resize(MAX_VECTORS, libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 });
+        self.0.clear();
+    }
+}
+
 /// Appends the buffers of the chain that begins at `head` to `vectors` and gives their length in bytes.
 /// Empty buffers are left out.
 ///
@@ -79,6 +93,34 @@ pub fn append(
         return Err(error);
     }
     Ok(length)
+}
+
+/// Has the pages of the buffers of a ring there before they are used: those that its descriptor table speaks of, up to
+/// [`PREFAULT`] bytes. The driver may change the table meanwhile; nothing depends on what it says.
+pub fn prefault(vring: &Vring) {
+    let memory = vring.memory();
+    let (mut hint, mut left) = (0, PREFAULT);
+    let mut pieces = Vec::with_capacity(usize::from(vring.size()));
+    for index in 0..vring.size() {
+        let Some(Descriptor { address, length, .. }) = vring.descriptor(index) else { break };
+        if let Some((pointer, rest)) = memory.resolve(address, &mut hint) {
+            let length = rest.min(length as usize).min(left);
+            left -= length;
+            pieces.push((pointer as usize, length, pointer));
+        }
+    }
+    pieces.sort_unstable();
+    // Those that touch each other are one: they are system calls.
+    pieces.dedup_by(|next, piece| {
+        let touch = next.0 <= (piece.0 + piece.1).next_multiple_of(PAGE);
+        if touch {
+            piece.1 = piece.1.max(next.0 + next.1 - piece.0);
+        }
+        touch
+    });
+    for (_, length, pointer) in pieces.into_iter().filter(|(_, length, _)| *length > 0) {
+        memory.prefault(pointer, length);
+    }
 }
 
 struct Walk<'a> {

@@ -13,6 +13,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::Turn;
+use super::chain;
 use super::kernel::KernelPath;
 use super::ring::{Kick, Ring};
 use super::rx::Rx;
@@ -185,6 +186,18 @@ impl QueuePair {
         Some(ring)
     }
 
+    /// Has all memory that the first frames need there before they come: the rings are another process' still.
+    pub fn prefault(&mut self) {
+        for ring in [&self.rx.ring, &self.tx.ring].into_iter().flatten() {
+            ring.vring.prefault();
+            chain::prefault(&ring.vring);
+        }
+        if self.kernel.is_none() {
+            self.rx.prefault();
+            self.tx.prefault();
+        }
+    }
+
     /// The rings are this process' now, and were watched before.
     pub fn taken_over(&mut self) {
         for (ring, counters) in [(&self.rx.ring, &self.counters.rx), (&self.tx.ring, &self.counters.tx)] {
@@ -193,16 +206,15 @@ impl QueuePair {
         }
     }
 
-    /// Begins to work, whatever was heard before: with a look at everything, and the calls that are due.
+    /// Begins to work, whatever was heard before: with a look at everything.
     pub(super) fn begin(&mut self) {
         self.look_rx = true;
         self.look_tx = true;
         self.last_work = Instant::now();
         self.look_at_kicks();
-        self.make_calls();
     }
 
-    /// Makes the calls that are due. They may take as long as the front-end likes.
+    /// Makes the calls that are due.
     pub(super) fn make_calls(&mut self) {
         for ring in [&mut self.rx.ring, &mut self.tx.ring].into_iter().flatten() {
             if std::mem::take(&mut ring.call_due) {

@@ -93,6 +93,15 @@ impl Rx {
         self.hint = 0;
     }
 
+    /// Has the memory that the first frames need there before they come.
+    pub fn prefault(&mut self) {
+        self.spill = vec![u8::MAX; LARGEST];
+        self.vectors.prefault();
+        let unused = Prepared { head: 0, first: 0, end: 0, length: 0 };
+        self.prepared.resize(5 * usize::from(BATCH), unused);
+        self.prepared.clear();
+    }
+
     /// Delivers what the TAP has, for one turn.
     pub fn run(&mut self, pair: u16, tap: &TapQueue, counters: &metrics::Direction) -> Turn {
         let Some(mut ring) = self.ring.take() else { return Turn::Idle };

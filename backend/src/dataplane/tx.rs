@@ -43,6 +43,13 @@ impl Tx {
         std::mem::take(&mut self.full)
     }
 
+    /// Has the memory that the first frames need there before they come.
+    pub fn prefault(&mut self) {
+        self.vectors.prefault();
+        self.batch.resize(usize::from(BATCH), Frame { head: 0, first: 0, end: 0, length: 0 });
+        self.batch.clear();
+    }
+
     /// Sends what the guest has made available, for one turn. Before it is idle it asks for kicks if `arm`.
     pub fn run(&mut self, pair: u16, tap: &TapQueue, counters: &metrics::Direction, arm: bool) -> Turn {
         let Some(mut ring) = self.ring.take() else { return Turn::Idle };

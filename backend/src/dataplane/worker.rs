@@ -120,10 +120,7 @@ impl Shared {
                     pair.begin();
                     return Some(pair);
                 }
-                Slot::Waiting(mut pair) if !self.gate.closed() => {
-                    pair.make_calls();
-                    return Some(pair);
-                }
+                Slot::Waiting(pair) if !self.gate.closed() => return Some(pair),
                 Slot::End => return None,
                 other => place.slot = other,
             }
@@ -386,6 +383,8 @@ fn work(shared: &Arc<Shared>) {
         if let Some(mut pair) = held.take() {
             // It must not spin on what fails, nor end unseen: it gives the pair back, and the event loop was told.
             let turn = if gate.closed() { None } else { pair.turn(gate) };
+            // After the frames, for they may take as long as the front-end likes.
+            pair.make_calls();
             timeout = turn.unwrap_or(-1);
             match turn {
                 None => {

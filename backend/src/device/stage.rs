@@ -86,12 +86,12 @@ impl Device {
             parked.attach(staged.tap.queue(pair)).map_err(failed)?;
             for (side, vring) in sides(pair) {
                 if let Some(ring) = vrings[vring].clone().activate(vring, surroundings)? {
-                    ring.vring.prefault();
                     parked.put_ring(side, ring).map_err(failed)?;
                 }
             }
             parked.prepare_kernel().map_err(failed)?;
             if parked.has_rings() {
+                parked.prefault();
                 worker.make_thread().map_err(failed)?;
             }
         }
