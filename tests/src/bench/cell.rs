@@ -42,8 +42,6 @@ pub struct Cell {
 pub struct Measured {
     /// The cell.
     pub cell: Cell,
-    /// How many hand-overs.
-    pub handovers: usize,
     /// The worst gap of each interval with a hand-over.
     pub gaps: Vec<i64>,
     /// And without.
@@ -61,6 +59,20 @@ pub struct Measured {
 }
 
 impl Measured {
+    /// Nothing yet of `cell`.
+    pub fn nothing(cell: Cell) -> Self {
+        Self {
+            cell,
+            gaps: Vec::new(),
+            control_gaps: Vec::new(),
+            delays: Vec::new(),
+            control_delays: Vec::new(),
+            blackouts: Vec::new(),
+            phases: Default::default(),
+            count: Count { quiet: true, ..Count::default() },
+        }
+    }
+
     /// A quantile of the gaps less the control's, and the same for the slowest frames.
     pub fn excess(&self) -> [Quantiles; 2] {
         let less = |with: &[i64], without: &[i64]| {
@@ -116,11 +128,11 @@ fn processors() -> Result<(CpuSet, CpuSet)> {
 }
 
 impl Bench {
-    /// Under the load of `cell`.
+    /// Under the load of `cell`. A `restful` driver lets others have its processor.
     ///
     /// # Errors
     /// If anything cannot be set up.
-    pub fn new(cell: Cell) -> Result<Self> {
+    pub fn new(cell: Cell, restful: bool) -> Result<Self> {
         let netns = Netns::enter()?;
         netns.create_persistent_tap(TAP, cell.pairs > 1)?;
         let arguments = [format!("--tap={TAP}"), format!("--queue-pairs={}", cell.pairs)];
@@ -129,7 +141,7 @@ impl Bench {
         backend.status()?;
         let (here, there) = UnixStream::pair()?;
         let there = OwnedFd::from(there);
-        let arguments = [
+        let mut arguments = vec![
             "drive".to_owned(),
             format!("--line={}", there.as_raw_fd()),
             format!("--socket={}", backend.socket.display()),
@@ -138,8 +150,9 @@ impl Bench {
             format!("--memory={}", cell.memory << 20),
             format!("--rate={}", cell.rate),
         ];
-        let driver =
-            Process::start(&programs::bench_handover()?, &arguments.map(Into::into), &[there.as_fd()])?;
+        arguments.extend(restful.then(|| "--restful".to_owned()));
+        let arguments: Vec<_> = arguments.into_iter().map(Into::into).collect();
+        let driver = Process::start(&programs::bench_handover()?, &arguments, &[there.as_fd()])?;
         drop(there);
         let line = Line::from(OwnedFd::from(here));
         Ok(Self { backend, driver, line, _netns: netns })
@@ -195,22 +208,19 @@ impl Bench {
         self.backend.become_target(Self::target()?)
     }
 
-    /// Measures `cell`, whose load runs.
+    /// Starts a back-end and ends it again, with nothing handed over: what else a hand-over costs a machine.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start_another() -> Result<()> {
+        Self::target().map(drop)
+    }
+
+    /// Measures so many hand-overs under the load that runs, and as many intervals without; adds them to `measured`.
     ///
     /// # Errors
     /// If a hand-over fails.
-    pub fn measure(&mut self, cell: Cell, handovers: usize) -> Result<Measured> {
-        let mut measured = Measured {
-            cell,
-            handovers,
-            gaps: Vec::new(),
-            control_gaps: Vec::new(),
-            delays: Vec::new(),
-            control_delays: Vec::new(),
-            blackouts: Vec::new(),
-            phases: Default::default(),
-            count: Count::default(),
-        };
+    pub fn measure(&mut self, measured: &mut Measured, handovers: usize) -> Result<()> {
         self.settle()?;
         for handover in 0..handovers {
             let target = Self::target()?;
@@ -235,8 +245,8 @@ impl Bench {
             measured.control_gaps.push(microseconds(worst.gap));
             measured.control_delays.push(microseconds(worst.delay));
         }
-        measured.count = self.settle()?;
-        Ok(measured)
+        measured.count = self.settle()?.and(measured.count);
+        Ok(())
     }
 }
 

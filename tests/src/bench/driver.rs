@@ -29,6 +29,8 @@ const DOWN: u16 = 20_000;
 const UP: u16 = 30_000;
 /// The most frames of one direction that are sent at once: who could not run for a while does not make up for it.
 const BURST: u64 = 64;
+/// How long a driver that lets others have its processor does so.
+const REST: Duration = Duration::from_micros(50);
 /// How long a frame may take that is not lost.
 const SETTLED: Duration = Duration::from_millis(500);
 
@@ -50,6 +52,9 @@ pub struct Arguments {
     /// Frames a second each way.
     #[arg(long)]
     pub rate: u32,
+    /// Let others have the processor now and then.
+    #[arg(long)]
+    pub restful: bool,
 }
 
 /// An answer to an order.
@@ -65,7 +70,9 @@ enum Answer {
 /// # Errors
 /// If the back-end does what it must not.
 pub fn run(arguments: &Arguments, line: OwnedFd) -> Result<()> {
-    take_processor()?;
+    if !arguments.restful {
+        take_processor()?;
+    }
     let mq = if arguments.pairs > 1 { features::MQ } else { 0 };
     let options = Options {
         queue_pairs: arguments.pairs,
@@ -91,6 +98,7 @@ pub fn run(arguments: &Arguments, line: OwnedFd) -> Result<()> {
         interval: interval(arguments.rate),
         due: 0,
         counted: 0,
+        restful: arguments.restful,
     };
     thread::scope(|scope| {
         let traffic = scope.spawn(move || traffic.run(&orders_end, &answers_end));
@@ -129,6 +137,7 @@ struct Traffic {
     due: u64,
     /// When the count began.
     counted: u64,
+    restful: bool,
 }
 
 impl Traffic {
@@ -148,7 +157,9 @@ impl Traffic {
                 Ok(Order::Settle) => Answer::Count(self.settle(&mut frame)?),
                 Err(std::sync::mpsc::TryRecvError::Empty) => {
                     self.send()?;
-                    self.receive(&mut frame)?;
+                    if !self.receive(&mut frame)? && self.restful {
+                        thread::sleep(REST);
+                    }
                     continue;
                 }
                 Err(std::sync::mpsc::TryRecvError::Disconnected) => return Ok(()),

@@ -54,6 +54,26 @@ pub struct Count {
     pub quiet: bool,
 }
 
+impl Count {
+    /// With what came before it.
+    #[must_use]
+    pub fn and(self, before: Self) -> Self {
+        Self {
+            rate: self.rate,
+            sent: before.sent + self.sent,
+            lost: before.lost + self.lost,
+            doubled: before.doubled + self.doubled,
+            reordered: before.reordered + self.reordered,
+            quiet: before.quiet && self.quiet,
+        }
+    }
+
+    /// Whether all arrived as it should, and the front-end heard nothing.
+    pub fn is_clean(&self) -> bool {
+        (self.lost, self.doubled, self.reordered, self.quiet) == (0, 0, 0, true)
+    }
+}
+
 /// One end of the line.
 #[derive(Debug)]
 pub struct Line(BufReader<UnixStream>);

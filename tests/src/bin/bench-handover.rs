@@ -1,28 +1,51 @@
-//! `bench-handover`: how long the network stands still while a session is handed over under load.
+//! `bench-handover`: how long the network stands still while a session is handed over under load, by the number of queue
+//! pairs, the guest's memory and the load; and whether a thousand hand-overs in a row lose anything.
 #![expect(unsafe_code, reason = "takes a descriptor that it was started with")]
 
+use std::fs;
 use std::io::{self, Write};
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::str::FromStr;
 
 use anyhow::{Context, Result};
-use baton_tests::bench::cell::{Bench, Cell, PHASES, leave_processor};
-use baton_tests::bench::driver;
-use baton_tests::bench::numbers::Quantiles;
+use baton_tests::bench::cell::{Bench, Cell, Measured, leave_processor};
+use baton_tests::bench::page::{self, Machine};
+use baton_tests::bench::row::{self, Row};
+use baton_tests::bench::{driver, plot};
 use clap::{Parser, Subcommand};
+
+/// What is varied, one thing at a time.
+const BASE: Cell = Cell { pairs: 1, memory: 1024, rate: 50_000 };
+const PAIRS: [u16; 3] = [4, 16, 64];
+const MEMORY: [u64; 2] = [128, 8192];
+const RATES: [u32; 2] = [10_000, 100_000];
+
+/// Hand-overs in a cell.
+const HANDOVERS: usize = 200;
+/// Hand-overs in a row.
+const IN_A_ROW: usize = 1000;
+/// Each cell is measured this many times, all others in between.
+const ROUNDS: usize = 2;
+
+/// How much less of all a quick run does: it shows that all works, and measures nothing.
+const QUICK: u32 = 20;
 
 /// Measure how long the network stands still while a session is handed over under load
 #[derive(Debug, Parser)]
 struct Arguments {
     #[command(subcommand)]
     command: Option<Command>,
-    /// Measure only this and write nothing: queue pairs, MiB of guest memory, thousand frames a second each way
+    /// A little of everything, to see that it works
+    #[arg(long)]
+    quick: bool,
+    /// Where handover-blackout.md and handover-blackout.svg are
+    #[arg(long, default_value = "docs")]
+    output: PathBuf,
+    /// Measure only this, and write nothing: queue pairs, MiB of guest memory, thousand frames a second each way
     #[arg(long, value_name = "PAIRS,MIB,KPPS")]
     cell: Vec<CellArgument>,
-    /// Hand-overs in a cell
-    #[arg(long, default_value_t = 200)]
-    handovers: usize,
 }
 
 #[derive(Debug, Subcommand)]
@@ -48,8 +71,8 @@ impl FromStr for CellArgument {
     fn from_str(text: &str) -> Result<Self> {
         let mut parts = text.split(',');
         let mut next = || parts.next().context("three numbers: PAIRS,MIB,KPPS");
-        let (pairs, memory, rate) = (next()?.parse()?, next()?.parse()?, next()?.parse::<u32>()? * 1000);
-        Ok(Self(Cell { pairs, memory, rate }))
+        let (pairs, memory, rate) = (next()?.parse()?, next()?.parse()?, next()?.parse::<u32>()?);
+        Ok(Self(Cell { pairs, memory, rate: rate.saturating_mul(1000) }))
     }
 }
 
@@ -58,12 +81,16 @@ fn main() -> ExitCode {
     let result = match &arguments.command {
         Some(Command::Drive { line, arguments }) => {
             // SAFETY: whoever started this process has given it the descriptor.
-            driver::run(arguments, unsafe { OwnedFd::from_raw_fd(*line) })
+            driver::run(arguments, unsafe { OwnedFd::from_raw_fd(*line) }).map(|()| true)
         }
         None => measure(&arguments),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => {
+            eprintln!("bench-handover: frames did not arrive as they should, or something has grown");
+            ExitCode::FAILURE
+        }
         Err(error) => {
             eprintln!("bench-handover: {error:#}");
             ExitCode::FAILURE
@@ -71,22 +98,67 @@ fn main() -> ExitCode {
     }
 }
 
-fn measure(arguments: &Arguments) -> Result<()> {
-    leave_processor()?;
-    for CellArgument(cell) in &arguments.cell {
-        let mut bench = Bench::new(*cell)?;
-        let measured = bench.measure(*cell, arguments.handovers)?;
-        let [gap, delay] = measured.excess();
-        let mut out = io::stdout().lock();
-        let all = |values: &[i64]| Quantiles::of(values.iter().copied());
-        writeln!(out, "{cell:?}: excess gap {gap}, delay {delay}")?;
-        writeln!(out, "  gap {} control {}", all(&measured.gaps), all(&measured.control_gaps))?;
-        writeln!(out, "  delay {} control {}", all(&measured.delays), all(&measured.control_delays))?;
-        writeln!(out, "  blackout {}", all(&measured.blackouts))?;
-        for (name, phase) in PHASES.iter().zip(&measured.phases) {
-            writeln!(out, "    {name} {}", all(phase))?;
-        }
-        writeln!(out, "  {:?}", measured.count)?;
+/// Whether nothing was lost.
+fn measure(arguments: &Arguments) -> Result<bool> {
+    let machine = Machine::this()?;
+    if !arguments.quick {
+        leave_processor()?;
     }
-    Ok(())
+    if !arguments.cell.is_empty() {
+        let cells = sweep(arguments.cell.iter().map(|CellArgument(cell)| *cell), arguments.quick)?;
+        return report(&machine, &cells, None);
+    }
+    let pairs = PAIRS.map(|pairs| Cell { pairs, ..BASE });
+    let memory = MEMORY.map(|memory| Cell { memory, ..BASE });
+    let rates = RATES.map(|rate| Cell { rate, ..BASE });
+    let cells = sweep([BASE].into_iter().chain(pairs).chain(memory).chain(rates), arguments.quick)?;
+    say("hand-overs in a row")?;
+    let row = row::run(quickened(BASE, arguments.quick), less(IN_A_ROW, arguments.quick), arguments.quick)?;
+    let clean = report(&machine, &cells, Some(&row))?;
+
+    let svg = "handover-blackout.svg";
+    fs::create_dir_all(&arguments.output)?;
+    plot::draw(&arguments.output.join(svg), quickened(BASE, arguments.quick), &cells)?;
+    let text = page::text(&machine, &cells, Some(&row), svg);
+    page::update(&arguments.output.join("handover-blackout.md"), &text)?;
+    Ok(clean)
+}
+
+/// Measures all cells in turn, and once more in the opposite order.
+fn sweep(cells: impl IntoIterator<Item = Cell>, quick: bool) -> Result<Vec<Measured>> {
+    let cells = cells.into_iter().map(|cell| quickened(cell, quick));
+    let mut measured: Vec<_> = cells.map(Measured::nothing).collect();
+    for round in 0..ROUNDS {
+        measured.reverse();
+        for measured in &mut measured {
+            let cell = measured.cell;
+            say(&format!(
+                "{} pairs, {} MiB, {} frames/s: round {}",
+                cell.pairs,
+                cell.memory,
+                cell.rate,
+                round + 1
+            ))?;
+            let mut bench = Bench::new(cell, quick)?;
+            bench.measure(measured, less(HANDOVERS, quick) / ROUNDS)?;
+        }
+    }
+    Ok(measured)
+}
+
+fn report(machine: &Machine, cells: &[Measured], row: Option<&Row>) -> Result<bool> {
+    writeln!(io::stdout().lock(), "{}", page::text(machine, cells, row, "handover-blackout.svg"))?;
+    Ok(cells.iter().all(|measured| measured.count.is_clean()) && row.is_none_or(Row::is_clean))
+}
+
+fn quickened(cell: Cell, quick: bool) -> Cell {
+    if quick { Cell { rate: cell.rate / QUICK, ..cell } } else { cell }
+}
+
+fn less(count: usize, quick: bool) -> usize {
+    if quick { (count / 50).max(ROUNDS) } else { count }
+}
+
+fn say(text: &str) -> Result<()> {
+    Ok(writeln!(io::stderr().lock(), "{text}")?)
 }
