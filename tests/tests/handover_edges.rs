@@ -2,9 +2,10 @@
 //! log of changed pages, the inflight region, a frame in hand; what is refused; what the operator sees and takes back;
 //! and which sockets, scripts and settings go along.
 
-use std::os::fd::AsFd;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -22,6 +23,7 @@ use baton_tests::fake_frontend::wire::{Message as Said, protocol, request};
 use baton_tests::fake_frontend::{Connection, Device, Options};
 use baton_tests::frames::{self, Network, Transport, segment};
 use baton_tests::load;
+use baton_tests::netns::Netns;
 use baton_tests::on_both_datapaths;
 use baton_tests::process::Process;
 use baton_tests::programs;
@@ -32,6 +34,7 @@ use nix::sys::signal::Signal;
 on_both_datapaths! {
     what_the_front_end_says_meanwhile_the_target_answers,
     a_front_end_that_leaves_on_the_way_is_missed_by_whoever_has_the_session,
+    the_targets_own_datapath_counts,
 }
 
 /// A device that works.
@@ -214,6 +217,18 @@ fn a_front_end_that_leaves_on_the_way_is_missed_by_whoever_has_the_session(datap
     rig.backend.fds_at_rest()?;
     let mut device = rig.device(Options::default())?;
     rig.check_traffic(&mut device)
+}
+
+fn the_targets_own_datapath_counts(datapath: Datapath) -> Result<()> {
+    let (mut rig, mut device) = serving(Datapath::Userspace, Options::default(), &[])?;
+    // There and back.
+    for datapath in [datapath, Datapath::Userspace] {
+        rig.datapath = datapath;
+        hand_on(&mut rig, &[])?;
+        ensure!(rig.backend.status()?.datapath == datapath);
+        rig.check_traffic(&mut device)?;
+    }
+    Ok(())
 }
 
 /// Hands the rig's session on to a target with these arguments.
@@ -497,6 +512,43 @@ fn a_target_gives_up_a_socket_of_its_own() {
     drop(device);
     let mut device = rig.device(Options::default()).unwrap();
     rig.check_traffic(&mut device).unwrap();
+}
+
+#[test]
+fn inherited_sockets_go_along() {
+    let netns = Netns::enter().unwrap();
+    netns.create_persistent_tap(TAP, false).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let tap = format!("--tap={TAP}");
+    for (socket, listens) in [(OwnedFd::from(listener), true), (OwnedFd::from(theirs), false)] {
+        let option = format!("--fd={}", socket.as_raw_fd());
+        let mut backend =
+            Backend::with_arguments(Datapath::Userspace, &[&option, &tap], &[socket.as_fd()]).unwrap();
+        drop(socket);
+        let connect = || if listens { UnixStream::connect(&path) } else { ours.try_clone() };
+        let connection = Connection::new(connect().unwrap()).unwrap();
+        let offered = connection.get_features().unwrap();
+        for _ in 0..2 {
+            let target = Backend::waiting_for_session(Datapath::Userspace, &[]).unwrap();
+            backend.become_target(target).unwrap();
+            check_quiet(&connection).unwrap();
+            assert_eq!(connection.get_features().unwrap(), offered);
+        }
+        drop(connection);
+        if listens {
+            let connection = Connection::new(connect().unwrap()).unwrap();
+            assert_eq!(connection.get_features().unwrap(), offered);
+            backend.process.signal(Signal::SIGTERM).unwrap();
+        } else {
+            // There will be no other.
+            ours.shutdown(Shutdown::Both).unwrap();
+        }
+        assert_eq!(backend.process.wait().unwrap().code(), Some(0));
+    }
+    assert!(path.exists(), "somebody else's file was removed");
 }
 
 #[test]
