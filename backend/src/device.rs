@@ -63,6 +63,8 @@ pub enum Vhost {
     Open(VhostNet),
     /// The kernel, with an instance for each queue pair.
     Given(Vec<VhostNet>),
+    /// The kernel, with instances that come with a session: this process may open none.
+    Coming,
 }
 
 /// The whole state of a session, as the front-end set it.
@@ -173,6 +175,7 @@ impl Device {
             Vhost::None => (Datapath::Userspace, Vec::new()),
             Vhost::Open(first) => (Datapath::VhostNet, vec![first]),
             Vhost::Given(all) => (Datapath::VhostNet, all),
+            Vhost::Coming => (Datapath::VhostNet, Vec::new()),
         };
         let mask = given.iter().fold(everything, |mask, vhost| vhost.masked(mask));
         let mut given = given.into_iter();

@@ -88,7 +88,7 @@ fn serve(args: &Args) -> Result<()> {
         queue_pairs: args.queue_pairs.map(usize::from),
         vhost_fds: args.vhost_fds.as_ref().map(Vec::len),
         poll,
-        vhost_from_source: false,
+        vhost_from_source: matches!(vhost, Vhost::Coming),
     };
     let handover = Handover::new(args.incoming_fds.as_deref(), wishes)?;
     if let (Some(script), Some(tap)) = (&args.script.0, &tap) {
@@ -133,14 +133,26 @@ fn control_place(args: &Args, calls: Mailer<Call>) -> Result<ControlPlace> {
 /// A vhost-net for each queue pair, if the kernel is to move the frames.
 fn vhost(args: &Args) -> Result<Vhost, VhostNetError> {
     let pairs_known = args.incoming_fds.is_none() || args.queue_pairs.is_some();
-    Ok(match &args.vhost_fds {
-        Some(fds) => Vhost::Given(VhostNet::from_fds(fds)?),
-        None if args.vhost && pairs_known => {
-            Vhost::Given((0..args.pairs()).map(|_| VhostNet::open()).collect::<Result<_, _>>()?)
+    if let Some(fds) = &args.vhost_fds {
+        return Ok(Vhost::Given(VhostNet::from_fds(fds)?));
+    }
+    if !args.vhost {
+        return Ok(Vhost::None);
+    }
+    let first = match VhostNet::open() {
+        Ok(first) => first,
+        Err(VhostNetError::Open { source, .. })
+            if source.kind() == io::ErrorKind::PermissionDenied && args.incoming_fds.is_some() =>
+        {
+            return Ok(Vhost::Coming);
         }
-        None if args.vhost => Vhost::Open(VhostNet::open()?),
-        None => Vhost::None,
-    })
+        Err(error) => return Err(error),
+    };
+    if !pairs_known {
+        return Ok(Vhost::Open(first));
+    }
+    let others = (1..args.pairs()).map(|_| VhostNet::open());
+    Ok(Vhost::Given(std::iter::once(Ok(first)).chain(others).collect::<Result<_, _>>()?))
 }
 
 /// The script by a path that means the same to another process.

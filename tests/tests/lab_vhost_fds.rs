@@ -3,10 +3,11 @@
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::PermissionsExt;
 
 use anyhow::{Context, Result, ensure};
 use baton_protocol::control::Datapath;
-use baton_tests::backend::{Backend, TAP};
+use baton_tests::backend::{Backend, Rig, TAP};
 use baton_tests::fake_frontend::{NetHeader, Options};
 use baton_tests::netns::Netns;
 use baton_tests::packet_socket::PacketSocket;
@@ -46,6 +47,34 @@ fn a_back_end_without_any_rights_serves_with_its_parents_descriptors() -> Result
             }
         }
         backend.check_healthy()
+    })
+}
+
+#[test]
+fn a_target_that_may_not_open_vhost_net_gets_it_with_the_session() -> Result<()> {
+    lab::run(|| {
+        for source in [Datapath::Userspace, Datapath::VhostNet] {
+            let mut rig = Rig::new(source, 2, &[])?;
+            let options = Options { queue_pairs: 2, ..Options::default() };
+            let mut device = rig.device(options.clone())?;
+            rig.check_traffic(&mut device)?;
+            let directory = tempfile::tempdir()?;
+            std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o777))?;
+            let incoming = directory.path().join("incoming");
+            let option = format!("--incoming-fds={}", incoming.display());
+            let mut target = Backend::unprivileged(&["--vhost", &option], &[])?;
+            target.status()?;
+            let possible = rig.backend.hand_over_to(&incoming, true)?;
+            ensure!(possible == serde_json::json!({"result": "possible"}), "{possible}");
+            let done = rig.backend.hand_over_to(&incoming, false)?;
+            ensure!(done["result"] == "completed", "{done}");
+            let mut old = std::mem::replace(&mut rig.backend, target);
+            ensure!(old.process.wait()?.code() == Some(0));
+            ensure!(rig.backend.status()?.datapath == Datapath::VhostNet);
+            rig.check_traffic(&mut device)?;
+            rig.backend.check_healthy()?;
+        }
+        Ok(())
     })
 }
 

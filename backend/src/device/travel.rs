@@ -41,6 +41,7 @@ impl Device {
         for worker in &mut self.workers {
             let Some(pair) = worker.park().filter(|pair| pair.kernel.is_none()) else { continue };
             let Some(instance) = instances.next() else { break };
+            self.mask = instance.masked(self.mask);
             let kernel = KernelPath::new(instance);
             pair.kernel = Some(kernel.map_err(|source| VhostNetError::Open { hint: "", source })?);
         }

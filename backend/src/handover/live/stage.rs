@@ -118,8 +118,13 @@ pub fn stage(
     };
     let stage_device = || -> Result<(), Reasons> {
         let device = &mut lock(dispatch).device;
-        let vhost = vhost.into_iter().map(VhostNet::from_fd).collect::<Result<_, _>>();
+        let vhost = vhost.into_iter().map(VhostNet::from_fd).collect::<Result<Vec<_>, _>>();
         let vhost = vhost.map_err(|error| Refusal::VhostNet(error.to_string()))?;
+        // What the kernel can do was not known before it was here.
+        let possible = vhost.iter().fold(negotiated.features, |mask, vhost| vhost.masked(Features(mask)).0);
+        if possible != negotiated.features {
+            return Err(Refusal::Features(negotiated.features & !possible).into());
+        }
         device.give_vhost(vhost).map_err(|error| Refusal::VhostNet(error.to_string()))?;
         device.open_vhost(pairs).map_err(|error| Refusal::VhostNet(error.to_string()))?;
         let config = snapshot::config(device_state, wishes);
