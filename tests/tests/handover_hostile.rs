@@ -29,6 +29,7 @@ use baton_tests::process::Process;
 use baton_tests::session_peer::{
     Asked, FakeTarget, Link, Relay, STAGED, Sent, greet, hear_stage, hello_of, prepare, send_stage,
 };
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::Signal;
 
@@ -96,6 +97,15 @@ fn file(size: u64) -> OwnedFd {
     file.into()
 }
 
+fn sealed(size: u64) -> OwnedFd {
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let file = File::from(memfd_create("strange", flags).expect("a memfd"));
+    file.set_len(size).expect("a size");
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).expect("seals");
+    file.into()
+}
+
 fn read_only() -> OwnedFd {
     let file = tempfile::NamedTempFile::new().expect("a file");
     file.as_file().set_len(1 << 30).expect("a size");
@@ -145,6 +155,16 @@ const SWAPS: &[Swap] = &[
     ("a file for the word", |sent| sent.replace(OWNERSHIP_FD, file(4096)), "ownership"),
     ("a pipe for the word", |sent| sent.replace(OWNERSHIP_FD, pipe()), "ownership"),
     ("a file for the frames", |sent| sent.replace(FRAMES_FD, file(1 << 20)), "unusable"),
+    (
+        "a sealed file that is too small for the frames",
+        |sent| sent.replace(FRAMES_FD, sealed(4096)),
+        "unusable",
+    ),
+    (
+        "a sealed file that is too large for the word",
+        |sent| sent.replace(OWNERSHIP_FD, sealed(8192)),
+        "ownership",
+    ),
     ("a pipe for the frames", |sent| sent.replace(FRAMES_FD, pipe()), "unusable"),
     ("a pipe for a kick", |sent| sent.replace(&kick_fd(0), pipe()), "unusable"),
     ("a directory for a call", |sent| sent.replace(&call_fd(1), directory()), "unusable"),
