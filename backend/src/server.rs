@@ -402,6 +402,8 @@ impl Server {
                 WorkerNews::Failed { pair, error } => {
                     return Err(ServerError::Worker { pair, source: error });
                 }
+                // Rings that are held for somebody else are not ours to run.
+                WorkerNews::RingStarted { .. } if self.live.holds_front() => {}
                 WorkerNews::RingStarted { pair } => {
                     let pair = usize::from(pair);
                     // With this the session knows; the hand-over follows.
