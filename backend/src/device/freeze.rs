@@ -27,7 +27,7 @@ impl Device {
     /// Frames in hand go to `keep`, which gives their length.
     ///
     /// # Errors
-    /// [`DeviceError::Dead`], and [`DeviceError::Dataplane`] if a frame cannot be kept.
+    /// [`DeviceError::Dead`], and [`DeviceError::Dataplane`] if a frame cannot be kept: all stand still then, too.
     pub fn freeze(
         &mut self,
         mut keep: impl FnMut(usize, &FrameInHand) -> io::Result<u32>,
@@ -36,6 +36,7 @@ impl Device {
             vrings: Vec::with_capacity(self.session.vrings.len()),
             pairs: Vec::with_capacity(self.workers.len()),
         };
+        let mut failed = None;
         // Nor does what waits for its turn make anybody run.
         self.held = false;
         self.workers.iter().for_each(Worker::close);
@@ -46,12 +47,16 @@ impl Device {
                 frozen.vrings.push(parked.ring_mut(side).map_or_else(|| setup.now(), |ring| ring_now(ring)));
             }
             let frame = parked.rx.in_hand.as_ref().map(|frame| keep(pair, frame)).transpose();
-            let frame = frame.map_err(|source| DeviceError::Dataplane { pair, source })?;
+            let frame = frame.unwrap_or_else(|source| {
+                // The others have been told to stop, too, and go on only from there.
+                failed.get_or_insert(DeviceError::Dataplane { pair, source });
+                None
+            });
             let counters = &self.counters[pair];
             let (rx, tx) = (Counters::from(counters.rx.save()), Counters::from(counters.tx.save()));
             frozen.pairs.push(PairNow { frame, rx, tx });
         }
-        Ok(frozen)
+        failed.map_or(Ok(frozen), Err)
     }
 
     /// Goes on where [`Self::freeze`] stopped.
