@@ -1,4 +1,5 @@
-//! The whole matrix of faults, with either datapath, again and again: `make soak`, `SOAK_ROUNDS` times.
+//! The whole matrix of faults, of a local migration's four processes and of a session's two, with either datapath, again
+//! and again: `make soak`, `SOAK_ROUNDS` times.
 
 use anyhow::{Context, Result};
 use baton_tests::fault_cells::kill::{kill_guests, kill_others};
@@ -6,7 +7,7 @@ use baton_tests::fault_cells::refuse::refuse_everywhere;
 use baton_tests::fault_cells::{Arena, points};
 use baton_tests::faults::{Faults, Party};
 use baton_tests::local_migration::Kind;
-use baton_tests::{datapath, lab};
+use baton_tests::{datapath, lab, session_cells};
 
 const PARTIES: [Party; 4] = [Party::TargetVmm, Party::TargetBackend, Party::SourceBackend, Party::SourceVmm];
 
@@ -44,6 +45,20 @@ fn starves(kind: Kind) -> Result<()> {
     arena.end()
 }
 
+fn session_kills(kind: Kind) -> Result<()> {
+    session_cells::kill::kill_everywhere(kind.datapath, kind.queue_pairs)
+}
+
+fn session_hangs(kind: Kind) -> Result<()> {
+    session_cells::hang::hang_everywhere(kind.datapath, kind.queue_pairs)?;
+    session_cells::hang::oversleep_everywhere(kind.datapath, kind.queue_pairs)
+}
+
+fn session_starves(kind: Kind) -> Result<()> {
+    session_cells::starve::starve_everywhere(kind.datapath, kind.queue_pairs)?;
+    session_cells::refuse::refuse_everywhere(kind.datapath, kind.queue_pairs)
+}
+
 /// Two tests of each of these, which `make test` leaves out.
 macro_rules! soaks {
     ($($body:ident),+) => {
@@ -65,4 +80,4 @@ macro_rules! soaks {
     };
 }
 
-soaks!(kills, hangs, starves, refuse_everywhere);
+soaks!(kills, hangs, starves, refuse_everywhere, session_kills, session_hangs, session_starves);

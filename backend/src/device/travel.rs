@@ -10,6 +10,7 @@ use super::{Device, DeviceConfig, DeviceError};
 use crate::dataplane::kernel::KernelPath;
 use crate::dataplane::pair::QueuePair;
 use crate::dataplane::rx::FrameInHand;
+use crate::dataplane::worker::Worker;
 use crate::features::{Features, Offer};
 use crate::tap::Tap;
 use crate::vhost_net::{VhostNet, VhostNetError};
@@ -65,6 +66,18 @@ impl Device {
             }
         }
         Ok(())
+    }
+
+    /// How many pairs have a vhost-net: the first ones.
+    pub fn vhosts(&mut self) -> usize {
+        self.workers.iter_mut().filter_map(Worker::park).take_while(|pair| pair.kernel.is_some()).count()
+    }
+
+    /// Closes those of all pairs but the first, which are in nobody's use.
+    pub fn keep_vhosts(&mut self, first: usize) {
+        for pair in self.workers.iter_mut().skip(first).filter_map(Worker::park) {
+            pair.kernel = None;
+        }
     }
 
     /// Puts the TAP aside: no pair reads it or writes to it until [`Self::use_tap`].

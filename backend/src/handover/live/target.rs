@@ -42,6 +42,8 @@ pub struct LiveTarget {
     taken: Option<Box<Staged>>,
     /// COMMIT was waited for.
     hurried: bool,
+    /// How many vhost-nets there were, once there may be more for the session.
+    vhosts: Option<usize>,
 }
 
 impl LiveTarget {
@@ -64,6 +66,7 @@ impl LiveTarget {
             word: None,
             taken: None,
             hurried: false,
+            vhosts: None,
         }
     }
 
@@ -209,7 +212,13 @@ impl LiveTarget {
         if matches!(self.state, Target::Gathering { .. }) {
             baton_faults::pass(Point::TargetSessionGathering);
         }
-        self.act(around, actions, outcomes)
+        self.act(around, actions, outcomes)?;
+        if matches!(self.state, Target::Ended)
+            && let Some(before) = self.vhosts.take()
+        {
+            lock(around.dispatch).device.keep_vhosts(before);
+        }
+        Ok(())
     }
 
     fn act(
@@ -310,7 +319,7 @@ impl LiveTarget {
     }
 
     fn judge(
-        &self,
+        &mut self,
         around: Around<'_>,
         device_state: DeviceState,
         session: SessionState,
@@ -320,6 +329,7 @@ impl LiveTarget {
             stage::capabilities(device, around.front, &self.wishes, &device_state, self.same_user);
         let pairs = device_state.queue_pairs.len();
         CheckedSession::try_from((device_state, session, &capabilities))?;
+        self.vhosts = Some(device.vhosts());
         if self.wishes.vhost_from_source {
             return Ok(());
         }
