@@ -126,9 +126,25 @@ impl Backend {
     /// # Errors
     /// If that does not work, or the old one does not end by itself.
     pub fn become_target(&mut self, target: Self) -> Result<SessionReport> {
+        let report = self.ask_hand_over_to(&target)?;
+        self.succeed(target, report)
+    }
+
+    /// The same beside so much work that the target may be too slow, and is asked again.
+    ///
+    /// # Errors
+    /// As [`Self::become_target`].
+    pub fn become_busy_target(&mut self, target: Self) -> Result<SessionReport> {
+        let report = in_time(|| self.ask_hand_over_to(&target))?;
+        self.succeed(target, report)
+    }
+
+    fn ask_hand_over_to(&mut self, target: &Self) -> Result<SessionReport> {
         let answer = self.hand_over_to(&target.incoming(), false)?;
-        let report: SessionReport =
-            serde_json::from_value(answer.clone()).with_context(|| format!("{answer}"))?;
+        serde_json::from_value(answer.clone()).with_context(|| format!("{answer}"))
+    }
+
+    fn succeed(&mut self, target: Self, report: SessionReport) -> Result<SessionReport> {
         ensure!(
             matches!(report, SessionReport::Completed { .. }),
             "{report:?}; log:\n{}",
@@ -421,6 +437,23 @@ impl Backend {
         ensure!(!log.contains("panicked"), "the back-end has panicked:\n{log}");
         Ok(())
     }
+}
+
+/// Has a session handed over by `attempt`. Nobody serves while a target takes it, and a source does not wait for long: one
+/// that is too slow, as it may be on an emulated machine, is asked again.
+///
+/// # Errors
+/// Those of `attempt`.
+pub fn in_time(mut attempt: impl FnMut() -> Result<SessionReport>) -> Result<SessionReport> {
+    const ATTEMPTS: usize = 3;
+    for _ in 1..ATTEMPTS {
+        let report = attempt()?;
+        let SessionReport::RolledBack { phase, reason } = &report else { return Ok(report) };
+        if phase != "commit" || reason != "the target does not answer" {
+            return Ok(report);
+        }
+    }
+    attempt()
 }
 
 /// A back-end that listens and has a TAP, with the network's side of it at hand: all in a namespace of its own.

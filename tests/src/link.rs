@@ -15,6 +15,7 @@ use baton_control::ControlClient;
 use baton_protocol::control::{BackendStats, BackendStatus, DirectionStats, Frontend, Request};
 use serde_json::Value;
 
+pub use self::handover::Successor;
 use crate::datapath::{self, Datapath};
 use crate::guest::{Accelerator, Carried, Guest, Qemu, Vmm};
 use crate::netns::{self, Netns};
@@ -143,9 +144,7 @@ impl Link {
 
     /// The back-end's command line, for people.
     pub fn command_line(&self) -> String {
-        let arguments = self.arguments.iter().map(|argument| argument.to_string_lossy());
-        let words: Vec<_> = ["baton-backend".into()].into_iter().chain(arguments).collect();
-        words.join(" ")
+        command_line(&self.arguments)
     }
 
     /// Kills the back-end and starts another one in its place.
@@ -476,6 +475,12 @@ pub fn ip(arguments: &[&str]) -> Result<()> {
     let text = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "ip {}: {text}", arguments.join(" "));
     Ok(())
+}
+
+fn command_line(arguments: &[OsString]) -> String {
+    let arguments = arguments.iter().map(|argument| argument.to_string_lossy());
+    let words: Vec<_> = ["baton-backend".into()].into_iter().chain(arguments).collect();
+    words.join(" ")
 }
 
 fn option(name: &str, path: &Path) -> OsString {

@@ -16,17 +16,20 @@ use baton_tests::local_migration::{Kind, Traveller, Wanted, Way};
 use baton_tests::migration::{self, Load};
 use baton_tests::netns::Netns;
 use baton_tests::process::Process;
-use baton_tests::{lab, on_both_datapaths, ping};
+use baton_tests::{lab, on_both_datapaths, ping, switching};
 use nix::sys::signal::Signal;
 
 on_both_datapaths! {
-    loses_nothing_in_ten_moves,
+    loses_nothing_in_ten_moves_and_hand_overs,
     moves_to_new_taps,
     moves_with_its_tap,
 }
 
 /// In the lab time means little.
 const SLACK: Duration = Duration::from_secs(2);
+
+/// How often its back-end is replaced before a guest moves with its TAP.
+const HAND_OVERS: usize = 4;
 
 /// Moves a guest some times under pings, and looks at what it and they say.
 fn moves(kind: Kind, way: Way, times: usize) -> Result<()> {
@@ -39,7 +42,13 @@ fn moves(kind: Kind, way: Way, times: usize) -> Result<()> {
         for _ in 0..times {
             moves.push(match way {
                 Way::NewTap => traveller.move_with_new_tap()?,
-                Way::SameTap => traveller.move_with_tap()?,
+                Way::SameTap => {
+                    for _ in 0..HAND_OVERS {
+                        pings.wait_answered()?;
+                        traveller.hand_over()?;
+                    }
+                    traveller.move_with_tap()?
+                }
             });
             traveller.check_pings(20)?;
         }
@@ -50,7 +59,9 @@ fn moves(kind: Kind, way: Way, times: usize) -> Result<()> {
             Way::SameTap => lost.is_empty(),
         };
         ensure!(expected, "{lost:?} were lost, moves were {moves:?}");
-        traveller.check_dmesg()
+        traveller.check_dmesg()?;
+        switching::rebind_driver(&mut traveller.stay.guest)?;
+        traveller.check_pings(20)
     };
     let result = body(&mut traveller);
     result.with_context(|| traveller.evidence())?;
@@ -65,8 +76,8 @@ fn moves_with_its_tap(datapath: Datapath) -> Result<()> {
     lab::run(|| moves(Kind { datapath, queue_pairs: 4 }, Way::SameTap, 3))
 }
 
-/// TCP streams and numbered datagrams both ways, on every queue pair, all the time; the guest's clock; the TAP's counters.
-fn loses_nothing_in_ten_moves(datapath: Datapath) -> Result<()> {
+/// The guest moves, and its back-end is replaced where it is. TCP streams and numbered datagrams both ways, on every queue pair, all the time; the guest's clock; the TAP's counters.
+fn loses_nothing_in_ten_moves_and_hand_overs(datapath: Datapath) -> Result<()> {
     lab::run(|| {
         let queue_pairs = 4;
         let mut traveller = Traveller::new(Kind { datapath, queue_pairs })?;
@@ -78,6 +89,8 @@ fn loses_nothing_in_ten_moves(datapath: Datapath) -> Result<()> {
             for _ in 0..10 {
                 load.wait_flowing()?;
                 traveller.move_with_tap()?;
+                load.wait_moving()?;
+                traveller.hand_over()?;
             }
             load.wait_flowing()?;
             // Nothing may be lost, as there is no switch in which it could be.

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use baton_tests::datapath::Datapath;
+use baton_tests::guest::Accelerator;
 use baton_tests::lab;
 use baton_tests::link::{Link, Meeting};
 use baton_tests::{on_both_datapaths, switching};
@@ -12,7 +13,11 @@ on_both_datapaths! {
     goes_on_when_either_side_was_killed,
 }
 
-/// Pings, bulk TCP, frames of every size, numbered datagrams; every pair used, frames larger than the MTU both ways.
+/// How often a session of one pair is handed over. More are handed over while a guest moves, with fewer processors.
+const HAND_OVERS: usize = 20;
+
+/// Pings, bulk TCP, frames of every size, numbered datagrams; every pair used, frames larger than the MTU both ways. Then the same while
+/// the session is handed over, and the driver begins anew.
 fn carries(datapath: Datapath, queue_pairs: u16) -> Result<()> {
     let mut link = Link::new(datapath, Meeting::BackendListens, queue_pairs)?;
     let mut body = || {
@@ -22,6 +27,10 @@ fn carries(datapath: Datapath, queue_pairs: u16) -> Result<()> {
         link.check_flows(&mut guest, 10_000, 16, 2_000)?;
         link.check_bulk(&mut guest, (64 << 20) / u64::from(queue_pairs), queue_pairs)?;
         link.check_counters(&mut guest)?;
+        if queue_pairs == 1 {
+            link.check_hand_overs(&mut guest, Accelerator::Kvm, HAND_OVERS)?;
+        }
+        link.check_rebound(&mut guest)?;
         link.check_healthy()?;
         ensure!(guest.power_off()?.success(), "a guest that was switched off is no failure");
         Ok(())

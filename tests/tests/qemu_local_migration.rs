@@ -134,6 +134,10 @@ fn the_guest_keeps_its_tap_and_loses_nothing(datapath: Datapath) -> Result<()> {
     let load = Load::start(Kind { datapath, accelerator, queue_pairs: PAIRS });
     for hop in 1..=3 {
         let mut there = Place::waiting(datapath, &memory, &format!("target-{hop}"))?;
+        // First this QEMU gets another back-end, and then the guest another QEMU.
+        load.wait_flowing()?;
+        let successor = Backend::waiting_for_session(datapath, &["--log-level=debug"])?;
+        here.backend.become_busy_target(successor)?;
         here.backend.arm(&there.backend.incoming())?;
         load.wait_flowing()?;
         let moved = std::thread::scope(|scope| -> Result<()> {

@@ -1,25 +1,62 @@
 //! The session under a running guest goes from back-end to back-end, and neither the guest nor its front-end notices.
 
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
 use anyhow::{Context, Result, ensure};
 use baton_control::ControlClient;
 use baton_protocol::control::{Request, SessionReport};
 
-use super::{GUEST, Link, TAP, option};
-use crate::datapath;
+use super::{GUEST, Link, TAP, command_line, option};
 use crate::guest::{Accelerator, Guest};
 use crate::migration::{Kind, Load};
 use crate::process::{self, Process};
-use crate::{netns, ping, programs, switching};
+use crate::{backend, datapath, netns, ping, programs, switching};
 
 /// What a back-end says when it can be given a session.
 const WAITS: &str = "waiting for a device";
+
+/// A back-end that waits for the session of a [`Link`]'s.
+#[derive(Debug)]
+pub struct Successor {
+    /// The process.
+    pub process: Process,
+    incoming: PathBuf,
+    arguments: Vec<OsString>,
+}
+
+impl Successor {
+    /// Where it waits.
+    pub fn incoming(&self) -> &Path {
+        &self.incoming
+    }
+
+    /// Its command line, for people.
+    pub fn command_line(&self) -> String {
+        command_line(&self.arguments)
+    }
+}
 
 impl Link {
     /// Hands the session over to another back-end, which is this link's from then on, at the same control socket.
     ///
     /// # Errors
     /// If that does not work, or the old one does not end well by itself.
-    pub fn hand_over(&mut self) -> Result<SessionReport> {
+    pub fn hand_over(&mut self) -> Result<()> {
+        let successor = self.successor()?;
+        let path = Some(successor.incoming.display().to_string());
+        let request = Request::Handover { path, on_suspend: false, dry_run: false, cancel: false };
+        let report: SessionReport = backend::in_time(|| self.ask(&request))?;
+        let logs = || format!("source:\n{}target:\n{}", self.backend.log(), successor.process.log());
+        ensure!(matches!(report, SessionReport::Completed { .. }), "{report:?}; {}", logs());
+        self.succeeded_by(successor)
+    }
+
+    /// Another back-end that waits for this one's session.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn successor(&mut self) -> Result<Successor> {
         // The last one still has its own.
         self.hand_overs += 1;
         let incoming = self.control.with_file_name(format!("incoming-{}", self.hand_overs));
@@ -29,20 +66,24 @@ impl Link {
             "--log-level=debug".into(),
         ];
         arguments.extend(datapath::options(self.datapath).iter().map(Into::into));
-        let mut target = Process::start(&programs::backend()?, &arguments, &[])?;
-        target
-            .wait_until("it waited for a session", |target| Ok(target.log().contains(WAITS).then_some(())))?;
-        let path = Some(incoming.display().to_string());
-        let request = Request::Handover { path, on_suspend: false, dry_run: false, cancel: false };
-        let report: SessionReport = self.ask(&request)?;
-        let logs = |link: &Self| format!("source:\n{}target:\n{}", link.backend.log(), target.log());
-        ensure!(matches!(report, SessionReport::Completed { .. }), "{report:?}; {}", logs(self));
-        let status = self.backend.wait()?;
-        ensure!(status.success(), "it ended with {status}; {}", logs(self));
-        ensure!(!self.backend.log().contains("panicked"), "{}", logs(self));
-        self.backend = target;
+        let mut process = Process::start(&programs::backend()?, &arguments, &[])?;
+        process.wait_until("it waited for a session", |process| {
+            Ok(process.log().contains(WAITS).then_some(()))
+        })?;
+        Ok(Successor { process, incoming, arguments })
+    }
+
+    /// That one has been given the session, and is this link's back-end from now on.
+    ///
+    /// # Errors
+    /// If the old one does not end well by itself.
+    pub fn succeeded_by(&mut self, successor: Successor) -> Result<()> {
+        let source = &mut self.backend;
+        let status = source.wait()?;
+        ensure!(status.success() && !source.log().contains("panicked"), "{status}; {}", source.log());
+        self.backend = successor.process;
         self.client = Some(ControlClient::connect(&self.control)?);
-        Ok(report)
+        Ok(())
     }
 
     /// Hands the session over so often while pings, TCP streams and numbered datagrams go both ways. Nothing of that is
