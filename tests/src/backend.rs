@@ -439,8 +439,8 @@ impl Backend {
     }
 }
 
-/// Has a session handed over by `attempt`. Nobody serves while a target takes it, and a source does not wait for long: one
-/// that is too slow, as it may be on an emulated machine, is asked again.
+/// Has a session handed over by `attempt`. A source does not wait for long, the less while nobody serves: a target that is
+/// too slow, as it may be on an emulated machine, is asked again.
 ///
 /// # Errors
 /// Those of `attempt`.
@@ -448,8 +448,8 @@ pub fn in_time(mut attempt: impl FnMut() -> Result<SessionReport>) -> Result<Ses
     const ATTEMPTS: usize = 3;
     for _ in 1..ATTEMPTS {
         let report = attempt()?;
-        let SessionReport::RolledBack { phase, reason } = &report else { return Ok(report) };
-        if phase != "commit" || reason != "the target does not answer" {
+        let is_slow = |reason: &str| reason == "the target does not answer";
+        if !matches!(&report, SessionReport::RolledBack { reason, .. } if is_slow(reason)) {
             return Ok(report);
         }
     }

@@ -10,6 +10,7 @@ mod vmm;
 
 use std::fs::File;
 use std::io::Write;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::time::Duration;
@@ -113,6 +114,23 @@ impl Guest {
             bail!("the guest {}: {command:?} ended with {status}: {output}", self.name);
         }
         Ok(output)
+    }
+
+    /// Has it ping `to` so often, and waits for every reply: `ping` itself waits for the last ones no longer than twice as
+    /// long as for those before, which on an emulated machine is too short.
+    ///
+    /// # Errors
+    /// If one does not come.
+    pub fn check_pings(&mut self, to: Ipv4Addr, count: u16) -> Result<()> {
+        let replies = "$(grep '^Icmp: [0-9]' /proc/net/snmp | cut -d ' ' -f 11)";
+        let said = self.check(&format!(
+            "all=$(({replies} + {count})); ping -q -A -W 30 -c {count} {to}; \
+             for tick in $(seq 300); do [ {replies} -lt $all ] || break; sleep 0.1; done; \
+             echo missing: $((all - {replies}))"
+        ))?;
+        let missing = said.lines().find_map(|line| line.strip_prefix("missing: ")?.parse::<i64>().ok());
+        ensure!(missing.is_some_and(|missing| missing <= 0), "the guest's pings were lost: {said}");
+        Ok(())
     }
 
     /// That the guest's kernel has said nothing since its messages were last cleared, but that the machine is slow, which

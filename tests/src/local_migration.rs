@@ -231,9 +231,7 @@ impl Traveller {
     /// If one is.
     pub fn check_pings(&mut self, count: u16) -> Result<()> {
         ping::check(GUEST, count)?;
-        let text = self.stay.guest.check(&format!("ping -q -A -W 30 -c {count} {HOST}"))?;
-        ensure!(text.contains(&format!("{count} packets received")), "the guest's pings were lost: {text}");
-        Ok(())
+        self.stay.guest.check_pings(HOST, count)
     }
 
     /// As [`Guest::check_dmesg`].
