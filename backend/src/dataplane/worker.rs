@@ -63,7 +63,7 @@ struct Place {
     slot: Slot,
     /// What the thread does that has no pair.
     ear: Ear,
-    /// The owner waits until the thread has begun.
+    /// The owner waits until the thread has begun, or listens.
     awaited: bool,
 }
 
@@ -330,8 +330,17 @@ impl Worker {
     /// Waits until the thread has begun with the pair that it was given, if it was woken for that. No longer than until
     /// `deadline`.
     pub fn wait_begun(&self, deadline: Instant) {
+        self.wait_while(deadline, |place| matches!(place.slot, Slot::Run(_)));
+    }
+
+    /// Waits until the thread, if there is one, [listens](Self::listens) or has done so. No longer than until `deadline`.
+    pub fn wait_listens(&self, deadline: Instant) {
+        self.wait_while(deadline, |place| self.thread.is_some() && place.ear == Ear::Deaf);
+    }
+
+    fn wait_while(&self, deadline: Instant, condition: impl Fn(&Place) -> bool) {
         let mut place = self.shared.place();
-        while matches!(place.slot, Slot::Run(_)) {
+        while condition(&place) {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return;
@@ -426,5 +435,8 @@ fn listen<const N: usize>(shared: &Shared, ready: &mut Ready<N>) -> bool {
     drop(shared.events.wait(0, ready));
     let mut place = shared.place();
     place.ear = Ear::Listens;
+    if std::mem::take(&mut place.awaited) {
+        shared.changed.notify_all();
+    }
     matches!(place.slot, Slot::Empty)
 }

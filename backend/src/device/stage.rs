@@ -19,6 +19,9 @@ use crate::metrics::PairCounters;
 use crate::tap::Tap;
 use crate::vring_setup::{Surroundings, VringSetup};
 
+/// How long to wait until threads that were just made listen.
+const SETTLING: Duration = Duration::from_millis(50);
+
 /// How long to wait until the threads of a session that was taken have begun.
 const MOMENT: Duration = Duration::from_millis(1);
 
@@ -95,6 +98,9 @@ impl Device {
                 worker.make_thread().map_err(failed)?;
             }
         }
+        // A thread that listens need not be woken for nothing.
+        let deadline = Instant::now() + SETTLING;
+        self.workers.iter().for_each(|worker| worker.wait_listens(deadline));
         Ok(())
     }
 
