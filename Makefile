@@ -1,6 +1,6 @@
 # What a developer runs. Everything sets itself up: see tests/setup.
 
-.PHONY: help setup demo test soak check clean
+.PHONY: help setup demo test soak bench bench-handover check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -8,6 +8,8 @@ help:
 	@echo '             with VHOST=1 the kernel (vhost-net) moves the frames'
 	@echo 'make test    run all the tests'
 	@echo 'make soak    kill, stop and starve every process at every step, SOAK_ROUNDS=N times over'
+	@echo 'make bench   all benchmarks, for a machine that does nothing else: bench-handover (some ten minutes) writes'
+	@echo '             docs/handover-blackout.md and .svg'
 	@echo 'make check   format, lints and documentation'
 	@echo 'make setup   only install what these need; they do it themselves'
 	@echo 'make clean   remove what was built'
@@ -27,6 +29,14 @@ test: setup
 	cargo build --workspace --bins
 	cargo nextest run --workspace
 	cargo test --workspace --doc
+
+bench: bench-handover
+
+# How long the network stands still while a session is handed over. With QUICK=1 a little of everything, to see that it
+# works: that measures nothing, and writes to target/.
+bench-handover: setup
+	cargo build --release -p baton-backend --bin baton-backend -p baton-tests --bin bench-handover
+	target/release/bench-handover $(if $(filter 1,$(QUICK)),--quick --output target/bench)
 
 check:
 	cargo fmt --all --check
