@@ -96,7 +96,7 @@ pub fn append(
 }
 
 /// Has the pages of the buffers of a ring there before they are used: those that its descriptor table speaks of, up to
-/// [`PREFAULT`] bytes. The driver may change the table meanwhile; nothing depends on what it says.
+/// 4 MiB. The driver may change the table meanwhile; nothing depends on what it says.
 pub fn prefault(vring: &Vring) {
     let memory = vring.memory();
     let (mut hint, mut left) = (0, PREFAULT);
