@@ -30,6 +30,7 @@ fn a_quick_run_fills_the_page() {
         assert_eq!(count(cell, "|"), 3, "{cell} in\n{page}");
         assert_eq!(count(cell, " | 0 / 0 / 0 |"), 1, "{cell} in\n{page}");
     }
+    assert_eq!(count("The blackout's median grows by ", " from 128 to 8192 MiB."), 1, "{page}");
     assert_eq!(count("| with hand-overs |", " | 0 / 0 / 0 | silent |"), 1, "{page}");
     assert_eq!(count("| control: ", " | 0 / 0 / 0 | silent |"), 1, "{page}");
     let plot = std::fs::read_to_string(output.path().join("handover-blackout.svg")).unwrap();

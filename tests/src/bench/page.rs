@@ -76,6 +76,7 @@ fn write(
         let fate = fate(&measured.count);
         writeln!(text, "| {} | {gap} | {delay} | {blackout} | {sent} | {fate} |", name(measured))?;
     }
+    write_slopes(text, cells)?;
     writeln!(text, "\nWhat the gaps are made of, with and without a hand-over:\n")?;
     writeln!(
         text,
@@ -98,6 +99,35 @@ fn write(
     }
     if let Some(row) = row {
         write_row(text, row)?;
+    }
+    Ok(())
+}
+
+/// What the blackout's median does along the axes of pairs and memory, if both were measured.
+fn write_slopes(text: &mut String, cells: &[Measured]) -> std::fmt::Result {
+    let Some(Measured { cell: base, .. }) = cells.first() else { return Ok(()) };
+    let median = |measured: &Measured| Quantiles::of(measured.blackouts.iter().copied()).p50;
+    let of_memory =
+        cells.iter().filter(|other| (other.cell.pairs, other.cell.rate) == (base.pairs, base.rate));
+    let memory = of_memory.map(|measured| (measured.cell.memory, median(measured)));
+    let most = cells.iter().max_by_key(|measured| measured.cell.pairs);
+    if let (Some((least, _)), Some((largest, _)), Some(most)) =
+        (memory.clone().min(), memory.clone().max(), most)
+        && least < largest
+        && most.cell.pairs > base.pairs
+    {
+        let (low, high) =
+            memory.fold((i64::MAX, 0), |(low, high), (_, median)| (low.min(median), high.max(median)));
+        let tenths =
+            (median(most) - cells.first().map_or(0, median)) * 10 / i64::from(most.cell.pairs - base.pairs);
+        let (sign, tenths) = (if tenths < 0 { "-" } else { "" }, tenths.abs());
+        writeln!(
+            text,
+            "\nThe blackout's median grows by {sign}{}.{} µs for each further queue pair up to {}, and is {low} to {high} µs from {least} to {largest} MiB.",
+            tenths / 10,
+            tenths % 10,
+            most.cell.pairs
+        )?;
     }
     Ok(())
 }
