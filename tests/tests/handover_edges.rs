@@ -137,6 +137,18 @@ fn hear_a_lot(device: &Device) -> Result<()> {
 
 fn what_the_front_end_says_meanwhile_the_target_answers(datapath: Datapath) -> Result<()> {
     let (mut rig, mut device) = serving(datapath, Options::default(), &[])?;
+    // Where nothing comes of it, the source answers.
+    let held = Held::staged(&rig)?;
+    say_a_lot(&device)?;
+    rig.backend.status()?;
+    check_quiet(&device.connection)?;
+    ensure!(rig.backend.cancel()? == serde_json::json!({"result": "cancelled"}));
+    hear_a_lot(&device)?;
+    ensure!(held.asked.failure()? == ("stage".to_owned(), "cancelled".to_owned()));
+    device.restart_rings()?;
+    rig.check_traffic(&mut device)?;
+
+    // Else the target.
     let held = Held::staged(&rig)?;
     say_a_lot(&device)?;
     // The source has had every opportunity to answer.
@@ -146,17 +158,6 @@ fn what_the_front_end_says_meanwhile_the_target_answers(datapath: Datapath) -> R
     check_quiet(&device.connection)?;
     held.complete(&mut rig)?;
     hear_a_lot(&device)?;
-    device.restart_rings()?;
-    rig.check_traffic(&mut device)?;
-
-    // Where nothing comes of it, the source answers.
-    let held = Held::staged(&rig)?;
-    say_a_lot(&device)?;
-    rig.backend.status()?;
-    check_quiet(&device.connection)?;
-    ensure!(rig.backend.cancel()? == serde_json::json!({"result": "cancelled"}));
-    hear_a_lot(&device)?;
-    ensure!(held.asked.failure()? == ("stage".to_owned(), "cancelled".to_owned()));
     device.restart_rings()?;
     rig.check_traffic(&mut device)?;
     rig.backend.check_healthy()
