@@ -440,7 +440,7 @@ impl Backend {
 }
 
 /// Has a session handed over by `attempt`. A source does not wait for long, the less while nobody serves: a target that is
-/// too slow, as it may be on an emulated machine, is asked again.
+/// too slow, as it may be on an emulated machine, is asked again, and the test says so. Nothing may be lost by that either.
 ///
 /// # Errors
 /// Those of `attempt`.
@@ -452,6 +452,7 @@ pub fn in_time(mut attempt: impl FnMut() -> Result<SessionReport>) -> Result<Ses
         if !matches!(&report, SessionReport::RolledBack { reason, .. } if is_slow(reason)) {
             return Ok(report);
         }
+        eprintln!("asked again: {report:?}");
     }
     attempt()
 }
