@@ -178,12 +178,12 @@ points! {
         TargetSessionTaking = "taking";
         /// The word is the target's; no ring runs.
         TargetSessionTaken = "taken";
-        /// The rings run; the word is not settled.
+        /// The rings run; the source was not told.
         TargetSessionRunning = "running";
-        /// The word is settled; the source was not told.
-        TargetSessionSettled = "settled";
-        /// The source was told, if it lives; the front-end was not heard.
+        /// The source was told; the word is not settled.
         TargetSessionActiveSent = "active-sent";
+        /// The word is settled; the front-end was not heard.
+        TargetSessionSettled = "settled";
     }
 }
 

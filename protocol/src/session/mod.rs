@@ -21,7 +21,8 @@
 //! - The front-end's messages stay in its socket from before STAGE is made until the word is aborted or settled. So what
 //!   was staged stays true, for the target as for whoever survives, and no message is heard by two or by none.
 //! - Before a target hears the front-end, it settles the word: from then on nobody can survive with what the source
-//!   knows, which grows old. A source that did not hear ACTIVE learns from the word that it may go.
+//!   knows, which grows old. It says ACTIVE before that, and the source goes when the word is settled, whether it has
+//!   heard ACTIVE or not: so a target that dies before ACTIVE has not taken the session along.
 //! - Who is stopped and goes on later asks the word first: the source's every way out is a swap, and its rings stand
 //!   still since before the word offered them. A target that sleeps through the time of the source loses its swap.
 //! - Events come in the order: what the peer said, its death, the end of the connection, time.

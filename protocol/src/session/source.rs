@@ -29,6 +29,8 @@ pub const STAGING_PATIENCE: Duration = Duration::from_secs(10);
 pub const FREEZE_PATIENCE: Duration = Duration::from_millis(500);
 /// How often the word is looked at where nothing else tells of it.
 pub const LOOK: Duration = Duration::from_millis(100);
+/// How soon the word is looked at once the target has said that it runs: it settles next.
+const SOON: Duration = Duration::from_millis(1);
 
 /// What happens to a source. Only what the answer to an [`Action`] is depends on the order: [`Event::Swapped`] and
 /// [`Event::Seen`] come at once, before any other.
@@ -452,11 +454,11 @@ impl Source {
             let (state, swap) = Self::survive(marks, word);
             return (state, freeze.into_iter().chain(swap).collect());
         }
-        let active = match cause {
-            Cause::Active(times) => Some(*times),
-            Cause::End(_) => None,
+        let (active, look) = match cause {
+            Cause::Active(times) => (Some(*times), SOON),
+            Cause::End(_) => (None, LOOK),
         };
-        (Self::Lost { marks, word, active, look: now + LOOK }, freeze.into_iter().collect())
+        (Self::Lost { marks, word, active, look: now + look }, freeze.into_iter().collect())
     }
 
     fn lost(

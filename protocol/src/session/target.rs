@@ -255,13 +255,14 @@ impl<F, D> Target<F, D> {
                 Self::swapped(device, commit, word, tries, result, now)
             }
             (Self::Starting { word, mut times }, Event::Activated) => {
-                if let Some((_, times)) = &mut times {
+                let told = times.as_mut().map(|(_, times)| {
                     times.running = nanoseconds(now);
-                }
+                    Action::Send(Message::Active(Active { epoch: word.epoch, times: *times }))
+                });
                 let swap = word.settled().map(|to| Action::Swap { from: word, to });
-                (Self::Starting { word, times }, swap.into_iter().collect())
+                (Self::Starting { word, times }, told.into_iter().chain(swap).collect())
             }
-            (Self::Starting { word, times }, Event::Swapped(result)) => Self::settled(word, times, result),
+            (Self::Starting { times, .. }, Event::Swapped(result)) => Self::settled(times, result),
             (state, _) => (state, Vec::new()),
         }
     }
@@ -348,20 +349,15 @@ impl<F, D> Target<F, D> {
         }
     }
 
-    fn settled(
-        word: Word,
-        times: Option<(FreezeTimes, TakeTimes)>,
-        result: Result<(), Option<Word>>,
-    ) -> Step<F, D> {
+    fn settled(times: Option<(FreezeTimes, TakeTimes)>, result: Result<(), Option<Word>>) -> Step<F, D> {
         if let Err(Some(Word { owner: Owner::Aborted, .. })) = result {
             return (Self::Ended, vec![Action::Abandon, Action::Close]);
         }
         let Some((freeze, times)) = times else {
             return (Self::Active(Taken::Survived), vec![Action::Listen, Action::Close]);
         };
-        let active = Message::Active(Active { epoch: word.epoch, times });
         let taken = Taken::Committed(Report::of_freeze(&freeze, &times));
-        (Self::Active(taken), vec![Action::Send(active), Action::Listen, Action::Close])
+        (Self::Active(taken), vec![Action::Listen, Action::Close])
     }
 }
 

@@ -117,15 +117,16 @@ impl Arena {
                             scene.wake()?;
                             attempt.end_completed()?;
                         }
-                        // The source needs no word of the target's to know, and to go.
+                        // The source needs no more of the target's to go.
                         Point::TargetSessionSettled => {
                             attempt.end_completed()?;
                             check_ends(&mut scene.source.process)?;
                             scene.wake()?;
                         }
+                        // It was told, and waits for the word to be settled.
                         _ => {
-                            attempt.end_completed()?;
                             scene.wake()?;
+                            attempt.end_completed()?;
                         }
                     }
                     Ok(Fate::Moves)

@@ -45,9 +45,11 @@ fn fate(point: Point) -> Fate {
         | Point::SourceSessionStaged
         | Point::SourceSessionFrozen
         | Point::SourceSessionOffered => Fate::Inherited,
-        Point::TargetSessionTaken | Point::TargetSessionRunning => Fate::Returns,
+        Point::TargetSessionTaken | Point::TargetSessionRunning | Point::TargetSessionActiveSent => {
+            Fate::Returns
+        }
         // The front-end may have been heard by one that is dead: nobody knows its session any more.
-        Point::TargetSessionSettled | Point::TargetSessionActiveSent => Fate::Lost,
+        Point::TargetSessionSettled => Fate::Lost,
         _ if is_source(point) => Fate::Moves,
         _ => Fate::Stays,
     }
@@ -65,7 +67,13 @@ pub(super) fn phase(point: Point) -> &'static str {
 
 /// Whether rings run in the process that is killed, whose successor knows of them only what the rings say.
 fn works(point: Point) -> bool {
-    matches!(point, Point::SourceSessionStageSent | Point::SourceSessionStaged | Point::TargetSessionRunning)
+    matches!(
+        point,
+        Point::SourceSessionStageSent
+            | Point::SourceSessionStaged
+            | Point::TargetSessionRunning
+            | Point::TargetSessionActiveSent
+    )
 }
 
 impl Arena {

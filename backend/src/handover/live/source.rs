@@ -284,7 +284,8 @@ impl LiveSource {
         let lost_before = matches!(state, Source::Lost { .. });
         let (state, actions) = state.step(event, now);
         self.state = state;
-        if !lost_before && matches!(self.state, Source::Lost { .. }) {
+        // One that has said ACTIVE settles next.
+        if !lost_before && matches!(self.state, Source::Lost { active: None, .. }) {
             let peer = &self.peer;
             tracing::warn!(
                 peer,

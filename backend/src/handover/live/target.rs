@@ -280,7 +280,7 @@ impl LiveTarget {
                     self.tell(around, Event::Activated, outcomes)?;
                 }
                 Action::Listen => {
-                    baton_faults::pass(Point::TargetSessionActiveSent);
+                    baton_faults::pass(Point::TargetSessionSettled);
                     self.listen_to_front(around, outcomes);
                 }
                 Action::Release(staged) => {
@@ -297,17 +297,16 @@ impl LiveTarget {
                     outcomes.push(Outcome::Abandoned);
                 }
                 Action::Send(message) => {
-                    if matches!(message, Message::Active(_)) {
-                        baton_faults::pass(Point::TargetSessionSettled);
-                    }
                     if let Some(link) = &self.link
                         && let Err(error) = link.send(&message, &[], PATIENCE)
                     {
                         // The end of the connection will be seen.
                         tracing::warn!(%error, "cannot send {}", message.name());
                     }
-                    if matches!(message, Message::Staged(_)) {
-                        baton_faults::pass(Point::TargetSessionStagedSent);
+                    match message {
+                        Message::Staged(_) => baton_faults::pass(Point::TargetSessionStagedSent),
+                        Message::Active(_) => baton_faults::pass(Point::TargetSessionActiveSent),
+                        _ => {}
                     }
                 }
                 // Once the event loop has the session, the source learns so from the end of the connection.
