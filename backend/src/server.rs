@@ -150,7 +150,7 @@ impl Server {
     pub fn run(mut self) -> (Result<(), ServerError>, Option<LastWork>) {
         let served = self.serve();
         // However that ended: whose the session is must be said before anything is cleaned up for its last owner.
-        let result = served.and(self.end_live()).and_then(|()| self.end_session());
+        let result = served.and(self.end_live()).and_then(|()| self.end_session(true));
         let finished = {
             let dispatch = &mut *lock(&self.dispatch);
             dispatch.handover.finish(&mut dispatch.device)
@@ -301,6 +301,7 @@ impl Server {
     /// The front-end has left, or has to.
     fn part(&mut self, end: SessionEnd) -> Result<(), ServerError> {
         let begun = self.session.as_ref().is_some_and(Session::begun);
+        let departure = end.is_departure();
         match end {
             SessionEnd::Left if !begun => tracing::debug!("a connection was closed without a word"),
             SessionEnd::Left => tracing::info!("front-end disconnected"),
@@ -312,7 +313,7 @@ impl Server {
                 }
             }
         }
-        self.end_session()?;
+        self.end_session(departure)?;
         if self.endpoint.source().is_none() {
             self.ending = true;
             return Ok(());
@@ -320,13 +321,14 @@ impl Server {
         self.meet()
     }
 
-    fn end_session(&mut self) -> Result<(), ServerError> {
+    /// `departure`: the front-end has gone by itself.
+    fn end_session(&mut self, departure: bool) -> Result<(), ServerError> {
         if let Some(session) = self.session.take() {
             // First the rings, then the connection: who sees it closed finds nothing running.
             let dispatch = &mut *lock(&self.dispatch);
             dispatch.device.end_session()?;
             if session.begun() {
-                dispatch.handover.frontend_left(&mut dispatch.device)?;
+                dispatch.handover.frontend_left(&mut dispatch.device, departure)?;
             }
             // With the workers parked and the memory gone: a fault of this session's must not end the next one.
             sigbus::take_struck();

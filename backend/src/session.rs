@@ -86,6 +86,13 @@ pub enum SessionEnd {
     Socket(#[source] io::Error),
 }
 
+impl SessionEnd {
+    /// Whether the front-end has gone by itself: one that was cut off may come again with what it has.
+    pub fn is_departure(&self) -> bool {
+        matches!(self, Self::Left | Self::Truncated | Self::Socket(_))
+    }
+}
+
 /// What the session waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {

@@ -215,18 +215,19 @@ impl Handover {
         }
     }
 
-    /// The front-end has gone, with all rings stopped.
+    /// The front-end has gone, with all rings stopped: by itself (`departure`), or cut off for what it said or could not
+    /// be given. One that was cut off may have its VM already, and comes again for its device.
     ///
     /// # Errors
     /// [`DeviceError`]: the device cannot go on.
-    pub fn frontend_left(&mut self, device: &mut Device) -> Result<(), DeviceError> {
+    pub fn frontend_left(&mut self, device: &mut Device, departure: bool) -> Result<(), DeviceError> {
         self.transfer = match self.transfer {
             Transfer::Running | Transfer::Abandoned => Transfer::Abandoned,
             Transfer::None | Transfer::Over(_) => Transfer::None,
         };
         let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
-        if let Some(target) = &mut self.target {
-            target.frontend(device, &self.wishes, around, false)?;
+        if let Some(target) = self.target.as_mut().filter(|_| departure) {
+            target.frontend_left(device, &self.wishes, around)?;
         }
         self.settle(device)?;
         let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
@@ -242,9 +243,6 @@ impl Handover {
     /// [`DeviceError`]: the device cannot go on.
     pub fn frontend_came(&mut self, device: &mut Device) -> Result<(), DeviceError> {
         let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
-        if let Some(target) = &mut self.target {
-            target.frontend(device, &self.wishes, around, true)?;
-        }
         match &mut self.source {
             Some(source) => source.frontend_came(device, around),
             None => Ok(()),

@@ -46,11 +46,11 @@ pub struct TargetEnd {
     same_user: bool,
     /// The descriptors of the message that is being looked at.
     fds: Option<NamedFds<OwnedFd>>,
-    /// The front-end brought the offer.
-    brought: bool,
     before: Before,
     /// Why the last offer was refused.
     refused: Option<Reasons>,
+    /// Brought by the front-end, for one migration.
+    once: bool,
     /// What a source of a session has said.
     for_session: Option<Hello>,
 }
@@ -70,9 +70,9 @@ impl TargetEnd {
             link: Some(link),
             same_user,
             fds: None,
-            brought: false,
             before,
             refused: None,
+            once: false,
             for_session: None,
         }
     }
@@ -110,7 +110,7 @@ impl TargetEnd {
         }
         let mut target = Self::new(Target::Ready, link, same_user, device);
         target.fds = Some(fds);
-        target.brought = true;
+        target.once = true;
         target.tell(device, wishes, around, Event::Message(Message::Offer(offer)))?;
         Ok(match target.refused.take() {
             Some(reasons) => Err(reasons.to_string()),
@@ -226,22 +226,17 @@ impl TargetEnd {
         self.tell(device, wishes, around, Event::Time(around.now))
     }
 
-    /// The front-end has gone, or another one has come.
+    /// The front-end has gone: what it brought, and has not taken, is not for the next one.
     ///
     /// # Errors
     /// [`DeviceError`]: the device cannot go on.
-    pub fn frontend(
+    pub fn frontend_left(
         &mut self,
         device: &mut Device,
         wishes: &Wishes,
         around: Surroundings<'_>,
-        is_there: bool,
     ) -> Result<(), DeviceError> {
-        match (self.brought, is_there) {
-            (true, true) => self.tell(device, wishes, around, Event::FrontendCame),
-            (true, false) => self.tell(device, wishes, around, Event::FrontendLeft),
-            (false, _) => Ok(()),
-        }
+        if self.once { self.tell(device, wishes, around, Event::FrontendLeft) } else { Ok(()) }
     }
 
     /// Follows the rings: the first that starts takes the device.

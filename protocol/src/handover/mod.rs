@@ -11,7 +11,7 @@
 //! | armed / ready | source | nothing to do | source: failed, serves on; target: waits again | the same |
 //! | offered / not there yet | nobody | source takes back, armed | source takes back, failed | the same |
 //! | offered / adopted | nobody | the first one takes; the other drops it | source: takes back, failed; target: keeps it, takes it at its first ring | the same |
-//! | offered / adopted, brought by a front-end, which has left | nobody | the first one takes: it may come again, with the VM or without | source: takes back, failed; target: drops it | the same |
+//! | offered / adopted, brought by a front-end, which leaves by itself | nobody | source takes back | target: drops it | target: drops it |
 //! | handed over / taken | target | source: the ring stays still | source: ends; target: nothing | nothing |
 //! | armed again / adopted (offer withdrawn, unheard) | source | target: loses the swap, drops it | target: drops it | nothing |
 //!

@@ -34,10 +34,8 @@ pub enum Event<D> {
     Judged(Result<(), Reasons>),
     /// The answer to [`Action::Adopt`].
     Adoption(Result<(Word, D), Reasons>),
-    /// The front-end that brought the offer has gone. It may come again: what it was for may be here already.
+    /// The front-end that brought the offer has gone, and with it what it was for.
     FrontendLeft,
-    /// A front-end is there.
-    FrontendCame,
     /// One of the target's rings has started, and the device is not there.
     RingStarting,
     /// How [`Action::Swap`] ended.
@@ -96,8 +94,6 @@ pub enum Target<D> {
         device: D,
         /// Whether the source is still there to talk to.
         linked: bool,
-        /// Whether the front-end has gone that brought the offer.
-        deserted: bool,
     },
     /// The device is ours.
     Taken,
@@ -160,12 +156,9 @@ impl<D> Target<D> {
             (Self::Ready, Event::Message(Message::Retract(_))) => Ok((Self::Ready, Vec::new())),
             (Self::Adopting, Event::Adoption(Ok((word, device)))) => {
                 let adopted = Message::Adopted(OfOffer { epoch: word.epoch });
-                let state = Self::Adopted { word, device, linked: true, deserted: false };
-                Ok((state, vec![Action::Send(adopted)]))
+                Ok((Self::Adopted { word, device, linked: true }, vec![Action::Send(adopted)]))
             }
-            (Self::Adopted { word, device, linked, deserted }, event) => {
-                Self::adopted(word, device, linked, deserted, event)
-            }
+            (Self::Adopted { word, device, linked }, event) => Self::adopted(word, device, linked, event),
             (Self::Taken, _) => Ok((Self::Taken, Vec::new())),
             (Self::Ended, _) | (_, Event::Closed { .. }) => Ok((Self::Ended, vec![Action::Close])),
             (state, Event::Message(message)) => Err(Failure { state, message: message.name() }),
@@ -191,12 +184,12 @@ impl<D> Target<D> {
         (Self::Ended, vec![Action::Send(Message::Refuse(Refuse { reasons })), Action::Close])
     }
 
-    fn adopted(word: Word, device: D, linked: bool, deserted: bool, event: Event<D>) -> Step<D> {
+    fn adopted(word: Word, device: D, linked: bool, event: Event<D>) -> Step<D> {
         let without_source = |linked| if linked { Self::Ready } else { Self::Ended };
         match event {
             Event::RingStarting => {
                 let swap = word.taken().map(|to| Action::Swap { from: word, to });
-                Ok((Self::Adopted { word, device, linked, deserted }, swap.into_iter().collect()))
+                Ok((Self::Adopted { word, device, linked }, swap.into_iter().collect()))
             }
             Event::Swapped { won: true } => {
                 let taken = Message::Taken(OfOffer { epoch: word.epoch });
@@ -209,29 +202,23 @@ impl<D> Target<D> {
                 Ok((Self::Ready, vec![Action::Release(device)]))
             }
             // Of an earlier offer.
-            Event::Message(Message::Retract(_)) => {
-                Ok((Self::Adopted { word, device, linked, deserted }, Vec::new()))
-            }
+            Event::Message(Message::Retract(_)) => Ok((Self::Adopted { word, device, linked }, Vec::new())),
             // The source took the last one back, whether or not it could say so.
             Event::Message(Message::Offer(offer)) if offer.epoch > word.epoch => {
                 Ok((Self::Adopting, vec![Action::Release(device), Action::Adopt(offer)]))
             }
             Event::Message(message) => {
-                let state = Self::Adopted { word, device, linked, deserted };
+                let state = Self::Adopted { word, device, linked };
                 Err(Failure { state, message: message.name() })
             }
-            // The source is gone, and what it offered stands for a front-end that is there.
-            Event::Closed { word: now } if now == Some(word) && !deserted => {
-                Ok((Self::Adopted { word, device, linked: false, deserted }, vec![Action::Close]))
+            // The source is gone, and what it offered stands.
+            Event::Closed { word: now } if now == Some(word) => {
+                Ok((Self::Adopted { word, device, linked: false }, vec![Action::Close]))
             }
-            Event::FrontendLeft if linked => {
-                Ok((Self::Adopted { word, device, linked, deserted: true }, Vec::new()))
-            }
-            Event::FrontendCame => Ok((Self::Adopted { word, device, linked, deserted: false }, Vec::new())),
             Event::Closed { .. } | Event::FrontendLeft => {
                 Ok((Self::Ended, vec![Action::Release(device), Action::Close]))
             }
-            _ => Ok((Self::Adopted { word, device, linked, deserted }, Vec::new())),
+            _ => Ok((Self::Adopted { word, device, linked }, Vec::new())),
         }
     }
 }
