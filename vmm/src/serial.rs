@@ -18,6 +18,23 @@ use crate::config::SerialTarget;
 use crate::event;
 use crate::mmio_bus::BusDevice;
 
+/// Register: which interrupts the guest wants.
+const INTERRUPT_ENABLE: u8 = 1;
+/// Register: which one there is.
+const INTERRUPT_IDENTIFICATION: u8 = 2;
+/// Register: the bytes' sizes, and [`DIVISOR_LATCH`].
+const LINE_CONTROL: u8 = 3;
+/// Register: what there is to read, and room to write.
+const LINE_STATUS: u8 = 5;
+/// Interrupt enable: for input. Line status: there is input.
+const RECEIVED: u8 = 1;
+/// Interrupt identification: none.
+const NO_INTERRUPT: u8 = 1;
+/// Interrupt identification: input.
+const INPUT_INTERRUPT: u8 = 1 << 2;
+/// Line control: the first two registers are the divisor's.
+const DIVISOR_LATCH: u8 = 1 << 7;
+
 /// Why there is no console.
 #[derive(Debug, Error)]
 pub enum SerialError {
@@ -83,6 +100,7 @@ pub struct Console(Serial<Interrupt, RoomSignal, Output>);
 impl BusDevice for Console {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         match (u8::try_from(offset), data) {
+            (Ok(INTERRUPT_IDENTIFICATION), [byte]) => *byte = self.identify(),
             (Ok(register), [byte]) => *byte = self.0.read(register),
             (_, data) => data.fill(0xff),
         }
@@ -96,6 +114,21 @@ impl BusDevice for Console {
         {
             tracing::debug!("the serial console lost a byte: {error}");
         }
+    }
+}
+
+impl Console {
+    /// Which interrupt there is. A 16550 has that for input as long as there is input. The crate's device has it until the
+    /// first byte is read: a guest that reads so many bytes an interrupt and no more would leave the others for ever.
+    fn identify(&mut self) -> u8 {
+        let identified = self.0.read(INTERRUPT_IDENTIFICATION);
+        let waits = self.0.read(LINE_STATUS) & RECEIVED != 0;
+        let latched = self.0.read(LINE_CONTROL) & DIVISOR_LATCH != 0;
+        if identified & NO_INTERRUPT == 0 || !waits || latched {
+            return identified;
+        }
+        let wanted = self.0.read(INTERRUPT_ENABLE) & RECEIVED != 0;
+        if wanted { identified & !NO_INTERRUPT | INPUT_INTERRUPT } else { identified }
     }
 }
 
@@ -202,8 +235,7 @@ impl SharedConsole {
 mod tests {
     use super::*;
 
-    const INTERRUPT_ENABLE: u64 = 1;
-    const RECEIVED: u8 = 1;
+    const INTERRUPT_ENABLE: u64 = super::INTERRUPT_ENABLE as u64;
     const SCRATCH: u64 = 7;
 
     #[test]
@@ -223,6 +255,24 @@ mod tests {
         console.device.lock().unwrap().read(0, &mut byte);
         assert_eq!(&byte, b"b");
         console.room.read().unwrap();
+    }
+
+    #[test]
+    fn input_interrupts_as_long_as_there_is_some() {
+        let console = SharedConsole::with_output(io::sink()).unwrap();
+        let mut byte = [0];
+        let mut identify = |console: &SharedConsole| {
+            console.device().read(INTERRUPT_IDENTIFICATION.into(), &mut byte);
+            byte[0] & 0xf
+        };
+        console.input(b"abc");
+        assert_eq!(identify(&console), NO_INTERRUPT);
+        console.device().write(INTERRUPT_ENABLE, &[RECEIVED]);
+        for _ in 0..3 {
+            assert_eq!(identify(&console), INPUT_INTERRUPT);
+            console.device().read(0, &mut [0]);
+        }
+        assert_eq!(identify(&console), NO_INTERRUPT);
     }
 
     #[test]
