@@ -36,6 +36,9 @@ pub enum HandoverError {
     /// It cannot be begun.
     #[error(transparent)]
     Ownership(#[from] OwnershipError),
+    /// Who listened has gone, and is not known.
+    #[error("the target closed the connection")]
+    Gone,
     /// It cannot be begun.
     #[error("cannot begin a hand-over")]
     System(#[from] io::Error),

@@ -146,8 +146,12 @@ impl Arena {
             scene.wait_hanging()?;
             scene.target.check_waits()?;
             scene.wake()?;
-            let (_, reason) = attempt.end_rolled_back()?;
-            ensure!(reason == "the target closed the connection", "{reason}");
+            let reason = match point {
+                // Where the kernel cannot say who was there (before Linux 6.5), it was not begun.
+                Point::SourceSessionConnected => attempt.end_refused()?,
+                _ => attempt.end_rolled_back()?.1,
+            };
+            ensure!(reason.ends_with("the target closed the connection"), "{reason}");
             Ok(Fate::Stays)
         })?;
         Ok(())

@@ -204,7 +204,10 @@ impl Live {
         if u32::try_from(Peer::entrusted(&link)?.process) == Ok(std::process::id()) {
             return Err(HandoverError::Oneself);
         }
-        let life = Life::of(&link)?;
+        let life = Life::of(&link).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => HandoverError::Gone,
+            _ => error.into(),
+        })?;
         self.watch(&link, &life)?;
         Ok((link, life))
     }
