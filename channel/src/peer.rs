@@ -107,7 +107,10 @@ impl Life {
 
     fn by_number(socket: &impl AsFd) -> io::Result<Self> {
         let process = Pid::from_raw(Peer::of(socket)?.process).ok_or(io::ErrorKind::NotFound)?;
-        let pidfd = pidfd_open(process, PidfdFlags::empty()).map_err(|_| io::ErrorKind::NotFound)?;
+        let pidfd = pidfd_open(process, PidfdFlags::empty()).map_err(|errno| match errno {
+            rustix::io::Errno::SRCH => io::ErrorKind::NotFound.into(),
+            other => io::Error::from(other),
+        })?;
         // Only a process that still held the connection then had that number still.
         let mut fds = [PollFd::new(socket.as_fd(), PollFlags::empty())];
         match poll(&mut fds, PollTimeout::ZERO)? {
