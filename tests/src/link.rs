@@ -187,14 +187,16 @@ impl Link {
         self.ask(&Request::Stats)
     }
 
-    /// Waits until the front-end's first rings run.
+    /// Waits until the front-end's first rings run, and the kernel lets frames through to the TAP: it notices some time
+    /// after a back-end has taken it.
     ///
     /// # Errors
     /// If they never do.
     pub fn wait_serving(&mut self) -> Result<()> {
         self.wait_status("a front-end's rings ran", |status| {
             status.vrings[..2].iter().all(|vring| vring.started && vring.enabled)
-        })
+        })?;
+        netns::wait_running(TAP)
     }
 
     /// Waits until there is no front-end.

@@ -565,8 +565,10 @@ fn the_control_socket_goes_along_where_the_target_has_the_same_path() {
             let mut looks = 0;
             while !ended.load(Ordering::Relaxed) {
                 match ControlClient::connect(&control)?.call(&Request::Status) {
-                    // It may have been the last one that the old process let in.
-                    Ok(_) | Err(ClientError::Closed | ClientError::Io(_)) => looks += 1,
+                    Ok(_) => looks += 1,
+                    // The last one that the old process let in: it may find it ending, or gone.
+                    Err(ClientError::Refused(reason)) if reason == "the back-end is ending" => {}
+                    Err(ClientError::Closed | ClientError::Io(_)) => {}
                     Err(error) => return Err(error.into()),
                 }
             }
