@@ -372,3 +372,39 @@ fn a_device_is_dropped_when_the_front_end_that_brought_it_leaves() {
     rig.backend = target;
     rig.check_traffic(&mut device).unwrap();
 }
+
+#[test]
+fn a_front_end_that_leaves_before_it_knows_leaves_the_device_behind() {
+    let (mut rig, device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
+    let (ours, theirs) = pair(SockType::SeqPacket);
+    assert_eq!(set_state_fd(&device.connection, true, ours).unwrap(), ACCEPTED);
+    assert_eq!(set_state_fd(&connection, false, theirs).unwrap(), ACCEPTED);
+    target.wait_handover(HandoverState::Adopted).unwrap();
+    // It has heard that, too.
+    (0..3).try_for_each(|_| rig.backend.status().map(drop)).unwrap();
+    // Without an answer to CHECK_DEVICE_STATE no VM moves, so it comes again.
+    drop(device);
+    let mut device = rig.device(options(1)).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    while target.status().unwrap().handover.is_some() {}
+    target.check_healthy().unwrap();
+}
+
+#[test]
+fn a_source_that_wakes_to_both_ends_gone_has_the_device() {
+    let (mut rig, device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
+    let (ours, theirs) = pair(SockType::SeqPacket);
+    assert_eq!(set_state_fd(&device.connection, true, ours).unwrap(), ACCEPTED);
+    assert!(check(&device.connection).unwrap());
+    rig.backend.process.signal(Signal::SIGSTOP).unwrap();
+    assert_eq!(set_state_fd(&connection, false, theirs).unwrap(), ACCEPTED);
+    assert!(check(&connection).unwrap());
+    // The VM has not started there, and both front-ends give their back-ends up.
+    drop(connection);
+    wait_log(&mut target, "the device stays the source's");
+    drop(device);
+    rig.backend.process.signal(Signal::SIGCONT).unwrap();
+    wait_log(&mut rig.backend, "front-end disconnected");
+    let mut device = rig.device(options(1)).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+}

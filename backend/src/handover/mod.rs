@@ -221,6 +221,7 @@ impl Handover {
     /// # Errors
     /// [`DeviceError`]: the device cannot go on.
     pub fn frontend_left(&mut self, device: &mut Device, departure: bool) -> Result<(), DeviceError> {
+        let asked = matches!(self.transfer, Transfer::None);
         self.transfer = match self.transfer {
             Transfer::Running | Transfer::Abandoned => Transfer::Abandoned,
             Transfer::None | Transfer::Over(_) => Transfer::None,
@@ -232,7 +233,7 @@ impl Handover {
         self.settle(device)?;
         let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
         match &mut self.source {
-            Some(source) => source.frontend_left(device, around),
+            Some(source) => source.frontend_left(device, around, asked),
             None => Ok(()),
         }
     }

@@ -20,6 +20,10 @@ use crate::tap::Tap;
 /// How long the target's socket may be full.
 const PATIENCE: Duration = Duration::from_millis(100);
 
+/// How many messages of the target's may wait at most: one for the offer, one for each that was withdrawn of late, and the
+/// end of the connection.
+const MESSAGES: usize = 16;
+
 /// Where the first offer of device state goes.
 #[derive(Debug)]
 struct Route {
@@ -188,7 +192,8 @@ impl SourceEnd {
         }
     }
 
-    /// The front-end has gone.
+    /// The front-end has gone. One that has moved the device's state itself and has not `asked` how that went has not moved
+    /// its VM either.
     ///
     /// # Errors
     /// [`DeviceError`]: the device cannot go on.
@@ -196,8 +201,14 @@ impl SourceEnd {
         &mut self,
         device: &mut Device,
         around: Surroundings<'_>,
+        asked: bool,
     ) -> Result<(), DeviceError> {
-        self.tell(device, around, Event::FrontendLeft)
+        // This may be the last process that has the device: whether the target still holds it is to be known first.
+        for _ in 0..MESSAGES {
+            self.listen(device, around)?;
+        }
+        let event = if self.once && !asked { Event::Cancel } else { Event::FrontendLeft };
+        self.tell(device, around, event)
     }
 
     /// A front-end is there.
