@@ -18,19 +18,23 @@ fn a_quick_run_fills_the_page() {
         page.lines().filter(|line| line.starts_with(start) && line.ends_with(end)).count()
     };
     for cell in [
-        "| 1 | 1 GiB | 2.5 |",
-        "| 4 | 1 GiB | 2.5 |",
-        "| 16 | 1 GiB | 2.5 |",
-        "| 64 | 1 GiB | 2.5 |",
-        "| 1 | 128 MiB | 2.5 |",
-        "| 1 | 8 GiB | 2.5 |",
-        "| 1 | 1 GiB | 0.5 |",
-        "| 1 | 1 GiB | 5 |",
+        "| 1 | 1 | 1 GiB | 2.5 |",
+        "| 4 | 1 | 1 GiB | 2.5 |",
+        "| 16 | 1 | 1 GiB | 2.5 |",
+        "| 64 | 1 | 1 GiB | 2.5 |",
+        "| 4 | 4 | 1 GiB | 2.5 |",
+        "| 16 | 16 | 1 GiB | 2.5 |",
+        "| 64 | 64 | 1 GiB | 2.5 |",
+        "| 1 | 1 | 128 MiB | 2.5 |",
+        "| 1 | 1 | 8 GiB | 2.5 |",
+        "| 1 | 1 | 1 GiB | 0.5 |",
+        "| 1 | 1 | 1 GiB | 5 |",
     ] {
         assert_eq!(count(cell, "|"), 3, "{cell} in\n{page}");
         assert_eq!(count(cell, " | 0 / 0 / 0 |"), 1, "{cell} in\n{page}");
     }
-    assert_eq!(count("The blackout's median grows by ", " from 128 to 8192 MiB."), 1, "{page}");
+    assert_eq!(count("The blackout's median grows by ", "up to 64."), 2, "{page}");
+    assert_eq!(count("It is ", " from 128 to 8192 MiB."), 1, "{page}");
     assert_eq!(count("| with hand-overs |", " | 0 / 0 / 0 | silent |"), 1, "{page}");
     assert_eq!(count("| control: ", " | 0 / 0 / 0 | silent |"), 1, "{page}");
     let plot = std::fs::read_to_string(output.path().join("handover-blackout.svg")).unwrap();

@@ -170,9 +170,9 @@ impl Device {
         }
         self.tap = Some(staged.tap);
         self.surplus = staged.surplus;
-        // They have the processor first, if there is but one.
+        // They have the processor first, if there is but one; who was woken last begins last.
         let deadline = Instant::now() + MOMENT;
-        self.workers.iter().for_each(|worker| worker.wait_begun(deadline));
+        self.workers.iter().rev().for_each(|worker| worker.wait_begun(deadline));
         Ok(())
     }
 

@@ -31,6 +31,8 @@ pub const PHASES: [&str; 5] = ["stop", "commit", "pass", "take", "start"];
 pub struct Cell {
     /// Queue pairs.
     pub pairs: u16,
+    /// How many of them have frames.
+    pub busy: u16,
     /// The guest's memory, in MiB.
     pub memory: u64,
     /// Frames a second each way.
@@ -147,6 +149,7 @@ impl Bench {
             format!("--socket={}", backend.socket.display()),
             format!("--tap={TAP}"),
             format!("--pairs={}", cell.pairs),
+            format!("--busy={}", cell.busy),
             format!("--memory={}", cell.memory << 20),
             format!("--rate={}", cell.rate),
         ];

@@ -21,12 +21,9 @@ use crate::fake_frontend::net::{NetHeader, features};
 use crate::fake_frontend::{Device, Options};
 use crate::packet_socket::PacketSocket;
 
-/// Flows from the network for each queue pair: enough that each gets some.
-const FLOWS: u16 = 4;
-/// The first UDP port of the flows from the network.
-const DOWN: u16 = 20_000;
-/// The first UDP port of the flows from the guest, one a queue pair. The kernel steers what comes back by what went out.
-const UP: u16 = 30_000;
+/// The first UDP port of the flows, one a queue pair: the same both ways, since the kernel steers what comes back to where
+/// it went out.
+const PORT: u16 = 20_000;
 /// The most frames of one direction that are sent at once: who could not run for a while does not make up for it.
 const BURST: u64 = 64;
 /// How long a driver that lets others have its processor does so.
@@ -46,6 +43,9 @@ pub struct Arguments {
     /// Queue pairs.
     #[arg(long)]
     pub pairs: u16,
+    /// How many of them have frames
+    #[arg(long)]
+    pub busy: u16,
     /// The guest's memory, in bytes.
     #[arg(long)]
     pub memory: u64,
@@ -91,8 +91,8 @@ pub fn run(arguments: &Arguments, line: OwnedFd) -> Result<()> {
     let (answers_end, answers) = channel();
     let traffic = Traffic {
         network,
-        down: Flows::new(DOWN, FLOWS * arguments.pairs),
-        up: Flows::new(UP, arguments.pairs),
+        down: Flows::new(PORT, arguments.busy),
+        up: Flows::new(PORT, arguments.busy),
         device,
         began: Instant::now(),
         interval: interval(arguments.rate),

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use super::cell::{Measured, PHASES};
+use super::cell::{Cell, Measured, PHASES};
 use super::message::Count;
 use super::numbers::Quantiles;
 use super::row::Row;
@@ -66,9 +66,9 @@ fn write(
     writeln!(text, "![Blackout and gap by queue pairs, memory and rate]({plot})\n")?;
     writeln!(
         text,
-        "| queue pairs | memory | kpps each way | gap, excess | slowest frame, excess | blackout as reported | frames | lost / doubled / reordered |"
+        "| queue pairs | busy | memory | kpps each way | gap, excess | slowest frame, excess | blackout as reported | frames | lost / doubled / reordered |"
     )?;
-    writeln!(text, "|---|---|---|---|---|---|---|---|")?;
+    writeln!(text, "|---|---|---|---|---|---|---|---|---|")?;
     for measured in cells {
         let [gap, delay] = measured.excess();
         let blackout = Quantiles::of(measured.blackouts.iter().copied());
@@ -80,9 +80,9 @@ fn write(
     writeln!(text, "\nWhat the gaps are made of, with and without a hand-over:\n")?;
     writeln!(
         text,
-        "| queue pairs | memory | kpps each way | gap with | gap without | slowest with | slowest without |"
+        "| queue pairs | busy | memory | kpps each way | gap with | gap without | slowest with | slowest without |"
     )?;
-    writeln!(text, "|---|---|---|---|---|---|---|")?;
+    writeln!(text, "|---|---|---|---|---|---|---|---|")?;
     for measured in cells {
         let Measured { gaps, control_gaps, delays, control_delays, .. } = measured;
         let [gaps, control_gaps, delays, control_delays] =
@@ -91,8 +91,8 @@ fn write(
         writeln!(text, "| {name} | {gaps} | {control_gaps} | {delays} | {control_delays} |")?;
     }
     writeln!(text, "\nThe blackout by phase:\n")?;
-    writeln!(text, "| queue pairs | memory | kpps each way | {} |", PHASES.join(" | "))?;
-    writeln!(text, "|---|---|---|{}", "---|".repeat(PHASES.len()))?;
+    writeln!(text, "| queue pairs | busy | memory | kpps each way | {} |", PHASES.join(" | "))?;
+    writeln!(text, "|---|---|---|---|{}", "---|".repeat(PHASES.len()))?;
     for measured in cells {
         let phases = measured.phases.each_ref().map(|phase| Quantiles::of(phase.iter().copied()).to_string());
         writeln!(text, "| {} | {} |", name(measured), phases.join(" | "))?;
@@ -103,41 +103,53 @@ fn write(
     Ok(())
 }
 
-/// What the blackout's median does along the axes of pairs and memory, if both were measured.
+/// What the blackout's median does along the axes of pairs and memory, if they were measured.
 fn write_slopes(text: &mut String, cells: &[Measured]) -> std::fmt::Result {
     let Some(Measured { cell: base, .. }) = cells.first() else { return Ok(()) };
     let median = |measured: &Measured| Quantiles::of(measured.blackouts.iter().copied()).p50;
-    let of_memory =
-        cells.iter().filter(|other| (other.cell.pairs, other.cell.rate) == (base.pairs, base.rate));
-    let memory = of_memory.map(|measured| (measured.cell.memory, median(measured)));
-    let most = cells.iter().max_by_key(|measured| measured.cell.pairs);
-    if let (Some((least, _)), Some((largest, _)), Some(most)) =
-        (memory.clone().min(), memory.clone().max(), most)
-        && least < largest
-        && most.cell.pairs > base.pairs
-    {
-        let (low, high) =
-            memory.fold((i64::MAX, 0), |(low, high), (_, median)| (low.min(median), high.max(median)));
-        let tenths =
-            (median(most) - cells.first().map_or(0, median)) * 10 / i64::from(most.cell.pairs - base.pairs);
+    let base_median = cells.first().map_or(0, median);
+    let of_most_pairs = |busy: fn(&Cell) -> bool| {
+        let cells = cells.iter().filter(|other| other.cell.pairs > base.pairs && busy(&other.cell));
+        cells.max_by_key(|other| other.cell.pairs)
+    };
+    for (what, busy) in [
+        ("with frames", (|cell| cell.busy == cell.pairs) as fn(&Cell) -> bool),
+        ("without", |cell| cell.busy == 1),
+    ] {
+        let Some(most) = of_most_pairs(busy) else { continue };
+        let tenths = (median(most) - base_median) * 10 / i64::from(most.cell.pairs - base.pairs);
         let (sign, tenths) = (if tenths < 0 { "-" } else { "" }, tenths.abs());
         writeln!(
             text,
-            "\nThe blackout's median grows by {sign}{}.{} µs for each further queue pair up to {}, and is {low} to {high} µs from {least} to {largest} MiB.",
+            "\nThe blackout's median grows by {sign}{}.{} µs for each further queue pair {what}, up to {}.",
             tenths / 10,
             tenths % 10,
             most.cell.pairs
         )?;
     }
+    let of_memory = cells.iter().filter(|other| Cell { memory: base.memory, ..other.cell } == *base);
+    let (memory, medians): (Vec<_>, Vec<_>) =
+        of_memory.map(|measured| (measured.cell.memory, median(measured))).unzip();
+    if let (Some(least), Some(largest), Some(low), Some(high)) =
+        (memory.iter().min(), memory.iter().max(), medians.iter().min(), medians.iter().max())
+        && least < largest
+    {
+        writeln!(text, "It is {low} to {high} µs from {least} to {largest} MiB.")?;
+    }
     Ok(())
 }
 
 fn write_row(text: &mut String, row: &Row) -> std::fmt::Result {
-    let Row { limit, rate, handovers, with, control, before, after } = row;
-    writeln!(
+    let Row { limit, rate, handovers, with, control, before, after, given_up } = row;
+    write!(
         text,
-        "\n{handovers} hand-overs in a row, at 0.8 of the {limit} frames a second each way that this machine bears without a drop:\n"
+        "\n{handovers} hand-overs in a row, at 0.8 of the {limit} frames a second each way that this machine bears without a drop"
     )?;
+    if !given_up.is_empty() {
+        let given_up: Vec<_> = given_up.iter().map(u32::to_string).collect();
+        write!(text, " (not of {}: at 0.8 of that the control lost some)", given_up.join(", "))?;
+    }
+    writeln!(text, ":\n")?;
     writeln!(text, "| | frames | a second each way | lost / doubled / reordered | the front-end's socket |")?;
     writeln!(text, "|---|---|---|---|---|")?;
     for (name, count) in [("with hand-overs", with), ("control: back-ends started and ended", control)] {
@@ -158,7 +170,7 @@ fn name(measured: &Measured) -> String {
     } else {
         format!("{} GiB", cell.memory / 1024)
     };
-    format!("{} | {memory} | {}", cell.pairs, f64::from(cell.rate) / 1000.0)
+    format!("{} | {} | {memory} | {}", cell.pairs, cell.busy, f64::from(cell.rate) / 1000.0)
 }
 
 fn fate(count: &Count) -> String {

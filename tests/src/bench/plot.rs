@@ -12,16 +12,25 @@ use super::cell::{Cell, Measured};
 use super::numbers::Quantiles;
 
 /// The picture's size.
-const SIZE: (u32, u32) = (960, 320);
+const SIZE: (u32, u32) = (1280, 320);
 
-/// An axis of the sweep: its name, and where a cell is on it.
-type Axis = (&'static str, fn(&Cell) -> f64);
+/// An axis of the sweep: its name, where a cell is on it, and the cell that differs from this one in that alone.
+type Axis = (&'static str, fn(&Cell) -> f64, fn(Cell, Cell) -> Cell);
 
 #[expect(clippy::cast_precision_loss, reason = "a place in a picture")]
-const AXES: [Axis; 3] = [
-    ("queue pairs", |cell| f64::from(cell.pairs)),
-    ("guest memory, MiB", |cell| cell.memory as f64),
-    ("kpps each way", |cell| f64::from(cell.rate) / 1000.0),
+const AXES: [Axis; 4] = [
+    (
+        "queue pairs, all busy",
+        |cell| f64::from(cell.pairs),
+        |base, Cell { pairs, .. }| Cell { pairs, busy: pairs, ..base },
+    ),
+    (
+        "queue pairs, one busy",
+        |cell| f64::from(cell.pairs),
+        |base, Cell { pairs, .. }| Cell { pairs, ..base },
+    ),
+    ("guest memory, MiB", |cell| cell.memory as f64, |base, Cell { memory, .. }| Cell { memory, ..base }),
+    ("kpps each way", |cell| f64::from(cell.rate) / 1000.0, |base, Cell { rate, .. }| Cell { rate, ..base }),
 ];
 
 /// A line: its name, colour, and value of a cell in microseconds.
@@ -42,8 +51,9 @@ const LINES: [Line; 3] = [
 pub fn draw(path: &Path, base: Cell, cells: &[Measured]) -> Result<()> {
     let area = SVGBackend::new(path, SIZE).into_drawing_area();
     area.fill(&WHITE).map_err(|error| anyhow!("{error}"))?;
-    for (panel, (name, place)) in area.split_evenly((1, AXES.len())).iter().zip(AXES) {
-        chart(panel, name, place, base, cells).map_err(|error| anyhow!("{error}"))?;
+    for (panel, (name, place, moved)) in area.split_evenly((1, AXES.len())).iter().zip(AXES) {
+        let cells = cells.iter().filter(|measured| moved(base, measured.cell) == measured.cell).collect();
+        chart(panel, name, place, cells).map_err(|error| anyhow!("{error}"))?;
     }
     area.present().map_err(|error| anyhow!("write {}: {error}", path.display()))
 }
@@ -52,14 +62,8 @@ fn chart(
     panel: &plotters::drawing::DrawingArea<SVGBackend<'_>, plotters::coord::Shift>,
     name: &str,
     place: fn(&Cell) -> f64,
-    base: Cell,
-    cells: &[Measured],
+    mut cells: Vec<&Measured>,
 ) -> Result<(), Box<dyn std::error::Error>> {
-    let of_axis = |cell: &Cell| {
-        let others = AXES.iter().filter(|(other, _)| *other != name);
-        others.fold(true, |same, (_, place)| same && (place(cell) - place(&base)).abs() < f64::EPSILON)
-    };
-    let mut cells: Vec<_> = cells.iter().filter(|measured| of_axis(&measured.cell)).collect();
     cells.sort_by(|one, other| place(&one.cell).total_cmp(&place(&other.cell)));
     let places = cells.iter().map(|measured| place(&measured.cell));
     let (least, most) =

@@ -9,8 +9,6 @@ use super::message::Count;
 
 /// How long a rate is tried.
 const TRIAL: Duration = Duration::from_secs(1);
-/// How long the rate that was found must hold.
-const PROOF: Duration = Duration::from_secs(3);
 /// Where the search begins.
 const LOWEST: u32 = 10_000;
 /// Where it ends in any case.
@@ -30,10 +28,12 @@ pub struct Size {
 }
 
 /// What came of it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Row {
     /// The rate that the machine bears each way.
     pub limit: u32,
+    /// Higher ones, that were taken for it until the control lost frames.
+    pub given_up: Vec<u32>,
     /// The rate of the load.
     pub rate: u32,
     /// How many hand-overs, and intervals of the control.
@@ -58,13 +58,26 @@ impl Row {
     }
 }
 
-/// Finds the limit, and hands a session on so many times in a row at 0.8 of that.
+/// Finds the limit, and hands a session on so many times in a row at 0.8 of that. A rate that shows itself to be too high,
+/// by frames that are lost without any hand-over, is given up for a lower one, and all begins anew.
 ///
 /// # Errors
 /// If a hand-over fails.
 pub fn run(cell: Cell, handovers: usize, restful: bool) -> Result<Row> {
     let mut bench = Bench::new(cell, restful)?;
-    let limit = if restful { cell.rate } else { limit(&mut bench)? };
+    let mut limit = if restful { cell.rate } else { limit(&mut bench)? };
+    let mut given_up = Vec::new();
+    loop {
+        let row = at(&mut bench, limit, handovers)?;
+        if row.control.is_clean() || limit <= LOWEST {
+            return Ok(Row { given_up, ..row });
+        }
+        given_up.push(limit);
+        limit -= limit / 5;
+    }
+}
+
+fn at(bench: &mut Bench, limit: u32, handovers: usize) -> Result<Row> {
     let rate = limit / 5 * 4;
     bench.set_rate(rate)?;
     bench.settle()?;
@@ -81,10 +94,10 @@ pub fn run(cell: Cell, handovers: usize, restful: bool) -> Result<Row> {
         }
         with = bench.settle()?.and(with);
         done += block;
-        before = Some(before.unwrap_or(size(&mut bench)?));
+        before = Some(before.unwrap_or(size(bench)?));
     }
-    let after = size(&mut bench)?;
-    Ok(Row { limit, rate, handovers, with, control, before: before.unwrap_or(after), after })
+    let (after, given_up) = (size(bench)?, Vec::new());
+    Ok(Row { limit, given_up, rate, handovers, with, control, before: before.unwrap_or(after), after })
 }
 
 fn size(bench: &mut Bench) -> Result<Size> {
@@ -101,22 +114,19 @@ fn limit(bench: &mut Bench) -> Result<u32> {
     while high > low + low / 20 {
         // Upwards in leaps until one fails.
         let middle = if high == HIGHEST { low.saturating_mul(2).min(high - 1) } else { low.midpoint(high) };
-        if holds(bench, middle, TRIAL)? {
+        if holds(bench, middle)? {
             low = middle;
         } else {
             high = middle;
         }
     }
-    while low > LOWEST && !holds(bench, low, PROOF)? {
-        low -= low / 10;
-    }
     Ok(low)
 }
 
-fn holds(bench: &mut Bench, rate: u32, time: Duration) -> Result<bool> {
+fn holds(bench: &mut Bench, rate: u32) -> Result<bool> {
     bench.set_rate(rate)?;
     bench.settle()?;
-    let end = Instant::now() + time;
+    let end = Instant::now() + TRIAL;
     while Instant::now() < end {
         Bench::start_another()?;
     }

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::str::FromStr;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use baton_tests::bench::cell::{Bench, Cell, Measured, leave_processor};
 use baton_tests::bench::page::{self, Machine};
 use baton_tests::bench::row::{self, Row};
@@ -17,7 +17,7 @@ use baton_tests::bench::{driver, plot};
 use clap::{Parser, Subcommand};
 
 /// What is varied, one thing at a time.
-const BASE: Cell = Cell { pairs: 1, memory: 1024, rate: 50_000 };
+const BASE: Cell = Cell { pairs: 1, busy: 1, memory: 1024, rate: 50_000 };
 const PAIRS: [u16; 3] = [4, 16, 64];
 const MEMORY: [u64; 2] = [128, 8192];
 const RATES: [u32; 2] = [10_000, 100_000];
@@ -43,8 +43,9 @@ struct Arguments {
     /// Where handover-blackout.md and handover-blackout.svg are
     #[arg(long, default_value = "docs")]
     output: PathBuf,
-    /// Measure only this, and write nothing: queue pairs, MiB of guest memory, thousand frames a second each way
-    #[arg(long, value_name = "PAIRS,MIB,KPPS")]
+    /// Measure only this, and write nothing: queue pairs, how many of them have frames, MiB of guest memory, thousand
+    /// frames a second each way
+    #[arg(long, value_name = "PAIRS,BUSY,MIB,KPPS")]
     cell: Vec<CellArgument>,
 }
 
@@ -70,9 +71,11 @@ impl FromStr for CellArgument {
 
     fn from_str(text: &str) -> Result<Self> {
         let mut parts = text.split(',');
-        let mut next = || parts.next().context("three numbers: PAIRS,MIB,KPPS");
-        let (pairs, memory, rate) = (next()?.parse()?, next()?.parse()?, next()?.parse::<u32>()?);
-        Ok(Self(Cell { pairs, memory, rate: rate.saturating_mul(1000) }))
+        let mut next = || parts.next().context("four numbers: PAIRS,BUSY,MIB,KPPS");
+        let (pairs, busy) = (next()?.parse()?, next()?.parse()?);
+        let (memory, rate) = (next()?.parse()?, next()?.parse::<u32>()?);
+        ensure!((1..=pairs).contains(&busy), "from 1 to {pairs} queue pairs have frames");
+        Ok(Self(Cell { pairs, busy, memory, rate: rate.saturating_mul(1000) }))
     }
 }
 
@@ -109,9 +112,11 @@ fn measure(arguments: &Arguments) -> Result<bool> {
         return report(&machine, &cells, None);
     }
     let pairs = PAIRS.map(|pairs| Cell { pairs, ..BASE });
+    let busy = PAIRS.map(|pairs| Cell { pairs, busy: pairs, ..BASE });
     let memory = MEMORY.map(|memory| Cell { memory, ..BASE });
     let rates = RATES.map(|rate| Cell { rate, ..BASE });
-    let cells = sweep([BASE].into_iter().chain(pairs).chain(memory).chain(rates), arguments.quick)?;
+    let cells = [BASE].into_iter().chain(pairs).chain(busy).chain(memory).chain(rates);
+    let cells = sweep(cells, arguments.quick)?;
     say("hand-overs in a row")?;
     let row = row::run(quickened(BASE, arguments.quick), less(IN_A_ROW, arguments.quick), arguments.quick)?;
     let clean = report(&machine, &cells, Some(&row))?;
@@ -133,8 +138,9 @@ fn sweep(cells: impl IntoIterator<Item = Cell>, quick: bool) -> Result<Vec<Measu
         for measured in &mut measured {
             let cell = measured.cell;
             say(&format!(
-                "{} pairs, {} MiB, {} frames/s: round {}",
+                "{} pairs ({} with frames), {} MiB, {} frames/s: round {}",
                 cell.pairs,
+                cell.busy,
                 cell.memory,
                 cell.rate,
                 round + 1
