@@ -19,6 +19,7 @@ use baton_protocol::handover::message::PROTOCOL;
 use baton_protocol::ownership::Owner;
 use baton_tests::backend::{Backend, Rig, TAP};
 use baton_tests::datapath::Datapath;
+use baton_tests::downscript::Downscript;
 use baton_tests::fake_frontend::net::{GSO_TCPV4, NetHeader, features};
 use baton_tests::fake_frontend::wire::{Message as Said, protocol, request};
 use baton_tests::fake_frontend::{Connection, Device, Options};
@@ -240,24 +241,16 @@ fn hand_on(rig: &mut Rig, arguments: &[&str]) -> Result<SessionReport> {
     rig.backend.become_target(target)
 }
 
-/// An option with a script that notes in a file with which name it was run.
-fn downscript(directory: &Path) -> Result<(String, PathBuf)> {
-    let (script, trace) = (directory.join("down"), directory.join("trace"));
-    std::fs::write(&script, format!("#!/bin/sh\necho $1 >> {}\n", trace.display()))?;
-    std::fs::set_permissions(&script, std::os::unix::fs::PermissionsExt::from_mode(0o700))?;
-    Ok((format!("--downscript={}", script.display()), trace))
-}
-
 #[test]
 fn sockets_and_scripts_are_the_last_owners() {
-    let directory = tempfile::tempdir().unwrap();
-    let (option, trace) = downscript(directory.path()).unwrap();
-    let (mut rig, mut device) = serving(Datapath::Userspace, Options::default(), &[&option]).unwrap();
+    let downscript = Downscript::new().unwrap();
+    let (mut rig, mut device) =
+        serving(Datapath::Userspace, Options::default(), &[&downscript.option()]).unwrap();
     let socket = rig.backend.socket.clone();
     for _ in 0..5 {
         hand_on(&mut rig, &[]).unwrap();
         assert!(std::fs::metadata(&socket).unwrap().file_type().is_socket());
-        assert!(!trace.exists(), "a downscript was run while there is an owner");
+        assert!(downscript.runs().unwrap().is_empty(), "a downscript was run while there is an owner");
     }
     rig.check_traffic(&mut device).unwrap();
     drop(device);
@@ -267,7 +260,7 @@ fn sockets_and_scripts_are_the_last_owners() {
     rig.backend.process.signal(Signal::SIGTERM).unwrap();
     assert_eq!(rig.backend.process.wait().unwrap().code(), Some(0));
     assert!(!socket.exists(), "the last owner leaves its socket");
-    assert_eq!(std::fs::read_to_string(&trace).unwrap(), format!("{TAP}\n"));
+    assert_eq!(downscript.runs().unwrap(), [TAP]);
 }
 
 /// What a process has of its own.
@@ -321,9 +314,9 @@ fn wait_rest(backend: &mut Backend, expected: (usize, usize)) -> Result<()> {
 
 #[test]
 fn whoever_is_told_to_end_on_the_way_leaves_the_session_to_the_source() {
-    let directory = tempfile::tempdir().unwrap();
-    let (option, trace) = downscript(directory.path()).unwrap();
-    let (mut rig, mut device) = serving(Datapath::Userspace, Options::default(), &[&option]).unwrap();
+    let downscript = Downscript::new().unwrap();
+    let (mut rig, mut device) =
+        serving(Datapath::Userspace, Options::default(), &[&downscript.option()]).unwrap();
     // The target.
     let mut held = Held::staged(&rig).unwrap();
     held.target.process.signal(Signal::SIGTERM).unwrap();
@@ -331,7 +324,7 @@ fn whoever_is_told_to_end_on_the_way_leaves_the_session_to_the_source() {
     drop(held.relay);
     let (_, reason) = held.asked.failure().unwrap();
     assert_eq!(reason, "the target closed the connection");
-    assert!(!trace.exists());
+    assert!(downscript.runs().unwrap().is_empty());
     rig.check_traffic(&mut device).unwrap();
 
     // The source: its session ends with it, for the target has been told of nothing.
@@ -343,15 +336,15 @@ fn whoever_is_told_to_end_on_the_way_leaves_the_session_to_the_source() {
     while held.target.status().unwrap().handover.is_some() {}
     held.target.process.signal(Signal::SIGTERM).unwrap();
     assert_eq!(held.target.process.wait().unwrap().code(), Some(0));
-    assert_eq!(std::fs::read_to_string(&trace).unwrap(), format!("{TAP}\n"), "once, by the source");
+    assert_eq!(downscript.runs().unwrap(), [TAP], "once, by the source");
     device.connection.wait_closed().unwrap();
 }
 
 #[test]
 fn a_source_that_fails_on_the_way_ends_it_first() {
-    let directory = tempfile::tempdir().unwrap();
-    let (option, trace) = downscript(directory.path()).unwrap();
-    let (mut rig, _device) = serving(Datapath::Userspace, Options::default(), &[&option]).unwrap();
+    let downscript = Downscript::new().unwrap();
+    let (mut rig, _device) =
+        serving(Datapath::Userspace, Options::default(), &[&downscript.option()]).unwrap();
     let target = Backend::waiting_for_session(Datapath::Userspace, &[]).unwrap();
     let held = Held::begin(&rig, target).unwrap();
     let sent = held.relay.until_staged().unwrap();
@@ -360,7 +353,7 @@ fn a_source_that_fails_on_the_way_ends_it_first() {
     assert_eq!(rig.backend.process.wait().unwrap().code(), Some(1));
     // Had it left that open, the target would take what there is no more, and clean up for it, too.
     assert_eq!(sent.word().unwrap().load().unwrap().owner, Owner::Aborted);
-    assert_eq!(std::fs::read_to_string(&trace).unwrap(), format!("{TAP}\n"));
+    assert_eq!(downscript.runs().unwrap(), [TAP]);
 }
 
 /// Processor time that a process has used, in ticks of 10 ms.

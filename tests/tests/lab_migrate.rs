@@ -28,8 +28,8 @@ on_both_datapaths! {
 /// In the lab time means little.
 const SLACK: Duration = Duration::from_secs(2);
 
-/// How often its back-end is replaced before a guest moves with its TAP.
-const HAND_OVERS: usize = 4;
+/// How often its back-end is replaced before a guest moves with its TAP: in three moves more than 20 times.
+const HAND_OVERS: usize = 7;
 
 /// Moves a guest some times under pings, and looks at what it and they say.
 fn moves(kind: Kind, way: Way, times: usize) -> Result<()> {

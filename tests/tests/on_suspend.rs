@@ -2,7 +2,6 @@
 //! refused and cancelled, and what becomes of it when a process dies on the way.
 
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -12,6 +11,7 @@ use baton_control::BoundSocket;
 use baton_protocol::control::{BackendState, HandoverState, Request};
 use baton_tests::backend::{Backend, Rig, TAP};
 use baton_tests::datapath::Datapath;
+use baton_tests::downscript::Downscript;
 use baton_tests::fake_frontend::net::{GSO_TCPV4, NetHeader, features};
 use baton_tests::fake_frontend::wire::protocol;
 use baton_tests::fake_frontend::{Connection, Device, Options};
@@ -415,22 +415,10 @@ fn refusals_say_why_and_leave_the_source_serving() {
     rig.check_traffic(&mut device).unwrap();
 }
 
-/// An option with a script that leaves the name it is given, and the file where it does.
-fn downscript(directory: &Path) -> (String, PathBuf) {
-    let script = directory.join("down");
-    let trace = directory.join("trace");
-    let text = format!("#!/bin/sh\necho $1 >> {}\n", trace.display());
-    std::fs::write(&script, text).expect("a directory of the test's own");
-    let executable = std::fs::Permissions::from_mode(0o700);
-    std::fs::set_permissions(&script, executable).expect("a file of the test's own");
-    (format!("--downscript={}", script.display()), trace)
-}
-
 #[test]
 fn only_the_last_owner_runs_the_downscript() {
-    let directory = tempfile::tempdir().unwrap();
-    let (option, trace) = downscript(directory.path());
-    let mut rig = Rig::new(Datapath::Userspace, 1, &[&option]).unwrap();
+    let downscript = Downscript::new().unwrap();
+    let mut rig = Rig::new(Datapath::Userspace, 1, &[&downscript.option()]).unwrap();
     let mut device = rig.device(options(1)).unwrap();
     let mut target = Backend::waiting(Datapath::Userspace, &[]).unwrap();
     rig.backend.arm(&target.incoming()).unwrap();
@@ -438,17 +426,16 @@ fn only_the_last_owner_runs_the_downscript() {
     target.wait_handover(HandoverState::Adopted).unwrap();
     let mut source = take(&mut rig, &mut device, target).unwrap();
     expect_exit(&mut source).unwrap();
-    assert!(!trace.exists(), "the source has run the downscript");
+    assert!(downscript.runs().unwrap().is_empty(), "the source has run the downscript");
     rig.backend.process.signal(Signal::SIGTERM).unwrap();
     expect_exit(&mut rig.backend).unwrap();
-    assert_eq!(std::fs::read_to_string(&trace).unwrap(), format!("{TAP}\n"));
+    assert_eq!(downscript.runs().unwrap(), [TAP]);
 }
 
 #[test]
 fn a_target_that_a_source_has_left_the_device_to_cleans_up_for_it() {
-    let directory = tempfile::tempdir().unwrap();
-    let (option, trace) = downscript(directory.path());
-    let mut rig = Rig::new(Datapath::Userspace, 1, &[&option]).unwrap();
+    let downscript = Downscript::new().unwrap();
+    let mut rig = Rig::new(Datapath::Userspace, 1, &[&downscript.option()]).unwrap();
     let device = rig.device(options(1)).unwrap();
     let mut target = Backend::waiting(Datapath::Userspace, &[]).unwrap();
     rig.backend.arm(&target.incoming()).unwrap();
@@ -457,17 +444,16 @@ fn a_target_that_a_source_has_left_the_device_to_cleans_up_for_it() {
     rig.backend.wait_handover(HandoverState::Offered).unwrap();
     rig.backend.process.signal(Signal::SIGTERM).unwrap();
     expect_exit(&mut rig.backend).unwrap();
-    assert!(!trace.exists(), "the source has run the downscript");
+    assert!(downscript.runs().unwrap().is_empty(), "the source has run the downscript");
     target.process.signal(Signal::SIGTERM).unwrap();
     expect_exit(&mut target).unwrap();
-    assert_eq!(std::fs::read_to_string(&trace).unwrap(), format!("{TAP}\n"));
+    assert_eq!(downscript.runs().unwrap(), [TAP]);
 }
 
 #[test]
 fn a_target_that_ends_leaves_device_and_downscript_to_its_source() {
-    let directory = tempfile::tempdir().unwrap();
-    let (option, trace) = downscript(directory.path());
-    let mut rig = Rig::new(Datapath::Userspace, 1, &[&option]).unwrap();
+    let downscript = Downscript::new().unwrap();
+    let mut rig = Rig::new(Datapath::Userspace, 1, &[&downscript.option()]).unwrap();
     let mut device = rig.device(options(1)).unwrap();
     let mut target = Backend::waiting(Datapath::Userspace, &[]).unwrap();
     rig.backend.arm(&target.incoming()).unwrap();
@@ -475,7 +461,7 @@ fn a_target_that_ends_leaves_device_and_downscript_to_its_source() {
     target.wait_handover(HandoverState::Adopted).unwrap();
     target.process.signal(Signal::SIGTERM).unwrap();
     expect_exit(&mut target).unwrap();
-    assert!(!trace.exists(), "the target has run the downscript");
+    assert!(downscript.runs().unwrap().is_empty(), "the target has run the downscript");
     rig.backend.wait_handover(HandoverState::Failed).unwrap();
     device.restart_rings().unwrap();
     rig.check_traffic(&mut device).unwrap();

@@ -18,9 +18,11 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use baton_control::ControlClient;
 use baton_protocol::control::{BackendState, Request, SessionReport};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
 
 use crate::backend::{Backend, Rig, TAP};
 use crate::datapath::Datapath;
+use crate::downscript::Downscript;
 use crate::fake_frontend::net::features;
 use crate::fake_frontend::{Connection, Device, Options};
 use crate::faults::{Action, Faults, Party, Point, has_reached};
@@ -62,6 +64,8 @@ pub struct Arena {
     held: Option<usize>,
     /// How many frames the TAP had no room for.
     dropped: u64,
+    /// For the last owner.
+    downscript: Downscript,
 }
 
 /// The two ends of a cell's attempt.
@@ -205,17 +209,18 @@ impl Arena {
     /// # Errors
     /// If anything cannot be set up.
     pub fn new(datapath: Datapath, queue_pairs: u16, queue_size: u16) -> Result<Self> {
-        let mut rig = Rig::new(datapath, queue_pairs, &[])?;
+        let downscript = Downscript::new()?;
+        let mut rig = Rig::new(datapath, queue_pairs, &[&downscript.option()])?;
         let features = Options::default().features | features::MQ;
         let options = Options { queue_pairs, queue_size, features, ..Options::default() };
         let mut device = rig.device(options.clone())?;
         rig.check_traffic(&mut device)?;
-        let mut arena = Self { rig, device, options, held: None, dropped: 0 };
+        let mut arena = Self { rig, device, options, held: None, dropped: 0, downscript };
         arena.hand_on(None, &Faults::default())?;
         Ok(arena)
     }
 
-    /// The front-end stops its rings, starts them again and leaves; all goes well.
+    /// The front-end stops its rings, starts them again and leaves, and the back-end ends; all goes well.
     ///
     /// # Errors
     /// If it does not.
@@ -225,7 +230,12 @@ impl Arena {
         self.rig.check_traffic(&mut self.device)?;
         drop(self.device);
         self.rig.backend.fds_at_rest()?;
-        self.rig.backend.check_healthy()
+        self.rig.backend.check_healthy()?;
+        self.rig.backend.process.signal(Signal::SIGTERM)?;
+        check_ends(&mut self.rig.backend.process)?;
+        let runs = self.downscript.runs()?;
+        ensure!(runs == [TAP], "the downscript was run for {runs:?}");
+        Ok(())
     }
 
     /// Runs a cell: `body` says what it is to lead to, while this load goes on, whose outcome is given. The process that
@@ -312,6 +322,7 @@ impl Arena {
         self.rig.check_traffic(&mut self.device)?;
         check_quiet(&self.device.connection)?;
         let dropped = netns::counters(TAP)?.tx_dropped;
+        ensure!(self.downscript.runs()?.is_empty(), "the downscript was run while there is an owner");
         ensure!(dropped == self.dropped, "the TAP dropped {dropped} frames instead of {}", self.dropped);
         self.rig.backend.check_healthy()
     }
