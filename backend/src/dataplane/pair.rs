@@ -223,15 +223,21 @@ impl QueuePair {
         }
     }
 
-    /// Whether there is nothing to do until the TAP has something to read, or the driver kicks, which it is asked for. No
-    /// when in doubt.
+    /// Whether there is nothing to do until the TAP has something to read, or the driver kicks, which it is asked for. Of
+    /// kicks that came long ago is told anew. No when in doubt.
     pub(super) fn is_idle(&mut self) -> bool {
         if self.kernel.is_some() || !self.poll.is_zero() || self.rx.in_hand.is_some() {
             return false;
         }
-        let (Some(rx), Some(tx)) = (&self.rx.ring, &mut self.tx.ring) else { return false };
-        let runs = |ring: &Ring| ring.runs() && ring.enabled && matches!(ring.kick, Kick::Eventfd(_));
-        runs(rx) && runs(tx) && tx.vring.enable_kicks(0) == Ok(0)
+        let rings = [&self.rx.ring, &self.tx.ring];
+        if rings.into_iter().flatten().any(|ring| !matches!(ring.kick, Kick::Eventfd(_))) {
+            return false;
+        }
+        self.look_at_kicks();
+        match &mut self.tx.ring {
+            Some(ring) if ring.runs() => ring.vring.enable_kicks(0) == Ok(0),
+            _ => true,
+        }
     }
 
     /// Has the kicks of rings that have not started told anew: whoever heard of them while nobody worked here, or in

@@ -3,6 +3,7 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use baton_protocol::handover::state::DirectionCounters;
@@ -192,7 +193,12 @@ impl Device {
     /// the end of threads and descriptors that the session has no use for.
     pub fn tidy(&mut self) {
         self.workers.iter().for_each(Worker::nudge);
-        self.surplus = Surplus::default();
+        let (workers, _) = std::mem::take(&mut self.surplus);
+        for worker in workers {
+            drop(worker);
+            // Where there is but one processor, those that work come first.
+            thread::yield_now();
+        }
     }
 
     /// Whether a session is ready to be taken.

@@ -147,6 +147,7 @@ impl Traffic {
 
     fn run(mut self, orders: &Receiver<Order>, answers: &Sender<Answer>) -> Result<()> {
         let mut frame = Vec::new();
+        self.introduce(&mut frame)?;
         loop {
             let answer = match orders.try_recv() {
                 Ok(Order::Mark) => Answer::Worst(self.mark()),
@@ -167,6 +168,18 @@ impl Traffic {
             // Who asked may be gone.
             let _ = answers.send(answer);
         }
+    }
+
+    /// Sends a frame of each flow out before any comes in: a flow that the kernel learns of later is steered elsewhere
+    /// from then on, and overtakes itself.
+    fn introduce(&mut self, frame: &mut Vec<u8>) -> Result<()> {
+        for _ in 0..self.up.count() {
+            let now = self.now();
+            let (pair, bytes) = self.up.next(now);
+            self.device.send(pair, &NetHeader::default(), bytes)?;
+            self.up.sent();
+        }
+        self.settle(frame).map(drop)
     }
 
     fn mark(&mut self) -> Worst {

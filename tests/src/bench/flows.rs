@@ -98,6 +98,11 @@ impl Flows {
         Ok(())
     }
 
+    /// How many flows there are.
+    pub fn count(&self) -> usize {
+        self.flows.len()
+    }
+
     /// How many have not arrived.
     pub fn outstanding(&self) -> u64 {
         let of = |flow: &Flow| flow.missing.len() as u64 + u64::from(flow.next - flow.expected);
