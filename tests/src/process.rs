@@ -14,6 +14,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -31,6 +32,20 @@ pub(crate) static FORKING: Mutex<()> = Mutex::new(());
 
 /// How often is looked where the kernel reports no event.
 const TICK: Duration = Duration::from_millis(1);
+
+/// Waits until a condition comes true of which nobody tells; twice as long as for other things, for in the lab much may
+/// be part of it.
+///
+/// # Errors
+/// If it does not, and the condition's own.
+pub fn until(what: &str, mut condition: impl FnMut() -> Result<bool>) -> Result<()> {
+    let deadline = Instant::now() + 2 * PATIENCE;
+    while !condition()? {
+        ensure!(Instant::now() < deadline, "waited in vain until {what}");
+        thread::sleep(TICK);
+    }
+    Ok(())
+}
 
 /// A running program.
 #[derive(Debug)]
@@ -284,7 +299,7 @@ impl Drop for Process {
             let _ = self.signal(Signal::SIGKILL);
             let _ = self.child.wait();
         }
-        if std::thread::panicking() {
+        if thread::panicking() {
             eprintln!("--- log of process {} ---\n{}--- end ---", self.pid(), self.log());
         }
     }

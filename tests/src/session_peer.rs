@@ -6,7 +6,6 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use baton_channel::ownership::SharedWord;
@@ -21,7 +20,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 use crate::backend::Backend;
-use crate::process::PATIENCE;
+use crate::process::{PATIENCE, until};
 
 /// One end of a hand-over's connection.
 #[derive(Debug)]
@@ -345,11 +344,7 @@ impl Asked {
     /// # Errors
     /// If it never did, or the answer is no report.
     pub fn report(self) -> Result<SessionReport> {
-        let deadline = Instant::now() + PATIENCE;
-        while !self.0.is_finished() {
-            ensure!(Instant::now() < deadline, "the hand-over does not end");
-            thread::sleep(std::time::Duration::from_millis(1));
-        }
+        until("the hand-over ended", || Ok(self.0.is_finished()))?;
         let answer = self.0.join().map_err(|_| anyhow!("the client panicked"))??;
         serde_json::from_value(answer.clone()).with_context(|| format!("{answer}"))
     }

@@ -13,7 +13,7 @@ pub mod starve;
 use std::collections::HashMap;
 use std::fs;
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use baton_control::ControlClient;
@@ -24,11 +24,7 @@ use nix::unistd::Pid;
 use crate::faults::{Action, Faults, Party, Point, has_reached};
 use crate::local_migration::{Kind, Stay, Traveller, Wanted, Way};
 use crate::netns;
-
-/// How long anything may take. Only catches what hangs.
-const PATIENCE: Duration = Duration::from_secs(60);
-/// How often is looked where the kernel reports no event.
-const TICK: Duration = Duration::from_millis(5);
+use crate::process::until;
 
 /// A guest, and what is remembered from cell to cell.
 #[derive(Debug)]
@@ -76,16 +72,6 @@ impl Attempt {
         ensure!(matches!(report, MigrationReport::Completed { .. }), "not completed: {report:?}");
         Ok(())
     }
-}
-
-/// Waits until a condition comes true.
-fn until(what: &str, mut condition: impl FnMut() -> Result<bool>) -> Result<()> {
-    let deadline = Instant::now() + PATIENCE;
-    while !condition()? {
-        ensure!(Instant::now() < deadline, "waited in vain until {what}");
-        thread::sleep(TICK);
-    }
-    Ok(())
 }
 
 /// How many queues of this TAP a process holds.

@@ -12,7 +12,7 @@ pub mod starve;
 
 use std::os::fd::AsFd;
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use baton_control::ControlClient;
@@ -28,7 +28,7 @@ use crate::fake_frontend::{Connection, Device, Options};
 use crate::faults::{Action, Faults, Party, Point, has_reached};
 use crate::load::{self, Demand, Outcome};
 use crate::netns;
-use crate::process::{PATIENCE, Process};
+use crate::process::{Process, until};
 
 /// What is sent while nothing may be lost.
 const WHOLE: Demand = Demand { rate: RATE, under_way: [UNDER_WAY; 2], may_lose: 0, may_double: 0 };
@@ -36,8 +36,6 @@ const WHOLE: Demand = Demand { rate: RATE, under_way: [UNDER_WAY; 2], may_lose: 
 const RATE: u32 = 20_000;
 /// The most frames of a direction that wait until somebody serves them: fewer than a ring or a queue of the TAP's holds.
 const UNDER_WAY: u64 = 200;
-/// How often is looked where the kernel reports no event.
-const TICK: Duration = Duration::from_millis(2);
 
 /// What becomes of a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,16 +117,6 @@ impl Attempt {
         ensure!(matches!(report, SessionReport::Completed { .. }), "not completed: {report:?}");
         Ok(())
     }
-}
-
-/// Waits until a condition comes true.
-fn until(what: &str, mut condition: impl FnMut() -> Result<bool>) -> Result<()> {
-    let deadline = Instant::now() + PATIENCE;
-    while !condition()? {
-        ensure!(Instant::now() < deadline, "waited in vain until {what}");
-        thread::sleep(TICK);
-    }
-    Ok(())
 }
 
 /// All points of a party that a session comes by whose descriptors go in one packet.

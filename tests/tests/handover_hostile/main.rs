@@ -1,0 +1,240 @@
+//! Hostile, broken and silent peers of a session's hand-over. Whatever a target does that has not taken the session, the
+//! live back-end serves on and loses nothing; whatever a source does, a waiting target waits on, with nothing left over.
+//! Afterwards an honest peer is served.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, ensure};
+use baton_channel::ownership::SharedWord;
+use baton_protocol::codec::Message as _;
+use baton_protocol::control::SessionReport;
+use baton_protocol::handover::message::{Message, OWNERSHIP_FD};
+use baton_protocol::ownership::Word;
+use baton_tests::backend::{Backend, Rig};
+use baton_tests::datapath::Datapath;
+use baton_tests::fake_frontend::{Device, Options};
+use baton_tests::load;
+use baton_tests::process::Process;
+use baton_tests::session_peer::{Asked, FakeTarget, Relay, Sent, hear_stage, hello_of, send_stage};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+mod impossible;
+mod sources;
+mod targets;
+
+/// Frames a second each way.
+const RATE: u32 = 5_000;
+
+/// A back-end that serves, and a place for targets of the test's own.
+fn serving() -> Result<(Rig, Device, FakeTarget)> {
+    let mut rig = Rig::new(Datapath::Userspace, 1, &[])?;
+    let mut device = rig.device(Options::default())?;
+    rig.check_traffic(&mut device)?;
+    let place = FakeTarget::bind(&rig.backend.directory().join("fake"))?;
+    Ok((rig, device, place))
+}
+
+/// Does all this under load, then hands the session to a good target, under load still; nothing may be lost.
+fn while_serving(attack: impl FnOnce(&mut Backend, &FakeTarget) -> Result<()>) -> Result<()> {
+    let (mut rig, mut device, place) = serving()?;
+    let Rig { network, backend, .. } = &mut rig;
+    load::run(&mut device, network, RATE, || {
+        attack(backend, &place)?;
+        backend.check_healthy()?;
+        let target = Backend::waiting_for_session(Datapath::Userspace, &[])?;
+        backend.become_target(target)
+    })?;
+    rig.check_traffic(&mut device)?;
+    rig.backend.check_healthy()
+}
+
+/// What a waiting target has of its own, and nothing else.
+#[derive(Debug, PartialEq)]
+struct Rest {
+    fds: usize,
+    shared: usize,
+}
+
+impl Rest {
+    fn of(process: &Process) -> Result<Self> {
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", process.pid()))?;
+        let shared = maps.lines().filter(|line| line.contains("memfd:")).count();
+        Ok(Self { fds: process.open_fds()?, shared })
+    }
+
+    /// That the target is again as it was.
+    fn check(&self, target: &mut Backend, what: &str) -> Result<()> {
+        let waits = |target: &mut Backend| -> Result<bool> {
+            Ok(target.status()?.handover.is_none() && Self::of(&target.process)? == *self)
+        };
+        let deadline = std::time::Instant::now() + baton_tests::process::PATIENCE;
+        while !waits(target)? {
+            ensure!(
+                std::time::Instant::now() < deadline,
+                "after {what} the target has {:?} instead of {self:?}: {:#?}",
+                Self::of(&target.process)?,
+                target.process.fd_targets()?
+            );
+        }
+        Ok(())
+    }
+}
+
+fn file(size: u64) -> OwnedFd {
+    let file = File::from(memfd_create("strange", MFdFlags::MFD_CLOEXEC).expect("a memfd"));
+    file.set_len(size).expect("a size");
+    file.into()
+}
+
+fn pipe() -> OwnedFd {
+    nix::unistd::pipe().expect("a pipe").0
+}
+
+fn directory() -> OwnedFd {
+    File::open("/").expect("a directory").into()
+}
+
+/// Puts another word in the word's place, which has been through these values.
+fn replace_word(sent: &mut Sent, values: &[Word]) -> Result<()> {
+    let other = SharedWord::create()?;
+    let mut now = Word::INITIAL;
+    for next in values {
+        other.swap(now, *next)?;
+        now = *next;
+    }
+    sent.replace(OWNERSHIP_FD, other.as_fd().try_clone_to_owned()?)
+}
+
+/// What is no message, and every message there is, well-formed and not.
+fn packets() -> Result<Vec<Vec<u8>>> {
+    let mut packets = vec![vec![0], vec![0; 40], vec![0xff; 16], b"BATH".to_vec(), vec![0; 200_000]];
+    let mut messages = Vec::new();
+    for folder in ["handover-v1", "session-v1"] {
+        let folder =
+            PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../protocol/tests/golden")).join(folder);
+        for entry in std::fs::read_dir(folder)? {
+            messages.push(std::fs::read(entry?.path())?);
+        }
+    }
+    ensure!(messages.len() == 17, "{} messages", messages.len());
+    let hello = Message::Hello(hello_of("x")).encode()?;
+    let header = |at: usize, bytes: &[u8]| {
+        let mut packet = hello.clone();
+        packet[at..at + bytes.len()].copy_from_slice(bytes);
+        packet
+    };
+    packets.extend([
+        // Only versions to come, only versions of the past, and a kind, flags, lengths that are none.
+        header(4, &[9, 0, 9, 0]),
+        header(4, &[0, 0, 0, 0]),
+        header(8, &[0xe7, 3]),
+        header(10, &[1]),
+        header(12, &[0xff; 4]),
+        header(12, &[0; 4]),
+        hello[..hello.len() - 1].to_vec(),
+        [hello.as_slice(), &[0xc0]].concat(),
+    ]);
+    packets.extend(messages);
+    Ok(packets)
+}
+
+#[test]
+fn another_user_neither_gives_nor_gets_a_session() {
+    let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
+    let tap = rig.netns.create_tap("tap1", 1).unwrap();
+    let option = format!("--tap-fds={}", tap[0].as_raw_fd());
+    let mut nobodys = Backend::unprivileged(&[&option], &[tap[0].as_fd()]).unwrap();
+    nobodys.status().unwrap();
+    // That a socket is somebody's file is not what keeps others away.
+    let open = |path: &Path| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o777)).unwrap();
+    };
+    let mut target = Backend::waiting_for_session(Datapath::Userspace, &[]).unwrap();
+    open(target.directory());
+    open(&target.incoming());
+    let rest = Rest::of(&target.process).unwrap();
+    let (phase, reason) = Asked::of(&nobodys, &target.incoming()).unwrap().failure().unwrap();
+    assert_eq!(
+        (phase.as_str(), reason.as_str()),
+        (
+            "greet",
+            "the target refuses: user: the peer runs as user 65534; only user 0 and root may hand over here"
+        )
+    );
+    rest.check(&mut target, "another user's source").unwrap();
+
+    // And the other way round.
+    let place = FakeTarget::bind_as(&nobodys.directory().join("fake"), 65533).unwrap();
+    open(place.path());
+    let error = nobodys.hand_over_to(place.path(), false).unwrap_err().to_string();
+    assert_eq!(error, "the peer runs as user 65533; user 65534 gives nothing but to itself and root");
+    nobodys.check_healthy().unwrap();
+
+    // Root may give to anyone, who then serves without any right.
+    let mut device = rig.device(Options::default()).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    open(directory.path());
+    let incoming = directory.path().join("incoming");
+    let mut target =
+        Backend::unprivileged(&[&format!("--incoming-fds={}", incoming.display())], &[]).unwrap();
+    target.status().unwrap();
+    let report = Asked::of(&rig.backend, &incoming).unwrap().report().unwrap();
+    assert!(matches!(report, SessionReport::Completed { .. }), "{report:?}");
+    rig.backend.process.wait().unwrap();
+    let _old = std::mem::replace(&mut rig.backend, target);
+    rig.check_traffic(&mut device).unwrap();
+    rig.backend.check_healthy().unwrap();
+}
+
+#[test]
+fn memory_that_is_truncated_on_the_way_ends_the_session_and_nobody() {
+    for staged in [false, true] {
+        let (mut rig, device, place) = serving().unwrap();
+        let mut target = Backend::waiting_for_session(Datapath::Userspace, &[]).unwrap();
+        let rest = Rest::of(&target.process).unwrap();
+        let mut old = None;
+        let asked = Asked::of(&rig.backend, place.path()).unwrap();
+        let relay = Relay::join(&place, &target.incoming()).unwrap();
+        let truncate = || device.memory.regions().iter().for_each(|region| region.truncate(0).unwrap());
+        if staged {
+            relay.until_staged().unwrap();
+            truncate();
+            relay.finish().unwrap();
+            drop(relay);
+            let report = asked.report().unwrap();
+            assert!(matches!(report, SessionReport::Completed { .. }), "{report:?}");
+            rig.backend.process.wait().unwrap();
+            target.socket.clone_from(&rig.backend.socket);
+            // It has the directory of the socket.
+            old = Some(std::mem::replace(&mut rig.backend, target));
+            // The first look at a ring was one at what is not there.
+            device.connection.wait_closed().unwrap();
+        } else {
+            relay.until_ready().unwrap();
+            let sent = hear_stage(&relay.source).unwrap();
+            truncate();
+            send_stage(&relay.target, &sent).unwrap();
+            let Some(Message::Refuse(refuse)) = relay.target.hear_end().unwrap() else {
+                panic!("no refusal")
+            };
+            assert_eq!(refuse.reasons.0[0].name, "unusable", "{}", refuse.reasons);
+            drop((relay, sent));
+            rest.check(&mut target, "truncated memory").unwrap();
+            target.check_healthy().unwrap();
+            asked.failure().unwrap();
+            // It had not looked yet.
+            device.ring(1).kick().unwrap();
+            device.connection.wait_closed().unwrap();
+        }
+        drop(device);
+        let mut device = rig.device(Options::default()).unwrap();
+        rig.check_traffic(&mut device).unwrap();
+        rig.backend.check_healthy().unwrap();
+        assert!(rig.backend.process.log().contains("truncated the memory"), "{}", rig.backend.process.log());
+        drop(old);
+    }
+}

@@ -1,0 +1,170 @@
+//! What a target may not do, at every step: its source serves on.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+
+use anyhow::{Context, Result, bail, ensure};
+use baton_channel::ownership::SharedWord;
+use baton_protocol::handover::message::{Active, Message, OWNERSHIP_FD, Refuse};
+use baton_protocol::handover::refusal::Refusal;
+use baton_protocol::session::state::TakeTimes;
+use baton_tests::session_peer::{Asked, Link, STAGED, Sent, greet, hear_stage, prepare};
+
+use super::{directory, file, packets, pipe, while_serving};
+
+/// How far a target of the test's own lets a source come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Point {
+    /// HELLO.
+    Hello,
+    /// PREPARE.
+    Prepare,
+    /// STAGE.
+    Stage,
+    /// COMMIT: nobody serves.
+    Commit,
+}
+
+const POINTS: [Point; 4] = [Point::Hello, Point::Prepare, Point::Stage, Point::Commit];
+
+impl Point {
+    /// The phase in which the source is then.
+    fn phase(self) -> &'static str {
+        match self {
+            Self::Hello => "greet",
+            Self::Prepare => "check",
+            Self::Stage => "stage",
+            Self::Commit => "commit",
+        }
+    }
+
+    /// Lets the source come so far; gives what it has sent.
+    fn reach(self, source: &Link) -> Result<Option<Sent>> {
+        if self == Self::Hello {
+            source.hear()?;
+            return Ok(None);
+        }
+        greet(source)?;
+        if self == Self::Prepare {
+            source.hear()?;
+            return Ok(None);
+        }
+        prepare(source)?;
+        let sent = hear_stage(source)?;
+        if self == Self::Commit {
+            source.say(&STAGED)?;
+            let (Message::Commit(_), _) = source.hear()? else { bail!("no COMMIT") };
+        }
+        Ok(Some(sent))
+    }
+}
+
+#[test]
+fn whatever_a_target_says_that_has_not_taken_the_session_its_source_serves_on() {
+    while_serving(|backend, place| {
+        let at_rest = backend.process.open_fds()?;
+        let packets = packets()?;
+        let strange = [pipe(), directory(), file(4096)];
+        let strange: Vec<_> = strange.iter().map(AsFd::as_fd).collect();
+        for point in POINTS {
+            for (number, packet) in packets.iter().enumerate() {
+                let what = format!("packet {number} at {point:?}");
+                let asked = Asked::of(backend, place.path())?;
+                let source = place.accept()?;
+                let sent = point.reach(&source).with_context(|| what.clone())?;
+                let fds = if number % 2 == 0 { &strange[..] } else { &[] };
+                source.say_bytes(packet, fds).with_context(|| what.clone())?;
+                // Had it been what was awaited, it is all that comes.
+                drop((source, sent));
+                asked.failure().with_context(|| what.clone())?;
+                backend.process.wait_open_fds(at_rest).context(what)?;
+            }
+        }
+        Ok(())
+    })
+    .unwrap();
+}
+
+#[test]
+fn what_a_target_has_done_is_told() {
+    while_serving(|backend, place| {
+        let word = |sent: Option<&Sent>| -> Result<SharedWord> { sent.context("a session")?.word() };
+        let told = |point: Point, act: &dyn Fn(&Link, Option<&Sent>) -> Result<()>| -> Result<String> {
+            let asked = Asked::of(backend, place.path())?;
+            let source = place.accept()?;
+            let sent = point.reach(&source)?;
+            act(&source, sent.as_ref())?;
+            drop(source);
+            let (phase, reason) = asked.failure()?;
+            ensure!(phase == point.phase(), "{phase} at {point:?}");
+            Ok(reason)
+        };
+        for point in POINTS {
+            ensure!(told(point, &|_, _| Ok(()))? == "the target closed the connection");
+            let reasons = Refusal::Busy.into();
+            let refuse = Message::Refuse(Refuse { reasons });
+            let reason = told(point, &|source, _| source.say(&refuse))?;
+            ensure!(reason == "the target refuses: busy: the target is in another hand-over", "{reason}");
+            // Not even this is believed without its having been done.
+            let active = Message::Active(Active { epoch: 1, times: TakeTimes::default() });
+            let reason = told(point, &|source, _| source.say(&active))?;
+            ensure!(
+                reason.contains("ACTIVE at the wrong time") || reason.contains("but had not"),
+                "{reason}"
+            );
+            if matches!(point, Point::Hello | Point::Prepare) {
+                continue;
+            }
+            // The word is only changed as it may be.
+            let reason = told(point, &|_, sent| {
+                let fd = sent.context("a session")?.fd(OWNERSHIP_FD)?.try_clone()?;
+                Ok(std::os::unix::fs::FileExt::write_all_at(&File::from(fd), &[0xff; 8], 0)?)
+            })?;
+            ensure!(reason == "the ownership word was not what it must be", "{reason}");
+            let reason = told(point, &|_, sent| {
+                let word = word(sent)?;
+                let now = word.load()?;
+                Ok(word.swap(now, now.aborted().context("a word")?)?)
+            })?;
+            ensure!(reason == "the ownership word was not what it must be", "{reason}");
+        }
+        Ok(())
+    })
+    .unwrap();
+}
+
+/// A target that hangs: how its source ends that, with the session its own.
+fn a_target_that_hangs(point: Point) -> Result<()> {
+    while_serving(|backend, place| {
+        let asked = Asked::of(backend, place.path())?;
+        let source = place.accept()?;
+        let held = point.reach(&source)?;
+        let failure = asked.failure()?;
+        drop((source, held));
+        ensure!(
+            failure == (point.phase().to_owned(), "the target does not answer".to_owned()),
+            "{failure:?}"
+        );
+        Ok(())
+    })
+}
+
+#[test]
+fn a_target_that_hangs_is_given_up_before_it_has_said_anything() {
+    a_target_that_hangs(Point::Hello).unwrap();
+}
+
+#[test]
+fn a_target_that_hangs_while_it_judges_is_given_up() {
+    a_target_that_hangs(Point::Prepare).unwrap();
+}
+
+#[test]
+fn a_target_that_hangs_while_it_stages_is_given_up() {
+    a_target_that_hangs(Point::Stage).unwrap();
+}
+
+#[test]
+fn a_target_that_hangs_with_a_commit_does_not_get_the_session() {
+    a_target_that_hangs(Point::Commit).unwrap();
+}
