@@ -4,6 +4,7 @@
 //! these by changing the [`device`]; its [`dataplane`] moves the frames between guest [`memory`] and the [`tap`].
 
 pub mod args;
+pub mod aside;
 pub mod config_space;
 pub mod control;
 pub mod dataplane;

@@ -21,7 +21,7 @@ use crate::dispatch::{Dispatch, Rejection};
 use crate::endpoint::Endpoint;
 use crate::events::{Epoll, Events, Ready};
 use crate::handover::live::Live;
-use crate::handover::{Handover, LastWork};
+use crate::handover::{Departure, Handover, LastWork};
 use crate::log_limit;
 use crate::mailbox::Mailbox;
 use crate::session::{Progress, Session, SessionEnd};
@@ -150,7 +150,7 @@ impl Server {
     pub fn run(mut self) -> (Result<(), ServerError>, Option<LastWork>) {
         let served = self.serve();
         // However that ended: whose the session is must be said before anything is cleaned up for its last owner.
-        let result = served.and(self.end_live()).and_then(|()| self.end_session(true));
+        let result = served.and(self.end_live()).and_then(|()| self.end_session(Departure::Ending));
         let finished = {
             let dispatch = &mut *lock(&self.dispatch);
             dispatch.handover.finish(&mut dispatch.device)
@@ -301,7 +301,7 @@ impl Server {
     /// The front-end has left, or has to.
     fn part(&mut self, end: SessionEnd) -> Result<(), ServerError> {
         let begun = self.session.as_ref().is_some_and(Session::begun);
-        let departure = end.is_departure();
+        let departure = end.departure();
         match end {
             SessionEnd::Left if !begun => tracing::debug!("a connection was closed without a word"),
             SessionEnd::Left => tracing::info!("front-end disconnected"),
@@ -313,16 +313,15 @@ impl Server {
                 }
             }
         }
-        self.end_session(departure)?;
         if self.endpoint.source().is_none() {
             self.ending = true;
-            return Ok(());
+            return self.end_session(Departure::Ending);
         }
+        self.end_session(departure)?;
         self.meet()
     }
 
-    /// `departure`: the front-end has gone by itself.
-    fn end_session(&mut self, departure: bool) -> Result<(), ServerError> {
+    fn end_session(&mut self, departure: Departure) -> Result<(), ServerError> {
         if let Some(session) = self.session.take() {
             // First the rings, then the connection: who sees it closed finds nothing running.
             let dispatch = &mut *lock(&self.dispatch);

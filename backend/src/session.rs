@@ -17,6 +17,7 @@ use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
 use crate::dispatch::{Dispatch, Rejection};
 use crate::features::PROTOCOL_FEATURES;
+use crate::handover::Departure;
 use crate::log_limit;
 
 /// `struct vhost_user_msg`: request, flags and size, 4 bytes each.
@@ -87,9 +88,12 @@ pub enum SessionEnd {
 }
 
 impl SessionEnd {
-    /// Whether the front-end has gone by itself: one that was cut off may come again with what it has.
-    pub fn is_departure(&self) -> bool {
-        matches!(self, Self::Left | Self::Truncated | Self::Socket(_))
+    /// Whether the front-end has gone by itself.
+    pub fn departure(&self) -> Departure {
+        match self {
+            Self::Left | Self::Truncated | Self::Socket(_) => Departure::Left,
+            _ => Departure::CutOff,
+        }
     }
 }
 

@@ -6,7 +6,6 @@
 use std::fs::File;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::Arc;
-use std::thread;
 
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{FileOffset, MmapRegion};
@@ -121,7 +120,5 @@ impl SharedMapping {
         let page = unsafe { self.start.add(first) };
         // SAFETY: pages of our own mapping, whose contents stay; a file that ends before is an error, not a signal.
         unsafe { libc::madvise(page.cast(), offset + length - first, libc::MADV_POPULATE_WRITE) };
-        // Nothing waits for this, and where there is but one processor somebody may wait for that.
-        thread::yield_now();
     }
 }

@@ -28,7 +28,7 @@ enum Deed {
     SourceRing,
     TargetRing,
     TargetRingStops,
-    FrontendLeaves,
+    FrontendLeaves { moved: bool },
     Cancel,
     Time,
     Disconnect,
@@ -49,7 +49,7 @@ fn deeds() -> impl Strategy<Value = Deed> {
         2 => Just(Deed::SourceRing),
         2 => Just(Deed::TargetRing),
         1 => Just(Deed::TargetRingStops),
-        1 => Just(Deed::FrontendLeaves),
+        1 => any::<bool>().prop_map(|moved| Deed::FrontendLeaves { moved }),
         1 => Just(Deed::Cancel),
         1 => Just(Deed::Time),
         1 => Just(Deed::Disconnect),
@@ -268,7 +268,7 @@ impl World {
                 self.tell_target(target::Event::RingStarting);
             }
             Deed::TargetRingStops => self.target_ring = false,
-            Deed::FrontendLeaves => self.tell_source(source::Event::FrontendLeft),
+            Deed::FrontendLeaves { moved } => self.tell_source(source::Event::FrontendLeft { moved }),
             Deed::Cancel => self.tell_source(source::Event::Cancel),
             Deed::Time => {
                 self.now += Duration::from_secs(3);
@@ -393,12 +393,22 @@ fn a_ring_that_started_before_the_offer_takes_it_when_it_comes() {
 #[test]
 fn a_source_that_ends_while_it_offers_leaves_the_device_to_the_target() {
     let mut world = offered();
-    world.act(Deed::FrontendLeaves);
+    world.act(Deed::FrontendLeaves { moved: true });
     assert!(world.source.as_ref().unwrap().is_done());
     world.act(Deed::KillSource);
     assert!(matches!(world.target, Some(Target::Adopted { linked: false, .. })));
     world.act(Deed::TargetRing);
     assert!(world.target_uses);
+}
+
+#[test]
+fn a_front_end_that_left_too_early_leaves_the_device_to_the_source() {
+    let mut world = offered();
+    world.act(Deed::FrontendLeaves { moved: false });
+    assert!(world.source_uses);
+    assert_eq!(world.source, Some(Source::Ended(source::Ended::Unasked)));
+    world.act(Deed::TargetRing);
+    assert!(!world.target_uses);
 }
 
 #[test]

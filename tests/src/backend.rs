@@ -23,11 +23,14 @@ use crate::frames;
 use crate::images;
 use crate::netns::Netns;
 use crate::packet_socket::PacketSocket;
-use crate::process::{PATIENCE, Process};
+use crate::process::{PATIENCE, Process, until};
 use crate::programs;
 
 /// The socket on which a back-end waits for a device.
 const INCOMING: &str = "incoming";
+
+/// What a back-end says when it can be given a session.
+pub const WAITS: &str = "waiting for a device";
 
 /// The TAP of a [`Rig`].
 pub const TAP: &str = "tap0";
@@ -198,6 +201,14 @@ impl Backend {
     /// If it refuses.
     pub fn cancel(&mut self) -> Result<serde_json::Value> {
         self.ask(&Request::Handover { path: None, on_suspend: false, dry_run: false, cancel: true })
+    }
+
+    /// Waits until nothing is handed over.
+    ///
+    /// # Errors
+    /// If something always is.
+    pub fn wait_no_handover(&mut self) -> Result<()> {
+        until("nothing was handed over", || Ok(self.status()?.handover.is_none()))
     }
 
     /// Waits until a hand-over stands like this; gives it.

@@ -142,7 +142,7 @@ fn the_sources_ring_takes_the_device_back(datapath: Datapath) -> Result<()> {
         ensure!(frames::number_of(&received) == Some(number));
         rig.check_traffic(&mut device)?;
         device.suspend()?;
-        while target.status()?.handover.is_some() {}
+        target.wait_no_handover()?;
     }
     device.restart_rings()?;
     rig.check_traffic(&mut device)?;
@@ -380,14 +380,27 @@ fn a_front_end_that_leaves_before_it_knows_leaves_the_device_behind() {
     assert_eq!(set_state_fd(&device.connection, true, ours).unwrap(), ACCEPTED);
     assert_eq!(set_state_fd(&connection, false, theirs).unwrap(), ACCEPTED);
     target.wait_handover(HandoverState::Adopted).unwrap();
-    // It has heard that, too.
-    (0..3).try_for_each(|_| rig.backend.status().map(drop)).unwrap();
     // Without an answer to CHECK_DEVICE_STATE no VM moves, so it comes again.
     drop(device);
     let mut device = rig.device(options(1)).unwrap();
     rig.check_traffic(&mut device).unwrap();
-    while target.status().unwrap().handover.is_some() {}
+    target.wait_no_handover().unwrap();
     target.check_healthy().unwrap();
+}
+
+#[test]
+fn a_source_that_is_told_to_end_leaves_the_device_to_its_target() {
+    let (mut rig, mut device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
+    let (ours, theirs) = pair(SockType::SeqPacket);
+    assert_eq!(set_state_fd(&device.connection, true, ours).unwrap(), ACCEPTED);
+    assert_eq!(set_state_fd(&connection, false, theirs).unwrap(), ACCEPTED);
+    target.wait_handover(HandoverState::Adopted).unwrap();
+    // Whether the front-end knows of it or not: there is nobody else to have it.
+    rig.backend.process.signal(Signal::SIGTERM).unwrap();
+    assert!(rig.backend.process.wait().unwrap().success());
+    device.move_to(connection).unwrap();
+    rig.backend = target;
+    rig.check_traffic(&mut device).unwrap();
 }
 
 #[test]
@@ -401,7 +414,7 @@ fn a_source_that_wakes_to_both_ends_gone_has_the_device() {
     assert!(check(&connection).unwrap());
     // The VM has not started there, and both front-ends give their back-ends up.
     drop(connection);
-    wait_log(&mut target, "the device stays the source's");
+    target.wait_no_handover().unwrap();
     drop(device);
     rig.backend.process.signal(Signal::SIGCONT).unwrap();
     wait_log(&mut rig.backend, "front-end disconnected");

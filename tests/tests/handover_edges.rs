@@ -17,7 +17,7 @@ use baton_protocol::codec::{HEADER, Message as _};
 use baton_protocol::control::{Frontend, HandoverState, Request, SessionReport};
 use baton_protocol::handover::message::PROTOCOL;
 use baton_protocol::ownership::Owner;
-use baton_tests::backend::{Backend, Rig, TAP};
+use baton_tests::backend::{Backend, Rig, TAP, WAITS};
 use baton_tests::datapath::Datapath;
 use baton_tests::downscript::Downscript;
 use baton_tests::fake_frontend::net::{GSO_TCPV4, NetHeader, features};
@@ -333,7 +333,7 @@ fn whoever_is_told_to_end_on_the_way_leaves_the_session_to_the_source() {
     assert_eq!(rig.backend.process.wait().unwrap().code(), Some(0));
     assert!(!rig.backend.socket.exists());
     drop(held.relay);
-    while held.target.status().unwrap().handover.is_some() {}
+    held.target.wait_no_handover().unwrap();
     held.target.process.signal(Signal::SIGTERM).unwrap();
     assert_eq!(held.target.process.wait().unwrap().code(), Some(0));
     assert_eq!(downscript.runs().unwrap(), [TAP], "once, by the source");
@@ -587,7 +587,7 @@ fn hop_with_same_control(rig: &mut Rig, hop: u32) -> Result<()> {
         format!("--control-socket={}", backend.control.display()).into(),
     ];
     let mut next = Process::start(&programs::backend()?, &arguments, &[])?;
-    next.wait_until("it waited", |_| Ok(incoming.exists().then_some(())))?;
+    next.wait_until("it waited", |next| Ok(next.log().contains(WAITS).then_some(())))?;
     let report = Asked::of(backend, &incoming)?.report()?;
     ensure!(matches!(report, SessionReport::Completed { .. }), "{report:?}");
     ensure!(backend.process.wait()?.code() == Some(0));

@@ -482,7 +482,7 @@ fn a_silent_peer_is_given_up() {
     // Until its time is over nobody else is heard.
     let error = rig.backend.arm(&target.incoming()).unwrap_err();
     assert_eq!(error.to_string(), "the target refuses: busy: the target is in another hand-over");
-    while target.status().unwrap().handover.is_some() {}
+    target.wait_no_handover().unwrap();
     rig.backend.arm(&target.incoming()).unwrap();
     drop(stranger);
     device.suspend().unwrap();
@@ -517,7 +517,7 @@ fn strangers_cost_a_waiting_target_nothing() {
         // It is answered, or its connection closed: either way it was heard.
         let _ = recv(stranger.as_raw_fd(), &mut [0; 1000], MsgFlags::empty());
         drop(stranger);
-        while target.status().unwrap().handover.is_some() {}
+        target.wait_no_handover().unwrap();
         target.process.wait_open_fds(at_rest).unwrap();
     }
     rig.backend.arm(&target.incoming()).unwrap();

@@ -3,7 +3,6 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use baton_protocol::handover::state::DirectionCounters;
@@ -12,6 +11,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::freeze::place_by_used;
 use super::{Device, DeviceConfig, DeviceError, SessionState, header_size, offloads, sides};
+use crate::aside::step_aside;
 use crate::dataplane::ring::Ring;
 use crate::dataplane::rx::FrameInHand;
 use crate::dataplane::worker::Worker;
@@ -196,8 +196,7 @@ impl Device {
         let (workers, _) = std::mem::take(&mut self.surplus);
         for worker in workers {
             drop(worker);
-            // Where there is but one processor, those that work come first.
-            thread::yield_now();
+            step_aside();
         }
     }
 

@@ -111,7 +111,12 @@ impl Handover {
     /// How the last transfer failed.
     pub fn check_device_state(&mut self) -> Result<(), DeviceStateError> {
         match std::mem::replace(&mut self.transfer, Transfer::None) {
-            Transfer::Over(result) => result,
+            Transfer::Over(result) => {
+                if let (Ok(()), Some(source)) = (&result, &mut self.source) {
+                    source.set_known();
+                }
+                result
+            }
             other => {
                 self.transfer = other;
                 Err(DeviceStateError::None)

@@ -64,6 +64,17 @@ pub struct LastWork {
     pub tap: String,
 }
 
+/// How a front-end goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Departure {
+    /// By itself.
+    Left,
+    /// Cut off, for what it said or could not be given: it may have its VM already, and comes again for its device.
+    CutOff,
+    /// This process ends.
+    Ending,
+}
+
 /// What both ends need from around them.
 #[derive(Clone, Copy, Debug)]
 pub struct Surroundings<'a> {
@@ -215,25 +226,23 @@ impl Handover {
         }
     }
 
-    /// The front-end has gone, with all rings stopped: by itself (`departure`), or cut off for what it said or could not
-    /// be given. One that was cut off may have its VM already, and comes again for its device.
+    /// The front-end has gone, with all rings stopped.
     ///
     /// # Errors
     /// [`DeviceError`]: the device cannot go on.
-    pub fn frontend_left(&mut self, device: &mut Device, departure: bool) -> Result<(), DeviceError> {
-        let asked = matches!(self.transfer, Transfer::None);
+    pub fn frontend_left(&mut self, device: &mut Device, departure: Departure) -> Result<(), DeviceError> {
         self.transfer = match self.transfer {
             Transfer::Running | Transfer::Abandoned => Transfer::Abandoned,
             Transfer::None | Transfer::Over(_) => Transfer::None,
         };
         let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
-        if let Some(target) = self.target.as_mut().filter(|_| departure) {
+        if let Some(target) = self.target.as_mut().filter(|_| departure != Departure::CutOff) {
             target.frontend_left(device, &self.wishes, around)?;
         }
         self.settle(device)?;
         let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
         match &mut self.source {
-            Some(source) => source.frontend_left(device, around, asked),
+            Some(source) => source.frontend_left(device, around, departure == Departure::Ending),
             None => Ok(()),
         }
     }

@@ -20,8 +20,7 @@ use crate::tap::Tap;
 /// How long the target's socket may be full.
 const PATIENCE: Duration = Duration::from_millis(100);
 
-/// How many messages of the target's may wait at most: one for the offer, one for each that was withdrawn of late, and the
-/// end of the connection.
+/// How many messages of the target's are heard in a row: it has no reason to send more.
 const MESSAGES: usize = 16;
 
 /// Where the first offer of device state goes.
@@ -48,6 +47,8 @@ pub struct SourceEnd {
     route: Option<Route>,
     /// Asked for by the front-end, for one migration: not offered a second time.
     once: bool,
+    /// The front-end knows that the device's state is saved, if it asked for that.
+    known: bool,
 }
 
 impl SourceEnd {
@@ -65,6 +66,7 @@ impl SourceEnd {
             call: None,
             route: None,
             once: false,
+            known: false,
         })
     }
 
@@ -145,12 +147,12 @@ impl SourceEnd {
         Ok(matches!(self.state, Source::Offered { .. }))
     }
 
-    /// Hears what the target says.
+    /// Hears what the target says. Gives whether there was anything.
     ///
     /// # Errors
     /// [`DeviceError`]: the device cannot go on.
-    pub fn listen(&mut self, device: &mut Device, around: Surroundings<'_>) -> Result<(), DeviceError> {
-        let Some(link) = &self.link else { return Ok(()) };
+    pub fn listen(&mut self, device: &mut Device, around: Surroundings<'_>) -> Result<bool, DeviceError> {
+        let Some(link) = &self.link else { return Ok(false) };
         let event = match link.receive::<Message>(Duration::ZERO) {
             // None of the target's messages has descriptors; any that came are closed.
             Ok(packet) => {
@@ -159,7 +161,7 @@ impl SourceEnd {
                 }
                 Event::Message(packet.message)
             }
-            Err(ChannelError::Timeout) => return Ok(()),
+            Err(ChannelError::Timeout) => return Ok(false),
             Err(error) => {
                 if !matches!(error, ChannelError::Closed) {
                     tracing::warn!(peer = self.peer, %error, "the target makes no sense");
@@ -168,7 +170,8 @@ impl SourceEnd {
                 Event::Closed
             }
         };
-        self.tell(device, around, event)
+        self.tell(device, around, event)?;
+        Ok(true)
     }
 
     /// Time has passed.
@@ -192,8 +195,13 @@ impl SourceEnd {
         }
     }
 
-    /// The front-end has gone. One that has moved the device's state itself and has not `asked` how that went has not moved
-    /// its VM either.
+    /// The front-end has been told that the device's state is saved.
+    pub fn set_known(&mut self) {
+        self.known = true;
+    }
+
+    /// The front-end has gone, or this process is `ending`, which is no reason to take anything back. One that has moved the
+    /// device's state itself, and does not know how that went, has not moved its VM either.
     ///
     /// # Errors
     /// [`DeviceError`]: the device cannot go on.
@@ -201,14 +209,16 @@ impl SourceEnd {
         &mut self,
         device: &mut Device,
         around: Surroundings<'_>,
-        asked: bool,
+        ending: bool,
     ) -> Result<(), DeviceError> {
         // This may be the last process that has the device: whether the target still holds it is to be known first.
         for _ in 0..MESSAGES {
-            self.listen(device, around)?;
+            if !self.listen(device, around)? {
+                break;
+            }
         }
-        let event = if self.once && !asked { Event::Cancel } else { Event::FrontendLeft };
-        self.tell(device, around, event)
+        let moved = ending || self.known || !self.once;
+        self.tell(device, around, Event::FrontendLeft { moved })
     }
 
     /// A front-end is there.

@@ -12,6 +12,7 @@
 //! | offered / not there yet | nobody | source takes back, armed | source takes back, failed | the same |
 //! | offered / adopted | nobody | the first one takes; the other drops it | source: takes back, failed; target: keeps it, takes it at its first ring | the same |
 //! | offered / adopted, brought by a front-end, which leaves by itself | nobody | source takes back | target: drops it | target: drops it |
+//! | offered / adopted, and the source's front-end leaves without having asked how the saving went | source | source takes back, failed | the same | the same |
 //! | handed over / taken | target | source: the ring stays still | source: ends; target: nothing | nothing |
 //! | armed again / adopted (offer withdrawn, unheard) | source | target: loses the swap, drops it | target: drops it | nothing |
 //!

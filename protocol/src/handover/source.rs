@@ -36,7 +36,10 @@ pub enum Event {
         won: bool,
     },
     /// The source's front-end has gone.
-    FrontendLeft,
+    FrontendLeft {
+        /// Its VM may have moved: to whoever moves the device's state itself it was said that it is saved.
+        moved: bool,
+    },
     /// Another one is there.
     FrontendCame,
     /// The operator does not want it any more.
@@ -85,6 +88,9 @@ pub enum Ended {
     /// The target said that it took the device, and did not.
     #[error("the target said that it had taken the device, but had not")]
     Untrue,
+    /// The front-end left before it was told that the device's state is saved.
+    #[error("the front-end left before it asked whether the device's state was saved")]
+    Unasked,
     /// The operator's wish.
     #[error("cancelled")]
     Cancelled,
@@ -274,7 +280,8 @@ impl Source {
                 let state = Self::Offered { word, adopted, left, swapping: None };
                 return Err(Failure { state, message: message.name() });
             }
-            (Event::FrontendLeft, None) => {
+            (Event::FrontendLeft { moved: false }, None) => Some(Swapping::Abort(Ended::Unasked)),
+            (Event::FrontendLeft { moved: true }, None) => {
                 left = true;
                 None
             }

@@ -8,13 +8,11 @@ use baton_control::ControlClient;
 use baton_protocol::control::{Request, SessionReport};
 
 use super::{GUEST, Link, TAP, command_line, option};
+use crate::backend::WAITS;
 use crate::guest::{Accelerator, Guest};
 use crate::migration::{Kind, Load};
 use crate::process::{self, Process};
 use crate::{backend, datapath, netns, ping, programs, switching};
-
-/// What a back-end says when it can be given a session.
-const WAITS: &str = "waiting for a device";
 
 /// A back-end that waits for the session of a [`Link`]'s.
 #[derive(Debug)]
