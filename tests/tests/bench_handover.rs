@@ -34,7 +34,7 @@ fn a_quick_run_fills_the_page() {
         assert_eq!(count(cell, " | 0 / 0 / 0 |"), 1, "{cell} in\n{page}");
     }
     assert_eq!(count("The blackout's median grows by ", "up to 64."), 2, "{page}");
-    assert_eq!(count("It is ", " from 128 to 8192 MiB."), 1, "{page}");
+    assert_eq!(count("It is ", " from 128 to 8192 MiB, with pairs as in the first line."), 1, "{page}");
     assert_eq!(count("| with hand-overs |", " | 0 / 0 / 0 | silent |"), 1, "{page}");
     assert_eq!(count("| control: ", " | 0 / 0 / 0 | silent |"), 1, "{page}");
     let plot = std::fs::read_to_string(output.path().join("handover-blackout.svg")).unwrap();

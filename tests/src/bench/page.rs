@@ -107,34 +107,45 @@ fn write(
 fn write_slopes(text: &mut String, cells: &[Measured]) -> std::fmt::Result {
     let Some(Measured { cell: base, .. }) = cells.first() else { return Ok(()) };
     let median = |measured: &Measured| Quantiles::of(measured.blackouts.iter().copied()).p50;
-    let base_median = cells.first().map_or(0, median);
-    let of_most_pairs = |busy: fn(&Cell) -> bool| {
-        let cells = cells.iter().filter(|other| other.cell.pairs > base.pairs && busy(&other.cell));
-        cells.max_by_key(|other| other.cell.pairs)
+    let medians = |moved: fn(Cell, Cell) -> Cell| {
+        let cells = cells.iter().filter(move |other| moved(*base, other.cell) == other.cell);
+        cells.map(|measured| (measured.cell, median(measured)))
     };
-    for (what, busy) in [
-        ("with frames", (|cell| cell.busy == cell.pairs) as fn(&Cell) -> bool),
-        ("without", |cell| cell.busy == 1),
-    ] {
-        let Some(most) = of_most_pairs(busy) else { continue };
-        let tenths = (median(most) - base_median) * 10 / i64::from(most.cell.pairs - base.pairs);
+    type Axis = (&'static str, fn(Cell, Cell) -> Cell);
+    const PAIRS: [Axis; 2] = [
+        ("with frames", |base, Cell { pairs, .. }| Cell { pairs, busy: pairs, ..base }),
+        ("without", |base, Cell { pairs, .. }| Cell { pairs, ..base }),
+    ];
+    for (what, moved) in PAIRS {
+        let cells = || medians(moved);
+        let (Some((fewest, low)), Some((most, high))) =
+            (cells().min_by_key(|(cell, _)| cell.pairs), cells().max_by_key(|(cell, _)| cell.pairs))
+        else {
+            continue;
+        };
+        if fewest.pairs == most.pairs {
+            continue;
+        }
+        let tenths = (high - low) * 10 / i64::from(most.pairs - fewest.pairs);
         let (sign, tenths) = (if tenths < 0 { "-" } else { "" }, tenths.abs());
         writeln!(
             text,
             "\nThe blackout's median grows by {sign}{}.{} µs for each further queue pair {what}, up to {}.",
             tenths / 10,
             tenths % 10,
-            most.cell.pairs
+            most.pairs
         )?;
     }
-    let of_memory = cells.iter().filter(|other| Cell { memory: base.memory, ..other.cell } == *base);
-    let (memory, medians): (Vec<_>, Vec<_>) =
-        of_memory.map(|measured| (measured.cell.memory, median(measured))).unzip();
+    let cells = || medians(|base, Cell { memory, .. }| Cell { memory, ..base });
+    let (memory, values) = (|| cells().map(|(cell, _)| cell.memory), || cells().map(|(_, value)| value));
     if let (Some(least), Some(largest), Some(low), Some(high)) =
-        (memory.iter().min(), memory.iter().max(), medians.iter().min(), medians.iter().max())
+        (memory().min(), memory().max(), values().min(), values().max())
         && least < largest
     {
-        writeln!(text, "It is {low} to {high} µs from {least} to {largest} MiB.")?;
+        writeln!(
+            text,
+            "\nIt is {low} to {high} µs from {least} to {largest} MiB, with pairs as in the first line."
+        )?;
     }
     Ok(())
 }
@@ -147,7 +158,7 @@ fn write_row(text: &mut String, row: &Row) -> std::fmt::Result {
     )?;
     if !given_up.is_empty() {
         let given_up: Vec<_> = given_up.iter().map(u32::to_string).collect();
-        write!(text, " (not of {}: at 0.8 of that the control lost some)", given_up.join(", "))?;
+        write!(text, " (not of {}: at 0.8 of that not even the control was clean)", given_up.join(", "))?;
     }
     writeln!(text, ":\n")?;
     writeln!(text, "| | frames | a second each way | lost / doubled / reordered | the front-end's socket |")?;

@@ -32,7 +32,7 @@ pub struct Size {
 pub struct Row {
     /// The rate that the machine bears each way.
     pub limit: u32,
-    /// Higher ones, that were taken for it until the control lost frames.
+    /// Higher ones, that were taken for it until not even the control was clean.
     pub given_up: Vec<u32>,
     /// The rate of the load.
     pub rate: u32,

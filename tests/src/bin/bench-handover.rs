@@ -16,7 +16,7 @@ use baton_tests::bench::row::{self, Row};
 use baton_tests::bench::{driver, plot};
 use clap::{Parser, Subcommand};
 
-/// What is varied, one thing at a time.
+/// What is varied, one thing at a time; of several queue pairs one is busy, or all are.
 const BASE: Cell = Cell { pairs: 1, busy: 1, memory: 1024, rate: 50_000 };
 const PAIRS: [u16; 3] = [4, 16, 64];
 const MEMORY: [u64; 2] = [128, 8192];
