@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use baton_channel::ownership::SharedWord;
 use baton_protocol::codec::Message as _;
 use baton_protocol::control::SessionReport;
@@ -17,7 +17,7 @@ use baton_tests::backend::{Backend, Rig};
 use baton_tests::datapath::Datapath;
 use baton_tests::fake_frontend::{Device, Options};
 use baton_tests::load;
-use baton_tests::process::Process;
+use baton_tests::process::{Process, until};
 use baton_tests::session_peer::{Asked, FakeTarget, Relay, Sent, hear_stage, hello_of, send_stage};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
@@ -70,16 +70,9 @@ impl Rest {
         let waits = |target: &mut Backend| -> Result<bool> {
             Ok(target.status()?.handover.is_none() && Self::of(&target.process)? == *self)
         };
-        let deadline = std::time::Instant::now() + baton_tests::process::PATIENCE;
-        while !waits(target)? {
-            ensure!(
-                std::time::Instant::now() < deadline,
-                "after {what} the target has {:?} instead of {self:?}: {:#?}",
-                Self::of(&target.process)?,
-                target.process.fd_targets()?
-            );
-        }
-        Ok(())
+        until(&format!("the target was as before {what}"), || waits(target)).with_context(|| {
+            format!("{:?} instead of {self:?}: {:#?}", Self::of(&target.process), target.process.fd_targets())
+        })
     }
 }
 

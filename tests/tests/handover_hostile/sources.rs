@@ -247,17 +247,17 @@ fn a_source_that_hangs_is_given_up_wherever() {
             let rest = Rest::of(&target.process)?;
             let mut source = FakeSource::record(backend, place)?;
             let link = source.bring(&target.incoming(), at)?;
+            // Asked at once: it has not been given up yet.
+            let (_, reason) = Asked::of(backend, &target.incoming())?.failure()?;
+            ensure!(reason.contains("busy"), "{at:?}: {reason}");
             hanging.push((at, target, rest, source, link));
         }
         for (at, mut target, rest, source, link) in hanging {
-            let asked = Asked::of(backend, &target.incoming());
             if at == At::Staged {
                 // It would be held for longer than a test should take.
-                ensure!(asked?.failure()?.1.contains("busy"));
                 source.abort()?;
                 drop(link);
             } else {
-                ensure!(asked?.failure()?.1.contains("busy"), "{at:?}");
                 ensure!(link.hear_end()?.is_none(), "{at:?}");
             }
             rest.check(&mut target, &format!("a source that hung at {at:?}"))?;
