@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 
 use anyhow::{Result, ensure};
@@ -397,6 +398,19 @@ fn a_source_that_is_told_to_end_leaves_the_device_to_its_target() {
     target.wait_handover(HandoverState::Adopted).unwrap();
     // Whether the front-end knows of it or not: there is nobody else to have it.
     rig.backend.process.signal(Signal::SIGTERM).unwrap();
+    assert!(rig.backend.process.wait().unwrap().success());
+    device.move_to(connection).unwrap();
+    rig.backend = target;
+    rig.check_traffic(&mut device).unwrap();
+}
+
+#[test]
+fn a_front_end_that_leaves_with_an_answer_leaves_the_device_to_the_target() {
+    let (mut rig, mut device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
+    transfer(&device, &connection, SockType::SeqPacket).unwrap();
+    target.wait_handover(HandoverState::Adopted).unwrap();
+    device.connection.stream().shutdown(Shutdown::Both).unwrap();
+    // Before the target's first ring.
     assert!(rig.backend.process.wait().unwrap().success());
     device.move_to(connection).unwrap();
     rig.backend = target;
