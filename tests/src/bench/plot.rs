@@ -14,7 +14,7 @@ use super::numbers::Quantiles;
 /// The picture's size.
 const SIZE: (u32, u32) = (1280, 320);
 
-/// An axis of the sweep: its name, where a cell is on it, and the cell that differs from this one in that alone.
+/// An axis of the sweep: its name, where a cell is on it, and the first cell moved along it to where another is.
 type Axis = (&'static str, fn(&Cell) -> f64, fn(Cell, Cell) -> Cell);
 
 #[expect(clippy::cast_precision_loss, reason = "a place in a picture")]
