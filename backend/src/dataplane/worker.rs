@@ -440,3 +440,57 @@ fn listen<const N: usize>(shared: &Shared, ready: &mut Ready<N>) -> bool {
     }
     matches!(place.slot, Slot::Empty)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::{AsFd, OwnedFd};
+
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+
+    use super::*;
+    use crate::dataplane::pair::Side;
+    use crate::dataplane::ring::{Kick, Ring};
+    use crate::mailbox::mailbox;
+    use crate::memory::{GuestMemory, RegionLayout};
+    use crate::metrics::PairCounters;
+    use crate::vring::{RingAddresses, Vring, VringLayout};
+
+    const LONG: Duration = Duration::from_secs(30);
+
+    #[test]
+    fn a_kick_from_before_the_thread_listened_starts_the_ring_of_an_idle_pair() {
+        let memory = File::from(memfd_create("memory", MFdFlags::MFD_CLOEXEC).unwrap());
+        memory.set_len(0x3000).unwrap();
+        let layout = RegionLayout { guest_address: 0, size: 0x3000, user_address: 0, file_offset: 0 };
+        let memory = GuestMemory::map([(layout, memory)]).unwrap();
+        let addresses = RingAddresses { descriptors: 0, available: 0x1000, used: 0x2000 };
+        let layout = VringLayout { size: 8, addresses, event_idx: false, indirect: false };
+        let vring = Vring::new(layout, Arc::new(memory), None).unwrap();
+        let kick = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).unwrap();
+        kick.write(1).unwrap();
+        let ring = Ring {
+            vring,
+            kick: Kick::Eventfd(File::from(OwnedFd::from(kick)).try_into().unwrap()),
+            error: None,
+            call_due: false,
+            held: false,
+            started: false,
+            enabled: true,
+            broken: false,
+        };
+        let mut pair = QueuePair::new(0, None, Arc::new(PairCounters::default()), Duration::ZERO).unwrap();
+        pair.put_ring(Side::Tx, ring).unwrap();
+        let (mailer, news) = mailbox().unwrap();
+        let mut worker = Worker::new(0, pair, mailer).unwrap();
+        worker.make_thread().unwrap();
+        worker.wait_listens(Instant::now() + LONG);
+        assert!(worker.listens(), "it has heard of the kick");
+        worker.resume_idle().unwrap();
+        let mut fds = [PollFd::new(news.as_fd(), PollFlags::POLLIN)];
+        let timeout = PollTimeout::try_from(LONG).unwrap();
+        assert_eq!(poll(&mut fds, timeout), Ok(1), "the ring does not start");
+        assert!(matches!(news.take(), Some(WorkerNews::RingStarted { pair: 0 })));
+    }
+}
