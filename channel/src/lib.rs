@@ -4,4 +4,5 @@
 pub mod ownership;
 pub mod packet;
 pub mod peer;
+mod place;
 mod scm;

@@ -4,12 +4,15 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{getsockopt, sockopt};
 use nix::unistd::{Uid, geteuid};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+use crate::place;
 
 /// A peer that is not trusted, or that cannot be known.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +32,18 @@ pub enum PeerError {
         peer: u32,
         /// This process'.
         own: u32,
+    },
+    /// Another user, at a path that does not say that root meant that user.
+    #[error(
+        "the peer runs as user {peer} and may have taken {} without root's doing; use a folder that only root or that \
+         user may write, in folders that only root may write",
+        component.display()
+    )]
+    Squatter {
+        /// The peer's.
+        peer: u32,
+        /// The part of the path that any user could have put there.
+        component: PathBuf,
     },
     /// The system does not say.
     #[error("cannot find out who the peer is")]
@@ -72,14 +87,17 @@ impl Peer {
         }
     }
 
-    /// Who is at the other end, if what is this process' may be given to it: to the same user and root, and by root to
-    /// anyone.
+    /// The process that listens at `path`, to which `socket` is connected, if this process may give away what it has:
+    /// to the same user and root, and as root to any user whom root gave that path.
     ///
     /// # Errors
     /// [`PeerError`].
-    pub fn entrusted(socket: &impl AsFd) -> Result<Self, PeerError> {
+    pub fn entrusted(socket: &impl AsFd, path: &Path) -> Result<Self, PeerError> {
         match Self::trusted(socket) {
-            Err(PeerError::User { .. }) if geteuid().is_root() => Ok(Self::of(socket)?),
+            Err(PeerError::User { peer, .. }) if geteuid().is_root() => match place::squatted(path, peer)? {
+                Some(component) => Err(PeerError::Squatter { peer, component }),
+                None => Ok(Self::of(socket)?),
+            },
             Err(PeerError::User { peer, own }) => Err(PeerError::Strange { peer, own }),
             other => other,
         }

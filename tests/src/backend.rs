@@ -28,6 +28,8 @@ use crate::programs;
 
 /// The socket on which a back-end waits for a device.
 const INCOMING: &str = "incoming";
+/// The user of [`Backend::unprivileged`].
+const UNPRIVILEGED: u32 = 65534;
 
 /// What a back-end says when it can be given a session.
 pub const WAITS: &str = "waiting for a device";
@@ -230,6 +232,19 @@ impl Backend {
         }
     }
 
+    /// A folder that root made for the user of [`Self::unprivileged`], in a folder that only root writes.
+    ///
+    /// # Errors
+    /// If it cannot be made.
+    pub fn unprivileged_directory() -> Result<(tempfile::TempDir, PathBuf)> {
+        let outer = tempfile::tempdir()?;
+        std::fs::set_permissions(outer.path(), Permissions::from_mode(0o755))?;
+        let directory = outer.path().join("unprivileged");
+        std::fs::create_dir(&directory)?;
+        std::os::unix::fs::chown(&directory, Some(UNPRIVILEGED), None)?;
+        Ok((outer, directory))
+    }
+
     /// Starts a back-end that listens, as a user without any rights.
     ///
     /// # Errors
@@ -241,10 +256,15 @@ impl Backend {
         // Where programs are built not everyone may look.
         let program = directory.path().join("baton-backend");
         std::fs::copy(programs::backend()?, &program)?;
-        let mut prefix: Vec<_> =
-            ["--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs", "--pdeathsig=KILL"]
-                .map(OsString::from)
-                .into();
+        let mut prefix: Vec<_> = [
+            &*format!("--reuid={UNPRIVILEGED}"),
+            "--regid=65534",
+            "--clear-groups",
+            "--no-new-privs",
+            "--pdeathsig=KILL",
+        ]
+        .map(OsString::from)
+        .into();
         prefix.extend([program.into(), socket.into()]);
         // With the options of no datapath: the arguments say it.
         let setpriv = images::found("setpriv")?;

@@ -1,8 +1,6 @@
 //! `--incoming-fds`: what it excludes, what a waiting back-end answers, and that it needs no rights.
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
-use std::os::unix::fs::PermissionsExt;
-
 use baton_protocol::control::{BackendState, HandoverState};
 use baton_tests::backend::{Backend, Rig};
 use baton_tests::datapath::Datapath;
@@ -109,9 +107,8 @@ fn a_target_needs_no_rights_and_no_access_to_the_tun_device() {
     };
     let mut device = rig.device(options).unwrap();
     rig.check_traffic(&mut device).unwrap();
-    let directory = tempfile::tempdir().unwrap();
-    std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
-    let incoming = directory.path().join("incoming");
+    let (_outer, directory) = Backend::unprivileged_directory().unwrap();
+    let incoming = directory.join("incoming");
     let option = format!("--incoming-fds={}", incoming.display());
     let mut target = Backend::unprivileged(&[&option], &[]).unwrap();
     target.status().unwrap();
@@ -132,9 +129,8 @@ fn a_target_needs_no_rights_and_no_access_to_the_tun_device() {
 #[test]
 fn a_downscript_of_another_user_is_refused_by_name() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &["--downscript=/bin/true"]).unwrap();
-    let directory = tempfile::tempdir().unwrap();
-    std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
-    let incoming = directory.path().join("incoming");
+    let (_outer, directory) = Backend::unprivileged_directory().unwrap();
+    let incoming = directory.join("incoming");
     let option = format!("--incoming-fds={}", incoming.display());
     let mut target = Backend::unprivileged(&[&option], &[]).unwrap();
     target.status().unwrap();

@@ -315,7 +315,7 @@ impl Handover {
     fn try_begin(&self, device: &Device, path: &Path) -> Result<SourceEnd, HandoverError> {
         self.check_free(device)?;
         let link = PacketSocket::connect(path)?;
-        let process = Peer::entrusted(&link)?.process;
+        let process = Peer::entrusted(&link, path)?.process;
         if u32::try_from(process) == Ok(std::process::id()) {
             return Err(HandoverError::Oneself);
         }

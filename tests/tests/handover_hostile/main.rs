@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use baton_channel::ownership::SharedWord;
 use baton_protocol::codec::Message as _;
-use baton_protocol::control::SessionReport;
+use baton_protocol::control::{Request, SessionReport};
 use baton_protocol::handover::message::{Message, OWNERSHIP_FD};
 use baton_protocol::ownership::Word;
 use baton_tests::backend::{Backend, Rig};
@@ -166,7 +166,7 @@ fn another_user_neither_gives_nor_gets_a_session() {
     assert_eq!(error, "the peer runs as user 65533; user 65534 gives nothing but to itself and root");
     nobodys.check_healthy().unwrap();
 
-    // Root may give to anyone, who then serves without any right.
+    // Root gives to no user at a path that any user could have taken.
     let mut device = rig.device(Options::default()).unwrap();
     rig.check_traffic(&mut device).unwrap();
     let directory = tempfile::tempdir().unwrap();
@@ -175,6 +175,19 @@ fn another_user_neither_gives_nor_gets_a_session() {
     let mut target =
         Backend::unprivileged(&[&format!("--incoming-fds={}", incoming.display())], &[]).unwrap();
     target.status().unwrap();
+    let rest = Rest::of(&target.process).unwrap();
+    let squatted = format!("the peer runs as user 65534 and may have taken {} without", incoming.display());
+    for on_suspend in [false, true] {
+        let path = Some(incoming.display().to_string());
+        let request = Request::Handover { path, on_suspend, dry_run: false, cancel: false };
+        let error = rig.backend.ask(&request).unwrap_err().to_string();
+        assert!(error.starts_with(&squatted), "{error}");
+    }
+    rest.check(&mut target, "a squatter").unwrap();
+    rig.check_traffic(&mut device).unwrap();
+
+    // Where root chose the place, it gives to any user, who then serves without any right.
+    std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
     let report = Asked::of(&rig.backend, &incoming).unwrap().report().unwrap();
     assert!(matches!(report, SessionReport::Completed { .. }), "{report:?}");
     rig.backend.process.wait().unwrap();

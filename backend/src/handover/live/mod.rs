@@ -201,7 +201,7 @@ impl Live {
     fn connect(&self, path: &Path) -> Result<(PacketSocket, Life), HandoverError> {
         let link = PacketSocket::connect(path)?;
         baton_faults::point(Point::SourceSessionConnected).map_err(HandoverError::from)?;
-        if u32::try_from(Peer::entrusted(&link)?.process) == Ok(std::process::id()) {
+        if u32::try_from(Peer::entrusted(&link, path)?.process) == Ok(std::process::id()) {
             return Err(HandoverError::Oneself);
         }
         let life = Life::of(&link).map_err(|error| match error.kind() {
