@@ -1,8 +1,9 @@
 //! Where front-ends come from: a listening socket, a front-end that listens, or an inherited socket. It may go on to
 //! another process, with the session.
+#![expect(unsafe_code, reason = "owns what accept4(2) gives")]
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -10,12 +11,13 @@ use std::time::{Duration, Instant};
 use baton_control::socket_path::{BindError, BoundSocket};
 use baton_protocol::session::state::{EndpointKind, EndpointState};
 use nix::sys::socket::{
-    AddressFamily, SockFlag, SockProtocol, SockType, UnixAddr, connect, getpeername, getsockname, getsockopt,
-    socket, sockopt,
+    AddressFamily, SockFlag, SockProtocol, SockType, UnixAddr, accept4, connect, getpeername, getsockname,
+    getsockopt, socket, sockopt,
 };
 use nix::sys::timer::Expiration;
 use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags, TimerSetTimeFlags};
 
+use crate::dataplane::interrupt;
 use crate::inherited;
 
 /// How long after an attempt to connect the next one comes at the earliest.
@@ -230,9 +232,12 @@ fn is_unix_stream(socket: &OwnedFd) -> bool {
         && getsockname::<UnixAddr>(socket.as_raw_fd()).is_ok()
 }
 
+/// `O_NONBLOCK` is shared with every process that the socket came from or went to, and one of those may take the
+/// connection first: whatever they do, this does not wait.
 fn accept(listener: &UnixListener) -> io::Result<Option<UnixStream>> {
-    match listener.accept() {
-        Ok((connection, _)) => Ok(Some(connection)),
+    listener.set_nonblocking(true)?;
+    match interrupt::bounded(|| accept_once(listener)) {
+        Ok(connection) => Ok(Some(connection)),
         Err(error) => match error.kind() {
             io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted => {
                 Ok(None)
@@ -240,6 +245,13 @@ fn accept(listener: &UnixListener) -> io::Result<Option<UnixStream>> {
             _ => Err(error),
         },
     }
+}
+
+/// As `UnixListener::accept`, which goes on after an interrupt.
+fn accept_once(listener: &UnixListener) -> io::Result<UnixStream> {
+    let fd = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?;
+    // SAFETY: the kernel has just given it, to nobody else.
+    Ok(UnixStream::from(unsafe { OwnedFd::from_raw_fd(fd) }))
 }
 
 /// Connects without waiting for a front-end that does not accept.
@@ -255,6 +267,8 @@ fn dial(path: &Path) -> io::Result<UnixStream> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
     #[test]
@@ -281,6 +295,25 @@ mod tests {
         assert!(matches!(&client, Endpoint::Client { path: dialled, .. } if *dialled == path));
         let error = Endpoint::adopt(&EndpointState { kind: EndpointKind::Listener, path: None }, None);
         assert!(matches!(error, Err(EndpointError::Listener)));
+    }
+
+    #[test]
+    fn nobody_there_is_not_waited_for_though_a_peer_clears_the_flag() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut endpoint = Endpoint::listen(&directory.path().join("socket")).unwrap();
+        let peer = UnixListener::from(endpoint.listener().unwrap().try_clone_to_owned().unwrap());
+        let end = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !end.load(Ordering::Relaxed) {
+                    peer.set_nonblocking(false).unwrap();
+                }
+            });
+            for _ in 0..50 {
+                assert!(endpoint.next_frontend().unwrap().is_none());
+            }
+            end.store(true, Ordering::Relaxed);
+        });
     }
 
     #[test]

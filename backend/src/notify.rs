@@ -2,7 +2,6 @@
 //!
 //! They belong to the front-end, which shares their file description and so their flags and their counter. Only
 //! eventfds are accepted: a write to anything else could block for ever or raise a signal.
-#![expect(unsafe_code, reason = "preadv2 with RWF_NOWAIT has no safe wrapper")]
 
 use std::fs::File;
 use std::io;
@@ -46,24 +45,18 @@ impl AsFd for Notifier {
 }
 
 impl Notifier {
-    /// Adds one to the counter. Where the counter is full the reader has been notified already.
+    /// Adds one to the counter. Where the counter is full the reader has been notified already: then the write fails, or,
+    /// in blocking mode, waits until the reader comes or a signal interrupts it (eventfd takes no `RWF_NOWAIT`).
     #[inline]
     pub fn notify(&self) {
         let _ = nix::unistd::write(&self.0, &1u64.to_ne_bytes());
-    }
-
-    /// Frees a writer that a full counter blocks, without ever blocking itself: the counter is emptied.
-    pub fn unblock_writer(&self) {
-        let mut count = [0u8; 8];
-        let vector = libc::iovec { iov_base: count.as_mut_ptr().cast(), iov_len: count.len() };
-        // SAFETY: one vector of 8 writable bytes; RWF_NOWAIT makes an empty counter an error.
-        unsafe { libc::preadv2(self.0.as_raw_fd(), &raw const vector, 1, -1, libc::RWF_NOWAIT) };
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dataplane::interrupt;
     use nix::sys::eventfd::{EfdFlags, EventFd};
     use std::os::fd::OwnedFd;
 
@@ -79,17 +72,25 @@ mod tests {
     }
 
     #[test]
-    fn unblocking_empties_a_full_counter_and_does_not_wait_for_an_empty_one() {
+    fn an_interrupt_ends_the_wait_for_a_full_counter_and_leaves_it_full() {
         let file = eventfd(0);
         nix::unistd::write(&file, &(u64::MAX - 1).to_ne_bytes()).unwrap();
         let notifier = Notifier::try_from(file).unwrap();
+        interrupt::install().unwrap();
         let writer = std::thread::spawn({
             let notifier = notifier.clone();
-            move || notifier.notify()
+            move || {
+                interrupt::allow();
+                notifier.notify();
+            }
         });
         while !writer.is_finished() {
-            notifier.unblock_writer();
+            interrupt::interrupt(&writer);
+            std::thread::yield_now();
         }
         writer.join().unwrap();
+        let mut count = [0; 8];
+        nix::unistd::read(&notifier, &mut count).unwrap();
+        assert_eq!(u64::from_ne_bytes(count), u64::MAX - 1);
     }
 }

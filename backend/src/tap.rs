@@ -141,6 +141,8 @@ pub enum Sent {
     Refused,
     /// The send buffer is full; try again when the TAP is writable.
     Full,
+    /// A signal came first; try again.
+    Interrupted,
 }
 
 /// What the TAP had to give.
@@ -150,6 +152,8 @@ pub enum Received {
     Frame(usize),
     /// Nothing now.
     Empty,
+    /// A signal came first; try again.
+    Interrupted,
     /// The guest's memory is not there any more, or the kernel is out of memory; the frame is lost.
     Failed,
     /// The interface is gone, and will not come back.
@@ -161,6 +165,8 @@ pub enum Received {
 pub struct TapQueue {
     file: File,
     gone: AtomicBool,
+    /// Whether the kernel takes `RWF_NOWAIT` (Linux 6.4 and later), with which no call depends on `O_NONBLOCK`.
+    nowait: AtomicBool,
 }
 
 impl AsFd for TapQueue {
@@ -170,8 +176,8 @@ impl AsFd for TapQueue {
 }
 
 impl TapQueue {
-    fn new(file: File) -> Self {
-        Self { file, gone: AtomicBool::new(false) }
+    pub(crate) fn new(file: File) -> Self {
+        Self { file, gone: AtomicBool::new(false), nowait: AtomicBool::new(true) }
     }
 
     /// Whether the interface was deleted under the queue.
@@ -197,18 +203,21 @@ impl TapQueue {
     #[inline]
     pub unsafe fn send(&self, frame: &[libc::iovec]) -> Sent {
         let fd = self.file.as_raw_fd();
-        let result = match frame {
-            // A single buffer goes faster without the vector.
-            // SAFETY: as the caller promises.
-            [one] => unsafe { libc::write(fd, one.iov_base, one.iov_len) },
+        let result = if self.nowait.load(Ordering::Relaxed) {
             // SAFETY: as the caller promises; there are at most IOV_MAX vectors.
-            many => unsafe { libc::writev(fd, many.as_ptr(), count(many)) },
+            unsafe { libc::pwritev2(fd, frame.as_ptr(), count(frame), -1, libc::RWF_NOWAIT) }
+        } else {
+            // SAFETY: as above.
+            unsafe { libc::writev(fd, frame.as_ptr(), count(frame)) }
         };
         if result >= 0 {
             return Sent::Done;
         }
         match Errno::last() {
             Errno::EAGAIN => Sent::Full,
+            Errno::EINTR => Sent::Interrupted,
+            // SAFETY: as the caller promises.
+            Errno::EOPNOTSUPP if self.do_without_nowait() => unsafe { self.send(frame) },
             Errno::EBADFD => {
                 self.gone.store(true, Ordering::Relaxed);
                 Sent::Refused
@@ -223,19 +232,61 @@ impl TapQueue {
     /// Every vector must be memory that nobody but the guest reads or writes meanwhile.
     #[inline]
     pub unsafe fn receive(&self, room: &[libc::iovec]) -> Received {
-        // SAFETY: as the caller promises; there are at most IOV_MAX vectors.
-        let result = unsafe { libc::readv(self.file.as_raw_fd(), room.as_ptr(), count(room)) };
+        let fd = self.file.as_raw_fd();
+        let result = if self.nowait.load(Ordering::Relaxed) {
+            // SAFETY: as the caller promises; there are at most IOV_MAX vectors.
+            unsafe { libc::preadv2(fd, room.as_ptr(), count(room), -1, libc::RWF_NOWAIT) }
+        } else {
+            // SAFETY: as above.
+            unsafe { libc::readv(fd, room.as_ptr(), count(room)) }
+        };
         if let Ok(length) = usize::try_from(result) {
             return Received::Frame(length);
         }
         match Errno::last() {
-            Errno::EAGAIN | Errno::EINTR => Received::Empty,
+            Errno::EAGAIN => Received::Empty,
+            Errno::EINTR => Received::Interrupted,
+            // SAFETY: as the caller promises.
+            Errno::EOPNOTSUPP if self.do_without_nowait() => unsafe { self.receive(room) },
             Errno::EBADFD | Errno::EIO => {
                 self.gone.store(true, Ordering::Relaxed);
                 Received::Gone
             }
             _ => Received::Failed,
         }
+    }
+
+    /// The kernel knows no `RWF_NOWAIT` for a TAP. Gives whether that is news.
+    #[cold]
+    fn do_without_nowait(&self) -> bool {
+        let news = self.nowait.swap(false, Ordering::Relaxed);
+        if news {
+            self.set_nonblocking();
+        }
+        news
+    }
+
+    /// As on a kernel before 6.4.
+    #[cfg(test)]
+    pub fn without_nowait(self) -> Self {
+        self.do_without_nowait();
+        self
+    }
+
+    /// Sets `O_NONBLOCK`, which every holder of the open file can clear: older kernels read and write by it, and a
+    /// target refuses a queue without it.
+    pub fn set_nonblocking(&self) {
+        let Ok(flags) = fcntl(&self.file, FcntlArg::F_GETFL).map(OFlag::from_bits_retain) else { return };
+        if !flags.contains(OFlag::O_NONBLOCK) {
+            // Fails for no valid descriptor.
+            let _ = fcntl(&self.file, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK));
+        }
+    }
+
+    /// Its descriptor for another process, which refuses one whose reads may block.
+    pub fn lend(&self) -> BorrowedFd<'_> {
+        self.set_nonblocking();
+        self.as_fd()
     }
 
     fn set_attached(&self, attached: bool) -> io::Result<()> {

@@ -2,9 +2,10 @@
 //! worker for what it leaves to do ([`kernel`]).
 //!
 //! [`worker`] owns the threads and the gate at which they park; [`pair`] is what a worker works on, handed over
-//! whole whenever it parks; [`rx`] and [`tx`] move the frames; [`chain`] makes I/O vectors of descriptor chains.
+//! whole whenever it parks; [`interrupt`] ends the call that one blocks in; [`rx`] and [`tx`] move the frames; [`chain`] makes I/O vectors of descriptor chains.
 
 pub mod chain;
+pub mod interrupt;
 pub mod kernel;
 pub mod pair;
 pub mod ring;

@@ -72,6 +72,8 @@ pub struct Rx {
     spill: Vec<u8>,
     large: bool,
     calm: u8,
+    /// A signal came before the TAP gave a frame; to be tried again once the worker has looked at its gate.
+    interrupted: bool,
 }
 
 /// Chains at the front of what is prepared.
@@ -156,6 +158,7 @@ impl Rx {
                         counters.calls.add(1);
                     }
                 }
+                None if std::mem::take(&mut self.interrupted) => return Ok(Turn::More),
                 None => return Ok(Turn::ended(frames > 0)),
             }
         }
@@ -313,6 +316,10 @@ impl Rx {
                 self.log(ring, room.bytes);
                 counters.dropped.add(1);
                 return Ok(Some(0));
+            }
+            Received::Interrupted => {
+                self.interrupted = true;
+                return Ok(None);
             }
             // That it is gone is for the pair to report.
             Received::Empty | Received::Gone => return Ok(None),

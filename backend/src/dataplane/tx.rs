@@ -35,6 +35,8 @@ pub struct Tx {
     hint: usize,
     /// The TAP's send buffer was full; to be tried again when it is writable.
     full: bool,
+    /// A signal came before the TAP took the frame; to be tried again once the worker has looked at its gate.
+    interrupted: bool,
 }
 
 impl Tx {
@@ -94,6 +96,9 @@ impl Tx {
             if self.full && ring.enabled {
                 return Ok(Turn::Full);
             }
+            if std::mem::take(&mut self.interrupted) {
+                return Ok(Turn::More);
+            }
             frames += sent;
             bytes += length;
         }
@@ -149,6 +154,10 @@ impl Tx {
                     Sent::Refused => counters.dropped.add(1),
                     Sent::Full => {
                         self.full = true;
+                        break;
+                    }
+                    Sent::Interrupted => {
+                        self.interrupted = true;
                         break;
                     }
                 }

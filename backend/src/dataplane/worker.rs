@@ -21,13 +21,22 @@ use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::interrupt;
 use super::pair::{QueuePair, WAKE};
 use crate::events::{Epoll, Events, Ready};
 use crate::mailbox::Mailer;
-use crate::notify::Notifier;
+use crate::tap::TapQueue;
 
-/// How long a worker may take to park before what could block it is cleared away.
-const PATIENCE: Duration = Duration::from_millis(50);
+/// How long a worker may take to park before it is interrupted. Each interrupt ends one blocking call; the next one comes
+/// after twice as long, so that none starves a call that only takes its time.
+const PATIENCE: Duration = Duration::from_millis(1);
+
+/// The longest time between two interrupts.
+const LONGEST: Duration = Duration::from_millis(50);
+
+/// After how long a worker counts as lost: what holds it up is no call that a signal ends, but for example a page of
+/// guest memory that the front-end does not provide.
+const END_OF_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Where the pair is, as far as the thread and its owner share it.
 #[derive(Debug)]
@@ -200,8 +209,10 @@ impl Drop for LastWord {
 pub struct Worker {
     /// The pair, unless the thread has it.
     here: Option<Box<QueuePair>>,
-    /// Call and kick descriptors that the thread may be blocked on, while it has the pair.
-    calls: Vec<Notifier>,
+    /// The TAP's queue that the thread may be blocked on, while it has the pair.
+    tap: Option<Arc<TapQueue>>,
+    /// The thread has not given the pair back in time, and is not waited for any more.
+    lost: bool,
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
@@ -212,6 +223,7 @@ impl Worker {
     /// # Errors
     /// What making an eventfd fails with.
     pub fn new(index: u16, pair: QueuePair, news: Mailer<WorkerNews>) -> io::Result<Self> {
+        interrupt::install()?;
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         let events = pair.events();
         // Told of each time that it is written to, and so never read.
@@ -219,7 +231,13 @@ impl Worker {
         let gate = Gate { closed: AtomicBool::new(true), wake, news, pair: index };
         let place = Mutex::new(Place { slot: Slot::Empty, ear: Ear::Deaf, awaited: false });
         let shared = Shared { place, changed: Condvar::new(), wanted: Condvar::new(), gate, events };
-        Ok(Self { here: Some(Box::new(pair)), calls: Vec::new(), shared: Arc::new(shared), thread: None })
+        Ok(Self {
+            here: Some(Box::new(pair)),
+            tap: None,
+            lost: false,
+            shared: Arc::new(shared),
+            thread: None,
+        })
     }
 
     /// Has the thread stop at its next batch boundary, without waiting for that: where several are to be parked, all
@@ -234,19 +252,22 @@ impl Worker {
         }
     }
 
-    /// Stops the thread at a batch boundary and gives the pair, which stays here until [`Self::resume`]. `None` if
-    /// the thread died, which the event loop has been told.
+    /// Stops the thread at a batch boundary and gives the pair, which stays here until [`Self::resume`]. `None` if the
+    /// thread died, which the event loop has been told, or does not stop.
     pub fn park(&mut self) -> Option<&mut QueuePair> {
-        if self.here.is_none() {
-            self.here = self.take_back();
-            // A ring that is stopped now has its descriptors dropped with it.
-            self.calls.clear();
+        if self.here.is_none() && !self.lost {
+            self.here = self.take_back(END_OF_PATIENCE);
+            self.lost = self.here.is_none();
+            // A TAP that goes to another process has its descriptors closed with it.
+            self.tap = None;
         }
         self.here.as_deref_mut()
     }
 
-    fn take_back(&self) -> Option<Box<QueuePair>> {
+    fn take_back(&self, end: Duration) -> Option<Box<QueuePair>> {
         self.close();
+        let since = Instant::now();
+        let mut pause = PATIENCE;
         let mut place = self.shared.place();
         loop {
             match std::mem::replace(&mut place.slot, Slot::Empty) {
@@ -258,12 +279,27 @@ impl Worker {
                 other => place.slot = other,
             }
             let (next, waited) =
-                self.shared.changed.wait_timeout(place, PATIENCE).unwrap_or_else(PoisonError::into_inner);
+                self.shared.changed.wait_timeout(place, pause).unwrap_or_else(PoisonError::into_inner);
             place = next;
             if waited.timed_out() {
-                // A front-end's blocking eventfd may be full.
-                self.calls.iter().for_each(Notifier::unblock_writer);
+                if since.elapsed() >= end {
+                    tracing::error!(pair = self.shared.gate.pair, "the worker does not stop");
+                    return None;
+                }
+                self.interrupt();
+                pause = LONGEST.min(2 * pause);
             }
+        }
+    }
+
+    /// Ends the call that blocks the thread, if one does. A peer that shares the open file can make any call block: on a
+    /// full call or error eventfd, or on the TAP where the kernel takes no `RWF_NOWAIT`.
+    fn interrupt(&self) {
+        if let Some(tap) = &self.tap {
+            tap.set_nonblocking();
+        }
+        if let Some(thread) = &self.thread {
+            interrupt::interrupt(thread);
         }
     }
 
@@ -286,9 +322,10 @@ impl Worker {
     /// The pair on its way to the thread.
     fn hand_out(&mut self) -> Option<Box<QueuePair>> {
         let pair = self.here.take()?;
-        for ring in [&pair.rx.ring, &pair.tx.ring].into_iter().flatten() {
-            self.calls.extend(ring.vring.call().cloned());
-            self.calls.extend(ring.error.clone());
+        self.tap.clone_from(&pair.tap);
+        // A peer that held the TAP meanwhile may have cleared it.
+        if let Some(tap) = &self.tap {
+            tap.set_nonblocking();
         }
         self.shared.gate.closed.store(false, Ordering::Relaxed);
         Some(pair)
@@ -368,7 +405,9 @@ impl Worker {
 impl Drop for Worker {
     fn drop(&mut self) {
         self.park();
-        if let Some(thread) = self.thread.take() {
+        if let Some(thread) = self.thread.take()
+            && !self.lost
+        {
             self.shared.give(Slot::End);
             // A panic was reported when it happened.
             let _ = thread.join();
@@ -378,6 +417,7 @@ impl Drop for Worker {
 
 fn work(shared: &Arc<Shared>) {
     let _last_word = LastWord(Arc::clone(shared));
+    interrupt::allow();
     let gate = &shared.gate;
     let mut ready = Ready::<4>::default();
     let mut held: Option<Box<QueuePair>> = None;
@@ -445,7 +485,10 @@ fn listen<const N: usize>(shared: &Shared, ready: &mut Ready<N>) -> bool {
 mod tests {
     use std::fs::File;
     use std::os::fd::{AsFd, OwnedFd};
+    use std::os::unix::fs::FileExt;
+    use std::os::unix::net::UnixDatagram;
 
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     use nix::sys::memfd::{MFdFlags, memfd_create};
 
@@ -458,28 +501,98 @@ mod tests {
     use crate::vring::{RingAddresses, Vring, VringLayout};
 
     const LONG: Duration = Duration::from_secs(30);
+    /// `VIRTQ_DESC_F_WRITE`.
+    const WRITABLE: u16 = 2;
 
-    #[test]
-    fn a_kick_from_before_the_thread_listened_starts_the_ring_of_an_idle_pair() {
+    /// A ring of 8 in memory of its own, with this many buffers available: descriptor 0 has 2048 bytes.
+    fn ring(kick: EventFd, started: bool, available: u16) -> Ring {
         let memory = File::from(memfd_create("memory", MFdFlags::MFD_CLOEXEC).unwrap());
-        memory.set_len(0x3000).unwrap();
-        let layout = RegionLayout { guest_address: 0, size: 0x3000, user_address: 0, file_offset: 0 };
+        memory.set_len(0x4000).unwrap();
+        let mut descriptor = 0x3000u64.to_le_bytes().to_vec();
+        descriptor.extend(2048u32.to_le_bytes());
+        descriptor.extend(WRITABLE.to_le_bytes());
+        memory.write_all_at(&descriptor, 0).unwrap();
+        memory.write_all_at(&available.to_le_bytes(), 0x1002).unwrap();
+        let layout = RegionLayout { guest_address: 0, size: 0x4000, user_address: 0, file_offset: 0 };
         let memory = GuestMemory::map([(layout, memory)]).unwrap();
         let addresses = RingAddresses { descriptors: 0, available: 0x1000, used: 0x2000 };
         let layout = VringLayout { size: 8, addresses, event_idx: false, indirect: false };
-        let vring = Vring::new(layout, Arc::new(memory), None).unwrap();
-        let kick = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).unwrap();
-        kick.write(1).unwrap();
-        let ring = Ring {
-            vring,
+        Ring {
+            vring: Vring::new(layout, Arc::new(memory), None).unwrap(),
             kick: Kick::Eventfd(File::from(OwnedFd::from(kick)).try_into().unwrap()),
             error: None,
             call_due: false,
             held: false,
-            started: false,
+            started,
             enabled: true,
             broken: false,
-        };
+        }
+    }
+
+    fn eventfd() -> EventFd {
+        EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).unwrap()
+    }
+
+    fn clear_flags(file: &impl AsFd) {
+        fcntl(file, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
+    }
+
+    /// A worker that receives and whose TAP, a socket here, blocks whenever it is looked at: the peer never leaves the
+    /// flag alone.
+    fn parks_though_a_peer_clears_the_flag(as_queue: impl Fn(File) -> TapQueue) {
+        for _ in 0..20 {
+            let (near, _far) = UnixDatagram::pair().unwrap();
+            let peer = near.try_clone().unwrap();
+            let mut pair =
+                QueuePair::new(0, None, Arc::new(PairCounters::default()), Duration::ZERO).unwrap();
+            pair.put_ring(Side::Rx, ring(eventfd(), true, 1)).unwrap();
+            pair.attach(&Arc::new(as_queue(File::from(OwnedFd::from(near))))).unwrap();
+            let (mailer, _news) = mailbox().unwrap();
+            let mut worker = Worker::new(0, pair, mailer).unwrap();
+            let end = AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                clear_flags(&peer);
+                scope.spawn(|| {
+                    while !end.load(Ordering::Relaxed) {
+                        clear_flags(&peer);
+                    }
+                });
+                worker.resume().unwrap();
+                worker.wait_begun(Instant::now() + LONG);
+                let parked = worker.park().is_some();
+                end.store(true, Ordering::Relaxed);
+                assert!(parked, "the worker is held up");
+            });
+        }
+    }
+
+    #[test]
+    fn a_worker_parks_though_a_peer_clears_the_taps_flag() {
+        parks_though_a_peer_clears_the_flag(TapQueue::new);
+    }
+
+    #[test]
+    fn a_worker_parks_though_a_peer_clears_the_taps_flag_on_a_kernel_without_nowait() {
+        parks_though_a_peer_clears_the_flag(|file| TapQueue::new(file).without_nowait());
+    }
+
+    #[test]
+    fn a_worker_that_nothing_interrupts_is_given_up() {
+        let (mailer, _news) = mailbox().unwrap();
+        let pair = QueuePair::new(0, None, Arc::new(PairCounters::default()), Duration::ZERO).unwrap();
+        let mut worker = Worker::new(0, pair, mailer).unwrap();
+        // As if a thread had it.
+        worker.here = None;
+        assert!(worker.take_back(PATIENCE).is_none());
+        worker.lost = true;
+        assert!(worker.park().is_none());
+    }
+
+    #[test]
+    fn a_kick_from_before_the_thread_listened_starts_the_ring_of_an_idle_pair() {
+        let kick = eventfd();
+        kick.write(1).unwrap();
+        let ring = ring(kick, false, 0);
         let mut pair = QueuePair::new(0, None, Arc::new(PairCounters::default()), Duration::ZERO).unwrap();
         pair.put_ring(Side::Tx, ring).unwrap();
         let (mailer, news) = mailbox().unwrap();

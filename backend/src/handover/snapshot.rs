@@ -90,7 +90,7 @@ pub fn descriptors<'a>(
     frames: Option<&'a OwnedFd>,
     link: Option<BorrowedFd<'a>>,
 ) -> (FdManifest, Vec<BorrowedFd<'a>>) {
-    let taps = (0..tap.pairs()).map(|pair| (tap_fd(pair), tap.queue(pair).as_fd()));
+    let taps = (0..tap.pairs()).map(|pair| (tap_fd(pair), tap.queue(pair).lend()));
     taps.chain([(OWNERSHIP_FD.to_owned(), word.as_fd())])
         .chain(frames.map(|frames| (FRAMES_FD.to_owned(), frames.as_fd())))
         .chain(link.map(|link| (LINK_FD.to_owned(), link)))

@@ -108,7 +108,7 @@ pub fn descriptors<'a>(
         one(&error_fd(index), vring.error.as_ref().map(AsFd::as_fd));
     }
     for pair in 0..device.pairs() {
-        one(&tap_fd(pair), device.tap().map(|tap| tap.queue(pair).as_fd()));
+        one(&tap_fd(pair), device.tap().map(|tap| tap.queue(pair).lend()));
         one(&vhost_fd(pair), vhost.get(pair).map(AsFd::as_fd));
     }
     named.into_iter().collect()

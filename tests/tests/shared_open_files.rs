@@ -1,0 +1,90 @@
+//! What belongs to an open file is everybody's who holds it: a target that was given a session's descriptors, and then
+//! does not take it, must not hold up the source by what it does to them (`O_NONBLOCK`: fcntl(2), `F_SETFL`).
+#![expect(clippy::unwrap_used, reason = "these are tests")]
+
+use anyhow::{Result, ensure};
+use baton_protocol::control::SessionReport;
+use baton_tests::backend::{Backend, Rig};
+use baton_tests::datapath::Datapath;
+use baton_tests::fake_frontend::{Device, NetHeader, Options};
+use baton_tests::frames;
+use baton_tests::on_both_datapaths;
+use baton_tests::session_peer::{Asked, FakeTarget, Sent, take_stage};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::signal::Signal;
+
+on_both_datapaths! {
+    a_target_that_makes_the_tap_block_does_not_hold_up_the_source,
+    a_source_whose_tap_blocks_ends_when_told_to,
+    a_source_whose_tap_blocks_hands_over,
+}
+
+/// A device that works, and what a target was given that has gone: of it the TAP is made to block.
+fn after_a_hostile_target(datapath: Datapath) -> Result<(Rig, Device, Sent)> {
+    let mut rig = Rig::new(datapath, 1, &[])?;
+    let mut device = rig.device(Options::default())?;
+    rig.check_traffic(&mut device)?;
+    let place = FakeTarget::bind(&rig.backend.directory().join("hostile"))?;
+    let asked = Asked::of(&rig.backend, place.path())?;
+    let link = place.accept()?;
+    let sent = take_stage(&link)?;
+    make_block(&sent)?;
+    drop(link);
+    let (_, reason) = asked.failure()?;
+    ensure!(reason == "the target closed the connection", "{reason}");
+    Ok((rig, device, sent))
+}
+
+fn make_block(sent: &Sent) -> Result<()> {
+    for name in ["tap/0", "listener"] {
+        fcntl(sent.fd(name)?, FcntlArg::F_SETFL(OFlag::empty()))?;
+    }
+    Ok(())
+}
+
+/// That frames go out while none come in, so that a read which blocks would be seen.
+fn transmits(rig: &mut Rig, device: &mut Device, numbers: std::ops::Range<u32>) -> Result<()> {
+    for number in numbers {
+        let frame = frames::numbered(number, 60);
+        device.send(0, &NetHeader::default(), &frame)?;
+        let (_, received) = rig.network.receive()?;
+        ensure!(received == frame, "the network received something else");
+    }
+    Ok(())
+}
+
+fn a_target_that_makes_the_tap_block_does_not_hold_up_the_source(datapath: Datapath) {
+    let (mut rig, mut device, sent) = after_a_hostile_target(datapath).unwrap();
+    transmits(&mut rig, &mut device, 0..10).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    make_block(&sent).unwrap();
+    // Every one of these parks the worker.
+    for _ in 0..10 {
+        transmits(&mut rig, &mut device, 0..1).unwrap();
+        device.connection.set_vring_enable(0, true).unwrap();
+        make_block(&sent).unwrap();
+    }
+    device.stop_ring(1).unwrap();
+    // The next front-end is served.
+    drop(device);
+    let mut device = rig.device(Options::default()).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+}
+
+fn a_source_whose_tap_blocks_ends_when_told_to(datapath: Datapath) {
+    let (mut rig, mut device, sent) = after_a_hostile_target(datapath).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    make_block(&sent).unwrap();
+    rig.backend.process.signal(Signal::SIGTERM).unwrap();
+    assert_eq!(rig.backend.process.wait().unwrap().code(), Some(0));
+}
+
+fn a_source_whose_tap_blocks_hands_over(datapath: Datapath) {
+    let (mut rig, mut device, sent) = after_a_hostile_target(datapath).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    make_block(&sent).unwrap();
+    let target = Backend::waiting_for_session(datapath, &[]).unwrap();
+    let report = rig.backend.become_target(target).unwrap();
+    assert!(matches!(report, SessionReport::Completed { .. }), "{report:?}");
+    rig.check_traffic(&mut device).unwrap();
+}
