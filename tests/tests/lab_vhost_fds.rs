@@ -3,7 +3,6 @@
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::PermissionsExt;
 
 use anyhow::{Context, Result, ensure};
 use baton_protocol::control::Datapath;
@@ -58,9 +57,8 @@ fn a_target_that_may_not_open_vhost_net_gets_it_with_the_session() -> Result<()>
             let options = Options { queue_pairs: 2, ..Options::default() };
             let mut device = rig.device(options.clone())?;
             rig.check_traffic(&mut device)?;
-            let directory = tempfile::tempdir()?;
-            std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o777))?;
-            let incoming = directory.path().join("incoming");
+            let (_outer, directory) = Backend::unprivileged_directory()?;
+            let incoming = directory.join("incoming");
             let option = format!("--incoming-fds={}", incoming.display());
             let mut target = Backend::unprivileged(&["--vhost", &option], &[])?;
             target.status()?;
