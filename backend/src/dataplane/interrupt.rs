@@ -1,7 +1,7 @@
 //! Interrupts a thread that a system call holds up.
 //!
 //! Flags such as `O_NONBLOCK` belong to the open file, so a peer that holds it, too, can make any read, write or accept
-//! block. The signal is [`SIGNAL`], which does nothing by default; its handler does nothing either, but without
+//! block. The signal is `SIGNAL`, which does nothing by default; its handler does nothing either, but without
 //! `SA_RESTART` it ends a blocking call with `EINTR` (signal(7)).
 #![expect(unsafe_code, reason = "installs a signal handler, and signals a thread")]
 
