@@ -1,35 +1,26 @@
 //! The TAP: one file a queue pair, its offloads and its header size (Linux: `Documentation/networking/tuntap.rst`).
 //!
 //! Baton sets no address and no link state, and a TAP that it creates goes with its last holder. Offloads and header
-//! size belong to the device and `O_NONBLOCK` to the open file, so whoever holds them, too, sees every change.
+//! size belong to the device and `O_NONBLOCK` to the open file, so whoever holds them, too, sees every change. A macvtap
+//! keeps the header size with the queue (Linux: `drivers/net/tap.c`), so every setting is made on every queue of one.
 #![expect(unsafe_code, reason = "TAP ioctls, and reads and writes through I/O vectors")]
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::mem;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
-use crate::inherited;
-
 pub mod adopted;
+mod error;
+mod ioctl;
+mod open;
 
-mod ioctl {
-    //! The ioctls by their numbers in `linux/if_tun.h`; those whose argument is a value, as the kernel takes it.
-    const T: u8 = b'T';
-    nix::ioctl_write_ptr_bad!(set_iff, nix::request_code_write!(T, 202, 4), libc::ifreq);
-    nix::ioctl_write_int_bad!(set_offload, nix::request_code_write!(T, 208, 4));
-    nix::ioctl_read_bad!(get_iff, nix::request_code_read!(T, 210, 4), libc::ifreq);
-    nix::ioctl_write_ptr_bad!(set_sndbuf, nix::request_code_write!(T, 212, 4), libc::c_int);
-    nix::ioctl_read_bad!(get_vnet_hdr_size, nix::request_code_read!(T, 215, 4), libc::c_int);
-    nix::ioctl_write_ptr_bad!(set_vnet_hdr_size, nix::request_code_write!(T, 216, 4), libc::c_int);
-    nix::ioctl_write_ptr_bad!(set_queue, nix::request_code_write!(T, 217, 4), libc::ifreq);
-}
+pub use error::TapError;
 
 /// The largest frame that a TAP gives, header excluded: 64 KiB of IP, an Ethernet header, a VLAN tag.
 pub const MAX_FRAME: usize = 65535 + 14 + 4;
@@ -57,79 +48,6 @@ impl Offloads {
     pub const fn and(self, other: Self) -> Self {
         Self(self.0 | other.0)
     }
-}
-
-/// Why a TAP is of no use.
-#[derive(Debug, thiserror::Error)]
-pub enum TapError {
-    /// The name does not fit `IFNAMSIZ`.
-    #[error("\"{0}\" is no interface name: use 1 to 15 bytes, without '/' and white space")]
-    Name(String),
-    /// `/dev/net/tun` cannot be opened.
-    #[error("cannot open /dev/net/tun: load the tun module, and run with access to it")]
-    Open(#[source] io::Error),
-    /// `TUNSETIFF` failed.
-    #[error("cannot attach to TAP {name}{hint}")]
-    Attach {
-        /// The interface.
-        name: String,
-        /// What is likely the matter.
-        hint: &'static str,
-        /// The kernel's word.
-        #[source]
-        source: io::Error,
-    },
-    /// Not an open descriptor.
-    #[error("--tap-fds: descriptor {0} is not open, or was given twice")]
-    NotOpen(RawFd),
-    /// Not a TUN/TAP file.
-    #[error("--tap-fds: descriptor {0} is not a TAP that is attached to an interface")]
-    NotTap(RawFd),
-    /// A TUN.
-    #[error("--tap-fds: descriptor {fd} ({name}) is a TUN (IP packets); a TAP (Ethernet frames) is needed")]
-    Tun {
-        /// The descriptor.
-        fd: RawFd,
-        /// Its interface.
-        name: String,
-    },
-    /// Opened without `IFF_VNET_HDR`.
-    #[error("--tap-fds: TAP descriptor {fd} ({name}) was opened without IFF_VNET_HDR; open it with vnet_hdr")]
-    NoVnetHdr {
-        /// The descriptor.
-        fd: RawFd,
-        /// Its interface.
-        name: String,
-    },
-    /// Opened without `IFF_NO_PI`.
-    #[error("--tap-fds: TAP descriptor {fd} ({name}) was opened without IFF_NO_PI")]
-    PacketInfo {
-        /// The descriptor.
-        fd: RawFd,
-        /// Its interface.
-        name: String,
-    },
-    /// Descriptors of different interfaces.
-    #[error("--tap-fds: descriptor {fd} belongs to {name}, the first one to {first}")]
-    Mixed {
-        /// The descriptor.
-        fd: RawFd,
-        /// Its interface.
-        name: String,
-        /// The first descriptor's interface.
-        first: String,
-    },
-    /// Another ioctl failed.
-    #[error("TAP {name}: {operation} failed")]
-    Ioctl {
-        /// The interface.
-        name: String,
-        /// Which ioctl.
-        operation: &'static str,
-        /// The kernel's word.
-        #[source]
-        source: io::Error,
-    },
 }
 
 /// What became of a frame given to the TAP.
@@ -167,6 +85,7 @@ pub struct TapQueue {
     gone: AtomicBool,
     /// Whether the kernel takes `RWF_NOWAIT` (Linux 6.4 and later), with which no call depends on `O_NONBLOCK`.
     nowait: AtomicBool,
+    macvtap: bool,
 }
 
 impl AsFd for TapQueue {
@@ -177,7 +96,13 @@ impl AsFd for TapQueue {
 
 impl TapQueue {
     pub(crate) fn new(file: File) -> Self {
-        Self { file, gone: AtomicBool::new(false), nowait: AtomicBool::new(true) }
+        let macvtap = is_macvtap(&file);
+        Self { file, gone: AtomicBool::new(false), nowait: AtomicBool::new(true), macvtap }
+    }
+
+    /// Whether it belongs to a macvtap, or the like, and not to a TAP.
+    pub fn is_macvtap(&self) -> bool {
+        self.macvtap
     }
 
     /// Whether the interface was deleted under the queue.
@@ -190,7 +115,8 @@ impl TapQueue {
         let mut request = empty_request();
         // SAFETY: TUNGETIFF fills an ifreq.
         let result = unsafe { ioctl::get_iff(self.file.as_raw_fd(), &raw mut request) };
-        if result == Err(Errno::EBADFD) {
+        // The second is a macvtap's word.
+        if matches!(result, Err(Errno::EBADFD | Errno::ENOLINK)) {
             self.gone.store(true, Ordering::Relaxed);
         }
         self.is_gone()
@@ -294,8 +220,18 @@ impl TapQueue {
         let flags = if attached { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
         request.ifr_ifru.ifru_flags = flags_word(flags);
         // SAFETY: TUNSETQUEUE reads an ifreq.
-        unsafe { ioctl::set_queue(self.file.as_raw_fd(), &raw const request) }?;
-        Ok(())
+        match unsafe { ioctl::set_queue(self.file.as_raw_fd(), &raw const request) } {
+            // A macvtap does not tell how a queue stands, and refuses to do again what is done.
+            Err(Errno::EINVAL) if self.macvtap => Ok(()),
+            other => other.map(|_| ()).map_err(io::Error::from),
+        }
+    }
+
+    fn header_size(&self) -> nix::Result<libc::c_int> {
+        let mut size: libc::c_int = 0;
+        // SAFETY: TUNGETVNETHDRSZ fills an int.
+        unsafe { ioctl::get_vnet_hdr_size(self.file.as_raw_fd(), &raw mut size) }?;
+        Ok(size)
     }
 }
 
@@ -317,86 +253,6 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// Attaches `pairs` queues to TAP `name` in this network namespace, with the flags that it has, or creates it.
-    ///
-    /// # Errors
-    /// [`TapError`]. A TAP that was created is gone again then.
-    pub fn open(name: &str, pairs: u16) -> Result<Self, TapError> {
-        let bad = name.is_empty()
-            || name.len() >= libc::IFNAMSIZ
-            || name.contains(|c: char| c == '/' || c == ':' || c.is_whitespace() || c == '\0');
-        if bad || matches!(name, "." | "..") {
-            return Err(TapError::Name(name.to_owned()));
-        }
-        let (first, multi_queue) = match attach(name, pairs > 1) {
-            // A multi-queue TAP takes no single-queue file.
-            Err(Errno::EINVAL) if pairs == 1 => (attach(name, true), true),
-            other => (other, pairs > 1),
-        };
-        let failed = |errno| {
-            let hint = match errno {
-                Errno::EINVAL if pairs > 1 => {
-                    ": it exists and is no multi-queue TAP; make it with multi_queue, or use --queue-pairs=1"
-                }
-                Errno::EINVAL => ": it is no TAP",
-                Errno::EBUSY => ": another process uses it",
-                Errno::EPERM | Errno::EACCES => {
-                    ": not permitted; run with CAP_NET_ADMIN or as the TAP's owner"
-                }
-                Errno::E2BIG | Errno::ENOSPC => ": it has no queue left",
-                _ => "",
-            };
-            TapError::Attach { name: name.to_owned(), hint, source: errno.into() }
-        };
-        let mut queues = vec![first.map_err(failed)??];
-        while queues.len() < usize::from(pairs) {
-            queues.push(attach(name, true).map_err(failed)??);
-        }
-        Self::from_queues(name.to_owned(), queues, multi_queue, vec![true; usize::from(pairs)])
-    }
-
-    /// Takes over descriptors that the parent process opened, one a queue pair.
-    ///
-    /// # Errors
-    /// [`TapError`], naming the descriptor.
-    pub fn from_fds(fds: &[RawFd]) -> Result<Self, TapError> {
-        let mut queues = Vec::new();
-        let mut attached = Vec::new();
-        let mut multi_queue = false;
-        let mut first: Option<String> = None;
-        for (position, &fd) in fds.iter().enumerate() {
-            let twice = fds[..position].contains(&fd);
-            let file = if twice { None } else { claim(fd) }.ok_or(TapError::NotOpen(fd))?;
-            let mut request = empty_request();
-            // SAFETY: TUNGETIFF fills an ifreq; any other file answers ENOTTY or the like.
-            unsafe { ioctl::get_iff(fd, &raw mut request) }.map_err(|_| TapError::NotTap(fd))?;
-            let name = interface_name(&request);
-            // SAFETY: TUNGETIFF sets the flags.
-            let flags = libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags });
-            if flags & libc::IFF_TAP == 0 {
-                return Err(TapError::Tun { fd, name });
-            }
-            if flags & libc::IFF_VNET_HDR == 0 {
-                return Err(TapError::NoVnetHdr { fd, name });
-            }
-            if flags & libc::IFF_NO_PI == 0 {
-                return Err(TapError::PacketInfo { fd, name });
-            }
-            if let Some(first) = first.as_ref().filter(|first| **first != name) {
-                return Err(TapError::Mixed { fd, name, first: first.clone() });
-            }
-            first = Some(name);
-            multi_queue = flags & libc::IFF_MULTI_QUEUE != 0;
-            attached.push(flags & libc::IFF_DETACH_QUEUE == 0);
-            queues.push(file);
-        }
-        let name = first.ok_or(TapError::NotOpen(-1))?;
-        let mut tap = Self::from_queues(name, queues, multi_queue, attached)?;
-        // Pair 0 is never detached.
-        tap.set_attached(0, true)?;
-        Ok(tap)
-    }
-
     fn from_queues(
         name: String,
         files: Vec<File>,
@@ -471,9 +327,11 @@ impl Tap {
             return Ok(());
         }
         let value = libc::c_int::try_from(offloads.0).unwrap_or_default();
-        // SAFETY: TUNSETOFFLOAD takes its argument by value.
-        unsafe { ioctl::set_offload(self.queues[0].file.as_raw_fd(), value) }
-            .map_err(|errno| self.failed("TUNSETOFFLOAD", errno))?;
+        for queue in self.settable() {
+            // SAFETY: TUNSETOFFLOAD takes its argument by value.
+            unsafe { ioctl::set_offload(queue.file.as_raw_fd(), value) }
+                .map_err(|errno| self.failed("TUNSETOFFLOAD", errno))?;
+        }
         self.offloads = Some(offloads);
         Ok(())
     }
@@ -487,9 +345,18 @@ impl Tap {
             return Ok(());
         }
         let value = libc::c_int::try_from(size).unwrap_or_default();
-        // SAFETY: TUNSETVNETHDRSZ reads an int.
-        unsafe { ioctl::set_vnet_hdr_size(self.queues[0].file.as_raw_fd(), &raw const value) }
-            .map_err(|errno| self.failed("TUNSETVNETHDRSZ", errno))?;
+        for queue in self.settable() {
+            // SAFETY: TUNSETVNETHDRSZ reads an int.
+            unsafe { ioctl::set_vnet_hdr_size(queue.file.as_raw_fd(), &raw const value) }
+                .map_err(|errno| self.failed("TUNSETVNETHDRSZ", errno))?;
+        }
+        // A queue with another size would shift every byte of every frame.
+        for (pair, queue) in self.queues.iter().enumerate() {
+            let is = queue.header_size().map_err(|errno| self.failed("TUNGETVNETHDRSZ", errno))?;
+            if is != value {
+                return Err(TapError::HeaderSize { name: self.name.clone(), pair, is, wanted: value });
+            }
+        }
         self.header_size = Some(size);
         Ok(())
     }
@@ -526,39 +393,23 @@ impl Tap {
         Ok(())
     }
 
+    /// The queues to make a setting on for it to hold on all.
+    fn settable(&self) -> &[Arc<TapQueue>] {
+        let per_queue = self.queues.iter().any(|queue| queue.macvtap);
+        if per_queue { &self.queues } else { &self.queues[..1] }
+    }
+
     fn failed(&self, operation: &'static str, errno: Errno) -> TapError {
         TapError::Ioctl { name: self.name.clone(), operation, source: errno.into() }
     }
 }
 
-/// The outer error is the descriptor's, the inner one the interface's.
-fn attach(name: &str, multi_queue: bool) -> Result<Result<File, TapError>, Errno> {
-    let file = match OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
-        .open("/dev/net/tun")
-    {
-        Ok(file) => file,
-        Err(error) => return Ok(Err(TapError::Open(error))),
-    };
-    let mut request = empty_request();
-    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
-        *to = from.cast_signed();
-    }
-    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-    request.ifr_ifru.ifru_flags = flags_word(if multi_queue { flags | libc::IFF_MULTI_QUEUE } else { flags });
-    // SAFETY: TUNSETIFF reads an ifreq.
-    unsafe { ioctl::set_iff(file.as_raw_fd(), &raw const request) }?;
-    Ok(Ok(file))
-}
-
-/// Takes ownership of an inherited descriptor, with the flags that those of our own have.
-fn claim(fd: RawFd) -> Option<File> {
-    let owned = inherited::claim(fd)?;
-    let flags = OFlag::from_bits_retain(fcntl(&owned, FcntlArg::F_GETFL).ok()?);
-    fcntl(&owned, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).ok()?;
-    Some(File::from(owned))
+/// Whether a file is a macvtap's, or an ipvtap's: of the two kinds of device only the driver of TAPs makes TUNs, too.
+fn is_macvtap(file: &impl AsRawFd) -> bool {
+    let mut features: libc::c_uint = 0;
+    // SAFETY: TUNGETFEATURES fills an int; any other file answers ENOTTY or the like.
+    let result = unsafe { ioctl::get_features(file.as_raw_fd(), &raw mut features) };
+    result.is_ok() && features & libc::IFF_TUN.cast_unsigned() == 0
 }
 
 fn empty_request() -> libc::ifreq {

@@ -24,6 +24,7 @@ pub mod lab;
 pub mod link;
 pub mod load;
 pub mod local_migration;
+pub mod macvtap;
 pub mod migration;
 pub mod netns;
 pub mod packet_socket;

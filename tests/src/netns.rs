@@ -62,6 +62,17 @@ impl Netns {
         Ok(())
     }
 
+    /// Has this thread, and what it starts, see this namespace's interfaces in `/sys/class/net`.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn mount_sysfs(&self) -> Result<()> {
+        unshare(CloneFlags::CLONE_NEWNS).context("a new mount namespace")?;
+        let none: Option<&str> = None;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
+        mount(none, "/sys", Some("sysfs"), MsFlags::empty(), none).context("/sys")
+    }
+
     /// Creates a TAP with a virtio-net header and `queues` queues, brings it up and gives its queues. It lives as long
     /// as one of them is open, or [`set_persistent`] was called.
     ///

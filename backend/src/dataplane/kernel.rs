@@ -26,7 +26,7 @@ use crate::tap::TapQueue;
 use crate::vhost_net::{Start, VhostNet};
 
 /// How often to see whether the TAP is still there, in milliseconds: vhost-net does not tell.
-const TAP_WATCH: i32 = 1000;
+pub(super) const TAP_WATCH: i32 = 1000;
 
 /// What a queue pair needs for the kernel to move its frames.
 #[derive(Debug)]

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use super::Turn;
 use super::chain;
-use super::kernel::KernelPath;
+use super::kernel::{KernelPath, TAP_WATCH};
 use super::ring::{Kick, Ring};
 use super::rx::Rx;
 use super::tx::Tx;
@@ -69,6 +69,8 @@ pub struct QueuePair {
     pub(super) look_tx: bool,
     /// When there was something to do last, while that matters.
     last_work: Instant,
+    /// When to see next whether the macvtap is still there: unlike a TAP it does not tell.
+    next_watch: Instant,
 }
 
 impl QueuePair {
@@ -94,6 +96,7 @@ impl QueuePair {
             look_rx: false,
             look_tx: false,
             last_work: Instant::now(),
+            next_watch: Instant::now(),
         })
     }
 
@@ -226,7 +229,11 @@ impl QueuePair {
     /// Whether there is nothing to do until the TAP has something to read, or the driver kicks, which it is asked for. Of
     /// kicks that came long ago is told anew. No when in doubt.
     pub(super) fn is_idle(&mut self) -> bool {
-        if self.kernel.is_some() || !self.poll.is_zero() || self.rx.in_hand.is_some() {
+        if self.kernel.is_some()
+            || !self.poll.is_zero()
+            || self.rx.in_hand.is_some()
+            || self.watches_macvtap()
+        {
             return false;
         }
         let rings = [&self.rx.ring, &self.tx.ring];
@@ -320,6 +327,10 @@ impl QueuePair {
             worked |= turn != Turn::Idle;
             self.look_rx = turn == Turn::More;
         }
+        if self.watches_macvtap() && Instant::now() >= self.next_watch {
+            tap.was_deleted();
+            self.next_watch = Instant::now() + Duration::from_millis(TAP_WATCH.unsigned_abs().into());
+        }
         if tap.is_gone() {
             return Err(io::Error::other("the TAP was deleted"));
         }
@@ -329,8 +340,14 @@ impl QueuePair {
         Ok(match (self.look_rx || self.look_tx, polled) {
             (true, _) => 0,
             (false, true) => POLLED_WAIT,
+            (false, false) if self.watches_macvtap() => TAP_WATCH,
             (false, false) => -1,
         })
+    }
+
+    /// Whether this pair is the one that sees whether its macvtap was deleted.
+    fn watches_macvtap(&self) -> bool {
+        self.index == 0 && self.tap.as_ref().is_some_and(|tap| tap.is_macvtap())
     }
 
     pub(super) fn polled(&self) -> bool {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use baton_protocol::handover::state::{DeviceState, QueuePairState};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
-use super::{Tap, TapQueue, empty_request, interface_name, ioctl};
+use super::{Tap, TapQueue, empty_request, interface_name, ioctl, is_macvtap};
 
 /// Why descriptors are not those of the TAP that they should be.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -55,10 +55,12 @@ pub fn adopt(device: &DeviceState, fds: Vec<OwnedFd>) -> Result<Tap, AdoptError>
         let flags = check(device, pair, fd, state)?;
         multi_queue = flags & libc::IFF_MULTI_QUEUE != 0;
     }
+    let queues: Vec<_> = fds.into_iter().map(|fd| Arc::new(TapQueue::new(File::from(fd)))).collect();
+    multi_queue |= queues.iter().any(|queue| queue.is_macvtap());
     let first = device.queue_pairs.first().copied().unwrap_or_default();
     Ok(Tap {
         name: device.tap.clone(),
-        queues: fds.into_iter().map(|fd| Arc::new(TapQueue::new(File::from(fd)))).collect(),
+        queues,
         attached: device.queue_pairs.iter().map(|pair| pair.enabled).collect(),
         multi_queue,
         ufo: first.has_ufo,
@@ -90,7 +92,8 @@ fn check(
         return Err(AdoptError::Flags(pair));
     }
     let attached = flags & libc::IFF_DETACH_QUEUE == 0;
-    if attached != state.enabled {
+    // A macvtap does not tell.
+    if attached != state.enabled && !is_macvtap(fd) {
         let word = |attached| if attached { "attached" } else { "detached" }.to_owned();
         return Err(AdoptError::Differs { pair, said: word(state.enabled), is: word(attached) });
     }

@@ -1,0 +1,12 @@
+//! The ioctls by their numbers in `linux/if_tun.h`; those whose argument is a value, as the kernel takes it.
+
+const T: u8 = b'T';
+nix::ioctl_write_ptr_bad!(set_iff, nix::request_code_write!(T, 202, 4), libc::ifreq);
+nix::ioctl_read_bad!(get_features, nix::request_code_read!(T, 207, 4), libc::c_uint);
+nix::ioctl_write_int_bad!(set_offload, nix::request_code_write!(T, 208, 4));
+nix::ioctl_read_bad!(get_iff, nix::request_code_read!(T, 210, 4), libc::ifreq);
+nix::ioctl_read_bad!(get_sndbuf, nix::request_code_read!(T, 211, 4), libc::c_int);
+nix::ioctl_write_ptr_bad!(set_sndbuf, nix::request_code_write!(T, 212, 4), libc::c_int);
+nix::ioctl_read_bad!(get_vnet_hdr_size, nix::request_code_read!(T, 215, 4), libc::c_int);
+nix::ioctl_write_ptr_bad!(set_vnet_hdr_size, nix::request_code_write!(T, 216, 4), libc::c_int);
+nix::ioctl_write_ptr_bad!(set_queue, nix::request_code_write!(T, 217, 4), libc::ifreq);

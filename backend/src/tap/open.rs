@@ -1,0 +1,129 @@
+//! How a TAP comes to this process: attached by its name, or by descriptors that the parent process opened.
+#![expect(unsafe_code, reason = "TAP ioctls")]
+
+use std::fs::{File, OpenOptions};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+
+use super::{Tap, TapError, empty_request, flags_word, interface_name, ioctl, is_macvtap};
+use crate::inherited;
+
+impl Tap {
+    /// Attaches `pairs` queues to TAP `name` in this network namespace, with the flags that it has, or creates it.
+    ///
+    /// # Errors
+    /// [`TapError`]. A TAP that was created is gone again then.
+    pub fn open(name: &str, pairs: u16) -> Result<Self, TapError> {
+        let bad = name.is_empty()
+            || name.len() >= libc::IFNAMSIZ
+            || name.contains(|c: char| c == '/' || c == ':' || c.is_whitespace() || c == '\0');
+        if bad || matches!(name, "." | "..") {
+            return Err(TapError::Name(name.to_owned()));
+        }
+        let (first, multi_queue) = match attach(name, pairs > 1) {
+            // A multi-queue TAP takes no single-queue file.
+            Err(Errno::EINVAL) if pairs == 1 => (attach(name, true), true),
+            other => (other, pairs > 1),
+        };
+        let failed = |errno| {
+            let hint = match errno {
+                Errno::EINVAL if pairs > 1 => {
+                    ": it exists and is no multi-queue TAP; make it with multi_queue, or use --queue-pairs=1"
+                }
+                Errno::EINVAL => ": it is no TAP",
+                Errno::EBUSY => ": another process uses it",
+                Errno::EPERM | Errno::EACCES => {
+                    ": not permitted; run with CAP_NET_ADMIN or as the TAP's owner"
+                }
+                Errno::E2BIG | Errno::ENOSPC => ": it has no queue left",
+                _ => "",
+            };
+            TapError::Attach { name: name.to_owned(), hint, source: errno.into() }
+        };
+        let mut queues = vec![first.map_err(failed)??];
+        while queues.len() < usize::from(pairs) {
+            queues.push(attach(name, true).map_err(failed)??);
+        }
+        Self::from_queues(name.to_owned(), queues, multi_queue, vec![true; usize::from(pairs)])
+    }
+
+    /// Takes over descriptors that the parent process opened, one a queue pair.
+    ///
+    /// # Errors
+    /// [`TapError`], naming the descriptor.
+    pub fn from_fds(fds: &[RawFd]) -> Result<Self, TapError> {
+        let mut queues = Vec::new();
+        let mut attached = Vec::new();
+        let mut multi_queue = false;
+        let mut first: Option<String> = None;
+        for (position, &fd) in fds.iter().enumerate() {
+            let twice = fds[..position].contains(&fd);
+            let file = if twice { None } else { claim(fd) }.ok_or(TapError::NotOpen(fd))?;
+            let mut request = empty_request();
+            // SAFETY: TUNGETIFF fills an ifreq; any other file answers ENOTTY or the like.
+            unsafe { ioctl::get_iff(fd, &raw mut request) }.map_err(|_| TapError::NotTap(fd))?;
+            let name = interface_name(&request);
+            // SAFETY: TUNGETIFF sets the flags.
+            let flags = libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags });
+            if flags & libc::IFF_TAP == 0 {
+                return Err(TapError::Tun { fd, name });
+            }
+            if flags & libc::IFF_VNET_HDR == 0 {
+                return Err(TapError::NoVnetHdr { fd, name });
+            }
+            if flags & libc::IFF_NO_PI == 0 {
+                return Err(TapError::PacketInfo { fd, name });
+            }
+            if let Some(first) = first.as_ref().filter(|first| **first != name) {
+                return Err(TapError::Mixed { fd, name, first: first.clone() });
+            }
+            first = Some(name);
+            multi_queue = flags & libc::IFF_MULTI_QUEUE != 0 || is_macvtap(&file);
+            attached.push(flags & libc::IFF_DETACH_QUEUE == 0);
+            queues.push(file);
+        }
+        let name = first.ok_or(TapError::NotOpen(-1))?;
+        let mut tap = Self::from_queues(name, queues, multi_queue, attached)?;
+        for pair in 0..tap.pairs() {
+            // Pair 0 is never detached, and a macvtap does not tell whether a queue is.
+            if pair == 0 || tap.queue(pair).is_macvtap() {
+                tap.attached[pair] &= !tap.queue(pair).is_macvtap();
+                tap.set_attached(pair, true)?;
+            }
+        }
+        Ok(tap)
+    }
+}
+
+/// The outer error is the descriptor's, the inner one the interface's.
+fn attach(name: &str, multi_queue: bool) -> Result<Result<File, TapError>, Errno> {
+    let file = match OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+        .open("/dev/net/tun")
+    {
+        Ok(file) => file,
+        Err(error) => return Ok(Err(TapError::Open(error))),
+    };
+    let mut request = empty_request();
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from.cast_signed();
+    }
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    request.ifr_ifru.ifru_flags = flags_word(if multi_queue { flags | libc::IFF_MULTI_QUEUE } else { flags });
+    // SAFETY: TUNSETIFF reads an ifreq.
+    unsafe { ioctl::set_iff(file.as_raw_fd(), &raw const request) }?;
+    Ok(Ok(file))
+}
+
+/// Takes ownership of an inherited descriptor, with the flags that those of our own have.
+fn claim(fd: RawFd) -> Option<File> {
+    let owned = inherited::claim(fd)?;
+    let flags = OFlag::from_bits_retain(fcntl(&owned, FcntlArg::F_GETFL).ok()?);
+    fcntl(&owned, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).ok()?;
+    Some(File::from(owned))
+}
