@@ -135,7 +135,7 @@ pub fn status(device: &Device, handover: Option<HandoverStatus>, connected: bool
         .collect();
     BackendStatus {
         state,
-        tap: device.tap().map(|tap| tap.name().to_owned()).unwrap_or_default(),
+        tap: device.tap().map(crate::tap::Tap::name).unwrap_or_default(),
         queue_pairs: u16::try_from(pairs).unwrap_or(u16::MAX),
         features: format!("{:#x}", session.features.0),
         protocol_features: format!("{:#x}", session.protocol_features),

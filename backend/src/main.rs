@@ -92,7 +92,7 @@ fn serve(args: &Args) -> Result<()> {
     };
     let handover = Handover::new(args.incoming_fds.as_deref(), wishes)?;
     if let (Some(script), Some(tap)) = (&args.script.0, &tap) {
-        script::run("--script", script, tap.name())?;
+        script::run("--script", script, &tap.name())?;
     }
     let config = DeviceConfig {
         mac: args.mac.map(|mac| mac.0),
@@ -102,7 +102,7 @@ fn serve(args: &Args) -> Result<()> {
         poll: poll.unwrap_or_default(),
     };
     let (mailer, news) = mailbox().context("cannot make a mailbox")?;
-    let name = tap.as_ref().map(|tap| tap.name().to_owned());
+    let name = tap.as_ref().map(Tap::name);
     let device = Device::new(tap, args.pairs(), vhost, config, &mailer)?;
     let datapath = device.datapath();
     match name {

@@ -287,9 +287,14 @@ impl Tap {
         self.header_size
     }
 
-    /// The interface's name.
-    pub fn name(&self) -> &str {
-        &self.name
+    /// The interface's name, which may change while it is in use; the last one known if the interface is gone.
+    pub fn name(&self) -> String {
+        let mut request = empty_request();
+        // SAFETY: TUNGETIFF fills an ifreq.
+        match unsafe { ioctl::get_iff(self.queues[0].file.as_raw_fd(), &raw mut request) } {
+            Ok(_) => interface_name(&request),
+            Err(_) => self.name.clone(),
+        }
     }
 
     /// The queue of pair `pair`.

@@ -12,6 +12,7 @@ use baton_tests::backend::{Backend, Rig, TAP};
 use baton_tests::datapath::Datapath;
 use baton_tests::fake_frontend::{Connection, Device, NetHeader, Options};
 use baton_tests::frames;
+use baton_tests::link::ip;
 use baton_tests::netns::{self, Netns, open_tun};
 use baton_tests::on_both_datapaths;
 use baton_tests::packet_socket::PacketSocket;
@@ -207,6 +208,22 @@ fn a_tap_in_use_is_refused_by_name() {
     let netns = Netns::enter().unwrap();
     let _tap = netns.create_tap(TAP, 1).unwrap();
     assert_refuses(Backend::listening(Datapath::Userspace, &[TAP_OPTION], &[]).unwrap(), 1, &[TAP]);
+}
+
+#[test]
+fn a_tap_that_is_renamed_while_in_use_goes_by_its_new_name() {
+    let mut rig = Rig::new(Datapath::Userspace, 2, &[]).unwrap();
+    let mut device = rig.device(Options::default()).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    ip(&["link", "set", TAP, "down"]).unwrap();
+    ip(&["link", "set", TAP, "name", "renamed"]).unwrap();
+    ip(&["link", "set", "renamed", "up"]).unwrap();
+    assert_eq!(rig.backend.status().unwrap().tap, "renamed");
+    let target = Backend::waiting_for_session(Datapath::Userspace, &[]).unwrap();
+    rig.backend.become_busy_target(target).unwrap();
+    assert_eq!(rig.backend.status().unwrap().tap, "renamed");
+    rig.network = PacketSocket::open("renamed").unwrap();
+    rig.check_traffic(&mut device).unwrap();
 }
 
 #[test]

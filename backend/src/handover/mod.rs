@@ -284,7 +284,7 @@ impl Handover {
             target.finish(device, &self.wishes, around)?;
         }
         let Some(tap) = device.tap() else { return Ok(None) };
-        let tap = tap.name().to_owned();
+        let tap = tap.name();
         Ok(device.config().downscript.clone().map(|script| LastWork { script, tap }))
     }
 

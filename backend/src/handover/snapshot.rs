@@ -67,7 +67,7 @@ pub fn describe(device: &Device, tap: Option<&Tap>, extents: &[Option<FrameExten
         tx: counters.tx.save(),
     });
     DeviceState {
-        tap: tap.map(|tap| tap.name().to_owned()).unwrap_or_default(),
+        tap: tap.map(Tap::name).unwrap_or_default(),
         queue_pairs: queue_pairs.collect(),
         features: session.features.0,
         protocol_features: session.protocol_features,
