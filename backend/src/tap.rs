@@ -17,6 +17,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 pub mod adopted;
 mod error;
+mod interface;
 mod ioctl;
 mod open;
 
@@ -425,6 +426,12 @@ fn empty_request() -> libc::ifreq {
 /// `IFF_*` as the 16 bits that an ifreq holds.
 fn flags_word(flags: libc::c_int) -> libc::c_short {
     u16::try_from(flags).unwrap_or_default().cast_signed()
+}
+
+fn set_name(request: &mut libc::ifreq, name: &str) {
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from.cast_signed();
+    }
 }
 
 fn interface_name(request: &libc::ifreq) -> String {

@@ -153,6 +153,31 @@ pub fn set_persistent(tap: &OwnedFd) -> Result<()> {
     Ok(())
 }
 
+/// Has a TAP give its reader only frames to this address, and of those only what a filter program takes, which is
+/// nothing.
+///
+/// # Errors
+/// The system's.
+pub fn set_filters(tap: &OwnedFd, address: [u8; 6]) -> Result<()> {
+    #[repr(C)]
+    struct Filter {
+        flags: u16,
+        count: u16,
+        address: [u8; 6],
+    }
+    let filter = Filter { flags: 0, count: 1, address };
+    // SAFETY: TUNSETTXFILTER reads a header, and the addresses that it counts.
+    let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETTXFILTER, &raw const filter) };
+    Errno::result(result).context("TUNSETTXFILTER")?;
+    // BPF_RET | BPF_K, 0: no byte of any frame.
+    let mut nothing = libc::sock_filter { code: 6, jt: 0, jf: 0, k: 0 };
+    let program = libc::sock_fprog { len: 1, filter: &raw mut nothing };
+    // SAFETY: TUNATTACHFILTER reads a program, whose instructions live through the call.
+    let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNATTACHFILTER, &raw const program) };
+    Errno::result(result).context("TUNATTACHFILTER")?;
+    Ok(())
+}
+
 /// An interface's `IFF_` flags.
 fn flags(name: &str) -> Result<libc::c_short> {
     let mut request = interface_request(name)?;

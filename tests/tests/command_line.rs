@@ -26,6 +26,8 @@ on_both_datapaths! {
     a_connected_socket_is_served_until_it_is_closed,
     a_tap_that_is_absent_is_created_and_goes_with_the_back_end,
     an_existing_tap_is_taken_with_the_flags_it_has,
+    a_tap_keeps_the_flags_that_are_not_the_back_ends,
+    what_its_last_user_filtered_reaches_the_guest,
     inherited_taps_are_used,
     its_sockets_are_for_its_owner_alone_and_go_with_it,
     the_control_socket_tells_what_it_does,
@@ -160,6 +162,44 @@ fn an_existing_tap_is_taken_with_the_flags_it_has(datapath: Datapath) {
         drop((device, backend));
         assert!(netns::exists(name), "a TAP that it did not create went with it");
     }
+}
+
+/// `IFF_NAPI`, with which the kernel takes what is written to a TAP in batches.
+const IFF_NAPI: libc::c_int = 0x10;
+
+fn a_tap_keeps_the_flags_that_are_not_the_back_ends(datapath: Datapath) {
+    let netns = Netns::enter().unwrap();
+    netns.mount_sysfs().unwrap();
+    let flags = || std::fs::read_to_string(format!("/sys/class/net/{TAP}/tun_flags")).unwrap();
+    for (queue_pairs, multi_queue) in [(1, 0), (1, libc::IFF_MULTI_QUEUE), (2, libc::IFF_MULTI_QUEUE)] {
+        let own = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | IFF_NAPI | multi_queue;
+        let tap = open_tun(TAP, own).unwrap();
+        netns::set_persistent(&tap).unwrap();
+        netns::set_up(TAP).unwrap();
+        drop(tap);
+        let before = flags();
+        let mut network = PacketSocket::open(TAP).unwrap();
+        let option = format!("--queue-pairs={queue_pairs}");
+        let mut backend = Backend::listening(datapath, &[TAP_OPTION, &option], &[]).unwrap();
+        let mut device = backend.device(Options::default()).unwrap();
+        check_traffic(&mut device, &mut network);
+        assert_eq!(flags(), before);
+        drop((device, backend));
+        assert_eq!(flags(), before);
+        ip(&["link", "del", TAP]).unwrap();
+    }
+}
+
+fn what_its_last_user_filtered_reaches_the_guest(datapath: Datapath) {
+    let netns = Netns::enter().unwrap();
+    netns.create_persistent_tap(TAP, false).unwrap();
+    let tap = open_tun(TAP, libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR).unwrap();
+    netns::set_filters(&tap, [2, 0, 0, 0, 0, 99]).unwrap();
+    drop(tap);
+    let mut network = PacketSocket::open(TAP).unwrap();
+    let mut backend = Backend::listening(datapath, &[TAP_OPTION], &[]).unwrap();
+    let mut device = backend.device(Options::default()).unwrap();
+    check_traffic(&mut device, &mut network);
 }
 
 fn inherited_taps_are_used(datapath: Datapath) {

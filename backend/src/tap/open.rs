@@ -8,11 +8,14 @@ use std::os::unix::fs::OpenOptionsExt;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
-use super::{Tap, TapError, empty_request, flags_word, interface_name, ioctl, is_macvtap};
+use super::{
+    Tap, TapError, empty_request, flags_word, interface, interface_name, ioctl, is_macvtap, set_name,
+};
 use crate::inherited;
 
 impl Tap {
     /// Attaches `pairs` queues to TAP `name` in this network namespace, with the flags that it has, or creates it.
+    /// Whatever filters its last user left are gone then.
     ///
     /// # Errors
     /// [`TapError`]. A TAP that was created is gone again then.
@@ -23,9 +26,10 @@ impl Tap {
         if bad || matches!(name, "." | "..") {
             return Err(TapError::Name(name.to_owned()));
         }
-        let (first, multi_queue) = match attach(name, pairs > 1) {
+        let kept = interface::tun_flags(name).unwrap_or_default();
+        let (first, multi_queue) = match attach(name, pairs > 1, kept) {
             // A multi-queue TAP takes no single-queue file.
-            Err(Errno::EINVAL) if pairs == 1 => (attach(name, true), true),
+            Err(Errno::EINVAL) if pairs == 1 => (attach(name, true, kept), true),
             other => (other, pairs > 1),
         };
         let failed = |errno| {
@@ -45,8 +49,9 @@ impl Tap {
         };
         let mut queues = vec![first.map_err(failed)??];
         while queues.len() < usize::from(pairs) {
-            queues.push(attach(name, true).map_err(failed)??);
+            queues.push(attach(name, true, kept).map_err(failed)??);
         }
+        queues.iter().for_each(drop_filters);
         Self::from_queues(name.to_owned(), queues, multi_queue, vec![true; usize::from(pairs)])
     }
 
@@ -99,7 +104,7 @@ impl Tap {
 }
 
 /// The outer error is the descriptor's, the inner one the interface's.
-fn attach(name: &str, multi_queue: bool) -> Result<Result<File, TapError>, Errno> {
+fn attach(name: &str, multi_queue: bool, kept: libc::c_int) -> Result<Result<File, TapError>, Errno> {
     let file = match OpenOptions::new()
         .read(true)
         .write(true)
@@ -110,14 +115,34 @@ fn attach(name: &str, multi_queue: bool) -> Result<Result<File, TapError>, Errno
         Err(error) => return Ok(Err(TapError::Open(error))),
     };
     let mut request = empty_request();
-    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
-        *to = from.cast_signed();
-    }
-    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    set_name(&mut request, name);
+    let mut known: libc::c_uint = 0;
+    // SAFETY: TUNGETFEATURES fills an int.
+    unsafe { ioctl::get_features(file.as_raw_fd(), &raw mut known) }?;
+    // What is Baton's to decide, and IFF_NO_CARRIER, which is no property but a wish.
+    let ours =
+        libc::IFF_TUN | libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE | 0x40;
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | (kept & known.cast_signed() & !ours);
     request.ifr_ifru.ifru_flags = flags_word(if multi_queue { flags | libc::IFF_MULTI_QUEUE } else { flags });
     // SAFETY: TUNSETIFF reads an ifreq.
     unsafe { ioctl::set_iff(file.as_raw_fd(), &raw const request) }?;
     Ok(Ok(file))
+}
+
+/// Drops what the last user of a persistent TAP has left to choose frames with, which would keep them from the guest
+/// without a word. A kernel that knows one of the calls not has nothing of its kind.
+fn drop_filters(queue: &File) {
+    let fd = queue.as_raw_fd();
+    let everything = [0; 2];
+    let nothing: libc::c_int = -1;
+    // SAFETY: TUNSETTXFILTER reads a tun_filter, here of no flags and no addresses.
+    let _ = unsafe { ioctl::set_tx_filter(fd, &raw const everything) };
+    // SAFETY: TUNDETACHFILTER takes no argument.
+    let _ = unsafe { ioctl::detach_filter(fd) };
+    // SAFETY: TUNSETFILTEREBPF reads an int, the descriptor of a program or −1.
+    let _ = unsafe { ioctl::set_filter_program(fd, &raw const nothing) };
+    // SAFETY: likewise TUNSETSTEERINGEBPF.
+    let _ = unsafe { ioctl::set_steering(fd, &raw const nothing) };
 }
 
 /// Takes ownership of an inherited descriptor, with the flags that those of our own have.
