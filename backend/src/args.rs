@@ -8,6 +8,8 @@ use std::str::FromStr;
 use baton_protocol::handover::validate::MAX_QUEUE_PAIRS;
 use clap::{ArgGroup, Parser};
 
+use crate::tap::SMALLEST_SNDBUF;
+
 /// A vhost-user network back-end that owns its TAP.
 ///
 /// It serves one virtio-net device to one front-end at a time (QEMU, Cloud Hypervisor, DPDK virtio-user, baton-vmm)
@@ -58,7 +60,7 @@ pub struct Args {
     pub poll_us: Option<u32>,
 
     /// Limit how many bytes may be on their way into the network; 0 is no limit
-    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(0..=0x7fff_ffff))]
+    #[arg(long, value_name = "BYTES", value_parser = sndbuf)]
     pub sndbuf: Option<u32>,
 
     /// The guest's MAC address
@@ -197,6 +199,15 @@ impl Args {
     }
 }
 
+/// A send buffer that the kernel tells of room in, or none.
+fn sndbuf(word: &str) -> Result<u32, String> {
+    match word.parse() {
+        Ok(bytes) if bytes == 0 || (SMALLEST_SNDBUF..=0x7fff_ffff).contains(&bytes) => Ok(bytes),
+        Ok(_) => Err(format!("use 0 for no limit, or {SMALLEST_SNDBUF} to 2147483647 bytes")),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
 /// A unicast Ethernet address, `02:00:00:00:00:01`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MacAddress(pub [u8; 6]);
@@ -305,7 +316,7 @@ mod tests {
         assert_eq!(args("--fd=3 --incoming-fds=p --queue-pairs=4 --poll-us=5 --vhost").pairs(), 4);
         assert_eq!(args("--fd=3 --incoming-fds=p --vhost-fds=5,6").pairs(), 2);
         args("--fd=3 --incoming-fds=p --script=no --downscript=");
-        let all = "--fd=3 --incoming-fds=p --tap=t --sndbuf=1 --mac=02:00:00:00:00:01 --mtu=1500 --script=/a --downscript=/b";
+        let all = "--fd=3 --incoming-fds=p --tap=t --sndbuf=6 --mac=02:00:00:00:00:01 --mtu=1500 --script=/a --downscript=/b";
         let error = parsed(all).unwrap_err().to_string();
         for offender in ["--tap,", "--sndbuf,", "--mac,", "--mtu,", "--script,", "--downscript"] {
             assert!(error.contains(offender), "{error}");

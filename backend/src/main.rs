@@ -71,6 +71,9 @@ fn serve(args: &Args) -> Result<()> {
     if let (Some(tap), Some(sndbuf)) = (&tap, args.sndbuf) {
         tap.set_sndbuf(if sndbuf == 0 { i32::MAX } else { i32::try_from(sndbuf).unwrap_or(i32::MAX) })?;
     }
+    if let Some(tap) = &tap {
+        tap.check_sndbuf()?;
+    }
     log_to_stderr(&args.log_level);
     raise_descriptor_limit();
     let signals = server::signals().context("cannot take signals")?;

@@ -26,6 +26,10 @@ pub use error::TapError;
 /// The largest frame that a TAP gives, header excluded: 64 KiB of IP, an Ethernet header, a VLAN tag.
 pub const MAX_FRAME: usize = 65535 + 14 + 4;
 
+/// The smallest send buffer of use. The kernel tells of room when it holds less than half of it, and counts two bytes
+/// while it says so (`sock_wfree`, `sock_writeable`): with less it never does.
+pub const SMALLEST_SNDBUF: u32 = 6;
+
 /// `TUN_F_*`: what the reader of a TAP can take.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Offloads(u32);
@@ -376,6 +380,24 @@ impl Tap {
             // SAFETY: TUNSETSNDBUF reads an int.
             unsafe { ioctl::set_sndbuf(queue.file.as_raw_fd(), &raw const bytes) }
                 .map_err(|errno| self.failed("TUNSETSNDBUF", errno))?;
+        }
+        Ok(())
+    }
+
+    /// Checks that no queue has a send buffer that stays full for good once it is full ([`SMALLEST_SNDBUF`]).
+    ///
+    /// # Errors
+    /// [`TapError::Sndbuf`], [`TapError::Ioctl`].
+    pub fn check_sndbuf(&self) -> Result<(), TapError> {
+        // A macvtap does not tell.
+        for (pair, queue) in self.queues.iter().enumerate().filter(|(_, queue)| !queue.macvtap) {
+            let mut bytes: libc::c_int = 0;
+            // SAFETY: TUNGETSNDBUF fills an int.
+            unsafe { ioctl::get_sndbuf(queue.file.as_raw_fd(), &raw mut bytes) }
+                .map_err(|errno| self.failed("TUNGETSNDBUF", errno))?;
+            if bytes.unsigned_abs() < SMALLEST_SNDBUF {
+                return Err(TapError::Sndbuf { name: self.name.clone(), pair, bytes });
+            }
         }
         Ok(())
     }

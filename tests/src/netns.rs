@@ -153,6 +153,17 @@ pub fn set_persistent(tap: &OwnedFd) -> Result<()> {
     Ok(())
 }
 
+/// Limits what a TAP's queues hold of what is on its way into the network.
+///
+/// # Errors
+/// The system's.
+pub fn set_sndbuf(tap: &OwnedFd, bytes: libc::c_int) -> Result<()> {
+    // SAFETY: TUNSETSNDBUF reads an int.
+    let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETSNDBUF, &raw const bytes) };
+    Errno::result(result).context("TUNSETSNDBUF")?;
+    Ok(())
+}
+
 /// Has a TAP give its reader only frames to this address, and of those only what a filter program takes, which is
 /// nothing.
 ///

@@ -251,6 +251,28 @@ fn a_tap_in_use_is_refused_by_name() {
 }
 
 #[test]
+fn a_send_buffer_that_would_stay_full_is_refused() {
+    let netns = Netns::enter().unwrap();
+    for bytes in 1..=5 {
+        let option = format!("--sndbuf={bytes}");
+        let backend = Backend::listening(Datapath::Userspace, &[TAP_OPTION, &option], &[]).unwrap();
+        assert_refuses(backend, 2, &["--sndbuf", "6"]);
+    }
+    // The opener's, unless another is given.
+    let taps = netns.create_tap(TAP, 2).unwrap();
+    netns::set_sndbuf(&taps[1], 5).unwrap();
+    let option = format!("--tap-fds={},{}", taps[0].as_raw_fd(), taps[1].as_raw_fd());
+    let fds = [taps[0].as_fd(), taps[1].as_fd()];
+    assert_refuses(
+        Backend::listening(Datapath::Userspace, &[&option], &fds).unwrap(),
+        1,
+        &[TAP, "5 bytes", "--sndbuf"],
+    );
+    let mut backend = Backend::listening(Datapath::Userspace, &[&option, "--sndbuf=6"], &fds).unwrap();
+    backend.status().unwrap();
+}
+
+#[test]
 fn a_tap_that_is_renamed_while_in_use_goes_by_its_new_name() {
     let mut rig = Rig::new(Datapath::Userspace, 2, &[]).unwrap();
     let mut device = rig.device(Options::default()).unwrap();

@@ -43,3 +43,15 @@ fn a_full_send_buffer_loses_nothing_and_is_used_again_once_it_has_room() {
     }
     assert_eq!(rig.backend.pair_stats(0).unwrap().tx.dropped, Some(0));
 }
+
+#[test]
+fn the_smallest_send_buffer_is_used_again_once_it_has_room() {
+    let mut rig = Rig::new(Datapath::Userspace, 1, &["--sndbuf=6"]).unwrap();
+    let mut far = slow_line();
+    let mut device = rig.device(Options::default()).unwrap();
+    rig.transmit(&mut device, 0..20, 1400).unwrap();
+    for number in 0..20 {
+        let (_, frame) = far.receive().unwrap();
+        assert_eq!(frames::number_of(&frame), Some(number));
+    }
+}

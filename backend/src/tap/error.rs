@@ -75,6 +75,18 @@ pub enum TapError {
         /// The size that was set.
         wanted: i32,
     },
+    /// The kernel would never tell of room in it.
+    #[error(
+        "TAP {name}: queue {pair} has a send buffer of {bytes} bytes, which stays full for good: give --sndbuf"
+    )]
+    Sndbuf {
+        /// The interface.
+        name: String,
+        /// Its queue pair.
+        pair: usize,
+        /// Its size.
+        bytes: i32,
+    },
     /// Another ioctl failed.
     #[error("TAP {name}: {operation} failed")]
     Ioctl {
