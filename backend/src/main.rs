@@ -97,6 +97,17 @@ fn serve(args: &Args) -> Result<()> {
     if let (Some(script), Some(tap)) = (&args.script.0, &tap) {
         script::run("--script", script, &tap.name())?;
     }
+    // The script may set it.
+    if let (Some(tap), Some(mtu)) = (&tap, args.mtu)
+        && let Some(of_tap) = tap.mtu()
+        && of_tap < i32::from(mtu)
+    {
+        let name = tap.name();
+        tracing::warn!(
+            "the guest's MTU of {mtu} (--mtu) is larger than the {of_tap} of TAP {name}: the network may drop the \
+             guest's larger frames; set both alike"
+        );
+    }
     let config = DeviceConfig {
         mac: args.mac.map(|mac| mac.0),
         mtu: args.mtu,

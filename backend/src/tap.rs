@@ -302,6 +302,11 @@ impl Tap {
         }
     }
 
+    /// The interface's MTU, if the interface is in this network namespace.
+    pub fn mtu(&self) -> Option<i32> {
+        interface::mtu(&self.queues[0].file, &self.name())
+    }
+
     /// The queue of pair `pair`.
     pub fn queue(&self, pair: usize) -> &Arc<TapQueue> {
         &self.queues[pair]

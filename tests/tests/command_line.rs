@@ -251,6 +251,23 @@ fn a_tap_in_use_is_refused_by_name() {
 }
 
 #[test]
+fn an_mtu_above_the_taps_is_warned_of_once() {
+    let netns = Netns::enter().unwrap();
+    netns.create_persistent_tap(TAP, false).unwrap();
+    for (mtu, warnings) in [("1500", 0), ("1501", 1), ("9000", 1)] {
+        let option = format!("--mtu={mtu}");
+        let mut backend = Backend::listening(Datapath::Userspace, &[TAP_OPTION, &option], &[]).unwrap();
+        backend.status().unwrap();
+        backend.process.signal(Signal::SIGTERM).unwrap();
+        assert_eq!(backend.process.wait().unwrap().code(), Some(0));
+        let log = backend.process.log();
+        let named =
+            |line: &&str| line.contains("WARN") && [mtu, "1500", TAP].iter().all(|word| line.contains(word));
+        assert_eq!(log.lines().filter(named).count(), warnings, "{log}");
+    }
+}
+
+#[test]
 fn a_send_buffer_that_would_stay_full_is_refused() {
     let netns = Netns::enter().unwrap();
     for bytes in 1..=5 {

@@ -9,6 +9,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use super::{empty_request, set_name};
 
 nix::ioctl_readwrite_bad!(get_address, libc::SIOCGIFHWADDR, libc::ifreq);
+nix::ioctl_readwrite_bad!(get_mtu, libc::SIOCGIFMTU, libc::ifreq);
 
 fn plain_socket() -> nix::Result<OwnedFd> {
     socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)
@@ -23,6 +24,20 @@ fn address(file: &impl AsRawFd, name: &str) -> nix::Result<[u8; 6]> {
     // SAFETY: SIOCGIFHWADDR has filled this field in.
     let data = unsafe { request.ifr_ifru.ifru_hwaddr }.sa_data;
     Ok(std::array::from_fn(|at| data[at].cast_unsigned()))
+}
+
+/// The MTU of interface `name`, to which the TAP `file` belongs. `None` if that is in another namespace.
+pub fn mtu(file: &impl AsRawFd, name: &str) -> Option<i32> {
+    let socket = plain_socket().ok()?;
+    if address(file, name) != address(&socket, name) {
+        return None;
+    }
+    let mut request = empty_request();
+    set_name(&mut request, name);
+    // SAFETY: SIOCGIFMTU fills an ifreq.
+    unsafe { get_mtu(socket.as_raw_fd(), &raw mut request) }.ok()?;
+    // SAFETY: SIOCGIFMTU has filled this field in.
+    Some(unsafe { request.ifr_ifru.ifru_mtu })
 }
 
 /// The flags that TAP `name` was made with. No ioctl tells them without attaching to it, which replaces them.
