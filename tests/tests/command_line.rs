@@ -251,6 +251,34 @@ fn a_tap_in_use_is_refused_by_name() {
 }
 
 #[test]
+fn a_multi_queue_tap_that_another_process_holds_is_refused_by_name() {
+    let netns = Netns::enter().unwrap();
+    netns.create_persistent_tap(TAP, true).unwrap();
+    for (first, second) in [("1", "1"), ("1", "2"), ("2", "1"), ("2", "2")] {
+        let pairs = |number: &str| format!("--queue-pairs={number}");
+        let mut holder = Backend::listening(Datapath::Userspace, &[TAP_OPTION, &pairs(first)], &[]).unwrap();
+        holder.status().unwrap();
+        let other = Backend::listening(Datapath::Userspace, &[TAP_OPTION, &pairs(second)], &[]).unwrap();
+        assert_refuses(other, 1, &[TAP, "another process uses it"]);
+        holder.check_healthy().unwrap();
+        holder.process.signal(Signal::SIGTERM).unwrap();
+        assert_eq!(holder.process.wait().unwrap().code(), Some(0));
+    }
+}
+
+#[test]
+fn a_queue_given_twice_is_refused_by_name() {
+    let netns = Netns::enter().unwrap();
+    let taps = netns.create_tap(TAP, 2).unwrap();
+    let again = taps[0].try_clone().unwrap();
+    let numbers = [taps[0].as_raw_fd(), taps[1].as_raw_fd(), again.as_raw_fd()].map(|fd| fd.to_string());
+    let option = format!("--tap-fds={}", numbers.join(","));
+    let fds = [taps[0].as_fd(), taps[1].as_fd(), again.as_fd()];
+    let backend = Backend::listening(Datapath::Userspace, &[&option], &fds).unwrap();
+    assert_refuses(backend, 1, &["--tap-fds", &numbers[0], &numbers[2], "same queue"]);
+}
+
+#[test]
 fn an_mtu_above_the_taps_is_warned_of_once() {
     let netns = Netns::enter().unwrap();
     netns.create_persistent_tap(TAP, false).unwrap();

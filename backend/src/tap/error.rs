@@ -87,6 +87,14 @@ pub enum TapError {
         /// Its size.
         bytes: i32,
     },
+    /// A queue given twice.
+    #[error("--tap-fds: descriptors {first} and {fd} are the same queue; open one queue for each pair")]
+    SameQueue {
+        /// The descriptor.
+        fd: RawFd,
+        /// The one that it duplicates.
+        first: RawFd,
+    },
     /// Another ioctl failed.
     #[error("TAP {name}: {operation} failed")]
     Ioctl {

@@ -3,13 +3,19 @@
 
 use std::os::fd::{AsRawFd, OwnedFd};
 
+use nix::errno::Errno;
 use nix::net::if_::if_nametoindex;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, socket,
+};
 
 use super::{empty_request, set_name};
 
 nix::ioctl_readwrite_bad!(get_address, libc::SIOCGIFHWADDR, libc::ifreq);
 nix::ioctl_readwrite_bad!(get_mtu, libc::SIOCGIFMTU, libc::ifreq);
+
+/// The length of `struct nlmsghdr` and of `struct ifinfomsg` (`linux/netlink.h`, `linux/rtnetlink.h`).
+const HEADERS: [usize; 2] = [16, 16];
 
 fn plain_socket() -> nix::Result<OwnedFd> {
     socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)
@@ -52,4 +58,78 @@ pub fn tun_flags(name: &str) -> Option<libc::c_int> {
         return None;
     }
     libc::c_int::from_str_radix(read("tun_flags")?.trim().strip_prefix("0x")?, 16).ok()
+}
+
+/// How many queues of the multi-queue TAP `name` are open, whoever holds them, detached ones included. `None` of any
+/// other interface, and on a kernel that does not tell (before 4.18).
+pub fn open_queues(name: &str) -> Option<usize> {
+    let index = if_nametoindex(name).ok()?;
+    let answer = link_message(index).ok()?;
+    let attributes = answer.get(HEADERS.iter().sum()..)?;
+    let info = attribute(attributes, libc::IFLA_LINKINFO)?;
+    if attribute(info, libc::IFLA_INFO_KIND)?.strip_suffix(b"\0") != Some(b"tun") {
+        return None;
+    }
+    let data = attribute(info, libc::IFLA_INFO_DATA)?;
+    let number = |kind| {
+        let bytes = attribute(data, kind)?.try_into().ok()?;
+        usize::try_from(u32::from_ne_bytes(bytes)).ok()
+    };
+    // `IFLA_TUN_NUM_QUEUES`, `IFLA_TUN_NUM_DISABLED_QUEUES`: of multi-queue TAPs only.
+    number(8)?.checked_add(number(9)?)
+}
+
+/// `RTM_GETLINK`'s answer.
+fn link_message(index: u32) -> nix::Result<Vec<u8>> {
+    let socket =
+        socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute)?;
+    let mut request = Vec::new();
+    let length: u32 = 32;
+    request.extend_from_slice(&length.to_ne_bytes());
+    request.extend_from_slice(&libc::RTM_GETLINK.to_ne_bytes());
+    request.extend_from_slice(&u16::try_from(libc::NLM_F_REQUEST).unwrap_or_default().to_ne_bytes());
+    // Sequence number, port, family and type.
+    request.extend_from_slice(&[0; 12]);
+    request.extend_from_slice(&index.to_ne_bytes());
+    // Flags, and which of them to change.
+    request.extend_from_slice(&[0; 8]);
+    sendto(socket.as_raw_fd(), &request, &NetlinkAddr::new(0, 0), MsgFlags::empty())?;
+    let mut answer = vec![0; 64 << 10];
+    let length = recv(socket.as_raw_fd(), &mut answer, MsgFlags::empty())?;
+    answer.truncate(length);
+    let kind = answer.get(4..6).and_then(|kind| kind.try_into().ok()).map(u16::from_ne_bytes);
+    if kind == Some(libc::RTM_NEWLINK) { Ok(answer) } else { Err(Errno::EPROTO) }
+}
+
+/// The attribute of that kind among `attributes` (`struct nlattr`), without its header.
+fn attribute(mut attributes: &[u8], kind: u16) -> Option<&[u8]> {
+    loop {
+        let header: [u8; 4] = attributes.get(..4)?.try_into().ok()?;
+        let length = usize::from(u16::from_ne_bytes([header[0], header[1]]));
+        let content = attributes.get(4..length)?;
+        // The upper two bits are flags.
+        if u16::from_ne_bytes([header[2], header[3]]) & 0x3fff == kind {
+            return Some(content);
+        }
+        attributes = attributes.get(length.next_multiple_of(4)..)?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attributes_that_are_cut_short_are_none() {
+        let good =
+            [8u16.to_ne_bytes(), 5u16.to_ne_bytes(), [1, 2], [3, 4], 6u16.to_ne_bytes(), 7u16.to_ne_bytes()];
+        let mut bytes = good.concat();
+        bytes.extend([9, 9]);
+        assert_eq!(attribute(&bytes, 5), Some(&[1, 2, 3, 4][..]));
+        assert_eq!(attribute(&bytes, 7), Some(&[9, 9][..]));
+        assert_eq!(attribute(&bytes, 8), None);
+        assert_eq!(attribute(&bytes[..bytes.len() - 1], 7), None);
+        // A length that does not even cover the header.
+        assert_eq!(attribute(&[0, 0, 5, 0], 5), None);
+    }
 }

@@ -26,8 +26,11 @@ impl Tap {
         if bad || matches!(name, "." | "..") {
             return Err(TapError::Name(name.to_owned()));
         }
+        let held = interface::open_queues(name).is_some_and(|queues| queues > 0);
         let kept = interface::tun_flags(name).unwrap_or_default();
         let (first, multi_queue) = match attach(name, pairs > 1, kept) {
+            // Somebody would lose the frames of some flows. The kernel refuses only a second user of a single queue.
+            _ if held => (Err(Errno::EBUSY), true),
             // A multi-queue TAP takes no single-queue file.
             Err(Errno::EINVAL) if pairs == 1 => (attach(name, true, kept), true),
             other => (other, pairs > 1),
@@ -51,6 +54,10 @@ impl Tap {
         while queues.len() < usize::from(pairs) {
             queues.push(attach(name, true, kept).map_err(failed)??);
         }
+        // Of two that start at the same time.
+        if interface::open_queues(name).is_some_and(|open| open > queues.len()) {
+            return Err(failed(Errno::EBUSY));
+        }
         queues.iter().for_each(drop_filters);
         Self::from_queues(name.to_owned(), queues, multi_queue, vec![true; usize::from(pairs)])
     }
@@ -67,6 +74,9 @@ impl Tap {
         for (position, &fd) in fds.iter().enumerate() {
             let twice = fds[..position].contains(&fd);
             let file = if twice { None } else { claim(fd) }.ok_or(TapError::NotOpen(fd))?;
+            if let Some(&first) = fds[..position].iter().find(|&&first| is_same_file(first, fd)) {
+                return Err(TapError::SameQueue { fd, first });
+            }
             let mut request = empty_request();
             // SAFETY: TUNGETIFF fills an ifreq; any other file answers ENOTTY or the like.
             unsafe { ioctl::get_iff(fd, &raw mut request) }.map_err(|_| TapError::NotTap(fd))?;
@@ -143,6 +153,15 @@ fn drop_filters(queue: &File) {
     let _ = unsafe { ioctl::set_filter_program(fd, &raw const nothing) };
     // SAFETY: likewise TUNSETSTEERINGEBPF.
     let _ = unsafe { ioctl::set_steering(fd, &raw const nothing) };
+}
+
+/// Whether two descriptors are of one open file. No where the kernel does not tell.
+fn is_same_file(one: RawFd, other: RawFd) -> bool {
+    let pid = nix::unistd::getpid().as_raw();
+    // `KCMP_FILE`.
+    let kind: libc::c_int = 0;
+    // SAFETY: kcmp takes numbers only.
+    unsafe { libc::syscall(libc::SYS_kcmp, pid, pid, kind, one, other) == 0 }
 }
 
 /// Takes ownership of an inherited descriptor, with the flags that those of our own have.
