@@ -70,6 +70,14 @@ pub fn start(path: &Path, calls: Mailer<Call>) -> Result<ControlServer, ControlE
     serve(BoundSocket::bind(path)?, calls)
 }
 
+/// Serves the control socket at `path` as [`start`] does, unless another process serves one there.
+///
+/// # Errors
+/// [`ControlError`].
+pub fn start_if_free(path: &Path, calls: Mailer<Call>) -> Result<ControlServer, ControlError> {
+    serve(BoundSocket::bind_at_once(path)?, calls)
+}
+
 /// Serves a control socket in the place of another process'; who connects reaches one or the other at any time.
 ///
 /// # Errors

@@ -135,11 +135,12 @@ fn serve(args: &Args) -> Result<()> {
 /// The control socket; or the path of one that comes with the device.
 fn control_place(args: &Args, calls: Mailer<Call>) -> Result<ControlPlace> {
     let Some(path) = &args.control_socket else { return Ok(ControlPlace::None) };
-    match control::start(path, calls.clone()) {
+    if args.incoming_fds.is_none() {
+        return Ok(ControlPlace::Served(control::start(path, calls)?));
+    }
+    match control::start_if_free(path, calls.clone()) {
         Ok(server) => Ok(ControlPlace::Served(server)),
-        Err(ControlError::Bind(BindError::InUse { path })) if args.incoming_fds.is_some() => {
-            Ok(ControlPlace::Anothers { path, calls })
-        }
+        Err(ControlError::Bind(BindError::InUse { path })) => Ok(ControlPlace::Anothers { path, calls }),
         Err(error) => Err(error.into()),
     }
 }

@@ -18,6 +18,8 @@ use nix::sys::socket::{
 };
 use nix::sys::stat::{Mode, fchmod};
 
+use crate::predecessor::outlast;
+
 /// Why a socket was not bound. Every message names the path.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
@@ -81,10 +83,18 @@ impl BoundSocket {
     /// Binds `path` and listens. The file has mode 0600 from its first instant, the descriptor is close-on-exec.
     ///
     /// # Errors
-    /// A socket file that is already there is replaced only if nobody listens on it. A live one, and a file of
-    /// another kind, are errors.
+    /// A socket file that is already there is replaced only if nobody listens on it. A live one is an error if it
+    /// stays so for a moment ([`outlast`]), a file of another kind is one at once.
     pub fn bind(path: &Path) -> Result<Self, BindError> {
         Self::bind_as(path, SockType::Stream)
+    }
+
+    /// Binds `path` as [`Self::bind`] does, but does not wait for a live socket to go.
+    ///
+    /// # Errors
+    /// Those of [`Self::bind`].
+    pub fn bind_at_once(path: &Path) -> Result<Self, BindError> {
+        Self::try_bind(path, SockType::Stream)
     }
 
     /// Binds `path` over a socket that another process may be listening on: who connects reaches one or the other at
@@ -139,6 +149,10 @@ impl BoundSocket {
     }
 
     fn bind_as(path: &Path, kind: SockType) -> Result<Self, BindError> {
+        outlast(|| Self::try_bind(path, kind), |error| matches!(error, BindError::InUse { .. }))
+    }
+
+    fn try_bind(path: &Path, kind: SockType) -> Result<Self, BindError> {
         let failed = |step, source: io::Error| BindError::Io { path: path.to_owned(), step, source };
         let path = std::path::absolute(path).map_err(|error| failed("resolve the path", error))?;
         let address = UnixAddr::new(&path).map_err(|_| BindError::TooLong { path: path.clone() })?;
@@ -272,6 +286,21 @@ mod tests {
         assert!(error.to_string().contains(path.to_str().unwrap()));
         drop(live);
         BoundSocket::bind(&path).unwrap();
+    }
+
+    #[test]
+    fn a_socket_whose_process_is_about_to_end_is_waited_for() {
+        let (_directory, path) = scratch();
+        let dying = UnixListener::bind(&path).unwrap();
+        let end = std::thread::spawn(move || {
+            // The first look at it.
+            dying.accept().unwrap();
+        });
+        BoundSocket::bind(&path).unwrap();
+        end.join().unwrap();
+        let _live = UnixListener::bind(&path).unwrap();
+        let error = BoundSocket::bind_at_once(&path).unwrap_err();
+        assert!(matches!(error, BindError::InUse { .. }), "{error}");
     }
 
     #[test]

@@ -279,14 +279,13 @@ impl Backend {
         Self::start_faulty(tempfile::tempdir()?, Place::FrontEnds, datapath, arguments, faults)
     }
 
-    /// Kills it, and starts another one at the same sockets.
+    /// Kills it, and starts another one at the same sockets at once.
     ///
     /// # Errors
     /// If it cannot be started.
     pub fn replace(&mut self, datapath: Datapath, arguments: &[&str], faults: &Faults) -> Result<()> {
         if self.process.is_running()? {
             self.process.signal(Signal::SIGKILL)?;
-            self.process.wait()?;
         }
         let directory = std::mem::replace(&mut self.directory, tempfile::tempdir()?);
         *self = Self::start_faulty(directory, Place::FrontEnds, datapath, arguments, faults)?;

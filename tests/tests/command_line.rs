@@ -11,6 +11,7 @@ use baton_protocol::control::{BackendState, Done, QueuePairStats, Request};
 use baton_tests::backend::{Backend, Rig, TAP};
 use baton_tests::datapath::Datapath;
 use baton_tests::fake_frontend::{Connection, Device, NetHeader, Options};
+use baton_tests::faults::Faults;
 use baton_tests::frames;
 use baton_tests::link::ip;
 use baton_tests::netns::{self, Netns, open_tun};
@@ -263,6 +264,23 @@ fn a_multi_queue_tap_that_another_process_holds_is_refused_by_name() {
         holder.check_healthy().unwrap();
         holder.process.signal(Signal::SIGTERM).unwrap();
         assert_eq!(holder.process.wait().unwrap().code(), Some(0));
+    }
+}
+
+#[test]
+fn a_predecessor_that_was_just_killed_is_waited_for() {
+    let netns = Netns::enter().unwrap();
+    netns.create_persistent_tap(TAP, true).unwrap();
+    // `tap1` is the back-end's own, and of another kind after each kill.
+    for (tap, pairs) in [("--tap=tap0", ["1", "2"]), ("--tap=tap1", ["1", "2"])] {
+        let pairs = pairs.map(|number| format!("--queue-pairs={number}"));
+        let mut backend = Backend::listening(Datapath::Userspace, &[tap], &[]).unwrap();
+        for round in 0..25 {
+            backend.status().unwrap();
+            let arguments = [tap, &pairs[round % 2]];
+            backend.replace(Datapath::Userspace, &arguments, &Faults::default()).unwrap();
+        }
+        backend.check_healthy().unwrap();
     }
 }
 

@@ -107,3 +107,11 @@ pub enum TapError {
         source: io::Error,
     },
 }
+
+impl TapError {
+    /// Whether another process has the TAP, or has a TAP of that name and of the other kind, which may go with it.
+    pub(super) fn is_in_use(&self) -> bool {
+        let Self::Attach { source, .. } = self else { return false };
+        matches!(source.raw_os_error(), Some(libc::EBUSY | libc::EINVAL))
+    }
+}

@@ -5,6 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
+use baton_control::predecessor::outlast;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
@@ -15,7 +16,7 @@ use crate::inherited;
 
 impl Tap {
     /// Attaches `pairs` queues to TAP `name` in this network namespace, with the flags that it has, or creates it.
-    /// Whatever filters its last user left are gone then.
+    /// Whatever filters its last user left are gone then. A TAP that is in use has a moment to become free.
     ///
     /// # Errors
     /// [`TapError`]. A TAP that was created is gone again then.
@@ -26,6 +27,10 @@ impl Tap {
         if bad || matches!(name, "." | "..") {
             return Err(TapError::Name(name.to_owned()));
         }
+        outlast(|| Self::try_open(name, pairs), TapError::is_in_use)
+    }
+
+    fn try_open(name: &str, pairs: u16) -> Result<Self, TapError> {
         let held = interface::open_queues(name).is_some_and(|queues| queues > 0);
         let kept = interface::tun_flags(name).unwrap_or_default();
         let (first, multi_queue) = match attach(name, pairs > 1, kept) {
