@@ -329,6 +329,7 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
                 setup.resumes &= setup.base == base;
                 setup.base = base;
                 setup.base_is_given = true;
+                setup.base_is_ours = false;
             })?;
             Ok(())
         })

@@ -233,6 +233,11 @@ impl Vring {
         self.seen_available = index;
     }
 
+    /// Whether the driver can have made available all that lies between `index` and its available index.
+    pub fn fits(&self, index: u16) -> bool {
+        self.available_word(1).load(Ordering::Acquire).wrapping_sub(index) <= self.size
+    }
+
     /// Has all writes noted in a log from now on, or no longer.
     pub fn set_log(&mut self, log: Option<RingLog>) {
         self.log = log;

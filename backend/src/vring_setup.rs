@@ -6,6 +6,25 @@
 //!       └──────────────────── GET_VRING_BASE, RESET_DEVICE, end of session ────────────────────────────┘
 //! ```
 //! `enabled` is independent of all that (vhost-user: "Ring states").
+//!
+//! # Where a ring goes on
+//!
+//! Completion is in order, so the used index in memory says how far the last device came, whoever that was. Front-ends
+//! disagree about the base of a ring in use: QEMU gives the used index, DPDK's virtio-user 0, Cloud Hypervisor the
+//! available index, and some give none. `B` is the base, `U` the used index, `A` the available index, all modulo 2^16. An
+//! index *fits* if the driver can have made available what lies between it and `A`: at most the ring's size.
+//!
+//! | The base | and | the ring goes on from |
+//! |---|---|---|
+//! | was this session's own place, the ring still set up | | `B` |
+//! | is the one at which this session stopped, given back | `B` fits, `U` is not 0 | `B` |
+//! | is given: ahead of `U`, behind it or equal | `U` fits, 0 or not | `U` |
+//! | is given | `U` does not fit: a fresh ring that begins elsewhere | `B` |
+//! | is not given | `U` fits | `U` |
+//! | is not given | `U` does not fit | `B`: the session's last place, else 0 |
+//! | whatever it is | the inflight region says that chains were left | `U`, those chains first |
+//!
+//! A driver that resets its ring clears `U`, so the ring begins anew by the same rules.
 
 use std::sync::Arc;
 
@@ -49,9 +68,10 @@ pub struct VringSetup {
     pub was_enabled: bool,
     /// Whether the ring was kicked since it was set up.
     pub started: bool,
-    /// Whether `base` is the front-end's word rather than where this session was. The front-end's may be behind: it
-    /// then goes on from the used index.
+    /// Whether `base` is the front-end's word rather than where this session was.
     pub base_is_given: bool,
+    /// Whether `base` is where this session has the ring, which is set up since.
+    pub base_is_ours: bool,
     /// What the guest wrote made no sense; nothing is done until the front-end stops the ring.
     pub broken: bool,
     /// Disabled while the first receive ring was disabled: the front-end pauses the device, and will go on.
@@ -111,14 +131,15 @@ impl VringSetup {
     /// goes on.
     pub fn place(&mut self, index: usize, ring: &mut Ring, inflight: Option<&Arc<InflightRegion>>) {
         let vring = &mut ring.vring;
-        if self.base_is_given {
-            // Completion is in order, so a used index that is ahead of the base says how far the device got.
-            let ahead = vring.published().wrapping_sub(self.base);
-            if ahead > 0 && ahead <= i16::MAX.unsigned_abs() {
-                self.base = vring.published();
+        if !self.base_is_ours {
+            let used = vring.published();
+            let given_back = self.base_is_given && self.resumes && used != 0 && vring.fits(self.base);
+            if !given_back && vring.fits(used) {
+                self.base = used;
             }
-            self.base_is_given = false;
         }
+        self.base_is_given = false;
+        self.base_is_ours = true;
         vring.set_next_available(self.base);
         if let Some(inflight) = inflight.and_then(|region| InflightQueue::new(region, index, vring.size())) {
             vring.set_inflight(inflight);
@@ -135,11 +156,16 @@ impl VringSetup {
         ring.call_due = std::mem::take(&mut self.call_due);
     }
 
+    /// Whether the used index has more weight than `base`, for a process that does not know [`Self::base_is_ours`].
+    pub fn base_is_to_be_judged(&self) -> bool {
+        self.base_is_given || self.kick.is_some() && !self.base_is_ours
+    }
+
     /// How it stands while no worker has it.
     pub fn now(&self) -> VringNow {
         VringNow {
             base: self.base,
-            base_is_given: self.base_is_given,
+            base_is_given: self.base_is_to_be_judged(),
             started: self.started,
             broken: self.broken,
             call_due: self.call_due,
@@ -151,6 +177,7 @@ impl VringSetup {
         let VringNow { base, base_is_given, started, broken, call_due } = *now;
         self.base = base;
         self.base_is_given = base_is_given;
+        self.base_is_ours = !base_is_given && self.kick.is_some();
         self.started = started;
         self.broken = broken;
         self.call_due = call_due;
@@ -160,6 +187,7 @@ impl VringSetup {
     pub fn deactivate(&mut self, ring: &Ring) {
         self.base = ring.vring.base();
         self.base_is_given = false;
+        self.base_is_ours = true;
         self.started = ring.started;
         self.broken = ring.broken;
     }
@@ -168,6 +196,7 @@ impl VringSetup {
     pub fn stop(&mut self) {
         // It may have been told not to kick, though it was never worked on.
         self.resumes |= self.started;
+        self.base_is_ours = false;
         self.kick = None;
         self.call = None;
         self.call_due = false;

@@ -181,6 +181,20 @@ fn leave_out_of_order(device: &Device, index: u32, taken: u16, given_back: &[u16
 
 #[test]
 fn what_another_back_end_left_out_of_order_comes_first() {
+    leftovers_come_first(|_, used| Some(used));
+}
+
+#[test]
+fn what_another_back_end_left_comes_first_although_the_base_is_the_available_index() {
+    leftovers_come_first(|available, _| Some(available));
+}
+
+#[test]
+fn what_another_back_end_left_comes_first_although_no_base_is_given() {
+    leftovers_come_first(|_, _| None);
+}
+
+fn leftovers_come_first(base: impl Fn(u16, u16) -> Option<u16>) {
     let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
     // Such a back-end does not offer IN_ORDER.
     let options = Options { features: Options::default().features, canaries: false, ..options() };
@@ -201,10 +215,12 @@ fn what_another_back_end_left_out_of_order_comes_first() {
     };
     share(&device);
     // Receiving is stopped and started again while some are still in flight.
-    let used = |device: &Device, index| device.ring(index).queue.used_index();
-    let (rx_used, tx_used) = (used(&device, RX), used(&device, TX));
+    let base = |device: &Device, index| {
+        base(device.ring(index).queue.next_available(), device.ring(index).queue.used_index())
+    };
+    let (rx_base, tx_base) = (base(&device, RX), base(&device, TX));
     device.connection.set_vring_enable(RX, true).unwrap();
-    device.set_up_ring(RX, rx_used).unwrap();
+    device.set_up_ring_with(RX, rx_base).unwrap();
     device.ring(RX).kick().unwrap();
     rig.inject(0..1, 100).unwrap();
     rig.backend.wait_pair_stats(0, |stats| stats.rx.frames == Some(1)).unwrap();
@@ -217,7 +233,7 @@ fn what_another_back_end_left_out_of_order_comes_first() {
     assert_eq!(order, [2, 0, 1, 3, 4, 5].map(|place: usize| heads[place]));
 
     device.connection.set_vring_enable(TX, true).unwrap();
-    device.set_up_ring(TX, tx_used).unwrap();
+    device.set_up_ring_with(TX, tx_base).unwrap();
     device.ring(TX).kick().unwrap();
     for number in [0, 2, 4, 5, 6, 7] {
         rig.expect_on_network(number..number + 1).unwrap();
@@ -229,6 +245,38 @@ fn what_another_back_end_left_out_of_order_comes_first() {
     for index in [RX, TX] {
         let base = device.stop_ring(index).unwrap();
         assert_eq!(base, device.ring(index).queue.used_index(), "vring {index}");
+    }
+}
+
+#[test]
+fn a_region_in_which_nothing_was_left_makes_no_difference_to_the_base() {
+    type Base = fn(u16, u16) -> Option<u16>;
+    let bases: [Base; 4] =
+        [|used, _| Some(used), |_, available| Some(available), |_, _| Some(0), |_, _| None];
+    for base in bases {
+        let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
+        let mut device = working(&mut rig);
+        device.wait_transmitted(0).unwrap();
+        rig.kill_backend().unwrap();
+        rig.restart_backend().unwrap();
+        device.connection = rig.backend.connect().unwrap();
+        device.negotiate().unwrap();
+        device.connection.set_memory_table(&device.memory).unwrap();
+        device.connection.set_inflight(region(&device)).unwrap();
+        for index in [RX, TX] {
+            let queue = &device.ring(index).queue;
+            let base = base(queue.used_index(), queue.next_available());
+            device.set_up_ring_with(index, base).unwrap();
+            device.connection.set_vring_enable(index, true).unwrap();
+            device.ring(index).kick().unwrap();
+        }
+        for _ in 0..3 {
+            rig.check_traffic(&mut device).unwrap();
+        }
+        device.wait_transmitted(0).unwrap();
+        for index in [RX, TX] {
+            assert_eq!(device.stop_ring(index).unwrap(), device.ring(index).queue.used_index());
+        }
     }
 }
 

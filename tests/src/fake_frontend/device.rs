@@ -178,6 +178,18 @@ impl Ring {
         Ok(())
     }
 
+    /// Begins anew with an empty queue, as a driver does that resets its device.
+    ///
+    /// # Errors
+    /// Never, as the number of slots was checked before.
+    pub fn reset(&mut self, memory: &GuestMemory, negotiated: u64) -> Result<()> {
+        self.queue = DriverQueue::at(memory, self.queue.addresses(), self.queue.size());
+        let has = |feature| negotiated & feature != 0;
+        self.queue.negotiated(has(features::EVENT_IDX), has(features::IN_ORDER));
+        self.free = (0..u16::try_from(self.slots.len())?).rev().collect();
+        Ok(())
+    }
+
     /// Makes fresh eventfds, in which no notification is left.
     ///
     /// # Errors
@@ -346,9 +358,17 @@ impl Device {
     /// # Errors
     /// If the back-end refuses.
     pub fn set_up_ring(&self, index: u32, base: u16) -> Result<()> {
+        self.set_up_ring_with(index, Some(base))
+    }
+
+    /// The same, with a base or without.
+    ///
+    /// # Errors
+    /// If the back-end refuses.
+    pub fn set_up_ring_with(&self, index: u32, base: Option<u16>) -> Result<()> {
         let ring = self.ring(index);
         self.connection.set_vring_num(index, ring.queue.size())?;
-        self.connection.set_vring_base(index, base)?;
+        base.map_or(Ok(()), |base| self.connection.set_vring_base(index, base))?;
         self.connection.set_vring_addresses(index, &self.memory, ring.queue.addresses())?;
         self.connection.set_vring_kick(index, Some(ring.kick.as_fd()))?;
         self.connection.set_vring_call(index, Some(ring.call.as_fd()))

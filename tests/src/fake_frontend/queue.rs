@@ -129,10 +129,19 @@ impl DriverQueue {
     /// # Panics
     /// If it has some.
     pub fn start_at(&mut self, index: u16) {
+        self.start_apart(index, index);
+    }
+
+    /// Puts the available index and the used index to different places. Only while the device has no chains.
+    ///
+    /// # Panics
+    /// If it has some.
+    pub fn start_apart(&mut self, available: u16, used: u16) {
         assert!(self.outstanding.is_empty(), "the device has chains");
-        (self.next_available, self.published, self.kicked, self.next_used) = (index, index, index, index);
-        self.set_available_index(index);
-        self.used.store_u16(2, index, Ordering::Release);
+        (self.next_available, self.published, self.kicked) = (available, available, available);
+        self.next_used = used;
+        self.set_available_index(available);
+        self.used.store_u16(2, used, Ordering::Release);
     }
 
     /// Where it is.

@@ -64,7 +64,7 @@ fn vring(device: &Device, index: usize, setup: &VringSetup) -> VringState {
         addresses: setup.addresses.map(addresses),
         log_used: setup.log_used,
         base: setup.base,
-        base_is_given: setup.base_is_given,
+        base_is_given: setup.base_is_to_be_judged(),
         kick: match setup.kick {
             None => KickState::None,
             Some(Kick::Polled) => KickState::Polled,

@@ -248,6 +248,7 @@ fn vring(
         was_enabled: state.was_enabled,
         started: state.started,
         base_is_given: state.base_is_given,
+        base_is_ours: !state.base_is_given && state.kick != wire::KickState::None,
         broken: state.broken,
         paused: state.paused,
     }

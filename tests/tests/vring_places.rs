@@ -1,0 +1,251 @@
+//! Where a vring goes on: one test for each row of the table in `backend/src/vring_setup.rs`. Front-ends disagree about
+//! the base of a ring in use, but completion is in order, and so the used index says how far the last device came.
+//!
+//! libvhost-user does the same for devices that complete in order (`vu_set_vring_addr_exec`, "resuming"), and else adds
+//! what the inflight region has in flight to the used index (`vu_check_queue_inflights`).
+#![expect(clippy::unwrap_used, reason = "these are tests")]
+
+use std::time::{Duration, Instant};
+
+use baton_tests::backend::Rig;
+use baton_tests::datapath::Datapath;
+use baton_tests::fake_frontend::device::Ring;
+use baton_tests::fake_frontend::net::NetHeader;
+use baton_tests::fake_frontend::{Device, Options};
+use baton_tests::frames;
+use baton_tests::on_both_datapaths;
+
+on_both_datapaths! {
+    a_base_ahead_of_the_used_index_gives_way_to_it,
+    a_base_ahead_of_a_used_index_of_0_gives_way_to_it,
+    a_base_behind_the_used_index_gives_way_to_it,
+    a_base_that_is_the_used_index_is_taken,
+    without_a_base_a_used_ring_goes_on_from_its_used_index,
+    without_a_base_a_fresh_ring_begins_at_0,
+    without_a_base_a_used_index_that_cannot_be_counts_for_nothing,
+    a_fresh_ring_begins_at_its_base_although_its_used_index_is_0,
+    a_ring_keeps_its_place_whatever_is_said_of_it_while_it_is_set_up,
+    a_ring_goes_on_from_the_base_at_which_it_stopped,
+    a_ring_that_the_driver_emptied_begins_anew_with_base_0,
+    a_ring_that_the_driver_emptied_begins_anew_without_a_base,
+    a_ring_that_the_driver_emptied_begins_anew_although_its_old_base_is_given,
+}
+
+const RX: u32 = 0;
+const TX: u32 = 1;
+const SIZE: u16 = 256;
+
+/// A device whose rings have been in use: all receive buffers are with the back-end.
+fn used_device(rig: &mut Rig) -> Device {
+    let mut device = rig.device(Options::default()).unwrap();
+    for _ in 0..20 {
+        rig.check_traffic(&mut device).unwrap();
+    }
+    device.wait_transmitted(0).unwrap();
+    device
+}
+
+/// Gives the device to a new process, with these bases.
+fn move_to_new_process(rig: &mut Rig, device: &mut Device, base: impl Fn(&Ring) -> Option<u16>) {
+    rig.kill_backend().unwrap();
+    rig.restart_backend().unwrap();
+    device.connection = rig.backend.connect().unwrap();
+    device.negotiate().unwrap();
+    device.connection.set_memory_table(&device.memory).unwrap();
+    for index in [RX, TX] {
+        device.ring_mut(index).renew_events().unwrap();
+        device.set_up_ring_with(index, base(device.ring(index))).unwrap();
+        device.connection.set_vring_enable(index, true).unwrap();
+        device.ring(index).kick().unwrap();
+    }
+}
+
+/// Checks that both rings work, and lie where their used index is.
+fn check_goes_on(rig: &mut Rig, device: &mut Device) {
+    for _ in 0..10 {
+        rig.check_traffic(device).unwrap();
+    }
+    device.wait_transmitted(0).unwrap();
+    for index in [RX, TX] {
+        let base = device.stop_ring(index).unwrap();
+        assert_eq!(base, device.ring(index).queue.used_index(), "vring {index}");
+    }
+}
+
+fn a_used_ring_goes_on(datapath: Datapath, base: impl Fn(&Ring) -> Option<u16>) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
+    let mut device = used_device(&mut rig);
+    move_to_new_process(&mut rig, &mut device, base);
+    check_goes_on(&mut rig, &mut device);
+}
+
+/// What Cloud Hypervisor gives: the available index.
+fn a_base_ahead_of_the_used_index_gives_way_to_it(datapath: Datapath) {
+    a_used_ring_goes_on(datapath, |ring| Some(ring.queue.next_available()));
+}
+
+fn a_base_ahead_of_a_used_index_of_0_gives_way_to_it(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
+    let mut device = rig.device(Options::default()).unwrap();
+    rig.backend.wait_started(RX).unwrap();
+    rig.kill_backend().unwrap();
+    for number in 0..50 {
+        assert!(device.enqueue(0, &NetHeader::default(), &frames::numbered(number, 100)).unwrap());
+    }
+    device.flush(0).unwrap();
+    rig.restart_backend().unwrap();
+    device.connection = rig.backend.connect().unwrap();
+    device.negotiate().unwrap();
+    device.connection.set_memory_table(&device.memory).unwrap();
+    for index in [RX, TX] {
+        let queue = &device.ring(index).queue;
+        assert_eq!((queue.used_index(), queue.next_available()), (0, [SIZE, 50][index as usize]));
+        device.connection.set_vring_enable(index, true).unwrap();
+        device.set_up_ring(index, queue.next_available()).unwrap();
+        device.ring(index).kick().unwrap();
+    }
+    rig.expect_on_network(0..50).unwrap();
+    check_goes_on(&mut rig, &mut device);
+}
+
+/// What DPDK's virtio-user gives is 0 (`vring_base.rs`); this is less wrong.
+fn a_base_behind_the_used_index_gives_way_to_it(datapath: Datapath) {
+    a_used_ring_goes_on(datapath, |ring| Some(ring.queue.used_index() - 3));
+}
+
+/// What QEMU gives.
+fn a_base_that_is_the_used_index_is_taken(datapath: Datapath) {
+    a_used_ring_goes_on(datapath, |ring| Some(ring.queue.used_index()));
+}
+
+fn without_a_base_a_used_ring_goes_on_from_its_used_index(datapath: Datapath) {
+    a_used_ring_goes_on(datapath, |_| None);
+}
+
+/// A device whose rings begin at these available and used indices, and are set up with this base.
+fn fresh_device(rig: &mut Rig, available: u16, used: u16, base: Option<u16>) -> Device {
+    let mut device = Device::new(rig.backend.connect().unwrap(), Options::default()).unwrap();
+    device.negotiate().unwrap();
+    device.connection.set_memory_table(&device.memory).unwrap();
+    for index in [RX, TX] {
+        device.ring_mut(index).queue.start_apart(available, used);
+    }
+    device.post_receive_buffers(0, usize::MAX).unwrap();
+    for index in [RX, TX] {
+        device.set_up_ring_with(index, base).unwrap();
+        device.connection.set_vring_enable(index, true).unwrap();
+        device.ring(index).kick().unwrap();
+    }
+    device
+}
+
+/// Checks that both rings work, and lie so far behind their used index.
+fn check_begins(rig: &mut Rig, device: &mut Device, apart: u16) {
+    for _ in 0..10 {
+        rig.check_traffic(device).unwrap();
+    }
+    device.wait_transmitted(0).unwrap();
+    for index in [RX, TX] {
+        let base = device.stop_ring(index).unwrap();
+        let used = device.ring(index).queue.used_index();
+        assert_eq!(base, used.wrapping_add(apart), "vring {index}");
+    }
+}
+
+fn without_a_base_a_fresh_ring_begins_at_0(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
+    let mut device = fresh_device(&mut rig, 0, 0, None);
+    check_begins(&mut rig, &mut device, 0);
+}
+
+fn without_a_base_a_used_index_that_cannot_be_counts_for_nothing(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
+    let mut device = fresh_device(&mut rig, 0, 5000, None);
+    check_begins(&mut rig, &mut device, 0u16.wrapping_sub(5000));
+}
+
+fn a_fresh_ring_begins_at_its_base_although_its_used_index_is_0(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
+    let mut device = fresh_device(&mut rig, 40_000, 0, Some(40_000));
+    check_begins(&mut rig, &mut device, 40_000);
+}
+
+/// A device whose receive ring began 100 ahead of a used index that was too far behind to be believed then. Since the ring
+/// has run dry but for few buffers, that alone would not tell any more.
+fn nearly_dry_device(rig: &mut Rig) -> Device {
+    let device = fresh_device(rig, 100, 0, Some(100));
+    rig.inject(0..200, 100).unwrap();
+    wait_used(&device, 200);
+    device
+}
+
+fn wait_used(device: &Device, index: u16) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while device.ring(RX).queue.used_index() != index {
+        assert!(
+            Instant::now() < deadline,
+            "the receive ring is used up to {}",
+            device.ring(RX).queue.used_index()
+        );
+        std::thread::yield_now();
+    }
+}
+
+fn a_ring_keeps_its_place_whatever_is_said_of_it_while_it_is_set_up(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
+    // The transmit ring is left out of it.
+    let mut device = nearly_dry_device(&mut rig);
+    let connection = &device.connection;
+    connection.set_features(device.options.features).unwrap();
+    connection.set_memory_table(&device.memory).unwrap();
+    connection.set_vring_addresses(RX, &device.memory, device.ring(RX).queue.addresses()).unwrap();
+    connection.set_vring_enable(RX, false).unwrap();
+    connection.set_vring_enable(RX, true).unwrap();
+    rig.inject(200..210, 100).unwrap();
+    wait_used(&device, 210);
+    assert_eq!(device.stop_ring(RX).unwrap(), 310);
+    rig.expect_in_guest(&mut device, 0..210).unwrap();
+}
+
+fn a_ring_goes_on_from_the_base_at_which_it_stopped(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
+    let mut device = nearly_dry_device(&mut rig);
+    assert_eq!(device.stop_ring(RX).unwrap(), 300);
+    device.restart_ring(RX, 300).unwrap();
+    rig.inject(200..210, 100).unwrap();
+    wait_used(&device, 210);
+    assert_eq!(device.stop_ring(RX).unwrap(), 310);
+    rig.expect_in_guest(&mut device, 0..210).unwrap();
+}
+
+/// The driver resets its rings, and fills one, between a stop and a start on one connection.
+fn an_emptied_ring_begins_anew(datapath: Datapath, base: impl Fn(u16) -> Option<u16>) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
+    let mut device = used_device(&mut rig);
+    let stopped = [RX, TX].map(|index| device.stop_ring(index).unwrap());
+    let Device { memory, pairs, options, .. } = &mut device;
+    let pair = &mut pairs[0];
+    for ring in [&mut pair.receive, &mut pair.transmit] {
+        ring.reset(memory, options.features).unwrap();
+        ring.renew_events().unwrap();
+    }
+    device.post_receive_buffers(0, usize::MAX).unwrap();
+    for (index, stopped) in [(RX, stopped[0]), (TX, stopped[1])] {
+        assert_ne!(stopped, 0);
+        device.set_up_ring_with(index, base(stopped)).unwrap();
+        device.ring(index).kick().unwrap();
+    }
+    check_goes_on(&mut rig, &mut device);
+}
+
+fn a_ring_that_the_driver_emptied_begins_anew_with_base_0(datapath: Datapath) {
+    an_emptied_ring_begins_anew(datapath, |_| Some(0));
+}
+
+fn a_ring_that_the_driver_emptied_begins_anew_without_a_base(datapath: Datapath) {
+    an_emptied_ring_begins_anew(datapath, |_| None);
+}
+
+fn a_ring_that_the_driver_emptied_begins_anew_although_its_old_base_is_given(datapath: Datapath) {
+    an_emptied_ring_begins_anew(datapath, Some);
+}
