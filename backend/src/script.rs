@@ -2,10 +2,12 @@
 #![expect(unsafe_code, reason = "sets a child's signal mask before it runs the program")]
 
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 
+use baton_protocol::handover::state::Place;
 use nix::sys::signal::SigSet;
 
 /// Why a script did not do its work.
@@ -53,6 +55,17 @@ pub fn run(option: &'static str, path: &Path, tap: &str) -> Result<(), ScriptErr
     } else {
         Err(ScriptError::Failed { option, path: path.to_owned(), tap: tap.to_owned(), status })
     }
+}
+
+/// Where this process runs a script. `None` where `/proc` does not tell.
+pub fn place() -> Option<Place> {
+    let inode = |path: &str| std::fs::metadata(path).ok().map(|metadata| metadata.ino());
+    let root = std::fs::metadata("/").ok()?;
+    Some(Place {
+        net: inode("/proc/self/ns/net")?,
+        mnt: inode("/proc/self/ns/mnt")?,
+        root: (root.dev(), root.ino()),
+    })
 }
 
 #[cfg(test)]

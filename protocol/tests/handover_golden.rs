@@ -11,10 +11,12 @@ use baton_protocol::handover::message::{
 };
 use baton_protocol::handover::refusal::Refusal;
 use baton_protocol::handover::state::{
-    Datapath, DeviceState, DirectionCounters, FrameExtent, QueuePairState,
+    Datapath, DeviceState, DirectionCounters, FrameExtent, Place, QueuePairState,
 };
 use baton_protocol::handover::validate::{Capabilities, CheckedDevice};
 use baton_protocol::reasons::Reasons;
+
+const PLACE: Place = Place { net: 4_026_531_840, mnt: 4_026_531_841, root: (1, 2) };
 
 fn device() -> DeviceState {
     let counters = |first| DirectionCounters {
@@ -47,6 +49,7 @@ fn device() -> DeviceState {
         mtu: Some(1500),
         sndbuf: Some(0),
         downscript: Some("/etc/down".to_owned()),
+        downscript_place: None,
         datapath: Datapath::VhostNet,
         poll_us: 50,
     }
@@ -112,6 +115,13 @@ fn every_packet_of_every_version_so_far_is_read() {
 }
 
 #[test]
+fn the_place_of_a_downscript_goes_along() {
+    let device = DeviceState { downscript_place: Some(PLACE), ..device() };
+    let message = Message::Device(StateOnly { device });
+    assert_eq!(Message::decode(&message.encode().unwrap()).unwrap(), message);
+}
+
+#[test]
 fn the_largest_device_fits_into_a_packet() {
     let mut device = device();
     let mut pair = device.queue_pairs[0];
@@ -141,6 +151,7 @@ fn target() -> Capabilities {
         features: u64::MAX,
         protocol_features: u64::MAX,
         same_user: true,
+        place: Some(PLACE),
         ..Capabilities::default()
     }
 }
@@ -148,7 +159,7 @@ fn target() -> Capabilities {
 #[test]
 fn each_thing_that_is_wrong_has_its_name() {
     type Case = (&'static str, fn(&mut DeviceState, &mut Capabilities));
-    let cases: [Case; 22] = [
+    let cases: [Case; 28] = [
         ("", |_, _| {}),
         ("queue-pair-range", |device, _| device.queue_pairs.clear()),
         ("queue-pair-range", |device, _| {
@@ -175,6 +186,19 @@ fn each_thing_that_is_wrong_has_its_name() {
         ("mtu", |device, _| device.mtu = Some(67)),
         ("downscript", |device, _| device.downscript = Some("down".to_owned())),
         ("downscript-user", |_, target| target.same_user = false),
+        ("", |device, _| device.downscript_place = Some(PLACE)),
+        ("downscript-place", |device, _| device.downscript_place = Some(Place { net: 8, ..PLACE })),
+        ("downscript-place", |device, _| device.downscript_place = Some(Place { mnt: 8, ..PLACE })),
+        ("downscript-place", |device, _| device.downscript_place = Some(Place { root: (1, 3), ..PLACE })),
+        ("downscript-place", |device, target| {
+            device.downscript_place = Some(PLACE);
+            target.place = None;
+        }),
+        ("", |device, target| {
+            device.downscript = None;
+            device.downscript_place = Some(PLACE);
+            target.place = None;
+        }),
         ("frame-in-hand", |device, _| {
             device.queue_pairs[1].frame_in_hand = Some(FrameExtent { offset: 69, length: 70 });
         }),

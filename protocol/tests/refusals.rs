@@ -1,7 +1,7 @@
 //! Every reason against a hand-over and against a migration, by its name and text: one field is broken at a time.
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
-use baton_protocol::handover::state::{DeviceState, FrameExtent, QueuePairState};
+use baton_protocol::handover::state::{DeviceState, FrameExtent, Place, QueuePairState};
 use baton_protocol::handover::validate::{Capabilities, CheckedDevice, check_without_tap};
 use baton_protocol::migration::facts::{MachineFacts, NetFacts};
 use baton_protocol::migration::refusal::Refusal;
@@ -38,6 +38,7 @@ fn capabilities() -> Capabilities {
         acknowledged: 1,
         set_up_pairs: 1,
         same_user: true,
+        place: Some(Place { net: 1, ..Place::default() }),
     }
 }
 
@@ -121,6 +122,17 @@ fn what_is_wrong_with_a_device_is_said_by_name() {
         (
             device_refusal(|_, target| target.same_user = false),
             "downscript-user: the downscript \"/etc/down\" comes from another user",
+        ),
+        (
+            device_refusal(|device, target| {
+                device.downscript_place = Some(Place::default());
+                target.place = None;
+            }),
+            "downscript-place: the downscript \"/etc/down\" would run in a place that it cannot compare",
+        ),
+        (
+            device_refusal(|device, _| device.downscript_place = Some(Place::default())),
+            "downscript-place: the downscript \"/etc/down\" would run in another network namespace; run the target",
         ),
         (
             device_refusal(|device, _| device.queue_pairs[1].frame_in_hand = frame(0, 10)),

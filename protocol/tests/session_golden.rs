@@ -30,6 +30,7 @@ fn device() -> DeviceState {
         mtu: None,
         sndbuf: None,
         downscript: None,
+        downscript_place: None,
         datapath: Datapath::Userspace,
         poll_us: 50,
     }

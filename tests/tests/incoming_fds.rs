@@ -7,6 +7,7 @@ use baton_tests::datapath::Datapath;
 use baton_tests::fake_frontend::net::features;
 use baton_tests::fake_frontend::wire::protocol;
 use baton_tests::fake_frontend::{Connection, Options};
+use baton_tests::netns::Netns;
 use baton_tests::on_both_datapaths;
 use baton_tests::process::Process;
 use baton_tests::programs;
@@ -140,4 +141,31 @@ fn a_downscript_of_another_user_is_refused_by_name() {
         "the target refuses: downscript-user: the downscript \"/bin/true\" comes from another user, and would not be \
          run; start the source with --downscript=no"
     );
+}
+
+#[test]
+fn a_downscript_that_would_run_elsewhere_is_refused_by_name() {
+    let mut rig = Rig::new(Datapath::Userspace, 1, &["--downscript=/bin/true"]).unwrap();
+    let mut device = rig.device(Options::default()).unwrap();
+    let refuses = |rig: &mut Rig, target: &mut Backend, place: &str| {
+        let refusal = format!("downscript-place: the downscript \"/bin/true\" would run in another {place}");
+        let armed = rig.backend.arm(&target.incoming()).unwrap_err().to_string();
+        assert!(armed.contains(&refusal), "{armed}");
+        let report = rig.backend.hand_over_to(&target.incoming(), false).unwrap();
+        let reason = report["reason"].as_str().unwrap();
+        assert!(reason.contains(&refusal), "{reason}");
+    };
+    let network = Netns::enter().unwrap();
+    let mut target = Backend::waiting_for_session(Datapath::Userspace, &[]).unwrap();
+    drop(network);
+    refuses(&mut rig, &mut target, "network namespace");
+    // There it is the same script.
+    let target = Backend::waiting_for_session(Datapath::Userspace, &[]).unwrap();
+    rig.backend.become_target(target).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    // From here on all that this thread starts has other mounts.
+    rig.netns.mount_sysfs().unwrap();
+    let mut target = Backend::waiting_for_session(Datapath::Userspace, &[]).unwrap();
+    refuses(&mut rig, &mut target, "mount namespace");
+    rig.check_traffic(&mut device).unwrap();
 }

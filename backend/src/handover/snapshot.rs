@@ -19,6 +19,7 @@ use crate::dataplane::rx::FrameInHand;
 use crate::device::{Device, DeviceConfig};
 use crate::dispatch;
 use crate::net_header;
+use crate::script;
 use crate::tap::{Tap, adopted};
 
 /// What the target's command line decides, whatever arrives.
@@ -75,6 +76,7 @@ pub fn describe(device: &Device, tap: Option<&Tap>, extents: &[Option<FrameExten
         mtu: config.mtu,
         sndbuf: config.sndbuf,
         downscript: config.downscript.as_ref().map(|path| path.to_string_lossy().into_owned()),
+        downscript_place: config.downscript.as_ref().and_then(|_| script::place()),
         datapath: match device.datapath() {
             control::Datapath::Userspace => Datapath::Userspace,
             control::Datapath::VhostNet => Datapath::VhostNet,
@@ -110,6 +112,7 @@ pub fn capabilities(device: &Device, wishes: &Wishes, state: &DeviceState, same_
         acknowledged: device.session().features.0,
         set_up_pairs: device.set_up_pairs(),
         same_user,
+        place: script::place(),
     }
 }
 

@@ -86,6 +86,17 @@ pub enum Refusal {
         "the downscript {0:?} comes from another user, and would not be run; start the source with --downscript=no"
     )]
     DownscriptUser(String),
+    /// Of a process in another namespace.
+    #[error(
+        "the downscript {path:?} would run in {difference}; run the target where the source runs, or start the source \
+         with --downscript=no"
+    )]
+    DownscriptPlace {
+        /// The script.
+        path: String,
+        /// What is not the source's.
+        difference: &'static str,
+    },
     /// A frame that does not lie in the file of frames, or is none.
     #[error("the frame in hand of queue pair {0} is not where the source says")]
     FrameInHand(usize),
@@ -197,6 +208,7 @@ impl Refusal {
             Self::Mtu(_) => "mtu",
             Self::Downscript(_) => "downscript",
             Self::DownscriptUser(_) => "downscript-user",
+            Self::DownscriptPlace { .. } => "downscript-place",
             Self::FrameInHand(_) => "frame-in-hand",
             Self::Descriptors(_) => "descriptors",
             Self::Tap(_) => "tap",

@@ -27,10 +27,25 @@ pub struct DeviceState {
     pub sndbuf: Option<u32>,
     /// The program that the last owner runs at the end (`--downscript`), by its absolute path.
     pub downscript: Option<String>,
+    /// Where the source would run it; of a source that does not tell, anywhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub downscript_place: Option<Place>,
     /// Who moves the frames.
     pub datapath: Datapath,
     /// How long workers look for work before they wait, in microseconds.
     pub poll_us: u32,
+}
+
+/// What decides which interface and which program a name means to a process (namespaces(7)). The numbers are those of
+/// this machine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    /// Inode number of its network namespace.
+    pub net: u64,
+    /// Inode number of its mount namespace.
+    pub mnt: u64,
+    /// Device and inode number of its root directory.
+    pub root: (u64, u64),
 }
 
 /// Who moves the frames, as far as this version knows.

@@ -2,7 +2,7 @@
 //! against it is given, not just the first.
 
 use super::refusal::Refusal;
-use super::state::{DeviceState, FrameExtent, QueuePairState};
+use super::state::{DeviceState, FrameExtent, Place, QueuePairState};
 
 use crate::reasons::Reasons;
 
@@ -34,6 +34,8 @@ pub struct Capabilities {
     pub set_up_pairs: usize,
     /// The source runs as the same user.
     pub same_user: bool,
+    /// Where it runs a script, if it can tell.
+    pub place: Option<Place>,
 }
 
 /// A device that the target can take, if its descriptors are what they should be.
@@ -99,9 +101,25 @@ fn refusals(device: &DeviceState, target: &Capabilities) -> Vec<Refusal> {
         if !target.same_user {
             refusals.push(Refusal::DownscriptUser(path.clone()));
         }
+        if let Some(source) = device.downscript_place
+            && let Some(difference) = difference(source, target.place)
+        {
+            refusals.push(Refusal::DownscriptPlace { path: path.clone(), difference });
+        }
     }
     check_queues(&device.queue_pairs, &mut refusals);
     refusals
+}
+
+/// Why a script would not do for the source in the target's place what it does in the source's.
+fn difference(source: Place, target: Option<Place>) -> Option<&'static str> {
+    match target {
+        None => Some("a place that it cannot compare with the source's"),
+        Some(target) if target.net != source.net => Some("another network namespace"),
+        Some(target) if target.mnt != source.mnt => Some("another mount namespace"),
+        Some(target) if target.root != source.root => Some("another root directory"),
+        Some(_) => None,
+    }
 }
 
 fn check_pairs(device: &DeviceState, target: &Capabilities, refusals: &mut Vec<Refusal>) {
