@@ -69,7 +69,7 @@ fn serve(args: &Args) -> Result<()> {
         (None, None) => None,
     };
     if let (Some(tap), Some(sndbuf)) = (&tap, args.sndbuf) {
-        tap.set_sndbuf(if sndbuf == 0 { i32::MAX } else { i32::try_from(sndbuf).unwrap_or(i32::MAX) })?;
+        tap.set_sndbuf(sndbuf)?;
     }
     if let Some(tap) = &tap {
         tap.check_sndbuf()?;

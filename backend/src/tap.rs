@@ -220,6 +220,16 @@ impl TapQueue {
         self.as_fd()
     }
 
+    /// As the kernel says. Of a macvtap it always says yes.
+    fn is_attached(&self) -> nix::Result<bool> {
+        let mut request = empty_request();
+        // SAFETY: TUNGETIFF fills an ifreq.
+        unsafe { ioctl::get_iff(self.file.as_raw_fd(), &raw mut request) }?;
+        // SAFETY: TUNGETIFF sets the flags.
+        let flags = libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags });
+        Ok(flags & libc::IFF_DETACH_QUEUE == 0)
+    }
+
     fn set_attached(&self, attached: bool) -> io::Result<()> {
         let mut request = empty_request();
         let flags = if attached { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
@@ -333,6 +343,34 @@ impl Tap {
         self.offloads = Some(offloads);
     }
 
+    /// Sets again all that this process has set, and that another one may have changed since it holds the descriptors,
+    /// too. All is tried.
+    ///
+    /// # Errors
+    /// The first [`TapError`].
+    pub fn restore(&mut self, sndbuf: Option<u32>) -> Result<(), TapError> {
+        // First: a detached queue does not get the device's send buffer.
+        let queues = self.restore_attached();
+        let header = self.header_size.take().map_or(Ok(()), |size| self.set_header_size(size));
+        let offloads = self.offloads.take().map_or(Ok(()), |offloads| self.set_offloads(offloads));
+        let sndbuf = sndbuf.map_or(Ok(()), |bytes| self.set_sndbuf(bytes));
+        queues.and(header).and(offloads).and(sndbuf)
+    }
+
+    fn restore_attached(&self) -> Result<(), TapError> {
+        for (queue, &attached) in self.queues.iter().zip(&self.attached).filter(|_| self.multi_queue) {
+            // A macvtap does not tell, and takes the same again.
+            if queue.macvtap || queue.is_attached().is_ok_and(|is| is != attached) {
+                queue.set_attached(attached).map_err(|source| TapError::Ioctl {
+                    name: self.name.clone(),
+                    operation: "TUNSETQUEUE",
+                    source,
+                })?;
+            }
+        }
+        Ok(())
+    }
+
     /// Sets what the guest can take (`TUNSETOFFLOAD`).
     ///
     /// # Errors
@@ -376,11 +414,12 @@ impl Tap {
         Ok(())
     }
 
-    /// Limits how many bytes may be on their way into the network (`TUNSETSNDBUF`).
+    /// Limits how many bytes may be on their way into the network (`TUNSETSNDBUF`); 0 is no limit.
     ///
     /// # Errors
     /// [`TapError::Ioctl`].
-    pub fn set_sndbuf(&self, bytes: i32) -> Result<(), TapError> {
+    pub fn set_sndbuf(&self, bytes: u32) -> Result<(), TapError> {
+        let bytes = i32::try_from(bytes).ok().filter(|bytes| *bytes != 0).unwrap_or(i32::MAX);
         for queue in &self.queues {
             // SAFETY: TUNSETSNDBUF reads an int.
             unsafe { ioctl::set_sndbuf(queue.file.as_raw_fd(), &raw const bytes) }

@@ -164,6 +164,58 @@ pub fn set_sndbuf(tap: &OwnedFd, bytes: libc::c_int) -> Result<()> {
     Ok(())
 }
 
+/// What a holder of a TAP's queue can change of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QueueSettings {
+    /// Length of the virtio-net header.
+    pub header_size: libc::c_int,
+    /// Size of the send buffer.
+    pub sndbuf: libc::c_int,
+    /// The kernel gives frames to it.
+    pub attached: bool,
+}
+
+/// What a TAP's queue is set to.
+///
+/// # Errors
+/// The system's.
+pub fn queue_settings(tap: &OwnedFd) -> Result<QueueSettings> {
+    let number = |operation, name| -> Result<libc::c_int> {
+        let mut number: libc::c_int = 0;
+        // SAFETY: TUNGETVNETHDRSZ and TUNGETSNDBUF fill an int.
+        let result = unsafe { libc::ioctl(tap.as_raw_fd(), operation, &raw mut number) };
+        Errno::result(result).context(name)?;
+        Ok(number)
+    };
+    let header_size = number(libc::TUNGETVNETHDRSZ, "TUNGETVNETHDRSZ")?;
+    let sndbuf = number(libc::TUNGETSNDBUF, "TUNGETSNDBUF")?;
+    let mut request = interface_request("")?;
+    // SAFETY: TUNGETIFF fills an ifreq.
+    let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNGETIFF, &raw mut request) };
+    Errno::result(result).context("TUNGETIFF")?;
+    // SAFETY: TUNGETIFF sets the flags.
+    let flags = libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags });
+    Ok(QueueSettings { header_size, sndbuf, attached: flags & libc::IFF_DETACH_QUEUE == 0 })
+}
+
+/// Gives a TAP's queue another header size and send buffer, and detaches it.
+///
+/// # Errors
+/// The system's.
+pub fn spoil_queue(tap: &OwnedFd) -> Result<()> {
+    let header_size: libc::c_int = 20;
+    // SAFETY: TUNSETVNETHDRSZ reads an int.
+    let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const header_size) };
+    Errno::result(result).context("TUNSETVNETHDRSZ")?;
+    set_sndbuf(tap, 1)?;
+    let mut request = interface_request("")?;
+    request.ifr_ifru.ifru_flags = i16::try_from(libc::IFF_DETACH_QUEUE)?;
+    // SAFETY: TUNSETQUEUE reads an ifreq.
+    let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETQUEUE, &raw const request) };
+    Errno::result(result).context("TUNSETQUEUE")?;
+    Ok(())
+}
+
 /// Has a TAP give its reader only frames to this address, and of those only what a filter program takes, which is
 /// nothing.
 ///

@@ -8,6 +8,7 @@ use baton_tests::backend::{Backend, Rig};
 use baton_tests::datapath::Datapath;
 use baton_tests::fake_frontend::{Device, NetHeader, Options};
 use baton_tests::frames;
+use baton_tests::netns;
 use baton_tests::on_both_datapaths;
 use baton_tests::session_peer::{Asked, FakeTarget, Sent, take_stage};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -17,6 +18,7 @@ on_both_datapaths! {
     a_target_that_makes_the_tap_block_does_not_hold_up_the_source,
     a_source_whose_tap_blocks_ends_when_told_to,
     a_source_whose_tap_blocks_hands_over,
+    what_a_target_did_to_the_tap_is_undone,
 }
 
 /// A device that works, and what a target was given that has gone: of it the TAP is made to block.
@@ -86,5 +88,27 @@ fn a_source_whose_tap_blocks_hands_over(datapath: Datapath) {
     let target = Backend::waiting_for_session(datapath, &[]).unwrap();
     let report = rig.backend.become_target(target).unwrap();
     assert!(matches!(report, SessionReport::Completed { .. }), "{report:?}");
+    rig.check_traffic(&mut device).unwrap();
+}
+
+fn what_a_target_did_to_the_tap_is_undone(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 2, &["--sndbuf=100000"]).unwrap();
+    let options = Options { queue_pairs: 2, ..Options::default() };
+    let mut device = rig.device(options).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    let place = FakeTarget::bind(&rig.backend.directory().join("hostile")).unwrap();
+    let asked = Asked::of(&rig.backend, place.path()).unwrap();
+    let link = place.accept().unwrap();
+    let sent = take_stage(&link).unwrap();
+    let tap = |pair: usize| sent.fd(&format!("tap/{pair}")).unwrap();
+    let before = netns::queue_settings(tap(0)).unwrap();
+    netns::spoil_queue(tap(0)).unwrap();
+    netns::spoil_queue(tap(1)).unwrap();
+    assert_ne!(netns::queue_settings(tap(0)).unwrap(), before);
+    drop(link);
+    asked.failure().unwrap();
+    for pair in [0, 1] {
+        assert_eq!(netns::queue_settings(tap(pair)).unwrap(), before, "pair {pair}");
+    }
     rig.check_traffic(&mut device).unwrap();
 }

@@ -64,6 +64,7 @@ impl Device {
     /// # Errors
     /// [`DeviceError::Dataplane`].
     pub fn thaw(&mut self) -> Result<(), DeviceError> {
+        self.restore_tap();
         self.resume_all()
     }
 
@@ -73,6 +74,7 @@ impl Device {
     /// # Errors
     /// [`DeviceError::Dead`], [`DeviceError::Dataplane`].
     pub fn survive(&mut self) -> Result<(), DeviceError> {
+        self.restore_tap();
         for (pair, worker) in self.workers.iter_mut().enumerate() {
             let parked = worker.park().ok_or(DeviceError::Dead(pair))?;
             parked.rx.in_hand = None;
@@ -105,6 +107,15 @@ impl Device {
         self.tap = None;
         self.session = self.new_session();
         result
+    }
+
+    /// Undoes what a process that was given the TAP's descriptors may have done to the TAP.
+    pub(super) fn restore_tap(&mut self) {
+        let Some(tap) = &mut self.tap else { return };
+        // The device goes on as well as it can. If the interface was deleted, that is seen by itself.
+        if let Err(error) = tap.restore(self.config.sndbuf) {
+            tracing::warn!(error = %anyhow::Error::new(error), "the TAP's settings cannot be restored");
+        }
     }
 
     pub(super) fn resume_all(&mut self) -> Result<(), DeviceError> {

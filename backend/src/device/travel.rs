@@ -111,6 +111,7 @@ impl Device {
         }
         let queues: Vec<_> = (0..pairs).map(|pair| Arc::clone(tap.queue(pair))).collect();
         self.tap = Some(tap);
+        self.restore_tap();
         self.set_tap_features(self.session.features)?;
         let mut queues = queues.iter();
         self.park_each(|parked| queues.next().map_or(Ok(()), |queue| parked.attach(queue)))?;
