@@ -45,6 +45,10 @@ const SESSION_EVENTS: Events =
 /// How long to leave front-ends waiting that cannot be accepted, for want of descriptors, say.
 const REST: Duration = Duration::from_millis(100);
 
+/// How long a connection may stay silent while another front-end waits. One that has just come is no less welcome than
+/// the next.
+const SILENCE: Duration = Duration::from_secs(1);
+
 /// Why the back-end ended when it should not.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
@@ -171,10 +175,12 @@ impl Server {
             self.watch_endpoint()?;
             let timeout = if progress == Progress::More { 0 } else { -1 };
             let mut look = progress == Progress::More;
+            let mut contested = false;
             let held = self.live.holds_front();
             for (token, _) in self.epoll.wait(timeout, &mut ready)? {
                 match token {
                     SIGNAL => self.on_signal()?,
+                    ENDPOINT if self.session.is_some() => contested = true,
                     ENDPOINT => self.meet()?,
                     SESSION => look = true,
                     CALL => self.on_calls()?,
@@ -196,7 +202,11 @@ impl Server {
                 look = true;
                 self.part_from_truncated()?;
             }
-            progress = if look { self.talk()? } else { Progress::Waiting };
+            // The connection may have spoken at the same time.
+            progress = if look || contested { self.talk()? } else { Progress::Waiting };
+            if contested {
+                self.replace_silent()?;
+            }
             let released = {
                 let dispatch = &mut *lock(&self.dispatch);
                 dispatch.settle()?;
@@ -231,7 +241,7 @@ impl Server {
                     if let Some(left_out) = log_limit::allow() {
                         tracing::warn!(%error, left_out, "cannot accept a front-end now");
                     }
-                    return self.rest();
+                    return self.rest(REST);
                 }
             };
             match Session::new(&connection, Arc::clone(&self.dispatch)) {
@@ -248,10 +258,25 @@ impl Server {
         Ok(())
     }
 
+    /// Another front-end waits: drops the connection that has not sent a message yet.
+    fn replace_silent(&mut self) -> Result<(), ServerError> {
+        if self.live.holds_front() {
+            return Ok(());
+        }
+        let Some(session) = self.session.as_ref().filter(|session| !session.begun()) else { return Ok(()) };
+        let left = SILENCE.saturating_sub(session.age());
+        if !left.is_zero() {
+            return self.rest(left);
+        }
+        tracing::info!("dropped a connection that sent no message: another front-end waits");
+        self.end_session(Departure::CutOff)?;
+        self.meet()
+    }
+
     /// Leaves the endpoint alone for a while.
-    fn rest(&mut self) -> Result<(), ServerError> {
+    fn rest(&mut self, time: Duration) -> Result<(), ServerError> {
         self.resting = true;
-        let rest = Expiration::OneShot(REST.into());
+        let rest = Expiration::OneShot(time.into());
         self.rested.set(rest, TimerSetTimeFlags::empty()).map_err(io::Error::from)?;
         Ok(())
     }
@@ -262,9 +287,14 @@ impl Server {
         self.meet()
     }
 
-    /// Has the endpoint watched while a front-end that comes would be taken; else those wait in the backlog.
+    /// Watches the endpoint while a front-end that comes may be accepted. While a session runs, front-ends wait in the
+    /// backlog; a connection that has not sent a message yet may have to give way.
     fn watch_endpoint(&mut self) -> Result<(), ServerError> {
-        let wanted = self.session.is_none() && !self.resting && !self.live.holds_front();
+        let free = match &self.session {
+            Some(session) => !session.begun() && self.endpoint.listener().is_some(),
+            None => true,
+        };
+        let wanted = free && !self.resting && !self.live.holds_front();
         if let Some(source) = self.endpoint.source().filter(|_| wanted != self.watched) {
             if wanted {
                 self.epoll.add(&source, Events::EPOLLIN, ENDPOINT)?;

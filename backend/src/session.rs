@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv, send};
@@ -123,6 +124,7 @@ pub struct Session {
     dispatch: Arc<Mutex<Dispatch>>,
     /// Whether a message was seen: a connection that is closed without one is no session.
     begun: bool,
+    since: Instant,
 }
 
 impl std::fmt::Debug for Session {
@@ -170,12 +172,17 @@ impl Session {
         if unsafe { libc::dup3(socket.as_fd().as_raw_fd(), handler.as_raw_fd(), libc::O_CLOEXEC) } < 0 {
             return Err(io::Error::last_os_error());
         }
-        Ok(Self { handler, dispatch, begun: negotiated.begun })
+        Ok(Self { handler, dispatch, begun: negotiated.begun, since: Instant::now() })
     }
 
     /// Whether the front-end has said anything.
     pub fn begun(&self) -> bool {
         self.begun
+    }
+
+    /// How long this process has had the connection.
+    pub fn age(&self) -> Duration {
+        self.since.elapsed()
     }
 
     /// Handles the messages that are there whole.

@@ -2,6 +2,7 @@
 //! worker that fails is heard of.
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
+use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::process::Command;
@@ -19,6 +20,8 @@ on_both_datapaths! {
     rings_of_the_last_session_do_not_run_in_the_next,
     a_connection_closed_without_a_byte_is_no_session,
     a_second_front_end_waits_its_turn,
+    a_silent_connection_gives_way_to_a_front_end_that_waits,
+    half_a_message_gives_way_to_a_front_end_that_waits,
     set_vring_enable_before_set_features_is_kept,
     set_vring_enable_before_set_features_is_acknowledged_and_kept,
     a_front_end_may_set_up_everything_anew_on_the_same_connection,
@@ -91,6 +94,34 @@ fn a_second_front_end_waits_its_turn(datapath: Datapath) {
     drop(second);
     let mut device = rig.device(Options::default()).unwrap();
     rig.check_traffic(&mut device).unwrap();
+}
+
+/// Connections that never send a whole message keep no front-end out.
+fn silent_connections_give_way(datapath: Datapath, bytes: &[u8]) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
+    let silent: Vec<_> = (0..3)
+        .map(|_| {
+            let mut stream = UnixStream::connect(&rig.backend.socket).unwrap();
+            stream.write_all(bytes).unwrap();
+            stream
+        })
+        .collect();
+    let mut device = rig.device(Options::default()).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    drop(silent);
+    // A session that has begun gives way to nobody.
+    let waiting = rig.backend.connect().unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    drop(device);
+    waiting.get_features().unwrap();
+}
+
+fn a_silent_connection_gives_way_to_a_front_end_that_waits(datapath: Datapath) {
+    silent_connections_give_way(datapath, &[]);
+}
+
+fn half_a_message_gives_way_to_a_front_end_that_waits(datapath: Datapath) {
+    silent_connections_give_way(datapath, &[1, 0, 0, 0, 1]);
 }
 
 /// QEMU 7.2, and with acknowledgements 10.0.
