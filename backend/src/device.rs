@@ -17,6 +17,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_control::limited;
 use baton_protocol::control::Datapath;
 use virtio_bindings::virtio_net;
 
@@ -26,7 +27,6 @@ use crate::dataplane::worker::{Worker, WorkerNews};
 use crate::dirty_log::{DirtyLog, LogError};
 use crate::features::{Features, LOG_ALL, Offer};
 use crate::inflight::InflightRegion;
-use crate::log_limit;
 use crate::mailbox::Mailer;
 use crate::memory::{GuestMemory, MAX_REGIONS};
 use crate::metrics::PairCounters;
@@ -326,9 +326,7 @@ impl Device {
                 Ok(Some(ring)) => worker.put_ring(side, ring).map_err(failed)?,
                 Ok(None) => {}
                 Err(error) => {
-                    if let Some(left_out) = log_limit::allow() {
-                        tracing::warn!(vring, %error, left_out, "vring cannot run");
-                    }
+                    limited!(warn, vring, %error, "vring cannot run");
                 }
             }
         }

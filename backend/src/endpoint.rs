@@ -8,6 +8,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use baton_control::limited;
 use baton_control::socket_path::{BindError, BoundSocket};
 use baton_protocol::session::state::{EndpointKind, EndpointState};
 use nix::sys::socket::{
@@ -205,7 +206,7 @@ impl Endpoint {
                     }
                     Err(error) => {
                         if !*told {
-                            tracing::info!(path = %path.display(), %error, "no front-end listens yet");
+                            limited!(info, path = %path.display(), %error, "no front-end listens yet");
                             *told = true;
                         }
                         redial.set(Expiration::OneShot(REDIAL.into()), TimerSetTimeFlags::empty())?;

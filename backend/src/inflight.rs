@@ -17,10 +17,10 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
+use baton_control::limited;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use crate::log_limit;
 use crate::shared_mapping::{MappingError, SharedMapping};
 
 /// The only version of the layout.
@@ -185,9 +185,7 @@ impl InflightQueue {
             Ok(Some(leftovers)) => return leftovers,
             Ok(None) => {}
             Err(nonsense) => {
-                if let Some(left_out) = log_limit::allow() {
-                    tracing::warn!(%nonsense, left_out, "inflight region ignored, and begun anew");
-                }
+                limited!(warn, %nonsense, "inflight region ignored, and begun anew");
             }
         }
         self.begin(used);

@@ -17,7 +17,6 @@ pub mod features;
 pub mod handover;
 pub mod inflight;
 pub mod inherited;
-pub mod log_limit;
 pub mod mailbox;
 pub mod memory;
 pub mod metrics;

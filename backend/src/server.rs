@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use baton_control::limited;
 use baton_protocol::control::{Done, Request};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -22,7 +23,6 @@ use crate::endpoint::Endpoint;
 use crate::events::{Epoll, Events, Ready};
 use crate::handover::live::Live;
 use crate::handover::{Departure, Handover, LastWork};
-use crate::log_limit;
 use crate::mailbox::Mailbox;
 use crate::session::{Progress, Session, SessionEnd};
 use crate::sigbus;
@@ -238,9 +238,7 @@ impl Server {
                 Ok(None) => return Ok(()),
                 Err(error) => {
                     // The connection is still there to be accepted; what is missing may come back.
-                    if let Some(left_out) = log_limit::allow() {
-                        tracing::warn!(%error, left_out, "cannot accept a front-end now");
-                    }
+                    limited!(warn, %error, "cannot accept a front-end now");
                     return self.rest(REST);
                 }
             };
@@ -248,7 +246,7 @@ impl Server {
                 Ok(session) => break session,
                 // There are others to come.
                 Err(error) if self.endpoint.source().is_some() => {
-                    tracing::warn!(%error, "cannot serve a front-end");
+                    limited!(warn, %error, "cannot serve a front-end");
                 }
                 Err(error) => return Err(error.into()),
             }
@@ -268,7 +266,7 @@ impl Server {
         if !left.is_zero() {
             return self.rest(left);
         }
-        tracing::info!("dropped a connection that sent no message: another front-end waits");
+        limited!(info, "dropped a connection that sent no message: another front-end waits");
         self.end_session(Departure::CutOff)?;
         self.meet()
     }
@@ -315,7 +313,7 @@ impl Server {
         let before = session.begun();
         let result = session.progress();
         if !before && session.begun() {
-            tracing::info!("front-end connected");
+            limited!(info, "front-end connected");
             let dispatch = &mut *lock(&self.dispatch);
             dispatch.handover.frontend_came(&mut dispatch.device)?;
         }
@@ -334,13 +332,11 @@ impl Server {
         let departure = end.departure();
         match end {
             SessionEnd::Left if !begun => tracing::debug!("a connection was closed without a word"),
-            SessionEnd::Left => tracing::info!("front-end disconnected"),
+            SessionEnd::Left => limited!(info, "front-end disconnected"),
             SessionEnd::Device(Rejection::Device(error @ DeviceError::Dead(_))) => return Err(error.into()),
             end => {
-                if let Some(left_out) = log_limit::allow() {
-                    let error = format!("{:#}", anyhow::Error::new(end));
-                    tracing::warn!(error, left_out, "front-end's session ended");
-                }
+                let error = format!("{:#}", anyhow::Error::new(end));
+                limited!(warn, error, "front-end's session ended");
             }
         }
         if self.endpoint.source().is_none() {

@@ -11,6 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use baton_control::limited;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv, send};
 use vhost::vhost_user::message::FrontendReq;
@@ -19,7 +20,6 @@ use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 use crate::dispatch::{Dispatch, Rejection};
 use crate::features::PROTOCOL_FEATURES;
 use crate::handover::Departure;
-use crate::log_limit;
 
 /// `struct vhost_user_msg`: request, flags and size, 4 bytes each.
 const HEADER: usize = 12;
@@ -273,9 +273,7 @@ impl Session {
             (_, Some(Rejection::Device(source))) => Err(SessionEnd::Device(Rejection::Device(source))),
             (_, Some(source)) if header.has_answer() => Err(SessionEnd::Unanswerable { request, source }),
             (_, Some(rejection)) => {
-                if let Some(left_out) = log_limit::allow() {
-                    tracing::warn!(?name, %rejection, left_out, "request rejected");
-                }
+                limited!(warn, ?name, %rejection, "request rejected");
                 Ok(())
             }
             (Err(VhostError::Disconnected), None) => Err(SessionEnd::Left),

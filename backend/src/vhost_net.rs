@@ -14,6 +14,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_control::limited;
 use vhost::VhostBackend;
 use vhost::vhost_kern::vhost_binding::{VHOST_VRING_F_LOG, vhost_vring_addr};
 use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_VERSION_1};
@@ -302,7 +303,7 @@ impl VhostNet {
         self.prepared[slot(side)] = false;
         for wire in [Wire::Kick, Wire::Call, Wire::Error] {
             if let Err(error) = self.kernel.connect(number(side), wire, None) {
-                tracing::warn!(?side, ?wire, %error, "vhost-net keeps an eventfd");
+                limited!(warn, ?side, ?wire, %error, "vhost-net keeps an eventfd");
             }
         }
         if !self.running.contains(&true) && !self.prepared.contains(&true) {

@@ -6,6 +6,7 @@ pub mod client;
 mod connection;
 pub mod later;
 pub mod listing;
+pub mod log_limit;
 pub mod predecessor;
 pub mod server;
 pub mod socket_path;

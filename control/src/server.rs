@@ -167,7 +167,7 @@ where
                         io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted
                     ) => {}
                 Err(error) => {
-                    tracing::warn!(%error, "cannot accept a control client");
+                    crate::limited!(warn, %error, "cannot accept a control client");
                     if self.connections.is_empty() {
                         return false;
                     }

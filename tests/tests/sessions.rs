@@ -10,7 +10,7 @@ use std::process::Command;
 use baton_protocol::control::{BackendState, Frontend};
 use baton_tests::backend::{Rig, TAP};
 use baton_tests::datapath::Datapath;
-use baton_tests::fake_frontend::wire::protocol;
+use baton_tests::fake_frontend::wire::{Message, protocol, request};
 use baton_tests::fake_frontend::{Device, Options, features};
 use baton_tests::on_both_datapaths;
 use baton_tests::process::Process;
@@ -26,6 +26,7 @@ on_both_datapaths! {
     set_vring_enable_before_set_features_is_acknowledged_and_kept,
     a_front_end_may_set_up_everything_anew_on_the_same_connection,
     a_worker_that_fails_is_heard_of,
+    a_noisy_front_end_neither_fills_the_log_nor_hides_other_lines,
     a_front_end_that_finds_no_descriptor_left_is_served_when_there_is_one,
 }
 
@@ -87,7 +88,7 @@ fn a_second_front_end_waits_its_turn(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut first = rig.device(Options::default()).unwrap();
     let second = rig.backend.connect().unwrap();
-    second.send(&baton_tests::fake_frontend::wire::Message::empty(1), &[]).unwrap();
+    second.send(&Message::empty(1), &[]).unwrap();
     rig.check_traffic(&mut first).unwrap();
     drop(first);
     assert_eq!(second.receive().unwrap().request, 1);
@@ -199,6 +200,26 @@ fn a_worker_that_fails_is_heard_of(datapath: Datapath) {
     let log = rig.backend.process.log();
     assert!(log.lines().last().unwrap().contains("the TAP was deleted"), "{log}");
     assert!(!rig.backend.socket.exists() && !rig.backend.control.exists(), "sockets were left behind");
+}
+
+fn a_noisy_front_end_neither_fills_the_log_nor_hides_other_lines(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
+    for _ in 0..300 {
+        let connection = rig.backend.connect().unwrap();
+        connection.get_features().unwrap();
+        // Not within a request: rejected, and logged, without an end of the session.
+        connection.send(&Message::vring_state(request::SET_VRING_NUM, 0, 3), &[]).unwrap();
+        connection.get_features().unwrap();
+    }
+    let connection = rig.backend.connect().unwrap();
+    connection.send(&Message::empty(request::GET_FEATURES).with_size(1 << 20), &[]).unwrap();
+    let said = |process: &Process| Ok(process.log().contains("message 1 of 1048576 bytes").then_some(()));
+    rig.backend.process.wait_until("it told of the long message", said).unwrap();
+    let log = rig.backend.process.log();
+    for line in ["front-end connected", "front-end disconnected", "request rejected"] {
+        assert!(log.contains(line), "{log}");
+    }
+    assert!(log.lines().count() < 300, "{} lines", log.lines().count());
 }
 
 /// Sets below which number the back-end's new descriptors must be.

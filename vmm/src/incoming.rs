@@ -130,7 +130,7 @@ impl Waiting {
                         return Ok(());
                     }
                 }
-                Err(error) => tracing::warn!("migration: {:#}", anyhow::Error::from(error)),
+                Err(error) => baton_control::limited!(warn, "migration: {:#}", anyhow::Error::from(error)),
             }
         }
         Ok(())
@@ -156,7 +156,7 @@ impl Waiting {
                 Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => {}
                 Err(error) => {
                     // The source is still there to be accepted; what is missing may come back.
-                    tracing::warn!("migration: cannot accept a source now: {error}");
+                    baton_control::limited!(warn, "migration: cannot accept a source now: {error}");
                     poll(&mut [readable(event::descriptor(&self.stop))], REST)?;
                 }
             }

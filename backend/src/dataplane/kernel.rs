@@ -14,6 +14,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
+use baton_control::limited;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::Turn;
@@ -135,7 +136,7 @@ impl QueuePair {
         if let Kick::Eventfd(kick) = &ring.kick
             && let Err(error) = self.epoll.remove(kick)
         {
-            tracing::warn!(pair = self.index, %error, "cannot stop watching a kick");
+            limited!(warn, pair = self.index, %error, "cannot stop watching a kick");
         }
     }
 

@@ -12,6 +12,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use baton_control::limited;
+
 use super::Turn;
 use super::chain;
 use super::kernel::{KernelPath, TAP_WATCH};
@@ -184,7 +186,7 @@ impl QueuePair {
         if let Kick::Eventfd(kick) = &ring.kick
             && let Err(error) = self.epoll.remove(kick)
         {
-            tracing::warn!(pair = self.index, %error, "cannot stop watching a kick");
+            limited!(warn, pair = self.index, %error, "cannot stop watching a kick");
         }
         Some(ring)
     }
@@ -254,7 +256,7 @@ impl QueuePair {
             if let Some(Ring { kick: Kick::Eventfd(kick), started: false, .. }) = ring
                 && let Err(error) = self.epoll.rearm(kick, KICK_EVENTS, token)
             {
-                tracing::warn!(pair = self.index, %error, "cannot look at a kick");
+                limited!(warn, pair = self.index, %error, "cannot look at a kick");
             }
         }
     }

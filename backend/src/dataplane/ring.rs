@@ -6,9 +6,9 @@
 use std::error::Error;
 use std::sync::atomic::Ordering;
 
+use baton_control::limited;
 use baton_faults::Batch;
 
-use crate::log_limit;
 use crate::metrics::Direction;
 use crate::notify::Notifier;
 use crate::vring::Vring;
@@ -71,9 +71,7 @@ impl Ring {
     /// Gives up the ring and tells the front-end.
     pub fn fail(&mut self, name: &'static str, pair: u16, error: &dyn Error) {
         self.broken = true;
-        if let Some(left_out) = log_limit::allow() {
-            tracing::warn!(pair, vring = name, %error, left_out, "vring out of order until it is set up anew");
-        }
+        limited!(warn, pair, vring = name, %error, "vring out of order until it is set up anew");
         if let Some(notifier) = &self.error {
             notifier.notify();
         }

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_control::limited;
 use baton_protocol::control::Datapath;
 
 use super::{Device, DeviceConfig, DeviceError};
@@ -86,7 +87,7 @@ impl Device {
     /// [`DeviceError::Dead`], [`DeviceError::Dataplane`].
     pub fn set_tap_aside(&mut self) -> Result<Option<Tap>, DeviceError> {
         self.park_each(QueuePair::detach)?;
-        tracing::info!("polling of the TAP is off");
+        limited!(info, "polling of the TAP is off");
         let tap = self.tap.take();
         self.change(.., |_| ())?;
         Ok(tap)
@@ -121,7 +122,7 @@ impl Device {
             }
         })?;
         self.follow_enabled_pairs()?;
-        tracing::info!("polling of the TAP is on");
+        limited!(info, "polling of the TAP is on");
         Ok(())
     }
 

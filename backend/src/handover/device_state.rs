@@ -4,6 +4,7 @@
 use std::fs::File;
 
 use baton_channel::packet::PacketSocket;
+use baton_control::limited;
 use baton_faults::Point;
 use baton_protocol::handover::message::{Message, StateOnly};
 use baton_protocol::handover::validate::check_without_tap;
@@ -154,7 +155,7 @@ impl Handover {
                 Outcome::Read(Err(error)) | Outcome::Received(Err(error)) => Err(error.into()),
             };
             if let Err(error) = &result {
-                tracing::warn!(error = %error, "device state was not moved");
+                limited!(warn, error = %error, "device state was not moved");
             }
             self.transfer = Transfer::Over(result);
         }

@@ -6,12 +6,12 @@ use std::path::Path;
 use std::time::Duration;
 
 use baton_channel::packet::PacketSocket;
+use baton_control::limited;
 use baton_control::socket_path::BoundSocket;
 
 use super::error::IncomingError;
 use super::{INCOMING, Surroundings};
 use crate::events::{Epoll, Events};
-use crate::log_limit;
 
 /// How long to leave sources waiting that cannot be accepted, for want of descriptors, say.
 const REST: Duration = Duration::from_millis(100);
@@ -43,9 +43,7 @@ impl Incoming {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
             Err(error) => {
                 // The connection is still there to be accepted; what is missing may come back.
-                if let Some(left_out) = log_limit::allow() {
-                    tracing::warn!(%error, left_out, "cannot accept a source now");
-                }
+                limited!(warn, %error, "cannot accept a source now");
                 let _ = around.epoll.remove(self.socket.listener());
                 self.resting = Some(around.now + REST);
                 return None;
@@ -54,7 +52,7 @@ impl Incoming {
         match PacketSocket::try_from(OwnedFd::from(connection)) {
             Ok(link) => Some(link),
             Err(error) => {
-                tracing::warn!(%error, "a connection for a hand-over is of no use");
+                limited!(warn, %error, "a connection for a hand-over is of no use");
                 None
             }
         }
@@ -70,7 +68,7 @@ impl Incoming {
         if self.resting.take_if(|until| *until <= around.now).is_some()
             && let Err(error) = around.epoll.add(self.socket.listener(), Events::EPOLLIN, INCOMING)
         {
-            tracing::warn!(%error, "cannot wait for sources any more");
+            limited!(warn, %error, "cannot wait for sources any more");
         }
     }
 }

@@ -27,6 +27,7 @@ use std::time::{Duration, Instant};
 
 use baton_channel::packet::PacketSocket;
 use baton_channel::peer::Peer;
+use baton_control::limited;
 use baton_protocol::control::{HandoverReply, HandoverStatus};
 use baton_protocol::handover::refusal::Refusal;
 use nix::sys::timer::Expiration;
@@ -35,7 +36,6 @@ use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags, TimerSetTimeFlags};
 use crate::control::{self, Call};
 use crate::device::{Device, DeviceError};
 use crate::events::{Epoll, Events, Ready};
-use crate::log_limit;
 use crate::mailbox::{Mailbox, Mailer, mailbox};
 use device_state::Transfer;
 use error::{HandoverError, IncomingError};
@@ -149,7 +149,7 @@ impl Handover {
         let events: Vec<_> = match self.epoll.wait(0, &mut ready) {
             Ok(events) => events.collect(),
             Err(error) => {
-                tracing::warn!(%error, "cannot wait for the hand-over");
+                limited!(warn, %error, "cannot wait for the hand-over");
                 return Ok(());
             }
         };
@@ -222,7 +222,7 @@ impl Handover {
         let Some(deadline) = deadlines.into_iter().flatten().min() else { return };
         let left = deadline.saturating_sub(self.now()).max(Duration::from_millis(1));
         if let Err(error) = self.timer.set(Expiration::OneShot(left.into()), TimerSetTimeFlags::empty()) {
-            tracing::warn!(%error, "cannot set the hand-over's timer");
+            limited!(warn, %error, "cannot set the hand-over's timer");
         }
     }
 
@@ -394,14 +394,12 @@ impl Handover {
             Ok(_) => None,
         };
         if let Some(refusal) = refusal {
-            if let Some(left_out) = log_limit::allow() {
-                tracing::warn!(%refusal, left_out, "a hand-over was refused");
-            }
+            limited!(warn, %refusal, "a hand-over was refused");
             target::refuse(&link, refusal);
             return;
         }
         if let Err(error) = self.epoll.add(&link, Events::EPOLLIN, TARGET) {
-            tracing::warn!(%error, "cannot wait for a source");
+            limited!(warn, %error, "cannot wait for a source");
             return;
         }
         let same_user = trusted.is_ok_and(Peer::same_user);

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use baton_channel::ownership::SharedWord;
+use baton_control::limited;
 use baton_protocol::control;
 use baton_protocol::fd_manifest::{FdManifest, NamedFds};
 use baton_protocol::handover::message::{FRAMES_FD, LINK_FD, OWNERSHIP_FD, Offer, tap_fd};
@@ -162,6 +163,6 @@ pub fn adopt(
     let tap = adopted::adopt(state, taps).map_err(|error| Refusal::Tap(error.to_string()))?;
     let frames = frames::read(&checked, file).map_err(|error| Refusal::Tap(error.to_string()))?;
     device.open_vhost(tap.pairs()).map_err(|error| Refusal::VhostNet(error.to_string()))?;
-    tracing::info!(tap = tap.name(), queues = tap.pairs(), epoch = offer.epoch, "TAP descriptors claimed");
+    limited!(info, tap = tap.name(), queues = tap.pairs(), epoch = offer.epoch, "TAP descriptors claimed");
     Ok((offered, Adopted { tap, word, device: checked, frames }))
 }

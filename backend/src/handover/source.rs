@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use baton_channel::ownership::SharedWord;
 use baton_channel::packet::{ChannelError, PacketSocket};
+use baton_control::limited;
 use baton_faults::Point;
 use baton_protocol::control::{HandoverReply, HandoverState, HandoverStatus};
 use baton_protocol::handover::message::{Message, Offer, Prepare};
@@ -164,7 +165,7 @@ impl SourceEnd {
             Err(ChannelError::Timeout) => return Ok(false),
             Err(error) => {
                 if !matches!(error, ChannelError::Closed) {
-                    tracing::warn!(peer = self.peer, %error, "the target makes no sense");
+                    limited!(warn, peer = self.peer, %error, "the target makes no sense");
                 }
                 self.close(around);
                 Event::Closed
@@ -269,7 +270,7 @@ impl SourceEnd {
                 self.act(device, around, actions)
             }
             Err(failure) => {
-                tracing::warn!(peer = self.peer, error = %failure, "the target makes no sense");
+                limited!(warn, peer = self.peer, error = %failure, "the target makes no sense");
                 self.state = failure.state;
                 self.close(around);
                 self.tell(device, around, Event::Closed)
@@ -284,7 +285,7 @@ impl SourceEnd {
             Source::Armed { .. } => control::answer(&HandoverReply::ARMED),
             Source::Ended(Ended::Possible) => control::answer(&HandoverReply::POSSIBLE),
             Source::Ended(ended) => {
-                tracing::info!(peer, reason = %ended, "the hand-over is over, the device is ours");
+                limited!(info, peer, reason = %ended, "the hand-over is over, the device is ours");
                 Err(control::refusal(ended.to_string()))
             }
             Source::HandedOver
@@ -319,7 +320,7 @@ impl SourceEnd {
                 }
                 Action::Resume => {
                     if let Some(tap) = self.tap.take() {
-                        tracing::info!(peer = self.peer, "the device is ours again");
+                        limited!(info, peer = self.peer, "the device is ours again");
                         device.use_tap(tap)?;
                     }
                 }
@@ -329,7 +330,7 @@ impl SourceEnd {
                     for pair in 0..device.pairs() {
                         device.set_frame_in_hand(pair, None)?;
                     }
-                    tracing::info!(peer = self.peer, "the device is the target's");
+                    limited!(info, peer = self.peer, "the device is the target's");
                 }
                 Action::Send(message) => self.send(device, around, &message)?,
                 Action::Close => self.close(around),
@@ -349,7 +350,7 @@ impl SourceEnd {
             // The end of a connection is heard after the target's last word.
             Ok(()) | Err(ChannelError::Closed) => Ok(()),
             Err(error) => {
-                tracing::warn!(peer = self.peer, %error, "cannot send {}", message.name());
+                limited!(warn, peer = self.peer, %error, "cannot send {}", message.name());
                 self.close(around);
                 self.tell(device, around, Event::Closed)
             }
@@ -374,7 +375,7 @@ impl SourceEnd {
             return self.tell(device, around, Event::Closed);
         }
         baton_faults::pass(Point::SourceBackendOfferSent);
-        tracing::info!(peer = self.peer, epoch = word.epoch, "TAP descriptors sent: the device is offered");
+        limited!(info, peer = self.peer, epoch = word.epoch, "TAP descriptors sent: the device is offered");
         Ok(())
     }
 
@@ -389,7 +390,7 @@ impl SourceEnd {
         let (file, extents) = match frames::write(frames) {
             Ok(written) => written,
             Err(error) => {
-                tracing::warn!(%error, "cannot hand the frames in hand over");
+                limited!(warn, %error, "cannot hand the frames in hand over");
                 return false;
             }
         };
@@ -401,7 +402,7 @@ impl SourceEnd {
         match socket.map(|socket| socket.send(&message, &descriptors, PATIENCE)) {
             Some(Ok(())) => true,
             Some(Err(error)) => {
-                tracing::warn!(peer = self.peer, %error, "cannot send {}", message.name());
+                limited!(warn, peer = self.peer, %error, "cannot send {}", message.name());
                 false
             }
             None => false,
@@ -412,7 +413,7 @@ impl SourceEnd {
         if let Some(link) = self.link.take()
             && let Err(error) = around.epoll.remove(&link)
         {
-            tracing::warn!(%error, "cannot stop watching the target");
+            limited!(warn, %error, "cannot stop watching the target");
         }
     }
 }

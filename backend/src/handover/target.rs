@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use baton_channel::packet::{ChannelError, Packet, PacketSocket};
 use baton_channel::peer::Peer;
+use baton_control::limited;
 use baton_faults::Point;
 use baton_protocol::codec::CodecError;
 use baton_protocol::control::{HandoverState, HandoverStatus};
@@ -127,7 +128,7 @@ impl TargetEnd {
     pub fn into_arrived(mut self, around: Surroundings<'_>) -> Option<Arrived> {
         let (hello, link) = (self.for_session?, self.link.take()?);
         if let Err(error) = around.epoll.remove(&link) {
-            tracing::warn!(%error, "cannot stop watching a source");
+            limited!(warn, %error, "cannot stop watching a source");
         }
         Some(Arrived { link, hello, same_user: self.same_user })
     }
@@ -187,7 +188,7 @@ impl TargetEnd {
             Err(ChannelError::Codec(CodecError::Version(error)))
                 if matches!(self.state, Target::Fresh { .. }) =>
             {
-                tracing::warn!(%error, "a source cannot be understood");
+                limited!(warn, %error, "a source cannot be understood");
                 refuse(link, Refusal::from(error));
                 self.closed(around)
             }
@@ -274,7 +275,7 @@ impl TargetEnd {
     }
 
     fn nonsense(&mut self, around: Surroundings<'_>, error: &dyn std::error::Error) -> Event<Box<Adopted>> {
-        tracing::warn!(%error, "the source makes no sense");
+        limited!(warn, %error, "the source makes no sense");
         self.closed(around)
     }
 
@@ -302,7 +303,7 @@ impl TargetEnd {
                 self.act(device, wishes, around, actions)
             }
             Err(failure) => {
-                tracing::warn!(message = failure.message, "the source sent this at the wrong time");
+                limited!(warn, message = failure.message, "the source sent this at the wrong time");
                 self.state = failure.state;
                 let closed = self.closed(around);
                 self.tell(device, wishes, around, closed)
@@ -341,7 +342,7 @@ impl TargetEnd {
                     baton_faults::pass(Point::TargetBackendActive);
                 }
                 Action::Release(adopted) => {
-                    tracing::info!(tap = adopted.tap.name(), "the device stays the source's");
+                    limited!(info, tap = adopted.tap.name(), "the device stays the source's");
                     let Before { config, offer, pairs } = &self.before;
                     device.describe(config.clone(), *offer, *pairs);
                 }
@@ -350,7 +351,7 @@ impl TargetEnd {
                         && let Err(error) = link.send(&message, &[], PATIENCE)
                     {
                         // The end of the connection will be seen.
-                        tracing::warn!(%error, "cannot send {}", message.name());
+                        limited!(warn, %error, "cannot send {}", message.name());
                     }
                 }
                 Action::Close => self.close(around),
@@ -390,7 +391,7 @@ impl TargetEnd {
                 Ok((word, Box::new(adopted)))
             }
             Err(reasons) => {
-                tracing::warn!(%reasons, "an offered device is refused");
+                limited!(warn, %reasons, "an offered device is refused");
                 self.refused = Some(reasons.clone());
                 Err(reasons)
             }
@@ -401,7 +402,7 @@ impl TargetEnd {
         if let Some(link) = self.link.take()
             && let Err(error) = around.epoll.remove(&link)
         {
-            tracing::warn!(%error, "cannot stop watching the source");
+            limited!(warn, %error, "cannot stop watching the source");
         }
     }
 }
@@ -418,6 +419,6 @@ fn activate(device: &mut Device, adopted: Adopted) -> Result<(), DeviceError> {
     for (pair, frame) in frames {
         device.set_frame_in_hand(pair, Some(frame))?;
     }
-    tracing::info!(tap = tap.name(), queue_pairs = tap.pairs(), "the device is ours");
+    limited!(info, tap = tap.name(), queue_pairs = tap.pairs(), "the device is ours");
     device.use_tap(tap)
 }

@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use baton_control::limited;
 use baton_control::server::ControlServer;
 
 use super::{SESSION, SESSION_EVENTS, Server, ServerError, lock};
@@ -128,7 +129,7 @@ impl Server {
                     }
                 }
                 Outcome::Abandoned => {
-                    tracing::warn!("the source has taken the session back: this process ends");
+                    limited!(warn, "the source has taken the session back: this process ends");
                     self.ending = true;
                 }
             }
@@ -146,7 +147,7 @@ impl Server {
             _ => Ok(()),
         };
         if let Err(error) = session.and(endpoint) {
-            tracing::warn!(%error, "cannot stop watching the front-end");
+            limited!(warn, %error, "cannot stop watching the front-end");
         }
     }
 }

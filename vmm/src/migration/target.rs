@@ -182,7 +182,7 @@ impl Serving<'_> {
                     return Taken::Here(Arrival { running: self.running, socket: self.socket });
                 }
                 Target::Ended { why } => {
-                    tracing::info!("migration: nothing came of it: {why}");
+                    baton_control::limited!(info, "migration: nothing came of it: {why}");
                     return Taken::Not { fresh };
                 }
                 _ => {}
@@ -232,7 +232,7 @@ impl Serving<'_> {
     }
 
     fn judge(&mut self, hello: &Hello) -> Result<(), TargetError> {
-        tracing::info!("migration: {} has a VM", hello.program);
+        baton_control::limited!(info, "migration: {} has a VM", hello.program);
         let facts = self.machine.place_facts(hello.local);
         let refusals = judge(&hello.machine, &facts);
         self.facts = Some(facts);
@@ -281,7 +281,7 @@ impl Serving<'_> {
         let vm = CheckedState::new(state.vm, &facts)?;
         for device in std::mem::take(&mut self.taking) {
             self.machine.finish_transfer(device)?;
-            tracing::info!(device, "migration: the back-end has adopted a TAP");
+            baton_control::limited!(info, device, "migration: the back-end has adopted a TAP");
         }
         baton_faults::point(Point::TargetVmmDevicesAdopted)?;
         let local: Vec<bool> = facts.net.iter().map(|facts| facts.local).collect();
@@ -298,14 +298,14 @@ impl Serving<'_> {
             return false;
         }
         if let Err(error) = word.swap(offered, taken) {
-            tracing::info!("migration: {error}");
+            baton_control::limited!(info, "migration: {error}");
             return false;
         }
         baton_faults::pass(Point::TargetVmmTaken);
-        tracing::info!("migration: the VM is taken");
+        baton_control::limited!(info, "migration: the VM is taken");
         if let Err(error) = self.machine.set_clock(self.clock) {
             // The guest runs all the same, with a clock of its own.
-            tracing::error!("{}", chain(&error));
+            baton_control::limited!(error, "{}", chain(&error));
         }
         true
     }

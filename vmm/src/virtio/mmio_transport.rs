@@ -252,7 +252,7 @@ impl<D: VirtioDevice> MmioTransport<D> {
                 queues: self.registers.queues.clone(),
             };
             if let Err(error) = self.device.activate(activation) {
-                tracing::warn!("{error}");
+                baton_control::limited!(warn, "{error}");
                 self.device.events().need_reset();
             }
         }

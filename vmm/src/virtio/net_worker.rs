@@ -204,7 +204,7 @@ impl Worker {
 
     fn start(&mut self, activation: &Activation) -> Result<(), CannotActivate> {
         let device = self.accept(activation).map_err(|error| {
-            tracing::warn!("{}: {error}", self.name);
+            baton_control::limited!(warn, "{}: {error}", self.name);
             CannotActivate
         })?;
         self.shared.set_driver(device.features, device.pairs);
@@ -327,7 +327,11 @@ impl Worker {
                 }
             }
             Err(error) => {
-                tracing::warn!("{}: {error}; waiting for the driver to reset the device", self.name);
+                baton_control::limited!(
+                    warn,
+                    "{}: {error}; waiting for the driver to reset the device",
+                    self.name
+                );
                 if let Some(device) = &mut self.device {
                     device.control = None;
                 }
@@ -373,7 +377,7 @@ impl Worker {
             match dialler {
                 Ok(dialler) => self.dialler = Some(dialler),
                 Err(error) => {
-                    tracing::error!("{}: cannot look for a back-end: {error}", self.name);
+                    baton_control::limited!(error, "{}: cannot look for a back-end: {error}", self.name);
                     self.shared.events.need_reset();
                 }
             }
@@ -382,7 +386,12 @@ impl Worker {
 
     fn welcome(&mut self) {
         self.complaint = None;
-        tracing::info!("{}: the back-end at {} is back", self.name, self.config.socket.display());
+        baton_control::limited!(
+            info,
+            "{}: the back-end at {} is back",
+            self.name,
+            self.config.socket.display()
+        );
         self.shared.announce();
     }
 
@@ -406,7 +415,7 @@ impl Worker {
 
     fn complain(&mut self, complaint: &str) {
         if self.complaint.as_deref() != Some(complaint) {
-            tracing::warn!("{}: {complaint}", self.name);
+            baton_control::limited!(warn, "{}: {complaint}", self.name);
             self.complaint = Some(complaint.to_owned());
         }
     }

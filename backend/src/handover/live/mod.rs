@@ -23,6 +23,7 @@ use std::time::Duration;
 
 use baton_channel::packet::PacketSocket;
 use baton_channel::peer::{Life, Peer};
+use baton_control::limited;
 use baton_faults::Point;
 use baton_protocol::control::HandoverStatus;
 use baton_protocol::handover::message::{Hello, Message, Refuse};
@@ -227,7 +228,7 @@ impl Live {
         let life = match life.and_then(|life| self.watch(&link, &life).map(|()| life)) {
             Ok(life) => life,
             Err(error) => {
-                tracing::warn!(%error, "a source cannot be known");
+                limited!(warn, %error, "a source cannot be known");
                 let reason = Refusal::Unusable { what: "the source", text: error.to_string() };
                 let refuse = Message::Refuse(Refuse { reasons: reason.into() });
                 // Whoever does not hear it sees the end of the connection.
@@ -257,7 +258,7 @@ impl Live {
         let mut tokens: Vec<u64> = match self.epoll.wait(0, &mut ready) {
             Ok(events) => events.map(|(token, _)| token).collect(),
             Err(error) => {
-                tracing::warn!(%error, "cannot wait for the hand-over");
+                limited!(warn, %error, "cannot wait for the hand-over");
                 return Ok(Vec::new());
             }
         };
@@ -352,7 +353,7 @@ impl Live {
             None => self.timer.unset(),
         };
         if let Err(error) = result {
-            tracing::warn!(%error, "cannot set the hand-over's timer");
+            limited!(warn, %error, "cannot set the hand-over's timer");
         }
     }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use baton_channel::ownership::{OwnershipError, SharedWord, SwapError};
 use baton_channel::packet::{ChannelError, PacketSocket};
 use baton_channel::peer::Life;
+use baton_control::limited;
 use baton_faults::Point;
 use baton_protocol::control::{HandoverReply, HandoverState, HandoverStatus, SessionReport};
 use baton_protocol::fd_manifest::{FdManifest, NamedFds};
@@ -189,7 +190,7 @@ impl LiveSource {
             Err(ChannelError::Timeout) => Ok(()),
             Err(error) => {
                 if !matches!(error, ChannelError::Closed) {
-                    tracing::warn!(peer = self.peer, %error, "the target makes no sense");
+                    limited!(warn, peer = self.peer, %error, "the target makes no sense");
                 }
                 self.closed(around, outcomes)
             }
@@ -287,7 +288,8 @@ impl LiveSource {
         // One that has said ACTIVE settles next.
         if !lost_before && matches!(self.state, Source::Lost { active: None, .. }) {
             let peer = &self.peer;
-            tracing::warn!(
+            limited!(
+                warn,
                 peer,
                 "the target has taken the session, but does not go on; it has it while it lives"
             );
@@ -316,10 +318,10 @@ impl LiveSource {
         let Some(call) = self.call.take() else { return };
         match (&self.state, &answer) {
             (Source::HandedOver(_), Ok(report)) => {
-                tracing::info!(peer = self.peer, %report, "the session is the target's");
+                limited!(info, peer = self.peer, %report, "the session is the target's");
             }
             (Source::Ended { ended, .. }, _) => {
-                tracing::info!(peer = self.peer, reason = %ended, "the hand-over is over, the session is ours");
+                limited!(info, peer = self.peer, reason = %ended, "the hand-over is over, the session is ours");
             }
             _ => {}
         }
@@ -417,7 +419,7 @@ impl LiveSource {
             // The end of a connection is heard after the target's last word.
             Ok(()) | Err(ChannelError::Closed) => Ok(()),
             Err(error) => {
-                tracing::warn!(peer = self.peer, %error, "cannot send {}", message.name());
+                limited!(warn, peer = self.peer, %error, "cannot send {}", message.name());
                 self.closed(around, outcomes)
             }
         }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use baton_channel::ownership::{SharedWord, SwapError};
 use baton_channel::packet::{ChannelError, Packet, PacketSocket};
 use baton_channel::peer::Life;
+use baton_control::limited;
 use baton_faults::Point;
 use baton_protocol::codec::CodecError;
 use baton_protocol::control::{HandoverState, HandoverStatus, SessionReport};
@@ -142,7 +143,7 @@ impl LiveTarget {
             }
             Err(error) => {
                 if !matches!(error, ChannelError::Closed) {
-                    tracing::warn!(%error, "the source makes no sense");
+                    limited!(warn, %error, "the source makes no sense");
                     let reason = Refusal::Unusable { what: "a message", text: error.to_string() };
                     let refuse = Message::Refuse(Refuse { reasons: reason.into() });
                     // Whoever does not hear it sees the end of the connection.
@@ -245,7 +246,7 @@ impl LiveTarget {
                     });
                     match &staged {
                         Ok(_) => baton_faults::pass(Point::TargetSessionStaged),
-                        Err(reasons) => tracing::warn!(%reasons, "a session is refused"),
+                        Err(reasons) => limited!(warn, %reasons, "a session is refused"),
                     }
                     self.tell(around, Event::Staged(staged), outcomes)?;
                 }
@@ -287,7 +288,7 @@ impl LiveTarget {
                     lock(around.dispatch).device.unstage()?;
                     drop(staged);
                     self.word = None;
-                    tracing::info!("the session stays the source's");
+                    limited!(info, "the session stays the source's");
                 }
                 Action::Abandon => {
                     let device = &mut lock(around.dispatch).device;
@@ -301,7 +302,7 @@ impl LiveTarget {
                         && let Err(error) = link.send(&message, &[], PATIENCE)
                     {
                         // The end of the connection will be seen.
-                        tracing::warn!(%error, "cannot send {}", message.name());
+                        limited!(warn, %error, "cannot send {}", message.name());
                     }
                     match message {
                         Message::Staged(_) => baton_faults::pass(Point::TargetSessionStagedSent),
@@ -348,7 +349,7 @@ impl LiveTarget {
             match staged.frames.take(offset, length) {
                 Ok(frame) => frames.push((pair, frame)),
                 // The session is ours now, whatever becomes of a frame.
-                Err(error) => tracing::warn!(pair, %error, "the frame in hand is lost"),
+                Err(error) => limited!(warn, pair, %error, "the frame in hand is lost"),
             }
         }
         let said = commit.commit();
@@ -362,9 +363,9 @@ impl LiveTarget {
         match &self.state {
             Target::Active(Taken::Committed(report)) => {
                 let report = serde_json::to_string(&SessionReport::completed(report.clone()));
-                tracing::info!(report = report.unwrap_or_default(), "the session is ours");
+                limited!(info, report = report.unwrap_or_default(), "the session is ours");
             }
-            _ => tracing::info!("the source is dead: the session is ours"),
+            _ => limited!(info, "the source is dead: the session is ours"),
         }
         if let Some(Staged { session, mut endpoint, .. }) = self.taken.take().map(|staged| *staged) {
             endpoint.own();
