@@ -206,8 +206,10 @@ mod tests {
         }
         let mapping = SharedMapping::new(file.try_clone().unwrap(), 0, HUGE + 0x1000).unwrap();
         file.set_len(0).unwrap();
+        // SAFETY: within the mapping.
+        let place = unsafe { mapping.start().add(0x2000) };
         // SAFETY: within the mapping, which is replaced when this faults.
-        let byte = unsafe { mapping.start().add(0x2000).read_volatile() };
+        let byte = unsafe { place.read_volatile() };
         assert_eq!(byte, 0);
         assert!(sigbus::take_struck());
         drop(mapping);

@@ -114,7 +114,7 @@ impl Device {
         let Some(tap) = &mut self.tap else { return };
         // The device goes on as well as it can. If the interface was deleted, that is seen by itself.
         if let Err(error) = tap.restore(self.config.sndbuf) {
-            tracing::warn!(error = %anyhow::Error::new(error), "the TAP's settings cannot be restored");
+            baton_control::limited!(warn, error = %anyhow::Error::new(error), "the TAP's settings cannot be restored");
         }
     }
 
