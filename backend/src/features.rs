@@ -11,6 +11,18 @@ const ACCESS_PLATFORM: u32 = virtio_config::VIRTIO_F_ACCESS_PLATFORM;
 /// `VIRTIO_F_RING_PACKED`: another ring layout, which is not offered.
 const RING_PACKED: u32 = virtio_config::VIRTIO_F_RING_PACKED;
 
+/// What decides how rings, descriptors and headers are laid out.
+const FUNDAMENTAL: [u32; 7] = [
+    ACCESS_PLATFORM,
+    RING_PACKED,
+    virtio_config::VIRTIO_F_VERSION_1,
+    virtio_ring::VIRTIO_RING_F_INDIRECT_DESC,
+    virtio_ring::VIRTIO_RING_F_EVENT_IDX,
+    virtio_net::VIRTIO_NET_F_MRG_RXBUF,
+    // A header of 20 bytes (virtio 1.2 §5.1.6).
+    virtio_net::VIRTIO_NET_F_HASH_REPORT,
+];
+
 /// A set of virtio features.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Features(pub u64);
@@ -39,11 +51,11 @@ impl Features {
         self.has(virtio_config::VIRTIO_F_VERSION_1) || self.has(virtio_net::VIRTIO_NET_F_MRG_RXBUF)
     }
 
-    /// The features in this set, asked for by a peer, which change what all other messages and the rings mean: they
-    /// cannot be left out of the peer's choice as the rest can.
+    /// The features in this set which change the layout of rings, descriptors or headers, or what addresses mean. A
+    /// driver that has them cannot be served without: unlike the rest they cannot be left out of a peer's choice.
     #[must_use]
     pub fn fundamental(self) -> Self {
-        Self(self.0 & (1 << ACCESS_PLATFORM | 1 << RING_PACKED))
+        Self(FUNDAMENTAL.iter().fold(0, |set, bit| set | self.0 & 1 << bit))
     }
 }
 

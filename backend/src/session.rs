@@ -278,16 +278,23 @@ impl Session {
             }
             (Err(VhostError::Disconnected), None) => Err(SessionEnd::Left),
             (Err(source), None) => {
-                self.refuse(header);
+                self.refuse(header, &source);
                 Err(SessionEnd::Protocol { request, source })
             }
         }
     }
 
     /// Sends the negative acknowledgement that the crate leaves out for what it does not understand.
-    fn refuse(&self, header: &Header) {
-        // For a memory table it does send one.
-        let sent = header.request == FrontendReq::SET_MEM_TABLE as u32;
+    fn refuse(&self, header: &Header, source: &VhostError) {
+        use FrontendReq as R;
+        // The crate acknowledges what these requests' own methods refuse, but not what it refuses before them.
+        let sent = match FrontendReq::try_from(header.request) {
+            Ok(R::SET_MEM_TABLE | R::GPU_SET_SOCKET) => header.is_sound(),
+            Ok(R::SET_CONFIG | R::SET_BACKEND_REQ_FD) => {
+                header.is_sound() && !matches!(source, VhostError::InactiveOperation(_))
+            }
+            _ => false,
+        };
         let negotiated = lock(&self.dispatch).device.session().protocol_features
             & vhost::vhost_user::VhostUserProtocolFeatures::REPLY_ACK.bits()
             != 0;
@@ -348,6 +355,11 @@ impl From<[u8; HEADER]> for Header {
 }
 
 impl Header {
+    /// Whether its flags are a request's of version 1: the crate looks at nothing else otherwise.
+    fn is_sound(&self) -> bool {
+        self.flags & !NEED_REPLY == 1
+    }
+
     /// Whether the message has an answer of its own, so that an acknowledgement would be taken for it.
     fn has_answer(&self) -> bool {
         use FrontendReq as R;

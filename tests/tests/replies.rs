@@ -22,6 +22,8 @@ on_both_datapaths! {
     only_what_can_be_served_is_offered,
     reset_owner_leaves_the_session_usable,
     reset_device_disables_and_resets,
+    what_changes_a_layout_and_is_not_offered_is_refused,
+    a_malformed_request_is_refused_once,
 }
 
 /// A connection on which `REPLY_ACK` and the rest have been negotiated.
@@ -304,4 +306,36 @@ fn reset_device_disables_and_resets(datapath: Datapath) {
     device.fill_receive_rings().unwrap();
     rig.expect_in_guest(&mut device, 0..5).unwrap();
     rig.check_traffic(&mut device).unwrap();
+}
+
+fn what_changes_a_layout_and_is_not_offered_is_refused(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
+    // ACCESS_PLATFORM, RING_PACKED and HASH_REPORT.
+    for bit in [33, 34, 57] {
+        let connection = negotiated(&mut rig);
+        let offered = connection.get_features().unwrap();
+        assert_eq!(offered & 1 << bit, 0);
+        let message = Message::u64(request::SET_FEATURES, offered | 1 << bit);
+        assert!(!is_accepted(&connection, &message), "feature {bit} was acknowledged");
+    }
+    rig.backend.check_healthy().unwrap();
+}
+
+fn a_malformed_request_is_refused_once(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
+    // SET_CONFIG whose size is not its payload's, SET_BACKEND_REQ_FD and GPU_SET_SOCKET without a descriptor.
+    let config = [0u32, 8, 0, 0].map(u32::to_le_bytes).concat();
+    let requests = [Message::new(25, config), Message::empty(21), Message::empty(33)];
+    for (message, backend_req) in requests.into_iter().flat_map(|m| [(m.clone(), 0), (m, 1 << 5)]) {
+        let connection = negotiated(&mut rig);
+        let protocol = connection.get_protocol_features().unwrap();
+        connection.set_protocol_features(protocol | backend_req).unwrap();
+        connection.send(&message.clone().with_need_reply(), &[]).unwrap();
+        let mut replies = Vec::new();
+        while let Ok(Some(reply)) = connection.try_receive() {
+            replies.push(reply.payload);
+        }
+        assert_eq!(replies, [1u64.to_le_bytes().to_vec()], "{message:?}");
+    }
+    rig.backend.check_healthy().unwrap();
 }
