@@ -13,6 +13,8 @@ pub const LONG: usize = 12;
 pub const FLAGS: usize = 0;
 /// Where `gso_type` lies.
 pub const GSO_TYPE: usize = 1;
+/// Where `hdr_len` lies.
+const HDR_LEN: usize = 2;
 /// Where `num_buffers` lies.
 pub const NUM_BUFFERS: usize = 10;
 
@@ -28,6 +30,18 @@ const GSO_TCPV6: u8 = 4;
 const GSO_UDP_L4: u8 = 5;
 /// `VIRTIO_NET_HDR_GSO_ECN`, with one of the others.
 const GSO_ECN: u8 = 0x80;
+
+/// Clears an `hdr_len` beyond the end of `frame`, which begins with its header of `header` bytes. It is a hint that a
+/// device must not rely on (virtio 1.3 §5.1.6.2), but the kernel's TAP refuses such a frame. Gives whether it did.
+pub fn mend_length(frame: &mut [u8], header: usize) -> bool {
+    let length = frame.len().saturating_sub(header);
+    let Some(field) = frame.get_mut(HDR_LEN..HDR_LEN + 2) else { return false };
+    let beyond = usize::from(u16::from_le_bytes([field[0], field[1]])) > length;
+    if beyond {
+        field.fill(0);
+    }
+    beyond
+}
 
 /// Which headers the guest can take, from the features it accepted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

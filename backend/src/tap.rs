@@ -62,6 +62,8 @@ pub enum Sent {
     Done,
     /// The kernel refused it: a bad header, an interface that is down. It is lost, as on a wire.
     Refused,
+    /// The kernel calls the frame or its header invalid.
+    Invalid,
     /// The send buffer is full; try again when the TAP is writable.
     Full,
     /// A signal came first; try again.
@@ -149,6 +151,7 @@ impl TapQueue {
             Errno::EINTR => Sent::Interrupted,
             // SAFETY: as the caller promises.
             Errno::EOPNOTSUPP if self.do_without_nowait() => unsafe { self.send(frame) },
+            Errno::EINVAL => Sent::Invalid,
             Errno::EBADFD => {
                 self.gone.store(true, Ordering::Relaxed);
                 Sent::Refused

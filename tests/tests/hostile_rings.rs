@@ -2,13 +2,15 @@
 //! process serves a good front-end and has lost nothing.
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
-use baton_tests::datapath::Datapath;
+use baton_tests::backend::{Rig, TAP};
+use baton_tests::datapath::{self, Datapath, TestResult};
 use baton_tests::fake_frontend::net::{NetHeader, features};
 use baton_tests::fake_frontend::queue::{INDIRECT, NEXT, WRITE, write_descriptor};
 use baton_tests::fake_frontend::wire::{Message, request};
 use baton_tests::fake_frontend::{Buffer, Device, DriverQueue, Options, SharedSlice};
 use baton_tests::hostile::Victim;
-use baton_tests::on_both_datapaths;
+use baton_tests::process::until;
+use baton_tests::{netns, on_both_datapaths};
 
 on_both_datapaths! {
     wrong_rings_harm_nobody,
@@ -422,4 +424,68 @@ fn a_buffer_too_small_for_its_frame_loses_that_frame_alone(datapath: Datapath) {
         .unwrap();
     drop(device);
     victim.check().unwrap();
+}
+
+/// In user space: the kernel's vhost-net stops at a bad chain.
+#[test]
+fn an_unusable_receive_buffer_costs_only_itself() -> TestResult {
+    datapath::run(Datapath::Userspace, |datapath| {
+        let mut rig = Rig::new(datapath, 1, &[]).unwrap();
+        netns::set_mtu(TAP, 9000).unwrap();
+        for (name, elsewhere, length, flags) in [
+            ("empty", false, 0, WRITE),
+            ("readable", false, 2048, 0),
+            ("outside memory", true, 2048, WRITE),
+            ("of the header's size", false, 12, WRITE),
+        ] {
+            eprintln!("{name}");
+            let mut device = rig.device(Options { canaries: false, ..Options::default() }).unwrap();
+            let base = device.stop_ring(RX).unwrap();
+            let (buffer, _) = device.receive_buffers().nth(1).unwrap();
+            let address = if elsewhere { 0xdead_0000_0000 } else { buffer };
+            // The second of the buffers that are available.
+            device.ring(RX).queue.set_descriptor(1, address, length, flags, 0);
+            device.restart_ring(RX, base).unwrap();
+            rig.inject(0..50, 3000).unwrap();
+            rig.expect_in_guest(&mut device, 0..50).unwrap();
+        }
+    })
+}
+
+/// In user space, as above. What is too large for the one good buffer is lost; the ring is not.
+#[test]
+fn a_ring_with_one_usable_receive_buffer_goes_on() -> TestResult {
+    datapath::run(Datapath::Userspace, |datapath| {
+        let mut rig = Rig::new(datapath, 1, &[]).unwrap();
+        netns::set_mtu(TAP, 9000).unwrap();
+        let options = Options { canaries: false, ..Options::default() };
+        let size = options.queue_size;
+        let mut device = rig.device(options).unwrap();
+        let base = device.stop_ring(RX).unwrap();
+        let (buffer, _) = device.receive_buffers().next().unwrap();
+        for index in 1..size {
+            device.ring(RX).queue.set_descriptor(index, buffer, 0, WRITE, 0);
+        }
+        device.restart_ring(RX, base).unwrap();
+        rig.inject(0..1, 3000).unwrap();
+        // All buffers come back, for the driver to make usable ones of them.
+        let all = base.wrapping_add(size);
+        until("all buffers are used", || Ok(device.ring(RX).queue.used_index() == all)).unwrap();
+        rig.backend.check_healthy().unwrap();
+    })
+}
+
+/// In user space: the kernel's vhost-net gives the TAP the driver's header as it is.
+#[test]
+fn a_header_length_beyond_the_frame_loses_nothing() -> TestResult {
+    datapath::run(Datapath::Userspace, |datapath| {
+        let mut rig = Rig::new(datapath, 1, &[]).unwrap();
+        let mut device =
+            rig.device(Options { transmit_pieces: vec![5, 7, 2048], ..Options::default() }).unwrap();
+        for (number, hdr_len) in (0..).zip([100, 101, 2000, u16::MAX]) {
+            let header = NetHeader { hdr_len, ..NetHeader::default() };
+            device.send(0, &header, &baton_tests::frames::numbered(number, 100)).unwrap();
+        }
+        rig.expect_on_network(0..4).unwrap();
+    })
 }

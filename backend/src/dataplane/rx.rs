@@ -51,7 +51,7 @@ struct Prepared {
     first: usize,
     /// Where they end.
     end: usize,
-    /// Its bytes; 0 for a chain that cannot be used.
+    /// Its bytes; 0 for a chain that cannot be used, which has no vectors either.
     length: u32,
 }
 
@@ -207,7 +207,13 @@ impl Rx {
                 &mut self.hint,
                 &mut self.vectors,
             ) {
-                Ok(length) if length as usize > self.settings.header => length,
+                // Mergeable, a buffer of the header's size is legal (virtio 1.3 §5.1.6.3.1); alone it holds no frame.
+                Ok(length)
+                    if length as usize > self.settings.header
+                        || (self.settings.mergeable && length as usize == self.settings.header) =>
+                {
+                    length
+                }
                 other => {
                     tracing::debug!(?other, "receive chain unusable");
                     self.vectors.0.truncate(first);
@@ -249,9 +255,11 @@ impl Rx {
             while let Some(chain) = self.prepared.get(self.next + room.chains) {
                 // The last vector is for the spill.
                 let vectors = chain.end - self.prepared[self.next].first;
-                if chain.length == 0 || (room.chains > 0 && vectors >= MAX_VECTORS) {
+                if room.chains > 0 && vectors >= MAX_VECTORS {
                     return Ok(room);
                 }
+                // An unusable chain between others holds no byte of the frame: it is used with a length of 0 in its
+                // place, for the order of the ring, and costs neither the frame nor its neighbours.
                 room.chains += 1;
                 room.bytes += chain.length as usize;
                 if room.bytes >= wanted || !self.settings.mergeable {
@@ -364,7 +372,7 @@ impl Rx {
             return Ok(Some(length));
         }
         if !self.worth_waiting(ring, room) {
-            counters.dropped.add(1);
+            self.give_up(ring, room, counters);
             return Ok(Some(0));
         }
         let mut bytes = vec![0; length];
@@ -390,7 +398,7 @@ impl Rx {
             if self.worth_waiting(ring, room) {
                 return Ok(Some(in_hand));
             }
-            counters.dropped.add(1);
+            self.give_up(ring, room, counters);
             return Ok(None);
         }
         let mut bytes = vec![0; self.settings.header];
@@ -401,6 +409,17 @@ impl Rx {
         std::mem::swap(&mut self.spill, &mut bytes);
         self.deliver(ring, length, counters);
         Ok(None)
+    }
+
+    /// Drops a frame for which there will be no room. Where unusable chains take the place, all go back to the guest:
+    /// nothing else would move them.
+    fn give_up(&mut self, ring: &mut Ring, room: Room, counters: &metrics::Direction) {
+        counters.dropped.add(1);
+        let chains = &self.prepared[self.next..][..room.chains];
+        if chains.iter().any(|chain| chain.length == 0) {
+            chains.iter().for_each(|chain| ring.vring.complete(chain.head, 0));
+            self.next += room.chains;
+        }
     }
 
     /// Completes as many chains as `length` bytes fill, which are in place but for the header.

@@ -8,7 +8,8 @@ use super::chain::{self, Direction, MAX_VECTORS, Vectors};
 use super::ring::Ring;
 use super::{BATCH, TURN_BYTES, TURN_FRAMES, Turn};
 use crate::metrics;
-use crate::tap::{Sent, TapQueue};
+use crate::net_header;
+use crate::tap::{MAX_FRAME, Sent, TapQueue};
 use crate::vring::RingError;
 
 /// A chain of the batch.
@@ -149,9 +150,14 @@ impl Tx {
             } else {
                 // SAFETY: the vectors are guest memory that the ring's memory table keeps mapped; what the guest
                 // does to it meanwhile is the guest's frame.
-                match unsafe { tap.send(&self.vectors.0[frame.first..frame.end]) } {
+                let vectors = &self.vectors.0[frame.first..frame.end];
+                let sent = match unsafe { tap.send(vectors) } {
+                    Sent::Invalid => send_mended(vectors, length, self.header, tap),
+                    sent => sent,
+                };
+                match sent {
                     Sent::Done => counters.frame(length - self.header),
-                    Sent::Refused => counters.dropped.add(1),
+                    Sent::Refused | Sent::Invalid => counters.dropped.add(1),
                     Sent::Full => {
                         self.full = true;
                         break;
@@ -168,6 +174,27 @@ impl Tx {
         }
         (frames, bytes)
     }
+}
+
+/// Sends a frame that the kernel refused once more, from a private copy whose header is mended, if it can be.
+fn send_mended(vectors: &[libc::iovec], length: usize, header: usize, tap: &TapQueue) -> Sent {
+    if length > header + MAX_FRAME {
+        return Sent::Invalid;
+    }
+    let mut frame = vec![0u8; length];
+    let mut rest = frame.as_mut_slice();
+    for vector in vectors {
+        let Some((to, behind)) = rest.split_at_mut_checked(vector.iov_len) else { return Sent::Invalid };
+        // SAFETY: the vector is guest memory that the ring's memory table keeps mapped, and `to` is as long.
+        unsafe { vector.iov_base.cast::<u8>().copy_to_nonoverlapping(to.as_mut_ptr(), to.len()) };
+        rest = behind;
+    }
+    if !net_header::mend_length(&mut frame, header) {
+        return Sent::Invalid;
+    }
+    let copy = libc::iovec { iov_base: frame.as_mut_ptr().cast(), iov_len: frame.len() };
+    // SAFETY: the copy is ours.
+    unsafe { tap.send(&[copy]) }
 }
 
 /// Takes a batch of chains and gives them back unsent: the ring is started but disabled.
