@@ -148,9 +148,9 @@ impl Tx {
             if length <= self.header {
                 counters.dropped.add(1);
             } else {
+                let vectors = &self.vectors.0[frame.first..frame.end];
                 // SAFETY: the vectors are guest memory that the ring's memory table keeps mapped; what the guest
                 // does to it meanwhile is the guest's frame.
-                let vectors = &self.vectors.0[frame.first..frame.end];
                 let sent = match unsafe { tap.send(vectors) } {
                     Sent::Invalid => send_mended(vectors, length, self.header, tap),
                     sent => sent,
