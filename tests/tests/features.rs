@@ -5,7 +5,7 @@
 use std::time::{Duration, Instant};
 
 use baton_tests::backend::{Rig, TAP};
-use baton_tests::datapath::Datapath;
+use baton_tests::datapath::{self, Datapath, TestResult};
 use baton_tests::fake_frontend::net::{
     DATA_VALID, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP, GSO_UDP_L4, NEEDS_CSUM, NetHeader, features,
 };
@@ -141,6 +141,52 @@ fn chains_of_19_descriptors_work(datapath: Datapath) {
         Options { receive_pieces: pieces.clone(), transmit_pieces: pieces, queue_size: 1024, ..with(BASIC) };
     let mut device = rig.device(options).unwrap();
     check_sizes(&mut rig, &mut device, 9014);
+}
+
+/// In user space: the kernel's vhost-net takes 1024 descriptors at most (`UIO_MAXIOV`).
+#[test]
+fn chains_as_long_as_the_queue_work() -> TestResult {
+    datapath::run(Datapath::Userspace, |datapath| {
+        let mut rig = Rig::new(datapath, 1, &[]).unwrap();
+        netns::set_mtu(TAP, 4082).unwrap();
+        // A header and a frame of the largest size fill the chain to its last byte.
+        for (length, queue_size) in [(1024, 1024), (1025, 2048), (2048, 2048)] {
+            let pieces = vec![4; length];
+            let largest = 4 * length - 12;
+            for merge in [0, features::MRG_RXBUF] {
+                let options = Options {
+                    receive_pieces: pieces.clone(),
+                    transmit_pieces: pieces.clone(),
+                    queue_size,
+                    ..with(BASIC | merge)
+                };
+                let mut device = rig.device(options).unwrap();
+                for number in 0..4 {
+                    let size = if number % 2 == 0 { largest.min(4096) } else { 60 };
+                    rig.transmit(&mut device, number..number + 1, size).unwrap();
+                    rig.expect_on_network(number..number + 1).unwrap();
+                    rig.inject(number..number + 1, size).unwrap();
+                    rig.expect_in_guest(&mut device, number..number + 1).unwrap();
+                }
+            }
+        }
+    })
+}
+
+/// In user space, as above.
+#[test]
+fn a_frame_spans_chains_of_many_pieces() -> TestResult {
+    datapath::run(Datapath::Userspace, |datapath| {
+        let mut rig = Rig::new(datapath, 1, &[]).unwrap();
+        netns::set_mtu(TAP, 9000).unwrap();
+        let options =
+            Options { receive_pieces: vec![2; 700], queue_size: 8192, ..with(BASIC | features::MRG_RXBUF) };
+        let mut device = rig.device(options).unwrap();
+        for (number, size) in (0..).zip([60, 3000, 9014, 60, 9014]) {
+            rig.inject(number..number + 1, size).unwrap();
+            rig.expect_in_guest(&mut device, number..number + 1).unwrap();
+        }
+    })
 }
 
 fn indirect_tables_work(datapath: Datapath) {

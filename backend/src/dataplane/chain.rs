@@ -3,7 +3,7 @@
 #![expect(unsafe_code, reason = "reads indirect tables from guest memory")]
 
 use crate::memory::GuestMemory;
-use crate::vring::{Descriptor, Vring};
+use crate::vring::{Descriptor, MAX_SIZE, Vring};
 
 /// `VIRTQ_DESC_F_NEXT`.
 const NEXT: u16 = 1;
@@ -12,11 +12,12 @@ const WRITE: u16 = 2;
 /// `VIRTQ_DESC_F_INDIRECT`.
 const INDIRECT: u16 = 4;
 
-/// The most vectors that one system call takes (`IOV_MAX`), and thus the longest chain that can be served.
+/// The most vectors that one system call takes (`IOV_MAX`).
 pub const MAX_VECTORS: usize = 1024;
 
-/// How many descriptors of an indirect table are followed. Empty buffers aside, a chain this long cannot be served.
-const LONGEST: u32 = 2048;
+/// The most descriptors of a chain, and the most vectors that it becomes: as many as the largest ring has (virtio 1.3
+/// §2.7.5.3.1: no chain is longer than the queue). Each buffer is one vector, unless it lies across memory regions.
+pub const MAX_CHAIN: usize = MAX_SIZE as usize;
 
 /// How many bytes of a ring's buffers are made ready beforehand: enough for 1024 of 4 KiB.
 const PREFAULT: usize = 4 << 20;
@@ -51,7 +52,7 @@ pub enum ChainError {
     /// The buffer is not in guest memory.
     #[error("a buffer outside of guest memory")]
     Address,
-    /// More than [`MAX_VECTORS`] pieces, or 4 GiB.
+    /// More than [`MAX_CHAIN`] pieces, or 4 GiB.
     #[error("a descriptor chain that is too long")]
     TooLong,
 }
@@ -158,7 +159,7 @@ impl Walk<'_> {
             return Err(ChainError::Indirect);
         }
         let mut index = 0;
-        for _ in 0..count.min(LONGEST) {
+        for _ in 0..count.min(u32::from(MAX_SIZE)) {
             let descriptor = self.load(table.address, index)?;
             if descriptor.flags & INDIRECT != 0 {
                 return Err(ChainError::Indirect);
@@ -207,7 +208,7 @@ impl Walk<'_> {
         while rest > 0 {
             let (pointer, contiguous) = self.memory.resolve(address, self.hint).ok_or(ChainError::Address)?;
             let length = rest.min(contiguous);
-            if self.vectors.0.len() - self.before == MAX_VECTORS {
+            if self.vectors.0.len() - self.before == MAX_CHAIN {
                 return Err(ChainError::TooLong);
             }
             self.vectors.0.push(libc::iovec { iov_base: pointer.cast(), iov_len: length });

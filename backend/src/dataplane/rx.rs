@@ -193,6 +193,7 @@ impl Rx {
             }
         }
         ring.vring.disable_kicks();
+        let before = self.vectors.0.len();
         for nth in 0..count.min(BATCH) {
             let head = match ring.vring.head(taken + nth) {
                 Ok(head) => head,
@@ -221,6 +222,9 @@ impl Rx {
                 }
             };
             self.prepared.push(Prepared { head, first, end: self.vectors.0.len(), length });
+            if self.vectors.0.len() - before >= MAX_VECTORS {
+                break;
+            }
         }
         Ok(true)
     }
@@ -231,8 +235,10 @@ impl Rx {
             self.prepared.clear();
             self.vectors.0.clear();
             self.next = 0;
-        } else if self.next >= 4 * usize::from(BATCH) {
-            let done = self.prepared[self.next].first;
+            return;
+        }
+        let done = self.prepared[self.next].first;
+        if self.next >= 4 * usize::from(BATCH) || done >= 8 * MAX_VECTORS {
             self.vectors.0.drain(..done);
             self.prepared.drain(..self.next);
             for chain in &mut self.prepared {
@@ -243,19 +249,20 @@ impl Rx {
         }
     }
 
-    /// As many chains as are needed for `wanted` bytes, or as there are; one only without mergeable buffers.
+    /// As many chains as are needed for `wanted` bytes, or as there are; one only without mergeable buffers. More than
+    /// one only as long as all have less than `most` vectors.
     fn room(
         &mut self,
         ring: &mut Ring,
         wanted: usize,
+        most: usize,
         counters: &metrics::Direction,
     ) -> Result<Room, RingError> {
         let mut room = Room::default();
         loop {
             while let Some(chain) = self.prepared.get(self.next + room.chains) {
-                // The last vector is for the spill.
                 let vectors = chain.end - self.prepared[self.next].first;
-                if room.chains > 0 && vectors >= MAX_VECTORS {
+                if room.chains > 0 && vectors >= most {
                     return Ok(room);
                 }
                 // An unusable chain between others holds no byte of the frame: it is used with a length of 0 in its
@@ -289,15 +296,21 @@ impl Rx {
         if self.spill.is_empty() {
             self.spill = vec![0; LARGEST];
         }
-        let room = self.room(ring, if self.large { LARGEST } else { SMALL }, counters)?;
+        // The last vector is for the spill.
+        let room = self.room(ring, if self.large { LARGEST } else { SMALL }, MAX_VECTORS, counters)?;
         let first = self.prepared[self.next].first;
         let mut end = self.prepared[self.next + room.chains - 1].end;
-        let spilling = room.bytes < LARGEST && end - first < MAX_VECTORS;
-        let received = if !spilling {
+        let spill = libc::iovec { iov_base: self.spill.as_mut_ptr().cast(), iov_len: self.spill.len() };
+        let vectors = end - first + usize::from(room.bytes < LARGEST);
+        // A chain of more pieces than a system call takes gets a copy.
+        let aside = vectors > MAX_VECTORS;
+        let received = if aside {
+            // SAFETY: the spill buffer, which nobody else uses.
+            unsafe { tap.receive(&[spill]) }
+        } else if room.bytes >= LARGEST {
             // SAFETY: guest memory that the ring's memory table keeps mapped, in buffers that the guest gave us.
             unsafe { tap.receive(&self.vectors.0[first..end]) }
         } else {
-            let spill = libc::iovec { iov_base: self.spill.as_mut_ptr().cast(), iov_len: self.spill.len() };
             // What is behind is prepared too; it gets its place back at once.
             let behind = self.vectors.0.get_mut(end).map(|place| std::mem::replace(place, spill));
             if behind.is_none() {
@@ -313,15 +326,10 @@ impl Rx {
             received
         };
         let length = match received {
-            Received::Frame(length)
-                if length > self.settings.header
-                    && (spilling || room.bytes >= LARGEST || length < room.bytes) =>
-            {
-                length
-            }
-            // Lost, too short, or perhaps cut off.
+            Received::Frame(length) if length > self.settings.header => length,
+            // Lost or too short.
             Received::Frame(_) | Received::Failed => {
-                self.log(ring, room.bytes);
+                self.log(ring, if aside { 0 } else { room.bytes });
                 counters.dropped.add(1);
                 return Ok(Some(0));
             }
@@ -333,6 +341,9 @@ impl Rx {
             Received::Empty | Received::Gone => return Ok(None),
         };
         self.adapt(length);
+        if aside {
+            return self.deliver_spilled(ring, length, 0, counters);
+        }
         if length <= room.bytes {
             self.deliver(ring, length, counters);
             return Ok(Some(length));
@@ -361,11 +372,7 @@ impl Rx {
         in_chains: usize,
         counters: &metrics::Direction,
     ) -> Result<Option<usize>, RingError> {
-        if !self.settings.mergeable {
-            counters.dropped.add(1);
-            return Ok(Some(0));
-        }
-        let room = self.room(ring, length, counters)?;
+        let room = self.room(ring, length, usize::MAX, counters)?;
         if room.bytes >= length {
             self.scatter(in_chains, length - in_chains);
             self.deliver(ring, length, counters);
@@ -393,7 +400,7 @@ impl Rx {
         counters: &metrics::Direction,
     ) -> Result<Option<FrameInHand>, RingError> {
         let length = self.settings.header + in_hand.frame.len();
-        let room = self.room(ring, length, counters)?;
+        let room = self.room(ring, length, usize::MAX, counters)?;
         if room.bytes < length {
             if self.worth_waiting(ring, room) {
                 return Ok(Some(in_hand));

@@ -12,6 +12,9 @@ use crate::net_header;
 use crate::tap::{MAX_FRAME, Sent, TapQueue};
 use crate::vring::RingError;
 
+/// What a piece of a frame costs at least, in bytes.
+const PIECE: usize = 64;
+
 /// A chain of the batch.
 #[derive(Clone, Copy, Debug)]
 struct Frame {
@@ -149,13 +152,7 @@ impl Tx {
                 counters.dropped.add(1);
             } else {
                 let vectors = &self.vectors.0[frame.first..frame.end];
-                // SAFETY: the vectors are guest memory that the ring's memory table keeps mapped; what the guest
-                // does to it meanwhile is the guest's frame.
-                let sent = match unsafe { tap.send(vectors) } {
-                    Sent::Invalid => send_mended(vectors, length, self.header, tap),
-                    sent => sent,
-                };
-                match sent {
+                match send(vectors, length, self.header, tap) {
                     Sent::Done => counters.frame(length - self.header),
                     Sent::Refused | Sent::Invalid => counters.dropped.add(1),
                     Sent::Full => {
@@ -170,31 +167,53 @@ impl Tx {
             }
             ring.vring.complete(frame.head, 0);
             frames += 1;
-            bytes += length;
+            // Many small pieces take long, too.
+            bytes += length.max(PIECE * (frame.end - frame.first));
         }
         (frames, bytes)
     }
 }
 
-/// Sends a frame that the kernel refused once more, from a private copy whose header is mended, if it can be.
-fn send_mended(vectors: &[libc::iovec], length: usize, header: usize, tap: &TapQueue) -> Sent {
+/// Gives the TAP the frame in `vectors`. If the kernel calls it invalid, the header is mended, if that can be done.
+#[inline]
+fn send(vectors: &[libc::iovec], length: usize, header: usize, tap: &TapQueue) -> Sent {
+    if vectors.len() > MAX_VECTORS {
+        let Some(mut frame) = copied(vectors, length, header) else { return Sent::Refused };
+        net_header::mend_length(&mut frame, header);
+        return send_copy(&frame, tap);
+    }
+    // SAFETY: the vectors are guest memory that the ring's memory table keeps mapped; what the guest does to it
+    // meanwhile is the guest's frame.
+    match unsafe { tap.send(vectors) } {
+        Sent::Invalid => {
+            let Some(mut frame) = copied(vectors, length, header) else { return Sent::Invalid };
+            if net_header::mend_length(&mut frame, header) { send_copy(&frame, tap) } else { Sent::Invalid }
+        }
+        sent => sent,
+    }
+}
+
+fn send_copy(frame: &[u8], tap: &TapQueue) -> Sent {
+    let vector = libc::iovec { iov_base: frame.as_ptr().cast_mut().cast(), iov_len: frame.len() };
+    // SAFETY: the copy is ours, and is only read.
+    unsafe { tap.send(&[vector]) }
+}
+
+/// A private copy of a frame of `length` bytes. `None`: no TAP takes one so long.
+#[cold]
+fn copied(vectors: &[libc::iovec], length: usize, header: usize) -> Option<Vec<u8>> {
     if length > header + MAX_FRAME {
-        return Sent::Invalid;
+        return None;
     }
     let mut frame = vec![0u8; length];
     let mut rest = frame.as_mut_slice();
     for vector in vectors {
-        let Some((to, behind)) = rest.split_at_mut_checked(vector.iov_len) else { return Sent::Invalid };
+        let (to, behind) = rest.split_at_mut_checked(vector.iov_len)?;
         // SAFETY: the vector is guest memory that the ring's memory table keeps mapped, and `to` is as long.
         unsafe { vector.iov_base.cast::<u8>().copy_to_nonoverlapping(to.as_mut_ptr(), to.len()) };
         rest = behind;
     }
-    if !net_header::mend_length(&mut frame, header) {
-        return Sent::Invalid;
-    }
-    let copy = libc::iovec { iov_base: frame.as_mut_ptr().cast(), iov_len: frame.len() };
-    // SAFETY: the copy is ours.
-    unsafe { tap.send(&[copy]) }
+    Some(frame)
 }
 
 /// Takes a batch of chains and gives them back unsent: the ring is started but disabled.
