@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use baton_tests::programs;
 
 /// Runs it with these arguments, and checks its exit code and that the one line on stderr has this in it.
@@ -17,6 +17,21 @@ fn fails(arguments: &[&str], code: i32, text: &str) -> Result<()> {
 #[test]
 fn a_kernel_that_is_not_there_is_a_failure() -> Result<()> {
     fails(&["--kernel=/nonexistent/kernel"], 1, "/nonexistent/kernel")
+}
+
+/// What is wrong with the user's own files and sockets is said first, on hosts without KVM, too.
+#[test]
+fn what_the_user_can_mend_comes_before_kvm() -> Result<()> {
+    fails(&["--kernel=/dev/null"], 1, "/dev/null is no kernel")?;
+    let place = tempfile::tempdir()?;
+    let taken = place.path().join("taken");
+    std::fs::write(&taken, "")?;
+    let taken = taken.to_str().context("a path in UTF-8")?;
+    fails(&[&format!("--incoming={taken}")], 1, taken)?;
+    let missing = place.path().join("missing");
+    let missing = missing.to_str().context("a path in UTF-8")?;
+    let incoming = format!("--incoming={}", place.path().join("incoming").display());
+    fails(&[&incoming, "--net", &format!("socket={missing}")], 1, missing)
 }
 
 #[test]

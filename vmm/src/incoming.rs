@@ -1,7 +1,7 @@
 //! Waits for a VM from another VMM (`--incoming`).
 //!
 //! A thread of its own listens, and serves one source after the other until a VM has come; then the socket goes. The
-//! machine is made before anybody connects, so that a back-end which is missing is said at the start. After a source
+//! machine is made before any source is served, so that a back-end which is missing is said at the start. After a source
 //! has come to nothing, another machine is made.
 
 use std::os::fd::{AsFd, OwnedFd};
@@ -75,8 +75,9 @@ impl Awaited {
 impl Incoming {
     /// Makes a place for a VM, and waits for it at `path`. When that becomes impossible, `failed` is signalled.
     pub fn start(path: &Path, awaited: Awaited, failed: EventFd) -> Result<Self, IncomingError> {
-        let machine = awaited.place()?;
+        // The path first: a source that connects already waits in the backlog, and KVM is not needed to refuse a path.
         let socket = BoundSocket::bind(path)?;
+        let machine = awaited.place()?;
         socket.listener().set_nonblocking(true)?;
         let stop = event::new()?;
         let mut waiting = Waiting { awaited, socket, stop: stop.try_clone()? };

@@ -136,12 +136,10 @@ impl Machine {
     ) -> Result<Self, MachineError> {
         let slots = slots(config)?;
         let ram = memory::ranges(config.memory.0);
-        let vm = Vm::new()?;
         let memory = memory::allocate(config.memory.0)?;
-        vm.add_memory(memory.clone())?;
         let entry = boot::load(config, kernel, &memory, &ram)?;
         acpi::write(&memory, config.cpus, &slots)?;
-        Self::new(config, vm, Some(entry), console, end)
+        Self::new(config, Some((memory, entry)), console, end)
     }
 
     /// A VM that waits for another one's memory and state.
@@ -150,16 +148,26 @@ impl Machine {
         console: Arc<SharedConsole>,
         end: &EndSignal,
     ) -> Result<Self, MachineError> {
-        Self::new(config, Vm::new()?, None, console, end)
+        Self::new(config, None, console, end)
     }
 
+    /// Looks for the back-ends before it opens KVM: the operator can mend what is wrong with them on any host.
     fn new(
         config: &Config,
-        vm: Vm,
-        entry: Option<EntryPoint>,
+        loaded: Option<(GuestMemory, EntryPoint)>,
         console: Arc<SharedConsole>,
         end: &EndSignal,
     ) -> Result<Self, MachineError> {
+        let slots = slots(config)?;
+        let (guest, entry) = loaded.unzip();
+        let mut started = Vec::new();
+        for (index, config) in config.net.iter().enumerate() {
+            let device = NetThread::start(format!("net{index}"), config, guest.clone());
+            started
+                .push(device.map_err(|source| MachineError::Net { socket: config.socket.clone(), source })?);
+        }
+        let vm = Vm::new()?;
+        guest.map_or(Ok(()), |memory| vm.add_memory(memory))?;
         vm.connect_interrupt(&console.interrupt, SERIAL_GSI)?;
         let mut ports = Bus::default();
         ports.insert(u64::from(SERIAL_PORT), u64::from(SERIAL_PORTS), console.device.clone());
@@ -167,10 +175,7 @@ impl Machine {
         ports.insert(u64::from(I8042_PORT), I8042_PORTS, Arc::new(Mutex::new(I8042(end.clone()))));
         let mut memory = Bus::default();
         let mut net = Vec::new();
-        for (index, (config, slot)) in config.net.iter().zip(slots(config)?).enumerate() {
-            let guest = entry.is_some().then(|| vm.memory());
-            let (thread, device) = NetThread::start(format!("net{index}"), config, guest)
-                .map_err(|source| MachineError::Net { socket: config.socket.clone(), source })?;
+        for ((thread, device), slot) in started.into_iter().zip(slots) {
             connect_device(&vm, &thread.shared, slot)?;
             let transport = Arc::new(Mutex::new(MmioTransport::new(device)));
             memory.insert(slot.address, VIRTIO_MMIO_SIZE, transport.clone());
