@@ -16,7 +16,7 @@ use baton_protocol::migration::refusal::Refusal;
 use baton_protocol::reasons::Reasons;
 
 /// Only catches what hangs.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// How far it goes, each after what comes before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

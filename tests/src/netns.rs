@@ -277,7 +277,7 @@ pub fn is_up(name: &str) -> Result<bool> {
 /// # Errors
 /// If it has none, and where there is no such interface.
 pub fn wait_running(name: &str) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + Duration::from_secs(120);
     let running = libc::c_short::try_from(libc::IFF_RUNNING)?;
     while flags(name)? & running == 0 {
         ensure!(Instant::now() < deadline, "{name} has no carrier");

@@ -22,7 +22,7 @@ use crate::netns::{interface_index, wait_running};
 const HEADER_LENGTH: usize = 10;
 
 /// How long a frame may take. Only catches one that does not come.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A packet socket on one interface, which sees nothing of what it sends itself.
 #[derive(Debug)]

@@ -16,9 +16,9 @@ use nix::sys::socket::{
 };
 
 /// How long to wait for a reply at most. Only catches what is lost.
-const PATIENCE: Duration = Duration::from_secs(30);
-/// How long to wait for others once the last one's reply has come: they come in order.
-const LINGER: Duration = Duration::from_secs(2);
+const PATIENCE: Duration = Duration::from_secs(120);
+/// How long to wait for others once the last one's reply has come: on one queue they come in order, on another later.
+const LINGER: Duration = Duration::from_secs(20);
 /// Time between two requests, if no reply comes before.
 const INTERVAL: Duration = Duration::from_millis(10);
 /// Room for the replies, in bytes.

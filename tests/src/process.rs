@@ -24,7 +24,7 @@ use nix::sys::signal::Signal;
 use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
 
 /// How long anything may take. Only catches what hangs.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Held from a fork until its exec, and where a descriptor must not be in a child for even that long: tests of one
 /// process run in many threads.

@@ -3,7 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use std::collections::BTreeSet;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use baton_tests::backend::{Backend, Rig, TAP};
 use baton_tests::datapath::Datapath;
@@ -13,6 +13,7 @@ use baton_tests::fake_frontend::net::GSO_TCPV4;
 use baton_tests::fake_frontend::wire::{Message, protocol, request};
 use baton_tests::fake_frontend::{Device, DirtyLog, GuestMemory, NetHeader, Options, Region, features};
 use baton_tests::frames::{self, Network, Transport};
+use baton_tests::process::PATIENCE;
 use baton_tests::{netns, on_both_datapaths};
 
 on_both_datapaths! {
@@ -61,7 +62,7 @@ fn changed(memory: &GuestMemory, before: &[Vec<u8>], after: &[Vec<u8>]) -> BTree
 
 /// Looks at a ring, and writes nothing, until the device has used as much.
 fn wait_used(device: &Device, index: u32, used: u16) {
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + PATIENCE;
     while device.ring(index).queue.used_index() != used {
         assert!(Instant::now() < deadline, "vring {index} was not used");
         std::thread::yield_now();
@@ -80,7 +81,7 @@ fn receive_one(
     let before = device.memory.snapshot();
     log.take();
     rig.network.send_with(header, frame).unwrap();
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + PATIENCE;
     while !device.ring(0).queue.has_used() {
         assert!(Instant::now() < deadline, "no frame arrived");
         std::thread::yield_now();

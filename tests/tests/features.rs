@@ -2,7 +2,7 @@
 //! tables, event indices, checksums and segmentation in both directions.
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use baton_tests::backend::{Rig, TAP};
 use baton_tests::datapath::{self, Datapath, TestResult};
@@ -14,6 +14,7 @@ use baton_tests::frames::{self, ETHERNET, Network, Transport, checksum_is_right,
 use baton_tests::netns;
 use baton_tests::on_both_datapaths;
 use baton_tests::packet_socket::PacketSocket;
+use baton_tests::process::PATIENCE;
 
 on_both_datapaths! {
     the_short_header_works,
@@ -57,7 +58,7 @@ fn with(features: u64) -> Options {
 
 /// Looks at a ring, as a driver that wants no calls does, until its used index is this.
 fn wait_used(device: &Device, index: u32, used: u16) {
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + PATIENCE;
     while device.ring(index).queue.used_index() != used {
         assert!(Instant::now() < deadline, "vring {index} was not used");
         std::thread::yield_now();
@@ -262,7 +263,7 @@ fn a_call_comes_when_the_used_index_passes_the_event_index(datapath: Datapath) {
         device.pairs[0].receive.queue.set_used_event(used.wrapping_add(9));
         device.ring(0).take_calls().unwrap();
         rig.inject(round * 10..(round + 1) * 10, 100).unwrap();
-        let deadline = Instant::now() + Duration::from_secs(30);
+        let deadline = Instant::now() + PATIENCE;
         assert!(device.ring(0).wait_call(deadline).unwrap(), "no call in round {round}");
         assert_eq!(device.pairs[0].receive.queue.used_index().wrapping_sub(used), 10, "called too early");
         rig.expect_in_guest(&mut device, round * 10..(round + 1) * 10).unwrap();
@@ -285,7 +286,7 @@ fn kicks_are_asked_for_only_when_the_ring_is_empty(datapath: Datapath) {
     // Where they are counted.
     assert_eq!(rig.backend.pair_stats(0).unwrap().tx.kicks, before.map(|kicks| kicks + 1));
     let queue = &device.pairs[0].transmit.queue;
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + PATIENCE;
     while queue.available_event() != queue.next_available() {
         assert!(Instant::now() < deadline, "no kick is asked for");
         std::thread::yield_now();

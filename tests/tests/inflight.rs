@@ -3,7 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use baton_tests::backend::{Backend, Rig};
 use baton_tests::datapath::Datapath;
@@ -12,6 +12,7 @@ use baton_tests::fake_frontend::{Connection, Device, Inflight, NetHeader, Option
 use baton_tests::frames;
 use baton_tests::hostile::Random;
 use baton_tests::load;
+use baton_tests::process::PATIENCE;
 
 const RX: u32 = 0;
 const TX: u32 = 1;
@@ -52,7 +53,7 @@ fn use_every_buffer(rig: &mut Rig, device: &mut Device, first: u32) {
     let last = first + 3 * u32::from(SIZE);
     let mut next = first;
     let mut frame = Vec::new();
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + PATIENCE;
     for number in first..last {
         rig.inject(number..number + 1, 100).unwrap();
         // A few at a time: the TAP's queue is not endless.

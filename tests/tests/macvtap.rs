@@ -16,7 +16,7 @@ use baton_tests::netns::Netns;
 const FLOWS: u16 = 64;
 
 /// Only catches what does not come.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 fn start(macvtap: &mut Macvtap) -> Backend {
     let numbers: Vec<_> = macvtap.queues.iter().map(|queue| queue.as_raw_fd().to_string()).collect();

@@ -2,7 +2,7 @@
 //! frame in hand.
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use baton_tests::backend::{Rig, TAP};
 use baton_tests::datapath::Datapath;
@@ -11,6 +11,7 @@ use baton_tests::fake_frontend::{Device, Options};
 use baton_tests::frames;
 use baton_tests::netns;
 use baton_tests::on_both_datapaths;
+use baton_tests::process::PATIENCE;
 
 on_both_datapaths! {
     the_base_is_the_next_available_index,
@@ -267,7 +268,7 @@ fn completion_in_order_replays_right_after_a_crash(datapath: Datapath) {
     }
     let before = device.pairs[0].transmit.queue.used_index();
     device.flush(0).unwrap();
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + PATIENCE;
     while device.pairs[0].transmit.queue.used_index() == before {
         assert!(Instant::now() < deadline, "nothing was transmitted");
         std::hint::spin_loop();

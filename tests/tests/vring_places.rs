@@ -5,7 +5,7 @@
 //! what the inflight region has in flight to the used index (`vu_check_queue_inflights`).
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use baton_tests::backend::Rig;
 use baton_tests::datapath::Datapath;
@@ -14,6 +14,7 @@ use baton_tests::fake_frontend::net::NetHeader;
 use baton_tests::fake_frontend::{Device, Options};
 use baton_tests::frames;
 use baton_tests::on_both_datapaths;
+use baton_tests::process::PATIENCE;
 
 on_both_datapaths! {
     a_base_ahead_of_the_used_index_gives_way_to_it,
@@ -180,7 +181,7 @@ fn nearly_dry_device(rig: &mut Rig) -> Device {
 }
 
 fn wait_used(device: &Device, index: u16) {
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + PATIENCE;
     while device.ring(RX).queue.used_index() != index {
         assert!(
             Instant::now() < deadline,

@@ -3,13 +3,14 @@
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use std::os::fd::AsFd;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use baton_tests::backend::Rig;
 use baton_tests::datapath::Datapath;
 use baton_tests::fake_frontend::net::features;
 use baton_tests::fake_frontend::{Device, Options};
 use baton_tests::on_both_datapaths;
+use baton_tests::process::PATIENCE;
 
 on_both_datapaths! {
     enabling_is_remembered_while_a_ring_is_stopped,
@@ -188,7 +189,7 @@ fn nothing_is_written_to_guest_memory_while_all_rings_are_disabled(datapath: Dat
     // The worker has nothing left to write once it has discarded this one.
     rig.transmit(&mut device, 0..1, 100).unwrap();
     device.wait_transmitted(0).unwrap();
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + PATIENCE;
     while !device.ring(TX).queue.wants_kicks() {
         assert!(Instant::now() < deadline, "no kick is asked for");
         std::thread::yield_now();

@@ -20,7 +20,7 @@ use super::queue::RingAddresses;
 use super::wire::{HEADER_SIZE, Message, NEED_REPLY, NO_FD, REPLY, VERSION, request, u16_at, u32_at, u64_at};
 
 /// How long a reply may take. Only catches a back-end that hangs.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A reply, as it came.
 #[derive(Clone, Debug, PartialEq, Eq)]

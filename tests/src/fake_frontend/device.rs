@@ -22,7 +22,7 @@ use super::queue::{Buffer, DESCRIPTOR_SIZE, DriverQueue, Used};
 use super::wire::protocol;
 
 /// How long the device may take for anything. Only catches one that hangs.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// What the bytes behind a received frame must still be.
 const CANARY: u8 = 0xa5;

@@ -32,7 +32,7 @@ const BOOT: Duration = Duration::from_secs(180);
 const SILENCE: Duration = Duration::from_secs(90);
 
 /// How long a client may take to say what it wants.
-const REQUEST: Duration = Duration::from_secs(10);
+const REQUEST: Duration = Duration::from_secs(60);
 
 /// Runs the lab of that number for as long as the process `owner` runs. Clients connect to standard input, a listening socket;
 /// "started" is written to standard output when the supervisor watches its owner. The folder, in which the socket is,
