@@ -414,7 +414,7 @@ impl Link {
         let used = pairs.iter().filter(|(_, counted)| counted.frames > Some(0)).count();
         let largest = pairs.iter().filter_map(|(_, counted)| counted.largest_frame).max();
         let expected = match self.datapath {
-            Datapath::Userspace => used == pairs.len() && largest > Some(60_000),
+            Datapath::Userspace => used == pairs.len() && largest > Some(ETHERNET_FRAME),
             // Nobody has counted what the kernel moved.
             Datapath::VhostNet => used == 0 && largest.is_none(),
         };
