@@ -209,6 +209,7 @@ impl Handover {
             target.settle(device, &self.wishes, around)?;
         }
         self.target.take_if(|target| target.is_over());
+        self.source.take_if(|source| source.is_forgotten());
         self.set_timer();
         Ok(())
     }

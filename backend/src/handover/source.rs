@@ -50,6 +50,8 @@ pub struct SourceEnd {
     once: bool,
     /// The front-end knows that the device's state is saved, if it asked for that.
     known: bool,
+    /// A target has held the device.
+    confirmed: bool,
 }
 
 impl SourceEnd {
@@ -68,6 +70,7 @@ impl SourceEnd {
             route: None,
             once: false,
             known: false,
+            confirmed: false,
         })
     }
 
@@ -84,6 +87,11 @@ impl SourceEnd {
     /// Whether another one may begin.
     pub fn is_over(&self) -> bool {
         matches!(self.state, Source::Ended(_))
+    }
+
+    /// Whether it is over, was the front-end's wish, and no target ever confirmed it: the operator need not hear of it.
+    pub fn is_forgotten(&self) -> bool {
+        self.once && !self.confirmed && self.is_over()
     }
 
     /// Whether the process may end once no front-end is connected.
@@ -263,6 +271,7 @@ impl SourceEnd {
         let state = std::mem::replace(&mut self.state, Source::HandedOver);
         match state.step(event, around.now) {
             Ok((state, actions)) => {
+                self.confirmed |= matches!(state, Source::Offered { adopted: true, .. } | Source::HandedOver);
                 if !over {
                     self.report(&state);
                 }
