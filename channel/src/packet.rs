@@ -137,6 +137,11 @@ impl PacketSocket {
         Ok(Self::new(socket, false))
     }
 
+    /// Whether messages follow one another in a stream rather than each in a packet.
+    pub fn is_stream(&self) -> bool {
+        self.stream
+    }
+
     /// Sends a message with descriptors, waiting for room for no longer than `patience`.
     ///
     /// # Errors

@@ -13,7 +13,7 @@ use baton_protocol::handover::refusal::Refusal;
 use baton_protocol::handover::state::{
     Datapath, DeviceState, DirectionCounters, FrameExtent, Place, QueuePairState,
 };
-use baton_protocol::handover::validate::{Capabilities, CheckedDevice};
+use baton_protocol::handover::validate::{Capabilities, CheckedDevice, check_without_tap};
 use baton_protocol::reasons::Reasons;
 
 const PLACE: Place = Place { net: 4_026_531_840, mnt: 4_026_531_841, root: (1, 2) };
@@ -119,6 +119,24 @@ fn the_place_of_a_downscript_goes_along() {
     let device = DeviceState { downscript_place: Some(PLACE), ..device() };
     let message = Message::Device(StateOnly { device });
     assert_eq!(Message::decode(&message.encode().unwrap()).unwrap(), message);
+}
+
+#[test]
+fn state_alone_needs_nothing_but_features_and_may_have_more() {
+    let body = b"\x81\xa6device\x82\xa8features\x07\xa5later\xc3";
+    let mut packet = b"BATH\x01\0\x01\0\x09\0\0\0".to_vec();
+    packet.extend(u32::try_from(body.len()).unwrap().to_le_bytes());
+    packet.extend(body);
+    let Message::Device(StateOnly { device }) = Message::decode(&packet).unwrap() else {
+        panic!("another message")
+    };
+    assert_eq!(device, DeviceState { features: 7, ..DeviceState::default() });
+    check_without_tap(&device, 0xf).unwrap();
+    check_without_tap(&device, 3).unwrap_err();
+    // With a TAP that is not enough.
+    let reasons = CheckedDevice::try_from((device, &target())).unwrap_err();
+    let names: Vec<_> = reasons.0.iter().map(|reason| reason.name.as_str()).collect();
+    assert_eq!(names, ["queue-pair-range", "tap-name"]);
 }
 
 #[test]

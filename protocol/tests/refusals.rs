@@ -167,7 +167,7 @@ fn all_that_is_wrong_is_said_at_once() {
     let names: Vec<_> = reasons.0.iter().map(|reason| reason.name.as_str()).collect();
     assert_eq!(names, ["features", "tap-name", "mtu"]);
     // Without the TAP only what the front-end has negotiated counts.
-    let reasons = check_without_tap(&broken, &capabilities()).unwrap_err();
+    let reasons = check_without_tap(&broken, capabilities().features).unwrap_err();
     assert_eq!(reasons.0.iter().map(|reason| reason.name.as_str()).collect::<Vec<_>>(), ["features"]);
 }
 

@@ -5,12 +5,13 @@
 //! making [`traffic`]) on the other side; a [`link`] is all of that with checks. Most tests are run with either
 //! [`datapath`]. In [`local_migration`] a guest moves from one baton-vmm to the next, or
 //! fails to at a [`fake_target`]; [`fault_cells`] and [`session_cells`] have its processes and those of a session's
-//! hand-over die, hang and starve, and a [`downscript`] is run once. A [`mod@bench`] measures. The [`lab`]
-//! runs a test in a machine that has what this one lacks.
+//! hand-over die, hang and starve, and a [`downscript`] is run once. A front-end moves [`device_state`]. A [`mod@bench`] measures. The [`lab`] runs a test in a machine that has what this one
+//! lacks.
 
 pub mod backend;
 pub mod bench;
 pub mod datapath;
+pub mod device_state;
 pub mod downscript;
 pub mod fake_frontend;
 pub mod fake_target;

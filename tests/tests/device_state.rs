@@ -1,114 +1,39 @@
-//! Device state moved by a front-end (`SET_DEVICE_STATE_FD`, `CHECK_DEVICE_STATE`): over a Unix socket with the TAP,
-//! over a pipe without it; taken by whoever starts a ring first; and what bad or slow peers cost.
-#![expect(clippy::unwrap_used, reason = "these are tests")]
+//! Device state moved by a front-end (`SET_DEVICE_STATE_FD`, `CHECK_DEVICE_STATE`): over a Unix socket for
+//! packets with the TAP, over a pipe or a stream without it; taken by whoever starts a ring first; and what bad or slow peers cost.
 
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::os::fd::{AsFd, OwnedFd};
 
 use anyhow::{Result, ensure};
+use baton_protocol::codec::Message as _;
 use baton_protocol::control::{BackendState, HandoverState};
+use baton_protocol::handover;
+use baton_protocol::handover::message::StateOnly;
 use baton_tests::backend::{Backend, Rig, TAP};
 use baton_tests::datapath::Datapath;
-use baton_tests::fake_frontend::net::features;
+use baton_tests::device_state::{
+    ACCEPTED, REFUSED, check, negotiated, options, pair, pipe, set_state_fd, stopped, transfer, wait_log,
+};
 use baton_tests::fake_frontend::wire::{Message, protocol, request};
 use baton_tests::fake_frontend::{Connection, Device, Options};
 use baton_tests::frames;
 use baton_tests::on_both_datapaths;
-use baton_tests::process::Process;
+use baton_tests::packet_socket::PacketSocket;
 use nix::sys::signal::Signal;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::sys::socket::SockType;
 
 on_both_datapaths! {
     a_device_moves_over_a_socket_for_packets,
-    a_device_moves_over_a_stream,
+    state_without_descriptors_moves_over_a_stream,
     the_sources_ring_takes_the_device_back,
     state_without_descriptors_moves_over_a_pipe,
-}
-
-/// The answer to a `SET_DEVICE_STATE_FD` that succeeds, and returns no descriptor.
-const ACCEPTED: u64 = 0x100;
-/// The answer to one that fails.
-const REFUSED: u64 = 0x101;
-
-fn options(queue_pairs: u16) -> Options {
-    Options {
-        queue_pairs,
-        features: Options::default().features | features::MQ,
-        protocol_features: Options::default().protocol_features | protocol::DEVICE_STATE,
-        ..Options::default()
-    }
-}
-
-fn pair(kind: SockType) -> (OwnedFd, OwnedFd) {
-    socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC).unwrap()
-}
-
-fn pipe() -> (File, File) {
-    let (read, write) = nix::unistd::pipe().unwrap();
-    (read.into(), write.into())
-}
-
-/// Gives the back-end a descriptor for its state.
-fn set_state_fd(connection: &Connection, save: bool, fd: impl AsFd) -> Result<u64> {
-    let payload = connection.ask_with(&Message::device_state(save), &[fd.as_fd()])?;
-    Ok(u64::from_le_bytes(payload.as_slice().try_into()?))
-}
-
-/// Waits for what is logged after an answer.
-fn wait_log(backend: &mut Backend, text: &str) {
-    let logged = |process: &Process| Ok(process.log().contains(text).then_some(()));
-    backend.process.wait_until(&format!("it logged \"{text}\""), logged).unwrap();
-}
-
-/// Whether the transfer has succeeded.
-fn check(connection: &Connection) -> Result<bool> {
-    Ok(connection.ask_u64(&Message::empty(request::CHECK_DEVICE_STATE))? == 0)
-}
-
-/// A front-end of a back-end that waits for a device, with everything negotiated.
-fn negotiated(target: &mut Backend) -> Result<Connection> {
-    let connection = target.connect()?;
-    let options = options(1);
-    connection.get_features()?;
-    connection.set_protocol_features(options.protocol_features)?;
-    connection.set_features(options.features)?;
-    Ok(connection)
-}
-
-/// A device that works, stopped, and a back-end that waits, with a front-end each.
-fn stopped(datapath: Datapath, queue_pairs: u16) -> Result<(Rig, Device, Backend, Connection)> {
-    let mut rig = Rig::new(datapath, queue_pairs, &[])?;
-    let mut device = rig.device(options(queue_pairs))?;
-    rig.check_traffic(&mut device)?;
-    device.suspend()?;
-    let mut target = Backend::waiting(datapath, &[])?;
-    let connection = negotiated(&mut target)?;
-    Ok((rig, device, target, connection))
-}
-
-/// Moves the state from the stopped device's back-end to the other one.
-fn transfer(device: &Device, target: &Connection, kind: SockType) -> Result<()> {
-    let (ours, theirs) = pair(kind);
-    ensure!(set_state_fd(&device.connection, true, ours)? == ACCEPTED);
-    ensure!(check(&device.connection)?, "the source could not save");
-    ensure!(set_state_fd(target, false, theirs)? == ACCEPTED);
-    ensure!(check(target)?, "the target could not load");
-    Ok(())
+    state_of_the_other_datapath_loads,
 }
 
 fn a_device_moves_over_a_socket_for_packets(datapath: Datapath) -> Result<()> {
-    a_device_moves(datapath, SockType::SeqPacket)
-}
-
-fn a_device_moves_over_a_stream(datapath: Datapath) -> Result<()> {
-    a_device_moves(datapath, SockType::Stream)
-}
-
-fn a_device_moves(datapath: Datapath, kind: SockType) -> Result<()> {
     let (mut rig, mut device, mut target, connection) = stopped(datapath, 2)?;
-    transfer(&device, &connection, kind)?;
+    transfer(&device, &connection)?;
     ensure!(target.status()?.tap.is_empty(), "the target has taken the device without a ring");
     ensure!(rig.backend.status()?.state == BackendState::HandingOver);
     rig.network.send(&frames::numbered(3, 99))?;
@@ -126,7 +51,7 @@ fn a_device_moves(datapath: Datapath, kind: SockType) -> Result<()> {
     device.suspend()?;
     let mut third = Backend::waiting(datapath, &[])?;
     let connection = negotiated(&mut third)?;
-    transfer(&device, &connection, kind)?;
+    transfer(&device, &connection)?;
     device.move_to(connection)?;
     rig.backend = third;
     rig.check_traffic(&mut device)?;
@@ -136,7 +61,7 @@ fn a_device_moves(datapath: Datapath, kind: SockType) -> Result<()> {
 fn the_sources_ring_takes_the_device_back(datapath: Datapath) -> Result<()> {
     let (mut rig, mut device, mut target, connection) = stopped(datapath, 2)?;
     for number in 0..3 {
-        transfer(&device, &connection, SockType::SeqPacket)?;
+        transfer(&device, &connection)?;
         rig.network.send(&frames::numbered(number, 77))?;
         device.restart_rings()?;
         let (_, received) = rig.receive_on_any(&mut device)?;
@@ -151,37 +76,109 @@ fn the_sources_ring_takes_the_device_back(datapath: Datapath) -> Result<()> {
 }
 
 fn state_without_descriptors_moves_over_a_pipe(datapath: Datapath) -> Result<()> {
-    let (mut rig, mut device, _target, _) = stopped(datapath, 1)?;
-    let (mut read, write) = pipe();
+    state_without_descriptors_moves(datapath, pipe)
+}
+
+/// Cloud Hypervisor gives one end of a `UnixStream::pair`, and stores what it reads at the other.
+fn state_without_descriptors_moves_over_a_stream(datapath: Datapath) -> Result<()> {
+    state_without_descriptors_moves(datapath, || {
+        let (ours, theirs) = pair(SockType::Stream)?;
+        Ok((ours.into(), theirs.into()))
+    })
+}
+
+fn save(device: &Device, channel: &impl Fn() -> Result<(File, File)>) -> Result<Vec<u8>> {
+    let (mut read, write) = channel()?;
     ensure!(set_state_fd(&device.connection, true, &write)? == ACCEPTED);
     drop(write);
     let mut state = Vec::new();
     read.read_to_end(&mut state)?;
     ensure!(check(&device.connection)?);
+    Ok(state)
+}
+
+fn load(connection: &Connection, state: &[u8], channel: &impl Fn() -> Result<(File, File)>) -> Result<()> {
+    let (read, mut write) = channel()?;
+    ensure!(set_state_fd(connection, false, &read)? == ACCEPTED);
+    write.write_all(state)?;
+    drop((read, write));
+    ensure!(check(connection)?, "the state was not loaded");
+    Ok(())
+}
+
+fn state_without_descriptors_moves(
+    datapath: Datapath,
+    channel: impl Fn() -> Result<(File, File)>,
+) -> Result<()> {
+    let (mut rig, mut device, mut target, _connection) = stopped(datapath, 1)?;
+    // Without a hand-over, and beside one that the operator armed.
+    save(&device, &channel)?;
+    rig.backend.wait_no_handover()?;
+    rig.backend.arm(&target.incoming())?;
+    target.wait_handover(HandoverState::Adopted)?;
+    let state = save(&device, &channel)?;
+    rig.backend.wait_handover(HandoverState::Offered)?;
     // The source keeps everything.
     device.restart_rings()?;
     rig.check_traffic(&mut device)?;
+    device.suspend()?;
 
-    // Another back-end with a TAP of its own takes the rest.
-    rig.netns.create_persistent_tap("tap1", false)?;
-    let mut other = Backend::listening(datapath, &["--tap=tap1"], &[])?;
-    let connection = negotiated(&mut other)?;
-    let (read, mut write) = pipe();
-    ensure!(set_state_fd(&connection, false, &read)? == ACCEPTED);
-    write.write_all(&state)?;
-    drop(write);
-    ensure!(check(&connection)?);
-    // Not one of fewer queue pairs.
-    rig.netns.create_persistent_tap("tap2", true)?;
-    let mut two = Backend::listening(datapath, &["--tap=tap2", "--queue-pairs=2"], &[])?;
-    let connection = negotiated(&mut two)?;
-    let (read, mut write) = pipe();
-    ensure!(set_state_fd(&connection, false, &read)? == ACCEPTED);
-    write.write_all(&state)?;
-    drop(write);
-    ensure!(!check(&connection)?);
-    wait_log(&mut two, "queue-pairs: ");
+    // A back-end with a TAP of its own takes it, whatever the number of its queue pairs.
+    for (tap, queue_pairs) in [("tap1", 1), ("tap2", 2)] {
+        let (mut other, network) = with_tap(&rig, datapath, tap, queue_pairs)?;
+        let connection = negotiated(&mut other)?;
+        load(&connection, &state, &channel)?;
+        other.wait_no_handover()?;
+        device.move_to(connection)?;
+        (rig.backend, rig.network) = (other, network);
+        rig.check_traffic(&mut device)?;
+        device.suspend()?;
+    }
     Ok(())
+}
+
+/// A back-end with another TAP, and the network's side of that.
+fn with_tap(rig: &Rig, datapath: Datapath, tap: &str, queue_pairs: u16) -> Result<(Backend, PacketSocket)> {
+    rig.netns.create_persistent_tap(tap, queue_pairs > 1)?;
+    let options = [format!("--tap={tap}"), format!("--queue-pairs={queue_pairs}")];
+    let mut backend = Backend::listening(datapath, &options.each_ref().map(String::as_str), &[])?;
+    backend.status()?;
+    Ok((backend, PacketSocket::open(tap)?))
+}
+
+/// What the source negotiated for its own connection is no business of a target with another datapath.
+fn state_of_the_other_datapath_loads(datapath: Datapath) -> Result<()> {
+    let mut rig = Rig::new(Datapath::Userspace, 2, &[])?;
+    let mut options = options(2);
+    options.protocol_features |= protocol::INFLIGHT_SHMFD;
+    let mut device = rig.device(options)?;
+    rig.check_traffic(&mut device)?;
+    device.suspend()?;
+    let state = save(&device, &pipe)?;
+    let (mut other, network) = with_tap(&rig, datapath, "tap1", 2)?;
+    device.options.protocol_features &= !protocol::INFLIGHT_SHMFD;
+    let connection = negotiated(&mut other)?;
+    load(&connection, &state, &pipe)?;
+    let _old = device.move_to(connection)?;
+    (rig.backend, rig.network) = (other, network);
+    rig.check_traffic(&mut device)
+}
+
+#[test]
+fn a_feature_that_the_target_does_not_offer_is_refused_by_name() {
+    let (_rig, device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
+    let state = save(&device, &pipe).unwrap();
+    let Ok(handover::message::Message::Device(StateOnly { device: mut state })) =
+        handover::message::Message::decode(&state)
+    else {
+        panic!("the state is something else")
+    };
+    // `VIRTIO_NET_F_HASH_REPORT`.
+    state.features |= 1 << 57;
+    let state = handover::message::Message::Device(StateOnly { device: state }).encode().unwrap();
+    let error = load(&connection, &state, &pipe).unwrap_err();
+    assert!(error.to_string().contains("was not loaded"), "{error}");
+    wait_log(&mut target, "features: negotiated features 0x200000000000000 are not the target's").unwrap();
 }
 
 #[test]
@@ -189,7 +186,7 @@ fn a_pipe_works_after_a_hand_over_on_suspend_too() {
     let (mut rig, mut device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
     rig.backend.arm(&target.incoming()).unwrap();
     target.wait_handover(HandoverState::Adopted).unwrap();
-    let (read, write) = pipe();
+    let (read, write) = pipe().unwrap();
     assert_eq!(set_state_fd(&device.connection, true, &write).unwrap(), ACCEPTED);
     assert_eq!(set_state_fd(&connection, false, &read).unwrap(), ACCEPTED);
     drop(write);
@@ -205,22 +202,22 @@ fn what_may_not_be_asked_is_refused_and_nothing_else_happens() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
     let plain = Options { protocol_features: Options::default().protocol_features, ..options(1) };
     let mut device = rig.device(plain).unwrap();
-    let (ours, _theirs) = pair(SockType::SeqPacket);
+    let (ours, _theirs) = pair(SockType::SeqPacket).unwrap();
     device.suspend().unwrap();
     assert_eq!(set_state_fd(&device.connection, true, &ours).unwrap(), REFUSED);
     assert!(!check(&device.connection).unwrap());
-    wait_log(&mut rig.backend, "DEVICE_STATE was not negotiated");
+    wait_log(&mut rig.backend, "DEVICE_STATE was not negotiated").unwrap();
     drop(device);
 
     device = rig.device(options(1)).unwrap();
     assert_eq!(set_state_fd(&device.connection, true, &ours).unwrap(), REFUSED);
-    wait_log(&mut rig.backend, "device state moves only while all rings are stopped");
+    wait_log(&mut rig.backend, "device state moves only while all rings are stopped").unwrap();
     device.suspend().unwrap();
     // None was moved yet.
     assert!(!check(&device.connection).unwrap());
     // A back-end with a TAP gets no other.
     assert_eq!(set_state_fd(&device.connection, false, &ours).unwrap(), REFUSED);
-    wait_log(&mut rig.backend, "has a TAP already and cannot receive one");
+    wait_log(&mut rig.backend, "has a TAP already and cannot receive one").unwrap();
     device.restart_rings().unwrap();
     rig.check_traffic(&mut device).unwrap();
 }
@@ -229,8 +226,8 @@ fn what_may_not_be_asked_is_refused_and_nothing_else_happens() {
 fn a_save_that_nobody_takes_leaves_the_device_with_its_source() {
     let (mut rig, mut device, ..) = stopped(Datapath::Userspace, 1).unwrap();
     let mut at_rest = None;
-    for kind in [SockType::SeqPacket, SockType::Stream, SockType::SeqPacket] {
-        let (ours, theirs) = pair(kind);
+    for _ in 0..3 {
+        let (ours, theirs) = pair(SockType::SeqPacket).unwrap();
         assert_eq!(set_state_fd(&device.connection, true, ours).unwrap(), ACCEPTED);
         assert!(check(&device.connection).unwrap());
         // The front-end closes the other end: what was in it is gone.
@@ -241,7 +238,7 @@ fn a_save_that_nobody_takes_leaves_the_device_with_its_source() {
         rig.check_traffic(&mut device).unwrap();
         device.suspend().unwrap();
         // Nobody there at all.
-        let (ours, theirs) = pair(kind);
+        let (ours, theirs) = pair(SockType::SeqPacket).unwrap();
         drop(theirs);
         assert_eq!(set_state_fd(&device.connection, true, ours).unwrap(), ACCEPTED);
         assert!(!check(&device.connection).unwrap());
@@ -268,7 +265,7 @@ fn nonsense_costs_the_transfer_only() {
     // Whole, but it names descriptors that are not there.
     all.push(std::fs::read(format!("{golden}/offer.bin")).unwrap());
     for bytes in all {
-        let (read, mut write) = pipe();
+        let (read, mut write) = pipe().unwrap();
         assert_eq!(set_state_fd(&connection, false, &read).unwrap(), ACCEPTED);
         drop(read);
         // The back-end may close it before all is written.
@@ -276,14 +273,14 @@ fn nonsense_costs_the_transfer_only() {
         drop(write);
         assert!(!check(&connection).unwrap());
         for kind in [SockType::SeqPacket, SockType::Stream] {
-            let (ours, theirs) = pair(kind);
+            let (ours, theirs) = pair(kind).unwrap();
             assert_eq!(set_state_fd(&connection, false, ours).unwrap(), ACCEPTED);
             let _ = File::from(theirs).write_all(&bytes[..bytes.len().min(150_000)]);
             assert!(!check(&connection).unwrap());
         }
         target.process.wait_open_fds(at_rest).unwrap();
     }
-    transfer(&device, &connection, SockType::SeqPacket).unwrap();
+    transfer(&device, &connection).unwrap();
     device.move_to(connection).unwrap();
     rig.backend = target;
     rig.check_traffic(&mut device).unwrap();
@@ -292,12 +289,12 @@ fn nonsense_costs_the_transfer_only() {
 #[test]
 fn a_peer_that_hangs_holds_up_neither_the_session_nor_the_next_one() {
     let (_rig, _device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
-    let (read, write) = pipe();
+    let (read, write) = pipe().unwrap();
     assert_eq!(set_state_fd(&connection, false, &read).unwrap(), ACCEPTED);
     // Served, though nothing comes.
     connection.get_features().unwrap();
     // Only one at a time.
-    let (other, _end) = pipe();
+    let (other, _end) = pipe().unwrap();
     assert_eq!(set_state_fd(&connection, false, &other).unwrap(), REFUSED);
     // The answer waits, and whoever asks may go away.
     connection.send(&Message::empty(request::CHECK_DEVICE_STATE), &[]).unwrap();
@@ -308,7 +305,7 @@ fn a_peer_that_hangs_holds_up_neither_the_session_nor_the_next_one() {
     // With the pipe closed its thread ends, and the next one may begin.
     let mut answer = REFUSED;
     while answer == REFUSED {
-        let (read, _) = pipe();
+        let (read, _) = pipe().unwrap();
         answer = set_state_fd(&connection, false, &read).unwrap();
     }
     assert_eq!(answer, ACCEPTED);
@@ -319,7 +316,7 @@ fn a_peer_that_hangs_holds_up_neither_the_session_nor_the_next_one() {
 #[test]
 fn a_source_that_dies_leaves_the_device_to_its_target() {
     let (mut rig, mut device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
-    transfer(&device, &connection, SockType::SeqPacket).unwrap();
+    transfer(&device, &connection).unwrap();
     rig.backend.process.signal(Signal::SIGKILL).unwrap();
     rig.backend.process.wait().unwrap();
     target.wait_handover(HandoverState::Adopted).unwrap();
@@ -331,7 +328,7 @@ fn a_source_that_dies_leaves_the_device_to_its_target() {
 #[test]
 fn a_target_that_dies_leaves_the_device_to_its_source() {
     let (mut rig, mut device, target, connection) = stopped(Datapath::Userspace, 1).unwrap();
-    transfer(&device, &connection, SockType::Stream).unwrap();
+    transfer(&device, &connection).unwrap();
     target.process.signal(Signal::SIGKILL).unwrap();
     rig.backend.wait_handover(HandoverState::Failed).unwrap();
     device.restart_rings().unwrap();
@@ -341,11 +338,11 @@ fn a_target_that_dies_leaves_the_device_to_its_source() {
 #[test]
 fn a_front_end_that_was_cut_off_finds_the_device_that_it_brought() {
     let (mut rig, mut device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
-    transfer(&device, &connection, SockType::SeqPacket).unwrap();
+    transfer(&device, &connection).unwrap();
     target.wait_handover(HandoverState::Adopted).unwrap();
     // The descriptor that must come with it did not get through.
     connection.send(&Message::u64(request::SET_VRING_KICK, 0), &[]).unwrap();
-    wait_log(&mut target, "front-end's session ended");
+    wait_log(&mut target, "front-end's session ended").unwrap();
     drop(connection);
     let connection = negotiated(&mut target).unwrap();
     // The source keeps its front-end, and so goes on to tell.
@@ -359,7 +356,7 @@ fn a_front_end_that_was_cut_off_finds_the_device_that_it_brought() {
 fn a_device_is_dropped_when_the_front_end_that_brought_it_leaves() {
     let (mut rig, mut device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
     let at_rest = target.process.open_fds().unwrap();
-    transfer(&device, &connection, SockType::SeqPacket).unwrap();
+    transfer(&device, &connection).unwrap();
     target.wait_handover(HandoverState::Adopted).unwrap();
     drop(connection);
     // Whoever had it has it again, and the target waits for another.
@@ -369,7 +366,7 @@ fn a_device_is_dropped_when_the_front_end_that_brought_it_leaves() {
     device.suspend().unwrap();
     let connection = negotiated(&mut target).unwrap();
     target.process.wait_open_fds(at_rest).unwrap();
-    transfer(&device, &connection, SockType::SeqPacket).unwrap();
+    transfer(&device, &connection).unwrap();
     device.move_to(connection).unwrap();
     rig.backend = target;
     rig.check_traffic(&mut device).unwrap();
@@ -378,7 +375,7 @@ fn a_device_is_dropped_when_the_front_end_that_brought_it_leaves() {
 #[test]
 fn a_front_end_that_leaves_before_it_knows_leaves_the_device_behind() {
     let (mut rig, device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
-    let (ours, theirs) = pair(SockType::SeqPacket);
+    let (ours, theirs) = pair(SockType::SeqPacket).unwrap();
     assert_eq!(set_state_fd(&device.connection, true, ours).unwrap(), ACCEPTED);
     assert_eq!(set_state_fd(&connection, false, theirs).unwrap(), ACCEPTED);
     target.wait_handover(HandoverState::Adopted).unwrap();
@@ -393,7 +390,7 @@ fn a_front_end_that_leaves_before_it_knows_leaves_the_device_behind() {
 #[test]
 fn a_source_that_is_told_to_end_leaves_the_device_to_its_target() {
     let (mut rig, mut device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
-    let (ours, theirs) = pair(SockType::SeqPacket);
+    let (ours, theirs) = pair(SockType::SeqPacket).unwrap();
     assert_eq!(set_state_fd(&device.connection, true, ours).unwrap(), ACCEPTED);
     assert_eq!(set_state_fd(&connection, false, theirs).unwrap(), ACCEPTED);
     target.wait_handover(HandoverState::Adopted).unwrap();
@@ -408,7 +405,7 @@ fn a_source_that_is_told_to_end_leaves_the_device_to_its_target() {
 #[test]
 fn a_front_end_that_leaves_with_an_answer_leaves_the_device_to_the_target() {
     let (mut rig, mut device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
-    transfer(&device, &connection, SockType::SeqPacket).unwrap();
+    transfer(&device, &connection).unwrap();
     target.wait_handover(HandoverState::Adopted).unwrap();
     device.connection.stream().shutdown(Shutdown::Both).unwrap();
     // Before the target's first ring.
@@ -421,7 +418,7 @@ fn a_front_end_that_leaves_with_an_answer_leaves_the_device_to_the_target() {
 #[test]
 fn a_source_that_wakes_to_both_ends_gone_has_the_device() {
     let (mut rig, device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
-    let (ours, theirs) = pair(SockType::SeqPacket);
+    let (ours, theirs) = pair(SockType::SeqPacket).unwrap();
     assert_eq!(set_state_fd(&device.connection, true, ours).unwrap(), ACCEPTED);
     assert!(check(&device.connection).unwrap());
     rig.backend.process.signal(Signal::SIGSTOP).unwrap();
@@ -432,7 +429,7 @@ fn a_source_that_wakes_to_both_ends_gone_has_the_device() {
     target.wait_no_handover().unwrap();
     drop(device);
     rig.backend.process.signal(Signal::SIGCONT).unwrap();
-    wait_log(&mut rig.backend, "front-end disconnected");
+    wait_log(&mut rig.backend, "front-end disconnected").unwrap();
     let mut device = rig.device(options(1)).unwrap();
     rig.check_traffic(&mut device).unwrap();
 }

@@ -1,5 +1,5 @@
-//! Device state that the front-end moves (`SET_DEVICE_STATE_FD`, `CHECK_DEVICE_STATE`): over a socket it is an offer of
-//! the device, over a pipe the state alone.
+//! Device state that the front-end moves (`SET_DEVICE_STATE_FD`, `CHECK_DEVICE_STATE`): over a socket for packets it is an
+//! offer of the device, over anything else the state alone.
 
 use std::fs::File;
 
@@ -8,6 +8,7 @@ use baton_control::limited;
 use baton_faults::Point;
 use baton_protocol::handover::message::{Message, StateOnly};
 use baton_protocol::handover::validate::check_without_tap;
+use virtio_bindings::virtio_net;
 
 use super::error::{DeviceStateError, HandoverError};
 use super::source::SourceEnd;
@@ -56,9 +57,7 @@ impl Handover {
         self.transfer = Transfer::None;
         match Route::from(fd) {
             Route::Pipe(pipe) => {
-                let aside = self.source.as_ref().and_then(SourceEnd::tap);
-                let state = snapshot::describe(device, device.tap().or(aside), &[]);
-                let message = Message::Device(StateOnly { device: state });
+                let message = Message::Device(StateOnly { device: snapshot::describe_alone(device) });
                 transfer::save(pipe, &message, self.mailer.clone()).map_err(HandoverError::from)?;
                 self.transfer = Transfer::Running;
             }
@@ -134,12 +133,14 @@ impl Handover {
             let result = match outcome {
                 Outcome::Saved(result) => result.map_err(DeviceStateError::from),
                 Outcome::Read(Ok(Message::Device(StateOnly { device: state }))) => {
-                    let capabilities = snapshot::capabilities(device, &self.wishes, &state, true);
-                    check_without_tap(&state, &capabilities)
+                    // The guest's MAC and MTU can be the front-end's own matter.
+                    let config = [virtio_net::VIRTIO_NET_F_MAC, virtio_net::VIRTIO_NET_F_MTU];
+                    let offered = device.offer().with(&config);
+                    check_without_tap(&state, offered.0)
                         .map_err(|reasons| DeviceStateError::Failed(reasons.to_string()))
                 }
                 Outcome::Read(Ok(other)) => Err(DeviceStateError::Failed(format!(
-                    "the device state begins with {}, which needs a socket",
+                    "the device state begins with {}, which needs a socket for packets",
                     other.name()
                 ))),
                 Outcome::Received(Ok(packet)) => {

@@ -86,6 +86,16 @@ pub fn describe(device: &Device, tap: Option<&Tap>, extents: &[Option<FrameExten
     }
 }
 
+/// What is said of `device` where no descriptor goes along: what its front-end negotiated. Nothing of this host is the next
+/// one's business. Targets before this version compare the number of queue pairs.
+pub fn describe_alone(device: &Device) -> DeviceState {
+    DeviceState {
+        queue_pairs: vec![QueuePairState::default(); device.pairs().min(MAX_QUEUE_PAIRS)],
+        features: device.session().features.0,
+        ..DeviceState::default()
+    }
+}
+
 /// The descriptors of an offer, by name.
 pub fn descriptors<'a>(
     tap: &'a Tap,

@@ -51,16 +51,16 @@ pub enum Outcome {
 /// What a transfer goes over.
 #[derive(Debug)]
 pub enum Route {
-    /// A Unix socket: descriptors can go along.
+    /// A Unix socket for packets (`SOCK_SEQPACKET`): a hand-over of the TAP between two back-ends of this kind.
     Socket(PacketSocket),
-    /// A pipe, or whatever can be read and written.
+    /// A pipe, a file or a stream socket: a front-end stores the bytes, so the state goes alone.
     Pipe(File),
 }
 
 impl From<File> for Route {
     fn from(file: File) -> Self {
         match file.try_clone().map(OwnedFd::from).map(PacketSocket::try_from) {
-            Ok(Ok(socket)) => Self::Socket(socket),
+            Ok(Ok(socket)) if !socket.is_stream() => Self::Socket(socket),
             _ => Self::Pipe(file),
         }
     }

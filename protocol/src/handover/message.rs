@@ -15,8 +15,8 @@
 //!   ── or a ring of the source starts: the word is swapped back ──
 //!     RETRACT ─▶                                    armed
 //! ```
-//! For a front-end that asks for device state, the OFFER comes first, with a `link` for the answers; over a pipe the
-//! device goes as DEVICE, without descriptors.
+//! For a front-end that asks for device state, the OFFER comes first, with a `link` for the answers; over a pipe, a
+//! file or a stream socket the device goes as DEVICE, without descriptors.
 //!
 //! A session:
 //! ```text

@@ -1,6 +1,7 @@
 //! What a back-end says of its network device. Untrusted and of no effect: [`super::validate`] makes more of it.
 //!
-//! Fields may be added, with a default; none may change its meaning.
+//! Fields may be added, with a default; none may change its meaning. A field that is absent has its default, which the
+//! check of an offer refuses wherever the field matters; without descriptors a reader needs the features only.
 
 use serde::{Deserialize, Serialize};
 
@@ -9,6 +10,7 @@ use crate::bounded;
 
 /// A network device without its descriptors.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct DeviceState {
     /// The TAP's interface name; empty where the source has none.
     pub tap: String,
@@ -64,6 +66,7 @@ pub enum Datapath {
 
 /// One queue pair, with what the TAP's queue is set to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct QueuePairState {
     /// Each frame has a virtio-net header before it.
     pub using_vnet_hdr: bool,

@@ -64,15 +64,14 @@ impl TryFrom<(DeviceState, &Capabilities)> for CheckedDevice {
     }
 }
 
-/// Checks device state that came without descriptors: what belongs to the TAP is not the target's business.
+/// Checks device state that came without descriptors, against what the target offers its own front-end. What belongs to
+/// the source's TAP, its queues and its connection is not the target's business: its own front-end negotiates these.
 ///
 /// # Errors
 /// All [`Reasons`].
-pub fn check_without_tap(device: &DeviceState, target: &Capabilities) -> Result<(), Reasons> {
-    let mut refusals = Vec::new();
-    check_features(device, target, &mut refusals);
-    check_pairs(device, target, &mut refusals);
-    Reasons::none_of(refusals)
+pub fn check_without_tap(device: &DeviceState, offered: u64) -> Result<(), Reasons> {
+    let lacking = device.features & !offered;
+    Reasons::none_of(if lacking == 0 { Vec::new() } else { vec![Refusal::Features(lacking)] })
 }
 
 fn refusals(device: &DeviceState, target: &Capabilities) -> Vec<Refusal> {
