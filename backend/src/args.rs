@@ -79,6 +79,11 @@ pub struct Args {
     #[arg(long, value_name = "PATH|no", default_value = "no")]
     pub downscript: Script,
 
+    /// What a front-end may do by device state: move the TAP (on), move the state alone (pipe), or nothing (off) [default:
+    /// on for a front-end of the same user or root, else pipe]
+    #[arg(long, value_name = "on|pipe|off")]
+    pub device_state: Option<DeviceState>,
+
     /// Take commands from batonctl on this Unix socket; with --incoming-fds it may be the source's
     #[arg(long, value_name = "PATH")]
     pub control_socket: Option<PathBuf>,
@@ -91,6 +96,17 @@ pub struct Args {
     /// Print what this program can do, as JSON, and exit (QEMU: "Backend program conventions")
     #[arg(long)]
     pub print_capabilities: bool,
+}
+
+/// What a front-end may do by device state (`SET_DEVICE_STATE_FD`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum DeviceState {
+    /// Move it with the TAP, or alone.
+    On,
+    /// Move it without the TAP.
+    Pipe,
+    /// Nothing: the protocol feature is not offered.
+    Off,
 }
 
 /// What a command line asks for.

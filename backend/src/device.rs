@@ -148,6 +148,7 @@ pub struct Device {
     mask: Features,
     offer: Features,
     config: DeviceConfig,
+    offers_device_state: bool,
     session: SessionState,
     /// Whether pairs stay parked after a change.
     held: bool,
@@ -200,6 +201,7 @@ impl Device {
             mask,
             offer,
             config,
+            offers_device_state: true,
             session,
             held: false,
             staged: None,
@@ -221,6 +223,16 @@ impl Device {
     /// What the device offers.
     pub fn offer(&self) -> Features {
         self.offer
+    }
+
+    /// Whether front-ends are offered to move device state (`--device-state`).
+    pub fn offers_device_state(&self) -> bool {
+        self.offers_device_state
+    }
+
+    /// Has front-ends offered to move device state, or not.
+    pub fn set_offers_device_state(&mut self, offers: bool) {
+        self.offers_device_state = offers;
     }
 
     /// What the operator decided.

@@ -112,6 +112,12 @@ pub fn protocol_offer(device: &Device) -> VhostUserProtocolFeatures {
     }
 }
 
+/// What a front-end is offered: what the device can do and the operator permits.
+fn permitted_offer(device: &Device) -> VhostUserProtocolFeatures {
+    let offer = protocol_offer(device);
+    if device.offers_device_state() { offer } else { offer - VhostUserProtocolFeatures::DEVICE_STATE }
+}
+
 impl Dispatch {
     /// For the first session.
     pub fn new(device: Device, handover: Handover) -> Self {
@@ -168,7 +174,7 @@ fn check_offered(
     feature: VhostUserProtocolFeatures,
     name: &'static str,
 ) -> std::result::Result<(), Rejection> {
-    if protocol_offer(device).contains(feature) { Ok(()) } else { Err(Rejection::NotOffered(name)) }
+    if permitted_offer(device).contains(feature) { Ok(()) } else { Err(Rejection::NotOffered(name)) }
 }
 
 /// The index of a vring, if the device has it.
@@ -380,7 +386,7 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
     }
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
-        Ok(protocol_offer(&self.device))
+        Ok(permitted_offer(&self.device))
     }
 
     fn set_protocol_features(&mut self, features: u64) -> Result<()> {
@@ -388,7 +394,7 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
             return Ok(());
         }
         self.request(|device| {
-            let features = features & protocol_offer(device).bits();
+            let features = features & permitted_offer(device).bits();
             device.change(0..0, |session| session.protocol_features = features)?;
             Ok(())
         })

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use baton_backend::args::{self, Args, Command, Script};
+use baton_backend::args::{self, Args, Command, DeviceState, Script};
 use baton_backend::control::{self, Call, ControlError};
 use baton_backend::device::{Device, DeviceConfig, Vhost};
 use baton_backend::endpoint::Endpoint;
@@ -91,6 +91,7 @@ fn serve(args: &Args) -> Result<()> {
         queue_pairs: args.queue_pairs.map(usize::from),
         vhost_fds: args.vhost_fds.as_ref().map(Vec::len),
         poll,
+        device_state: args.device_state,
         vhost_from_source: matches!(vhost, Vhost::Coming),
     };
     let handover = Handover::new(args.incoming_fds.as_deref(), wishes)?;
@@ -117,7 +118,8 @@ fn serve(args: &Args) -> Result<()> {
     };
     let (mailer, news) = mailbox().context("cannot make a mailbox")?;
     let name = tap.as_ref().map(Tap::name);
-    let device = Device::new(tap, args.pairs(), vhost, config, &mailer)?;
+    let mut device = Device::new(tap, args.pairs(), vhost, config, &mailer)?;
+    device.set_offers_device_state(args.device_state != Some(DeviceState::Off));
     let datapath = device.datapath();
     match name {
         Some(tap) => tracing::info!(tap, queue_pairs = device.pairs(), %datapath, "ready"),

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use baton_channel::peer::Peer;
 use baton_control::limited;
 use baton_protocol::control::{Done, Request};
 use nix::sys::signal::{SigSet, Signal};
@@ -252,6 +253,7 @@ impl Server {
             }
         };
         self.epoll.add(&session, SESSION_EVENTS, SESSION)?;
+        lock(&self.dispatch).handover.set_frontend_trusted(Peer::trusted(&session).is_ok());
         self.session = Some(session);
         Ok(())
     }

@@ -14,10 +14,11 @@ use baton_protocol::fd_manifest::MAX_FDS;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, SockaddrLike, UnixAddr, connect,
-    getsockname, getsockopt, sendmsg, socket, socketpair, sockopt,
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, SockaddrLike, UnixAddr, UnixCredentials,
+    connect, getsockname, getsockopt, sendmsg, setsockopt, socket, socketpair, sockopt,
 };
 
+use crate::peer::Peer;
 use crate::scm;
 
 /// Why a message was not sent or received.
@@ -152,6 +153,29 @@ impl PacketSocket {
         fds: &[BorrowedFd<'_>],
         patience: Duration,
     ) -> Result<(), ChannelError> {
+        self.send_as(message, fds, None, patience)
+    }
+
+    /// As [`Self::send`], with this process' credentials: the receiver knows the sender whatever path the packet took.
+    ///
+    /// # Errors
+    /// As [`Self::send`].
+    pub fn send_signed<M: Message>(
+        &self,
+        message: &M,
+        fds: &[BorrowedFd<'_>],
+        patience: Duration,
+    ) -> Result<(), ChannelError> {
+        self.send_as(message, fds, Some(UnixCredentials::new()), patience)
+    }
+
+    fn send_as<M: Message>(
+        &self,
+        message: &M,
+        fds: &[BorrowedFd<'_>],
+        credentials: Option<UnixCredentials>,
+        patience: Duration,
+    ) -> Result<(), ChannelError> {
         if fds.len() > MAX_FDS {
             return Err(ChannelError::TooManyFds);
         }
@@ -160,11 +184,12 @@ impl PacketSocket {
         let fds: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         let mut sent = 0;
         while sent < packet.len() {
-            let rights = [ControlMessage::ScmRights(&fds)];
-            let control = if sent == 0 && !fds.is_empty() { &rights[..] } else { &[] };
+            let rights = Some(ControlMessage::ScmRights(&fds)).filter(|_| sent == 0 && !fds.is_empty());
+            let signature = credentials.as_ref().filter(|_| sent == 0).map(ControlMessage::ScmCredentials);
+            let control: Vec<_> = rights.into_iter().chain(signature).collect();
             let bytes = [IoSlice::new(&packet[sent..])];
             let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
-            match sendmsg::<()>(self.socket.as_raw_fd(), &bytes, control, flags, None) {
+            match sendmsg::<()>(self.socket.as_raw_fd(), &bytes, &control, flags, None) {
                 Ok(count) => sent += count,
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => self.wait(PollFlags::POLLOUT, deadline)?,
@@ -181,10 +206,44 @@ impl PacketSocket {
     /// any on a stream.
     pub fn receive<M: Message>(&self, patience: Duration) -> Result<Packet<M>, ChannelError> {
         let deadline = Instant::now() + patience;
-        if self.stream { self.receive_stream(deadline) } else { self.receive_packet(deadline) }
+        if self.stream {
+            self.receive_stream(deadline)
+        } else {
+            self.receive_packet(deadline).map(|(packet, _)| packet)
+        }
     }
 
-    fn receive_packet<M: Message>(&self, deadline: Instant) -> Result<Packet<M>, ChannelError> {
+    /// Has the kernel note who sends the packets that come from now on, signed or not (`SO_PASSCRED`).
+    ///
+    /// # Errors
+    /// [`ChannelError::Io`].
+    pub fn ask_for_senders(&self) -> Result<(), ChannelError> {
+        Ok(setsockopt(&self.socket, sockopt::PassCred, &true)?)
+    }
+
+    /// Receives a packet with the process that sent it, if that gave its credentials ([`Self::send_signed`]) or this end
+    /// had asked for them before ([`Self::ask_for_senders`]). The peer of the connection (`SO_PEERCRED`) made the socket,
+    /// and says nothing of who wrote to it.
+    ///
+    /// # Errors
+    /// As [`Self::receive`]; [`ChannelError::NotUnix`] for a stream.
+    pub fn receive_signed<M: Message>(
+        &self,
+        patience: Duration,
+    ) -> Result<(Packet<M>, Option<Peer>), ChannelError> {
+        if self.stream {
+            return Err(ChannelError::NotUnix);
+        }
+        self.ask_for_senders()?;
+        let (packet, sender) = self.receive_packet(Instant::now() + patience)?;
+        // Number 0 stands for a sender that gave none or cannot be named here; its user is no user's then.
+        Ok((packet, sender.filter(|sender| sender.process != 0)))
+    }
+
+    fn receive_packet<M: Message>(
+        &self,
+        deadline: Instant,
+    ) -> Result<(Packet<M>, Option<Peer>), ChannelError> {
         // One byte more than is allowed, so that too long a packet shows.
         let longest = HEADER + M::PROTOCOL.max_body + 1;
         let mut buffer = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
@@ -197,7 +256,7 @@ impl PacketSocket {
             return Err(CodecError::TooLong { length, max: M::PROTOCOL.max_body }.into());
         }
         let message = M::decode(&buffer[..received.length])?;
-        Ok(Packet { message, fds: received.fds })
+        Ok((Packet { message, fds: received.fds }, received.sender))
     }
 
     fn receive_stream<M: Message>(&self, deadline: Instant) -> Result<Packet<M>, ChannelError> {
@@ -328,6 +387,25 @@ mod tests {
             let packet = there.receive::<Said>(LONG).unwrap();
             assert_eq!((packet.message, packet.fds.len()), (said("two"), 0));
         }
+    }
+
+    #[test]
+    fn a_packet_names_its_sender_if_it_is_signed_or_its_receiver_asked() {
+        let (here, there) = PacketSocket::pair().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let all = vec![file.as_fd(); MAX_FDS];
+        here.send(&said("unsigned"), &all, LONG).unwrap();
+        here.send_signed(&said("signed"), &all, LONG).unwrap();
+        let (packet, sender) = there.receive_signed::<Said>(LONG).unwrap();
+        assert_eq!((packet.message, packet.fds.len(), sender), (said("unsigned"), MAX_FDS, None));
+        let (packet, sender) = there.receive_signed::<Said>(LONG).unwrap();
+        assert_eq!((packet.message, packet.fds.len()), (said("signed"), MAX_FDS));
+        let own = i32::try_from(std::process::id()).unwrap();
+        assert_eq!(sender.unwrap().process, own);
+        // The receiver has asked by now.
+        here.send(&said("noted"), &[], LONG).unwrap();
+        let (packet, sender) = there.receive_signed::<Said>(LONG).unwrap();
+        assert_eq!((packet.message, sender.unwrap().process), (said("noted"), own));
     }
 
     #[test]

@@ -74,13 +74,18 @@ impl Peer {
         self.user == geteuid().as_raw()
     }
 
+    /// Whether it runs as the same user as this process, or as root.
+    pub fn same_user_or_root(self) -> bool {
+        self.same_user() || Uid::from_raw(self.user).is_root()
+    }
+
     /// Who is at the other end, if that is the same user or root.
     ///
     /// # Errors
     /// [`PeerError`].
     pub fn trusted(socket: &impl AsFd) -> Result<Self, PeerError> {
         let peer = Self::of(socket)?;
-        if peer.same_user() || Uid::from_raw(peer.user).is_root() {
+        if peer.same_user_or_root() {
             Ok(peer)
         } else {
             Err(PeerError::User { peer: peer.user, own: geteuid().as_raw() })

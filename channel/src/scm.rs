@@ -9,8 +9,12 @@ use std::ptr;
 
 use baton_protocol::fd_manifest::MAX_FDS;
 
-/// Room for the control message of [`MAX_FDS`] descriptors, in words so that it is aligned.
-const CONTROL: usize = (size_of::<libc::cmsghdr>() + MAX_FDS * size_of::<RawFd>()).div_ceil(8) + 1;
+use crate::peer::Peer;
+
+/// Room for the control messages of [`MAX_FDS`] descriptors and of credentials, in words so that it is aligned.
+const CONTROL: usize = (size_of::<libc::cmsghdr>() + MAX_FDS * size_of::<RawFd>()).div_ceil(8)
+    + (size_of::<libc::cmsghdr>() + size_of::<libc::ucred>()).div_ceil(8)
+    + 1;
 
 /// What one `recvmsg(2)` gave.
 #[derive(Debug)]
@@ -19,6 +23,8 @@ pub struct Received {
     pub length: usize,
     /// The descriptors, close-on-exec.
     pub fds: Vec<OwnedFd>,
+    /// The sender of these bytes by the kernel's word, where the socket asks for it (`SO_PASSCRED`).
+    pub sender: Option<Peer>,
     /// Some descriptors were cut off.
     pub fds_lost: bool,
     /// Some bytes of a packet were cut off.
@@ -43,6 +49,7 @@ pub fn receive(socket: &impl AsFd, buffer: &mut [u8]) -> io::Result<Received> {
     let length = unsafe { libc::recvmsg(socket.as_fd().as_raw_fd(), &raw mut header, flags) };
     let length = usize::try_from(length).map_err(|_| io::Error::last_os_error())?;
     let mut fds = Vec::new();
+    let mut sender = None;
     // SAFETY: the kernel has filled the header.
     let mut next = unsafe { libc::CMSG_FIRSTHDR(&raw const header) };
     while !next.is_null() {
@@ -61,12 +68,22 @@ pub fn receive(socket: &impl AsFd, buffer: &mut [u8]) -> io::Result<Received> {
                 fds.push(unsafe { OwnedFd::from_raw_fd(fd) });
             }
         }
+        if message.cmsg_level == libc::SOL_SOCKET && message.cmsg_type == libc::SCM_CREDENTIALS {
+            // SAFETY: as above.
+            let data = unsafe { libc::CMSG_DATA(next) };
+            if message.cmsg_len.saturating_sub(data.addr() - next.addr()) >= size_of::<libc::ucred>() {
+                // SAFETY: the control message is long enough for what the kernel has written there.
+                let credentials = unsafe { ptr::read_unaligned(data.cast::<libc::ucred>()) };
+                sender = Some(Peer { process: credentials.pid, user: credentials.uid });
+            }
+        }
         // SAFETY: `next` is a control message of this header.
         next = unsafe { libc::CMSG_NXTHDR(&raw const header, next) };
     }
     Ok(Received {
         length,
         fds,
+        sender,
         fds_lost: header.msg_flags & libc::MSG_CTRUNC != 0,
         bytes_lost: header.msg_flags & libc::MSG_TRUNC != 0,
     })

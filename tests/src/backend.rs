@@ -25,11 +25,10 @@ use crate::netns::Netns;
 use crate::packet_socket::PacketSocket;
 use crate::process::{PATIENCE, Process, until};
 use crate::programs;
+use crate::users::{UNPRIVILEGED, as_user};
 
 /// The socket on which a back-end waits for a device.
 const INCOMING: &str = "incoming";
-/// The user of [`Backend::unprivileged`].
-const UNPRIVILEGED: u32 = 65534;
 
 /// What a back-end says when it can be given a session.
 pub const WAITS: &str = "waiting for a device";
@@ -353,6 +352,18 @@ impl Backend {
     /// If it does not.
     pub fn connect(&mut self) -> Result<Connection> {
         Connection::new(self.process.connect(&self.socket)?)
+    }
+
+    /// Connects as a front-end of another user, for whom the way to the socket is opened.
+    ///
+    /// # Errors
+    /// If it does not listen.
+    pub fn connect_as(&mut self, user: u32) -> Result<Connection> {
+        drop(self.connect()?);
+        std::fs::set_permissions(self.directory(), Permissions::from_mode(0o711))?;
+        std::fs::set_permissions(&self.socket, Permissions::from_mode(0o666))?;
+        let socket = self.socket.clone();
+        as_user(user, move || Connection::connect(&socket))
     }
 
     /// Connects and brings a device up.

@@ -5,7 +5,8 @@
 //! making [`traffic`]) on the other side; a [`link`] is all of that with checks. Most tests are run with either
 //! [`datapath`]. In [`local_migration`] a guest moves from one baton-vmm to the next, or
 //! fails to at a [`fake_target`]; [`fault_cells`] and [`session_cells`] have its processes and those of a session's
-//! hand-over die, hang and starve, and a [`downscript`] is run once. A front-end moves [`device_state`]. A [`mod@bench`] measures. The [`lab`] runs a test in a machine that has what this one
+//! hand-over die, hang and starve, and a [`downscript`] is run once. A front-end moves [`device_state`], and other
+//! [`users`] try what is not theirs. A [`mod@bench`] measures. The [`lab`] runs a test in a machine that has what this one
 //! lacks.
 
 pub mod backend;
@@ -38,3 +39,4 @@ pub mod session_cells;
 pub mod session_peer;
 pub mod switching;
 pub mod traffic;
+pub mod users;

@@ -1,7 +1,6 @@
 //! The other end of a session's hand-over, played by the test: a [`FakeTarget`] that a live back-end would give its
 //! session to, and a [`Relay`] between a real source and a real target, which has every packet and descriptor in its
 //! hands before it passes it on, or something else.
-#![expect(unsafe_code, reason = "a thread becomes another user's")]
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -16,11 +15,11 @@ use baton_protocol::fd_manifest::FdManifest;
 use baton_protocol::handover::message::{
     Hello, Message, OWNERSHIP_FD, ReadyToTake, SESSION, Stage, StagedAll,
 };
-use nix::errno::Errno;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 use crate::backend::Backend;
 use crate::process::{PATIENCE, until};
+use crate::users::as_user;
 
 /// One end of a hand-over's connection.
 #[derive(Debug)]
@@ -111,14 +110,7 @@ impl FakeTarget {
     /// If that cannot be.
     pub fn bind_as(path: &Path, user: u32) -> Result<Self> {
         let path = path.to_owned();
-        let bound = thread::spawn(move || {
-            // The system call by itself concerns this thread only, which ends with it.
-            // SAFETY: takes numbers; -1 leaves what it stands for.
-            let result = unsafe { libc::syscall(libc::SYS_setresuid, -1, user, -1) };
-            Errno::result(result)?;
-            Self::bind(&path)
-        });
-        bound.join().map_err(|_| anyhow!("the thread of another user panicked"))?
+        as_user(user, move || Self::bind(&path))
     }
 
     /// Where it waits.

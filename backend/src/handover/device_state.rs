@@ -15,6 +15,7 @@ use super::source::SourceEnd;
 use super::target::TargetEnd;
 use super::transfer::{self, Outcome, Route};
 use super::{Handover, SOURCE, Surroundings, snapshot};
+use crate::args::DeviceState as Permission;
 use crate::device::{Device, DeviceError};
 use crate::events::Events;
 
@@ -47,6 +48,16 @@ impl Handover {
         Ok(())
     }
 
+    /// That this front-end may give what it gave.
+    fn check_permitted(&self, route: &Route) -> Result<(), DeviceStateError> {
+        match (self.wishes.device_state, route) {
+            (Some(Permission::Off), _) => Err(DeviceStateError::Off),
+            (Some(Permission::Pipe), Route::Socket(_)) => Err(DeviceStateError::StateOnly),
+            (None, Route::Socket(_)) if !self.frontend_trusted => Err(DeviceStateError::StateOnly),
+            _ => Ok(()),
+        }
+    }
+
     /// `SET_DEVICE_STATE_FD`, save.
     ///
     /// # Errors
@@ -55,7 +66,9 @@ impl Handover {
         self.check_transfer(device)?;
         baton_faults::point(Point::SourceBackendSaving).map_err(HandoverError::from)?;
         self.transfer = Transfer::None;
-        match Route::from(fd) {
+        let route = Route::from(fd);
+        self.check_permitted(&route)?;
+        match route {
             Route::Pipe(pipe) => {
                 let message = Message::Device(StateOnly { device: snapshot::describe_alone(device) });
                 transfer::save(pipe, &message, self.mailer.clone()).map_err(HandoverError::from)?;
@@ -92,6 +105,7 @@ impl Handover {
         baton_faults::point(Point::TargetBackendLoading).map_err(HandoverError::from)?;
         self.transfer = Transfer::None;
         let route = Route::from(fd);
+        self.check_permitted(&route)?;
         if matches!(route, Route::Socket(_)) {
             if device.tap().is_some() || self.incoming.is_none() {
                 return Err(DeviceStateError::AlreadyInitialised);
@@ -143,9 +157,9 @@ impl Handover {
                     "the device state begins with {}, which needs a socket for packets",
                     other.name()
                 ))),
-                Outcome::Received(Ok(packet)) => {
+                Outcome::Received(Ok((packet, sender))) => {
                     let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
-                    match TargetEnd::offered(packet, device, &self.wishes, around)? {
+                    match TargetEnd::offered(packet, sender, device, &self.wishes, around)? {
                         Ok(target) => {
                             self.target = Some(target);
                             Ok(())

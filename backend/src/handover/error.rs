@@ -50,6 +50,12 @@ pub enum DeviceStateError {
     /// Rings are set up or run.
     #[error("device state moves only while all rings are stopped")]
     NotSuspended,
+    /// The operator permits none.
+    #[error("device state is switched off (--device-state=off)")]
+    Off,
+    /// The front-end may not move the TAP.
+    #[error("this front-end may move device state without the TAP only; see --device-state")]
+    StateOnly,
     /// One is under way.
     #[error("another transfer of device state is under way")]
     UnderWay,

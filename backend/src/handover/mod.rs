@@ -97,6 +97,8 @@ pub struct Handover {
     /// The peer of a session's hand-over that is under way.
     live: Option<String>,
     transfer: Transfer,
+    /// The front-end runs as this process' user or root.
+    frontend_trusted: bool,
     mailer: Mailer<Outcome>,
     mail: Mailbox<Outcome>,
 }
@@ -131,6 +133,7 @@ impl Handover {
             arrived: None,
             live: None,
             transfer: Transfer::None,
+            frontend_trusted: false,
             mailer,
             mail,
         })
@@ -246,6 +249,11 @@ impl Handover {
             Some(source) => source.frontend_left(device, around, departure == Departure::Ending),
             None => Ok(()),
         }
+    }
+
+    /// Whether the front-end runs as this process' user or root, by the connection's peer.
+    pub fn set_frontend_trusted(&mut self, trusted: bool) {
+        self.frontend_trusted = trusted;
     }
 
     /// A front-end is there.

@@ -32,6 +32,8 @@ pub struct Wishes {
     pub vhost_fds: Option<usize>,
     /// `--poll-us`.
     pub poll: Option<Duration>,
+    /// `--device-state`; absent, the front-end's user decides.
+    pub device_state: Option<crate::args::DeviceState>,
     /// `--vhost`, by a user who may not open it: only a source of a session can give it.
     pub vhost_from_source: bool,
 }

@@ -408,7 +408,12 @@ impl SourceEnd {
         let state = snapshot::describe(device, Some(tap), &extents);
         let message = Message::Offer(Offer { epoch: word.epoch, device: state, fds });
         let socket = route.as_ref().map(|route| &route.socket).or(self.link.as_ref());
-        match socket.map(|socket| socket.send(&message, &descriptors, PATIENCE)) {
+        // Over the front-end's socket the target cannot know otherwise who the source is.
+        let signed = route.is_some();
+        match socket.map(|socket| match signed {
+            true => socket.send_signed(&message, &descriptors, PATIENCE),
+            false => socket.send(&message, &descriptors, PATIENCE),
+        }) {
             Some(Ok(())) => true,
             Some(Err(error)) => {
                 limited!(warn, peer = self.peer, %error, "cannot send {}", message.name());

@@ -89,6 +89,7 @@ impl TargetEnd {
     /// [`DeviceError`]: the device cannot go on.
     pub fn offered(
         packet: Packet<Message>,
+        sender: Option<Peer>,
         device: &mut Device,
         wishes: &Wishes,
         around: Surroundings<'_>,
@@ -105,7 +106,8 @@ impl TargetEnd {
             Ok(Err(error)) => return Ok(Err(error.to_string())),
             Err(error) => return Ok(Err(error.to_string())),
         };
-        let same_user = Peer::of(&link).is_ok_and(Peer::same_user);
+        // The peer of `link` proves nothing: a front-end can connect it to any listener. The kernel vouches for the sender.
+        let same_user = sender.is_some_and(Peer::same_user);
         if let Err(error) = around.epoll.add(&link, Events::EPOLLIN, TARGET) {
             return Ok(Err(error.to_string()));
         }
@@ -113,6 +115,8 @@ impl TargetEnd {
         target.fds = Some(fds);
         target.once = true;
         target.tell(device, wishes, around, Event::Message(Message::Offer(offer)))?;
+        // Only that packet was vouched for.
+        target.same_user = false;
         Ok(match target.refused.take() {
             Some(reasons) => Err(reasons.to_string()),
             None => Ok(target),

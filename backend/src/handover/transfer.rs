@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use baton_channel::packet::{ChannelError, Packet, PacketSocket};
+use baton_channel::peer::Peer;
 use baton_protocol::codec::{CodecError, HEADER, Message as _};
 use baton_protocol::handover::message::{Message, PROTOCOL};
 use nix::errno::Errno;
@@ -44,8 +45,8 @@ pub enum Outcome {
     Saved(Result<(), TransferError>),
     /// This was read from a pipe.
     Read(Result<Message, TransferError>),
-    /// This came over a socket.
-    Received(Result<Packet<Message>, TransferError>),
+    /// This came over a socket, from this process if it signed it.
+    Received(Result<(Packet<Message>, Option<Peer>), TransferError>),
 }
 
 /// What a transfer goes over.
@@ -87,7 +88,9 @@ pub fn save(pipe: File, message: &Message, done: Mailer<Outcome>) -> io::Result<
 pub fn load(route: Route, done: Mailer<Outcome>) -> io::Result<()> {
     start(move || {
         let outcome = match route {
-            Route::Socket(socket) => Outcome::Received(socket.receive(PATIENCE).map_err(TransferError::from)),
+            Route::Socket(socket) => {
+                Outcome::Received(socket.receive_signed(PATIENCE).map_err(TransferError::from))
+            }
             Route::Pipe(pipe) => Outcome::Read(read(&pipe)),
         };
         let _ = done.send(outcome);

@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use baton_channel::peer::Peer;
 use baton_control::limited;
 use baton_control::server::ControlServer;
 
@@ -123,6 +124,9 @@ impl Server {
                     match session {
                         Some(session) => {
                             self.epoll.add(&*session, SESSION_EVENTS, SESSION)?;
+                            lock(&self.dispatch)
+                                .handover
+                                .set_frontend_trusted(Peer::trusted(&*session).is_ok());
                             self.session = Some(*session);
                         }
                         None => self.meet()?,

@@ -226,6 +226,8 @@ impl<'a> Migration<'a> {
         for (device, facts) in self.machine.net_facts(self.wish.local).iter().enumerate() {
             if facts.local {
                 let (ours, theirs) = PacketSocket::pair()?;
+                // Back-ends that do not sign their offers are older than those that look for the signature.
+                theirs.ask_for_senders()?;
                 self.ends.push((device, ours.into()));
                 named.push((device_fd(device), theirs.into()));
             }

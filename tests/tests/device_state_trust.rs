@@ -1,0 +1,273 @@
+//! What a front-end may do by device state, and may not: the TAP goes only where the operator lets it, and no front-end
+//! says which program a back-end runs.
+#![expect(clippy::unwrap_used, reason = "these are tests")]
+
+use std::io::{Read, Seek, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use baton_channel::ownership::SharedWord;
+use baton_channel::packet::{Packet, PacketSocket};
+use baton_protocol::fd_manifest::NamedFds;
+use baton_protocol::handover::message::{LINK_FD, Message, OWNERSHIP_FD, Offer, tap_fd};
+use baton_protocol::handover::state::{DeviceState, QueuePairState};
+use baton_protocol::ownership::{Owner, Word};
+use baton_tests::backend::{Backend, Rig, TAP};
+use baton_tests::datapath::Datapath;
+use baton_tests::device_state::{
+    ACCEPTED, REFUSED, check, negotiate, negotiated, options, pair, pipe, set_state_fd, transfer, wait_log,
+};
+use baton_tests::downscript::Downscript;
+use baton_tests::fake_frontend::wire::{self, protocol, request};
+use baton_tests::fake_frontend::{Device, net::features};
+use baton_tests::netns::Netns;
+use baton_tests::session_peer::FakeTarget;
+use baton_tests::users::{UNPRIVILEGED, as_user};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::signal::Signal;
+use nix::sys::socket::SockType;
+
+const LONG: Duration = Duration::from_secs(30);
+const STATE_ONLY: &str = "may move device state without the TAP only";
+
+/// Takes the offer that a back-end makes over a socket of the front-end's.
+fn steal(device: &Device) -> Packet<Message> {
+    let (ours, theirs) = pair(SockType::SeqPacket).unwrap();
+    assert_eq!(set_state_fd(&device.connection, true, ours).unwrap(), ACCEPTED);
+    assert!(check(&device.connection).unwrap());
+    PacketSocket::try_from(theirs).unwrap().receive(LONG).unwrap()
+}
+
+/// A device that a front-end of another user has brought up.
+fn strangers_device(rig: &mut Rig) -> Device {
+    let connection = rig.backend.connect_as(UNPRIVILEGED).unwrap();
+    let mut device = Device::new(connection, options(1)).unwrap();
+    device.negotiate().unwrap();
+    device.set_up().unwrap();
+    device.fill_receive_rings().unwrap();
+    device
+}
+
+#[test]
+fn a_front_end_of_another_user_moves_the_state_without_the_tap() {
+    let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
+    let mut device = strangers_device(&mut rig);
+    rig.check_traffic(&mut device).unwrap();
+    device.suspend().unwrap();
+    let (ours, theirs) = pair(SockType::SeqPacket).unwrap();
+    assert_eq!(set_state_fd(&device.connection, true, &ours).unwrap(), REFUSED);
+    wait_log(&mut rig.backend, STATE_ONLY).unwrap();
+    let mut state = Vec::new();
+    let (mut read, write) = pipe().unwrap();
+    assert_eq!(set_state_fd(&device.connection, true, write).unwrap(), ACCEPTED);
+    read.read_to_end(&mut state).unwrap();
+    assert!(check(&device.connection).unwrap());
+
+    // Nor does it bring one.
+    let mut target = Backend::waiting(Datapath::Userspace, &[]).unwrap();
+    let connection = negotiate(target.connect_as(UNPRIVILEGED).unwrap()).unwrap();
+    assert_eq!(set_state_fd(&connection, false, &theirs).unwrap(), REFUSED);
+    wait_log(&mut target, STATE_ONLY).unwrap();
+    let (read, mut write) = pipe().unwrap();
+    assert_eq!(set_state_fd(&connection, false, read).unwrap(), ACCEPTED);
+    write.write_all(&state).unwrap();
+    drop(write);
+    assert!(check(&connection).unwrap());
+
+    // The next back-end to serve it knows who it is.
+    device.restart_rings().unwrap();
+    let heir = Backend::waiting_for_session(Datapath::Userspace, &[]).unwrap();
+    rig.backend.become_target(heir).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    device.suspend().unwrap();
+    assert_eq!(set_state_fd(&device.connection, true, &ours).unwrap(), REFUSED);
+    wait_log(&mut rig.backend, STATE_ONLY).unwrap();
+}
+
+#[test]
+fn the_operator_decides_what_device_state_may_do() {
+    let mut rig = Rig::new(Datapath::Userspace, 1, &["--device-state=pipe"]).unwrap();
+    let mut device = rig.device(options(1)).unwrap();
+    device.suspend().unwrap();
+    let (ours, _theirs) = pair(SockType::SeqPacket).unwrap();
+    assert_eq!(set_state_fd(&device.connection, true, &ours).unwrap(), REFUSED);
+    wait_log(&mut rig.backend, STATE_ONLY).unwrap();
+    let (_read, write) = pipe().unwrap();
+    assert_eq!(set_state_fd(&device.connection, true, &write).unwrap(), ACCEPTED);
+    assert!(check(&device.connection).unwrap());
+    device.restart_rings().unwrap();
+
+    // A session goes on where the feature is not offered, with its requests refused.
+    let heir = Backend::waiting_for_session(Datapath::Userspace, &["--device-state=off"]).unwrap();
+    rig.backend.become_target(heir).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    device.suspend().unwrap();
+    assert_eq!(set_state_fd(&device.connection, true, &write).unwrap(), REFUSED);
+    wait_log(&mut rig.backend, "--device-state=off").unwrap();
+    drop(device);
+    let connection = rig.backend.connect().unwrap();
+    connection.get_features().unwrap();
+    let offered = connection.ask_u64(&wire::Message::empty(request::GET_PROTOCOL_FEATURES)).unwrap();
+    assert_eq!(offered & protocol::DEVICE_STATE, 0);
+}
+
+#[test]
+fn an_operator_may_let_a_front_end_of_another_user_move_the_tap() {
+    let mut rig = Rig::new(Datapath::Userspace, 1, &["--device-state=on", "--downscript=/bin/true"]).unwrap();
+    let mut device = strangers_device(&mut rig);
+    device.suspend().unwrap();
+    let mut target = Backend::waiting(Datapath::Userspace, &["--device-state=on"]).unwrap();
+    let connection = negotiate(target.connect_as(UNPRIVILEGED).unwrap()).unwrap();
+    // Who sends the offer counts, not who carries it.
+    transfer(&device, &connection).unwrap();
+    device.move_to(connection).unwrap();
+    rig.backend = target;
+    rig.check_traffic(&mut device).unwrap();
+}
+
+/// How a front-end sends an offer of its own making.
+#[derive(Clone, Copy, Debug)]
+enum Signature {
+    None,
+    Own,
+    Kernels,
+}
+
+/// A front-end of another user offers a TAP and an ownership word of its own with a program to run. Its link is connected
+/// to a listener of the back-end's user: the peer of a socket (`SO_PEERCRED`) is who listens, not who writes.
+#[test]
+fn a_front_end_brings_no_program() {
+    let netns = Netns::enter().unwrap();
+    let tap = netns.create_tap(TAP, 1).unwrap().remove(0);
+    fcntl(&tap, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
+    let downscript = Downscript::new().unwrap();
+    let program = downscript.option().split_once('=').unwrap().1.to_owned();
+    let directory = tempfile::tempdir().unwrap();
+    let listener = FakeTarget::bind(&directory.path().join("listener")).unwrap();
+    let mut loaded = Vec::new();
+    for signature in [Signature::None, Signature::Own, Signature::Kernels] {
+        let mut target = Backend::waiting(Datapath::Userspace, &["--device-state=on"]).unwrap();
+        let connection = negotiate(target.connect_as(UNPRIVILEGED).unwrap()).unwrap();
+        let word = SharedWord::create().unwrap();
+        let offered = Word { epoch: 1, owner: Owner::Offered };
+        word.swap(Word { epoch: 0, owner: Owner::Source }, offered).unwrap();
+        let queue = QueuePairState {
+            using_vnet_hdr: true,
+            enabled: true,
+            host_vnet_hdr_len: 10,
+            ..QueuePairState::default()
+        };
+        let device = DeviceState {
+            tap: TAP.to_owned(),
+            queue_pairs: vec![queue],
+            features: options(1).features & !features::MQ,
+            downscript: Some(program.clone()),
+            ..DeviceState::default()
+        };
+        let link = OwnedFd::from(PacketSocket::connect(listener.path()).unwrap());
+        let fds = [
+            (tap_fd(0), tap.try_clone().unwrap()),
+            (OWNERSHIP_FD.to_owned(), word.as_fd().try_clone_to_owned().unwrap()),
+            (LINK_FD.to_owned(), link),
+        ];
+        let (manifest, fds) = fds.into_iter().collect::<NamedFds<OwnedFd>>().unzip();
+        let message = Message::Offer(Offer { epoch: 1, device, fds: manifest });
+        let (ours, theirs) = PacketSocket::pair().unwrap();
+        if matches!(signature, Signature::Kernels) {
+            theirs.ask_for_senders().unwrap();
+        }
+        as_user(UNPRIVILEGED, move || {
+            let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+            match signature {
+                Signature::Own => ours.send_signed(&message, &fds, LONG)?,
+                Signature::None | Signature::Kernels => ours.send(&message, &fds, LONG)?,
+            }
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(set_state_fd(&connection, false, &theirs).unwrap(), ACCEPTED);
+        loaded.push(check(&connection).unwrap());
+        // Its first ring takes what was brought, if anything was.
+        let mut device = Device::new(connection, options(1)).unwrap();
+        device.negotiate().unwrap();
+        device.set_up().unwrap();
+        device.fill_receive_rings().unwrap();
+        target.wait_started(0).unwrap();
+        target.process.signal(Signal::SIGTERM).unwrap();
+        assert!(target.process.wait().unwrap().success());
+        assert_eq!(target.process.log().contains("downscript-user"), !loaded.ends_with(&[true]));
+        let none: [&str; 0] = [];
+        assert_eq!(downscript.runs().unwrap(), none, "a program of the front-end's was run ({signature:?})");
+    }
+    assert_eq!(loaded, [false; 3]);
+}
+
+#[test]
+fn an_offer_that_a_front_end_repeats_brings_no_program() {
+    let downscript = Downscript::new().unwrap();
+    let mut rig = Rig::new(Datapath::Userspace, 1, &[&downscript.option()]).unwrap();
+    let mut device = rig.device(options(1)).unwrap();
+    device.suspend().unwrap();
+    let mut target = Backend::waiting(Datapath::Userspace, &[]).unwrap();
+    let connection = negotiated(&mut target).unwrap();
+    // Read and sent again. The link in it still has the source as its peer.
+    let stolen = steal(&device);
+    let fds: Vec<_> = stolen.fds.iter().map(AsFd::as_fd).collect();
+    let (ours, theirs) = PacketSocket::pair().unwrap();
+    ours.send(&stolen.message, &fds, LONG).unwrap();
+    assert_eq!(set_state_fd(&connection, false, theirs).unwrap(), ACCEPTED);
+    assert!(!check(&connection).unwrap());
+    wait_log(&mut target, "downscript-user").unwrap();
+    drop(stolen);
+    rig.backend.wait_no_handover().unwrap();
+
+    // What the source itself sends brings it, and the last owner runs it.
+    transfer(&device, &connection).unwrap();
+    let old = device.move_to(connection).unwrap();
+    drop(old);
+    assert!(rig.backend.process.wait().unwrap().success());
+    rig.backend = target;
+    rig.check_traffic(&mut device).unwrap();
+    rig.backend.process.signal(Signal::SIGTERM).unwrap();
+    assert!(rig.backend.process.wait().unwrap().success());
+    assert_eq!(downscript.runs().unwrap(), [TAP]);
+}
+
+#[test]
+fn the_kernel_names_the_sender_of_an_unsigned_offer_where_it_was_asked() {
+    let mut rig = Rig::new(Datapath::Userspace, 1, &["--downscript=/bin/true"]).unwrap();
+    let mut device = rig.device(options(1)).unwrap();
+    device.suspend().unwrap();
+    let mut target = Backend::waiting(Datapath::Userspace, &[]).unwrap();
+    let connection = negotiated(&mut target).unwrap();
+    // As a source of an earlier version sends it, and of the same user.
+    let stolen = steal(&device);
+    let fds: Vec<_> = stolen.fds.iter().map(AsFd::as_fd).collect();
+    let (ours, theirs) = PacketSocket::pair().unwrap();
+    theirs.ask_for_senders().unwrap();
+    ours.send(&stolen.message, &fds, LONG).unwrap();
+    assert_eq!(set_state_fd(&connection, false, theirs).unwrap(), ACCEPTED);
+    assert!(check(&connection).unwrap());
+    drop(stolen);
+    device.move_to(connection).unwrap();
+    rig.backend = target;
+    rig.check_traffic(&mut device).unwrap();
+}
+
+#[test]
+fn state_without_the_tap_says_nothing_of_its_host() {
+    let mut rig =
+        Rig::new(Datapath::Userspace, 1, &["--downscript=/bin/true", "--mac=02:00:00:00:00:77"]).unwrap();
+    let mut device = rig.device(options(1)).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    device.suspend().unwrap();
+    let mut file = tempfile::tempfile().unwrap();
+    assert_eq!(set_state_fd(&device.connection, true, &file).unwrap(), ACCEPTED);
+    assert!(check(&device.connection).unwrap());
+    let mut bytes = Vec::new();
+    file.rewind().unwrap();
+    file.read_to_end(&mut bytes).unwrap();
+    for text in [TAP, "/bin/true"] {
+        assert!(!bytes.windows(text.len()).any(|window| window == text.as_bytes()), "{text}");
+    }
+}
