@@ -89,7 +89,8 @@ pub fn take_place(path: &Path, calls: Mailer<Call>) -> Result<ControlServer, Con
 fn serve(socket: BoundSocket, calls: Mailer<Call>) -> Result<ControlServer, ControlError> {
     ControlServer::start(socket, move |request| {
         let ending = || Err(refusal("the back-end is ending"));
-        if matches!(request, Request::Handover { on_suspend: false, cancel: false, .. }) {
+        // What other processes decide takes its time: the control thread goes on with its other clients.
+        if matches!(request, Request::Handover { cancel: false, .. }) {
             return match Promise::new() {
                 Ok((promise, later)) => {
                     calls.send(Call { request, place: Place::Promised(promise) });

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use baton_control::BoundSocket;
+use baton_control::{BoundSocket, ControlClient};
 use baton_protocol::control::{BackendState, HandoverState, Request};
 use baton_tests::backend::{Backend, Rig, TAP};
 use baton_tests::datapath::Datapath;
@@ -19,6 +19,7 @@ use baton_tests::frames::{self, Network, Transport, segment};
 use baton_tests::netns;
 use baton_tests::on_both_datapaths;
 use baton_tests::process::PATIENCE;
+use baton_tests::session_peer::FakeTarget;
 use nix::sys::signal::Signal;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, send, socket};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
@@ -465,6 +466,24 @@ fn a_target_that_ends_leaves_device_and_downscript_to_its_source() {
     rig.backend.wait_handover(HandoverState::Failed).unwrap();
     device.restart_rings().unwrap();
     rig.check_traffic(&mut device).unwrap();
+}
+
+#[test]
+fn a_target_that_is_waited_for_holds_up_no_other_request() {
+    let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
+    let silent = FakeTarget::bind(&rig.backend.directory().join("silent")).unwrap();
+    let mut operator = ControlClient::connect(&rig.backend.control).unwrap();
+    let path = Some(silent.path().display().to_string());
+    let request = Request::Handover { path, on_suspend: true, dry_run: false, cancel: false };
+    let asked = std::thread::spawn(move || operator.call(&request));
+    let link = silent.accept().unwrap();
+    let state = rig.backend.status().unwrap().handover.map(|handover| handover.state);
+    assert_eq!(state, Some(HandoverState::Checking));
+    let answer = rig.backend.cancel().unwrap();
+    assert_eq!(answer, serde_json::json!({"result": "cancelled"}));
+    let error = asked.join().unwrap().unwrap_err().to_string();
+    assert!(error.contains("cancel"), "{error}");
+    drop(link);
 }
 
 #[test]
