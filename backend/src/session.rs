@@ -31,6 +31,8 @@ const NEED_REPLY: u32 = 1 << 3;
 const REPLY_FLAGS: u32 = 1 | 1 << 2;
 /// Messages handled before other events get their turn.
 const TURN: u32 = 64;
+/// How long messages are handled before other events get their turn; a message that has begun is not interrupted.
+const TURN_TIME: Duration = Duration::from_millis(5);
 
 nix::ioctl_read_bad!(
     /// Bytes that can be read.
@@ -190,12 +192,16 @@ impl Session {
     /// # Errors
     /// [`SessionEnd`]: nothing more will come of this connection.
     pub fn progress(&mut self) -> Result<Progress, SessionEnd> {
+        let turn = Instant::now();
         for _ in 0..TURN {
             let Some(header) = self.next_message()? else { return Ok(Progress::Waiting) };
             self.begun = true;
             // A pair is stopped at most once for all of them; the event loop lets it go.
             lock(&self.dispatch).device.hold();
             self.handle(&header)?;
+            if turn.elapsed() >= TURN_TIME {
+                break;
+            }
         }
         Ok(Progress::More)
     }

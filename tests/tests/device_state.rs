@@ -4,6 +4,8 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::Shutdown;
+use std::os::fd::AsRawFd;
+use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use baton_protocol::codec::Message as _;
@@ -20,8 +22,9 @@ use baton_tests::fake_frontend::{Connection, Device, Options};
 use baton_tests::frames;
 use baton_tests::on_both_datapaths;
 use baton_tests::packet_socket::PacketSocket;
+use baton_tests::process::PATIENCE;
 use nix::sys::signal::Signal;
-use nix::sys::socket::SockType;
+use nix::sys::socket::{MsgFlags, SockType, send};
 
 on_both_datapaths! {
     a_device_moves_over_a_socket_for_packets,
@@ -431,5 +434,22 @@ fn a_source_that_wakes_to_both_ends_gone_has_the_device() {
     rig.backend.process.signal(Signal::SIGCONT).unwrap();
     wait_log(&mut rig.backend, "front-end disconnected").unwrap();
     let mut device = rig.device(options(1)).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+}
+
+#[test]
+fn a_socket_that_the_front_end_has_filled_is_not_waited_for() {
+    let (mut rig, mut device, _target, _connection) = stopped(Datapath::Userspace, 1).unwrap();
+    let (ours, _theirs) = pair(SockType::SeqPacket).unwrap();
+    let fill = || send(ours.as_raw_fd(), &[0; 1000], MsgFlags::MSG_DONTWAIT);
+    while fill().is_ok() {}
+    // A wait of 100 ms for each of them would exhaust the patience.
+    let begin = Instant::now();
+    for number in 0..1500 {
+        assert_eq!(set_state_fd(&device.connection, true, &ours).unwrap(), ACCEPTED);
+        assert!(!check(&device.connection).unwrap());
+        assert!(begin.elapsed() < PATIENCE, "{number} transfers took too long");
+    }
+    device.restart_rings().unwrap();
     rig.check_traffic(&mut device).unwrap();
 }

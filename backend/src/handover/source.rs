@@ -18,8 +18,8 @@ use crate::control::{self, Call};
 use crate::device::{Device, DeviceError};
 use crate::tap::Tap;
 
-/// How long the target's socket may be full.
-const PATIENCE: Duration = Duration::from_millis(100);
+/// How long a full socket is waited for: a front-end or a target may have filled it, and the event loop serves others.
+const PATIENCE: Duration = Duration::ZERO;
 
 /// How many messages of the target's are heard in a row: it has no reason to send more.
 const MESSAGES: usize = 16;

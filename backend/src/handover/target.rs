@@ -24,8 +24,8 @@ use crate::device::{Device, DeviceConfig, DeviceError};
 use crate::events::Events;
 use crate::features::Features;
 
-/// How long the source's socket may be full.
-const PATIENCE: Duration = Duration::from_millis(100);
+/// How long a full socket is waited for: a front-end or a source may have filled it, and the event loop serves others.
+const PATIENCE: Duration = Duration::ZERO;
 
 /// How many messages a source sends at most without an answer, and the end of its connection.
 const MESSAGES: usize = 8;
@@ -60,7 +60,7 @@ pub struct TargetEnd {
 pub fn refuse(link: &PacketSocket, refusal: Refusal) {
     let message = Message::Refuse(Refuse { reasons: refusal.into() });
     // Who does not read it finds the connection closed.
-    let _ = link.send(&message, &[], Duration::ZERO);
+    let _ = link.send(&message, &[], PATIENCE);
 }
 
 impl TargetEnd {
