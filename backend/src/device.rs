@@ -108,6 +108,7 @@ impl SessionState {
         let vring = &mut self.vrings[vring];
         vring.paused = paused && (vring.enabled || vring.paused);
         vring.enabled = enabled;
+        vring.was_enabled |= enabled;
     }
 }
 

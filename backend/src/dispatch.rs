@@ -265,6 +265,7 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
                 device.change(.., |session| {
                     for vring in &mut session.vrings {
                         vring.enabled = true;
+                        vring.was_enabled = true;
                     }
                 })?;
                 device.follow_enabled_pairs()?;

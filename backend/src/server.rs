@@ -425,22 +425,11 @@ impl Server {
         Ok(())
     }
 
-    fn on_news(&mut self) -> Result<(), ServerError> {
-        while let Some(news) = self.news.take() {
-            match news {
-                WorkerNews::Failed { pair, error } => {
-                    return Err(ServerError::Worker { pair, source: error });
-                }
-                // Rings that are held for somebody else are not ours to run.
-                WorkerNews::RingStarted { .. } if self.live.holds_front() => {}
-                WorkerNews::RingStarted { pair } => {
-                    let pair = usize::from(pair);
-                    // With this the session knows; the hand-over follows.
-                    lock(&self.dispatch).device.change(pair..=pair, |_| ())?;
-                }
-            }
+    fn on_news(&self) -> Result<(), ServerError> {
+        match self.news.take() {
+            Some(WorkerNews::Failed { pair, error }) => Err(ServerError::Worker { pair, source: error }),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     fn on_alarm(&mut self) -> Result<(), ServerError> {

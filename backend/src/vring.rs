@@ -290,14 +290,6 @@ impl Vring {
         used_length(usize::from(self.size))
     }
 
-    /// Whether a device has worked on this ring before: something was used or is in flight, or the guest was told not
-    /// to notify.
-    pub fn was_in_use(&self) -> bool {
-        self.published != 0
-            || !self.resubmitted.is_empty()
-            || self.used_word(0).load(Ordering::Acquire) & USED_NO_NOTIFY != 0
-    }
-
     /// Number of descriptors.
     pub fn size(&self) -> u16 {
         self.size

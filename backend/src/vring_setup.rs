@@ -1,11 +1,13 @@
 //! What the front-end has said of one vring, whole or not, running or not: plain state that a session consists of.
 //!
 //! ```text
-//!   incomplete ──SET_VRING_KICK, the rest being there──▶ set up ──kick (or in use before, or polled)──▶ started
-//!       ▲                                                                                              │
-//!       └──────────────────── GET_VRING_BASE, RESET_DEVICE, end of session ────────────────────────────┘
+//!   incomplete ──SET_VRING_KICK, the rest being there──▶ started
+//!       ▲                                                   │
+//!       └───── GET_VRING_BASE, RESET_DEVICE, end of session─┘
 //! ```
-//! `enabled` is independent of all that (vhost-user: "Ring states").
+//! `enabled` is independent of all that (vhost-user: "Ring states"). What is available in a started ring is worked on at
+//! once, without waiting for a kick, as the specification's text of 2026 says and other back-ends always did: drivers of
+//! receive rings do not kick again, and one whose last device told it not to kick does not either.
 //!
 //! # Where a ring goes on
 //!
@@ -66,7 +68,7 @@ pub struct VringSetup {
     pub resumes: bool,
     /// Whether it has been enabled in this session.
     pub was_enabled: bool,
-    /// Whether the ring was kicked since it was set up.
+    /// Whether the ring is started: it was mapped since `kick` came.
     pub started: bool,
     /// Whether `base` is the front-end's word rather than where this session was.
     pub base_is_given: bool,
@@ -118,7 +120,6 @@ impl VringSetup {
             error: self.error.clone(),
             call_due: false,
             held: false,
-            started: false,
             enabled: false,
             broken: false,
         };
@@ -144,13 +145,10 @@ impl VringSetup {
         if let Some(inflight) = inflight.and_then(|region| InflightQueue::new(region, index, vring.size())) {
             vring.set_inflight(inflight);
         }
-        // A ring in use may get no further kick. But a front-end that comes back enables it last, and what waits in a
-        // transmit ring is not to be discarded until then, nor are kicks that the last back-end left to start it.
-        let in_use = self.base != 0 || self.resumes || vring.was_in_use();
+        self.started = true;
+        // Front-ends enable last: what the driver has made available until then is not to be discarded.
         self.was_enabled |= self.enabled;
-        ring.held = in_use && !self.was_enabled;
-        self.started |= !ring.held && (matches!(ring.kick, Kick::Polled) || self.enabled && in_use);
-        ring.started = self.started;
+        ring.held = !self.was_enabled;
         ring.enabled = self.enabled;
         ring.broken = self.broken;
         ring.call_due = std::mem::take(&mut self.call_due);
@@ -166,7 +164,8 @@ impl VringSetup {
         VringNow {
             base: self.base,
             base_is_given: self.base_is_to_be_judged(),
-            started: self.started,
+            // Earlier versions, if they are told so, discard what waits in a ring that was not enabled yet.
+            started: self.started && self.was_enabled,
             broken: self.broken,
             call_due: self.call_due,
         }
@@ -188,13 +187,11 @@ impl VringSetup {
         self.base = ring.vring.base();
         self.base_is_given = false;
         self.base_is_ours = true;
-        self.started = ring.started;
         self.broken = ring.broken;
     }
 
     /// Stops the ring (`GET_VRING_BASE`): its place is kept, its kick and call are dropped.
     pub fn stop(&mut self) {
-        // It may have been told not to kick, though it was never worked on.
         self.resumes |= self.started;
         self.base_is_ours = false;
         self.kick = None;

@@ -1,13 +1,12 @@
 //! A queue pair whose frames the kernel moves ([`crate::vhost_net`]).
 //!
-//! The worker only does what the kernel cannot: it waits for the first kick of a ring, gives the kernel the rings
-//! that are started and enabled, discards what is available in a transmit ring that is started and disabled, and
-//! notifies the kernel of rings without a kick. Nobody but the kernel touches a ring that it was given; when the
-//! worker parks it has taken all of them back.
+//! The worker only does what the kernel cannot: it gives the kernel the rings that are started and enabled, discards
+//! what is available in a transmit ring that was enabled and is disabled, and notifies the kernel of rings without a
+//! kick. Nobody but the kernel touches a ring that it was given; when the worker parks it has taken all of them back.
 //!
 //! ```text
-//!   set up ──kick──▶ started ──enabled──▶ the kernel's ──park──▶ here, from the kernel's index on
-//!                       └──disabled, transmit──▶ discarded here
+//!   started ──enabled──▶ the kernel's ──park──▶ here, from the kernel's index on
+//!      └──disabled again, transmit──▶ discarded here
 //! ```
 
 use std::io;

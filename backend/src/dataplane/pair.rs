@@ -4,8 +4,7 @@
 //! not be read (a read would take them from whoever shares the eventfd) and nothing has to be switched off while a ring
 //! is full or stopped; to make up for edges that came while nobody looked, every run begins with a look at everything.
 //!
-//! A pair has a queue of the TAP while this process owns it. Without one it moves nothing, and only tells when the
-//! driver starts a ring.
+//! A pair has a queue of the TAP while this process owns it. Without one it moves nothing.
 
 use std::io;
 use std::sync::Arc;
@@ -153,7 +152,7 @@ impl QueuePair {
         if let Kick::Eventfd(kick) = &ring.kick {
             self.epoll.add(kick, KICK_EVENTS, token)?;
         }
-        counters.started.store(ring.started, Ordering::Relaxed);
+        counters.started.store(true, Ordering::Relaxed);
         match side {
             Side::Rx => self.rx.ring = Some(ring),
             Side::Tx => self.tx.ring = Some(ring),
@@ -203,20 +202,11 @@ impl QueuePair {
         }
     }
 
-    /// The rings are this process' now, and were watched before.
-    pub fn taken_over(&mut self) {
-        for (ring, counters) in [(&self.rx.ring, &self.counters.rx), (&self.tx.ring, &self.counters.tx)] {
-            let Some(ring) = ring else { continue };
-            counters.started.store(ring.started, Ordering::Relaxed);
-        }
-    }
-
     /// Begins to work, whatever was heard before: with a look at everything.
     pub(super) fn begin(&mut self) {
         self.look_rx = true;
         self.look_tx = true;
         self.last_work = Instant::now();
-        self.look_at_kicks();
     }
 
     /// Makes the calls that are due.
@@ -228,8 +218,8 @@ impl QueuePair {
         }
     }
 
-    /// Whether there is nothing to do until the TAP has something to read, or the driver kicks, which it is asked for. Of
-    /// kicks that came long ago is told anew. No when in doubt.
+    /// Whether there is nothing to do until the TAP has something to read, or the driver kicks, which it is asked for. No
+    /// when in doubt.
     pub(super) fn is_idle(&mut self) -> bool {
         if self.kernel.is_some()
             || !self.poll.is_zero()
@@ -242,22 +232,9 @@ impl QueuePair {
         if rings.into_iter().flatten().any(|ring| !matches!(ring.kick, Kick::Eventfd(_))) {
             return false;
         }
-        self.look_at_kicks();
         match &mut self.tx.ring {
             Some(ring) if ring.runs() => ring.vring.enable_kicks(0) == Ok(0),
             _ => true,
-        }
-    }
-
-    /// Has the kicks of rings that have not started told anew: whoever heard of them while nobody worked here, or in
-    /// another process, could not start a ring.
-    fn look_at_kicks(&self) {
-        for (ring, token) in [(&self.rx.ring, RX_KICK), (&self.tx.ring, TX_KICK)] {
-            if let Some(Ring { kick: Kick::Eventfd(kick), started: false, .. }) = ring
-                && let Err(error) = self.epoll.rearm(kick, KICK_EVENTS, token)
-            {
-                limited!(warn, pair = self.index, %error, "cannot look at a kick");
-            }
         }
     }
 
@@ -286,25 +263,19 @@ impl QueuePair {
     }
 
     /// An event came.
-    pub(super) fn hear(&mut self, token: u64, events: Events, gate: &Gate) {
+    pub(super) fn hear(&mut self, token: u64, events: Events) {
         match token {
             TAP => {
                 self.look_rx |= events.intersects(Events::EPOLLIN | Events::EPOLLERR);
                 self.look_tx |= events.contains(Events::EPOLLOUT) && self.tx.writable();
             }
-            RX_KICK | TX_KICK => {
-                let (ring, counters, look) = match token {
-                    RX_KICK => (self.rx.ring.as_mut(), &self.counters.rx, &mut self.look_rx),
-                    _ => (self.tx.ring.as_mut(), &self.counters.tx, &mut self.look_tx),
-                };
-                let Some(ring) = ring else { return };
-                let before = ring.started;
-                ring.kicked(counters);
-                *look = true;
-                // Without a TAP nothing more comes of it.
-                if self.tap.is_none() && ring.started && !before {
-                    gate.report_start();
-                }
+            RX_KICK => {
+                self.counters.rx.kicks.add(1);
+                self.look_rx = true;
+            }
+            TX_KICK => {
+                self.counters.tx.kicks.add(1);
+                self.look_tx = true;
             }
             _ => {}
         }

@@ -1,15 +1,12 @@
 //! A vring within a queue pair: the mapped rings, its state, and its kick.
 //!
-//! Started and enabled are independent (vhost-user: "Ring states"). A ring starts when the front-end kicks it; where
-//! it has been in use before, it starts at once, for its driver may have been told not to kick.
+//! A ring is started while it is here (`SET_VRING_KICK`); started and enabled are independent (vhost-user: "Ring states").
 
 use std::error::Error;
-use std::sync::atomic::Ordering;
 
 use baton_control::limited;
 use baton_faults::Batch;
 
-use crate::metrics::Direction;
 use crate::notify::Notifier;
 use crate::vring::Vring;
 
@@ -33,10 +30,8 @@ pub struct Ring {
     pub error: Option<Notifier>,
     /// The call descriptor is to be signalled in any case.
     pub call_due: bool,
-    /// Kicks do not start it: it was in use before this session, which has not enabled it yet.
+    /// The front-end has not enabled it on this connection yet: what waits in a transmit ring is not discarded.
     pub held: bool,
-    /// Whether it was kicked.
-    pub started: bool,
     /// `SET_VRING_ENABLE`.
     pub enabled: bool,
     /// What the guest wrote made no sense; it is not touched any more.
@@ -47,7 +42,7 @@ impl Ring {
     /// Whether it may be worked on at all.
     #[inline]
     pub fn runs(&self) -> bool {
-        self.started && !self.broken
+        !self.held && !self.broken
     }
 
     /// Lets the guest see all that was completed, which ends a batch of this kind. Gives whether it was called.
@@ -57,15 +52,6 @@ impl Ring {
             baton_faults::batch(batch);
         }
         self.vring.publish()
-    }
-
-    /// A kick came, or may have come.
-    pub fn kicked(&mut self, counters: &Direction) {
-        counters.kicks.add(1);
-        if !self.started && !self.held {
-            self.started = true;
-            counters.started.store(true, Ordering::Relaxed);
-        }
     }
 
     /// Gives up the ring and tells the front-end.

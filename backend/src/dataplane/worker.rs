@@ -159,11 +159,6 @@ pub enum WorkerNews {
         /// Why.
         error: io::Error,
     },
-    /// The driver has kicked a ring, and there is no TAP to work with.
-    RingStarted {
-        /// Its queue pair.
-        pair: u16,
-    },
 }
 
 impl Gate {
@@ -183,11 +178,6 @@ impl Gate {
         let error = io::Error::new(error.kind(), error.to_string());
         // Without a receiver the process is ending.
         let _ = self.news.send(WorkerNews::Failed { pair: self.pair, error });
-    }
-
-    /// Tells the event loop that a ring has started without a TAP.
-    pub(super) fn report_start(&self) {
-        let _ = self.news.send(WorkerNews::RingStarted { pair: self.pair });
     }
 }
 
@@ -462,7 +452,7 @@ fn work(shared: &Arc<Shared>) {
         }
         if let Some(pair) = &mut held {
             for (token, events) in events {
-                pair.hear(token, events, gate);
+                pair.hear(token, events);
             }
         }
     }
@@ -489,7 +479,6 @@ mod tests {
     use std::os::unix::net::UnixDatagram;
 
     use nix::fcntl::{FcntlArg, OFlag, fcntl};
-    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     use nix::sys::memfd::{MFdFlags, memfd_create};
 
     use super::*;
@@ -505,7 +494,7 @@ mod tests {
     const WRITABLE: u16 = 2;
 
     /// A ring of 8 in memory of its own, with this many buffers available: descriptor 0 has 2048 bytes.
-    fn ring(kick: EventFd, started: bool, available: u16) -> Ring {
+    fn ring(kick: EventFd, available: u16) -> Ring {
         let memory = File::from(memfd_create("memory", MFdFlags::MFD_CLOEXEC).unwrap());
         memory.set_len(0x4000).unwrap();
         let mut descriptor = 0x3000u64.to_le_bytes().to_vec();
@@ -523,7 +512,6 @@ mod tests {
             error: None,
             call_due: false,
             held: false,
-            started,
             enabled: true,
             broken: false,
         }
@@ -545,7 +533,7 @@ mod tests {
             let peer = near.try_clone().unwrap();
             let mut pair =
                 QueuePair::new(0, None, Arc::new(PairCounters::default()), Duration::ZERO).unwrap();
-            pair.put_ring(Side::Rx, ring(eventfd(), true, 1)).unwrap();
+            pair.put_ring(Side::Rx, ring(eventfd(), 1)).unwrap();
             pair.attach(&Arc::new(as_queue(File::from(OwnedFd::from(near))))).unwrap();
             let (mailer, _news) = mailbox().unwrap();
             let mut worker = Worker::new(0, pair, mailer).unwrap();
@@ -586,24 +574,5 @@ mod tests {
         assert!(worker.take_back(PATIENCE).is_none());
         worker.lost = true;
         assert!(worker.park().is_none());
-    }
-
-    #[test]
-    fn a_kick_from_before_the_thread_listened_starts_the_ring_of_an_idle_pair() {
-        let kick = eventfd();
-        kick.write(1).unwrap();
-        let ring = ring(kick, false, 0);
-        let mut pair = QueuePair::new(0, None, Arc::new(PairCounters::default()), Duration::ZERO).unwrap();
-        pair.put_ring(Side::Tx, ring).unwrap();
-        let (mailer, news) = mailbox().unwrap();
-        let mut worker = Worker::new(0, pair, mailer).unwrap();
-        worker.make_thread().unwrap();
-        worker.wait_listens(Instant::now() + LONG);
-        assert!(worker.listens(), "it has heard of the kick");
-        worker.resume_idle().unwrap();
-        let mut fds = [PollFd::new(news.as_fd(), PollFlags::POLLIN)];
-        let timeout = PollTimeout::try_from(LONG).unwrap();
-        assert_eq!(poll(&mut fds, timeout), Ok(1), "the ring does not start");
-        assert!(matches!(news.take(), Some(WorkerNews::RingStarted { pair: 0 })));
     }
 }

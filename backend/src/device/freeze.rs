@@ -131,7 +131,7 @@ fn ring_now(ring: &Ring) -> VringNow {
     VringNow {
         base: ring.vring.base(),
         base_is_given: false,
-        started: ring.started,
+        started: !ring.held,
         broken: ring.broken,
         call_due: ring.call_due,
     }
@@ -150,5 +150,5 @@ pub(super) fn place_by_used(
         setup.base = ring.vring.published();
     }
     setup.place(index, ring, inflight);
-    ring.call_due = ring.started;
+    ring.call_due |= !ring.held;
 }

@@ -132,7 +132,7 @@ impl Device {
             if let Some(ring) = ring {
                 ring.vring.reread();
                 setup.place(index, ring, inflight);
-                ring.call_due = ring.started;
+                ring.call_due |= !ring.held;
             }
         })
     }
@@ -162,7 +162,6 @@ impl Device {
             for (side, vring) in sides(pair) {
                 place(vring, &mut self.session.vrings[vring], parked.ring_mut(side));
             }
-            parked.taken_over();
         }
         let idle = self.idle(&staged.tap);
         for ((pair, worker), idle) in self.workers.iter_mut().enumerate().zip(idle) {

@@ -118,7 +118,7 @@ impl Device {
         self.park_each(|parked| queues.next().map_or(Ok(()), |queue| parked.attach(queue)))?;
         self.change(.., |session| {
             for vring in &mut session.vrings {
-                vring.call_due |= vring.started;
+                vring.call_due |= vring.started && vring.was_enabled;
             }
         })?;
         self.follow_enabled_pairs()?;

@@ -170,7 +170,7 @@ pub struct VringState {
     /// It has been enabled in this session.
     #[serde(skip_serializing_if = "is_default")]
     pub was_enabled: bool,
-    /// It was kicked since it was set up.
+    /// It is started, and was enabled in this session.
     #[serde(skip_serializing_if = "is_default")]
     pub started: bool,
     /// What the guest wrote made no sense.
@@ -220,7 +220,7 @@ pub struct VringNow {
     /// It is the front-end's word, who may be behind.
     #[serde(skip_serializing_if = "is_default")]
     pub base_is_given: bool,
-    /// It was kicked since it was set up.
+    /// It is started, and was enabled in this session.
     #[serde(skip_serializing_if = "is_default")]
     pub started: bool,
     /// What the guest wrote made no sense.

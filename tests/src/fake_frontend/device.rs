@@ -332,7 +332,7 @@ impl Device {
         Ok(())
     }
 
-    /// Sends the memory table, and sets every ring up and enables it. None is started yet: that takes a kick.
+    /// Sends the memory table, and sets every ring up, which starts it, and enables it.
     ///
     /// # Errors
     /// If the back-end refuses.

@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::Ordering;
 
 use baton_channel::ownership::SharedWord;
 use baton_protocol::fd_manifest::NamedFds;
@@ -46,15 +45,11 @@ pub fn describe(device: &Device, front: Front<'_>) -> SessionState {
         regions: regions.collect(),
         log,
         inflight,
-        vrings: session.vrings.iter().enumerate().map(|(index, setup)| vring(device, index, setup)).collect(),
+        vrings: session.vrings.iter().map(vring).collect(),
     }
 }
 
-fn vring(device: &Device, index: usize, setup: &VringSetup) -> VringState {
-    // Of a ring that runs only its worker knows that it was started.
-    let counters = device.counters().get(index / 2);
-    let direction = counters.map(|pair| if index.is_multiple_of(2) { &pair.rx } else { &pair.tx });
-    let started = direction.is_some_and(|direction| direction.started.load(Ordering::Relaxed));
+fn vring(setup: &VringSetup) -> VringState {
     let addresses = |addresses: RingAddresses| {
         let RingAddresses { descriptors, available, used } = addresses;
         AddressesState { descriptors, available, used }
@@ -75,7 +70,7 @@ fn vring(device: &Device, index: usize, setup: &VringSetup) -> VringState {
         enabled: setup.enabled,
         resumes: setup.resumes,
         was_enabled: setup.was_enabled,
-        started: setup.started || started,
+        started: setup.now().started,
         broken: setup.broken,
         paused: setup.paused,
         call_due: setup.call_due,
