@@ -336,7 +336,11 @@ impl Device {
         let worker = self.workers[pair].park().ok_or(DeviceError::Dead(pair))?;
         for (side, vring) in sides(pair) {
             match vrings[vring].activate(vring, surroundings) {
-                Ok(Some(ring)) => worker.put_ring(side, ring).map_err(failed)?,
+                Ok(Some(mut ring)) => {
+                    // Without the TAP nothing was completed; when there is one, all are called.
+                    ring.call_due &= self.tap.is_some();
+                    worker.put_ring(side, ring).map_err(failed)?;
+                }
                 Ok(None) => {}
                 Err(error) => {
                     limited!(warn, vring, %error, "vring cannot run");

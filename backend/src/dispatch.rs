@@ -371,7 +371,7 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
                 let vring = &mut session.vrings[vring];
                 vring.call = call;
                 // What was completed before may have gone to the old descriptor, unseen.
-                vring.call_due = vring.started;
+                vring.call_due = vring.started && vring.was_enabled;
             })?;
             Ok(())
         })

@@ -54,6 +54,9 @@ pub struct VringSetup {
     /// `call` is to be signalled, whatever there is to tell. By the worker: an eventfd that the front-end has filled
     /// blocks who writes to it.
     pub call_due: bool,
+    /// The driver was called since the ring is started and enabled, or is about to be. What was completed before may be
+    /// unknown to it: the last call went to another descriptor, or was lost with the process that was to make it.
+    pub called: bool,
     /// `SET_VRING_BASE`, and where the ring stopped: the next available index.
     pub base: u16,
     /// `SET_VRING_KICK`.
@@ -151,6 +154,8 @@ impl VringSetup {
         ring.held = !self.was_enabled;
         ring.enabled = self.enabled;
         ring.broken = self.broken;
+        self.call_due |= self.enabled && !self.called;
+        self.called = self.enabled;
         ring.call_due = std::mem::take(&mut self.call_due);
     }
 
@@ -188,6 +193,7 @@ impl VringSetup {
         self.base_is_given = false;
         self.base_is_ours = true;
         self.broken = ring.broken;
+        self.call_due |= ring.call_due;
     }
 
     /// Stops the ring (`GET_VRING_BASE`): its place is kept, its kick and call are dropped.
@@ -197,6 +203,7 @@ impl VringSetup {
         self.kick = None;
         self.call = None;
         self.call_due = false;
+        self.called = false;
         self.started = false;
         self.broken = false;
         self.paused = false;

@@ -236,6 +236,7 @@ fn vring(
         addresses: state.addresses.map(addresses),
         log_used: state.log_used,
         call_due: state.call_due,
+        called: false,
         base: state.base,
         kick: match state.kick {
             wire::KickState::Polled => Some(Kick::Polled),
