@@ -350,6 +350,18 @@ impl Device {
         if self.held { Ok(()) } else { self.workers[pair].resume().map_err(failed) }
     }
 
+    /// Stops a ring (`GET_VRING_BASE`), and gives the index from which on its chains have not been taken.
+    ///
+    /// # Errors
+    /// As for [`Self::change`].
+    pub fn stop_ring(&mut self, vring: usize) -> Result<u16, DeviceError> {
+        let ran = self.tap.is_some();
+        self.change(vring / 2..=vring / 2, |session| {
+            session.vrings[vring].stop(ran);
+            session.vrings[vring].base
+        })
+    }
+
     /// From now on pairs stay parked after a change.
     pub fn hold(&mut self) {
         self.held = true;

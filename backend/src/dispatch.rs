@@ -345,10 +345,7 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         self.request(|device| {
             let vring = vring_index(device, index)?;
-            let base = device.change(vring / 2..=vring / 2, |session| {
-                session.vrings[vring].stop();
-                session.vrings[vring].base
-            })?;
+            let base = device.stop_ring(vring)?;
             Ok(VhostUserVringState::new(index, u32::from(base)))
         })
     }

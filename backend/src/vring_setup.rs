@@ -196,9 +196,10 @@ impl VringSetup {
         self.call_due |= ring.call_due;
     }
 
-    /// Stops the ring (`GET_VRING_BASE`): its place is kept, its kick and call are dropped.
-    pub fn stop(&mut self) {
-        self.resumes |= self.started;
+    /// Stops the ring (`GET_VRING_BASE`): its place is kept, its kick and call are dropped. `ran`: there was a TAP, so it
+    /// was worked on.
+    pub fn stop(&mut self, ran: bool) {
+        self.resumes |= self.started && ran;
         self.base_is_ours = false;
         self.kick = None;
         self.call = None;

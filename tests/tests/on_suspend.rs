@@ -27,6 +27,7 @@ use rustix::process::{Pid, Resource, Rlimit, prlimit};
 on_both_datapaths! {
     the_targets_first_ring_takes_the_device,
     rings_that_start_first_wait_for_the_device,
+    rings_that_start_while_the_source_works_go_on_where_it_stops,
     nothing_is_lost_doubled_or_reordered_over_many_hops,
     a_guest_that_reboots_keeps_its_device_and_it_can_still_be_handed_over,
     a_target_that_dies_leaves_the_device_to_its_source,
@@ -151,6 +152,49 @@ fn rings_that_start_first_wait_for_the_device(datapath: Datapath) -> Result<()> 
     let (_, received) = rig.receive_on_any(&mut device)?;
     ensure!(received == frame, "the guest received something else");
     rig.check_traffic(&mut device)
+}
+
+/// Where such a ring stands is the source's to say, up to its end: the used index that the target saw first is long past.
+fn rings_that_start_while_the_source_works_go_on_where_it_stops(datapath: Datapath) -> Result<()> {
+    for restarted in [false, true] {
+        let (mut rig, mut device, mut target) = armed(datapath, 1)?;
+        let mut other = target.connect()?;
+        std::mem::swap(&mut device.connection, &mut other);
+        device.negotiate()?;
+        device.connection.set_memory_table(&device.memory)?;
+        for index in 0..2 {
+            device.connection.set_vring_enable(index, true)?;
+            device.set_up_ring(index, device.ring(index).queue.used_index())?;
+        }
+        std::mem::swap(&mut device.connection, &mut other);
+        for _ in 0..20 {
+            rig.check_traffic(&mut device)?;
+        }
+        if restarted {
+            // As at a stop and a start of the VM: each ring gets the base that the target gave.
+            std::mem::swap(&mut device.connection, &mut other);
+            for index in 0..2 {
+                let base = device.stop_ring(index)?;
+                device.set_up_ring(index, base)?;
+            }
+            std::mem::swap(&mut device.connection, &mut other);
+            for _ in 0..20 {
+                rig.check_traffic(&mut device)?;
+            }
+        }
+        device.suspend()?;
+        rig.backend.wait_handover(HandoverState::HandedOver)?;
+        std::mem::swap(&mut device.connection, &mut other);
+        rig.backend = target;
+        for _ in 0..20 {
+            rig.check_traffic(&mut device)?;
+        }
+        device.wait_transmitted(0)?;
+        for index in 0..2 {
+            ensure!(device.stop_ring(index)? == device.ring(index).queue.used_index());
+        }
+    }
+    Ok(())
 }
 
 fn nothing_is_lost_doubled_or_reordered_over_many_hops(datapath: Datapath) -> Result<()> {

@@ -119,6 +119,8 @@ impl Device {
         self.change(.., |session| {
             for vring in &mut session.vrings {
                 vring.call_due |= vring.started && vring.was_enabled;
+                // While there was no TAP another process may have worked on it.
+                vring.base_is_ours &= vring.resumes;
             }
         })?;
         self.follow_enabled_pairs()?;
