@@ -275,16 +275,22 @@ fn kicks_are_asked_for_only_when_the_ring_is_empty(datapath: Datapath) {
     let mut device = rig.device(with(BASIC | features::EVENT_IDX)).unwrap();
     rig.check_traffic(&mut device).unwrap();
     device.wait_transmitted(0).unwrap();
-    let before = rig.backend.pair_stats(0).unwrap().tx.kicks;
+    wait_kick_wanted(&device);
+    // The driver's count, which the device leaves alone. The device's own may lag: it often sees a frame before its kick.
+    device.ring(1).kick.read().unwrap_or_default();
     // One kick for all of these: the device asked for it at the first only.
     for number in 0..200 {
         assert!(device.enqueue(0, &NetHeader::default(), &frames::numbered(number, 100)).unwrap());
     }
     device.flush(0).unwrap();
+    assert_eq!(device.ring(1).kick.read().unwrap_or_default(), 1);
     rig.expect_on_network(0..200).unwrap();
     device.wait_transmitted(0).unwrap();
-    // Where they are counted.
-    assert_eq!(rig.backend.pair_stats(0).unwrap().tx.kicks, before.map(|kicks| kicks + 1));
+    wait_kick_wanted(&device);
+}
+
+/// Waits until the device asks for a kick with the next frame.
+fn wait_kick_wanted(device: &Device) {
     let queue = &device.pairs[0].transmit.queue;
     let deadline = Instant::now() + PATIENCE;
     while queue.available_event() != queue.next_available() {
