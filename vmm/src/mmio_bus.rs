@@ -1,18 +1,48 @@
 //! Who answers an access to a port or to memory-mapped I/O.
 //!
 //! A bus is filled before the vCPUs start and never changes after, so the vCPU threads look devices up without
-//! a lock; each device has its own.
+//! a lock; each device has its own. A vCPU never waits for anything else with a device locked: the other vCPUs
+//! read that device's registers in every interrupt.
 
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, PoisonError};
+
+/// What a write has begun, and is complete only when it has ended.
+#[derive(Debug)]
+#[must_use = "the guest relies on it being done when its access ends"]
+pub struct Pending {
+    answer: Receiver<()>,
+    ended: Arc<AtomicBool>,
+}
+
+impl Pending {
+    /// It ends when `answer` is sent, or can no longer be.
+    pub fn new(answer: Receiver<()>) -> Self {
+        Self { answer, ended: Arc::default() }
+    }
+
+    /// Tells others that it has ended.
+    pub fn ended(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.ended)
+    }
+
+    /// Waits for its end.
+    pub fn wait(self) {
+        // No answer: the thread that had to do it has ended.
+        let _ = self.answer.recv();
+        self.ended.store(true, Ordering::Release);
+    }
+}
 
 /// What answers in a range of a bus. Offsets are relative to the range; the guest chooses them and the lengths
 /// freely within it.
 pub trait BusDevice: Send {
     /// Fills `data` with what the guest reads at `offset`.
     fn read(&mut self, offset: u64, data: &mut [u8]);
-    /// Takes what the guest writes at `offset`.
-    fn write(&mut self, offset: u64, data: &[u8]);
+    /// Takes what the guest writes at `offset`; gives what the write has to wait for, with the device unlocked.
+    fn write(&mut self, offset: u64, data: &[u8]) -> Option<Pending>;
 }
 
 struct Range {
@@ -55,7 +85,8 @@ impl Bus {
     /// Writes; where nobody answers, nothing happens.
     pub fn write(&self, address: u64, data: &[u8]) {
         if let Some((offset, device)) = self.find(address) {
-            device.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data);
+            let pending = device.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data);
+            pending.into_iter().for_each(Pending::wait);
         }
     }
 
@@ -81,8 +112,9 @@ mod tests {
             data.fill(u8::try_from(offset).unwrap());
         }
 
-        fn write(&mut self, offset: u64, data: &[u8]) {
+        fn write(&mut self, offset: u64, data: &[u8]) -> Option<Pending> {
             self.written.push((offset, data.to_vec()));
+            None
         }
     }
 

@@ -9,7 +9,7 @@ use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::event;
-use crate::mmio_bus::BusDevice;
+use crate::mmio_bus::{BusDevice, Pending};
 
 /// The I/O port of the ACPI sleep control register; the sleep status and reset registers follow it.
 pub const ACPI_PORT: u16 = 0x600;
@@ -106,8 +106,8 @@ impl BusDevice for AcpiRegisters {
         data.fill(0);
     }
 
-    fn write(&mut self, offset: u64, data: &[u8]) {
-        let &[value] = data else { return };
+    fn write(&mut self, offset: u64, data: &[u8]) -> Option<Pending> {
+        let &[value] = data else { return None };
         if offset == u64::from(SLEEP_CONTROL) {
             let sleep_type = (value >> SLEEP_TYPE_SHIFT) & SLEEP_TYPE_MASK;
             if value & SLEEP_ENABLE != 0 && sleep_type == SLEEP_TYPE_S5 {
@@ -116,6 +116,7 @@ impl BusDevice for AcpiRegisters {
         } else if offset == u64::from(RESET) && value == RESET_VALUE {
             self.0.report(GuestEnd::Reset);
         }
+        None
     }
 }
 
@@ -129,10 +130,11 @@ impl BusDevice for I8042 {
         data.fill(0);
     }
 
-    fn write(&mut self, offset: u64, data: &[u8]) {
+    fn write(&mut self, offset: u64, data: &[u8]) -> Option<Pending> {
         if offset == I8042_COMMAND && data == [I8042_RESET_CPU] {
             self.0.report(GuestEnd::Reset);
         }
+        None
     }
 }
 

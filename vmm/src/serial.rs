@@ -16,7 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::SerialTarget;
 use crate::event;
-use crate::mmio_bus::BusDevice;
+use crate::mmio_bus::{BusDevice, Pending};
 
 /// Register: which interrupts the guest wants.
 const INTERRUPT_ENABLE: u8 = 1;
@@ -106,7 +106,7 @@ impl BusDevice for Console {
         }
     }
 
-    fn write(&mut self, offset: u64, data: &[u8]) {
+    fn write(&mut self, offset: u64, data: &[u8]) -> Option<Pending> {
         // An error is a byte that the output did not take (a closed pipe, a full disk): as lost as on a line that
         // nobody listens to.
         if let (Ok(register), &[byte]) = (u8::try_from(offset), data)
@@ -114,6 +114,7 @@ impl BusDevice for Console {
         {
             tracing::debug!("the serial console lost a byte: {error}");
         }
+        None
     }
 }
 

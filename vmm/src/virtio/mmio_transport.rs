@@ -6,7 +6,14 @@
 //! the back-end's calls, so InterruptStatus always says that a virtqueue may have been used; a driver looks at
 //! its virtqueues and finds out. An interrupt of two coalesced calls can thus never be lost.
 //!
+//! A reset takes as long as its back-end needs to stop. The vCPU that wrote it waits for that with the transport
+//! unlocked; until then the status that any vCPU reads is not 0, which says that the reset is not complete (section
+//! 2.4.1), and nothing can be written.
+//!
 //! The guest is not trusted: an access in the wrong size or at the wrong time does nothing.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use baton_protocol::migration::state::TransportState;
 use virtio_bindings::virtio_config::{
@@ -26,7 +33,7 @@ use virtio_bindings::virtio_mmio::{
 };
 
 use super::{Activation, QueueSetup, VirtioDevice, feature};
-use crate::mmio_bus::BusDevice;
+use crate::mmio_bus::{BusDevice, Pending};
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
@@ -73,17 +80,20 @@ impl Registers {
 #[derive(Debug)]
 pub struct MmioTransport<D> {
     registers: Registers,
+    /// A reset is under way; true once the device has ended it.
+    reset: Option<Arc<AtomicBool>>,
     device: D,
 }
 
 impl<D: VirtioDevice> MmioTransport<D> {
     /// A device that no driver has touched.
     pub fn new(device: D) -> Self {
-        Self { registers: Registers::after_reset(device.queue_sizes()), device }
+        Self { registers: Registers::after_reset(device.queue_sizes()), reset: None, device }
     }
 
-    /// The transport's state. The vCPUs stand still.
-    pub fn save(&self) -> TransportState {
+    /// The transport's state. The vCPUs stand still, so no reset is under way.
+    pub fn save(&mut self) -> TransportState {
+        self.end_reset();
         let Registers {
             status,
             device_features_select,
@@ -165,8 +175,9 @@ impl<D: VirtioDevice> MmioTransport<D> {
         }
     }
 
-    fn write_register(&mut self, register: u32, value: u32) {
+    fn write_register(&mut self, register: u32, value: u32) -> Option<Pending> {
         match register {
+            VIRTIO_MMIO_STATUS => return self.write_status(value),
             VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.registers.device_features_select = value,
             VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.registers.driver_features_select = value,
             VIRTIO_MMIO_DRIVER_FEATURES => self.write_features(value),
@@ -183,9 +194,9 @@ impl<D: VirtioDevice> MmioTransport<D> {
                     self.device.events().acknowledge_config();
                 }
             }
-            VIRTIO_MMIO_STATUS => self.write_status(value),
             _ => self.write_queue(register, value),
         }
+        None
     }
 
     fn write_features(&mut self, value: u32) {
@@ -229,10 +240,9 @@ impl<D: VirtioDevice> MmioTransport<D> {
         }
     }
 
-    fn write_status(&mut self, value: u32) {
+    fn write_status(&mut self, value: u32) -> Option<Pending> {
         if value == 0 {
-            self.reset();
-            return;
+            return self.reset();
         }
         // A driver only ever adds bits; NEEDS_RESET is the device's and may be written back.
         let added = value & DRIVER_STATUS & !self.registers.status;
@@ -251,11 +261,9 @@ impl<D: VirtioDevice> MmioTransport<D> {
                 features: self.registers.driver_features,
                 queues: self.registers.queues.clone(),
             };
-            if let Err(error) = self.device.activate(activation) {
-                baton_control::limited!(warn, "{error}");
-                self.device.events().need_reset();
-            }
+            self.device.activate(activation);
         }
+        None
     }
 
     fn features_acceptable(&self) -> bool {
@@ -263,17 +271,36 @@ impl<D: VirtioDevice> MmioTransport<D> {
         wanted & !self.device.features() == 0 && wanted & feature(VIRTIO_F_VERSION_1) != 0
     }
 
-    fn reset(&mut self) {
+    fn reset(&mut self) -> Option<Pending> {
         if self.has(VIRTIO_CONFIG_S_DRIVER_OK) {
-            self.device.reset();
+            let pending = self.device.reset();
+            self.reset = Some(pending.ended());
+            return Some(pending);
         }
+        self.clear();
+        None
+    }
+
+    /// Completes a reset that the device has ended; false while one is under way.
+    fn end_reset(&mut self) -> bool {
+        match &self.reset {
+            Some(ended) if !ended.load(Ordering::Acquire) => return false,
+            Some(_) => self.clear(),
+            None => {}
+        }
+        true
+    }
+
+    fn clear(&mut self) {
         self.device.events().clear();
         self.registers = Registers::after_reset(self.device.queue_sizes());
+        self.reset = None;
     }
 }
 
 impl<D: VirtioDevice> BusDevice for MmioTransport<D> {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
+        self.end_reset();
         if let Some(offset) = offset.checked_sub(CONFIG) {
             self.device.read_config(offset, data);
             return;
@@ -285,15 +312,13 @@ impl<D: VirtioDevice> BusDevice for MmioTransport<D> {
         }
     }
 
-    fn write(&mut self, offset: u64, data: &[u8]) {
+    fn write(&mut self, offset: u64, data: &[u8]) -> Option<Pending> {
         // Nothing in a network device's configuration space can be written by a driver of version 1.
-        if offset >= CONFIG {
-            return;
+        if !self.end_reset() || offset >= CONFIG {
+            return None;
         }
-        let register = u32::try_from(offset).ok().filter(|register| register.is_multiple_of(4));
-        if let (Some(register), Ok(data)) = (register, data.try_into()) {
-            self.write_register(register, u32::from_le_bytes(data));
-        }
+        let register = u32::try_from(offset).ok().filter(|register| register.is_multiple_of(4))?;
+        self.write_register(register, u32::from_le_bytes(data.try_into().ok()?))
     }
 }
 
@@ -318,9 +343,10 @@ fn set_high(address: &mut u64, value: u32) {
 #[cfg(test)]
 mod tests {
     use std::cell::RefCell;
+    use std::sync::mpsc::channel;
 
     use super::*;
-    use crate::virtio::{CannotActivate, DeviceEvents};
+    use crate::virtio::DeviceEvents;
 
     const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << 5;
 
@@ -351,12 +377,15 @@ mod tests {
         fn notify(&self, queue: u16) {
             self.notified.borrow_mut().push(queue);
         }
-        fn activate(&mut self, activation: Activation) -> Result<(), CannotActivate> {
+        fn activate(&mut self, activation: Activation) {
             self.activations.push(activation);
-            if self.fails { Err(CannotActivate) } else { Ok(()) }
+            if self.fails {
+                self.events.need_reset();
+            }
         }
-        fn reset(&mut self) {
+        fn reset(&mut self) -> Pending {
             self.resets += 1;
+            Pending::new(channel().1)
         }
     }
 
@@ -378,7 +407,8 @@ mod tests {
         }
 
         fn set(&mut self, register: u32, value: u32) {
-            self.write(u64::from(register), &value.to_le_bytes());
+            let pending = self.write(u64::from(register), &value.to_le_bytes());
+            pending.into_iter().for_each(Pending::wait);
         }
 
         fn negotiate(&mut self, features: u64) {
@@ -522,7 +552,8 @@ mod tests {
         ) {
             let mut transport = transport();
             for (offset, length, value) in accesses {
-                transport.write(offset, &value.to_le_bytes()[..length.min(8)]);
+                let pending = transport.write(offset, &value.to_le_bytes()[..length.min(8)]);
+                pending.into_iter().for_each(Pending::wait);
                 transport.read(offset, &mut [0; 8][..length.min(8)]);
             }
             for activation in &transport.device.activations {

@@ -4,6 +4,8 @@
 //! whose data virtqueues are served by its back-end and whose control virtqueue ([`control_queue`]) by its own
 //! thread ([`net_worker`], asked through [`net_thread`]); a lost back-end is looked for by yet another ([`dialler`]).
 
+#[cfg(test)]
+mod busy_tests;
 pub mod control_queue;
 pub mod dialler;
 pub mod mmio_transport;
@@ -21,6 +23,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::event;
 use crate::memory::GuestMemory;
+use crate::mmio_bus::Pending;
 
 /// The feature bit `number` as a mask.
 pub const fn feature(number: u32) -> u64 {
@@ -92,12 +95,7 @@ pub struct Activation {
     pub queues: Vec<QueueSetup>,
 }
 
-/// The device cannot be started as the driver wants it.
-#[derive(Debug, Error)]
-#[error("the device cannot be started")]
-pub struct CannotActivate;
-
-/// What a transport asks of a device. All methods are called with the transport locked.
+/// What a transport asks of a device. All methods are called with the transport locked, so none waits for a back-end.
 pub trait VirtioDevice: Send {
     /// The virtio device type.
     fn device_type(&self) -> u32;
@@ -111,10 +109,10 @@ pub trait VirtioDevice: Send {
     fn events(&self) -> &DeviceEvents;
     /// The driver has made buffers available in a virtqueue.
     fn notify(&self, queue: u16);
-    /// The driver is ready.
-    fn activate(&mut self, activation: Activation) -> Result<(), CannotActivate>;
-    /// Stops the device; on return it touches no guest memory any more.
-    fn reset(&mut self);
+    /// The driver is ready. A device that cannot be started as the driver wants it needs a reset.
+    fn activate(&mut self, activation: Activation);
+    /// Begins to stop the device; at the end of that it touches no guest memory any more.
+    fn reset(&mut self) -> Pending;
 }
 
 /// What a device tells its driver unasked: that its configuration has changed, or that it needs a reset.

@@ -2,7 +2,8 @@
 //!
 //! [`Net`] stands behind the transport and is used by the vCPU threads; everything that concerns the back-end is
 //! done by the device's own thread ([`super::net_worker`]), which alone owns the connection. The two share
-//! [`NetShared`]. Starting and resetting wait for the thread, because a driver may rely on them being done.
+//! [`NetShared`]. The vCPU that resets the device waits for the thread, because a driver gives its memory another use
+//! after that; to start the device it does not wait, since what the driver asks for meanwhile is kept for the back-end.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -30,10 +31,11 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use vmm_sys_util::eventfd::EventFd;
 
 use super::net_thread::NetError;
-use super::{Activation, CannotActivate, DeviceEvents, VirtioDevice, feature};
+use super::{Activation, DeviceEvents, VirtioDevice, feature};
 use crate::config::{Mac, NetConfig};
 use crate::event;
 use crate::memory::GuestMemory;
+use crate::mmio_bus::Pending;
 use crate::vhost_user::frontend::{CONFIG_SIZE, Cutter, Offer};
 
 /// The largest size of a data virtqueue.
@@ -347,8 +349,8 @@ pub enum Command {
     FinishTransfer(Answer<()>),
     /// The guest has moved away: a back-end that is lost is not looked for.
     Retire,
-    /// The driver is ready. Answered once the rings run, or will as soon as there is a back-end.
-    Start(Activation, SyncSender<Result<(), CannotActivate>>),
+    /// The driver is ready. If the rings cannot be run as it wants, the device needs a reset.
+    Start(Activation),
     /// The driver resets the device. Answered once nobody touches guest memory any more.
     Reset(SyncSender<()>),
     /// The VMM ends.
@@ -365,11 +367,13 @@ pub struct Mailbox {
 }
 
 impl Mailbox {
-    /// Sends a command; if the thread has ended, nobody answers.
-    pub fn send(&self, command: Command) {
-        if self.commands.send(command).is_ok() {
+    /// Sends a command; false if the thread has ended: then nobody answers.
+    pub fn send(&self, command: Command) -> bool {
+        let sent = self.commands.send(command).is_ok();
+        if sent {
             event::signal(&self.wake);
         }
+        sent
     }
 }
 
@@ -424,17 +428,17 @@ impl VirtioDevice for Net {
         }
     }
 
-    fn activate(&mut self, activation: Activation) -> Result<(), CannotActivate> {
-        let (sender, answer) = sync_channel(1);
-        self.mailbox.send(Command::Start(activation, sender));
-        answer.recv().unwrap_or(Err(CannotActivate))
+    fn activate(&mut self, activation: Activation) {
+        if !self.mailbox.send(Command::Start(activation)) {
+            self.shared.events.need_reset();
+        }
     }
 
-    fn reset(&mut self) {
+    fn reset(&mut self) -> Pending {
         let (sender, answer) = sync_channel(1);
+        // A thread that has ended has no connection, and so nobody has guest memory.
         self.mailbox.send(Command::Reset(sender));
-        // No answer: the thread has ended, and its connection with it.
-        let _ = answer.recv();
+        Pending::new(answer)
     }
 }
 

@@ -32,7 +32,7 @@ use super::control_queue::{self, ControlQueue, Refused};
 use super::dialler::{Dialler, dial};
 use super::net::{Command, Identity, NetShared, check_offer, for_backend};
 use super::net_thread::NetError;
-use super::{Activation, CannotActivate, InvalidQueue, feature};
+use super::{Activation, InvalidQueue, feature};
 use crate::config::{Mac, NetConfig};
 use crate::event;
 use crate::memory::GuestMemory;
@@ -189,9 +189,7 @@ impl Worker {
                     let _ = answer.send(self.transfer(Link::finish_transfer));
                 }
                 Ok(Command::Retire) => self.retired = true,
-                Ok(Command::Start(activation, answer)) => {
-                    let _ = answer.send(self.start(&activation));
-                }
+                Ok(Command::Start(activation)) => self.start(&activation),
                 Ok(Command::Reset(answer)) => {
                     self.reset();
                     let _ = answer.send(());
@@ -202,17 +200,20 @@ impl Worker {
         }
     }
 
-    fn start(&mut self, activation: &Activation) -> Result<(), CannotActivate> {
-        let device = self.accept(activation).map_err(|error| {
-            baton_control::limited!(warn, "{}: {error}", self.name);
-            CannotActivate
-        })?;
+    fn start(&mut self, activation: &Activation) {
+        let device = match self.accept(activation) {
+            Ok(device) => device,
+            Err(error) => {
+                baton_control::limited!(warn, "{}: the device cannot be started: {error}", self.name);
+                self.shared.events.need_reset();
+                return;
+            }
+        };
         self.shared.set_driver(device.features, device.pairs);
         self.device = Some(device);
         if let Err(error) = self.start_rings(&[], false, false) {
             self.lose(&one_line(&error));
         }
-        Ok(())
     }
 
     fn use_memory(&mut self, memory: GuestMemory) -> Result<(), NetError> {
