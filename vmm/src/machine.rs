@@ -116,8 +116,9 @@ impl NetDevice {
 /// A VM and its devices.
 #[derive(Debug)]
 pub struct Machine {
-    vm: Vm,
+    // Declared before the VM: a vCPU's descriptor keeps the kernel's VM alive, and that uses guest memory.
     vcpus: Vcpus,
+    vm: Vm,
     console: Arc<SharedConsole>,
     net: Vec<NetDevice>,
     msr_indices: Vec<u32>,
@@ -186,7 +187,7 @@ impl Machine {
         let moves_tsc = vcpus.iter().all(vcpu_state::moves_tsc);
         let vcpus = Vcpus::start(vcpus, &Arc::new(Buses { ports, memory }), end)?;
         let (cpus, memory) = (config.cpus, config.memory.0);
-        Ok(Self { vm, vcpus, console, net, msr_indices, cpus, memory, moves_tsc })
+        Ok(Self { vcpus, vm, console, net, msr_indices, cpus, memory, moves_tsc })
     }
 
     /// What the control socket says about the network devices.
@@ -271,18 +272,19 @@ impl Machine {
         self.net.iter().try_for_each(|device| device.named(NetThread::suspend))
     }
 
-    /// Stops the vCPUs, then the devices.
+    /// Stops the vCPUs, then the devices. If a device cannot be stopped, the VM runs on.
     pub fn pause(&self) -> Result<(), MachineError> {
         // A guest that ends meanwhile is seen elsewhere.
         self.vcpus.pause();
-        self.suspend_devices()
+        self.suspend_devices().inspect_err(|_| self.resume())
     }
 
-    /// Lets the devices run, then the vCPUs. What fails is one device's back-end, and it is looked for again.
+    /// Lets the devices run, then the vCPUs. A device that fails here has lost its thread, and needs a reset that none
+    /// gives it: the guest runs on without it.
     pub fn resume(&self) {
         for device in &self.net {
             if let Err(error) = device.named(NetThread::resume) {
-                tracing::error!("{:#}", anyhow::Error::from(error));
+                tracing::warn!("{:#}", anyhow::Error::from(error));
             }
         }
         self.vcpus.tell_stopped();
@@ -327,11 +329,18 @@ impl Machine {
         Ok(self.vm.set_clock(clock)?)
     }
 
-    /// Ends the devices' connections and the vCPUs.
+    /// Ends the devices' connections and the vCPUs. Does nothing the second time.
     pub fn stop(&self) {
         // First the connections, so that a vCPU that waits for a back-end can end.
         self.net.iter().for_each(|device| device.thread.stop());
         self.vcpus.stop();
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // No vCPU may run on against memory that is about to be unmapped.
+        self.stop();
     }
 }
 

@@ -88,6 +88,8 @@ pub fn run(config: &Config) -> Result<(), RunError> {
         (None, None) => return Err(RunError::Nothing),
     };
 
+    let mut running = Running { lifecycle: &lifecycle, incoming };
+
     let interactive = config.serial == SerialTarget::Stdio;
     let terminal = if interactive { RawTerminal::enter().map_err(RunError::Terminal)? } else { None };
     let control_server = match control_socket {
@@ -99,10 +101,7 @@ pub fn run(config: &Config) -> Result<(), RunError> {
     };
     let waker = Wakers { signals: &signals, end: &end, quit: &quit };
     let ended = waker.wait_for_end(interactive.then_some(&*console));
-    lifecycle.stop();
-    if let Some(incoming) = incoming {
-        incoming.stop();
-    }
+    running.end();
     drop(control_server);
     drop(terminal);
     match ended? {
@@ -116,6 +115,27 @@ pub fn run(config: &Config) -> Result<(), RunError> {
             Ok(())
         }
         None => Ok(()),
+    }
+}
+
+/// The VM, and the wait for one. Both end with this, whatever fails beside them.
+struct Running<'a> {
+    lifecycle: &'a Lifecycle,
+    incoming: Option<Incoming>,
+}
+
+impl Running<'_> {
+    fn end(&mut self) {
+        self.lifecycle.stop();
+        if let Some(incoming) = self.incoming.take() {
+            incoming.stop();
+        }
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

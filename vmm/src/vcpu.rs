@@ -136,14 +136,15 @@ impl Vcpus {
         let state = GateState { wanted: Wanted::Paused, alive: vcpus.len(), parked: 0 };
         let gate = Arc::new(Gate { state: Mutex::new(state), changed: Condvar::new() });
         let fds: Vec<_> = vcpus.into_iter().map(|fd| Arc::new(Mutex::new(fd))).collect();
-        let mut threads = Vec::new();
-        for (id, fd) in (0u8..).zip(&fds) {
-            let (gate, buses, end) = (Arc::clone(&gate), Arc::clone(buses), end.clone());
+        // If one thread does not start, dropping this ends the others.
+        let vcpus = Self { gate, fds, threads: Mutex::default() };
+        for (id, fd) in (0u8..).zip(&vcpus.fds) {
+            let (gate, buses, end) = (Arc::clone(&vcpus.gate), Arc::clone(buses), end.clone());
             let vcpu = Vcpu { id, fd: Arc::clone(fd), gate, buses, end };
             let thread = Builder::new().name(format!("vcpu{id}")).spawn(move || vcpu.run());
-            threads.push(thread.map_err(VcpuError::Thread)?);
+            vcpus.threads().push(thread.map_err(VcpuError::Thread)?);
         }
-        Ok(Self { gate, fds, threads: Mutex::new(threads) })
+        Ok(vcpus)
     }
 
     /// Whether none of them has ended.
@@ -213,6 +214,12 @@ impl Vcpus {
     /// The threads, and with them the right to change what is wanted.
     fn threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
         self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Vcpus {
+    fn drop(&mut self) {
+        self.stop();
     }
 }
 

@@ -3,6 +3,7 @@
 //! The machine for it is made first, with its back-ends connected; all that a source then has to wait for is the VM's
 //! own. A machine that a source has come to nothing with is not used for the next: its devices have seen the VM.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
@@ -164,16 +165,14 @@ impl Serving<'_> {
             (event, descriptors) = self.receive(state.patience().unwrap_or(FOREVER), descriptors);
             let (next, actions) = state.step(event);
             state = next;
-            let mut pending = actions;
-            while !pending.is_empty() {
-                let mut came = None;
-                for action in pending {
-                    fresh &= !matches!(action, Action::Prepare(_));
-                    came = self.carry_out(action, &mut descriptors);
-                }
-                pending = Vec::new();
-                if let Some(event) = came {
-                    (state, pending) = state.step(event);
+            let mut pending = VecDeque::from(actions);
+            while let Some(action) = pending.pop_front() {
+                fresh &= !matches!(action, Action::Prepare(_));
+                // The state machine hears what came of each action, not only of the last.
+                if let Some(event) = self.carry_out(action, &mut descriptors) {
+                    let (next, actions) = state.step(event);
+                    state = next;
+                    pending.extend(actions);
                 }
             }
             descriptors.clear();

@@ -67,7 +67,7 @@ impl NetThread {
         let (commands, receiver) = channel();
         let wake = event::new().map_err(NetError::Thread)?;
         let clone = || wake.try_clone().map_err(NetError::Thread);
-        let own_wake = clone()?;
+        let (own_wake, device_wake) = (clone()?, clone()?);
         let mut worker =
             Worker::new(name.clone(), config.clone(), Arc::clone(&shared), memory, receiver, own_wake)
                 .map_err(NetError::Thread)?;
@@ -87,7 +87,7 @@ impl NetThread {
         greeting.recv().unwrap_or_else(|_| {
             Err(NetError::Thread(std::io::Error::other("it ended before it had greeted its back-end")))
         })?;
-        let net = Net::new(Arc::clone(&shared), Mailbox { commands: commands.clone(), wake: clone()? });
+        let net = Net::new(Arc::clone(&shared), Mailbox { commands: commands.clone(), wake: device_wake });
         Ok((Self { shared, mailbox: Mailbox { commands, wake }, thread: Mutex::new(Some(thread)) }, net))
     }
 
@@ -159,5 +159,11 @@ impl NetThread {
         if thread.is_some_and(|thread| thread.join().is_err()) {
             tracing::error!("a network device's thread panicked");
         }
+    }
+}
+
+impl Drop for NetThread {
+    fn drop(&mut self) {
+        self.stop();
     }
 }

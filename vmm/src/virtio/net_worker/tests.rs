@@ -213,6 +213,20 @@ fn the_inflight_region_lives_as_long_as_the_drivers_rings() {
 }
 
 #[test]
+fn a_device_whose_guest_is_dropped_leaves_its_back_end() {
+    let (mut bench, serving) = bench();
+    bench.activate(activation(VERSION_1 | MULTI_QUEUE));
+    let Bench { thread, net, .. } = bench;
+    drop(thread);
+    // The thread has ended: nobody answers the vCPUs, which may still have the device.
+    drop(serving.finish());
+    let mut net = net;
+    net.reset().wait();
+    net.activate(activation(VERSION_1));
+    assert!(net.events().needs_reset());
+}
+
+#[test]
 fn a_back_end_with_fewer_features_is_not_used() {
     let (mut bench, serving) = bench();
     bench.activate(activation(VERSION_1 | MULTI_QUEUE));
