@@ -3,7 +3,6 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use baton_control::later::Later;
 use baton_control::{Answer, BindError, BoundSocket, ControlServer, Promise};
 use baton_protocol::control::{Done, Refusal, Request};
 use serde_json::Value;
@@ -11,7 +10,8 @@ use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::event;
-use crate::lifecycle::{Lifecycle, LifecycleError};
+use crate::lifecycle::{Guest, Lifecycle, LifecycleError};
+use crate::machine::Machine;
 use crate::migration::source::Wish;
 
 /// Why there is no control socket.
@@ -27,30 +27,27 @@ pub enum ControlError {
 
 /// What can be asked about the VM and done to it.
 #[derive(Debug)]
-pub struct Controlled {
+pub struct Controlled<M = Machine> {
     /// The VM.
-    pub lifecycle: Arc<Lifecycle>,
+    pub lifecycle: Arc<Lifecycle<M>>,
     /// Signalled to end the VMM.
     pub quit: EventFd,
 }
 
-impl Controlled {
+impl<M: Guest> Controlled<M> {
     fn answer(&self, request: Request) -> Answer {
-        let done = |outcome: Result<(), LifecycleError>| match outcome {
-            Ok(()) => serialised(&Done::DONE),
-            Err(error) => Err(refusal(error)),
-        };
+        let lifecycle = &self.lifecycle;
         match request {
-            Request::Status => serialised(&self.lifecycle.status()),
-            Request::Pause => done(self.lifecycle.pause()),
-            Request::Resume => done(self.lifecycle.resume()),
+            Request::Status => serialised(&lifecycle.status()),
+            Request::Pause => return later(|promise| lifecycle.pause(promise)),
+            Request::Resume => return later(|promise| lifecycle.resume(promise)),
             Request::Migrate { path, local, dry_run } => {
                 let wish = Wish { path, local, dry_run, running: true };
-                return self.migrate(wish).map_or_else(|error| Err(error).into(), Answer::Later);
+                return later(|promise| lifecycle.migrate(wish, promise));
             }
             Request::Quit => {
                 event::signal(&self.quit);
-                done(Ok(()))
+                serialised(&Done::DONE)
             }
             Request::Stats => Err(Refusal { error: "a VMM has no counters: ask its back-ends".to_owned() }),
             Request::Handover { .. } => {
@@ -59,12 +56,15 @@ impl Controlled {
         }
         .into()
     }
+}
 
-    fn migrate(&self, wish: Wish) -> Result<Later, Refusal> {
-        let (promise, later) = Promise::new().map_err(refusal)?;
-        self.lifecycle.migrate(wish, promise).map_err(refusal)?;
+/// The answer to what `begin` begins, if it does.
+fn later(begin: impl FnOnce(Promise) -> Result<(), LifecycleError>) -> Answer {
+    let begun = Promise::new().map_err(refusal).and_then(|(promise, later)| {
+        begin(promise).map_err(refusal)?;
         Ok(later)
-    }
+    });
+    begun.map_or_else(|refusal| Err(refusal).into(), Answer::Later)
 }
 
 fn refusal(error: impl Into<anyhow::Error>) -> Refusal {
@@ -81,6 +81,12 @@ pub fn bind(path: &Path) -> Result<BoundSocket, ControlError> {
 }
 
 /// Serves requests on a thread of their own.
-pub fn serve(socket: BoundSocket, controlled: Controlled) -> Result<ControlServer, ControlError> {
+pub fn serve<M: Guest>(
+    socket: BoundSocket,
+    controlled: Controlled<M>,
+) -> Result<ControlServer, ControlError> {
     Ok(ControlServer::start(socket, move |request| controlled.answer(request))?)
 }
+
+#[cfg(test)]
+mod tests;
