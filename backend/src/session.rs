@@ -1,9 +1,11 @@
 //! One front-end's connection: it begins when the connection is made and ends when either side leaves.
 //!
-//! The `vhost` crate's request handler reads and answers the messages. It would block in the middle of one, and on
-//! an answer that nobody reads, so it is asked for a message only when that is there whole and when the socket has
-//! room for the answer. It keeps no bytes of its own: what is not handled yet stays in the socket.
-#![expect(unsafe_code, reason = "swaps the handler's socket, reads message headers ahead")]
+//! The `vhost` crate's request handler reads and answers the messages. It is given one only when that is there whole
+//! and when the front-end's socket has room for the answer (`session/wire.rs`). Nothing is kept between messages: what is not
+//! handled yet stays in the front-end's socket, and another process can go on with it.
+#![expect(unsafe_code, reason = "borrows the handler's socket")]
+
+mod wire;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -12,34 +14,19 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use baton_control::limited;
-use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, recv, send};
+use nix::sys::socket::{MsgFlags, send};
 use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
 use crate::dispatch::{Dispatch, Rejection};
 use crate::features::PROTOCOL_FEATURES;
 use crate::handover::Departure;
+use wire::{HEADER, Header, NEED_REPLY, Wire};
 
-/// `struct vhost_user_msg`: request, flags and size, 4 bytes each.
-const HEADER: usize = 12;
-/// The longest body that the crate reads.
-const MAX_BODY: u32 = 4096;
-/// Flag: the sender wants an acknowledgement.
-const NEED_REPLY: u32 = 1 << 3;
-/// Version 1, and "this is a reply".
-const REPLY_FLAGS: u32 = 1 | 1 << 2;
 /// Messages handled before other events get their turn.
 const TURN: u32 = 64;
 /// How long messages are handled before other events get their turn; a message that has begun is not interrupted.
 const TURN_TIME: Duration = Duration::from_millis(5);
-
-nix::ioctl_read_bad!(
-    /// Bytes that can be read.
-    fionread,
-    libc::FIONREAD,
-    libc::c_int
-);
 
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +40,12 @@ pub enum SessionEnd {
     /// Descriptors came with the bytes in the middle of a header.
     #[error("descriptors came in the middle of a message's header")]
     Scattered,
+    /// The limit of open files, or more than any message has.
+    #[error("not all descriptors of a message could be taken")]
+    Descriptors,
+    /// A target that came to nothing can still read from the connection.
+    #[error("another process has read from the front-end's connection")]
+    Robbed,
     /// A message that this protocol does not have.
     #[error("message {request} of {size} bytes is too long")]
     Oversized {
@@ -122,6 +115,7 @@ pub struct Negotiated {
 
 /// A session.
 pub struct Session {
+    wire: Wire,
     handler: BackendReqHandler<Mutex<Dispatch>>,
     dispatch: Arc<Mutex<Dispatch>>,
     /// Whether a message was seen: a connection that is closed without one is no session.
@@ -132,7 +126,7 @@ pub struct Session {
 impl std::fmt::Debug for Session {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Session")
-            .field("socket", &self.handler.as_raw_fd())
+            .field("socket", &self.as_fd().as_raw_fd())
             .field("begun", &self.begun)
             .finish()
     }
@@ -140,8 +134,7 @@ impl std::fmt::Debug for Session {
 
 impl AsFd for Session {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the handler owns its socket and lives as long as the borrow.
-        unsafe { BorrowedFd::borrow_raw(self.handler.as_raw_fd()) }
+        self.wire.as_fd()
     }
 }
 
@@ -163,18 +156,15 @@ impl Session {
         dispatch: Arc<Mutex<Dispatch>>,
         negotiated: Negotiated,
     ) -> io::Result<Self> {
-        let (ours, primer) = UnixStream::pair()?;
-        let mut handler = BackendReqHandler::from_stream(ours, Arc::clone(&dispatch));
+        let (theirs, ours) = UnixStream::pair()?;
+        let mut handler = BackendReqHandler::from_stream(theirs, Arc::clone(&dispatch));
         lock(&dispatch).restoring = true;
-        let primed = prime(&mut handler, &primer, negotiated);
+        let primed = prime(&mut handler, &ours, negotiated);
         lock(&dispatch).restoring = false;
         primed?;
-        // The handler's own socket becomes the real one.
-        // SAFETY: both are open sockets; the handler keeps using the number that it owns.
-        if unsafe { libc::dup3(socket.as_fd().as_raw_fd(), handler.as_raw_fd(), libc::O_CLOEXEC) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(Self { handler, dispatch, begun: negotiated.begun, since: Instant::now() })
+        let wire = Wire::new(socket.as_fd().try_clone_to_owned()?, ours);
+        wire.discard_answers()?;
+        Ok(Self { wire, handler, dispatch, begun: negotiated.begun, since: Instant::now() })
     }
 
     /// Whether the front-end has said anything.
@@ -208,112 +198,52 @@ impl Session {
 
     /// The header of the next message, if that is there whole and an answer could be sent.
     fn next_message(&self) -> Result<Option<Header>, SessionEnd> {
-        // Before the look at them, so that bytes which come in between are not taken for bytes that cannot be read.
-        let available = self.available()?;
-        let mut bytes = [0; HEADER];
-        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-        let length = match recv(self.handler.as_raw_fd(), &mut bytes, flags) {
-            Ok(0) => return Err(SessionEnd::Left),
-            Ok(length) => length,
-            Err(nix::Error::EAGAIN) => return Ok(None),
-            Err(nix::Error::ECONNRESET) => return Err(SessionEnd::Left),
-            Err(error) => return Err(SessionEnd::Socket(error.into())),
-        };
-        if length < HEADER {
-            // A read ends where other descriptors begin, and so would the next one.
-            return if available < HEADER { self.incomplete() } else { Err(SessionEnd::Scattered) };
-        }
-        let header = Header::from(bytes);
-        if header.size > MAX_BODY {
-            return Err(SessionEnd::Oversized { request: header.request, size: header.size });
-        }
+        let Some(header) = self.wire.next()? else { return Ok(None) };
         // Its answer says how the transfer ended, and the session waits for nothing else meanwhile.
         if header.request == FrontendReq::CHECK_DEVICE_STATE as u32
             && lock(&self.dispatch).handover.is_transferring()
         {
             return Ok(None);
         }
-        // The size was checked just now.
-        let whole = HEADER + header.size as usize;
-        if available < whole {
-            return self.incomplete();
-        }
-        Ok((self.poll(libc::POLLOUT)? & libc::POLLOUT != 0).then_some(header))
-    }
-
-    /// How many bytes wait in the socket.
-    fn available(&self) -> Result<usize, SessionEnd> {
-        let mut available = 0;
-        // SAFETY: FIONREAD writes an int.
-        unsafe { fionread(self.handler.as_raw_fd(), &raw mut available) }
-            .map_err(|error| SessionEnd::Socket(error.into()))?;
-        Ok(usize::try_from(available).unwrap_or_default())
-    }
-
-    /// Part of a message is there; the rest comes later, or never.
-    fn incomplete(&self) -> Result<Option<Header>, SessionEnd> {
-        let gone = libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR;
-        if self.poll(libc::POLLRDHUP)? & gone != 0 { Err(SessionEnd::Truncated) } else { Ok(None) }
-    }
-
-    /// The events that hold now, of `events` and of those that are always told.
-    fn poll(&self, events: libc::c_short) -> Result<libc::c_short, SessionEnd> {
-        let mut fd = libc::pollfd { fd: self.handler.as_raw_fd(), events, revents: 0 };
-        // Not by nix, which gives nothing at all where it does not know a bit, and POLLRDHUP is one.
-        // SAFETY: one descriptor's place, which lives through the call.
-        let result = unsafe { libc::poll(&raw mut fd, 1, 0) };
-        Errno::result(result).map_err(|error| SessionEnd::Socket(error.into()))?;
-        Ok(fd.revents)
+        Ok(self.wire.has_room()?.then_some(header))
     }
 
     fn handle(&mut self, header: &Header) -> Result<(), SessionEnd> {
         let request = header.request;
+        // SAFETY: the handler owns its socket and lives as long as the borrow.
+        let theirs = unsafe { BorrowedFd::borrow_raw(self.handler.as_raw_fd()) };
+        self.wire.deliver(header, theirs)?;
         let result = self.handler.handle_request();
         let rejection = lock(&self.dispatch).take_rejection();
+        let answered = self.wire.forward();
         let name = FrontendReq::try_from(request).ok();
         match (result, rejection) {
-            (Ok(()), None) => {
-                tracing::trace!(?name, "request served");
-                Ok(())
+            (_, Some(Rejection::Device(source))) => return Err(SessionEnd::Device(Rejection::Device(source))),
+            (_, Some(source)) if header.has_answer() => {
+                return Err(SessionEnd::Unanswerable { request, source });
             }
-            (_, Some(Rejection::Device(source))) => Err(SessionEnd::Device(Rejection::Device(source))),
-            (_, Some(source)) if header.has_answer() => Err(SessionEnd::Unanswerable { request, source }),
-            (_, Some(rejection)) => {
-                limited!(warn, ?name, %rejection, "request rejected");
-                Ok(())
-            }
-            (Err(VhostError::Disconnected), None) => Err(SessionEnd::Left),
+            (_, Some(rejection)) => limited!(warn, ?name, %rejection, "request rejected"),
+            (Ok(()), None) => tracing::trace!(?name, "request served"),
             (Err(source), None) => {
-                self.refuse(header, &source);
-                Err(SessionEnd::Protocol { request, source })
+                // The crate acknowledges what its methods refuse, and some of what it refuses itself.
+                if matches!(answered, Ok(false)) {
+                    self.refuse(header);
+                }
+                return Err(SessionEnd::Protocol { request, source });
             }
         }
+        answered.map(drop)
     }
 
     /// Sends the negative acknowledgement that the crate leaves out for what it does not understand.
-    fn refuse(&self, header: &Header, source: &VhostError) {
-        use FrontendReq as R;
-        // The crate acknowledges what these requests' own methods refuse, but not what it refuses before them.
-        let sent = match FrontendReq::try_from(header.request) {
-            Ok(R::SET_MEM_TABLE | R::GPU_SET_SOCKET) => header.is_sound(),
-            Ok(R::SET_CONFIG | R::SET_BACKEND_REQ_FD) => {
-                header.is_sound() && !matches!(source, VhostError::InactiveOperation(_))
-            }
-            _ => false,
-        };
+    fn refuse(&self, header: &Header) {
         let negotiated = lock(&self.dispatch).device.session().protocol_features
             & vhost::vhost_user::VhostUserProtocolFeatures::REPLY_ACK.bits()
             != 0;
-        if sent || !negotiated || header.flags & NEED_REPLY == 0 || header.has_answer() {
-            return;
+        if negotiated && header.flags & NEED_REPLY != 0 && !header.has_answer() {
+            // The connection ends in any case.
+            let _ = self.wire.refuse(header.request);
         }
-        let mut reply = [0; HEADER + 8];
-        reply[0..4].copy_from_slice(&header.request.to_ne_bytes());
-        reply[4..8].copy_from_slice(&REPLY_FLAGS.to_ne_bytes());
-        reply[8..12].copy_from_slice(&8u32.to_ne_bytes());
-        reply[12..20].copy_from_slice(&1u64.to_ne_bytes());
-        // The connection ends in any case.
-        let _ = send(self.handler.as_raw_fd(), &reply, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL);
     }
 }
 
@@ -321,7 +251,7 @@ impl Session {
 /// `SET_FEATURES`, as QEMU sends it.
 fn prime(
     handler: &mut BackendReqHandler<Mutex<Dispatch>>,
-    primer: &UnixStream,
+    socket: &UnixStream,
     negotiated: Negotiated,
 ) -> io::Result<()> {
     let protocol_features = negotiated.protocol_features.to_ne_bytes();
@@ -339,52 +269,10 @@ fn prime(
         message.extend(1u32.to_ne_bytes());
         message.extend(u32::try_from(body.len()).unwrap_or_default().to_ne_bytes());
         message.extend(body);
-        send(primer.as_raw_fd(), &message, MsgFlags::MSG_NOSIGNAL)?;
+        send(socket.as_raw_fd(), &message, MsgFlags::MSG_NOSIGNAL)?;
         handler.handle_request().map_err(io::Error::other)?;
     }
     Ok(())
-}
-
-/// A message's header.
-#[derive(Clone, Copy, Debug)]
-struct Header {
-    request: u32,
-    flags: u32,
-    size: u32,
-}
-
-impl From<[u8; HEADER]> for Header {
-    fn from(bytes: [u8; HEADER]) -> Self {
-        let word = |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
-        Self { request: word(0), flags: word(4), size: word(8) }
-    }
-}
-
-impl Header {
-    /// Whether its flags are a request's of version 1: the crate looks at nothing else otherwise.
-    fn is_sound(&self) -> bool {
-        self.flags & !NEED_REPLY == 1
-    }
-
-    /// Whether the message has an answer of its own, so that an acknowledgement would be taken for it.
-    fn has_answer(&self) -> bool {
-        use FrontendReq as R;
-        matches!(
-            FrontendReq::try_from(self.request),
-            Ok(R::GET_FEATURES
-                | R::GET_VRING_BASE
-                | R::GET_PROTOCOL_FEATURES
-                | R::GET_QUEUE_NUM
-                | R::GET_CONFIG
-                | R::GET_INFLIGHT_FD
-                | R::GET_MAX_MEM_SLOTS
-                | R::GET_STATUS
-                | R::GET_SHARED_OBJECT
-                | R::GET_SHMEM_CONFIG
-                | R::SET_LOG_BASE
-                | R::POSTCOPY_ADVISE)
-        )
-    }
 }
 
 fn lock(dispatch: &Mutex<Dispatch>) -> MutexGuard<'_, Dispatch> {

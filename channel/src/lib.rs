@@ -5,4 +5,4 @@ pub mod ownership;
 pub mod packet;
 pub mod peer;
 mod place;
-mod scm;
+pub mod scm;

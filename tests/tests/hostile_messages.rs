@@ -19,6 +19,7 @@ on_both_datapaths! {
     wrong_messages_harm_nobody,
     every_request_of_every_size_harms_nobody,
     a_socket_closed_at_any_point_harms_nobody,
+    more_descriptors_than_a_message_has_hold_up_nothing,
 }
 
 /// How far the device is when the attack begins.
@@ -500,4 +501,19 @@ fn a_socket_closed_at_any_point_harms_nobody(datapath: Datapath) {
             break;
         }
     }
+}
+
+/// The `vhost` crate takes 32, and with more goes on to read what has not been sent.
+fn more_descriptors_than_a_message_has_hold_up_nothing(datapath: Datapath) {
+    let mut victim = Victim::new(datapath).unwrap();
+    let event = eventfd();
+    for fds in [32, 33, 253] {
+        for message in [Message::empty(request::SET_OWNER), Message::u64(request::SET_VRING_CALL, 0)] {
+            let device = prepare(victim.rig.backend.connect().unwrap(), Negotiated);
+            say_with(&device, &message, &vec![event.as_fd(); fds]);
+            // The front-end sends nothing more, and the event loop serves others.
+            victim.rig.backend.status().unwrap();
+        }
+    }
+    victim.check().unwrap();
 }

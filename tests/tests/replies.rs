@@ -24,6 +24,7 @@ on_both_datapaths! {
     reset_device_disables_and_resets,
     what_changes_a_layout_and_is_not_offered_is_refused,
     a_malformed_request_is_refused_once,
+    every_request_is_answered_once_whatever_it_brings,
 }
 
 /// A connection on which `REPLY_ACK` and the rest have been negotiated.
@@ -336,6 +337,33 @@ fn a_malformed_request_is_refused_once(datapath: Datapath) {
             replies.push(reply.payload);
         }
         assert_eq!(replies, [1u64.to_le_bytes().to_vec()], "{message:?}");
+    }
+    rig.backend.check_healthy().unwrap();
+}
+
+fn every_request_is_answered_once_whatever_it_brings(datapath: Datapath) {
+    // They have answers of their own. SET_PROTOCOL_FEATURES may take REPLY_ACK back.
+    const QUESTIONS: [u32; 12] = [1, 6, 11, 15, 17, 24, 28, 31, 36, 40, 41, 44];
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
+    let event = EventFd::new().unwrap();
+    let config = [0u32, 8, 0, 0, 0].map(u32::to_le_bytes).concat();
+    for number in (2..=44).filter(|number| *number != 16 && !QUESTIONS.contains(number)) {
+        for body in [vec![], vec![0; 8], config.clone()] {
+            for fds in [vec![], vec![event.as_fd()]] {
+                let connection = negotiated(&mut rig);
+                let message = Message::new(number, body.clone()).with_need_reply();
+                connection.send(&message, &fds).unwrap();
+                // The session may be over.
+                let _ = connection.send(&Message::empty(request::GET_FEATURES), &[]);
+                let mut replies = 0;
+                while let Ok(Some(reply)) = connection.try_receive()
+                    && reply.request != request::GET_FEATURES
+                {
+                    replies += 1;
+                }
+                assert_eq!(replies, 1, "{message:?} with {} descriptors", fds.len());
+            }
+        }
     }
     rig.backend.check_healthy().unwrap();
 }

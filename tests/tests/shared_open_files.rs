@@ -2,10 +2,15 @@
 //! does not take it, must not hold up the source by what it does to them (`O_NONBLOCK`: fcntl(2), `F_SETFL`).
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
 use anyhow::{Result, ensure};
 use baton_protocol::control::SessionReport;
 use baton_tests::backend::{Backend, Rig};
 use baton_tests::datapath::Datapath;
+use baton_tests::fake_frontend::wire::{Message, request};
 use baton_tests::fake_frontend::{Device, NetHeader, Options};
 use baton_tests::frames;
 use baton_tests::netns;
@@ -13,12 +18,14 @@ use baton_tests::on_both_datapaths;
 use baton_tests::session_peer::{Asked, FakeTarget, Sent, take_stage};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::Signal;
+use nix::sys::socket::{MsgFlags, recv};
 
 on_both_datapaths! {
     a_target_that_makes_the_tap_block_does_not_hold_up_the_source,
     a_source_whose_tap_blocks_ends_when_told_to,
     a_source_whose_tap_blocks_hands_over,
     what_a_target_did_to_the_tap_is_undone,
+    a_target_that_reads_the_front_ends_messages_holds_up_nothing,
 }
 
 /// A device that works, and what a target was given that has gone: of it the TAP is made to block.
@@ -111,4 +118,35 @@ fn what_a_target_did_to_the_tap_is_undone(datapath: Datapath) {
         assert_eq!(netns::queue_settings(tap(pair)).unwrap(), before, "pair {pair}");
     }
     rig.check_traffic(&mut device).unwrap();
+}
+
+fn a_target_that_reads_the_front_ends_messages_holds_up_nothing(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
+    for round in 0..20 {
+        let device = rig.device(Options::default()).unwrap();
+        let place = FakeTarget::bind(&rig.backend.directory().join(format!("thief{round}"))).unwrap();
+        let asked = Asked::of(&rig.backend, place.path()).unwrap();
+        let link = place.accept().unwrap();
+        let sent = take_stage(&link).unwrap();
+        drop(link);
+        asked.failure().unwrap();
+        let socket = sent.fd("frontend").unwrap().as_raw_fd();
+        let over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    let _ = recv(socket, &mut [0; 4096], MsgFlags::MSG_DONTWAIT);
+                }
+            });
+            // Until the back-end finds out, if it does.
+            let message = Message::u64(request::SET_FEATURES, device.options.features);
+            let _ = (0..1000).try_for_each(|_| device.connection.send(&message, &[]));
+            over.store(true, Ordering::Relaxed);
+        });
+        rig.backend.status().unwrap();
+    }
+    let mut device = rig.device(Options::default()).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    rig.backend.process.signal(Signal::SIGTERM).unwrap();
+    assert_eq!(rig.backend.process.wait().unwrap().code(), Some(0));
 }

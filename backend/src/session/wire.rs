@@ -1,0 +1,276 @@
+//! The front-end's socket: whole messages are moved from it to the crate's request handler, and the answers back.
+//!
+//! The handler would block in the middle of a message, so it has a socket of its own, on which it finds a whole one. No
+//! call on the front-end's socket waits. That belongs to all who hold it, a target of a hand-over that came to nothing
+//! among them: a process that reads from it can end the session, and no more.
+#![expect(unsafe_code, reason = "asks what a socket has to read, polls it, and changes the handler's")]
+
+use std::io::{self, IoSlice};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+
+use baton_channel::scm;
+use nix::errno::Errno;
+use nix::sys::socket::{ControlMessage, MsgFlags, recv, sendmsg};
+use vhost::vhost_user::message::FrontendReq;
+
+use super::SessionEnd;
+
+/// `struct vhost_user_msg`: request, flags and size, 4 bytes each.
+pub(super) const HEADER: usize = 12;
+/// The longest body that the crate reads.
+const MAX_BODY: u32 = 4096;
+/// The most descriptors that the crate takes with a message.
+const MAX_FDS: usize = 32;
+/// The longest answer.
+const ANSWER: usize = HEADER + 4096;
+/// Flag: the sender wants an acknowledgement.
+pub(super) const NEED_REPLY: u32 = 1 << 3;
+/// Version 1, and "this is a reply".
+const REPLY_FLAGS: u32 = 1 | 1 << 2;
+
+nix::ioctl_read_bad!(
+    /// Bytes that can be read.
+    fionread,
+    libc::FIONREAD,
+    libc::c_int
+);
+
+/// A message's header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Header {
+    pub request: u32,
+    pub flags: u32,
+    pub size: u32,
+}
+
+impl From<[u8; HEADER]> for Header {
+    fn from(bytes: [u8; HEADER]) -> Self {
+        let word = |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        Self { request: word(0), flags: word(4), size: word(8) }
+    }
+}
+
+impl Header {
+    /// Whether the message has an answer of its own, so that an acknowledgement would be taken for it.
+    pub fn has_answer(&self) -> bool {
+        use FrontendReq as R;
+        matches!(
+            FrontendReq::try_from(self.request),
+            Ok(R::GET_FEATURES
+                | R::GET_VRING_BASE
+                | R::GET_PROTOCOL_FEATURES
+                | R::GET_QUEUE_NUM
+                | R::GET_CONFIG
+                | R::GET_INFLIGHT_FD
+                | R::GET_MAX_MEM_SLOTS
+                | R::GET_STATUS
+                | R::GET_SHARED_OBJECT
+                | R::GET_SHMEM_CONFIG
+                | R::SET_LOG_BASE
+                | R::POSTCOPY_ADVISE)
+        )
+    }
+
+    /// The body's length, which [`Wire::next`] has checked.
+    fn body(&self) -> usize {
+        usize::try_from(self.size).unwrap_or(usize::MAX)
+    }
+}
+
+/// The front-end's socket and the handler's.
+#[derive(Debug)]
+pub(super) struct Wire {
+    front: OwnedFd,
+    /// The other end of the handler's socket.
+    handler: UnixStream,
+    /// The handler's socket has nothing more to come.
+    ended: bool,
+}
+
+impl AsFd for Wire {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.front.as_fd()
+    }
+}
+
+impl Wire {
+    pub fn new(front: OwnedFd, handler: UnixStream) -> Self {
+        Self { front, handler, ended: false }
+    }
+
+    /// The header of the next message, if that is there whole.
+    pub fn next(&self) -> Result<Option<Header>, SessionEnd> {
+        // Before the look at them, so that bytes which come in between are not taken for bytes that cannot be read.
+        let available = self.available()?;
+        let mut bytes = [0; HEADER];
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        let length = match recv(self.front.as_raw_fd(), &mut bytes, flags) {
+            Ok(0) => return Err(SessionEnd::Left),
+            Ok(length) => length,
+            Err(Errno::EAGAIN) => return Ok(None),
+            Err(Errno::ECONNRESET) => return Err(SessionEnd::Left),
+            Err(error) => return Err(SessionEnd::Socket(error.into())),
+        };
+        if length < HEADER {
+            // A read ends where other descriptors begin, and so would the next one.
+            return if available < HEADER { self.incomplete() } else { Err(SessionEnd::Scattered) };
+        }
+        let header = Header::from(bytes);
+        if header.size > MAX_BODY {
+            return Err(SessionEnd::Oversized { request: header.request, size: header.size });
+        }
+        if available < HEADER + header.body() {
+            return self.incomplete();
+        }
+        Ok(Some(header))
+    }
+
+    /// Whether there is room for an answer.
+    pub fn has_room(&self) -> Result<bool, SessionEnd> {
+        Ok(self.poll(libc::POLLOUT)? & libc::POLLOUT != 0)
+    }
+
+    /// How many bytes wait in the socket.
+    fn available(&self) -> Result<usize, SessionEnd> {
+        let mut available = 0;
+        // SAFETY: FIONREAD writes an int.
+        unsafe { fionread(self.front.as_raw_fd(), &raw mut available) }
+            .map_err(|error| SessionEnd::Socket(error.into()))?;
+        Ok(usize::try_from(available).unwrap_or_default())
+    }
+
+    /// Part of a message is there; the rest comes later, or never.
+    fn incomplete(&self) -> Result<Option<Header>, SessionEnd> {
+        let gone = libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR;
+        if self.poll(libc::POLLRDHUP)? & gone != 0 { Err(SessionEnd::Truncated) } else { Ok(None) }
+    }
+
+    /// The events that hold now, of `events` and of those that are always told.
+    fn poll(&self, events: libc::c_short) -> Result<libc::c_short, SessionEnd> {
+        let mut fd = libc::pollfd { fd: self.front.as_raw_fd(), events, revents: 0 };
+        // Not by nix, which gives nothing at all where it does not know a bit, and POLLRDHUP is one.
+        // SAFETY: one descriptor's place, which lives through the call.
+        let result = unsafe { libc::poll(&raw mut fd, 1, 0) };
+        Errno::result(result).map_err(|error| SessionEnd::Socket(error.into()))?;
+        Ok(fd.revents)
+    }
+
+    /// Moves the message that [`Self::next`] has found to the handler, whose socket is `theirs`.
+    pub fn deliver(&mut self, header: &Header, theirs: BorrowedFd<'_>) -> Result<(), SessionEnd> {
+        let (message, fds) = self.take(header)?;
+        // Where the crate cannot take all descriptors it reads on, and must come to an end.
+        let last = !fds.is_empty();
+        if last || self.ended {
+            self.renew(theirs).map_err(SessionEnd::Socket)?;
+        }
+        send(&self.handler, &message, &fds).map_err(|error| SessionEnd::Socket(error.into()))?;
+        if last {
+            self.handler.shutdown(Shutdown::Write).map_err(SessionEnd::Socket)?;
+            self.ended = true;
+        }
+        Ok(())
+    }
+
+    /// The message with the descriptors of its first byte.
+    fn take(&self, header: &Header) -> Result<(Vec<u8>, Vec<OwnedFd>), SessionEnd> {
+        let mut message = vec![0; HEADER + header.body()];
+        let mut fds = Vec::new();
+        let mut filled = 0;
+        while filled < message.len() {
+            let end = if filled < HEADER { HEADER } else { message.len() };
+            let received = match scm::receive(&self.front, &mut message[filled..end]) {
+                Ok(received) if received.length > 0 => received,
+                Ok(_) => return Err(SessionEnd::Robbed),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(SessionEnd::Robbed),
+                Err(error) => return Err(SessionEnd::Socket(error)),
+            };
+            if received.fds_lost {
+                return Err(SessionEnd::Descriptors);
+            }
+            if filled == 0 {
+                fds = received.fds;
+            }
+            filled += received.length;
+        }
+        let found: [u8; HEADER] = std::array::from_fn(|at| message[at]);
+        if Header::from(found) != *header {
+            return Err(SessionEnd::Robbed);
+        }
+        if fds.len() > MAX_FDS { Err(SessionEnd::Descriptors) } else { Ok((message, fds)) }
+    }
+
+    /// Gives the handler a new socket in the place of `theirs`.
+    fn renew(&mut self, theirs: BorrowedFd<'_>) -> io::Result<()> {
+        let (new, ours) = UnixStream::pair()?;
+        // SAFETY: both are open sockets; the handler keeps using the number that it owns.
+        if unsafe { libc::dup3(new.as_raw_fd(), theirs.as_raw_fd(), libc::O_CLOEXEC) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        self.handler = ours;
+        self.ended = false;
+        Ok(())
+    }
+
+    /// Sends what the handler has answered to the front-end. Gives whether that is anything.
+    pub fn forward(&self) -> Result<bool, SessionEnd> {
+        let mut answered = false;
+        let mut answer = [0; ANSWER];
+        loop {
+            match scm::receive(&self.handler, &mut answer) {
+                Ok(received) if received.fds_lost => {
+                    return Err(SessionEnd::Descriptors);
+                }
+                Ok(received) if received.length > 0 => {
+                    answered = true;
+                    self.send(&answer[..received.length], &received.fds)?;
+                }
+                Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
+                    return Err(SessionEnd::Socket(error));
+                }
+                _ => return Ok(answered),
+            }
+        }
+    }
+
+    /// Sends the negative acknowledgement of a request.
+    pub fn refuse(&self, request: u32) -> Result<(), SessionEnd> {
+        let mut reply = [0; HEADER + 8];
+        reply[0..4].copy_from_slice(&request.to_ne_bytes());
+        reply[4..8].copy_from_slice(&REPLY_FLAGS.to_ne_bytes());
+        reply[8..12].copy_from_slice(&8u32.to_ne_bytes());
+        reply[12..20].copy_from_slice(&1u64.to_ne_bytes());
+        self.send(&reply, &[])
+    }
+
+    /// Sends to the front-end. There was room before, which only another holder of the socket can have filled.
+    fn send(&self, bytes: &[u8], fds: &[OwnedFd]) -> Result<(), SessionEnd> {
+        match send(&self.front, bytes, fds) {
+            Err(Errno::EPIPE | Errno::ECONNRESET) => Err(SessionEnd::Left),
+            other => other.map_err(|error| SessionEnd::Socket(error.into())),
+        }
+    }
+
+    /// Drops what the handler has answered so far.
+    pub fn discard_answers(&self) -> io::Result<()> {
+        let mut answer = [0; ANSWER];
+        loop {
+            match scm::receive(&self.handler, &mut answer) {
+                Ok(received) if received.length > 0 => {}
+                Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Err(error),
+                _ => return Ok(()),
+            }
+        }
+    }
+}
+
+/// Sends all of it at once, or fails.
+fn send(socket: &impl AsFd, bytes: &[u8], fds: &[OwnedFd]) -> Result<(), Errno> {
+    let fds: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = [ControlMessage::ScmRights(&fds)];
+    let control = if fds.is_empty() { &[] } else { &rights[..] };
+    let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+    let sent = sendmsg::<()>(socket.as_fd().as_raw_fd(), &[IoSlice::new(bytes)], control, flags, None)?;
+    if sent == bytes.len() { Ok(()) } else { Err(Errno::EAGAIN) }
+}
