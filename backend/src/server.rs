@@ -49,6 +49,8 @@ const REST: Duration = Duration::from_millis(100);
 /// How long a connection may stay silent while another front-end waits. One that has just come is no less welcome than
 /// the next.
 const SILENCE: Duration = Duration::from_secs(1);
+/// How long a front-end may take to negotiate while another one waits: it takes milliseconds.
+const NEGOTIATION: Duration = Duration::from_secs(5);
 
 /// Why the back-end ended when it should not.
 #[derive(Debug, thiserror::Error)]
@@ -258,17 +260,24 @@ impl Server {
         Ok(())
     }
 
-    /// Another front-end waits: drops the connection that has not sent a message yet.
+    /// Another front-end waits: drops the connection that has sent nothing, or not negotiated, in its time.
     fn replace_silent(&mut self) -> Result<(), ServerError> {
         if self.live.holds_front() {
             return Ok(());
         }
-        let Some(session) = self.session.as_ref().filter(|session| !session.begun()) else { return Ok(()) };
-        let left = SILENCE.saturating_sub(session.age());
+        let Some(session) = &self.session else { return Ok(()) };
+        if session.is_negotiated() {
+            return Ok(());
+        }
+        let (patience, what) = match session.begun() {
+            false => (SILENCE, "sent no message"),
+            true => (NEGOTIATION, "stopped before it had negotiated"),
+        };
+        let left = patience.saturating_sub(session.age());
         if !left.is_zero() {
             return self.rest(left);
         }
-        limited!(info, "dropped a connection that sent no message: another front-end waits");
+        limited!(info, "dropped a connection that {what}: another front-end waits");
         self.end_session(Departure::CutOff)?;
         self.meet()
     }
@@ -288,10 +297,10 @@ impl Server {
     }
 
     /// Watches the endpoint while a front-end that comes may be accepted. While a session runs, front-ends wait in the
-    /// backlog; a connection that has not sent a message yet may have to give way.
+    /// backlog; a connection that has not negotiated yet may have to give way.
     fn watch_endpoint(&mut self) -> Result<(), ServerError> {
         let free = match &self.session {
-            Some(session) => !session.begun() && self.endpoint.listener().is_some(),
+            Some(session) => !session.is_negotiated() && self.endpoint.listener().is_some(),
             None => true,
         };
         let wanted = free && !self.resting && !self.live.holds_front();
@@ -362,7 +371,8 @@ impl Server {
             self.struck = false;
             self.epoll.remove(&session)?;
         }
-        Ok(())
+        // The next one need not wait until this one would have had to give way.
+        if self.resting { self.rest(Duration::from_nanos(1)) } else { Ok(()) }
     }
 
     fn on_signal(&mut self) -> Result<(), ServerError> {

@@ -1,8 +1,8 @@
 //! One front-end's connection: it begins when the connection is made and ends when either side leaves.
 //!
 //! The `vhost` crate's request handler reads and answers the messages. It is given one only when that is there whole
-//! and when the front-end's socket has room for the answer (`session/wire.rs`). Nothing is kept between messages: what is not
-//! handled yet stays in the front-end's socket, and another process can go on with it.
+//! and when the front-end's socket has room for the answer (`session/wire.rs`). Nothing is kept between messages: what
+//! is not handled yet stays in the front-end's socket, and another process can go on with it.
 #![expect(unsafe_code, reason = "borrows the handler's socket")]
 
 mod wire;
@@ -113,6 +113,25 @@ pub struct Negotiated {
     pub protocol_features: u64,
 }
 
+/// What the front-end has said of itself.
+#[derive(Clone, Copy, Debug, Default)]
+struct Said {
+    owner: bool,
+    protocol_features: bool,
+    features: bool,
+}
+
+impl Said {
+    fn note(&mut self, request: Option<FrontendReq>) {
+        match request {
+            Some(FrontendReq::SET_OWNER) => self.owner = true,
+            Some(FrontendReq::SET_PROTOCOL_FEATURES) => self.protocol_features = true,
+            Some(FrontendReq::SET_FEATURES) => self.features = true,
+            _ => {}
+        }
+    }
+}
+
 /// A session.
 pub struct Session {
     wire: Wire,
@@ -120,6 +139,7 @@ pub struct Session {
     dispatch: Arc<Mutex<Dispatch>>,
     /// Whether a message was seen: a connection that is closed without one is no session.
     begun: bool,
+    said: Said,
     since: Instant,
 }
 
@@ -164,12 +184,20 @@ impl Session {
         primed?;
         let wire = Wire::new(socket.as_fd().try_clone_to_owned()?, ours);
         wire.discard_answers()?;
-        Ok(Self { wire, handler, dispatch, begun: negotiated.begun, since: Instant::now() })
+        // Another process has judged how far the front-end has come.
+        let said = Said { features: negotiated.begun, ..Said::default() };
+        Ok(Self { wire, handler, dispatch, begun: negotiated.begun, said, since: Instant::now() })
     }
 
     /// Whether the front-end has said anything.
     pub fn begun(&self) -> bool {
         self.begun
+    }
+
+    /// Whether the front-end has negotiated: then it may be silent for as long as its guest is. QEMU is between
+    /// `SET_OWNER` with the protocol features, which it sends at its start, and `SET_FEATURES` of the guest's driver.
+    pub fn is_negotiated(&self) -> bool {
+        self.said.features || self.said.owner && self.said.protocol_features
     }
 
     /// How long this process has had the connection.
@@ -218,12 +246,17 @@ impl Session {
         let answered = self.wire.forward();
         let name = FrontendReq::try_from(request).ok();
         match (result, rejection) {
-            (_, Some(Rejection::Device(source))) => return Err(SessionEnd::Device(Rejection::Device(source))),
+            (_, Some(Rejection::Device(source))) => {
+                return Err(SessionEnd::Device(Rejection::Device(source)));
+            }
             (_, Some(source)) if header.has_answer() => {
                 return Err(SessionEnd::Unanswerable { request, source });
             }
             (_, Some(rejection)) => limited!(warn, ?name, %rejection, "request rejected"),
-            (Ok(()), None) => tracing::trace!(?name, "request served"),
+            (Ok(()), None) => {
+                tracing::trace!(?name, "request served");
+                self.said.note(name);
+            }
             (Err(source), None) => {
                 // The crate acknowledges what its methods refuse, and some of what it refuses itself.
                 if matches!(answered, Ok(false)) {

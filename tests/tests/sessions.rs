@@ -14,6 +14,7 @@ use baton_tests::fake_frontend::wire::{Message, protocol, request};
 use baton_tests::fake_frontend::{Device, Options, features};
 use baton_tests::on_both_datapaths;
 use baton_tests::process::Process;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 on_both_datapaths! {
     a_new_connection_is_a_new_session,
@@ -22,6 +23,8 @@ on_both_datapaths! {
     a_second_front_end_waits_its_turn,
     a_silent_connection_gives_way_to_a_front_end_that_waits,
     half_a_message_gives_way_to_a_front_end_that_waits,
+    half_a_negotiation_gives_way_to_a_front_end_that_waits,
+    a_front_end_that_has_negotiated_gives_way_to_nobody,
     set_vring_enable_before_set_features_is_kept,
     set_vring_enable_before_set_features_is_acknowledged_and_kept,
     a_front_end_may_set_up_everything_anew_on_the_same_connection,
@@ -97,10 +100,10 @@ fn a_second_front_end_waits_its_turn(datapath: Datapath) {
     rig.check_traffic(&mut device).unwrap();
 }
 
-/// Connections that never send a whole message keep no front-end out.
-fn silent_connections_give_way(datapath: Datapath, bytes: &[u8]) {
+/// Connections that send these bytes, and nothing more, keep no front-end out.
+fn silent_connections_give_way(datapath: Datapath, count: usize, bytes: &[u8]) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
-    let silent: Vec<_> = (0..3)
+    let silent: Vec<_> = (0..count)
         .map(|_| {
             let mut stream = UnixStream::connect(&rig.backend.socket).unwrap();
             stream.write_all(bytes).unwrap();
@@ -118,11 +121,35 @@ fn silent_connections_give_way(datapath: Datapath, bytes: &[u8]) {
 }
 
 fn a_silent_connection_gives_way_to_a_front_end_that_waits(datapath: Datapath) {
-    silent_connections_give_way(datapath, &[]);
+    silent_connections_give_way(datapath, 3, &[]);
 }
 
 fn half_a_message_gives_way_to_a_front_end_that_waits(datapath: Datapath) {
-    silent_connections_give_way(datapath, &[1, 0, 0, 0, 1]);
+    silent_connections_give_way(datapath, 3, &[1, 0, 0, 0, 1]);
+}
+
+fn half_a_negotiation_gives_way_to_a_front_end_that_waits(datapath: Datapath) {
+    let question = Message::empty(request::GET_FEATURES).encode();
+    silent_connections_give_way(datapath, 1, &question);
+}
+
+/// As QEMU is, until its guest's driver comes up.
+fn a_front_end_that_has_negotiated_gives_way_to_nobody(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
+    let idle = rig.backend.connect().unwrap();
+    idle.get_features().unwrap();
+    let protocol = idle.get_protocol_features().unwrap();
+    idle.set_protocol_features(protocol).unwrap();
+    idle.set_owner().unwrap();
+    let waiting = rig.backend.connect().unwrap();
+    waiting.send(&Message::empty(request::GET_FEATURES), &[]).unwrap();
+    // Longer than an idle front-end has that has not negotiated.
+    let timeout = PollTimeout::from(6000u16);
+    let answered = poll(&mut [PollFd::new(waiting.stream().as_fd(), PollFlags::POLLIN)], timeout).unwrap();
+    assert_eq!(answered, 0);
+    idle.get_features().unwrap();
+    drop(idle);
+    assert_eq!(waiting.receive().unwrap().request, request::GET_FEATURES);
 }
 
 /// QEMU 7.2, and with acknowledgements 10.0.
