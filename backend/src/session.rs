@@ -231,7 +231,7 @@ impl Session {
         if header.request == FrontendReq::CHECK_DEVICE_STATE as u32
             && lock(&self.dispatch).handover.is_transferring()
         {
-            return Ok(None);
+            return if self.wire.is_closed()? { Err(SessionEnd::Left) } else { Ok(None) };
         }
         Ok(self.wire.has_room()?.then_some(header))
     }

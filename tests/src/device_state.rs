@@ -1,11 +1,15 @@
 //! What a front-end does to move device state (`SET_DEVICE_STATE_FD`, `CHECK_DEVICE_STATE`).
 
 use std::fs::File;
+use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 
 use anyhow::{Result, ensure};
-use nix::fcntl::OFlag;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::pty::{OpenptyResult, openpty};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::sys::termios::{SetArg, cfmakeraw, tcgetattr, tcsetattr};
 use nix::unistd::pipe2;
 
 use crate::backend::{Backend, Rig};
@@ -45,6 +49,35 @@ pub fn pair(kind: SockType) -> Result<(OwnedFd, OwnedFd)> {
 pub fn pipe() -> Result<(File, File)> {
     let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
     Ok((read.into(), write.into()))
+}
+
+/// A pseudoterminal that says it is writable, and blocks what is written before it is full: first the end to write to.
+///
+/// # Errors
+/// The system's.
+pub fn nearly_full_terminal() -> Result<(File, File)> {
+    let OpenptyResult { master, slave } = openpty(None, None)?;
+    let mut mode = tcgetattr(&slave)?;
+    cfmakeraw(&mut mode);
+    tcsetattr(&slave, SetArg::TCSANOW, &mode)?;
+    let flags = OFlag::from_bits_retain(fcntl(&slave, FcntlArg::F_GETFL)?);
+    fcntl(&slave, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    let (mut slave, mut master) = (File::from(slave), File::from(master));
+    let writable = |slave: &File, patience: PollTimeout| -> Result<bool> {
+        Ok(poll(&mut [PollFd::new(slave.as_fd(), PollFlags::POLLOUT)], patience)? == 1)
+    };
+    // It is emptied by a thread of the kernel, up to the reader's own buffer, so that it may be writable again.
+    while writable(&slave, PollTimeout::from(100u8))? {
+        match slave.write(&[b'x'; 4096]) {
+            Err(error) if error.kind() != ErrorKind::WouldBlock => return Err(error.into()),
+            _ => {}
+        }
+    }
+    while !writable(&slave, PollTimeout::from(20u8))? {
+        ensure!(master.read(&mut [0])? == 1);
+    }
+    fcntl(&slave, FcntlArg::F_SETFL(flags))?;
+    Ok((slave, master))
 }
 
 /// Gives the back-end a descriptor for its state. Gives its answer.

@@ -15,14 +15,15 @@ use baton_protocol::handover::message::StateOnly;
 use baton_tests::backend::{Backend, Rig, TAP};
 use baton_tests::datapath::Datapath;
 use baton_tests::device_state::{
-    ACCEPTED, REFUSED, check, negotiated, options, pair, pipe, set_state_fd, stopped, transfer, wait_log,
+    ACCEPTED, REFUSED, check, nearly_full_terminal, negotiated, options, pair, pipe, set_state_fd, stopped,
+    transfer, wait_log,
 };
 use baton_tests::fake_frontend::wire::{Message, protocol, request};
 use baton_tests::fake_frontend::{Connection, Device, Options};
 use baton_tests::frames;
 use baton_tests::on_both_datapaths;
 use baton_tests::packet_socket::PacketSocket;
-use baton_tests::process::PATIENCE;
+use baton_tests::process::{PATIENCE, Process};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{MsgFlags, SockType, send};
 
@@ -299,21 +300,56 @@ fn a_peer_that_hangs_holds_up_neither_the_session_nor_the_next_one() {
     // Only one at a time.
     let (other, _end) = pipe().unwrap();
     assert_eq!(set_state_fd(&connection, false, &other).unwrap(), REFUSED);
-    // The answer waits, and whoever asks may go away.
+    // The answer waits, and the front-end that asks may leave: nobody waits for its transfer any more.
     connection.send(&Message::empty(request::CHECK_DEVICE_STATE), &[]).unwrap();
     drop(connection);
     let connection = negotiated(&mut target).unwrap();
     assert!(!check(&connection).unwrap());
-    drop((read, write));
-    // With the pipe closed its thread ends, and the next one may begin.
-    let mut answer = REFUSED;
-    while answer == REFUSED {
-        let (read, _) = pipe().unwrap();
-        answer = set_state_fd(&connection, false, &read).unwrap();
-    }
-    assert_eq!(answer, ACCEPTED);
+    let (next, _) = pipe().unwrap();
+    assert_eq!(set_state_fd(&connection, false, &next).unwrap(), ACCEPTED);
     assert!(!check(&connection).unwrap());
+    drop((read, write));
     target.check_healthy().unwrap();
+}
+
+/// So many that their state is longer than what a terminal takes that says it is writable.
+const MANY_PAIRS: u16 = 32;
+
+/// Neither a transfer that waits nor one that the kernel holds up, which no look at the descriptor foresees.
+#[test]
+fn a_front_end_that_leaves_keeps_no_place_for_its_transfer() {
+    let (mut rig, mut device, ..) = stopped(Datapath::Userspace, MANY_PAIRS).unwrap();
+    let (terminal, _terminal_end) = nearly_full_terminal().unwrap();
+    let (_pipe_end, mut full) = pipe().unwrap();
+    full.write_all(&[0; 1 << 16]).unwrap();
+    let at_rest = rig.backend.process.open_fds().unwrap();
+    let threads = rig.backend.process.threads().unwrap();
+    for write in [terminal, full] {
+        // More often than there may be threads.
+        for _ in 0..10 {
+            assert_eq!(set_state_fd(&device.connection, true, &write).unwrap(), ACCEPTED);
+            device.connection.send(&Message::empty(request::CHECK_DEVICE_STATE), &[]).unwrap();
+            drop(device);
+            device = rig.device(options(MANY_PAIRS)).unwrap();
+            rig.check_traffic(&mut device).unwrap();
+            device.suspend().unwrap();
+            save(&device, &pipe).unwrap();
+        }
+    }
+    let ended = |process: &Process| Ok((process.threads()? == threads).then_some(()));
+    rig.backend.process.wait_until("the threads of its transfers have ended", ended).unwrap();
+    rig.backend.process.wait_open_fds(at_rest).unwrap();
+}
+
+#[test]
+fn a_transfer_that_the_kernel_holds_up_fails_in_time() {
+    let (mut rig, mut device, ..) = stopped(Datapath::Userspace, MANY_PAIRS).unwrap();
+    let (write, _read) = nearly_full_terminal().unwrap();
+    assert_eq!(set_state_fd(&device.connection, true, &write).unwrap(), ACCEPTED);
+    assert!(!check(&device.connection).unwrap());
+    wait_log(&mut rig.backend, "the transfer of device state took too long").unwrap();
+    device.restart_rings().unwrap();
+    rig.check_traffic(&mut device).unwrap();
 }
 
 #[test]

@@ -13,7 +13,7 @@ use virtio_bindings::virtio_net;
 use super::error::{DeviceStateError, HandoverError};
 use super::source::SourceEnd;
 use super::target::TargetEnd;
-use super::transfer::{self, Outcome, Route};
+use super::transfer::{Outcome, Route, Running};
 use super::{Handover, SOURCE, Surroundings, snapshot};
 use crate::args::DeviceState as Permission;
 use crate::device::{Device, DeviceError};
@@ -25,9 +25,7 @@ pub(super) enum Transfer {
     /// None was asked for.
     None,
     /// A thread is at it.
-    Running,
-    /// A thread is at it, for a session that is over.
-    Abandoned,
+    Running(Running),
     /// It is over.
     Over(Result<(), DeviceStateError>),
 }
@@ -35,17 +33,14 @@ pub(super) enum Transfer {
 impl Handover {
     /// Whether a transfer of device state runs: [`Self::check_device_state`] must wait.
     pub fn is_transferring(&self) -> bool {
-        matches!(self.transfer, Transfer::Running)
+        matches!(self.transfer, Transfer::Running(_))
     }
 
     fn check_transfer(&self, device: &Device) -> Result<(), DeviceStateError> {
         if !device.suspended() {
             return Err(DeviceStateError::NotSuspended);
         }
-        if matches!(self.transfer, Transfer::Running | Transfer::Abandoned) {
-            return Err(DeviceStateError::UnderWay);
-        }
-        Ok(())
+        if self.is_transferring() { Err(DeviceStateError::UnderWay) } else { Ok(()) }
     }
 
     /// That this front-end may give what it gave.
@@ -71,8 +66,7 @@ impl Handover {
         match route {
             Route::Pipe(pipe) => {
                 let message = Message::Device(StateOnly { device: snapshot::describe_alone(device) });
-                transfer::save(pipe, &message, self.mailer.clone()).map_err(HandoverError::from)?;
-                self.transfer = Transfer::Running;
+                self.transfer = Transfer::Running(self.threads.save(pipe, &message)?);
             }
             Route::Socket(socket) => {
                 self.check_free(device).map_err(|error| match error {
@@ -114,8 +108,7 @@ impl Handover {
                 return Err(DeviceStateError::Busy);
             }
         }
-        transfer::load(route, self.mailer.clone()).map_err(HandoverError::from)?;
-        self.transfer = Transfer::Running;
+        self.transfer = Transfer::Running(self.threads.load(route)?);
         Ok(())
     }
 
@@ -139,12 +132,12 @@ impl Handover {
     }
 
     pub(super) fn on_mail(&mut self, device: &mut Device) -> Result<(), DeviceError> {
-        while let Some(outcome) = self.mail.take() {
-            if matches!(self.transfer, Transfer::Abandoned) {
-                self.transfer = Transfer::None;
+        while let Some(letter) = self.mail.take() {
+            // One that was given up is nobody's any more.
+            if !matches!(&self.transfer, Transfer::Running(running) if running.sent(&letter)) {
                 continue;
             }
-            let result = match outcome {
+            let result = match letter.outcome {
                 Outcome::Saved(result) => result.map_err(DeviceStateError::from),
                 Outcome::Read(Ok(Message::Device(StateOnly { device: state }))) => {
                     // The guest's MAC and MTU can be the front-end's own matter.

@@ -36,7 +36,7 @@ use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags, TimerSetTimeFlags};
 use crate::control::{self, Call};
 use crate::device::{Device, DeviceError};
 use crate::events::{Epoll, Events, Ready};
-use crate::mailbox::{Mailbox, Mailer, mailbox};
+use crate::mailbox::{Mailbox, mailbox};
 use device_state::Transfer;
 use error::{HandoverError, IncomingError};
 use incoming::Incoming;
@@ -44,7 +44,7 @@ use live::Arrived;
 use snapshot::Wishes;
 use source::SourceEnd;
 use target::TargetEnd;
-use transfer::Outcome;
+use transfer::{Letter, Threads};
 
 const INCOMING: u64 = 0;
 const TIMER: u64 = 1;
@@ -99,8 +99,8 @@ pub struct Handover {
     transfer: Transfer,
     /// The front-end runs as this process' user or root.
     frontend_trusted: bool,
-    mailer: Mailer<Outcome>,
-    mail: Mailbox<Outcome>,
+    threads: Threads,
+    mail: Mailbox<Letter>,
 }
 
 impl AsFd for Handover {
@@ -134,7 +134,7 @@ impl Handover {
             live: None,
             transfer: Transfer::None,
             frontend_trusted: false,
-            mailer,
+            threads: Threads::new(mailer),
             mail,
         })
     }
@@ -235,10 +235,7 @@ impl Handover {
     /// # Errors
     /// [`DeviceError`]: the device cannot go on.
     pub fn frontend_left(&mut self, device: &mut Device, departure: Departure) -> Result<(), DeviceError> {
-        self.transfer = match self.transfer {
-            Transfer::Running | Transfer::Abandoned => Transfer::Abandoned,
-            Transfer::None | Transfer::Over(_) => Transfer::None,
-        };
+        self.transfer = Transfer::None;
         let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
         if let Some(target) = self.target.as_mut().filter(|_| departure != Departure::CutOff) {
             target.frontend_left(device, &self.wishes, around)?;

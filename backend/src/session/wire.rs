@@ -132,6 +132,11 @@ impl Wire {
         Ok(self.poll(libc::POLLOUT)? & libc::POLLOUT != 0)
     }
 
+    /// Whether nobody would read an answer. A front-end that has no more to say (`POLLRDHUP`) may wait for one.
+    pub fn is_closed(&self) -> Result<bool, SessionEnd> {
+        Ok(self.poll(0)? & (libc::POLLHUP | libc::POLLERR) != 0)
+    }
+
     /// How many bytes wait in the socket.
     fn available(&self) -> Result<usize, SessionEnd> {
         let mut available = 0;
