@@ -68,7 +68,7 @@ fn session() -> SessionState {
         count: 1,
     };
     SessionState {
-        frontend: Some(FrontendState { begun: true }),
+        frontend: Some(FrontendState { begun: true, device_state_moved: None }),
         endpoint: EndpointState { kind: EndpointKind::Listening, path: Some("/run/baton.sock".to_owned()) },
         regions: vec![
             region,
@@ -171,6 +171,18 @@ fn every_packet_is_written_as_it_was() {
     }
     let files = std::fs::read_dir(folder(version)).unwrap().count();
     assert_eq!(files, messages().len(), "a message has no golden file, or a file no message");
+}
+
+/// Version 1 without it is what `stage.bin` holds.
+#[test]
+fn how_a_transfer_of_device_state_ended_is_told_where_there_was_one() {
+    for moved in [Some(true), Some(false)] {
+        let frontend = Some(FrontendState { begun: true, device_state_moved: moved });
+        let session = SessionState { frontend, ..session() };
+        let stage = Stage { device: device(), session, more: 0, fds: FdManifest::default() };
+        let message = Message::Stage(Box::new(stage));
+        assert_eq!(Message::decode(&message.encode().unwrap()).unwrap(), message);
+    }
 }
 
 #[test]

@@ -23,7 +23,7 @@ use baton_tests::fake_frontend::{Connection, Device, Options};
 use baton_tests::frames;
 use baton_tests::on_both_datapaths;
 use baton_tests::packet_socket::PacketSocket;
-use baton_tests::process::{PATIENCE, Process};
+use baton_tests::process::{PATIENCE, Process, until};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{MsgFlags, SockType, send};
 
@@ -350,6 +350,43 @@ fn a_transfer_that_the_kernel_holds_up_fails_in_time() {
     wait_log(&mut rig.backend, "the transfer of device state took too long").unwrap();
     device.restart_rings().unwrap();
     rig.check_traffic(&mut device).unwrap();
+}
+
+/// The front-end does not know that it has another back-end now, and asks that how the transfer ended.
+#[test]
+fn how_a_transfer_ended_goes_along_with_the_session() {
+    let (mut rig, mut device, ..) = stopped(Datapath::Userspace, 1).unwrap();
+    // Once it is over, and not before.
+    let hand_over = |rig: &mut Rig| {
+        let target = Backend::waiting_for_session(Datapath::Userspace, &[])?;
+        let incoming = target.incoming();
+        let over = |backend: &mut Backend| match backend.hand_over_to(&incoming, false) {
+            Err(error) if error.to_string().contains("is moving device state") => Ok(false),
+            answer => answer.map(|_| true),
+        };
+        until("the transfer was over, and the session handed over", || over(&mut rig.backend))?;
+        rig.backend.is_succeeded_by(target)
+    };
+    let (mut read, write) = pipe().unwrap();
+    assert_eq!(set_state_fd(&device.connection, true, &write).unwrap(), ACCEPTED);
+    drop(write);
+    read.read_to_end(&mut Vec::new()).unwrap();
+    hand_over(&mut rig).unwrap();
+    assert!(check(&device.connection).unwrap());
+    // Once.
+    assert!(!check(&device.connection).unwrap());
+
+    let (read, write) = pipe().unwrap();
+    drop(read);
+    assert_eq!(set_state_fd(&device.connection, true, &write).unwrap(), ACCEPTED);
+    hand_over(&mut rig).unwrap();
+    hand_over(&mut rig).unwrap();
+    assert!(!check(&device.connection).unwrap());
+    wait_log(&mut rig.backend, "the transfer failed before the session was handed over").unwrap();
+
+    device.restart_rings().unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    rig.backend.check_healthy().unwrap();
 }
 
 #[test]

@@ -442,6 +442,19 @@ fn what_cannot_be_handed_over_now_is_said_and_nothing_changes() {
     assert_eq!(refused(&mut rig.backend, &target.incoming()), moving);
     drop((read, write));
     device.connection.ask_u64(&Said::empty(request::CHECK_DEVICE_STATE)).unwrap();
+    // Or begins to while the target makes up its mind.
+    let held = Held::begin(&rig, Backend::waiting_for_session(Datapath::Userspace, &[]).unwrap()).unwrap();
+    let said = [held.relay.down(), held.relay.up(), held.relay.down()].map(Result::unwrap);
+    assert_eq!(said, ["HELLO", "HELLO", "PREPARE"]);
+    let (read, write) = nix::unistd::pipe().unwrap();
+    let answer = device.connection.ask_with(&Said::device_state(false), &[read.as_fd()]).unwrap();
+    assert_eq!(answer, 0x100u64.to_le_bytes());
+    assert_eq!(held.relay.up().unwrap(), "READY");
+    let (phase, reason) = held.asked.failure().unwrap();
+    assert_eq!(phase, "stage");
+    assert!(reason.ends_with(moving), "{reason}");
+    drop((read, write));
+    device.connection.ask_u64(&Said::empty(request::CHECK_DEVICE_STATE)).unwrap();
     device.restart_rings().unwrap();
     rig.check_traffic(&mut device).unwrap();
 

@@ -131,6 +131,23 @@ impl Handover {
         }
     }
 
+    /// Whether the last transfer succeeded, if it is over and [`Self::check_device_state`] has not told.
+    pub fn device_state_moved(&self) -> Option<bool> {
+        match &self.transfer {
+            Transfer::Over(result) => Some(result.is_ok()),
+            Transfer::None | Transfer::Running(_) => None,
+        }
+    }
+
+    /// Takes over how a transfer ended that another process has made for this front-end.
+    pub fn inherit_transfer(&mut self, moved: Option<bool>) {
+        self.transfer = match moved {
+            None => Transfer::None,
+            Some(true) => Transfer::Over(Ok(())),
+            Some(false) => Transfer::Over(Err(DeviceStateError::BeforeHandover)),
+        };
+    }
+
     pub(super) fn on_mail(&mut self, device: &mut Device) -> Result<(), DeviceError> {
         while let Some(letter) = self.mail.take() {
             // One that was given up is nobody's any more.

@@ -71,6 +71,9 @@ pub enum DeviceStateError {
     /// The target refuses what came, or the source could not send it.
     #[error("{0}")]
     Failed(String),
+    /// The source of this session could not move it.
+    #[error("the transfer failed before the session was handed over")]
+    BeforeHandover,
     /// It cannot be begun.
     #[error(transparent)]
     Begin(#[from] HandoverError),

@@ -54,6 +54,10 @@ pub struct SessionState {
 pub struct FrontendState {
     /// It has said something.
     pub begun: bool,
+    /// Whether the transfer of device state succeeded that it asked for last (`SET_DEVICE_STATE_FD`), until it asks
+    /// (`CHECK_DEVICE_STATE`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device_state_moved: Option<bool>,
 }
 
 /// Where front-ends come from.

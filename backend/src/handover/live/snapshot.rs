@@ -17,11 +17,13 @@ use super::Front;
 use super::frames::Slots;
 use crate::dataplane::ring::Kick;
 use crate::device::Device;
+use crate::dispatch::Dispatch;
 use crate::vring::RingAddresses;
 use crate::vring_setup::VringSetup;
 
-/// What is said of the session of `device` with the front-end of `front`.
-pub fn describe(device: &Device, front: Front<'_>) -> SessionState {
+/// What is said of the session with the front-end of `front`.
+pub fn describe(dispatch: &Dispatch, front: Front<'_>) -> SessionState {
+    let Dispatch { device, handover, .. } = dispatch;
     let session = device.session();
     let regions = session.memory.files().map(|(layout, count, _)| RegionState {
         guest_address: layout.guest_address,
@@ -40,7 +42,10 @@ pub fn describe(device: &Device, front: Front<'_>) -> SessionState {
         InflightState { offset, size, queues, entries }
     });
     SessionState {
-        frontend: front.session.map(|session| FrontendState { begun: session.begun() }),
+        frontend: front.session.map(|session| FrontendState {
+            begun: session.begun(),
+            device_state_moved: handover.device_state_moved(),
+        }),
         endpoint: front.endpoint.state(),
         regions: regions.collect(),
         log,

@@ -25,6 +25,7 @@ use super::{Around, MOMENT, Outcome, PATIENCE, lock, now, snapshot};
 use crate::control::{self, Answer, Call};
 use crate::device::{DeviceError, Frozen};
 use crate::handover::PROGRAM;
+use crate::handover::error::HandoverError;
 use crate::vhost_net::{self, VhostNetError};
 
 /// How long the target may take to tidy up before this process ends.
@@ -339,15 +340,24 @@ impl LiveSource {
                 Action::Prepare => {
                     baton_faults::pass(Point::SourceSessionGreeted);
                     let message = {
-                        let device = &lock(around.dispatch).device;
+                        let dispatch = &*lock(around.dispatch);
+                        let device = &dispatch.device;
                         Message::Prepare(Prepare {
                             device: describe_device(device, device.tap(), &[]),
-                            session: Some(Box::new(snapshot::describe(device, around.front))),
+                            session: Some(Box::new(snapshot::describe(dispatch, around.front))),
                         })
                     };
                     self.send(around, &message, &[], outcomes)?;
                 }
-                Action::Hold => self.holds_front = true,
+                Action::Hold => {
+                    self.holds_front = true;
+                    // It may have begun a transfer of device state since the hand-over was allowed.
+                    if lock(around.dispatch).handover.is_transferring() {
+                        let text = HandoverError::DeviceState.to_string();
+                        let reason = Refusal::Source { what: "the session", text };
+                        return self.tell(around, Event::Failed(reason.into()), outcomes);
+                    }
+                }
                 Action::Stage { vhost } => match self.stage(around, vhost) {
                     // The end of a connection is heard after the target's last word.
                     Ok(()) | Err(StageError::Channel(ChannelError::Closed)) => {}
@@ -427,7 +437,8 @@ impl LiveSource {
 
     fn stage(&mut self, around: Around<'_>, vhost: bool) -> Result<(), StageError> {
         baton_faults::point(Point::SourceSessionReady)?;
-        let device = &lock(around.dispatch).device;
+        let dispatch = &*lock(around.dispatch);
+        let device = &dispatch.device;
         let pairs = device.pairs();
         let shared = Shared { word: SharedWord::create()?, frames: Slots::create(pairs)? };
         let shared = self.shared.insert(shared);
@@ -439,7 +450,7 @@ impl LiveSource {
         let (names, first) = packets.next().unwrap_or((FdManifest::default(), Vec::new()));
         let stage = Stage {
             device: describe_device(device, device.tap(), &[]),
-            session: snapshot::describe(device, around.front),
+            session: snapshot::describe(dispatch, around.front),
             more: u16::try_from(packets.len()).unwrap_or(u16::MAX),
             fds: names,
         };

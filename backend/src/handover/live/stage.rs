@@ -43,6 +43,8 @@ use crate::vring_setup::VringSetup;
 pub struct Staged {
     /// The front-end's connection, if one is connected.
     pub session: Option<Session>,
+    /// How the transfer of device state ended that it has not asked about yet.
+    pub device_state_moved: Option<bool>,
     /// Where front-ends come from.
     pub endpoint: Endpoint,
     /// The frames in hand, later.
@@ -146,7 +148,11 @@ pub fn stage(
         Err(error) => Err(made("the front-end's connection", &error)),
     };
     match session {
-        Ok(session) => Ok((Arc::new(word), Staged { session, endpoint, frames }, checked.shape())),
+        Ok(session) => {
+            let device_state_moved = state.frontend.and_then(|frontend| frontend.device_state_moved);
+            let staged = Staged { session, device_state_moved, endpoint, frames };
+            Ok((Arc::new(word), staged, checked.shape()))
+        }
         Err(reasons) => {
             // A worker that died is found by whoever uses it next.
             let _ = lock(dispatch).device.unstage();

@@ -367,7 +367,9 @@ impl LiveTarget {
             }
             _ => limited!(info, "the source is dead: the session is ours"),
         }
-        if let Some(Staged { session, mut endpoint, .. }) = self.taken.take().map(|staged| *staged) {
+        if let Some(staged) = self.taken.take() {
+            let Staged { session, device_state_moved, mut endpoint, .. } = *staged;
+            lock(around.dispatch).handover.inherit_transfer(device_state_moved);
             endpoint.own();
             outcomes.push(Outcome::Taken { session: session.map(Box::new), endpoint });
         }
