@@ -9,6 +9,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::Path;
 use std::sync::Arc;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
 /// Why a descriptor is of no use for notifications.
 #[derive(Debug, thiserror::Error)]
 pub enum NotifierError {
@@ -45,6 +47,12 @@ impl AsFd for Notifier {
 }
 
 impl Notifier {
+    /// Whether [`Self::notify`] would return at once.
+    pub fn has_room(&self) -> bool {
+        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLOUT)];
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
+
     /// Adds one to the counter. Where the counter is full the reader has been notified already: then the write fails, or,
     /// in blocking mode, waits until the reader comes or a signal interrupts it (eventfd takes no `RWF_NOWAIT`).
     #[inline]

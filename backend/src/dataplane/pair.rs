@@ -22,6 +22,7 @@ use super::tx::Tx;
 use super::worker::Gate;
 use crate::events::{Epoll, Events};
 use crate::metrics::PairCounters;
+use crate::notify::Notifier;
 use crate::tap::TapQueue;
 use crate::vhost_net::VhostNet;
 
@@ -209,10 +210,11 @@ impl QueuePair {
         self.last_work = Instant::now();
     }
 
-    /// Makes the calls that are due.
-    pub(super) fn make_calls(&mut self) {
+    /// Makes the calls that are due on descriptors that are `wanted`.
+    pub(super) fn make_calls(&mut self, wanted: impl Fn(&Notifier) -> bool) {
         for ring in [&mut self.rx.ring, &mut self.tx.ring].into_iter().flatten() {
-            if std::mem::take(&mut ring.call_due) {
+            if ring.call_due && ring.vring.call().is_none_or(&wanted) {
+                ring.call_due = false;
                 ring.vring.call_guest();
             }
         }

@@ -25,6 +25,7 @@ use super::interrupt;
 use super::pair::{QueuePair, WAKE};
 use crate::events::{Epoll, Events, Ready};
 use crate::mailbox::Mailer;
+use crate::notify::Notifier;
 use crate::tap::TapQueue;
 
 /// How long a worker may take to park before it is interrupted. Each interrupt ends one blocking call; the next one comes
@@ -420,10 +421,12 @@ fn work(shared: &Arc<Shared>) {
     loop {
         let mut timeout = -1;
         if let Some(mut pair) = held.take() {
+            // Before any frame, so that whoever sees one has been called before; but a call that may take as long as the
+            // front-end likes comes after the frames.
+            pair.make_calls(Notifier::has_room);
             // It must not spin on what fails, nor end unseen: it gives the pair back, and the event loop was told.
             let turn = if gate.closed() { None } else { pair.turn(gate) };
-            // After the frames, for they may take as long as the front-end likes.
-            pair.make_calls();
+            pair.make_calls(|_| true);
             timeout = turn.unwrap_or(-1);
             match turn {
                 None => {
