@@ -102,8 +102,7 @@ impl SessionState {
         log.filter(|_| features.has(LOG_ALL)).map_or(Ok(()), |log| log.check_covers(memory))
     }
 
-    /// `SET_VRING_ENABLE`.
-    pub fn set_enabled(&mut self, vring: usize, enabled: bool) {
+    fn set_enabled(&mut self, vring: usize, enabled: bool) {
         let paused = !enabled && !self.vrings[0].enabled;
         let vring = &mut self.vrings[vring];
         vring.paused = paused && (vring.enabled || vring.paused);
@@ -360,6 +359,20 @@ impl Device {
             session.vrings[vring].stop(ran);
             session.vrings[vring].base
         })
+    }
+
+    /// Enables or disables a ring (`SET_VRING_ENABLE`). What the driver has made available in a transmit ring by then is
+    /// sent first, so that a front-end that pauses its VM like this (Cloud Hypervisor does) loses nothing.
+    ///
+    /// # Errors
+    /// As for [`Self::change`], and [`DeviceError::Tap`].
+    pub fn set_enabled(&mut self, vring: usize, enabled: bool) -> Result<(), DeviceError> {
+        let pair = vring / 2;
+        if !enabled && vring == 2 * pair + 1 {
+            self.workers[pair].park().ok_or(DeviceError::Dead(pair))?.drain();
+        }
+        self.change(pair..=pair, |session| session.set_enabled(vring, enabled))?;
+        self.follow_enabled_pairs()
     }
 
     /// From now on pairs stay parked after a change.

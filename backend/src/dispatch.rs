@@ -219,11 +219,7 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
     fn reset_owner(&mut self) -> Result<()> {
         // "Should be interpreted as a connection termination" or ignored; disabling the rings does what both want.
         self.request(|device| {
-            device.change(.., |session| {
-                for vring in &mut session.vrings {
-                    vring.enabled = false;
-                }
-            })?;
+            (0..device.session().vrings.len()).try_for_each(|vring| device.set_enabled(vring, false))?;
             Ok(())
         })
     }
@@ -406,9 +402,7 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
         self.request(|device| {
             let vring = vring_index(device, index)?;
-            device.change(vring / 2..=vring / 2, |session| session.set_enabled(vring, enable))?;
-            device.follow_enabled_pairs()?;
-            Ok(())
+            Ok(device.set_enabled(vring, enable)?)
         })
     }
 

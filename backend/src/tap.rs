@@ -11,9 +11,11 @@ use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 pub mod adopted;
 mod error;
@@ -198,6 +200,14 @@ impl TapQueue {
             self.set_nonblocking();
         }
         news
+    }
+
+    /// Waits until there is room in its send buffer. False if there is none by `deadline`.
+    pub fn wait_writable(&self, deadline: Instant) -> bool {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
+        let mut fds = [PollFd::new(self.file.as_fd(), PollFlags::POLLOUT)];
+        poll(&mut fds, timeout).is_ok_and(|ready| ready > 0)
     }
 
     /// As on a kernel before 6.4.

@@ -320,6 +320,11 @@ impl Vring {
         self.call.as_ref()
     }
 
+    /// The driver's available index now. Not checked: [`Self::available`] does that.
+    pub fn available_index(&self) -> u16 {
+        self.available_word(1).load(Ordering::Acquire)
+    }
+
     /// How many buffers are available from `next_available` + `taken` on.
     ///
     /// # Errors

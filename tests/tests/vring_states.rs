@@ -22,6 +22,8 @@ on_both_datapaths! {
     nothing_is_discarded_before_a_ring_is_enabled_for_the_first_time,
     a_ring_without_a_kick_descriptor_runs_at_once_and_is_polled,
     a_started_and_disabled_transmit_ring_is_consumed_and_discarded,
+    what_is_available_when_a_transmit_ring_is_disabled_is_sent,
+    frames_sent_while_a_transmit_ring_is_disabled_and_enabled_again_keep_their_order,
     a_started_and_disabled_receive_ring_receives_nothing_new,
     without_protocol_features_set_features_enables_all_rings,
     with_protocol_features_set_features_leaves_the_rings_alone,
@@ -230,6 +232,55 @@ fn a_started_and_disabled_transmit_ring_is_consumed_and_discarded(datapath: Data
     assert_eq!(rig.network.drain().unwrap(), 0, "a discarded frame reached the TAP");
     // Where they are counted.
     rig.backend.wait_pair_stats(0, |stats| stats.tx.frames.is_none_or(|frames| frames == 3)).unwrap();
+}
+
+/// Cloud Hypervisor pauses its VM so: the vCPUs first, then `SET_VRING_ENABLE` 0 for each ring, and no base is asked for.
+fn what_is_available_when_a_transmit_ring_is_disabled_is_sent(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
+    let mut device = rig.device(Options::default()).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    for round in 0..10 {
+        device.wait_transmitted(0).unwrap();
+        let numbers = round * 200..(round + 1) * 200;
+        for number in numbers.clone() {
+            assert!(device.enqueue(0, &NetHeader::default(), &frames::numbered(number, 100)).unwrap());
+        }
+        device.pairs[0].transmit.queue.publish();
+        // The back-end has heard of them, or has not yet.
+        if round % 2 == 0 {
+            device.ring(TX).kick().unwrap();
+        }
+        for index in [RX, TX] {
+            device.connection.set_vring_enable(index, false).unwrap();
+        }
+        rig.expect_on_network(numbers).unwrap();
+        // What comes later is discarded.
+        rig.transmit(&mut device, 0..10, 100).unwrap();
+        device.wait_transmitted(0).unwrap();
+        let discarded = u64::from(round + 1) * 10;
+        rig.backend.wait_pair_stats(0, |stats| stats.tx.discarded == discarded).unwrap();
+        for index in [RX, TX] {
+            device.connection.set_vring_enable(index, true).unwrap();
+        }
+    }
+    rig.check_traffic(&mut device).unwrap();
+    let base = device.stop_ring(TX).unwrap();
+    assert_eq!(base, device.ring(TX).queue.used_index());
+}
+
+fn frames_sent_while_a_transmit_ring_is_disabled_and_enabled_again_keep_their_order(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
+    let mut device = rig.device(Options::default()).unwrap();
+    for round in 0..100 {
+        let numbers = round * 20..(round + 1) * 20;
+        rig.transmit(&mut device, numbers.clone(), 200).unwrap();
+        for enabled in [false, true] {
+            device.connection.set_vring_enable(TX, enabled).unwrap();
+        }
+        rig.expect_on_network(numbers).unwrap();
+    }
+    assert_eq!(rig.network.drain().unwrap(), 0);
+    assert_eq!(rig.backend.pair_stats(0).unwrap().tx.discarded, 0);
 }
 
 fn a_started_and_disabled_receive_ring_receives_nothing_new(datapath: Datapath) {

@@ -156,6 +156,8 @@ impl QueuePair {
         match watched.and_then(|()| kernel.vhost.stop(side)) {
             Ok(base) => {
                 tracing::debug!(pair = self.index, ?side, base, "the kernel has given the ring back");
+                // The used index is the kernel's work, too.
+                ring.vring.reread();
                 ring.vring.set_next_available(base);
             }
             // Who has the ring is not known, so the process must not go on.

@@ -29,6 +29,9 @@ use crate::vhost_net::VhostNet;
 /// How long to wait for events at most, in milliseconds, while a ring has no kick and must be polled.
 pub(super) const POLLED_WAIT: i32 = 1;
 
+/// How long a transmit ring that is disabled may wait for room in the TAP's send buffer.
+const DRAINING: Duration = Duration::from_millis(100);
+
 /// What a TAP is watched for.
 const TAP_EVENTS: Events = Events::EPOLLIN.union(Events::EPOLLOUT).union(Events::EPOLLET);
 
@@ -189,6 +192,32 @@ impl QueuePair {
             limited!(warn, pair = self.index, %error, "cannot stop watching a kick");
         }
         Some(ring)
+    }
+
+    /// Sends what the driver has made available by now in a transmit ring that is about to be disabled; what it makes
+    /// available later is discarded. The driver, who does not know, may never stop: what is there now is the bound.
+    pub fn drain(&mut self) {
+        let (Some(tap), Some(ring)) = (self.tap.clone(), &self.tx.ring) else { return };
+        if !ring.runs() || !ring.enabled {
+            return;
+        }
+        let end = ring.vring.available_index();
+        let deadline = Instant::now() + DRAINING;
+        self.tx.writable();
+        while let Some(ring) = &self.tx.ring {
+            // A turn may go further. An index that makes no sense is found by the first one.
+            let left = end.wrapping_sub(ring.vring.next_available());
+            if left == 0 || left > ring.vring.size() {
+                return;
+            }
+            match self.tx.run(self.index, &tap, &self.counters.tx, false) {
+                Turn::More | Turn::Done => {}
+                Turn::Full if tap.wait_writable(deadline) => {
+                    self.tx.writable();
+                }
+                Turn::Full | Turn::Idle => return,
+            }
+        }
     }
 
     /// Has all memory that the first frames need there before they come: the rings are another process' still.
