@@ -47,6 +47,16 @@ pub enum SwapError {
     Meaningless(#[from] WordError),
 }
 
+impl SwapError {
+    /// What the word is, if that means anything.
+    pub fn word(self) -> Option<Word> {
+        match self {
+            Self::Lost(word) => Some(word),
+            Self::Meaningless(_) => None,
+        }
+    }
+}
+
 /// The shared word, and the memfd that it lies in.
 #[derive(Debug)]
 pub struct SharedWord {

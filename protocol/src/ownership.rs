@@ -33,6 +33,28 @@ pub enum Owner {
     Settled,
 }
 
+impl Owner {
+    /// Whether the target has it. The source obeys this even where nothing was offered: there must not be two owners.
+    pub fn is_target(self) -> bool {
+        matches!(self, Self::Target | Self::Settled)
+    }
+}
+
+/// How a swap ended: where it failed, with what the word is, or `None` where its value has no meaning. A value without a
+/// meaning gives nothing to the target: its own swap, out of an offer, fails as well.
+pub type Swapped = Result<(), Option<Word>>;
+
+/// What an offer is worth when the target reads it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Offered {
+    /// It stands.
+    Stands,
+    /// The source took it back before the target read it. That is no fault: a later offer counts.
+    Withdrawn,
+    /// The word cannot be this after such an offer.
+    Impossible,
+}
+
 /// Who owns, and how often it was offered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Word {
@@ -117,6 +139,16 @@ impl Word {
         (self.owner == Owner::Target).then_some(Self { owner: Owner::Aborted, ..self })
     }
 
+    /// What the offer `epoch` is worth while the word is this. A message may be read late, the word is always current.
+    pub fn judge_offer(self, epoch: u64) -> Offered {
+        match self.owner {
+            Owner::Offered if self.epoch == epoch => Offered::Stands,
+            Owner::Offered if self.epoch > epoch => Offered::Withdrawn,
+            Owner::Source | Owner::Aborted if self.epoch >= epoch => Offered::Withdrawn,
+            _ => Offered::Impossible,
+        }
+    }
+
     fn out_of_offer(self, owner: Owner) -> Option<Self> {
         (self.owner == Owner::Offered).then_some(Self { owner, ..self })
     }
@@ -159,6 +191,15 @@ mod tests {
         assert_eq!(settled, [None, None, Some(Owner::Settled), None, None]);
         assert_eq!(after(Owner::Target).survived_by_source().unwrap().epoch, 3);
         assert_eq!(after(Owner::Source).survived_by_target().unwrap().epoch, 3);
+    }
+
+    #[test]
+    fn an_offer_that_is_older_than_the_word_was_withdrawn() {
+        let judged = |epoch| OWNERS.map(|owner| Word { epoch: 3, owner }.judge_offer(epoch));
+        use super::Offered::{Impossible, Stands, Withdrawn};
+        assert_eq!(judged(2), [Withdrawn, Withdrawn, Impossible, Withdrawn, Impossible]);
+        assert_eq!(judged(3), [Withdrawn, Stands, Impossible, Withdrawn, Impossible]);
+        assert_eq!(judged(4), [Impossible; 5]);
     }
 
     #[test]

@@ -1,5 +1,5 @@
 //! Source and target over a link that loses, delays, repeats and cuts messages, with either end killed at any time:
-//! never two owners, and never none.
+//! never two owners, and never none. The word changes at once, and each message arrives as late as a test likes.
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use std::collections::VecDeque;
@@ -12,7 +12,7 @@ use baton_protocol::handover::refusal::Refusal;
 use baton_protocol::handover::source::{self, Source};
 use baton_protocol::handover::state::DeviceState;
 use baton_protocol::handover::target::{self, Target};
-use baton_protocol::ownership::{Owner, Word};
+use baton_protocol::ownership::{Offered, Owner, Swapped, Word};
 use proptest::prelude::*;
 
 /// What is done to the two ends and to what is between them.
@@ -74,7 +74,15 @@ struct World {
     willing: bool,
     to_target: VecDeque<Vec<u8>>,
     to_source: VecDeque<Vec<u8>>,
+    /// The connection is open between the two ends.
     linked: bool,
+    /// The source, and the target, have not closed their end or seen the other closed.
+    source_open: bool,
+    target_open: bool,
+    /// The word has a value without a meaning.
+    garbage: bool,
+    /// A test changed the word.
+    scribbled: bool,
     made: u32,
     gone: u32,
 }
@@ -93,6 +101,10 @@ impl World {
             to_target: VecDeque::new(),
             to_source: VecDeque::new(),
             linked: true,
+            source_open: true,
+            target_open: true,
+            garbage: false,
+            scribbled: false,
             made: 0,
             gone: 0,
         };
@@ -108,12 +120,25 @@ impl World {
         }
     }
 
-    fn swap(&mut self, from: Word, to: Word) -> bool {
-        let won = self.word == from;
-        if won {
-            self.word = to;
+    fn post_to_source(&mut self, message: &Message) {
+        if self.linked {
+            self.to_source.push_back(message.encode().unwrap());
         }
-        won
+    }
+
+    fn swap(&mut self, from: Word, to: Word) -> Swapped {
+        if self.garbage {
+            return Err(None);
+        }
+        if self.word != from {
+            return Err(Some(self.word));
+        }
+        self.word = to;
+        Ok(())
+    }
+
+    fn judge_offer(&self, epoch: u64) -> Offered {
+        if self.garbage { Offered::Impossible } else { self.word.judge_offer(epoch) }
     }
 
     fn tell_source(&mut self, event: source::Event) {
@@ -125,7 +150,8 @@ impl World {
             }
             Err(failure) => {
                 self.source = Some(failure.state);
-                self.disconnect();
+                self.close_source();
+                self.tell_source(source::Event::Closed);
             }
         }
         self.check();
@@ -143,20 +169,24 @@ impl World {
                 source::Action::Offer(word) => {
                     assert!(self.source_uses, "offers what it does not have");
                     self.source_uses = false;
-                    assert_eq!(self.word.owner, Owner::Source);
-                    self.word = word;
+                    let before = Word { epoch: word.epoch - 1, owner: Owner::Source };
+                    if self.swap(before, word).is_err() {
+                        self.close_source();
+                        self.tell_source(source::Event::Closed);
+                        continue;
+                    }
                     let device = DeviceState::default();
                     let fds = FdManifest::default();
                     self.post_to_target(&Message::Offer(Offer { epoch: word.epoch, device, fds }));
                 }
                 source::Action::Swap { from, to } => {
-                    let won = self.swap(from, to);
-                    self.tell_source(source::Event::Swapped { won });
+                    let result = self.swap(from, to);
+                    self.tell_source(source::Event::Swapped(result));
                 }
                 source::Action::Resume => self.source_uses = true,
                 source::Action::Release => assert!(!self.source_uses),
                 source::Action::Send(message) => self.post_to_target(&message),
-                source::Action::Close => self.disconnect(),
+                source::Action::Close => self.close_source(),
             }
         }
     }
@@ -170,7 +200,8 @@ impl World {
             }
             Err(failure) => {
                 self.target = Some(failure.state);
-                self.disconnect();
+                self.close_target();
+                self.tell_target_of_end();
             }
         }
         self.check();
@@ -185,19 +216,23 @@ impl World {
                 }
                 target::Action::Adopt(offer) => {
                     let word = Word { epoch: offer.epoch, owner: Owner::Offered };
-                    let adoption = if self.willing {
-                        self.made += 1;
-                        Ok((word, self.made))
-                    } else {
-                        Err(Refusal::Busy.into())
+                    let event = match self.judge_offer(offer.epoch) {
+                        Offered::Withdrawn => target::Event::Withdrawn,
+                        Offered::Stands if self.willing => {
+                            self.made += 1;
+                            target::Event::Adoption(Ok((word, self.made)))
+                        }
+                        Offered::Stands | Offered::Impossible => {
+                            target::Event::Adoption(Err(Refusal::Busy.into()))
+                        }
                     };
-                    self.tell_target(target::Event::Adoption(adoption));
+                    self.tell_target(event);
                     if self.target_ring {
                         self.tell_target(target::Event::RingStarting);
                     }
                 }
                 target::Action::Swap { from, to } => {
-                    let won = self.swap(from, to);
+                    let won = self.swap(from, to).is_ok();
                     self.tell_target(target::Event::Swapped { won });
                 }
                 target::Action::Activate(_) => {
@@ -205,24 +240,59 @@ impl World {
                     self.target_uses = true;
                 }
                 target::Action::Release(_) => self.gone += 1,
-                target::Action::Send(message) => {
-                    if self.linked {
-                        self.to_source.push_back(message.encode().unwrap());
-                    }
-                }
-                target::Action::Close => self.disconnect(),
+                target::Action::Send(message) => self.post_to_source(&message),
+                target::Action::Close => self.close_target(),
             }
         }
     }
 
-    /// Both hear of it; what was under way is lost.
-    fn disconnect(&mut self) {
-        if std::mem::take(&mut self.linked) {
-            self.to_target.clear();
-            self.to_source.clear();
-            self.tell_source(source::Event::Closed);
-            let word = self.word;
-            self.tell_target(target::Event::Closed { word: Some(word) });
+    /// The source hears no more. The target hears what the source has said, and then of the end.
+    fn close_source(&mut self) {
+        (self.linked, self.source_open) = (false, false);
+        self.to_source.clear();
+    }
+
+    /// The same the other way round.
+    fn close_target(&mut self) {
+        (self.linked, self.target_open) = (false, false);
+        self.to_target.clear();
+    }
+
+    fn tell_target_of_end(&mut self) {
+        let word = Some(self.word).filter(|_| !self.garbage);
+        self.tell_target(target::Event::Closed { word });
+    }
+
+    fn deliver_to_target(&mut self) {
+        match self.to_target.pop_front().map(|packet| Message::decode(&packet)) {
+            Some(Ok(message)) => self.tell_target(target::Event::Message(message)),
+            None if self.linked || !self.target_open => {}
+            Some(Err(_)) | None => {
+                self.close_target();
+                self.tell_target_of_end();
+            }
+        }
+    }
+
+    fn deliver_to_source(&mut self) {
+        match self.to_source.pop_front().map(|packet| Message::decode(&packet)) {
+            Some(Ok(message)) => self.tell_source(source::Event::Message(message)),
+            None if self.linked || !self.source_open => {}
+            Some(Err(_)) | None => {
+                self.close_source();
+                self.tell_source(source::Event::Closed);
+            }
+        }
+    }
+
+    /// Delivers all that is on its way, and what follows from it.
+    fn deliver_all(&mut self) {
+        while !self.to_target.is_empty()
+            || !self.to_source.is_empty()
+            || !self.linked && (self.source_open || self.target_open)
+        {
+            self.deliver_to_target();
+            self.deliver_to_source();
         }
     }
 
@@ -232,20 +302,8 @@ impl World {
 
     fn act(&mut self, deed: Deed) {
         match deed {
-            Deed::DeliverToTarget => {
-                match self.to_target.pop_front().map(|packet| Message::decode(&packet)) {
-                    Some(Ok(message)) => self.tell_target(target::Event::Message(message)),
-                    Some(Err(_)) => self.disconnect(),
-                    None => {}
-                }
-            }
-            Deed::DeliverToSource => {
-                match self.to_source.pop_front().map(|packet| Message::decode(&packet)) {
-                    Some(Ok(message)) => self.tell_source(source::Event::Message(message)),
-                    Some(Err(_)) => self.disconnect(),
-                    None => {}
-                }
-            }
+            Deed::DeliverToTarget => self.deliver_to_target(),
+            Deed::DeliverToSource => self.deliver_to_source(),
             Deed::Lose(way) => drop(self.queue(way).pop_front()),
             Deed::Repeat(way) => {
                 let packet = self.queue(way).front().cloned();
@@ -276,11 +334,11 @@ impl World {
                 self.tell_source(source::Event::Time(now));
                 self.tell_target(target::Event::Time(now));
             }
-            Deed::Disconnect => self.disconnect(),
+            Deed::Disconnect => self.linked = false,
             Deed::KillSource => {
                 self.source = None;
                 self.source_uses = false;
-                self.disconnect();
+                self.close_source();
             }
             Deed::KillTarget => {
                 if let Some(Target::Adopted { .. }) = self.target {
@@ -288,7 +346,7 @@ impl World {
                 }
                 self.target = None;
                 self.target_uses = false;
-                self.disconnect();
+                self.close_target();
             }
             Deed::Unwilling => self.willing = false,
         }
@@ -297,8 +355,10 @@ impl World {
 
     fn check(&self) {
         assert!(!(self.source_uses && self.target_uses), "two owners");
-        assert!(!self.target_uses || self.word.owner == Owner::Target);
-        assert!(!self.source_uses || matches!(self.word.owner, Owner::Source | Owner::Aborted));
+        if !self.garbage && !self.scribbled {
+            assert!(!self.target_uses || self.word.owner == Owner::Target);
+            assert!(!self.source_uses || matches!(self.word.owner, Owner::Source | Owner::Aborted));
+        }
         let kept = u32::from(matches!(self.target, Some(Target::Adopted { .. })));
         // While an event is under way, its state is nowhere.
         if self.target.is_some() {
@@ -308,6 +368,7 @@ impl World {
 
     /// Whoever is left gets a ring: then somebody owns the device.
     fn check_not_lost(&mut self) {
+        self.deliver_all();
         let taken = self.word.owner == Owner::Target;
         if self.source.is_some() {
             self.tell_source(source::Event::RingStarting);
@@ -330,6 +391,42 @@ proptest! {
         }
         world.check_not_lost();
     }
+
+    /// Neither end refuses, fails or ends: however late each message is read, the source stays armed, and its next stop
+    /// hands the device over.
+    #[test]
+    fn after_late_deliveries_alone_an_armed_hand_over_goes_through(deeds in proptest::collection::vec(late(), 0..80)) {
+        let mut world = armed();
+        for deed in deeds {
+            world.act(deed);
+        }
+        world.deliver_all();
+        if !world.target_uses {
+            world.act(Deed::TargetRingStops);
+            world.act(Deed::SourceRing);
+            world.deliver_all();
+            assert!(matches!(world.source, Some(Source::Armed { .. })), "{world:?}");
+            world.act(Deed::Suspend);
+            world.deliver_all();
+            world.act(Deed::TargetRing);
+            world.deliver_all();
+        }
+        assert!(world.target_uses, "{world:?}");
+        assert_eq!(world.source, Some(Source::HandedOver));
+    }
+}
+
+/// What honest ends do, and messages that take their time.
+fn late() -> impl Strategy<Value = Deed> {
+    prop_oneof![
+        4 => Just(Deed::DeliverToTarget),
+        4 => Just(Deed::DeliverToSource),
+        4 => Just(Deed::Suspend),
+        4 => Just(Deed::SourceRing),
+        1 => Just(Deed::TargetRing),
+        1 => Just(Deed::TargetRingStops),
+        1 => Just(Deed::Time),
+    ]
 }
 
 /// HELLO, HELLO, PREPARE, READY.
@@ -396,6 +493,7 @@ fn a_source_that_ends_while_it_offers_leaves_the_device_to_the_target() {
     world.act(Deed::FrontendLeaves { moved: true });
     assert!(world.source.as_ref().unwrap().is_done());
     world.act(Deed::KillSource);
+    world.act(Deed::DeliverToTarget);
     assert!(matches!(world.target, Some(Target::Adopted { linked: false, .. })));
     world.act(Deed::TargetRing);
     assert!(world.target_uses);
@@ -415,6 +513,7 @@ fn a_front_end_that_left_too_early_leaves_the_device_to_the_source() {
 fn a_target_that_dies_leaves_the_device_to_the_source() {
     let mut world = offered();
     world.act(Deed::KillTarget);
+    world.act(Deed::DeliverToSource);
     assert!(world.source_uses);
     assert_eq!(world.source, Some(Source::Ended(source::Ended::Closed)));
 }
@@ -445,5 +544,81 @@ fn a_refused_offer_goes_back() {
     world.act(Deed::Unwilling);
     world.act(Deed::Suspend);
     world.act(Deed::DeliverToTarget);
+    world.act(Deed::DeliverToSource);
     assert!(world.source_uses);
+}
+
+#[test]
+fn an_offer_that_is_read_after_it_was_taken_back_ends_nothing() {
+    let mut world = armed();
+    world.act(Deed::Suspend);
+    world.act(Deed::SourceRing);
+    world.deliver_all();
+    assert!(matches!(world.source, Some(Source::Armed { .. })), "{world:?}");
+    assert_eq!(world.target, Some(Target::Ready));
+    assert!(world.linked);
+}
+
+#[test]
+fn the_last_of_several_offers_counts_when_all_are_read_late() {
+    let mut world = armed();
+    for _ in 0..3 {
+        world.act(Deed::Suspend);
+        world.act(Deed::SourceRing);
+    }
+    world.act(Deed::Suspend);
+    world.deliver_all();
+    assert!(matches!(world.source, Some(Source::Offered { adopted: true, .. })), "{world:?}");
+    world.act(Deed::TargetRing);
+    assert!(world.target_uses);
+    assert_eq!(world.word, Word { epoch: 4, owner: Owner::Target });
+}
+
+#[test]
+fn an_offer_that_cannot_have_been_made_is_refused() {
+    for word in [
+        Word { epoch: 0, owner: Owner::Source },
+        Word { epoch: 0, owner: Owner::Offered },
+        Word { epoch: 1, owner: Owner::Target },
+        Word { epoch: 1, owner: Owner::Settled },
+    ] {
+        let mut world = armed();
+        world.act(Deed::Suspend);
+        world.word = word;
+        world.scribbled = true;
+        world.deliver_to_target();
+        assert_eq!(world.target, Some(Target::Ended), "{word:?}");
+    }
+}
+
+#[test]
+fn a_word_without_a_meaning_leaves_the_device_to_the_source() {
+    let ends = [Deed::SourceRing, Deed::Cancel, Deed::Disconnect, Deed::KillTarget, Deed::DeliverToTarget];
+    for adopted in [false, true] {
+        for end in ends {
+            let mut world = if adopted { offered() } else { armed() };
+            world.act(Deed::Suspend);
+            world.garbage = true;
+            world.act(end);
+            world.act(Deed::TargetRing);
+            world.deliver_all();
+            world.act(Deed::SourceRing);
+            assert!(world.source_uses && !world.target_uses, "{end:?}: {world:?}");
+            assert_eq!(world.source, Some(Source::Ended(source::Ended::Meaningless)), "{end:?}");
+        }
+    }
+}
+
+#[test]
+fn a_word_that_says_the_target_is_obeyed_and_no_other() {
+    let scribbles = [Owner::Source, Owner::Offered, Owner::Target, Owner::Aborted, Owner::Settled];
+    for owner in scribbles {
+        let mut world = offered();
+        world.word = Word { epoch: 7, owner };
+        world.scribbled = true;
+        world.act(Deed::SourceRing);
+        let state =
+            if owner.is_target() { Source::HandedOver } else { Source::Ended(source::Ended::Meaningless) };
+        assert_eq!(world.source, Some(state));
+    }
 }

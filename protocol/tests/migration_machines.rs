@@ -1,5 +1,6 @@
 //! Source and target over a link that loses, repeats and cuts messages, with either end killed or hanging at any time:
-//! the VM never runs at both, and where both ends live never at neither.
+//! the VM never runs at both, and where both ends live never at neither. Each end does one thing at a time, and each
+//! message arrives as late as a test likes, whatever the word is by then.
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use std::collections::VecDeque;
@@ -12,13 +13,16 @@ use baton_protocol::migration::refusal::Refusal;
 use baton_protocol::migration::source::{self, Source};
 use baton_protocol::migration::state::{PlatformState, SerialState, VmState};
 use baton_protocol::migration::target::{self, Target};
-use baton_protocol::ownership::{Owner, Word};
+use baton_protocol::ownership::{Owner, Swapped, Word};
 use baton_protocol::reasons::Reasons;
 use proptest::prelude::*;
 
 /// What is done to the two ends and to what is between them.
 #[derive(Clone, Copy, Debug)]
 enum Deed {
+    /// It does the next of what it is to do.
+    SourceActs,
+    TargetActs,
     DeliverToTarget,
     DeliverToSource,
     Lose(bool),
@@ -37,6 +41,8 @@ enum Deed {
 
 fn deeds() -> impl Strategy<Value = Deed> {
     prop_oneof![
+        20 => Just(Deed::SourceActs),
+        20 => Just(Deed::TargetActs),
         14 => Just(Deed::DeliverToTarget),
         14 => Just(Deed::DeliverToSource),
         1 => any::<bool>().prop_map(Deed::Lose),
@@ -55,7 +61,9 @@ fn deeds() -> impl Strategy<Value = Deed> {
 /// Both ends, and what they share.
 struct World {
     source: Option<Source>,
+    source_todo: VecDeque<source::Action>,
     target: Option<Target>,
+    target_todo: VecDeque<target::Action>,
     source_runs: bool,
     target_runs: bool,
     word: Word,
@@ -65,6 +73,8 @@ struct World {
     source_fails: bool,
     target_fails: bool,
     source_hangs: bool,
+    /// The word has a value without a meaning.
+    garbage: bool,
 }
 
 impl World {
@@ -72,9 +82,11 @@ impl World {
         let hello =
             Hello { program: PROGRAM.to_owned(), dry_run, local: false, machine: MachineFacts::default() };
         let (source, actions) = Source::begin(hello);
-        let mut world = Self {
+        Self {
             source: Some(source),
+            source_todo: actions.into(),
             target: Some(Target::Waiting),
+            target_todo: VecDeque::new(),
             source_runs: true,
             target_runs: false,
             word: Word::INITIAL,
@@ -84,17 +96,19 @@ impl World {
             source_fails: false,
             target_fails: false,
             source_hangs: false,
-        };
-        world.source_acts(actions);
-        world
+            garbage: false,
+        }
     }
 
-    fn swap(&mut self, from: Word, to: Word) -> bool {
-        let won = self.word == from;
-        if won {
-            self.word = to;
+    fn swap(&mut self, from: Word, to: Word) -> Swapped {
+        if self.garbage {
+            return Err(None);
         }
-        won
+        if self.word != from {
+            return Err(Some(self.word));
+        }
+        self.word = to;
+        Ok(())
     }
 
     /// Over the wire, as bytes.
@@ -105,56 +119,58 @@ impl World {
     fn source_steps(&mut self, event: source::Event) {
         let Some(source) = self.source.take() else { return };
         let (source, actions) = source.step(event);
-        let over = source.is_over();
         self.source = Some(source);
-        self.source_acts(actions);
-        if over && self.connected {
-            self.disconnect_source_side();
+        self.source_todo = actions.into();
+        self.source_ends();
+    }
+
+    /// One that is over closes the connection.
+    fn source_ends(&mut self) {
+        if self.source_todo.is_empty() && self.source.as_ref().is_some_and(Source::is_over) {
+            self.connected = false;
         }
     }
 
-    fn source_acts(&mut self, actions: Vec<source::Action>) {
-        for action in actions {
-            let fails = std::mem::take(&mut self.source_fails);
-            let event = match action {
-                source::Action::Resume => {
-                    self.source_runs = true;
-                    None
-                }
-                source::Action::Withdraw { from, to } => {
-                    Some(source::Event::Swapped { won: self.swap(from, to) })
-                }
-                source::Action::Offer(word) => {
-                    assert!(!self.source_runs, "offered while it runs");
-                    assert!(self.swap(Word::INITIAL, word));
-                    None
-                }
-                _ if fails => Some(source::Event::Failed("a test".to_owned())),
-                source::Action::Send(message) => {
-                    Self::send(&mut self.to_target, &message);
-                    None
-                }
-                source::Action::Prepare => {
-                    let prepare = Prepare { ram: Vec::new(), fds: FdManifest::default(), net: Vec::new() };
-                    Self::send(&mut self.to_target, &Message::Prepare(prepare));
-                    None
-                }
-                source::Action::Stop => {
-                    self.source_runs = false;
-                    let vm = VmState {
-                        vcpus: Vec::new(),
-                        platform: PlatformState::default(),
-                        serial: SerialState::default(),
-                        net: Vec::new(),
-                    };
-                    Self::send(&mut self.to_target, &Message::State(State { running: true, vm }));
-                    Some(source::Event::Stopped)
-                }
-            };
-            if let Some(event) = event {
-                self.source_steps(event);
-                return;
+    fn source_acts(&mut self) {
+        let Some(action) = self.source_todo.pop_front() else { return };
+        let fails = std::mem::take(&mut self.source_fails);
+        let event = match action {
+            source::Action::Resume => {
+                self.source_runs = true;
+                None
             }
+            source::Action::Withdraw { from, to } => Some(source::Event::Swapped(self.swap(from, to))),
+            source::Action::Offer(word) => {
+                assert!(!self.source_runs, "offered while it runs");
+                let result = self.swap(Word::INITIAL, word);
+                result.err().map(|_| source::Event::Failed("the word".to_owned()))
+            }
+            _ if fails => Some(source::Event::Failed("a test".to_owned())),
+            source::Action::Send(message) => {
+                Self::send(&mut self.to_target, &message);
+                None
+            }
+            source::Action::Prepare => {
+                let prepare = Prepare { ram: Vec::new(), fds: FdManifest::default(), net: Vec::new() };
+                Self::send(&mut self.to_target, &Message::Prepare(prepare));
+                None
+            }
+            source::Action::Stop => {
+                self.source_runs = false;
+                let vm = VmState {
+                    vcpus: Vec::new(),
+                    platform: PlatformState::default(),
+                    serial: SerialState::default(),
+                    net: Vec::new(),
+                };
+                Self::send(&mut self.to_target, &Message::State(State { running: true, vm }));
+                Some(source::Event::Stopped)
+            }
+        };
+        match event {
+            // What was to follow is of no use any more.
+            Some(event) => self.source_steps(event),
+            None => self.source_ends(),
         }
     }
 
@@ -162,42 +178,53 @@ impl World {
         let Some(target) = self.target.take() else { return };
         let (target, actions) = target.step(event);
         self.target = Some(target);
-        for action in actions {
-            let event = match action {
-                target::Action::Send(message) => {
-                    Self::send(&mut self.to_source, &message);
-                    continue;
-                }
-                target::Action::Activate => {
-                    self.target_runs = true;
-                    Self::send(&mut self.to_source, &target::active(true));
-                    continue;
-                }
-                target::Action::Take { from, to } => target::Event::Swapped { won: self.swap(from, to) },
-                target::Action::Judge(_) | target::Action::Prepare(_) | target::Action::Restore(_) => {
-                    if std::mem::take(&mut self.target_fails) {
-                        target::Event::Failed(Reasons::of([Refusal::Busy]))
-                    } else {
-                        target::Event::Done
-                    }
-                }
-            };
-            self.target_steps(event);
-        }
+        self.target_todo = actions.into();
     }
 
-    fn disconnect_source_side(&mut self) {
-        self.connected = false;
+    fn target_acts(&mut self) {
+        let event = match self.target_todo.pop_front() {
+            None => return,
+            Some(target::Action::Send(message)) => return Self::send(&mut self.to_source, &message),
+            Some(target::Action::Activate) => {
+                self.target_runs = true;
+                return Self::send(&mut self.to_source, &target::active(true));
+            }
+            Some(target::Action::Take { from, to }) => {
+                target::Event::Swapped { won: self.swap(from, to).is_ok() }
+            }
+            Some(target::Action::Judge(_) | target::Action::Prepare(_) | target::Action::Restore(_)) => {
+                if std::mem::take(&mut self.target_fails) {
+                    target::Event::Failed(Reasons::of([Refusal::Busy]))
+                } else {
+                    target::Event::Done
+                }
+            }
+        };
+        self.target_steps(event);
+    }
+
+    /// Does a deed, and lets both ends do all that they are to do.
+    fn step(&mut self, deed: Deed) {
+        self.do_deed(deed);
+        while !self.target_todo.is_empty() || !self.source_todo.is_empty() && !self.source_hangs {
+            self.do_deed(Deed::SourceActs);
+            self.do_deed(Deed::TargetActs);
+        }
     }
 
     fn do_deed(&mut self, deed: Deed) {
         match deed {
+            Deed::DeliverToSource | Deed::SourceTimeout | Deed::SourceActs if self.source_hangs => {}
+            Deed::SourceActs => self.source_acts(),
+            Deed::TargetActs => self.target_acts(),
+            // Whoever has something to do does not look at the connection, or at the time.
+            Deed::DeliverToTarget | Deed::TargetTimeout if !self.target_todo.is_empty() => {}
+            Deed::DeliverToSource | Deed::SourceTimeout if !self.source_todo.is_empty() => {}
             Deed::DeliverToTarget => match self.to_target.pop_front() {
                 Some(message) => self.target_steps(target::Event::Message(message)),
                 None if !self.connected => self.target_steps(target::Event::Closed),
                 None => {}
             },
-            Deed::DeliverToSource | Deed::SourceTimeout if self.source_hangs => {}
             Deed::SourceHangs => self.source_hangs = true,
             Deed::DeliverToSource => match self.to_source.pop_front() {
                 Some(message) => self.source_steps(source::Event::Message(message)),
@@ -224,11 +251,13 @@ impl World {
             Deed::Disconnect => self.connected = false,
             Deed::KillSource => {
                 self.source = None;
+                self.source_todo.clear();
                 self.source_runs = false;
                 self.connected = false;
             }
             Deed::KillTarget => {
                 self.target = None;
+                self.target_todo.clear();
                 self.target_runs = false;
                 self.connected = false;
             }
@@ -240,6 +269,9 @@ impl World {
 
     fn check(&self) {
         assert!(!(self.source_runs && self.target_runs), "it runs at both");
+        if self.garbage {
+            return;
+        }
         if self.target_runs {
             assert_eq!(self.word.owner, Owner::Target);
         }
@@ -248,7 +280,9 @@ impl World {
         }
         match &self.source {
             Some(Source::Completed) => assert_eq!(self.word.owner, Owner::Target),
-            Some(Source::Ended { .. } | Source::Possible) => assert!(self.source_runs),
+            Some(Source::Ended { .. } | Source::Possible) => {
+                assert!(self.source_runs || !self.source_todo.is_empty());
+            }
             _ => {}
         }
     }
@@ -257,23 +291,26 @@ impl World {
     fn finish(&mut self) {
         self.connected &= self.source_hangs;
         let hangs = self.source_hangs;
+        while !self.target_todo.is_empty() {
+            self.do_deed(Deed::TargetActs);
+        }
         let orphaned = (hangs || self.source.is_none())
             && self.target == Some(Target::Ready)
             && self.word.owner == Owner::Offered
             && self.to_target.iter().all(|message| matches!(message, Message::Commit(_)));
         for _ in 0..40 {
-            self.do_deed(Deed::DeliverToTarget);
-            self.do_deed(Deed::TargetTimeout);
-            self.do_deed(Deed::DeliverToSource);
-            self.do_deed(Deed::SourceTimeout);
+            self.step(Deed::DeliverToTarget);
+            self.step(Deed::TargetTimeout);
+            self.step(Deed::DeliverToSource);
+            self.step(Deed::SourceTimeout);
         }
         // And a source that hangs or was killed after its offer leaves it to a target that is ready for it.
         assert!(!orphaned || self.target_runs, "the target did not take what was offered to it");
         // One that hung finds out later.
         self.source_hangs = false;
         for _ in 0..40 {
-            self.do_deed(Deed::DeliverToSource);
-            self.do_deed(Deed::SourceTimeout);
+            self.step(Deed::DeliverToSource);
+            self.step(Deed::SourceTimeout);
         }
         let source_lives = self.source.is_some();
         let target_lives = self.target.is_some();
@@ -284,7 +321,7 @@ impl World {
             assert!(self.source_runs || self.target_runs, "it runs at neither");
         }
         // A target that was killed after it had taken the VM takes it along.
-        if source_lives && self.word.owner != Owner::Target {
+        if source_lives && (self.garbage || self.word.owner != Owner::Target) {
             assert!(self.source_runs, "the source has the VM, and it stands still");
         }
     }
@@ -294,21 +331,61 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 20_000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn never_two_and_never_none(dry_run in prop::bool::weighted(0.05), deeds in prop::collection::vec(deeds(), 0..40)) {
+    fn never_two_and_never_none(dry_run in prop::bool::weighted(0.05), deeds in prop::collection::vec(deeds(), 0..80)) {
         let mut world = World::new(dry_run);
         for deed in deeds {
             world.do_deed(deed);
         }
         world.finish();
     }
+
+    /// Neither end fails, ends or gives up: however late each message is read, the VM moves.
+    #[test]
+    fn after_late_deliveries_alone_it_moves(deeds in prop::collection::vec(late(), 0..60)) {
+        let mut world = World::new(false);
+        for deed in deeds {
+            world.do_deed(deed);
+        }
+        for _ in 0..10 {
+            world.step(Deed::DeliverToTarget);
+            world.step(Deed::DeliverToSource);
+        }
+        assert_eq!((&world.source, &world.target), (&Some(Source::Completed), &Some(Target::Active)));
+        assert!(world.target_runs && !world.source_runs);
+    }
+
+    /// With the target's patience at its end, too: then whoever's swap comes first has it, and both know.
+    #[test]
+    fn after_late_deliveries_and_time_alone_both_know_whose_it_is(
+        deeds in prop::collection::vec(prop_oneof![8 => late(), 1 => Just(Deed::TargetTimeout), 1 => Just(Deed::SourceTimeout)], 0..80),
+    ) {
+        let mut world = World::new(false);
+        for deed in deeds {
+            world.do_deed(deed);
+        }
+        world.finish();
+        let completed = world.source == Some(Source::Completed);
+        assert_eq!(completed, world.target == Some(Target::Active));
+        assert_eq!((completed, !completed), (world.target_runs, world.source_runs));
+    }
+}
+
+/// What honest ends do, and messages that take their time.
+fn late() -> impl Strategy<Value = Deed> {
+    prop_oneof![
+        Just(Deed::SourceActs),
+        Just(Deed::TargetActs),
+        Just(Deed::DeliverToTarget),
+        Just(Deed::DeliverToSource),
+    ]
 }
 
 #[test]
 fn undisturbed_it_moves() {
     let mut world = World::new(false);
     for _ in 0..10 {
-        world.do_deed(Deed::DeliverToTarget);
-        world.do_deed(Deed::DeliverToSource);
+        world.step(Deed::DeliverToTarget);
+        world.step(Deed::DeliverToSource);
     }
     assert_eq!((&world.source, &world.target), (&Some(Source::Completed), &Some(Target::Active)));
     assert!(world.target_runs && !world.source_runs);
@@ -318,8 +395,8 @@ fn undisturbed_it_moves() {
 fn a_dry_run_stops_nothing() {
     let mut world = World::new(true);
     for _ in 0..10 {
-        world.do_deed(Deed::DeliverToTarget);
-        world.do_deed(Deed::DeliverToSource);
+        world.step(Deed::DeliverToTarget);
+        world.step(Deed::DeliverToSource);
         assert!(world.source_runs);
     }
     assert_eq!(world.source, Some(Source::Possible));
@@ -329,14 +406,14 @@ fn a_dry_run_stops_nothing() {
 fn hanging(offered: bool) -> World {
     let mut world = World::new(false);
     while world.target != Some(Target::Ready) {
-        world.do_deed(Deed::DeliverToTarget);
+        world.step(Deed::DeliverToTarget);
         if world.target != Some(Target::Ready) || offered {
-            world.do_deed(Deed::DeliverToSource);
+            world.step(Deed::DeliverToSource);
         }
     }
     world.to_target.clear();
-    world.do_deed(Deed::SourceHangs);
-    world.do_deed(Deed::TargetTimeout);
+    world.step(Deed::SourceHangs);
+    world.step(Deed::TargetTimeout);
     world
 }
 
@@ -345,7 +422,7 @@ fn a_source_that_hangs_after_its_offer_leaves_the_vm_to_its_target() {
     let mut world = hanging(true);
     assert!(world.target_runs);
     world.source_hangs = false;
-    world.do_deed(Deed::SourceTimeout);
+    world.step(Deed::SourceTimeout);
     assert_eq!(world.source, Some(Source::Completed));
 }
 
@@ -356,4 +433,63 @@ fn a_source_that_hangs_before_its_offer_has_the_vm_when_it_goes_on() {
     world.source_hangs = false;
     world.finish();
     assert!(world.source_runs);
+}
+
+#[test]
+fn a_word_without_a_meaning_leaves_the_vm_to_the_source() {
+    for steps in 0..12 {
+        let mut world = World::new(false);
+        for _ in 0..steps {
+            world.step(Deed::DeliverToTarget);
+            world.step(Deed::DeliverToSource);
+        }
+        // Afterwards the VM is the target's already.
+        if world.word.owner == Owner::Target {
+            return;
+        }
+        world.garbage = true;
+        world.step(Deed::DeliverToTarget);
+        world.finish();
+        assert!(
+            world.source_runs && !world.target_runs,
+            "after {steps}: {:?} {:?}",
+            world.source,
+            world.target
+        );
+    }
+    panic!("the target did not take the VM");
+}
+
+#[test]
+fn a_word_that_says_the_target_is_obeyed_and_no_other() {
+    for owner in [Owner::Source, Owner::Offered, Owner::Target, Owner::Aborted, Owner::Settled] {
+        let mut world = offered();
+        world.word = Word { epoch: 7, owner };
+        // Not by deeds, each of which checks the word.
+        world.source_steps(source::Event::Closed);
+        while !world.source_todo.is_empty() {
+            world.source_acts();
+        }
+        let completed = world.source == Some(Source::Completed);
+        assert_eq!((completed, world.source_runs), (owner.is_target(), !owner.is_target()));
+    }
+}
+
+/// The source's COMMIT is on its way.
+fn offered() -> World {
+    let mut world = World::new(false);
+    while world.word.owner != Owner::Offered {
+        world.step(Deed::DeliverToTarget);
+        world.step(Deed::DeliverToSource);
+    }
+    world
+}
+
+#[test]
+fn a_commit_that_is_read_after_the_vm_was_withdrawn_starts_nothing() {
+    let mut world = offered();
+    world.step(Deed::SourceTimeout);
+    assert!(world.source_runs);
+    world.step(Deed::DeliverToTarget);
+    assert!(!world.target_runs && matches!(world.target, Some(Target::Ended { .. })));
 }

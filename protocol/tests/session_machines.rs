@@ -63,6 +63,21 @@ proptest! {
         world.finish();
     }
 
+    /// Neither end fails, ends or gives up: however late each message is read, the session is handed over.
+    #[test]
+    fn after_late_deliveries_alone_it_is_handed_over(deeds in proptest::collection::vec(late(), 0..160)) {
+        let mut world = World::new(false);
+        for deed in deeds {
+            world.act(deed);
+        }
+        for end in [End::Source, End::Target] {
+            world.act(Deed::Continue(end));
+        }
+        world.finish();
+        assert!(matches!(world.source.state(), Some(Source::HandedOver(Some(_)))), "{world:?}");
+        assert!(matches!(world.target.state(), Some(Target::Active(_))), "{world:?}");
+    }
+
     /// From each place of an undisturbed hand-over on, one after the other.
     #[test]
     fn one_owner_from_everywhere(steps in 0..80usize, deeds in proptest::collection::vec(deeds(), 0..40)) {
@@ -75,6 +90,19 @@ proptest! {
         }
         world.finish();
     }
+}
+
+/// What honest ends and their front-end do, and messages that take their time.
+fn late() -> impl Strategy<Value = Deed> {
+    prop_oneof![
+        8 => ends().prop_map(Deed::Act),
+        4 => ends().prop_map(Deed::Deliver),
+        1 => Just(Deed::FrontendSays),
+        2 => ends().prop_map(Deed::Hear),
+        1 => ends().prop_map(Deed::Clock),
+        1 => ends().prop_map(Deed::Stop),
+        2 => ends().prop_map(Deed::Continue),
+    ]
 }
 
 /// One of the ends is killed, or stopped until the other has settled everything, after each number of steps.

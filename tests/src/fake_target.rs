@@ -1,7 +1,9 @@
 //! A VMM that a guest could move to, up to a point: there it goes away, hangs, refuses, or takes the guest and is not
 //! heard of again.
 
-use std::os::fd::OwnedFd;
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::mpsc::{Sender, channel};
@@ -46,6 +48,8 @@ pub enum Then {
     Take,
     /// Says that it has taken the guest, and has not.
     Lie,
+    /// Writes into the ownership word what no word is, goes on as a good one does, and closes the connection.
+    Scribble,
 }
 
 /// A fake target at work.
@@ -112,6 +116,9 @@ fn play(socket: &PacketSocket, point: Point, then: Then) -> Result<Vec<OwnedFd>>
         };
         if next == point {
             fail(socket, then, word.as_ref())?;
+            if let Some(answer) = answer.filter(|_| then == Then::Scribble) {
+                socket.send(&answer, &[], PATIENCE)?;
+            }
             return Ok(held);
         }
         if let Some(answer) = answer {
@@ -126,6 +133,11 @@ fn fail(socket: &PacketSocket, then: Then, word: Option<&SharedWord>) -> Result<
         Then::Leave | Then::Hang => return Ok(()),
         Then::Refuse => Message::Refuse(Refuse { reasons: Reasons::of([Refusal::Busy]) }),
         Then::Babble => Message::Ready(Ready {}),
+        Then::Scribble => {
+            let word = word.context("no ownership word has come")?;
+            let file = File::from(word.as_fd().try_clone_to_owned()?);
+            return Ok(file.write_all_at(&[0xff; 8], 0)?);
+        }
         Then::Lie => baton_protocol::migration::target::active(true),
         Then::Take => {
             let word = word.context("no ownership word has come")?;

@@ -12,7 +12,7 @@ use baton_protocol::handover::message::{FRAMES_FD, LINK_FD, OWNERSHIP_FD, Offer,
 use baton_protocol::handover::refusal::Refusal;
 use baton_protocol::handover::state::{Datapath, DeviceState, FrameExtent, QueuePairState};
 use baton_protocol::handover::validate::{Capabilities, CheckedDevice, MAX_QUEUE_PAIRS};
-use baton_protocol::ownership::{Owner, Word};
+use baton_protocol::ownership::{Offered, Owner, Word};
 use baton_protocol::reasons::Reasons;
 
 use super::frames;
@@ -140,41 +140,89 @@ pub fn config(state: &DeviceState, wishes: &Wishes) -> DeviceConfig {
     }
 }
 
+/// Why an offer is not adopted.
+#[derive(Debug)]
+pub enum NotAdopted {
+    /// The source took it back before it was read.
+    Withdrawn,
+    /// The target will not have it.
+    Refused(Reasons),
+}
+
+impl From<Reasons> for NotAdopted {
+    fn from(reasons: Reasons) -> Self {
+        Self::Refused(reasons)
+    }
+}
+
+impl From<Refusal> for NotAdopted {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal.into())
+    }
+}
+
 /// Checks an offer and keeps its descriptors, without touching the device. All that are not kept are closed.
 ///
 /// # Errors
-/// All [`Reasons`] against it.
+/// [`NotAdopted`].
 pub fn adopt(
     device: &mut Device,
     wishes: &Wishes,
     same_user: bool,
     offer: Offer,
     mut fds: NamedFds<OwnedFd>,
-) -> Result<(Word, Adopted), Reasons> {
+) -> Result<(Word, Adopted), NotAdopted> {
+    let ownership = fds.claim(OWNERSHIP_FD).map_err(Refusal::Descriptors)?;
+    let word = SharedWord::from_fd(ownership).map_err(|error| Refusal::Ownership(error.to_string()))?;
+    check_offer(&word, offer.epoch)?;
+    let epoch = offer.epoch;
+    match keep(device, wishes, same_user, offer, fds) {
+        Ok((tap, device, frames)) => {
+            let offered = Word { epoch, owner: Owner::Offered };
+            Ok((offered, Adopted { tap, word, device, frames }))
+        }
+        // A source that takes the device back meanwhile changes what the checks see.
+        Err(reasons) => Err(check_offer(&word, epoch).err().unwrap_or(NotAdopted::Refused(reasons))),
+    }
+}
+
+/// That the word offers what the source said that it offers.
+fn check_offer(word: &SharedWord, epoch: u64) -> Result<(), NotAdopted> {
+    let now = word.load().map_err(|error| Refusal::Ownership(error.to_string()))?;
+    match now.judge_offer(epoch) {
+        Offered::Stands => Ok(()),
+        Offered::Withdrawn => Err(NotAdopted::Withdrawn),
+        Offered::Impossible => {
+            let text = format!("the ownership word does not offer the device: {now:?}");
+            Err(Refusal::Ownership(text).into())
+        }
+    }
+}
+
+/// Frames in hand, each with its pair.
+type Kept = Vec<(usize, FrameInHand)>;
+
+/// Checks and keeps all of an offer but the ownership word.
+fn keep(
+    device: &mut Device,
+    wishes: &Wishes,
+    same_user: bool,
+    offer: Offer,
+    mut fds: NamedFds<OwnedFd>,
+) -> Result<(Tap, CheckedDevice, Kept), Reasons> {
+    let epoch = offer.epoch;
     let capabilities = capabilities(device, wishes, &offer.device, same_user);
     let checked = CheckedDevice::try_from((offer.device, &capabilities))?;
     let state = checked.state();
     let claimed: Result<Vec<_>, _> =
         (0..state.queue_pairs.len().min(MAX_QUEUE_PAIRS)).map(|pair| fds.claim(&tap_fd(pair))).collect();
-    let ownership = fds.claim(OWNERSHIP_FD);
     let file = fds.claim_optional(FRAMES_FD);
-    let (taps, ownership) = claimed
-        .and_then(|taps| Ok((taps, ownership?)))
+    let taps = claimed
         .and_then(|claimed| fds.finish().map(|()| claimed))
         .map_err(|error| Reasons::from(Refusal::Descriptors(error)))?;
-    let word = SharedWord::from_fd(ownership).map_err(|error| Refusal::Ownership(error.to_string()))?;
-    let offered = Word { epoch: offer.epoch, owner: Owner::Offered };
-    match word.load() {
-        Ok(now) if now == offered => {}
-        Ok(now) => {
-            let text = format!("the ownership word does not offer the device: {now:?}");
-            return Err(Refusal::Ownership(text).into());
-        }
-        Err(error) => return Err(Refusal::Ownership(error.to_string()).into()),
-    }
     let tap = adopted::adopt(state, taps).map_err(|error| Refusal::Tap(error.to_string()))?;
     let frames = frames::read(&checked, file).map_err(|error| Refusal::Tap(error.to_string()))?;
     device.open_vhost(tap.pairs()).map_err(|error| Refusal::VhostNet(error.to_string()))?;
-    limited!(info, tap = tap.name(), queues = tap.pairs(), epoch = offer.epoch, "TAP descriptors claimed");
-    Ok((offered, Adopted { tap, word, device: checked, frames }))
+    limited!(info, tap = tap.name(), queues = tap.pairs(), epoch, "TAP descriptors claimed");
+    Ok((tap, checked, frames))
 }

@@ -3,7 +3,7 @@
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use baton_channel::ownership::SharedWord;
+use baton_channel::ownership::{SharedWord, SwapError};
 use baton_channel::packet::{ChannelError, PacketSocket};
 use baton_control::limited;
 use baton_faults::Point;
@@ -324,8 +324,8 @@ impl SourceEnd {
                 }
                 Action::Offer(word) => self.offer(device, around, word)?,
                 Action::Swap { from, to } => {
-                    let won = self.word.swap(from, to).is_ok();
-                    self.tell(device, around, Event::Swapped { won })?;
+                    let result = self.word.swap(from, to).map_err(SwapError::word);
+                    self.tell(device, around, Event::Swapped(result))?;
                 }
                 Action::Resume => {
                     if let Some(tap) = self.tap.take() {

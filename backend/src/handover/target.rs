@@ -18,7 +18,7 @@ use baton_protocol::handover::validate::CheckedDevice;
 use baton_protocol::reasons::Reasons;
 
 use super::live::Arrived;
-use super::snapshot::{self, Adopted, Wishes};
+use super::snapshot::{self, Adopted, NotAdopted, Wishes};
 use super::{PROGRAM, Surroundings, TARGET};
 use crate::device::{Device, DeviceConfig, DeviceError};
 use crate::events::Events;
@@ -117,10 +117,15 @@ impl TargetEnd {
         target.tell(device, wishes, around, Event::Message(Message::Offer(offer)))?;
         // Only that packet was vouched for.
         target.same_user = false;
-        Ok(match target.refused.take() {
-            Some(reasons) => Err(reasons.to_string()),
-            None => Ok(target),
-        })
+        if let Some(reasons) = target.refused.take() {
+            return Ok(Err(reasons.to_string()));
+        }
+        if matches!(target.state, Target::Ready) {
+            // The front-end brings one offer, and no other can follow.
+            target.close(around);
+            return Ok(Err("the source took its offer back".to_owned()));
+        }
+        Ok(Ok(target))
     }
 
     /// Whether the source wants to hand over a session rather than a device.
@@ -329,8 +334,8 @@ impl TargetEnd {
                     self.tell(device, wishes, around, Event::Judged(verdict))?;
                 }
                 Action::Adopt(offer) => {
-                    let adoption = self.adopt(device, wishes, offer);
-                    self.tell(device, wishes, around, Event::Adoption(adoption))?;
+                    let event = self.adopt(device, wishes, offer);
+                    self.tell(device, wishes, around, event)?;
                 }
                 Action::Swap { from, to } => {
                     baton_faults::pass(Point::TargetBackendTaking);
@@ -372,12 +377,8 @@ impl TargetEnd {
         device.open_vhost(pairs).map_err(|error| Refusal::VhostNet(error.to_string()).into())
     }
 
-    fn adopt(
-        &mut self,
-        device: &mut Device,
-        wishes: &Wishes,
-        offer: Offer,
-    ) -> Result<(baton_protocol::ownership::Word, Box<Adopted>), Reasons> {
+    fn adopt(&mut self, device: &mut Device, wishes: &Wishes, offer: Offer) -> Event<Box<Adopted>> {
+        let epoch = offer.epoch;
         let empty = || std::iter::empty().collect();
         let fds = self.fds.take().unwrap_or_else(empty);
         let failed = baton_faults::point(Point::TargetBackendOfferReceived);
@@ -392,12 +393,16 @@ impl TargetEnd {
                 let config = snapshot::config(state, wishes);
                 let offer = device.offer_with(&config, adopted.tap.has_ufo(), adopted.tap.has_uso());
                 device.describe(config, offer, adopted.tap.pairs());
-                Ok((word, Box::new(adopted)))
+                Event::Adoption(Ok((word, Box::new(adopted))))
             }
-            Err(reasons) => {
+            Err(NotAdopted::Withdrawn) => {
+                limited!(info, epoch, "the source took the offer back before it was read");
+                Event::Withdrawn
+            }
+            Err(NotAdopted::Refused(reasons)) => {
                 limited!(warn, %reasons, "an offered device is refused");
                 self.refused = Some(reasons.clone());
-                Err(reasons)
+                Event::Adoption(Err(reasons))
             }
         }
     }

@@ -15,6 +15,11 @@
 //! | offered / adopted, and the source's front-end leaves without having asked how the saving went | source | source takes back, failed | the same | the same |
 //! | handed over / taken | target | source: the ring stays still | source: ends; target: nothing | nothing |
 //! | armed again / adopted (offer withdrawn, unheard) | source | target: loses the swap, drops it | target: drops it | nothing |
+//! | armed again, or offered again / the first offer unread | source, or nobody | source takes back | as armed, or offered | target: lets the old offer go when it reads it, and is ready for the next |
+//!
+//! A message may be read late, the word is always current: the target holds each offer against the word as it is when it
+//! reads the offer ([`Word::judge_offer`](crate::ownership::Word::judge_offer)). Where a swap fails on a value that the
+//! word cannot have, nothing is the target's.
 //!
 //! [`state`] is what is said of a device, [`validate`] judges it, [`refusal`] has the reasons why not, [`message`] the
 //! packets, [`source`] and [`target`] the two ends.

@@ -6,12 +6,13 @@
 //!              ▼            2 s, cancel    │ └─own ring: swap won────┘ │
 //!            Ended ◀───────────────────────┴──REFUSE, end, cancel: swap won
 //! ```
-//! Every way out of `Offered` is a swap of the ownership word; what was said before it decides nothing.
+//! Every way out of `Offered` is a swap of the ownership word; what was said before it decides nothing. Where the swap
+//! fails, the device is the target's only if the word says so: a word without a meaning leaves it to the source.
 
 use std::time::Duration;
 
 use super::message::{DEVICE, Hello, Message, OfOffer};
-use crate::ownership::Word;
+use crate::ownership::{Owner, Swapped, Word};
 use crate::reasons::Reasons;
 
 /// How long the target may take for an answer before the device is offered.
@@ -31,10 +32,7 @@ pub enum Event {
     /// One of the source's rings is about to start.
     RingStarting,
     /// How [`Action::Swap`] ended.
-    Swapped {
-        /// Whether the word was changed.
-        won: bool,
-    },
+    Swapped(Swapped),
     /// The source's front-end has gone.
     FrontendLeft {
         /// Its VM may have moved: to whoever moves the device's state itself it was said that it is saved.
@@ -88,6 +86,9 @@ pub enum Ended {
     /// The target said that it took the device, and did not.
     #[error("the target said that it had taken the device, but had not")]
     Untrue,
+    /// The word has a value that it cannot have.
+    #[error("the ownership word was not what it must be")]
+    Meaningless,
     /// The front-end left before it was told that the device's state is saved.
     #[error("the front-end left before it asked whether the device's state was saved")]
     Unasked,
@@ -261,7 +262,7 @@ impl Source {
             return Ok((self, Vec::new()));
         };
         let swapping = match (event, swapping) {
-            (Event::Swapped { won }, Some(swapping)) => return Ok(Self::swapped(won, word, swapping)),
+            (Event::Swapped(result), Some(swapping)) => return Ok(Self::swapped(result, word, swapping)),
             (_, Some(swapping)) => Some(swapping),
             (Event::RingStarting, None) => Some(Swapping::TakeBack),
             (Event::Closed, None) => Some(Swapping::Abort(Ended::Closed)),
@@ -289,7 +290,7 @@ impl Source {
                 left = false;
                 None
             }
-            (Event::Time(_) | Event::Suspended | Event::Swapped { .. }, None) => None,
+            (Event::Time(_) | Event::Suspended | Event::Swapped(_), None) => None,
         };
         let to = swapping.as_ref().and_then(|swapping| match swapping {
             Swapping::TakeBack => word.taken_back(),
@@ -299,15 +300,17 @@ impl Source {
         Ok((Self::Offered { word, adopted, left, swapping }, actions))
     }
 
-    fn swapped(won: bool, word: Word, swapping: Swapping) -> (Self, Vec<Action>) {
-        match swapping {
-            _ if !won => (Self::HandedOver, vec![Action::Release]),
-            Swapping::TakeBack => {
+    fn swapped(result: Swapped, word: Word, swapping: Swapping) -> (Self, Vec<Action>) {
+        match (result, swapping) {
+            (Err(Some(now)), _) if now.owner.is_target() => (Self::HandedOver, vec![Action::Release]),
+            // The target cannot have taken it.
+            (Err(_), _) => (Self::Ended(Ended::Meaningless), vec![Action::Resume, Action::Close]),
+            (Ok(()), Swapping::TakeBack) => {
                 let retract = Message::Retract(OfOffer { epoch: word.epoch });
-                let word = Word { owner: crate::ownership::Owner::Source, ..word };
+                let word = Word { owner: Owner::Source, ..word };
                 (Self::Armed { word }, vec![Action::Resume, Action::Send(retract)])
             }
-            Swapping::Abort(ended) => (Self::Ended(ended), vec![Action::Resume, Action::Close]),
+            (Ok(()), Swapping::Abort(ended)) => (Self::Ended(ended), vec![Action::Resume, Action::Close]),
         }
     }
 

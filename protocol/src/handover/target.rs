@@ -34,6 +34,8 @@ pub enum Event<D> {
     Judged(Result<(), Reasons>),
     /// The answer to [`Action::Adopt`].
     Adoption(Result<(Word, D), Reasons>),
+    /// The answer to [`Action::Adopt`] where the source took the offer back before it was read: nothing is kept.
+    Withdrawn,
     /// The front-end that brought the offer has gone, and with it what it was for.
     FrontendLeft,
     /// One of the target's rings has started, and the device is not there.
@@ -50,7 +52,7 @@ pub enum Event<D> {
 pub enum Action<D> {
     /// Say with [`Event::Judged`] whether this device could be taken.
     Judge(DeviceState),
-    /// Check and keep what is offered, without touching it; then [`Event::Adoption`].
+    /// Check and keep what is offered, without touching it; then [`Event::Adoption`] or [`Event::Withdrawn`].
     Adopt(Offer),
     /// Change the word by compare-and-swap, and say with [`Event::Swapped`] whether that worked.
     Swap {
@@ -158,6 +160,8 @@ impl<D> Target<D> {
                 let adopted = Message::Adopted(OfOffer { epoch: word.epoch });
                 Ok((Self::Adopted { word, device, linked: true }, vec![Action::Send(adopted)]))
             }
+            // The offer is older than the word. That is no refusal: the source stays armed and offers again.
+            (Self::Adopting, Event::Withdrawn) => Ok((Self::Ready, Vec::new())),
             (Self::Adopted { word, device, linked }, event) => Self::adopted(word, device, linked, event),
             (Self::Taken, _) => Ok((Self::Taken, Vec::new())),
             (Self::Ended, _) | (_, Event::Closed { .. }) => Ok((Self::Ended, vec![Action::Close])),

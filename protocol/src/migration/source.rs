@@ -15,7 +15,7 @@ use std::time::Duration;
 use thiserror::Error;
 
 use super::message::{Commit, Hello, Message};
-use crate::ownership::Word;
+use crate::ownership::{Swapped, Word};
 use crate::reasons::Reasons;
 
 /// How long the target may take for its HELLO.
@@ -39,10 +39,7 @@ pub enum Event {
     /// Something failed on this side.
     Failed(String),
     /// How [`Action::Withdraw`] ended.
-    Swapped {
-        /// Whether the word was changed.
-        won: bool,
-    },
+    Swapped(Swapped),
 }
 
 /// What is to be done, in this order.
@@ -113,6 +110,9 @@ pub enum Reason {
     /// The target said that it took the VM, and did not.
     #[error("the target said that it had taken the VM, but had not")]
     Untrue,
+    /// The word has a value that it cannot have.
+    #[error("the ownership word was not what it must be")]
+    Meaningless,
     /// This side failed.
     #[error("{0}")]
     Failed(String),
@@ -187,10 +187,14 @@ impl Source {
             (Self::Stopping, Event::Stopped) => (Self::Restoring, Vec::new()),
             (Self::Restoring, Event::Message(Message::Ready(_))) => Self::offer(),
             (Self::Offered { word, withdrawing: None }, event) => Self::withdraw(word, event),
-            (Self::Offered { withdrawing: Some(_), .. }, Event::Swapped { won: false }) => {
+            (Self::Offered { withdrawing: Some(_), .. }, Event::Swapped(Err(Some(now))))
+                if now.owner.is_target() =>
+            {
                 (Self::Completed, Vec::new())
             }
-            (Self::Offered { withdrawing: Some(reason), .. }, Event::Swapped { won: true }) => {
+            // Where the swap failed and the word is not the target's, the target cannot have taken the VM.
+            (Self::Offered { withdrawing: Some(reason), .. }, Event::Swapped(result)) => {
+                let reason = if result.is_ok() { reason } else { Reason::Meaningless };
                 (Self::Ended { phase: Phase::Committing, reason }, vec![Action::Resume])
             }
             // A late word changes nothing.
@@ -235,7 +239,7 @@ fn why(event: Event) -> Reason {
     match event {
         Event::Message(Message::Refuse(refuse)) => Reason::Refused(refuse.reasons.bounded()),
         Event::Message(message) => Reason::OutOfTurn(message.name()),
-        Event::Closed | Event::Stopped | Event::Swapped { .. } => Reason::Closed,
+        Event::Closed | Event::Stopped | Event::Swapped(_) => Reason::Closed,
         Event::Timeout => Reason::Silent,
         Event::Failed(text) => Reason::Failed(text),
     }

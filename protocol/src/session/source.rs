@@ -20,7 +20,7 @@ use super::report::{Report, nanoseconds};
 use super::state::{FreezeTimes, TakeTimes};
 use crate::handover::message::{Hello, Message, SESSION};
 use crate::handover::source::PATIENCE;
-use crate::ownership::{Owner, Word};
+use crate::ownership::{Owner, Swapped, Word};
 use crate::reasons::Reasons;
 
 /// How long the target may take to map and set up everything.
@@ -49,7 +49,7 @@ pub enum Event {
     /// COMMIT went out.
     Sent,
     /// How [`Action::Swap`] ended: where it failed, with what the word is, if that makes sense.
-    Swapped(Result<(), Option<Word>>),
+    Swapped(Swapped),
     /// The answer to [`Action::Look`].
     Seen(Option<Word>),
     /// This end cannot do what it is to do.
@@ -420,13 +420,7 @@ impl Source {
         (Self::Leaving { marks, phase, cause }, swap.into_iter().collect())
     }
 
-    fn left(
-        marks: Marks,
-        phase: Phase,
-        cause: Cause,
-        result: Result<(), Option<Word>>,
-        now: Duration,
-    ) -> Step {
+    fn left(marks: Marks, phase: Phase, cause: Cause, result: Swapped, now: Duration) -> Step {
         match (result, cause) {
             (Err(Some(Word { owner: Owner::Settled, .. })), Cause::Active(times)) => {
                 Self::hand_over(marks, Some(&times))

@@ -188,12 +188,15 @@ impl<'a> Migration<'a> {
             },
             Action::Offer(word) => self.commit(word),
             Action::Withdraw { from, to } => {
-                let won = self.word.swap(from, to).is_ok();
-                tracing::info!(
-                    "migration: the VM is {}",
-                    if won { "this VMM's again" } else { "the target's" }
-                );
-                return Some(Event::Swapped { won });
+                let result = self.word.swap(from, to).map_err(SwapError::word);
+                match &result {
+                    Ok(()) => tracing::info!("migration: the VM is this VMM's again"),
+                    Err(Some(now)) if now.owner.is_target() => {
+                        tracing::info!("migration: the VM is the target's");
+                    }
+                    Err(_) => tracing::warn!("migration: unexpected ownership word; the VM stays this VMM's"),
+                }
+                return Some(Event::Swapped(result));
             }
             Action::Resume => {
                 self.resume();
@@ -323,6 +326,6 @@ fn name_of(event: &Event) -> &'static str {
         Event::Timeout => "timeout",
         Event::Stopped => "stopped",
         Event::Failed(_) => "failed",
-        Event::Swapped { .. } => "swapped",
+        Event::Swapped(_) => "swapped",
     }
 }

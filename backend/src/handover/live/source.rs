@@ -371,10 +371,7 @@ impl LiveSource {
                 Action::Commit { word, times } => self.commit(around, word, times, outcomes)?,
                 Action::Swap { from, to } => {
                     let result = match &self.shared {
-                        Some(shared) => shared.word.swap(from, to).map_err(|error| match error {
-                            SwapError::Lost(word) => Some(word),
-                            SwapError::Meaningless(_) => None,
-                        }),
+                        Some(shared) => shared.word.swap(from, to).map_err(SwapError::word),
                         // Nothing was staged, so nobody else has the word.
                         None => Ok(()),
                     };

@@ -255,10 +255,7 @@ impl LiveTarget {
                         baton_faults::pass(Point::TargetSessionTaking);
                     }
                     let result = match &self.word {
-                        Some(word) => word.swap(from, to).map_err(|error| match error {
-                            SwapError::Lost(word) => Some(word),
-                            SwapError::Meaningless(_) => None,
-                        }),
+                        Some(word) => word.swap(from, to).map_err(SwapError::word),
                         None => Err(None),
                     };
                     self.tell(around, Event::Swapped(result), outcomes)?;
