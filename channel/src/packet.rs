@@ -14,8 +14,9 @@ use baton_protocol::fd_manifest::MAX_FDS;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, SockaddrLike, UnixAddr, UnixCredentials,
-    connect, getsockname, getsockopt, sendmsg, setsockopt, socket, socketpair, sockopt,
+    AddressFamily, ControlMessage, MsgFlags, Shutdown, SockFlag, SockType, SockaddrLike, UnixAddr,
+    UnixCredentials, connect, getsockname, getsockopt, sendmsg, setsockopt, shutdown, socket, socketpair,
+    sockopt,
 };
 
 use crate::peer::Peer;
@@ -197,6 +198,13 @@ impl PacketSocket {
             }
         }
         Ok(())
+    }
+
+    /// Says that nothing more will be sent: the peer hears the end after what was sent before. What the peer has sent
+    /// can still be received.
+    pub fn shut_down_sending(&self) {
+        // Fails only where the peer has gone.
+        let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Write);
     }
 
     /// Receives a message, waiting no longer than `patience`: not at all if that is zero.
@@ -442,6 +450,21 @@ mod tests {
             assert_eq!(there.receive::<Said>(LONG).unwrap().message, said("last"));
             let error = there.receive::<Said>(LONG).unwrap_err();
             assert!(matches!(error, ChannelError::Closed), "{error}");
+        }
+    }
+
+    #[test]
+    fn who_sends_nothing_more_still_hears() {
+        for (here, there) in pairs() {
+            here.send(&said("last"), &[], LONG).unwrap();
+            here.shut_down_sending();
+            assert_eq!(there.receive::<Said>(LONG).unwrap().message, said("last"));
+            let error = there.receive::<Said>(LONG).unwrap_err();
+            assert!(matches!(error, ChannelError::Closed), "{error}");
+            there.send(&said("answer"), &[], LONG).unwrap();
+            assert_eq!(here.receive::<Said>(LONG).unwrap().message, said("answer"));
+            drop(there);
+            here.shut_down_sending();
         }
     }
 

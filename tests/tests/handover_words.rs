@@ -10,11 +10,12 @@ use anyhow::{Context, Result, bail, ensure};
 use baton_channel::ownership::SharedWord;
 use baton_protocol::control::HandoverState;
 use baton_protocol::handover::message::{DEVICE, Hello, Message, OWNERSHIP_FD, ReadyToTake};
-use baton_tests::backend::{Backend, Rig};
+use baton_tests::backend::{Backend, Rig, TAP};
 use baton_tests::datapath::Datapath;
 use baton_tests::device_state::{
     ACCEPTED, check, negotiated, options, pair, set_state_fd, stopped, transfer,
 };
+use baton_tests::downscript::Downscript;
 use baton_tests::fake_frontend::Device;
 use baton_tests::frames;
 use baton_tests::on_both_datapaths;
@@ -200,4 +201,49 @@ fn a_word_that_cannot_be_leaves_the_device_to_its_source() {
     rig.backend.arm(&target.incoming()).unwrap();
     device.suspend().unwrap();
     hand_over(&mut rig, &mut device, target).unwrap();
+}
+
+#[test]
+fn of_a_source_and_a_target_that_end_together_one_runs_the_downscript() {
+    for round in 0..12 {
+        let downscript = Downscript::new().unwrap();
+        let mut rig = Rig::new(Datapath::Userspace, 1, &[&downscript.option()]).unwrap();
+        let device = rig.device(options(1)).unwrap();
+        let mut target = Backend::waiting(Datapath::Userspace, &[]).unwrap();
+        rig.backend.arm(&target.incoming()).unwrap();
+        device.suspend().unwrap();
+        target.wait_handover(HandoverState::Adopted).unwrap();
+        rig.backend.wait_handover(HandoverState::Offered).unwrap();
+        let mut both = [&mut rig.backend.process, &mut target.process];
+        if round % 2 == 0 {
+            both.reverse();
+        }
+        for signal in [Signal::SIGSTOP, Signal::SIGTERM, Signal::SIGCONT] {
+            for process in &both {
+                process.signal(signal).unwrap();
+            }
+        }
+        for process in both {
+            assert!(process.wait().unwrap().success(), "{}", process.log());
+        }
+        assert_eq!(downscript.runs().unwrap(), [TAP], "round {round}");
+    }
+}
+
+#[test]
+fn who_is_left_with_a_device_runs_the_downscript_whoever_brought_it() {
+    let downscript = Downscript::new().unwrap();
+    let mut rig = Rig::new(Datapath::Userspace, 1, &[&downscript.option()]).unwrap();
+    let device = rig.device(options(1)).unwrap();
+    device.suspend().unwrap();
+    let mut target = Backend::waiting(Datapath::Userspace, &[]).unwrap();
+    let connection = negotiated(&mut target).unwrap();
+    transfer(&device, &connection).unwrap();
+    target.wait_handover(HandoverState::Adopted).unwrap();
+    for process in [&mut rig.backend.process, &mut target.process] {
+        assert!(downscript.runs().unwrap().is_empty());
+        process.signal(Signal::SIGTERM).unwrap();
+        assert!(process.wait().unwrap().success(), "{}", process.log());
+    }
+    assert_eq!(downscript.runs().unwrap(), [TAP]);
 }

@@ -237,7 +237,8 @@ impl Handover {
     pub fn frontend_left(&mut self, device: &mut Device, departure: Departure) -> Result<(), DeviceError> {
         self.transfer = Transfer::None;
         let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
-        if let Some(target) = self.target.as_mut().filter(|_| departure != Departure::CutOff) {
+        // One that has left the device to a process that ends has it cleaned up by that.
+        if let Some(target) = self.target.as_mut().filter(|_| departure == Departure::Left) {
             target.frontend_left(device, &self.wishes, around)?;
         }
         self.settle(device)?;

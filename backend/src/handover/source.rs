@@ -175,12 +175,30 @@ impl SourceEnd {
                 if !matches!(error, ChannelError::Closed) {
                     limited!(warn, peer = self.peer, %error, "the target makes no sense");
                 }
-                self.close(around);
-                Event::Closed
+                self.lost(device, around)?;
+                return Ok(true);
             }
         };
         self.tell(device, around, event)?;
         Ok(true)
+    }
+
+    /// Hears all that the target has said, up to what it has reason to say.
+    fn hear_out(&mut self, device: &mut Device, around: Surroundings<'_>) -> Result<(), DeviceError> {
+        for _ in 0..MESSAGES {
+            if !self.listen(device, around)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// The connection is of no more use. It is closed only when it is known whose the device is: a target that ends sees
+    /// that, and takes what is still offered then.
+    fn lost(&mut self, device: &mut Device, around: Surroundings<'_>) -> Result<(), DeviceError> {
+        self.tell(device, around, Event::Closed)?;
+        self.close(around);
+        Ok(())
     }
 
     /// Time has passed.
@@ -221,11 +239,7 @@ impl SourceEnd {
         ending: bool,
     ) -> Result<(), DeviceError> {
         // This may be the last process that has the device: whether the target still holds it is to be known first.
-        for _ in 0..MESSAGES {
-            if !self.listen(device, around)? {
-                break;
-            }
-        }
+        self.hear_out(device, around)?;
         let moved = ending || self.known || !self.once;
         self.tell(device, around, Event::FrontendLeft { moved })
     }
@@ -250,13 +264,21 @@ impl SourceEnd {
         self.tell(device, around, Event::Cancel)
     }
 
-    /// The process ends: a target that holds the device keeps it, any other gets none.
+    /// The process ends: a target that holds the device, and does not end as well, keeps it; any other gets none.
+    ///
+    /// Either end says that it ends before it looks whether the other one does, so at least one of two sees the other;
+    /// where both do, the word decides.
     ///
     /// # Errors
     /// [`DeviceError`]: the device cannot go on.
     pub fn finish(&mut self, device: &mut Device, around: Surroundings<'_>) -> Result<(), DeviceError> {
         match self.state {
-            Source::Offered { adopted: true, .. } => Ok(()),
+            Source::Offered { adopted: true, .. } => {
+                if let Some(link) = &self.link {
+                    link.shut_down_sending();
+                }
+                self.hear_out(device, around)
+            }
             _ => self.tell(device, around, Event::Cancel),
         }
     }
@@ -281,8 +303,7 @@ impl SourceEnd {
             Err(failure) => {
                 limited!(warn, peer = self.peer, error = %failure, "the target makes no sense");
                 self.state = failure.state;
-                self.close(around);
-                self.tell(device, around, Event::Closed)
+                self.lost(device, around)
             }
         }
     }
@@ -360,8 +381,7 @@ impl SourceEnd {
             Ok(()) | Err(ChannelError::Closed) => Ok(()),
             Err(error) => {
                 limited!(warn, peer = self.peer, %error, "cannot send {}", message.name());
-                self.close(around);
-                self.tell(device, around, Event::Closed)
+                self.lost(device, around)
             }
         }
     }
@@ -380,8 +400,7 @@ impl SourceEnd {
         let offered = self.word.swap(before, word).is_ok();
         let failed = baton_faults::point(Point::SourceBackendOffered).is_err();
         if !offered || failed || !self.send_offer(device, word, &frames) {
-            self.close(around);
-            return self.tell(device, around, Event::Closed);
+            return self.lost(device, around);
         }
         baton_faults::pass(Point::SourceBackendOfferSent);
         limited!(info, peer = self.peer, epoch = word.epoch, "TAP descriptors sent: the device is offered");

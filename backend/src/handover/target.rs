@@ -43,6 +43,9 @@ struct Before {
 pub struct TargetEnd {
     state: Target<Box<Adopted>>,
     link: Option<PacketSocket>,
+    /// The connection of a source that has ended, or ends. It stays open as long as this is the source's device, or may
+    /// be: to a source that ends, a connection that is closed means that this end does not keep the device.
+    ended: Option<PacketSocket>,
     /// The source runs as the same user.
     same_user: bool,
     /// The descriptors of the message that is being looked at.
@@ -69,6 +72,7 @@ impl TargetEnd {
         Self {
             state,
             link: Some(link),
+            ended: None,
             same_user,
             fds: None,
             before,
@@ -201,7 +205,10 @@ impl TargetEnd {
                 refuse(link, Refusal::from(error));
                 self.closed(around)
             }
-            Err(ChannelError::Closed) => self.closed(around),
+            Err(ChannelError::Closed) => {
+                self.ended = self.unwatch(around);
+                self.closed(around)
+            }
             Err(error) => self.nonsense(around, &error),
         };
         self.tell(device, wishes, around, event)
@@ -267,7 +274,8 @@ impl TargetEnd {
         }
     }
 
-    /// The process ends. What the source has left behind is taken, so that it is cleaned up.
+    /// The process ends. What the source has left behind is taken, so that it is cleaned up: one that ends at the same
+    /// time sees that this end does, or is seen here.
     ///
     /// # Errors
     /// [`DeviceError`]: the device cannot go on.
@@ -277,6 +285,10 @@ impl TargetEnd {
         wishes: &Wishes,
         around: Surroundings<'_>,
     ) -> Result<(), DeviceError> {
+        if let Some(link) = &self.link {
+            link.shut_down_sending();
+            self.hear_out(device, wishes, around)?;
+        }
         match &self.state {
             Target::Adopted { linked: false, .. } => self.tell(device, wishes, around, Event::RingStarting),
             _ => Ok(()),
@@ -408,11 +420,15 @@ impl TargetEnd {
     }
 
     fn close(&mut self, around: Surroundings<'_>) {
-        if let Some(link) = self.link.take()
-            && let Err(error) = around.epoll.remove(&link)
-        {
+        drop(self.unwatch(around));
+    }
+
+    fn unwatch(&mut self, around: Surroundings<'_>) -> Option<PacketSocket> {
+        let link = self.link.take()?;
+        if let Err(error) = around.epoll.remove(&link) {
             limited!(warn, %error, "cannot stop watching the source");
         }
+        Some(link)
     }
 }
 

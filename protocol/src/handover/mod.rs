@@ -16,6 +16,7 @@
 //! | handed over / taken | target | source: the ring stays still | source: ends; target: nothing | nothing |
 //! | armed again / adopted (offer withdrawn, unheard) | source | target: loses the swap, drops it | target: drops it | nothing |
 //! | armed again, or offered again / the first offer unread | source, or nobody | source takes back | as armed, or offered | target: lets the old offer go when it reads it, and is ready for the next |
+//! | offered / adopted, and both end | nobody | – | whoever sees the other end swaps: one wins, and cleans up | nothing |
 //!
 //! A message may be read late, the word is always current: the target holds each offer against the word as it is when it
 //! reads the offer ([`Word::judge_offer`](crate::ownership::Word::judge_offer)). Where a swap fails on a value that the
