@@ -179,7 +179,8 @@ fn check_offered(
 
 /// The index of a vring, if the device has it.
 fn vring_index(device: &Device, index: u32) -> std::result::Result<usize, Rejection> {
-    usize::try_from(index).ok().filter(|index| *index < 2 * device.pairs()).ok_or(Rejection::Index(index))
+    let vrings = device.session().vrings.len().min(2 * device.pairs());
+    usize::try_from(index).ok().filter(|index| *index < vrings).ok_or(Rejection::Index(index))
 }
 
 /// The same for a vring that must not run.

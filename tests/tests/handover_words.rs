@@ -1,5 +1,6 @@
 //! The ownership word and the messages of a device's hand-over, where they do not agree: offers that are read late, a
-//! word that a peer has scribbled in, and two ends that go at the same time.
+//! word that a peer has scribbled in, two ends that go at the same time; and offers to a process whose own device is
+//! out of its hands.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -13,7 +14,7 @@ use baton_protocol::handover::message::{DEVICE, Hello, Message, OWNERSHIP_FD, Re
 use baton_tests::backend::{Backend, Rig, TAP};
 use baton_tests::datapath::Datapath;
 use baton_tests::device_state::{
-    ACCEPTED, check, negotiated, options, pair, set_state_fd, stopped, transfer,
+    ACCEPTED, REFUSED, check, negotiated, options, pair, set_state_fd, stopped, transfer,
 };
 use baton_tests::downscript::Downscript;
 use baton_tests::fake_frontend::Device;
@@ -27,6 +28,7 @@ use nix::sys::socket::SockType;
 on_both_datapaths! {
     an_offer_that_is_read_after_it_was_taken_back_ends_nothing,
     of_offers_that_are_read_late_the_last_counts,
+    a_back_end_whose_device_is_given_takes_no_other,
 }
 
 /// A device that works, with a back-end that waits for it, armed.
@@ -246,4 +248,48 @@ fn who_is_left_with_a_device_runs_the_downscript_whoever_brought_it() {
         assert!(process.wait().unwrap().success(), "{}", process.log());
     }
     assert_eq!(downscript.runs().unwrap(), [TAP]);
+}
+
+fn a_back_end_whose_device_is_given_takes_no_other(datapath: Datapath) -> Result<()> {
+    let (mut rig, mut device, target) = armed(datapath, 1)?;
+    device.suspend()?;
+    hand_over(&mut rig, &mut device, target)?;
+    // It still listens where it once waited.
+    let place = rig.backend.incoming();
+    rig.netns.create_persistent_tap("tap1", true)?;
+    let mut stranger = Backend::listening(datapath, &["--tap=tap1", "--queue-pairs=4"], &[])?;
+    stranger.status()?;
+    let mut refused = |why: &str| -> Result<()> {
+        let error = stranger.arm(&place).err().context("it would take another device")?.to_string();
+        ensure!(error == format!("the target refuses: {why}"), "{error}");
+        Ok(())
+    };
+    const BUSY: &str = "busy: the target is in another hand-over";
+
+    let mut target = Backend::waiting(datapath, &[])?;
+    rig.backend.arm(&target.incoming())?;
+    device.suspend()?;
+    target.wait_handover(HandoverState::Adopted)?;
+    rig.backend.wait_handover(HandoverState::Offered)?;
+    refused(BUSY)?;
+    // Nor from its front-end, which brings what would be that of four queue pairs.
+    let (ours, _theirs) = pair(SockType::SeqPacket)?;
+    ensure!(set_state_fd(&device.connection, false, ours)? == REFUSED, "it would take another device");
+    // What it has of its own is as it was.
+    ensure!(device.connection.get_queue_num()? == 2);
+    device.restart_rings()?;
+    rig.check_traffic(&mut device)?;
+
+    device.suspend()?;
+    target.wait_handover(HandoverState::Adopted)?;
+    let old = device.move_to(target.connect()?)?;
+    rig.backend.wait_handover(HandoverState::HandedOver)?;
+    refused(BUSY)?;
+    let (ours, _theirs) = pair(SockType::SeqPacket)?;
+    ensure!(set_state_fd(&old, false, ours)? == REFUSED, "it would take another device");
+    drop(old);
+    ensure!(rig.backend.process.wait()?.success(), "{}", rig.backend.process.log());
+    let _old = std::mem::replace(&mut rig.backend, target);
+    rig.check_traffic(&mut device)?;
+    rig.backend.check_healthy()
 }

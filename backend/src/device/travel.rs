@@ -28,7 +28,7 @@ impl Device {
     pub fn describe(&mut self, config: DeviceConfig, offer: Features, pairs: usize) {
         self.config = config;
         self.offer = offer;
-        self.pairs = pairs;
+        self.pairs = pairs.min(self.workers.len());
     }
 
     /// Gives the first pairs that have no vhost-net one each, if the kernel moves the frames.

@@ -104,7 +104,7 @@ impl Handover {
             if device.tap().is_some() || self.incoming.is_none() {
                 return Err(DeviceStateError::AlreadyInitialised);
             }
-            if self.target.is_some() || self.live.is_some() {
+            if self.is_occupied() || self.live.is_some() {
                 return Err(DeviceStateError::Busy);
             }
         }

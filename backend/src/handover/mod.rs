@@ -389,6 +389,11 @@ impl Handover {
         })
     }
 
+    /// Whether this process has a device in another hand-over, though not the TAP: it would lose the one for another.
+    fn is_occupied(&self) -> bool {
+        self.target.is_some() || self.source.as_ref().is_some_and(SourceEnd::is_given)
+    }
+
     /// Somebody wants to hand a device over.
     fn accept(&mut self, device: &Device) {
         let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
@@ -397,7 +402,7 @@ impl Handover {
         let refusal = match &trusted {
             Err(error) => Some(Refusal::User(error.to_string())),
             Ok(_) if device.tap().is_some() => Some(Refusal::AlreadyInitialised),
-            Ok(_) if self.target.is_some() || self.is_live() || self.is_transferring() => Some(Refusal::Busy),
+            Ok(_) if self.is_occupied() || self.is_live() || self.is_transferring() => Some(Refusal::Busy),
             Ok(_) => None,
         };
         if let Some(refusal) = refusal {

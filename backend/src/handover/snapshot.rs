@@ -117,8 +117,10 @@ pub fn descriptors<'a>(
 pub fn capabilities(device: &Device, wishes: &Wishes, state: &DeviceState, same_user: bool) -> Capabilities {
     let first = state.queue_pairs.first().copied().unwrap_or_default();
     let offer = device.offer_with(&config(state, wishes), first.has_ufo, first.has_uso);
+    // Those of a device that was here before have been made fewer.
+    let workers = Some(device.counters().len()).filter(|workers| *workers < state.queue_pairs.len());
     Capabilities {
-        queue_pairs: wishes.queue_pairs,
+        queue_pairs: wishes.queue_pairs.or(workers),
         vhost_fds: wishes.vhost_fds,
         features: offer.0,
         protocol_features: dispatch::protocol_offer(device).bits(),

@@ -94,6 +94,11 @@ impl SourceEnd {
         self.once && !self.confirmed && self.is_over()
     }
 
+    /// Whether the device is out of this process's hands, for now or for good: it can take no other meanwhile.
+    pub fn is_given(&self) -> bool {
+        matches!(self.state, Source::Offered { .. } | Source::HandedOver)
+    }
+
     /// Whether the process may end once no front-end is connected.
     pub fn is_done(&self) -> bool {
         self.state.is_done()
