@@ -22,6 +22,7 @@ mod error;
 mod interface;
 mod ioctl;
 mod open;
+mod shared;
 
 pub use error::TapError;
 
@@ -278,6 +279,9 @@ pub struct Tap {
     uso: bool,
     offloads: Option<Offloads>,
     header_size: Option<usize>,
+    /// This process has attached to the TAP by its name, so no opener has set filters that must stay.
+    filters_are_ours: bool,
+    shared: Option<shared::Shared>,
 }
 
 impl Tap {
@@ -297,6 +301,8 @@ impl Tap {
             uso: false,
             offloads: None,
             header_size: None,
+            filters_are_ours: false,
+            shared: None,
         };
         tap.ufo = tap.set_offloads(Offloads::CSUM.and(Offloads::UFO)).is_ok();
         let uso = Offloads::CSUM.and(Offloads::TSO4).and(Offloads::TSO6).and(Offloads::USO);
@@ -367,7 +373,10 @@ impl Tap {
         let header = self.header_size.take().map_or(Ok(()), |size| self.set_header_size(size));
         let offloads = self.offloads.take().map_or(Ok(()), |offloads| self.set_offloads(offloads));
         let sndbuf = sndbuf.map_or(Ok(()), |bytes| self.set_sndbuf(bytes));
-        queues.and(header).and(offloads).and(sndbuf)
+        if self.filters_are_ours {
+            open::drop_filters(&self.queues[0].file);
+        }
+        queues.and(header).and(offloads).and(sndbuf).and(self.restore_shared())
     }
 
     fn restore_attached(&self) -> Result<(), TapError> {

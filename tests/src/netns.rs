@@ -216,6 +216,63 @@ pub fn spoil_queue(tap: &OwnedFd) -> Result<()> {
     Ok(())
 }
 
+/// What each holder of a TAP's queue can change of the TAP without any privilege, and what is not a queue's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TapSettings {
+    /// Whether it outlives its holders.
+    pub persistent: bool,
+    /// Its Ethernet address.
+    pub address: [u8; 6],
+}
+
+/// What a TAP is set to.
+///
+/// # Errors
+/// The system's.
+pub fn tap_settings(tap: &OwnedFd) -> Result<TapSettings> {
+    let mut request = interface_request("")?;
+    // SAFETY: TUNGETIFF fills an ifreq.
+    let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNGETIFF, &raw mut request) };
+    Errno::result(result).context("TUNGETIFF")?;
+    // SAFETY: TUNGETIFF sets the flags.
+    let flags = libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags });
+    // SAFETY: SIOCGIFHWADDR fills an ifreq.
+    let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::SIOCGIFHWADDR, &raw mut request) };
+    Errno::result(result).context("SIOCGIFHWADDR")?;
+    // SAFETY: SIOCGIFHWADDR has filled this field in.
+    let data = unsafe { request.ifr_ifru.ifru_hwaddr }.sa_data;
+    let persist = 0x0800;
+    Ok(TapSettings {
+        persistent: flags & persist != 0,
+        address: std::array::from_fn(|at| data[at].to_ne_bytes()[0]),
+    })
+}
+
+/// Changes all of a TAP that [`tap_settings`] tells, and takes its carrier.
+///
+/// # Errors
+/// The system's.
+pub fn spoil_tap(tap: &OwnedFd) -> Result<()> {
+    let persistent = libc::c_int::from(!tap_settings(tap)?.persistent);
+    // SAFETY: TUNSETPERSIST takes a number.
+    let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETPERSIST, persistent) };
+    Errno::result(result).context("TUNSETPERSIST")?;
+    let mut request = interface_request("")?;
+    let mut data = [0; 14];
+    data[0] = 2;
+    request.ifr_ifru.ifru_hwaddr = libc::sockaddr { sa_family: libc::ARPHRD_ETHER, sa_data: data };
+    // SAFETY: SIOCSIFHWADDR reads an ifreq.
+    let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::SIOCSIFHWADDR, &raw const request) };
+    Errno::result(result).context("SIOCSIFHWADDR")?;
+    // `TUNSETCARRIER`, which the `libc` crate does not have.
+    let set_carrier = libc::TUNSETPERSIST + 226 - 203;
+    let carrier: libc::c_int = 0;
+    // SAFETY: TUNSETCARRIER reads an int.
+    let result = unsafe { libc::ioctl(tap.as_raw_fd(), set_carrier, &raw const carrier) };
+    Errno::result(result).context("TUNSETCARRIER")?;
+    Ok(())
+}
+
 /// Has a TAP give its reader only frames to this address, and of those only what a filter program takes, which is
 /// nothing.
 ///

@@ -8,7 +8,7 @@ use std::thread;
 
 use anyhow::{Result, ensure};
 use baton_protocol::control::SessionReport;
-use baton_tests::backend::{Backend, Rig};
+use baton_tests::backend::{Backend, Rig, TAP};
 use baton_tests::datapath::Datapath;
 use baton_tests::fake_frontend::wire::{Message, request};
 use baton_tests::fake_frontend::{Device, NetHeader, Options};
@@ -25,6 +25,7 @@ on_both_datapaths! {
     a_source_whose_tap_blocks_ends_when_told_to,
     a_source_whose_tap_blocks_hands_over,
     what_a_target_did_to_the_tap_is_undone,
+    what_a_target_did_to_the_interface_is_undone,
     a_target_that_reads_the_front_ends_messages_holds_up_nothing,
 }
 
@@ -117,6 +118,27 @@ fn what_a_target_did_to_the_tap_is_undone(datapath: Datapath) {
     for pair in [0, 1] {
         assert_eq!(netns::queue_settings(tap(pair)).unwrap(), before, "pair {pair}");
     }
+    rig.check_traffic(&mut device).unwrap();
+}
+
+/// Filters, the carrier, the address, and whether the TAP outlives its holders.
+fn what_a_target_did_to_the_interface_is_undone(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
+    let mut device = rig.device(Options::default()).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    let place = FakeTarget::bind(&rig.backend.directory().join("hostile")).unwrap();
+    let asked = Asked::of(&rig.backend, place.path()).unwrap();
+    let link = place.accept().unwrap();
+    let sent = take_stage(&link).unwrap();
+    let tap = sent.fd("tap/0").unwrap();
+    let before = netns::tap_settings(tap).unwrap();
+    netns::set_filters(tap, [2, 0, 0, 0, 0, 0x99]).unwrap();
+    netns::spoil_tap(tap).unwrap();
+    assert_ne!(netns::tap_settings(tap).unwrap(), before);
+    drop(link);
+    asked.failure().unwrap();
+    assert_eq!(netns::tap_settings(tap).unwrap(), before);
+    netns::wait_running(TAP).unwrap();
     rig.check_traffic(&mut device).unwrap();
 }
 

@@ -109,6 +109,13 @@ impl Device {
         result
     }
 
+    /// Notes how the TAP is, before another process gets its descriptors.
+    pub fn remember_tap(&mut self) {
+        if let Some(tap) = &mut self.tap {
+            tap.remember();
+        }
+    }
+
     /// Undoes what a process that was given the TAP's descriptors may have done to the TAP.
     pub(super) fn restore_tap(&mut self) {
         let Some(tap) = &mut self.tap else { return };

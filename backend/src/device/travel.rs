@@ -88,6 +88,7 @@ impl Device {
     pub fn set_tap_aside(&mut self) -> Result<Option<Tap>, DeviceError> {
         self.park_each(QueuePair::detach)?;
         limited!(info, "polling of the TAP is off");
+        self.remember_tap();
         let tap = self.tap.take();
         self.change(.., |_| ())?;
         Ok(tap)

@@ -68,6 +68,8 @@ pub fn adopt(device: &DeviceState, fds: Vec<OwnedFd>) -> Result<Tap, AdoptError>
         // Both are set when the device is ours.
         offloads: None,
         header_size: None,
+        filters_are_ours: false,
+        shared: None,
     })
 }
 

@@ -12,6 +12,7 @@ use nix::sys::socket::{
 use super::{empty_request, set_name};
 
 nix::ioctl_readwrite_bad!(get_address, libc::SIOCGIFHWADDR, libc::ifreq);
+nix::ioctl_write_ptr_bad!(change_address, libc::SIOCSIFHWADDR, libc::ifreq);
 nix::ioctl_readwrite_bad!(get_mtu, libc::SIOCGIFMTU, libc::ifreq);
 
 /// The length of `struct nlmsghdr` and of `struct ifinfomsg` (`linux/netlink.h`, `linux/rtnetlink.h`).
@@ -22,7 +23,7 @@ fn plain_socket() -> nix::Result<OwnedFd> {
 }
 
 /// The Ethernet address of interface `name`, or of the interface that the TAP `file` belongs to.
-fn address(file: &impl AsRawFd, name: &str) -> nix::Result<[u8; 6]> {
+pub fn address(file: &impl AsRawFd, name: &str) -> nix::Result<[u8; 6]> {
     let mut request = empty_request();
     set_name(&mut request, name);
     // SAFETY: SIOCGIFHWADDR fills an ifreq.
@@ -30,6 +31,28 @@ fn address(file: &impl AsRawFd, name: &str) -> nix::Result<[u8; 6]> {
     // SAFETY: SIOCGIFHWADDR has filled this field in.
     let data = unsafe { request.ifr_ifru.ifru_hwaddr }.sa_data;
     Ok(std::array::from_fn(|at| data[at].cast_unsigned()))
+}
+
+/// Gives the interface that the TAP `file` belongs to this Ethernet address.
+pub fn set_address(file: &impl AsRawFd, address: [u8; 6]) -> nix::Result<libc::c_int> {
+    let mut data = [0; 14];
+    for (to, from) in data.iter_mut().zip(address) {
+        *to = from.cast_signed();
+    }
+    let mut request = empty_request();
+    request.ifr_ifru.ifru_hwaddr = libc::sockaddr { sa_family: libc::ARPHRD_ETHER, sa_data: data };
+    // SAFETY: SIOCSIFHWADDR reads an ifreq.
+    unsafe { change_address(file.as_raw_fd(), &raw const request) }
+}
+
+/// Whether interface `name`, to which the TAP `file` belongs, has its carrier. `None` if that is in another namespace.
+pub fn carrier(file: &impl AsRawFd, name: &str) -> Option<bool> {
+    if address(file, name) != address(&plain_socket().ok()?, name) {
+        return None;
+    }
+    let answer = link_message(if_nametoindex(name).ok()?).ok()?;
+    let carrier = attribute(answer.get(HEADERS.iter().sum()..)?, libc::IFLA_CARRIER)?;
+    carrier.first().map(|carrier| *carrier != 0)
 }
 
 /// The MTU of interface `name`, to which the TAP `file` belongs. `None` if that is in another namespace.

@@ -64,7 +64,10 @@ impl Tap {
             return Err(failed(Errno::EBUSY));
         }
         queues.iter().for_each(drop_filters);
-        Self::from_queues(name.to_owned(), queues, multi_queue, vec![true; usize::from(pairs)])
+        let mut tap =
+            Self::from_queues(name.to_owned(), queues, multi_queue, vec![true; usize::from(pairs)])?;
+        tap.filters_are_ours = true;
+        Ok(tap)
     }
 
     /// Takes over descriptors that the parent process opened, one a queue pair.
@@ -146,7 +149,7 @@ fn attach(name: &str, multi_queue: bool, kept: libc::c_int) -> Result<Result<Fil
 
 /// Drops what the last user of a persistent TAP has left to choose frames with, which would keep them from the guest
 /// without a word. A kernel that knows one of the calls not has nothing of its kind.
-fn drop_filters(queue: &File) {
+pub(super) fn drop_filters(queue: &File) {
     let fd = queue.as_raw_fd();
     let everything = [0; 2];
     let nothing: libc::c_int = -1;

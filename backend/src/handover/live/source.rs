@@ -434,7 +434,8 @@ impl LiveSource {
 
     fn stage(&mut self, around: Around<'_>, vhost: bool) -> Result<(), StageError> {
         baton_faults::point(Point::SourceSessionReady)?;
-        let dispatch = &*lock(around.dispatch);
+        let dispatch = &mut *lock(around.dispatch);
+        dispatch.device.remember_tap();
         let device = &dispatch.device;
         let pairs = device.pairs();
         let shared = Shared { word: SharedWord::create()?, frames: Slots::create(pairs)? };
