@@ -212,7 +212,9 @@ impl Link {
     /// # Errors
     /// If it never is.
     pub fn wait_status(&mut self, what: &str, condition: impl Fn(&BackendStatus) -> bool) -> Result<()> {
-        let mut client = ControlClient::connect(&self.control)?;
+        // Not by a client of its own: the back-end would hold a descriptor for that until it notices that it has gone.
+        self.status()?;
+        let client = self.client.as_mut().context("a client that has asked")?;
         self.backend.wait_until(what, |_| {
             let status: BackendStatus = serde_json::from_value(client.call(&Request::Status)?)?;
             Ok(condition(&status).then_some(()))

@@ -57,6 +57,20 @@ pub fn lost(to: Ipv4Addr, count: u16) -> Result<Vec<u16>> {
     lost_within(to, count, PATIENCE)
 }
 
+/// Sends pings, one every 10 ms, until one is answered.
+///
+/// # Errors
+/// If none is.
+pub fn wait_answered(to: Ipv4Addr) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    let is_answered = |sent: &[Sent]| sent.iter().any(|ping| ping.replies > 0);
+    let go_on = |sent: &[Sent]| !is_answered(sent) && Instant::now() < deadline;
+    // The others' replies are not waited for.
+    let sent = send_while(to, Pace::Steady, Duration::ZERO, go_on)?;
+    ensure!(is_answered(&sent), "of {} pings to {to} none was answered", sent.len());
+    Ok(())
+}
+
 fn lost_within(to: Ipv4Addr, count: u16, patience: Duration) -> Result<Vec<u16>> {
     let sent = send_while(to, Pace::Steady, patience, |sent| sent.len() < usize::from(count))?;
     Ok((0..count).zip(&sent).filter(|(_, ping)| ping.replies == 0).map(|(number, _)| number).collect())
@@ -211,6 +225,7 @@ mod tests {
     fn a_reply_that_does_not_come_is_missed() {
         let _netns = Netns::enter().unwrap();
         link::ip(&["link", "set", "lo", "up"]).unwrap();
+        wait_answered(Ipv4Addr::LOCALHOST).unwrap();
         check(Ipv4Addr::LOCALHOST, 20).unwrap();
         // With nobody to answer.
         std::fs::write("/proc/sys/net/ipv4/icmp_echo_ignore_all", "1").unwrap();

@@ -376,7 +376,7 @@ fn a_cancelled_hand_over_leaves_the_device_where_it_is() {
     let connection = target.connect().unwrap();
     device.restart_rings().unwrap();
     rig.check_traffic(&mut device).unwrap();
-    assert_eq!(target.status().unwrap().handover, None);
+    target.wait_no_handover().unwrap();
     drop(connection);
 
     let error = rig.backend.cancel().unwrap_err();
@@ -399,7 +399,7 @@ fn a_dry_run_changes_nothing() {
     device.suspend().unwrap();
     device.restart_rings().unwrap();
     rig.check_traffic(&mut device).unwrap();
-    assert_eq!(target.status().unwrap().handover, None);
+    target.wait_no_handover().unwrap();
 
     let other = Backend::waiting(Datapath::Userspace, &["--queue-pairs=3"]).unwrap();
     let error = rig.backend.ask(&request(other.incoming())).unwrap_err();

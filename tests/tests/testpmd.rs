@@ -33,7 +33,9 @@ impl Testpmd {
     }
 }
 
-/// Starts testpmd and waits until the back-end serves it.
+/// Starts testpmd and waits until it answers. Its rings run before that: its driver throws away what it is given until
+/// it is started (`virtqueue_rxvq_flush` in DPDK's `virtio_dev_start`), and with several pairs waits for the back-end
+/// in between.
 fn start(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Result<Testpmd> {
     let server = match meeting {
         Meeting::BackendListens => "",
@@ -67,6 +69,7 @@ fn start(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Result<Testpmd>
     testpmd.tell("start")?;
     link.wait_serving().with_context(|| format!("testpmd:\n{}", testpmd.process.log()))?;
     ensure!(testpmd.process.is_running()?, "testpmd has ended:\n{}", testpmd.process.log());
+    ping::wait_answered(GUEST)?;
     Ok(testpmd)
 }
 
@@ -74,8 +77,9 @@ fn serves_on(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Result<()> 
     let testpmd = start(link, meeting, queue_pairs)?;
     ping::check(GUEST, 100)?;
 
-    // Another front-end, the same back-end.
+    // Another front-end, the same back-end. Until that misses the first one, it gives it what is sent to the second.
     drop(testpmd);
+    link.wait_left()?;
     let mut testpmd = start(link, meeting, queue_pairs)?;
     ping::check(GUEST, 100)?;
 
@@ -117,6 +121,7 @@ fn is_handed_over_on(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Res
     }
     link.wait_status("the device had been reset", |status| status.features != features)?;
     link.wait_serving()?;
+    ping::wait_answered(GUEST)?;
     ping::check(GUEST, 100)?;
     link.hand_over()?;
     ping::check(GUEST, 100)?;
