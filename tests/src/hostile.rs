@@ -96,6 +96,11 @@ impl Random {
         Self(seed.max(1))
     }
 
+    /// From this seed, where a run is not to be repeated and so the seed is not printed.
+    pub fn seeded(seed: u64) -> Self {
+        Self(seed.max(1))
+    }
+
     /// The next number.
     pub fn next_u64(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;

@@ -22,6 +22,7 @@ pub mod frames;
 pub mod guest;
 pub mod hostile;
 pub mod images;
+pub mod jitter;
 pub mod lab;
 pub mod link;
 pub mod load;

@@ -23,6 +23,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
 
+use crate::jitter::Jitter;
+use crate::programs;
+
 /// How long anything may take. Only catches what hangs.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -47,6 +50,21 @@ pub fn until(what: &str, mut condition: impl FnMut() -> Result<bool>) -> Result<
     Ok(())
 }
 
+/// Sends a signal to the process of a descriptor.
+pub(crate) fn send(process: BorrowedFd<'_>, signal: Signal) -> Result<(), Errno> {
+    // SAFETY: takes numbers, and a null pointer for "no more information".
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            process.as_raw_fd(),
+            signal as libc::c_int,
+            std::ptr::null::<()>(),
+            0,
+        )
+    };
+    Errno::result(result).map(drop)
+}
+
 /// A running program.
 #[derive(Debug)]
 pub struct Process {
@@ -54,6 +72,7 @@ pub struct Process {
     pidfd: OwnedFd,
     log: std::fs::File,
     status: Option<ExitStatus>,
+    jitter: Option<Jitter>,
 }
 
 impl Process {
@@ -101,7 +120,18 @@ impl Process {
         let pidfd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
         // SAFETY: the descriptor was just created and belongs to nobody else.
         let pidfd = unsafe { OwnedFd::from_raw_fd(RawFd::try_from(pidfd)?) };
-        Ok(Self { child, pidfd, log, status: None })
+        // It may be started by another program, which it then replaces. Those with fault points stop by themselves, and a
+        // test waits for that.
+        let is_backend = programs::backend()
+            .is_ok_and(|backend| path == backend || arguments.iter().any(|argument| *argument == backend));
+        let jitter = if is_backend { Jitter::of(pidfd.as_fd())? } else { None };
+        Ok(Self { child, pidfd, log, status: None, jitter })
+    }
+
+    /// Its process descriptor.
+    #[cfg(test)]
+    pub(crate) fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
     }
 
     /// Its process number.
@@ -158,18 +188,13 @@ impl Process {
     /// If it has ended.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         ensure!(self.status.is_none(), "process {} has ended", self.pid());
-        let pidfd = self.pidfd.as_raw_fd();
-        // SAFETY: takes numbers, and a null pointer for "no more information".
-        let result = unsafe {
-            libc::syscall(
-                libc::SYS_pidfd_send_signal,
-                pidfd,
-                signal as libc::c_int,
-                std::ptr::null::<()>(),
-                0,
-            )
-        };
-        Errno::result(result).with_context(|| format!("send {signal}"))?;
+        let mut stopped = self.jitter.as_ref().map(Jitter::hold);
+        send(self.pidfd.as_fd(), signal).with_context(|| format!("send {signal}"))?;
+        if let Some(stopped) = &mut stopped
+            && let Signal::SIGSTOP | Signal::SIGCONT = signal
+        {
+            **stopped = signal == Signal::SIGSTOP;
+        }
         Ok(())
     }
 
