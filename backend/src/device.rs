@@ -10,12 +10,13 @@
 //! process, everything else is as usual, and the rings wait.
 
 mod freeze;
+mod queues;
 mod stage;
 mod travel;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use baton_control::limited;
 use baton_protocol::control::Datapath;
@@ -103,9 +104,11 @@ impl SessionState {
     }
 
     fn set_enabled(&mut self, vring: usize, enabled: bool) {
-        let paused = !enabled && !self.vrings[0].enabled;
+        let pauses = !self.vrings[0].enabled;
         let vring = &mut self.vrings[vring];
-        vring.paused = paused && (vring.enabled || vring.paused);
+        if !enabled {
+            vring.paused = pauses && (vring.paused || vring.enabled && vring.is_set_up());
+        }
         vring.enabled = enabled;
         vring.was_enabled |= enabled;
     }
@@ -152,6 +155,8 @@ pub struct Device {
     session: SessionState,
     /// Whether pairs stay parked after a change.
     held: bool,
+    /// When to detach the queues of pairs that are enabled and were not set up.
+    queues_settle: Option<Instant>,
     /// Ready for a session that comes from another process; its state is in `session` already.
     staged: Option<Staged>,
     /// Of no more use.
@@ -204,6 +209,7 @@ impl Device {
             offers_device_state: true,
             session,
             held: false,
+            queues_settle: None,
             staged: None,
             surplus: Surplus::default(),
         };
@@ -284,6 +290,7 @@ impl Device {
     /// [`DeviceError::Dead`], and [`DeviceError::Tap`] if its settings cannot be put back.
     pub fn end_session(&mut self) -> Result<(), DeviceError> {
         let empty = self.new_session();
+        self.queues_settle = None;
         self.change(.., |session| *session = empty)?;
         self.park_each(|parked| match &mut parked.kernel {
             Some(kernel) => kernel.vhost.release(),
@@ -372,7 +379,7 @@ impl Device {
             self.workers[pair].park().ok_or(DeviceError::Dead(pair))?.drain();
         }
         self.change(pair..=pair, |session| session.set_enabled(vring, enabled))?;
-        self.follow_enabled_pairs()
+        self.follow_pairs()
     }
 
     /// From now on pairs stay parked after a change.
@@ -452,27 +459,6 @@ impl Device {
         let Some(tap) = &mut self.tap else { return Ok(()) };
         tap.set_header_size(header_size(features))?;
         tap.set_offloads(offloads(features))?;
-        Ok(())
-    }
-
-    /// Attaches the TAP's queues of the enabled pairs and detaches the others.
-    ///
-    /// Only once the first receive ring is set up and enabled: before that, and while a front-end that pauses has
-    /// disabled all rings, every queue keeps the frames it has (a detached queue drops them); and when it goes on, until
-    /// it has enabled again what it had paused.
-    ///
-    /// # Errors
-    /// [`DeviceError::Tap`].
-    pub fn follow_enabled_pairs(&mut self) -> Result<(), DeviceError> {
-        let Some(tap) = &mut self.tap else { return Ok(()) };
-        let first = &self.session.vrings[0];
-        if !first.enabled || first.kick.is_none() {
-            return Ok(());
-        }
-        for pair in 1..self.workers.len() {
-            let receive = &self.session.vrings[2 * pair];
-            tap.set_attached(pair, receive.enabled || receive.paused)?;
-        }
         Ok(())
     }
 }

@@ -265,7 +265,7 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
                         vring.was_enabled = true;
                     }
                 })?;
-                device.follow_enabled_pairs()?;
+                device.follow_pairs()?;
             }
             Ok(())
         })
@@ -352,7 +352,7 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
             let vring = vring_index(device, u32::from(index))?;
             let kick = notifier(fd)?.map_or(Kick::Polled, Kick::Eventfd);
             device.change(vring / 2..=vring / 2, |session| session.vrings[vring].kick = Some(kick))?;
-            device.follow_enabled_pairs()?;
+            device.follow_pairs()?;
             Ok(())
         })
     }

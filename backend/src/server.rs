@@ -6,7 +6,7 @@ pub mod live;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use baton_channel::peer::Peer;
 use baton_control::limited;
@@ -176,7 +176,7 @@ impl Server {
         let mut progress = Progress::Waiting;
         while !self.ending {
             self.watch_endpoint()?;
-            let timeout = if progress == Progress::More { 0 } else { -1 };
+            let timeout = if progress == Progress::More { 0 } else { self.timeout() };
             let mut look = progress == Progress::More;
             let mut contested = false;
             let held = self.live.holds_front();
@@ -213,7 +213,9 @@ impl Server {
             let released = {
                 let dispatch = &mut *lock(&self.dispatch);
                 dispatch.settle()?;
-                dispatch.device.release()
+                let device = &mut dispatch.device;
+                let settled = if self.live.holds_front() { Ok(()) } else { device.settle_queues() };
+                settled.and_then(|()| device.release())
             };
             if let Err(error) = released {
                 self.part(SessionEnd::Device(error.into()))?;
@@ -228,6 +230,15 @@ impl Server {
             }
         }
         Ok(())
+    }
+
+    /// For how many milliseconds to wait for an event.
+    fn timeout(&self) -> i32 {
+        let due = lock(&self.dispatch).device.queues_settle().filter(|_| !self.live.holds_front());
+        let left = due.map(|due| due.saturating_duration_since(Instant::now()));
+        left.map_or(-1, |left| {
+            i32::try_from(left.as_millis()).map_or(i32::MAX, |left| left.saturating_add(1))
+        })
     }
 
     /// Takes the next front-end, if there is one and none is here.

@@ -79,7 +79,8 @@ pub struct VringSetup {
     pub base_is_ours: bool,
     /// What the guest wrote made no sense; nothing is done until the front-end stops the ring.
     pub broken: bool,
-    /// Disabled while the first receive ring was disabled: the front-end pauses the device, and will go on.
+    /// Of a receive ring: stopped, or disabled while the first one was, so the front-end pauses, and will go on. Until the
+    /// ring is set up and enabled again its TAP queue keeps the frames that it has.
     pub paused: bool,
 }
 
@@ -97,6 +98,11 @@ pub struct Surroundings<'a> {
 }
 
 impl VringSetup {
+    /// Whether everything is there that a ring needs to run.
+    pub fn is_set_up(&self) -> bool {
+        self.size.is_some() && self.addresses.is_some() && self.kick.is_some()
+    }
+
     /// Maps the vring, if it is set up whole; it is number `index`.
     ///
     /// # Errors
@@ -199,6 +205,7 @@ impl VringSetup {
     /// Stops the ring (`GET_VRING_BASE`): its place is kept, its kick and call are dropped. `ran`: there was a TAP, so it
     /// was worked on.
     pub fn stop(&mut self, ran: bool) {
+        let set_up = self.is_set_up();
         self.resumes |= self.started && ran;
         self.base_is_ours = false;
         self.kick = None;
@@ -207,6 +214,6 @@ impl VringSetup {
         self.called = false;
         self.started = false;
         self.broken = false;
-        self.paused = false;
+        self.paused = self.enabled && (set_up || self.paused);
     }
 }

@@ -17,9 +17,14 @@ on_both_datapaths! {
     many_pairs_work,
     a_device_that_enables_fewer_pairs_receives_everything_on_those,
     without_multi_queue_everything_is_received_on_the_first_pair,
+    pairs_that_are_enabled_by_set_features_alone_get_no_flows,
+    pairs_that_are_enabled_and_not_set_up_get_no_flows,
+    a_pair_that_is_stopped_and_disabled_gets_no_flows,
+    pairs_that_are_enabled_first_and_set_up_one_by_one_keep_their_frames,
     a_disabled_pairs_flows_go_to_the_others,
     a_stopped_pair_keeps_its_frames,
     a_pause_of_all_rings_keeps_every_frame,
+    a_stop_of_all_rings_keeps_every_frame,
     frames_that_wait_on_the_first_pair_survive_its_disabling,
     transmissions_of_a_disabled_pair_are_discarded,
     a_tap_of_one_queue_is_refused_for_two_pairs,
@@ -132,6 +137,101 @@ fn without_multi_queue_everything_is_received_on_the_first_pair(datapath: Datapa
     }
 }
 
+/// Checks that the first pair gets all of many flows.
+fn check_flows(rig: &Rig, device: &mut Device) {
+    for port in 2000..2064 {
+        rig.network.send(&flow(port, u32::from(port))).unwrap();
+        let (_, frame) = device.receive(0).unwrap();
+        assert_eq!(number_in(&frame), u32::from(port));
+    }
+}
+
+/// Without `F_PROTOCOL_FEATURES` there is no `SET_VRING_ENABLE`: all rings are enabled, the one pair and those that the
+/// front-end does not know.
+fn pairs_that_are_enabled_by_set_features_alone_get_no_flows(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 4, &[]).unwrap();
+    let features = features::VERSION_1 | features::MRG_RXBUF;
+    let mut device = rig.device(Options { features, ..Options::default() }).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    check_flows(&rig, &mut device);
+}
+
+fn pairs_that_are_enabled_and_not_set_up_get_no_flows(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 4, &[]).unwrap();
+    for enabled_first in [true, false] {
+        let mut device = Device::new(rig.backend.connect().unwrap(), options(2)).unwrap();
+        device.negotiate().unwrap();
+        device.connection.set_memory_table(&device.memory).unwrap();
+        let enable_all = |device: &Device| {
+            (0..8).for_each(|index| device.connection.set_vring_enable(index, true).unwrap());
+        };
+        if enabled_first {
+            enable_all(&device);
+        }
+        for index in [0, 1] {
+            device.set_up_ring(index, 0).unwrap();
+        }
+        if !enabled_first {
+            enable_all(&device);
+        }
+        device.fill_receive_rings().unwrap();
+        rig.transmit(&mut device, 0..1, 100).unwrap();
+        rig.expect_on_network(0..1).unwrap();
+        check_flows(&rig, &mut device);
+
+        // A pair that comes later gets its share.
+        for index in [2, 3] {
+            device.set_up_ring(index, 0).unwrap();
+        }
+        rig.check_traffic(&mut device).unwrap();
+        flow_on(&mut rig, &mut device, 1);
+    }
+}
+
+fn a_pair_that_is_stopped_and_disabled_gets_no_flows(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 2, &[]).unwrap();
+    for stopped_first in [true, false] {
+        let mut device = rig.device(options(2)).unwrap();
+        flow_on(&mut rig, &mut device, 1);
+        for index in [2, 3] {
+            let disable = || device.connection.set_vring_enable(index, false).unwrap();
+            if !stopped_first {
+                disable();
+            }
+            device.stop_ring(index).unwrap();
+            if stopped_first {
+                disable();
+            }
+        }
+        check_flows(&rig, &mut device);
+    }
+}
+
+/// As QEMU does it: a queue that lost its frames to the first pair's start would lose or reorder them.
+fn pairs_that_are_enabled_first_and_set_up_one_by_one_keep_their_frames(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 2, &[]).unwrap();
+    let mut device = rig.device(options(2)).unwrap();
+    let port = flow_on(&mut rig, &mut device, 1);
+    device.connection = rig.backend.connect().unwrap();
+    device.negotiate().unwrap();
+    device.connection.set_memory_table(&device.memory).unwrap();
+    for index in 0..4 {
+        device.connection.set_vring_enable(index, true).unwrap();
+    }
+    for number in 0..50 {
+        rig.network.send(&flow(port, number)).unwrap();
+    }
+    for index in 0..4 {
+        device.ring_mut(index).renew_events().unwrap();
+        device.set_up_ring(index, device.ring(index).queue.used_index()).unwrap();
+        device.connection.get_features().unwrap();
+    }
+    // On the first pair if this took very long.
+    for number in 0..50 {
+        assert_eq!(number_in(&rig.receive_on_any(&mut device).unwrap().1), number);
+    }
+}
+
 fn a_disabled_pairs_flows_go_to_the_others(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 2, &[]).unwrap();
     let mut device = rig.device(options(2)).unwrap();
@@ -198,6 +298,33 @@ fn a_pause_of_all_rings_keeps_every_frame(datapath: Datapath) {
         for number in 0..50 {
             let (_, frame) = device.receive(pair).unwrap();
             assert_eq!(number_in(&frame), number, "pair {pair}");
+        }
+    }
+}
+
+fn a_stop_of_all_rings_keeps_every_frame(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 2, &[]).unwrap();
+    let mut device = rig.device(options(2)).unwrap();
+    let ports = [flow_on(&mut rig, &mut device, 0), flow_on(&mut rig, &mut device, 1)];
+    for round in 0..10 {
+        let bases: Vec<_> = (0..4).map(|index| device.stop_ring(index).unwrap()).collect();
+        for number in 0..50 {
+            for port in ports {
+                rig.network.send(&flow(port, number)).unwrap();
+            }
+        }
+        // QEMU enables each pair before it starts it; others leave them enabled.
+        for (index, base) in (0..).zip(bases) {
+            if round % 2 == 0 {
+                device.connection.set_vring_enable(index, true).unwrap();
+            }
+            device.restart_ring(index, base).unwrap();
+        }
+        for pair in [0, 1] {
+            for number in 0..50 {
+                let (_, frame) = device.receive(pair).unwrap();
+                assert_eq!(number_in(&frame), number, "pair {pair}");
+            }
         }
     }
 }

@@ -74,6 +74,8 @@ pub struct Rx {
     calm: u8,
     /// A signal came before the TAP gave a frame; to be tried again once the worker has looked at its gate.
     interrupted: bool,
+    /// What was completed is not to be shown to the guest yet.
+    hidden: bool,
 }
 
 /// Chains at the front of what is prepared.
@@ -104,6 +106,21 @@ impl Rx {
         self.prepared.clear();
     }
 
+    /// Puts what the TAP has into the ring, for one turn; the guest sees it with [`Self::show`].
+    pub fn run_hidden(&mut self, pair: u16, tap: &TapQueue, counters: &metrics::Direction) -> Turn {
+        self.hidden = true;
+        let turn = self.run(pair, tap, counters);
+        self.hidden = false;
+        turn
+    }
+
+    /// Shows the guest what [`Self::run_hidden`] has delivered.
+    pub fn show(&mut self, counters: &metrics::Direction) {
+        if self.ring.as_mut().is_some_and(|ring| ring.publish(Batch::Received)) {
+            counters.calls.add(1);
+        }
+    }
+
     /// Delivers what the TAP has, for one turn.
     pub fn run(&mut self, pair: u16, tap: &TapQueue, counters: &metrics::Direction) -> Turn {
         let Some(mut ring) = self.ring.take() else { return Turn::Idle };
@@ -111,7 +128,7 @@ impl Rx {
             Turn::Idle
         } else {
             let result = self.turn(&mut ring, tap, counters);
-            if ring.publish(Batch::Received) {
+            if !self.hidden && ring.publish(Batch::Received) {
                 counters.calls.add(1);
             }
             result.unwrap_or_else(|error| {
@@ -154,7 +171,10 @@ impl Rx {
                 Some(length) => {
                     frames += 1;
                     bytes += length;
-                    if frames.is_multiple_of(u32::from(BATCH)) && ring.publish(Batch::Received) {
+                    if frames.is_multiple_of(u32::from(BATCH))
+                        && !self.hidden
+                        && ring.publish(Batch::Received)
+                    {
                         counters.calls.add(1);
                     }
                 }
@@ -184,7 +204,7 @@ impl Rx {
         let mut count = ring.vring.available(taken)?;
         if count == 0 {
             // The buffers so far must reach the guest before it can give new ones.
-            if ring.vring.publish() {
+            if !self.hidden && ring.vring.publish() {
                 counters.calls.add(1);
             }
             count = ring.vring.enable_kicks(taken)?;

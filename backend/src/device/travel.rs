@@ -124,7 +124,7 @@ impl Device {
                 vring.base_is_ours &= vring.resumes;
             }
         })?;
-        self.follow_enabled_pairs()?;
+        self.follow_pairs()?;
         limited!(info, "polling of the TAP is on");
         Ok(())
     }
