@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
 use baton_protocol::fd_manifest::MAX_FDS;
+use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::peer::Peer;
 
@@ -65,7 +66,11 @@ pub fn receive(socket: &impl AsFd, buffer: &mut [u8]) -> io::Result<Received> {
                 // SAFETY: the kernel has written a descriptor there.
                 let fd = unsafe { ptr::read_unaligned(place.cast::<RawFd>()) };
                 // SAFETY: just received, and nobody else has its number.
-                fds.push(unsafe { OwnedFd::from_raw_fd(fd) });
+                let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+                // The last close of a TCP socket waits for what it has not sent, for as long as its owner says. Fails
+                // for all that is no socket.
+                let _ = setsockopt(&fd, sockopt::Linger, &libc::linger { l_onoff: 0, l_linger: 0 });
+                fds.push(fd);
             }
         }
         if message.cmsg_level == libc::SOL_SOCKET && message.cmsg_type == libc::SCM_CREDENTIALS {

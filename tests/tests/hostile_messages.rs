@@ -3,6 +3,8 @@
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use std::fs::File;
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
@@ -12,14 +14,17 @@ use baton_tests::fake_frontend::wire::{
 };
 use baton_tests::fake_frontend::{Connection, Device, Options, Region};
 use baton_tests::hostile::Victim;
+use baton_tests::netns;
 use baton_tests::on_both_datapaths;
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{setsockopt, sockopt};
 
 on_both_datapaths! {
     wrong_messages_harm_nobody,
     every_request_of_every_size_harms_nobody,
     a_socket_closed_at_any_point_harms_nobody,
     more_descriptors_than_a_message_has_hold_up_nothing,
+    a_socket_whose_close_lingers_holds_up_nothing,
 }
 
 /// How far the device is when the attack begins.
@@ -514,6 +519,33 @@ fn more_descriptors_than_a_message_has_hold_up_nothing(datapath: Datapath) {
             // The front-end sends nothing more, and the event loop serves others.
             victim.rig.backend.status().unwrap();
         }
+    }
+    victim.check().unwrap();
+}
+
+/// The last close of a TCP socket waits for what it has not sent (socket(7), `SO_LINGER`).
+fn a_socket_whose_close_lingers_holds_up_nothing(datapath: Datapath) {
+    let mut victim = Victim::new(datapath).unwrap();
+    netns::set_up("lo").unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let linger = libc::linger { l_onoff: 1, l_linger: 1000 };
+    for number in [request::SET_VRING_CALL, request::SET_FEATURES, request::SET_MEM_TABLE] {
+        let mut stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (silent, _) = listener.accept().unwrap();
+        stream.set_nonblocking(true).unwrap();
+        while stream.write(&[0; 65536]).is_ok() {}
+        setsockopt(&stream, sockopt::Linger, &linger).unwrap();
+        let device = prepare(victim.rig.backend.connect().unwrap(), Negotiated);
+        let message = Message::u64(number, 0).encode();
+        // Not handled before the front-end has closed its own, so that the back-end's close is the last.
+        let (header, body) = message.split_at(12);
+        device.connection.send_bytes(header, &[stream.as_fd()]).unwrap();
+        drop(stream);
+        device.connection.send_bytes(body, &[]).unwrap();
+        device.connection.stream().shutdown(std::net::Shutdown::Write).unwrap();
+        while let Ok(Some(_)) = device.connection.try_receive() {}
+        victim.rig.backend.status().unwrap();
+        drop(silent);
     }
     victim.check().unwrap();
 }

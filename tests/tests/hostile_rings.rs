@@ -475,29 +475,35 @@ fn a_ring_with_one_usable_receive_buffer_goes_on() -> TestResult {
     })
 }
 
-/// In user space, as above: the good buffer is the first, and then behind all bad ones.
+/// In user space, as above: the good buffer is the first, and then behind all bad ones. After large frames the device
+/// looks for room for another one, and so at every chain.
 #[test]
 fn a_small_frame_takes_the_one_usable_receive_buffer() -> TestResult {
     datapath::run(Datapath::Userspace, |datapath| {
         let mut rig = Rig::new(datapath, 1, &[]).unwrap();
-        let options = Options { canaries: false, ..Options::default() };
-        let size = options.queue_size;
-        let mut device = rig.device(options).unwrap();
-        let base = device.stop_ring(RX).unwrap();
-        let (buffer, _) = device.receive_buffers().next().unwrap();
-        for index in 1..size {
-            device.ring(RX).queue.set_descriptor(index, buffer, 0, WRITE, 0);
+        netns::set_mtu(TAP, 9000).unwrap();
+        for before in [100, 3000] {
+            let options = Options { canaries: false, ..Options::default() };
+            let size = options.queue_size;
+            let mut device = rig.device(options).unwrap();
+            rig.inject(0..5, before).unwrap();
+            rig.expect_in_guest(&mut device, 0..5).unwrap();
+            let base = device.stop_ring(RX).unwrap();
+            let (buffer, _) = device.receive_buffers().next().unwrap();
+            for index in (0..size).filter(|index| *index != base % size) {
+                device.ring(RX).queue.set_descriptor(index, buffer, 0, WRITE, 0);
+            }
+            device.restart_ring(RX, base).unwrap();
+            rig.inject(0..1, 100).unwrap();
+            rig.expect_in_guest(&mut device, 0..1).unwrap();
+            rig.inject(1..2, 100).unwrap();
+            let all = base.wrapping_add(1).wrapping_add(size);
+            until("all buffers are used", || Ok(device.ring(RX).queue.used_index() == all)).unwrap();
+            for _ in 1..size {
+                assert_eq!(device.pairs[0].receive.queue.pop().unwrap().length, 0);
+            }
+            rig.expect_in_guest(&mut device, 1..2).unwrap();
         }
-        device.restart_ring(RX, base).unwrap();
-        rig.inject(0..1, 100).unwrap();
-        rig.expect_in_guest(&mut device, 0..1).unwrap();
-        rig.inject(1..2, 100).unwrap();
-        let all = base.wrapping_add(1).wrapping_add(size);
-        until("all buffers are used", || Ok(device.ring(RX).queue.used_index() == all)).unwrap();
-        for _ in 1..size {
-            assert_eq!(device.pairs[0].receive.queue.pop().unwrap().length, 0);
-        }
-        rig.expect_in_guest(&mut device, 1..2).unwrap();
     })
 }
 
