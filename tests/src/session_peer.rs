@@ -15,6 +15,7 @@ use baton_protocol::fd_manifest::FdManifest;
 use baton_protocol::handover::message::{
     Hello, Message, OWNERSHIP_FD, ReadyToTake, SESSION, Stage, StagedAll,
 };
+use nix::errno::Errno;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 use crate::backend::Backend;
@@ -313,6 +314,20 @@ fn pass(from: &Link, to: &Link) -> Result<&'static str> {
     let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
     to.say_with(&message, &fds)?;
     Ok(message.name())
+}
+
+/// Has each look at what waits in `socket` (`MSG_PEEK`) begin so many bytes on, whoever looks.
+///
+/// # Errors
+/// The system's.
+#[expect(unsafe_code, reason = "sets a socket option that nix does not know")]
+pub fn set_peek_offset(socket: &OwnedFd, offset: libc::c_int) -> Result<()> {
+    let size = libc::socklen_t::try_from(size_of_val(&offset))?;
+    let (fd, place) = (socket.as_raw_fd(), (&raw const offset).cast());
+    // SAFETY: SO_PEEK_OFF reads an int.
+    let result = unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, place, size) };
+    Errno::result(result).context("SO_PEEK_OFF")?;
+    Ok(())
 }
 
 /// A hand-over that was asked for, by a client of its own.

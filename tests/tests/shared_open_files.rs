@@ -15,7 +15,7 @@ use baton_tests::fake_frontend::{Device, NetHeader, Options};
 use baton_tests::frames;
 use baton_tests::netns;
 use baton_tests::on_both_datapaths;
-use baton_tests::session_peer::{Asked, FakeTarget, Sent, take_stage};
+use baton_tests::session_peer::{Asked, FakeTarget, Sent, set_peek_offset, take_stage};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{MsgFlags, recv};
@@ -27,6 +27,7 @@ on_both_datapaths! {
     what_a_target_did_to_the_tap_is_undone,
     what_a_target_did_to_the_interface_is_undone,
     a_target_that_reads_the_front_ends_messages_holds_up_nothing,
+    a_target_that_misleads_looks_at_the_front_ends_messages_is_overruled,
 }
 
 /// A device that works, and what a target was given that has gone: of it the TAP is made to block.
@@ -171,4 +172,14 @@ fn a_target_that_reads_the_front_ends_messages_holds_up_nothing(datapath: Datapa
     rig.check_traffic(&mut device).unwrap();
     rig.backend.process.signal(Signal::SIGTERM).unwrap();
     assert_eq!(rig.backend.process.wait().unwrap().code(), Some(0));
+}
+
+/// `SO_PEEK_OFF` belongs to the socket.
+fn a_target_that_misleads_looks_at_the_front_ends_messages_is_overruled(datapath: Datapath) {
+    let (mut rig, mut device, sent) = after_a_hostile_target(datapath).unwrap();
+    for _ in 0..10 {
+        set_peek_offset(sent.fd("frontend").unwrap(), 1000).unwrap();
+        device.connection.get_features().unwrap();
+    }
+    rig.check_traffic(&mut device).unwrap();
 }

@@ -102,6 +102,7 @@ impl Wire {
 
     /// The header of the next message, if that is there whole.
     pub fn next(&self) -> Result<Option<Header>, SessionEnd> {
+        self.peek_at_the_next();
         // Before the look at them, so that bytes which come in between are not taken for bytes that cannot be read.
         let available = self.available()?;
         let mut bytes = [0; HEADER];
@@ -125,6 +126,17 @@ impl Wire {
             return self.incomplete();
         }
         Ok(Some(header))
+    }
+
+    /// Has a look at the socket find what a read would: another holder of it may have said otherwise, and then a message
+    /// would not be seen until more has come.
+    fn peek_at_the_next(&self) {
+        let off: libc::c_int = -1;
+        let size = libc::socklen_t::try_from(size_of_val(&off)).unwrap_or_default();
+        let (fd, off) = (self.front.as_raw_fd(), (&raw const off).cast());
+        // Fails for no Unix socket.
+        // SAFETY: SO_PEEK_OFF reads an int.
+        let _ = unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, off, size) };
     }
 
     /// Whether there is room for an answer.
