@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 
 use crate::link::ip;
-use crate::netns::Netns;
+use crate::netns::{Netns, wait_running};
 use crate::packet_socket::PacketSocket;
 
 /// Its name.
@@ -41,6 +41,8 @@ impl Macvtap {
         for interface in ["near", "far", MACVTAP] {
             ip(&["link", "set", interface, "up"])?;
         }
+        // The kernel notices a carrier some time after it came, and drops frames until then.
+        ["near", "far", MACVTAP].into_iter().try_for_each(wait_running)?;
         let directory = tempfile::tempdir()?;
         let node = directory.path().join("macvtap");
         make_node(&node)?;

@@ -8,6 +8,7 @@ use baton_tests::datapath::Datapath;
 use baton_tests::fake_frontend::Options;
 use baton_tests::frames;
 use baton_tests::link::ip;
+use baton_tests::netns::wait_running;
 use baton_tests::packet_socket::PacketSocket;
 
 /// Frames sent, many times what the send buffer and the transmit ring hold.
@@ -23,6 +24,8 @@ fn slow_line() -> PacketSocket {
     {
         ip(&[&["link", "set", interface, "up"], arguments].concat()).unwrap();
     }
+    // The kernel drops frames until it has noticed the carrier.
+    ["far", "near", "bridge"].into_iter().try_for_each(wait_running).unwrap();
     let limit = ["rate", "8mbit", "burst", "3000", "limit", "4000000"];
     let status =
         Command::new("tc").args(["qdisc", "add", "dev", "near", "root", "tbf"]).args(limit).status().unwrap();
