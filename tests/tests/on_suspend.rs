@@ -362,9 +362,17 @@ fn a_frame_in_hand_is_delivered_first() {
 
 #[test]
 fn a_cancelled_hand_over_leaves_the_device_where_it_is() {
-    let (mut rig, mut device, mut target) = armed(Datapath::Userspace, 1).unwrap();
+    let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
+    let mut device = rig.device(options(1)).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    let mut target = Backend::waiting(Datapath::Userspace, &[]).unwrap();
+    // With a client.
+    rig.backend.status().unwrap();
+    let open = rig.backend.process.open_fds().unwrap();
+    rig.backend.arm(&target.incoming()).unwrap();
     assert_eq!(rig.backend.cancel().unwrap(), serde_json::json!({"result": "cancelled"}));
     rig.backend.wait_handover(HandoverState::Cancelled).unwrap();
+    rig.backend.process.wait_open_fds(open).unwrap();
     device.suspend().unwrap();
     device.restart_rings().unwrap();
     rig.check_traffic(&mut device).unwrap();

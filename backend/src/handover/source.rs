@@ -38,7 +38,8 @@ struct Route {
 pub struct SourceEnd {
     state: Source,
     link: Option<PacketSocket>,
-    word: SharedWord,
+    /// Until it is over: nobody asks any more, and it is a descriptor and a mapping.
+    word: Option<SharedWord>,
     /// The TAP, while it is offered.
     tap: Option<Tap>,
     /// The target, for people.
@@ -63,7 +64,7 @@ impl SourceEnd {
         Ok(Self {
             state: Source::HandedOver,
             link: Some(link),
-            word: SharedWord::create()?,
+            word: Some(SharedWord::create()?),
             tap: None,
             peer,
             call: None,
@@ -303,7 +304,9 @@ impl SourceEnd {
                     self.report(&state);
                 }
                 self.state = state;
-                self.act(device, around, actions)
+                self.act(device, around, actions)?;
+                self.word.take_if(|_| matches!(self.state, Source::Ended(_)));
+                Ok(())
             }
             Err(failure) => {
                 limited!(warn, peer = self.peer, error = %failure, "the target makes no sense");
@@ -350,7 +353,8 @@ impl SourceEnd {
                 }
                 Action::Offer(word) => self.offer(device, around, word)?,
                 Action::Swap { from, to } => {
-                    let result = self.word.swap(from, to).map_err(SwapError::word);
+                    let result = self.word.as_ref().ok_or(None);
+                    let result = result.and_then(|word| word.swap(from, to).map_err(SwapError::word));
                     self.tell(device, around, Event::Swapped(result))?;
                 }
                 Action::Resume => {
@@ -402,7 +406,7 @@ impl SourceEnd {
         self.tap = device.set_tap_aside()?;
         baton_faults::pass(Point::SourceBackendTapAside);
         let before = Word { epoch: word.epoch - 1, owner: Owner::Source };
-        let offered = self.word.swap(before, word).is_ok();
+        let offered = self.word.as_ref().is_some_and(|shared| shared.swap(before, word).is_ok());
         let failed = baton_faults::point(Point::SourceBackendOffered).is_err();
         if !offered || failed || !self.send_offer(device, word, &frames) {
             return self.lost(device, around);
@@ -419,7 +423,7 @@ impl SourceEnd {
         frames: &[Option<crate::dataplane::rx::FrameInHand>],
     ) -> bool {
         let route = self.route.take();
-        let Some(tap) = &self.tap else { return false };
+        let (Some(tap), Some(shared)) = (&self.tap, &self.word) else { return false };
         let (file, extents) = match frames::write(frames) {
             Ok(written) => written,
             Err(error) => {
@@ -428,7 +432,7 @@ impl SourceEnd {
             }
         };
         let theirs = route.as_ref().map(|route| route.link.as_fd());
-        let (fds, descriptors) = snapshot::descriptors(tap, &self.word, file.as_ref(), theirs);
+        let (fds, descriptors) = snapshot::descriptors(tap, shared, file.as_ref(), theirs);
         let state = snapshot::describe(device, Some(tap), &extents);
         let message = Message::Offer(Offer { epoch: word.epoch, device: state, fds });
         let socket = route.as_ref().map(|route| &route.socket).or(self.link.as_ref());
