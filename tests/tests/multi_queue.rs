@@ -19,6 +19,7 @@ on_both_datapaths! {
     without_multi_queue_everything_is_received_on_the_first_pair,
     pairs_that_are_enabled_by_set_features_alone_get_no_flows,
     pairs_that_are_enabled_and_not_set_up_get_no_flows,
+    pairs_that_are_not_set_up_get_no_flows_from_the_next_back_end_either,
     a_pair_that_is_stopped_and_disabled_gets_no_flows,
     pairs_that_are_enabled_first_and_set_up_one_by_one_keep_their_frames,
     a_disabled_pairs_flows_go_to_the_others,
@@ -186,6 +187,24 @@ fn pairs_that_are_enabled_and_not_set_up_get_no_flows(datapath: Datapath) {
         rig.check_traffic(&mut device).unwrap();
         flow_on(&mut rig, &mut device, 1);
     }
+}
+
+/// A hand-over may come before their queues are detached.
+fn pairs_that_are_not_set_up_get_no_flows_from_the_next_back_end_either(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 4, &[]).unwrap();
+    let mut device = Device::new(rig.backend.connect().unwrap(), options(2)).unwrap();
+    device.negotiate().unwrap();
+    device.connection.set_memory_table(&device.memory).unwrap();
+    let target = Backend::waiting_for_session(datapath, &[]).unwrap();
+    (0..8).for_each(|index| device.connection.set_vring_enable(index, true).unwrap());
+    for index in [0, 1] {
+        device.set_up_ring(index, 0).unwrap();
+    }
+    rig.backend.become_busy_target(target).unwrap();
+    device.fill_receive_rings().unwrap();
+    rig.transmit(&mut device, 0..1, 100).unwrap();
+    rig.expect_on_network(0..1).unwrap();
+    check_flows(&rig, &mut device);
 }
 
 fn a_pair_that_is_stopped_and_disabled_gets_no_flows(datapath: Datapath) {

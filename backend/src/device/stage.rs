@@ -188,15 +188,19 @@ impl Device {
         idle
     }
 
-    /// Does what was left for later when the session was taken: the calls of pairs that have had nothing to do yet, and
-    /// the end of threads and descriptors that the session has no use for.
-    pub fn tidy(&mut self) {
+    /// Does what was left for later when the session was taken: the calls of pairs that have had nothing to do yet, the
+    /// queues of pairs that are not set up, and the end of threads and descriptors that the session has no use for.
+    ///
+    /// # Errors
+    /// As for [`Self::follow_pairs`].
+    pub fn tidy(&mut self) -> Result<(), DeviceError> {
         self.workers.iter().for_each(Worker::nudge);
         let (workers, _) = std::mem::take(&mut self.surplus);
         for worker in workers {
             drop(worker);
             step_aside();
         }
+        self.follow_pairs()
     }
 
     /// Whether a session is ready to be taken.

@@ -279,7 +279,7 @@ impl LiveTarget {
                 }
                 Action::Listen => {
                     baton_faults::pass(Point::TargetSessionSettled);
-                    self.listen_to_front(around, outcomes);
+                    self.listen_to_front(around, outcomes)?;
                 }
                 Action::Release(staged) => {
                     lock(around.dispatch).device.unstage()?;
@@ -355,8 +355,12 @@ impl LiveTarget {
         Ok(())
     }
 
-    fn listen_to_front(&mut self, around: Around<'_>, outcomes: &mut Vec<Outcome>) {
-        lock(around.dispatch).device.tidy();
+    fn listen_to_front(
+        &mut self,
+        around: Around<'_>,
+        outcomes: &mut Vec<Outcome>,
+    ) -> Result<(), DeviceError> {
+        lock(around.dispatch).device.tidy()?;
         match &self.state {
             Target::Active(Taken::Committed(report)) => {
                 let report = serde_json::to_string(&SessionReport::completed(report.clone()));
@@ -370,5 +374,6 @@ impl LiveTarget {
             endpoint.own();
             outcomes.push(Outcome::Taken { session: session.map(Box::new), endpoint });
         }
+        Ok(())
     }
 }
