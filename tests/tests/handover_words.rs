@@ -250,6 +250,29 @@ fn who_is_left_with_a_device_runs_the_downscript_whoever_brought_it() {
     assert_eq!(downscript.runs().unwrap(), [TAP]);
 }
 
+/// There is nobody else to have it.
+#[test]
+fn a_front_end_that_leaves_after_the_source_leaves_its_device_to_the_target() {
+    let downscript = Downscript::new().unwrap();
+    let mut rig = Rig::new(Datapath::Userspace, 1, &[&downscript.option()]).unwrap();
+    let device = rig.device(options(1)).unwrap();
+    device.suspend().unwrap();
+    let mut target = Backend::waiting(Datapath::Userspace, &[]).unwrap();
+    let connection = negotiated(&mut target).unwrap();
+    transfer(&device, &connection).unwrap();
+    target.wait_handover(HandoverState::Adopted).unwrap();
+    rig.backend.process.signal(Signal::SIGTERM).unwrap();
+    assert!(rig.backend.process.wait().unwrap().success());
+    drop(connection);
+    rig.backend = target;
+    let mut device = rig.device(options(1)).unwrap();
+    rig.check_traffic(&mut device).unwrap();
+    assert!(downscript.runs().unwrap().is_empty());
+    rig.backend.process.signal(Signal::SIGTERM).unwrap();
+    assert!(rig.backend.process.wait().unwrap().success());
+    assert_eq!(downscript.runs().unwrap(), [TAP]);
+}
+
 fn a_back_end_whose_device_is_given_takes_no_other(datapath: Datapath) -> Result<()> {
     let (mut rig, mut device, target) = armed(datapath, 1)?;
     device.suspend()?;

@@ -253,7 +253,11 @@ impl TargetEnd {
         wishes: &Wishes,
         around: Surroundings<'_>,
     ) -> Result<(), DeviceError> {
-        if self.once { self.tell(device, wishes, around, Event::FrontendLeft) } else { Ok(()) }
+        if !self.once {
+            return Ok(());
+        }
+        self.inherit(device, wishes, around)?;
+        self.tell(device, wishes, around, Event::FrontendLeft)
     }
 
     /// Follows the rings: the first that starts takes the device.
@@ -274,12 +278,22 @@ impl TargetEnd {
         }
     }
 
-    /// The process ends. What the source has left behind is taken, so that it is cleaned up: one that ends at the same
-    /// time sees that this end does, or is seen here.
+    /// The process ends.
     ///
     /// # Errors
     /// [`DeviceError`]: the device cannot go on.
     pub fn finish(
+        &mut self,
+        device: &mut Device,
+        wishes: &Wishes,
+        around: Surroundings<'_>,
+    ) -> Result<(), DeviceError> {
+        self.inherit(device, wishes, around)
+    }
+
+    /// Takes what the source has left behind, so that somebody cleans it up. A source that ends at the same time sees that
+    /// this end gives the device up, or is seen here to have gone.
+    fn inherit(
         &mut self,
         device: &mut Device,
         wishes: &Wishes,
