@@ -10,8 +10,9 @@ use crate::traffic::Direction;
 use crate::traffic::endless::{self, Diary, Endless};
 use crate::traffic::flows::{Outcome, Plan};
 
-/// Numbered datagrams, at a [`Pace`].
-const PLAN: Plan = Plan { count: 0, flows: 4, rate: 0, size: 200, silence: 30 };
+/// Numbered datagrams, at a [`Pace`]. Their silence is the end after
+/// [`crate::traffic::PATIENCE`]: on a busy machine a guest may stand still for half a minute while it moves.
+const PLAN: Plan = Plan { count: 0, flows: 4, rate: 0, size: 200, silence: 120 };
 
 /// How fast the traffic is: bytes a second on each stream, and datagrams a second each way. So slow that there is time
 /// left for a migration beside it, and that no queue on the way overflows while a guest stands still.
