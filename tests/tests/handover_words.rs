@@ -17,7 +17,7 @@ use baton_tests::device_state::{
     ACCEPTED, REFUSED, check, negotiated, options, pair, set_state_fd, stopped, transfer,
 };
 use baton_tests::downscript::Downscript;
-use baton_tests::fake_frontend::Device;
+use baton_tests::fake_frontend::{Connection, Device};
 use baton_tests::frames;
 use baton_tests::on_both_datapaths;
 use baton_tests::process::{Process, is_stopped, until};
@@ -232,16 +232,22 @@ fn of_a_source_and_a_target_that_end_together_one_runs_the_downscript() {
     }
 }
 
+/// A device with a downscript that front-ends have brought to a target, which has adopted it.
+fn brought() -> Result<(Downscript, Rig, Device, Backend, Connection)> {
+    let downscript = Downscript::new()?;
+    let mut rig = Rig::new(Datapath::Userspace, 1, &[&downscript.option()])?;
+    let device = rig.device(options(1))?;
+    device.suspend()?;
+    let mut target = Backend::waiting(Datapath::Userspace, &[])?;
+    let connection = negotiated(&mut target)?;
+    transfer(&device, &connection)?;
+    target.wait_handover(HandoverState::Adopted)?;
+    Ok((downscript, rig, device, target, connection))
+}
+
 #[test]
 fn who_is_left_with_a_device_runs_the_downscript_whoever_brought_it() {
-    let downscript = Downscript::new().unwrap();
-    let mut rig = Rig::new(Datapath::Userspace, 1, &[&downscript.option()]).unwrap();
-    let device = rig.device(options(1)).unwrap();
-    device.suspend().unwrap();
-    let mut target = Backend::waiting(Datapath::Userspace, &[]).unwrap();
-    let connection = negotiated(&mut target).unwrap();
-    transfer(&device, &connection).unwrap();
-    target.wait_handover(HandoverState::Adopted).unwrap();
+    let (downscript, mut rig, _device, mut target, _connection) = brought().unwrap();
     for process in [&mut rig.backend.process, &mut target.process] {
         assert!(downscript.runs().unwrap().is_empty());
         process.signal(Signal::SIGTERM).unwrap();
@@ -253,14 +259,7 @@ fn who_is_left_with_a_device_runs_the_downscript_whoever_brought_it() {
 /// There is nobody else to have it.
 #[test]
 fn a_front_end_that_leaves_after_the_source_leaves_its_device_to_the_target() {
-    let downscript = Downscript::new().unwrap();
-    let mut rig = Rig::new(Datapath::Userspace, 1, &[&downscript.option()]).unwrap();
-    let device = rig.device(options(1)).unwrap();
-    device.suspend().unwrap();
-    let mut target = Backend::waiting(Datapath::Userspace, &[]).unwrap();
-    let connection = negotiated(&mut target).unwrap();
-    transfer(&device, &connection).unwrap();
-    target.wait_handover(HandoverState::Adopted).unwrap();
+    let (downscript, mut rig, _device, target, connection) = brought().unwrap();
     rig.backend.process.signal(Signal::SIGTERM).unwrap();
     assert!(rig.backend.process.wait().unwrap().success());
     drop(connection);
