@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use baton_channel::peer::Peer;
-use baton_control::limited;
+use baton_control::{error_chain, limited};
 use baton_protocol::control::{Done, Request};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -357,8 +357,7 @@ impl Server {
             SessionEnd::Left => limited!(info, "front-end disconnected"),
             SessionEnd::Device(Rejection::Device(error @ DeviceError::Dead(_))) => return Err(error.into()),
             end => {
-                let error = format!("{:#}", anyhow::Error::new(end));
-                limited!(warn, error, "front-end's session ended");
+                limited!(warn, error = error_chain(&end), "front-end's session ended");
             }
         }
         if self.endpoint.source().is_none() {

@@ -4,6 +4,7 @@
 
 pub mod client;
 mod connection;
+mod error_chain;
 pub mod later;
 pub mod listing;
 pub mod log_limit;
@@ -12,6 +13,7 @@ pub mod server;
 pub mod socket_path;
 
 pub use client::{ClientError, ControlClient};
+pub use error_chain::error_chain;
 pub use later::{Answer, Promise};
 pub use server::ControlServer;
 pub use socket_path::{BindError, BoundSocket};

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use baton_control::{Answer, BindError, BoundSocket, ControlServer, Promise};
+use baton_control::{Answer, BindError, BoundSocket, ControlServer, Promise, error_chain};
 use baton_protocol::control::{Done, Refusal, Request};
 use serde_json::Value;
 use thiserror::Error;
@@ -60,15 +60,15 @@ impl<M: Guest> Controlled<M> {
 
 /// The answer to what `begin` begins, if it does.
 fn later(begin: impl FnOnce(Promise) -> Result<(), LifecycleError>) -> Answer {
-    let begun = Promise::new().map_err(refusal).and_then(|(promise, later)| {
-        begin(promise).map_err(refusal)?;
+    let begun = Promise::new().map_err(|error| refusal(&error)).and_then(|(promise, later)| {
+        begin(promise).map_err(|error| refusal(&error))?;
         Ok(later)
     });
     begun.map_or_else(|refusal| Err(refusal).into(), Answer::Later)
 }
 
-fn refusal(error: impl Into<anyhow::Error>) -> Refusal {
-    Refusal { error: format!("{:#}", error.into()) }
+fn refusal(error: &dyn std::error::Error) -> Refusal {
+    Refusal { error: error_chain(error) }
 }
 
 fn serialised<T: serde::Serialize>(value: &T) -> Result<Value, Refusal> {

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 
-use baton_control::{BindError, BoundSocket};
+use baton_control::{BindError, BoundSocket, error_chain, limited};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use thiserror::Error;
@@ -84,7 +84,7 @@ impl Incoming {
         waiting.awaited.lifecycle.await_arrival(&machine);
         let thread = Builder::new().name("incoming".to_owned()).spawn(move || {
             if let Err(error) = waiting.run(machine) {
-                tracing::error!("{:#}", anyhow::Error::from(error));
+                tracing::error!("{}", error_chain(&error));
                 event::signal(&failed);
             }
         })?;
@@ -131,7 +131,7 @@ impl Waiting {
                         return Ok(());
                     }
                 }
-                Err(error) => baton_control::limited!(warn, "migration: {:#}", anyhow::Error::from(error)),
+                Err(error) => limited!(warn, "migration: {}", error_chain(&error)),
             }
         }
         Ok(())
@@ -157,7 +157,7 @@ impl Waiting {
                 Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => {}
                 Err(error) => {
                     // The source is still there to be accepted; what is missing may come back.
-                    baton_control::limited!(warn, "migration: cannot accept a source now: {error}");
+                    limited!(warn, "migration: cannot accept a source now: {error}");
                     poll(&mut [readable(event::descriptor(&self.stop))], REST)?;
                 }
             }

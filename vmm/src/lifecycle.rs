@@ -15,8 +15,8 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
-use baton_control::Promise;
 use baton_control::later::Outcome;
+use baton_control::{Promise, error_chain};
 use baton_faults::Point;
 use baton_protocol::control::{Done, MigrationReport, NetStatus, Refusal, VmmState, VmmStatus};
 use serde::Serialize;
@@ -287,7 +287,7 @@ impl<M: Guest> Lifecycle<M> {
             }
             promise.keep(match outcome {
                 Ok(()) => serialised(&Done::DONE),
-                Err(error) => Err(Refusal { error: format!("{:#}", anyhow::Error::from(error)) }),
+                Err(error) => Err(Refusal { error: error_chain(&error) }),
             });
         })?;
         inner.change = Some(change);

@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use baton_control::error_chain;
 use baton_protocol::control::NetStatus;
 use baton_protocol::migration::facts::{MachineFacts, NetFacts};
 use baton_protocol::migration::state::{Clock, NetState, Outline, VmState};
@@ -284,7 +285,7 @@ impl Machine {
     pub fn resume(&self) {
         for device in &self.net {
             if let Err(error) = device.named(NetThread::resume) {
-                tracing::warn!("{:#}", anyhow::Error::from(error));
+                tracing::warn!("{}", error_chain(&error));
             }
         }
         self.vcpus.tell_stopped();

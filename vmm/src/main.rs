@@ -3,6 +3,7 @@
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
+use baton_control::error_chain;
 use baton_vmm::config::{Config, Unusable};
 
 const FAILURE: u8 = 1;
@@ -30,7 +31,7 @@ pub(crate) fn main() -> ExitCode {
     match baton_vmm::run(&config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("baton-vmm: {:#}", anyhow::Error::from(error));
+            eprintln!("baton-vmm: {}", error_chain(&error));
             ExitCode::from(FAILURE)
         }
     }

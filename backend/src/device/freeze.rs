@@ -4,6 +4,7 @@
 use std::io;
 use std::sync::Arc;
 
+use baton_control::{error_chain, limited};
 use baton_protocol::session::state::{Counters, PairNow, VringNow};
 
 use super::{Device, DeviceError, sides};
@@ -121,7 +122,7 @@ impl Device {
         let Some(tap) = &mut self.tap else { return };
         // The device goes on as well as it can. If the interface was deleted, that is seen by itself.
         if let Err(error) = tap.restore(self.config.sndbuf) {
-            baton_control::limited!(warn, error = %anyhow::Error::new(error), "the TAP's settings cannot be restored");
+            limited!(warn, error = error_chain(&error), "the TAP's settings cannot be restored");
         }
     }
 

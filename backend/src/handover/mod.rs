@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 
 use baton_channel::packet::PacketSocket;
 use baton_channel::peer::Peer;
-use baton_control::limited;
+use baton_control::{error_chain, limited};
 use baton_protocol::control::{HandoverReply, HandoverStatus};
 use baton_protocol::handover::refusal::Refusal;
 use nix::sys::timer::Expiration;
@@ -310,7 +310,7 @@ impl Handover {
         let end = match self.try_begin(device, path) {
             Ok(end) => end,
             Err(error) => {
-                call.answer(Err(control::refusal(format!("{:#}", anyhow::Error::new(error)))));
+                call.answer(Err(control::refusal(error_chain(&error))));
                 return Ok(());
             }
         };

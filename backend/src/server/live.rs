@@ -4,8 +4,8 @@
 use std::path::{Path, PathBuf};
 
 use baton_channel::peer::Peer;
-use baton_control::limited;
 use baton_control::server::ControlServer;
+use baton_control::{error_chain, limited};
 
 use super::{SESSION, SESSION_EVENTS, Server, ServerError, lock};
 use crate::control::{self, Answer, Call};
@@ -37,10 +37,7 @@ impl ControlPlace {
         *self = match control::take_place(path, calls.clone()) {
             Ok(server) => Self::Served(server),
             Err(error) => {
-                tracing::error!(
-                    error = format!("{:#}", anyhow::Error::new(error)),
-                    "there is no control socket"
-                );
+                tracing::error!(error = error_chain(&error), "there is no control socket");
                 Self::None
             }
         };

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use baton_channel::ownership::{OwnershipError, SharedWord, SwapError};
 use baton_channel::packet::{ChannelError, PacketSocket};
 use baton_channel::peer::{Peer, PeerError};
+use baton_control::error_chain;
 use baton_faults::Point;
 use baton_protocol::control::{MigrationPhases, MigrationReport};
 use baton_protocol::fd_manifest::NamedFds;
@@ -79,7 +80,7 @@ pub enum SourceError {
 pub fn migrate(machine: &Machine, wish: &Wish, started: impl FnOnce(Cutter)) -> MigrationReport {
     let failed = |error: SourceError| MigrationReport::RolledBack {
         phase: Phase::Greeting.name().to_owned(),
-        reason: one_line(error),
+        reason: error_chain(&error),
     };
     let migration = connect_to(&wish.path).and_then(|socket| {
         Peer::trusted(&socket)?;
@@ -100,10 +101,6 @@ fn connect_to(path: &Path) -> Result<PacketSocket, SourceError> {
     let address = UnixAddr::new(path).map_err(failed)?;
     connect(std::os::fd::AsRawFd::as_raw_fd(&stream), &address).map_err(failed)?;
     Ok(PacketSocket::try_from(stream)?)
-}
-
-fn one_line(error: SourceError) -> String {
-    format!("{:#}", anyhow::Error::from(error))
 }
 
 /// One attempt.
@@ -203,7 +200,7 @@ impl<'a> Migration<'a> {
                 Ok(())
             }
         };
-        done.err().map(|error| Event::Failed(one_line(error)))
+        done.err().map(|error| Event::Failed(error_chain(&error)))
     }
 
     fn send(&self, message: &Message, fds: &[BorrowedFd<'_>]) -> Result<(), SourceError> {

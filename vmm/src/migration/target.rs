@@ -11,6 +11,7 @@ use std::time::Duration;
 use baton_channel::ownership::{OwnershipError, SharedWord};
 use baton_channel::packet::{ChannelError, PacketSocket};
 use baton_channel::peer::{Peer, PeerError};
+use baton_control::{error_chain, limited};
 use baton_faults::Point;
 use baton_protocol::fd_manifest::{ManifestError, NamedFds};
 use baton_protocol::migration::facts::MachineFacts;
@@ -68,24 +69,18 @@ pub enum TargetError {
 impl TargetError {
     /// As the source is told.
     fn reasons(self) -> Reasons {
-        let text = |error: &Self| chain(error);
+        let text = |error: &Self| error_chain(error);
         let refusal = match self {
             Self::State(reasons) => return reasons,
             Self::Descriptors(_) => Refusal::Descriptors(text(&self)),
             Self::Ownership(_) => Refusal::Ownership(text(&self)),
             Self::Memory(_) => Refusal::Ram(text(&self)),
             Self::Peer(_) => Refusal::User(text(&self)),
-            Self::Tap { device, source } => Refusal::Tap { device, error: chain(&source) },
+            Self::Tap { device, source } => Refusal::Tap { device, error: error_chain(&source) },
             _ => Refusal::Target(text(&self)),
         };
         Reasons::of([refusal])
     }
-}
-
-/// An error with its causes.
-fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |cause| cause.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 /// What became of a source's wish.
@@ -181,7 +176,7 @@ impl Serving<'_> {
                     return Taken::Here(Arrival { running: self.running, socket: self.socket });
                 }
                 Target::Ended { why } => {
-                    baton_control::limited!(info, "migration: nothing came of it: {why}");
+                    limited!(info, "migration: nothing came of it: {why}");
                     return Taken::Not { fresh };
                 }
                 _ => {}
@@ -231,7 +226,7 @@ impl Serving<'_> {
     }
 
     fn judge(&mut self, hello: &Hello) -> Result<(), TargetError> {
-        baton_control::limited!(info, "migration: {} has a VM", hello.program);
+        limited!(info, "migration: {} has a VM", hello.program);
         let facts = self.machine.place_facts(hello.local);
         let refusals = judge(&hello.machine, &facts);
         self.facts = Some(facts);
@@ -280,7 +275,7 @@ impl Serving<'_> {
         let vm = CheckedState::new(state.vm, &facts)?;
         for device in std::mem::take(&mut self.taking) {
             self.machine.finish_transfer(device)?;
-            baton_control::limited!(info, device, "migration: the back-end has adopted a TAP");
+            limited!(info, device, "migration: the back-end has adopted a TAP");
         }
         baton_faults::point(Point::TargetVmmDevicesAdopted)?;
         let local: Vec<bool> = facts.net.iter().map(|facts| facts.local).collect();
@@ -297,14 +292,14 @@ impl Serving<'_> {
             return false;
         }
         if let Err(error) = word.swap(offered, taken) {
-            baton_control::limited!(info, "migration: {error}");
+            limited!(info, "migration: {error}");
             return false;
         }
         baton_faults::pass(Point::TargetVmmTaken);
-        baton_control::limited!(info, "migration: the VM is taken");
+        limited!(info, "migration: the VM is taken");
         if let Err(error) = self.machine.set_clock(self.clock) {
             // The guest runs all the same, with a clock of its own.
-            baton_control::limited!(error, "{}", chain(&error));
+            limited!(error, "{}", error_chain(&error));
         }
         true
     }

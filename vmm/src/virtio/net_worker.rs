@@ -20,6 +20,7 @@ mod travel;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
 
+use baton_control::{error_chain, limited};
 use baton_protocol::migration::state::RingBase;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -204,7 +205,7 @@ impl Worker {
         let device = match self.accept(activation) {
             Ok(device) => device,
             Err(error) => {
-                baton_control::limited!(warn, "{}: the device cannot be started: {error}", self.name);
+                limited!(warn, "{}: the device cannot be started: {error}", self.name);
                 self.shared.events.need_reset();
                 return;
             }
@@ -212,7 +213,7 @@ impl Worker {
         self.shared.set_driver(device.features, device.pairs);
         self.device = Some(device);
         if let Err(error) = self.start_rings(&[], false, false) {
-            self.lose(&one_line(&error));
+            self.lose(&error_chain(&error));
         }
     }
 
@@ -286,7 +287,7 @@ impl Worker {
         let stopped = self.link.as_mut().map_or(Ok(()), Link::stop);
         if let Err(error) = stopped {
             // A back-end without a connection has no session, and so no guest memory.
-            self.lose(&one_line(&error.into()));
+            self.lose(&error_chain(&error));
         }
     }
 
@@ -328,11 +329,7 @@ impl Worker {
                 }
             }
             Err(error) => {
-                baton_control::limited!(
-                    warn,
-                    "{}: {error}; waiting for the driver to reset the device",
-                    self.name
-                );
+                limited!(warn, "{}: {error}; waiting for the driver to reset the device", self.name);
                 if let Some(device) = &mut self.device {
                     device.control = None;
                 }
@@ -340,7 +337,7 @@ impl Worker {
             }
         }
         if let Some(error) = broken_link {
-            self.lose(&one_line(&error.into()));
+            self.lose(&error_chain(&error));
         }
     }
 
@@ -368,7 +365,10 @@ impl Worker {
                 Err(error) => {
                     self.drop_link();
                     let socket = self.config.socket.display();
-                    self.complain(&format!("the back-end at {socket} cannot be used: {}", one_line(&error)));
+                    self.complain(&format!(
+                        "the back-end at {socket} cannot be used: {}",
+                        error_chain(&error)
+                    ));
                 }
             }
         }
@@ -378,7 +378,7 @@ impl Worker {
             match dialler {
                 Ok(dialler) => self.dialler = Some(dialler),
                 Err(error) => {
-                    baton_control::limited!(error, "{}: cannot look for a back-end: {error}", self.name);
+                    limited!(error, "{}: cannot look for a back-end: {error}", self.name);
                     self.shared.events.need_reset();
                 }
             }
@@ -387,12 +387,7 @@ impl Worker {
 
     fn welcome(&mut self) {
         self.complaint = None;
-        baton_control::limited!(
-            info,
-            "{}: the back-end at {} is back",
-            self.name,
-            self.config.socket.display()
-        );
+        limited!(info, "{}: the back-end at {} is back", self.name, self.config.socket.display());
         self.shared.announce();
     }
 
@@ -416,7 +411,7 @@ impl Worker {
 
     fn complain(&mut self, complaint: &str) {
         if self.complaint.as_deref() != Some(complaint) {
-            baton_control::limited!(warn, "{}: {complaint}", self.name);
+            limited!(warn, "{}: {complaint}", self.name);
             self.complaint = Some(complaint.to_owned());
         }
     }
@@ -426,18 +421,6 @@ fn random_mac() -> std::io::Result<Mac> {
     let mut bytes = [0; 6];
     std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut bytes)?;
     Ok(Mac::locally_administered(bytes))
-}
-
-/// An error with its causes.
-fn one_line(error: &NetError) -> String {
-    let mut line = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        line.push_str(": ");
-        line.push_str(&error.to_string());
-        cause = error.source();
-    }
-    line
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use baton_channel::packet::PacketSocket;
 use baton_channel::peer::{Life, Peer};
-use baton_control::limited;
+use baton_control::{error_chain, limited};
 use baton_faults::Point;
 use baton_protocol::control::HandoverStatus;
 use baton_protocol::handover::message::{Hello, Message, Refuse};
@@ -193,7 +193,7 @@ impl Live {
                 Ok(outcomes)
             }
             Err(error) => {
-                call.answer(Err(control::refusal(format!("{:#}", anyhow::Error::new(error)))));
+                call.answer(Err(control::refusal(error_chain(&error))));
                 Ok(Vec::new())
             }
         }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use baton_channel::ownership::{OwnershipError, SharedWord, SwapError};
 use baton_channel::packet::{ChannelError, PacketSocket};
 use baton_channel::peer::Life;
-use baton_control::limited;
+use baton_control::{error_chain, limited};
 use baton_faults::Point;
 use baton_protocol::control::{HandoverReply, HandoverState, HandoverStatus, SessionReport};
 use baton_protocol::fd_manifest::{FdManifest, NamedFds};
@@ -362,8 +362,7 @@ impl LiveSource {
                     // The end of a connection is heard after the target's last word.
                     Ok(()) | Err(StageError::Channel(ChannelError::Closed)) => {}
                     Err(error) => {
-                        let text = format!("{:#}", anyhow::Error::new(error));
-                        let reason = Refusal::Source { what: "the session", text };
+                        let reason = Refusal::Source { what: "the session", text: error_chain(&error) };
                         self.tell(around, Event::Failed(reason.into()), outcomes)?;
                     }
                 },

@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
 use baton_channel::ownership::SharedWord;
+use baton_control::error_chain;
 use baton_faults::Point;
 use baton_protocol::fd_manifest::{ManifestError, NamedFds};
 use baton_protocol::handover::message::{
@@ -163,13 +164,7 @@ pub fn stage(
 
 /// What could not be made of what came.
 fn made(what: &'static str, error: &dyn std::error::Error) -> Reasons {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    Refusal::Unusable { what, text }.into()
+    Refusal::Unusable { what, text: error_chain(error) }.into()
 }
 
 /// The session's state with all that it needs.

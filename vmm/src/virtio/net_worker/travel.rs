@@ -2,13 +2,14 @@
 
 use std::sync::atomic::Ordering;
 
+use baton_control::error_chain;
 use baton_protocol::migration::state::{DriverState, NetState, Outline, RingBase};
 use virtio_queue::QueueT;
 
 use super::super::net::{Identity, check_offer, for_backend};
 use super::super::net_thread::NetError;
+use super::Worker;
 use super::started::{Started, Suspended, rings};
-use super::{Worker, one_line};
 use crate::event;
 use crate::vhost_user::frontend::{Link, LinkError};
 use crate::virtio::{Activation, QueueSetup};
@@ -51,7 +52,7 @@ impl Worker {
         let mut bases = match self.link.as_mut().map_or(Ok(Vec::new()), Link::suspend) {
             Ok(bases) => bases,
             Err(error) => {
-                self.lose(&one_line(&error.into()));
+                self.lose(&error_chain(&error));
                 Vec::new()
             }
         };
@@ -77,7 +78,7 @@ impl Worker {
     pub(super) fn resume(&mut self) {
         let Some(suspended) = self.suspended.take() else { return };
         if let Err(error) = self.start_rings(&suspended.bases, suspended.set_up, true) {
-            self.lose(&one_line(&error));
+            self.lose(&error_chain(&error));
         }
         if let Some(kick) = self.control_kick() {
             event::signal(kick);
