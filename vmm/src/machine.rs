@@ -27,8 +27,7 @@ use crate::serial::{SerialError, SharedConsole};
 use crate::vcpu::{Buses, VcpuError, Vcpus};
 use crate::vcpu_state::{self, VcpuStateError};
 use crate::virtio::mmio_transport::{MmioTransport, QUEUE_NOTIFY};
-use crate::virtio::net::{Net, NetShared};
-use crate::virtio::net_thread::{NetError, NetThread};
+use crate::virtio::net::{Net, NetError, NetShared, NetThread};
 use crate::vm::{Vm, VmError};
 
 /// Why there is no VM, or why it could not be stopped, saved or restored.

@@ -1,17 +1,11 @@
 //! Virtio devices (Virtual I/O Device Version 1.2): the transport that a guest drives, and what is behind it.
 //!
 //! [`mmio_transport`] is a register file that any [`VirtioDevice`] can stand behind. The only one is [`net`],
-//! whose data virtqueues are served by its back-end and whose control virtqueue ([`control_queue`]) by its own
-//! thread ([`net_worker`], asked through [`net_thread`]); a lost back-end is looked for by yet another ([`dialler`]).
+//! whose data virtqueues are served by its back-end and whose control virtqueue ([`control_queue`]) by its own thread.
 
-#[cfg(test)]
-mod busy_tests;
 pub mod control_queue;
-pub mod dialler;
 pub mod mmio_transport;
 pub mod net;
-pub mod net_thread;
-mod net_worker;
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};

@@ -9,12 +9,14 @@ use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_STATUS,
 };
 
-use super::mmio_transport::MmioTransport;
-use super::net::{Command, Identity, Mailbox, Net, NetShared};
+use super::identity::Identity;
+use super::mailbox::{Command, Mailbox};
+use super::{Net, NetShared};
 use crate::config::{Mac, NetConfig};
 use crate::event;
 use crate::mmio_bus::Bus;
 use crate::platform::VIRTIO_MMIO_SIZE;
+use crate::virtio::mmio_transport::MmioTransport;
 
 /// Only catches a test that hangs.
 const LIMIT: Duration = Duration::from_secs(60);

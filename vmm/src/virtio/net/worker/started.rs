@@ -2,11 +2,12 @@
 
 use baton_protocol::migration::state::RingBase;
 
-use super::super::control_queue::ControlQueue;
-use super::super::net::{NetShared, for_backend};
+use super::super::identity::for_backend;
+use super::super::shared::NetShared;
 use crate::vhost_user::frontend::RingStart;
 use crate::vhost_user::inflight::Inflight;
 use crate::virtio::QueueSetup;
+use crate::virtio::control_queue::ControlQueue;
 
 /// What a driver has started.
 #[derive(Debug)]

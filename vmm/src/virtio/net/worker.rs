@@ -12,10 +12,10 @@
 //!
 //! A device is *suspended* while its VM stands still: its rings are stopped, the thread knows how far they are and
 //! leaves the control virtqueue alone, so nobody touches guest memory. A device whose VM has yet to arrive is suspended
-//! from its start ([`travel`]).
+//! from its start ([`suspend`]).
 
 mod started;
-mod travel;
+mod suspend;
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
@@ -29,15 +29,17 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::started::{Control, Started, Suspended, rings};
-use super::control_queue::{self, ControlQueue, Refused};
-use super::dialler::{Dialler, dial};
-use super::net::{Command, Identity, NetShared, check_offer, for_backend};
-use super::net_thread::NetError;
-use super::{Activation, InvalidQueue, feature};
+use super::identity::{Identity, check_offer, for_backend};
+use super::mailbox::Command;
+use super::reconnect::{Dialler, dial};
+use super::shared::NetShared;
+use super::thread::NetError;
 use crate::config::{Mac, NetConfig};
 use crate::event;
 use crate::memory::GuestMemory;
 use crate::vhost_user::frontend::Link;
+use crate::virtio::control_queue::{self, ControlQueue, Refused};
+use crate::virtio::{Activation, InvalidQueue, feature};
 
 /// The thread's own.
 pub(super) struct Worker {

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::net::NetShared;
+use super::shared::NetShared;
 use crate::event;
 use crate::vhost_user::frontend::{Cutter, Link, LinkError, connect_to};
 

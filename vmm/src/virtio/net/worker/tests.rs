@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use baton_protocol::migration::state::{NetState, Outline, TransportState};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::super::net::Net;
-use super::super::net_thread::NetThread;
+use super::super::device::Net;
+use super::super::thread::NetThread;
 use super::*;
 use crate::vhost_user::fake_backend::{FakeBackend, Serving};
 use crate::virtio::{QueueSetup, VirtioDevice};

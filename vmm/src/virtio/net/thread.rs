@@ -9,13 +9,16 @@ use baton_protocol::migration::state::{DriverState, NetState, Outline};
 use thiserror::Error;
 use vhost::vhost_user::message::VhostTransferStateDirection;
 
-use super::InvalidQueue;
-use super::net::{Answer, Command, Mailbox, Net, NetShared, OfferError};
-use super::net_worker::Worker;
+use super::device::Net;
+use super::identity::OfferError;
+use super::mailbox::{Answer, Command, Mailbox};
+use super::shared::NetShared;
+use super::worker::Worker;
 use crate::config::NetConfig;
 use crate::event;
 use crate::memory::GuestMemory;
 use crate::vhost_user::frontend::LinkError;
+use crate::virtio::InvalidQueue;
 
 /// Why a device has no back-end.
 #[derive(Debug, Error)]
