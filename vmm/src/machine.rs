@@ -3,7 +3,6 @@
 //! It is made either to boot a kernel, or to take another VM's memory and state in. It stands still until it is
 //! resumed. Whenever it stands still so do its devices: their back-ends have left the rings and do not read their TAPs.
 
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -12,7 +11,6 @@ use baton_protocol::control::NetStatus;
 use baton_protocol::migration::facts::{MachineFacts, NetFacts};
 use baton_protocol::migration::state::{Clock, NetState, Outline, VmState};
 use thiserror::Error;
-use vhost::vhost_user::message::VhostTransferStateDirection;
 
 use crate::acpi::{self, AcpiError};
 use crate::boot::{self, BootError, EntryPoint};
@@ -27,7 +25,7 @@ use crate::serial::{SerialError, SharedConsole};
 use crate::vcpu::{Buses, VcpuError, Vcpus};
 use crate::vcpu_state::{self, VcpuStateError};
 use crate::virtio::mmio_transport::{MmioTransport, QUEUE_NOTIFY};
-use crate::virtio::net::{Net, NetError, NetShared, NetThread};
+use crate::virtio::net::{Net, NetError, NetShared, NetThread, Worker};
 use crate::vm::{Vm, VmError};
 
 /// Why there is no VM, or why it could not be stopped, saved or restored.
@@ -91,25 +89,29 @@ impl NetDevice {
         self.transport.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn save(&self) -> Result<NetState, NetError> {
-        let driver = self.thread.save()?;
+    /// Has the device's worker run a task, and waits for the result.
+    pub fn call<T: Send + 'static>(
+        &self,
+        task: impl FnOnce(&mut Worker) -> Result<T, NetError> + Send + 'static,
+    ) -> Result<T, MachineError> {
+        let socket = self.shared().socket();
+        self.thread
+            .mailbox
+            .call(task)
+            .map_err(|source| MachineError::Net { socket: socket.to_owned(), source })
+    }
+
+    fn save(&self) -> Result<NetState, MachineError> {
+        let driver = self.call(|worker| Ok(worker.save()))?;
         let (identity, announce) = self.shared().offered();
         Ok(NetState { identity: identity.into(), transport: self.transport().save(), announce, driver })
     }
 
-    fn restore(&self, state: &NetState) -> Result<(), NetError> {
-        self.thread.restore(state.clone())?;
+    fn restore(&self, state: &NetState) -> Result<(), MachineError> {
+        let driver = state.clone();
+        self.call(move |worker| worker.restore(&driver))?;
         self.transport().restore(&state.transport);
         Ok(())
-    }
-
-    /// `operation` with its error's place.
-    fn named<T>(&self, operation: impl FnOnce(&NetThread) -> Result<T, NetError>) -> Result<T, MachineError> {
-        operation(&self.thread).map_err(|source| self.failed(source))
-    }
-
-    fn failed(&self, source: NetError) -> MachineError {
-        MachineError::Net { socket: self.shared().socket().to_owned(), source }
     }
 }
 
@@ -203,7 +205,10 @@ impl Machine {
     /// Gives a VM that waits for another one's state its memory, and shares it with the back-ends.
     pub fn use_memory(&self, memory: &GuestMemory) -> Result<(), MachineError> {
         self.vm.add_memory(memory.clone())?;
-        self.net.iter().try_for_each(|device| device.named(|thread| thread.use_memory(memory.clone())))
+        self.net.iter().try_for_each(|device| {
+            let memory = memory.clone();
+            device.call(|worker| worker.use_memory(memory))
+        })
     }
 
     /// What a migration has to know of this VM. Its vCPUs stand still for a moment.
@@ -233,43 +238,32 @@ impl Machine {
         if self.vcpus.all_alive() { Ok(()) } else { Err(MachineError::GuestEnded) }
     }
 
-    fn device(&self, device: usize) -> Result<&NetDevice, MachineError> {
+    /// Network device `device`.
+    pub fn device(&self, device: usize) -> Result<&NetDevice, MachineError> {
         self.net.get(device).ok_or(MachineError::NoDevice(device))
     }
 
     /// What the driver of each network device has started.
     pub fn outlines(&self) -> Result<Vec<Option<Outline>>, MachineError> {
-        self.net.iter().map(|device| device.named(NetThread::outline)).collect()
-    }
-
-    /// Tells a back-end what the driver of a guest that has yet to come will most likely bring along.
-    pub fn expect(&self, device: usize, outline: Outline) -> Result<(), MachineError> {
-        self.device(device)?.named(|thread| thread.expect(outline))
-    }
-
-    /// Has the back-end of a suspended device begin to give its state away, or to take another's.
-    pub fn begin_transfer(
-        &self,
-        device: usize,
-        direction: VhostTransferStateDirection,
-        channel: OwnedFd,
-    ) -> Result<(), MachineError> {
-        self.device(device)?.named(|thread| thread.begin_transfer(direction, channel))
-    }
-
-    /// Waits until it has.
-    pub fn finish_transfer(&self, device: usize) -> Result<(), MachineError> {
-        self.device(device)?.named(NetThread::finish_transfer)
+        self.net.iter().map(|device| device.call(|worker| Ok(worker.outline()))).collect()
     }
 
     /// The VM has moved away.
     pub fn retire(&self) {
-        self.net.iter().for_each(|device| device.thread.retire());
+        for device in &self.net {
+            device.thread.mailbox.send(Worker::retire);
+        }
     }
 
     /// Stops the devices' rings; the vCPUs stand still.
     pub fn suspend_devices(&self) -> Result<(), MachineError> {
-        self.net.iter().try_for_each(|device| device.named(NetThread::suspend))
+        for device in &self.net {
+            device.call(|worker| {
+                worker.suspend();
+                Ok(())
+            })?;
+        }
+        Ok(())
     }
 
     /// Stops the vCPUs, then the devices. If a device cannot be stopped, the VM runs on.
@@ -283,7 +277,11 @@ impl Machine {
     /// gives it: the guest runs on without it.
     pub fn resume(&self) {
         for device in &self.net {
-            if let Err(error) = device.named(NetThread::resume) {
+            let resumed = device.call(|worker| {
+                worker.resume();
+                Ok(())
+            });
+            if let Err(error) = resumed {
                 tracing::warn!("{}", error_chain(&error));
             }
         }
@@ -298,12 +296,11 @@ impl Machine {
 
     /// The state of a VM that stands still.
     pub fn save(&self) -> Result<VmState, MachineError> {
-        let net = self.net.iter().map(|device| device.save().map_err(|source| device.failed(source)));
         Ok(VmState {
             vcpus: self.vcpus.save(&self.msr_indices)?,
             platform: self.vm.save()?,
             serial: self.console.save(),
-            net: net.collect::<Result<_, _>>()?,
+            net: self.net.iter().map(NetDevice::save).collect::<Result<_, _>>()?,
         })
     }
 
@@ -316,7 +313,7 @@ impl Machine {
         self.vm.restore(&state.platform)?;
         self.console.restore(&state.serial)?;
         for ((device, state), &local) in self.net.iter().zip(&state.net).zip(local) {
-            device.restore(state).map_err(|source| device.failed(source))?;
+            device.restore(state)?;
             if !local {
                 device.shared().announce();
             }

@@ -248,8 +248,9 @@ impl<'a> Migration<'a> {
         baton_faults::point(Point::SourceVmmRingsStopped)?;
         self.phases.stop_rings_us = self.lap();
         for (device, end) in std::mem::take(&mut self.ends) {
-            self.machine.begin_transfer(device, VhostTransferStateDirection::SAVE, end)?;
-            self.machine.finish_transfer(device)?;
+            let net = self.machine.device(device)?;
+            net.call(|worker| Ok(worker.link()?.begin_transfer(VhostTransferStateDirection::SAVE, end)?))?;
+            net.call(|worker| Ok(worker.link()?.finish_transfer()?))?;
             tracing::info!(device, "migration: the back-end has offered its TAP");
         }
         self.phases.device_state_us = self.lap();

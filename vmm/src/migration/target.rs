@@ -251,12 +251,15 @@ impl Serving<'_> {
         self.machine.use_memory(&memory)?;
         for (device, end) in ends {
             // A back-end that has a TAP says so at once; one that has none begins to listen.
-            let begun = self.machine.begin_transfer(device, VhostTransferStateDirection::LOAD, end);
-            begun.map_err(|source| TargetError::Tap { device, source })?;
+            let net = self.machine.device(device)?;
+            net.call(|worker| Ok(worker.link()?.begin_transfer(VhostTransferStateDirection::LOAD, end)?))
+                .map_err(|source| TargetError::Tap { device, source })?;
             self.taking.push(device);
         }
         for (device, outline) in prepare.net.into_iter().enumerate() {
-            outline.map_or(Ok(()), |outline| self.machine.expect(device, outline))?;
+            if let Some(outline) = outline {
+                self.machine.device(device)?.call(|worker| worker.expect(outline))?;
+            }
         }
         Ok(baton_faults::point(Point::TargetVmmPrepared)?)
     }
@@ -274,7 +277,7 @@ impl Serving<'_> {
         let facts = self.facts.clone().unwrap_or_default();
         let vm = CheckedState::new(state.vm, &facts)?;
         for device in std::mem::take(&mut self.taking) {
-            self.machine.finish_transfer(device)?;
+            self.machine.device(device)?.call(|worker| Ok(worker.link()?.finish_transfer()?))?;
             limited!(info, device, "migration: the back-end has adopted a TAP");
         }
         baton_faults::point(Point::TargetVmmDevicesAdopted)?;

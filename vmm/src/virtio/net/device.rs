@@ -1,13 +1,13 @@
 //! A network device behind its transport.
 
 use std::sync::Arc;
-use std::sync::mpsc::sync_channel;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP};
 
-use super::mailbox::{Command, Mailbox};
+use super::mailbox::Mailbox;
 use super::shared::NetShared;
+use super::worker::Worker;
 use crate::event;
 use crate::mmio_bus::Pending;
 use crate::virtio::{Activation, DeviceEvents, VirtioDevice};
@@ -26,7 +26,7 @@ pub struct Net {
 }
 
 impl Net {
-    /// For the thread behind `mailbox`.
+    /// For the worker behind `mailbox`.
     pub fn new(shared: Arc<NetShared>, mailbox: Mailbox) -> Self {
         let mut queue_sizes = vec![DATA_QUEUE_SIZE; usize::from(shared.queue_pairs()) * 2];
         queue_sizes.push(CONTROL_QUEUE_SIZE);
@@ -69,24 +69,21 @@ impl VirtioDevice for Net {
     }
 
     fn activate(&mut self, activation: Activation) {
-        if !self.mailbox.send(Command::Start(activation)) {
+        if !self.mailbox.send(move |worker| worker.start(&activation)) {
             self.shared.events.need_reset();
         }
     }
 
     fn reset(&mut self) -> Pending {
-        let (sender, answer) = sync_channel(1);
-        // A thread that has ended has no connection, and so nobody has guest memory.
-        self.mailbox.send(Command::Reset(sender));
-        Pending::new(answer)
+        // A worker that has ended has no connection, so no back-end has guest memory.
+        Pending::new(self.mailbox.submit(Worker::reset))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc::channel;
-
     use super::super::identity::Identity;
+    use super::super::mailbox::mailbox;
     use super::*;
     use crate::config::{Mac, NetConfig};
 
@@ -96,8 +93,8 @@ mod tests {
         let shared = Arc::new(NetShared::new(&config).unwrap());
         let mac = Mac([0x52, 0x54, 0, 1, 2, 3]);
         shared.offer(Identity { features: 0, mac, mtu: 1400, queue_pairs: 4 });
-        let (commands, _receiver) = channel();
-        let net = Net::new(shared, Mailbox { commands, wake: event::new().unwrap() });
+        let (mailbox, _inbox) = mailbox().unwrap();
+        let net = Net::new(shared, mailbox);
         let read = |offset, length| {
             let mut data = vec![0xaa; length];
             net.read_config(offset, &mut data);

@@ -46,7 +46,7 @@ pub struct Dialler {
 
 impl Dialler {
     /// Starts the search; `wake` is signalled when it has ended.
-    pub fn start(shared: Arc<NetShared>, wake: EventFd) -> std::io::Result<Self> {
+    pub fn start(shared: Arc<NetShared>, wake: Arc<EventFd>) -> std::io::Result<Self> {
         let (go_on, ended) = channel();
         let (sender, found) = channel();
         let search = Search { shared: Arc::clone(&shared), ended };

@@ -1,6 +1,6 @@
-//! vCPUs at the registers of a device whose thread is busy with its back-end: the tests take the thread's commands.
+//! vCPUs at the registers of a device whose worker is busy with its back-end: the tests take the worker's tasks.
 
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -10,10 +10,9 @@ use virtio_bindings::virtio_mmio::{
 };
 
 use super::identity::Identity;
-use super::mailbox::{Command, Mailbox};
+use super::mailbox::{Inbox, mailbox};
 use super::{Net, NetShared};
 use crate::config::{Mac, NetConfig};
-use crate::event;
 use crate::mmio_bus::Bus;
 use crate::platform::VIRTIO_MMIO_SIZE;
 use crate::virtio::mmio_transport::MmioTransport;
@@ -22,16 +21,16 @@ use crate::virtio::mmio_transport::MmioTransport;
 const LIMIT: Duration = Duration::from_secs(60);
 const VERSION_1: u64 = 1 << 32;
 
-/// A device on a bus, and the commands to its thread.
-fn busy_device() -> (Arc<Bus>, Receiver<Command>) {
+/// A device on a bus, and the tasks of its worker.
+fn busy_device() -> (Arc<Bus>, Inbox) {
     let config: NetConfig = "socket=/s,queue-pairs=2".parse().unwrap();
     let shared = Arc::new(NetShared::new(&config).unwrap());
     shared.offer(Identity { features: VERSION_1, mac: Mac::default(), mtu: 0, queue_pairs: 2 });
-    let (commands, receiver) = channel();
-    let net = Net::new(shared, Mailbox { commands, wake: event::new().unwrap() });
+    let (mailbox, inbox) = mailbox().unwrap();
+    let net = Net::new(shared, mailbox);
     let mut bus = Bus::default();
     bus.insert(0, VIRTIO_MMIO_SIZE, Arc::new(Mutex::new(MmioTransport::new(net))));
-    (Arc::new(bus), receiver)
+    (Arc::new(bus), inbox)
 }
 
 /// Has another thread, as a vCPU, do `access`, which must come to an end.
@@ -62,32 +61,33 @@ fn negotiate(bus: &Bus) {
 
 #[test]
 fn starting_a_device_waits_for_no_back_end() {
-    let (bus, commands) = busy_device();
+    let (bus, inbox) = busy_device();
     vcpu(&bus, negotiate);
     assert_eq!(vcpu(&bus, |bus| read_register(bus, VIRTIO_MMIO_STATUS)), 0xf);
-    assert!(matches!(commands.try_recv(), Ok(Command::Start(_))));
+    drop(inbox.tasks.try_recv().unwrap());
 }
 
 /// Virtio 1.2, section 2.4.1: the status is 0 when the device has stopped, and not before.
 #[test]
 fn other_vcpus_use_a_device_while_one_waits_for_its_reset() {
-    let (bus, commands) = busy_device();
+    let (bus, inbox) = busy_device();
     vcpu(&bus, negotiate);
-    commands.recv().unwrap();
+    drop(inbox.tasks.recv().unwrap());
     let resetting = {
         let bus = Arc::clone(&bus);
         std::thread::spawn(move || bus.write(VIRTIO_MMIO_STATUS.into(), &[0; 4]))
     };
-    let Ok(Command::Reset(answer)) = commands.recv_timeout(LIMIT) else { panic!("no reset") };
+    let reset = inbox.tasks.recv_timeout(LIMIT).unwrap();
 
     assert_eq!(vcpu(&bus, |bus| read_register(bus, VIRTIO_MMIO_INTERRUPT_STATUS)), 1);
     vcpu(&bus, negotiate);
     assert_eq!(vcpu(&bus, |bus| read_register(bus, VIRTIO_MMIO_STATUS)), 0xf);
     assert!(!resetting.is_finished());
 
-    answer.send(()).unwrap();
+    // As if the worker had run it.
+    drop(reset);
     resetting.join().unwrap();
     assert_eq!(read_register(&bus, VIRTIO_MMIO_STATUS), 0);
     negotiate(&bus);
-    assert!(matches!(commands.try_recv(), Ok(Command::Start(_))));
+    drop(inbox.tasks.try_recv().unwrap());
 }

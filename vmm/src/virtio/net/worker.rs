@@ -18,7 +18,6 @@ mod started;
 mod suspend;
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, TryRecvError};
 
 use baton_control::{error_chain, limited};
 use baton_protocol::migration::state::RingBase;
@@ -30,7 +29,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::started::{Control, Started, Suspended, rings};
 use super::identity::{Identity, check_offer, for_backend};
-use super::mailbox::Command;
+use super::mailbox::Inbox;
 use super::reconnect::{Dialler, dial};
 use super::shared::NetShared;
 use super::thread::NetError;
@@ -41,15 +40,14 @@ use crate::vhost_user::frontend::Link;
 use crate::virtio::control_queue::{self, ControlQueue, Refused};
 use crate::virtio::{Activation, InvalidQueue, feature};
 
-/// The thread's own.
-pub(super) struct Worker {
+/// What the thread of a network device works with.
+pub struct Worker {
     name: String,
     config: NetConfig,
     fallback: Mac,
     shared: Arc<NetShared>,
     memory: GuestMemory,
-    commands: Receiver<Command>,
-    wake: EventFd,
+    inbox: Inbox,
     link: Option<Link>,
     /// The search for a back-end, while there is none.
     dialler: Option<Dialler>,
@@ -59,13 +57,15 @@ pub(super) struct Worker {
     suspended: Option<Suspended>,
     /// The guest has moved away.
     retired: bool,
+    /// The VMM ends.
+    quitting: bool,
     /// What was last said about the missing back-end, so that it is said once.
     complaint: Option<String>,
 }
 
 /// What a wait has brought.
 struct Woken {
-    command: bool,
+    task: bool,
     control: bool,
     backend: bool,
 }
@@ -75,13 +75,12 @@ impl Worker {
     ///
     /// # Errors
     /// What reading from `/dev/urandom` fails with.
-    pub(super) fn new(
+    pub fn new(
         name: String,
         config: NetConfig,
         shared: Arc<NetShared>,
         memory: Option<GuestMemory>,
-        commands: Receiver<Command>,
-        wake: EventFd,
+        inbox: Inbox,
     ) -> std::io::Result<Self> {
         Ok(Self {
             name,
@@ -90,25 +89,25 @@ impl Worker {
             shared,
             suspended: memory.is_none().then(Suspended::default),
             memory: memory.unwrap_or_default(),
-            commands,
-            wake,
+            inbox,
             link: None,
             dialler: None,
             device: None,
             expected: None,
             retired: false,
+            quitting: false,
             complaint: None,
         })
     }
 
     /// Connects to the back-end, which must be there.
-    pub(super) fn greet(&mut self) -> Result<(), NetError> {
+    pub fn greet(&mut self) -> Result<(), NetError> {
         let link = dial(&self.shared)?;
         self.adopt(link)
     }
 
     /// Works until it is told to end.
-    pub(super) fn run(&mut self) {
+    pub fn run(&mut self) {
         loop {
             let woken = match self.wait() {
                 Ok(woken) => woken,
@@ -119,7 +118,7 @@ impl Worker {
                     return;
                 }
             };
-            if woken.command && !self.obey() {
+            if woken.task && !self.run_tasks() {
                 return;
             }
             if woken.control {
@@ -135,7 +134,7 @@ impl Worker {
     }
 
     fn wait(&self) -> nix::Result<Woken> {
-        let mut watched = vec![event::descriptor(&self.wake)];
+        let mut watched = vec![event::descriptor(&self.inbox.wake)];
         let mut watch = |fd| {
             watched.push(fd);
             watched.len() - 1
@@ -145,7 +144,7 @@ impl Worker {
         let mut events: Vec<_> = watched.into_iter().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
         poll(&mut events, PollTimeout::NONE)?;
         let ready = |index: Option<usize>| index.is_some_and(|index| events[index].any().unwrap_or(true));
-        Ok(Woken { command: ready(Some(0)), control: ready(control), backend: ready(backend) })
+        Ok(Woken { task: ready(Some(0)), control: ready(control), backend: ready(backend) })
     }
 
     fn control_kick(&self) -> Option<&EventFd> {
@@ -156,54 +155,35 @@ impl Worker {
         self.shared.kicks.get(control.index)
     }
 
-    /// Carries out the commands that have come; false when the thread shall end.
-    fn obey(&mut self) -> bool {
-        event::take(&self.wake);
-        loop {
-            // Whoever waits for an answer and has gone needs none.
-            match self.commands.try_recv() {
-                Ok(Command::UseMemory(memory, answer)) => {
-                    let _ = answer.send(self.use_memory(memory));
-                }
-                Ok(Command::Outline(answer)) => {
-                    let _ = answer.send(Ok(self.outline()));
-                }
-                Ok(Command::Expect(outline, answer)) => {
-                    let _ = answer.send(self.expect(outline));
-                }
-                Ok(Command::Suspend(answer)) => {
-                    self.suspend();
-                    let _ = answer.send(Ok(()));
-                }
-                Ok(Command::Resume(answer)) => {
-                    self.resume();
-                    let _ = answer.send(Ok(()));
-                }
-                Ok(Command::Save(answer)) => {
-                    let _ = answer.send(Ok(self.save()));
-                }
-                Ok(Command::Restore(state, answer)) => {
-                    let _ = answer.send(self.restore(&state));
-                }
-                Ok(Command::BeginTransfer(direction, channel, answer)) => {
-                    let _ = answer.send(self.transfer(|link| link.begin_transfer(direction, channel)));
-                }
-                Ok(Command::FinishTransfer(answer)) => {
-                    let _ = answer.send(self.transfer(Link::finish_transfer));
-                }
-                Ok(Command::Retire) => self.retired = true,
-                Ok(Command::Start(activation)) => self.start(&activation),
-                Ok(Command::Reset(answer)) => {
-                    self.reset();
-                    let _ = answer.send(());
-                }
-                Err(TryRecvError::Empty) => return true,
-                Ok(Command::Quit) | Err(TryRecvError::Disconnected) => return false,
-            }
+    /// Runs the tasks that have come; false when the thread shall end.
+    fn run_tasks(&mut self) -> bool {
+        event::take(&self.inbox.wake);
+        while !self.quitting
+            && let Ok(task) = self.inbox.tasks.try_recv()
+        {
+            task(self);
         }
+        !self.quitting
     }
 
-    fn start(&mut self, activation: &Activation) {
+    /// Ends the thread.
+    pub fn quit(&mut self) {
+        self.quitting = true;
+    }
+
+    /// The guest has moved away: a back-end that is lost is not looked for.
+    pub fn retire(&mut self) {
+        self.retired = true;
+    }
+
+    /// The connection to the back-end. A transfer that fails does not end it: the back-end keeps its device, or is lost with
+    /// the next message.
+    pub fn link(&mut self) -> Result<&mut Link, NetError> {
+        self.link.as_mut().ok_or(NetError::NoBackend)
+    }
+
+    /// The driver is ready. If the rings cannot be run as it wants, the device needs a reset.
+    pub fn start(&mut self, activation: &Activation) {
         let device = match self.accept(activation) {
             Ok(device) => device,
             Err(error) => {
@@ -219,7 +199,8 @@ impl Worker {
         }
     }
 
-    fn use_memory(&mut self, memory: GuestMemory) -> Result<(), NetError> {
+    /// The guest has got its memory, which the back-end is to share.
+    pub fn use_memory(&mut self, memory: GuestMemory) -> Result<(), NetError> {
         self.memory = memory;
         let link = self.link.as_mut().ok_or(NetError::NoBackend)?;
         Ok(link.share_memory(&self.memory)?)
@@ -282,7 +263,8 @@ impl Worker {
         self.start_rings(&bases, false, true)
     }
 
-    fn reset(&mut self) {
+    /// The driver resets the device; on return nobody touches guest memory.
+    pub fn reset(&mut self) {
         self.device = None;
         self.shared.set_driver(0, 1);
         self.shared.set_announce(false);
@@ -375,9 +357,7 @@ impl Worker {
             }
         }
         if self.link.is_none() && self.dialler.is_none() {
-            let dialler =
-                self.wake.try_clone().and_then(|wake| Dialler::start(Arc::clone(&self.shared), wake));
-            match dialler {
+            match Dialler::start(Arc::clone(&self.shared), Arc::clone(&self.inbox.wake)) {
                 Ok(dialler) => self.dialler = Some(dialler),
                 Err(error) => {
                     limited!(error, "{}: cannot look for a back-end: {error}", self.name);

@@ -11,11 +11,12 @@ use super::super::thread::NetError;
 use super::Worker;
 use super::started::{Started, Suspended, rings};
 use crate::event;
-use crate::vhost_user::frontend::{Link, LinkError};
+use crate::vhost_user::frontend::Link;
 use crate::virtio::{Activation, QueueSetup};
 
 impl Worker {
-    pub(super) fn outline(&self) -> Option<Outline> {
+    /// What the driver has started, as far as it usually stays while the driver runs.
+    pub fn outline(&self) -> Option<Outline> {
         let device = self.device.as_ref()?;
         Some(Outline {
             features: device.features,
@@ -24,9 +25,10 @@ impl Worker {
         })
     }
 
-    /// All that can be told before the guest is here, so that it does not stand still meanwhile. Nothing is lost if the
-    /// driver changes it until then: [`Self::restore`] compares.
-    pub(super) fn expect(&mut self, outline: Outline) -> Result<(), NetError> {
+    /// Tells the back-end of the rings that a guest, which runs elsewhere yet, will most likely bring along: all that can be
+    /// told before the guest is here, so that it does not stand still meanwhile. Nothing is lost if the driver changes it
+    /// until then: [`Self::restore`] compares.
+    pub fn expect(&mut self, outline: Outline) -> Result<(), NetError> {
         let Outline { features, active_queue_pairs, queues } = outline;
         let link = self.link.as_mut().ok_or(NetError::NoBackend)?;
         check_offer(features, link.offer())?;
@@ -44,8 +46,9 @@ impl Worker {
         Ok(())
     }
 
-    /// Stops the rings. A back-end that fails here is lost, and where it was is read from guest memory.
-    pub(super) fn suspend(&mut self) {
+    /// Stops the rings; on return nobody touches guest memory. The vCPUs stand still. A back-end that fails here is lost,
+    /// and where it was is read from guest memory.
+    pub fn suspend(&mut self) {
         if self.suspended.is_some() {
             return;
         }
@@ -75,7 +78,8 @@ impl Worker {
         Ok(queue.used_idx(&self.memory, Ordering::Acquire).map_err(NetError::UsedIndex)?.0)
     }
 
-    pub(super) fn resume(&mut self) {
+    /// Starts the rings that were stopped, or has them started as soon as there is a back-end; before the vCPUs run.
+    pub fn resume(&mut self) {
         let Some(suspended) = self.suspended.take() else { return };
         if let Err(error) = self.start_rings(&suspended.bases, suspended.set_up, true) {
             self.lose(&error_chain(&error));
@@ -85,16 +89,8 @@ impl Worker {
         }
     }
 
-    /// A back-end that fails here is asked for its rings all the same: it keeps its device, or is lost then.
-    pub(super) fn transfer(
-        &mut self,
-        step: impl FnOnce(&mut Link) -> Result<(), LinkError>,
-    ) -> Result<(), NetError> {
-        let link = self.link.as_mut().ok_or(NetError::NoBackend)?;
-        Ok(step(link)?)
-    }
-
-    pub(super) fn save(&self) -> Option<DriverState> {
+    /// What the driver has started; the device is suspended.
+    pub fn save(&self) -> Option<DriverState> {
         let device = self.device.as_ref()?;
         Some(DriverState {
             active_queue_pairs: device.pairs,
@@ -103,9 +99,9 @@ impl Worker {
         })
     }
 
-    /// Takes on what another device's driver has started. The same checks as of a driver's own start, and all that can
-    /// fail before the rings are started.
-    pub(super) fn restore(&mut self, state: &NetState) -> Result<(), NetError> {
+    /// Takes on what another device's driver has started; the device is suspended. The same checks as of a driver's own
+    /// start, and all that can fail before the rings are started.
+    pub fn restore(&mut self, state: &NetState) -> Result<(), NetError> {
         let identity = Identity::from(state.identity);
         let link = self.link.as_ref().ok_or(NetError::NoBackend)?;
         check_offer(state.transport.driver_features, link.offer())?;

@@ -80,8 +80,23 @@ impl Bench {
     /// Starts the device, and waits until its thread has done what it can.
     fn activate(&mut self, activation: Activation) {
         self.net.activate(activation);
-        // It answers one command after the other.
-        self.thread.outline().unwrap();
+        // It runs one task after the other.
+        self.call(|_| ());
+    }
+
+    /// Has the worker run a task, and waits for the result.
+    fn call<T: Send + 'static>(&self, task: impl FnOnce(&mut Worker) -> T + Send + 'static) -> T {
+        self.thread.mailbox.call(|worker| Ok(task(worker))).unwrap()
+    }
+
+    fn use_memory(&self, memory: &GuestMemory) {
+        let memory = memory.clone();
+        self.call(|worker| worker.use_memory(memory)).unwrap();
+    }
+
+    fn restore(&self, state: &NetState) -> Result<(), NetError> {
+        let state = state.clone();
+        self.call(move |worker| worker.restore(&state))
     }
 
     /// Puts a command into the control virtqueue (index 4), rings its bell and waits for the answer.
@@ -329,15 +344,15 @@ fn state_of(bench: &Bench) -> NetState {
         queues,
         ..TransportState::default()
     };
-    NetState { identity: identity.into(), transport, announce, driver: bench.thread.save().unwrap() }
+    NetState { identity: identity.into(), transport, announce, driver: bench.call(|worker| worker.save()) }
 }
 
 #[test]
 fn a_suspended_device_goes_on_where_it_stopped() {
     let (bench, serving) = running(&[7, 65535, 0, 1]);
     let before = log_length(&serving);
-    bench.thread.suspend().unwrap();
-    bench.thread.suspend().unwrap();
+    bench.call(Worker::suspend);
+    bench.call(Worker::suspend);
     assert_eq!(
         serving.backend.lock().unwrap().log[before..],
         (0..4).map(|index| format!("GET_VRING_BASE {index}")).collect::<Vec<_>>()
@@ -345,7 +360,7 @@ fn a_suspended_device_goes_on_where_it_stopped() {
 
     drain_events(&bench.thread.shared);
     let before = log_length(&serving);
-    bench.thread.resume().unwrap();
+    bench.call(Worker::resume);
     let bases = ["0 7", "1 65535", "2 0", "3 1"].map(|ring| format!("SET_VRING_BASE {ring}"));
     assert_eq!(log_since(&serving, before, &["SET_VRING_BASE", "SET_MEM_TABLE"]), bases);
     assert_eq!(log_since(&serving, before, &["SET_VRING_ENABLE"]), FIRST_PAIR);
@@ -360,16 +375,16 @@ fn a_suspended_device_goes_on_where_it_stopped() {
 #[test]
 fn a_suspended_device_leaves_its_control_virtqueue_alone() {
     let (bench, serving) = running(&[]);
-    bench.thread.suspend().unwrap();
+    bench.call(Worker::suspend);
     let control = queue(4);
     bench.prepare_command(0, &[4, 0, 2, 0]);
     bench.net.notify(4);
-    // It answers one command after the other, so it has had its chance when this is answered.
-    bench.thread.save().unwrap();
+    // It runs one task after the other, so it has had its chance when this has run.
+    bench.call(|_| ());
     let used = GuestAddress(control.used_ring + 2);
     assert_eq!(bench.memory.read_obj::<u16>(used).unwrap(), 0);
 
-    bench.thread.resume().unwrap();
+    bench.call(Worker::resume);
     wait_until(|| bench.memory.read_obj::<u16>(used).unwrap() == 1);
     assert_eq!(bench.thread.shared.status().active_queue_pairs, 2);
     bench.thread.stop();
@@ -380,15 +395,15 @@ fn a_suspended_device_leaves_its_control_virtqueue_alone() {
 fn another_device_goes_on_with_a_guest() {
     let (bench, serving) = running(&[7, 65535, 0, 1]);
     bench.command(0, &[4, 0, 2, 0]);
-    bench.thread.suspend().unwrap();
+    bench.call(Worker::suspend);
     let state = state_of(&bench);
     bench.thread.stop();
     drop(serving.finish());
 
     let (mut target, serving) = bench_with(None, FakeBackend::new(4));
     target.memory = bench.memory.clone();
-    target.thread.use_memory(bench.memory.clone()).unwrap();
-    target.thread.restore(state.clone()).unwrap();
+    target.use_memory(&bench.memory);
+    target.restore(&state).unwrap();
     assert_eq!(state_of(&target), state);
     let bases = ["0 7", "1 65535", "2 0", "3 1"].map(|ring| format!("SET_VRING_BASE {ring}"));
     assert_eq!(log_of(&serving, "SET_VRING_BASE"), bases);
@@ -396,7 +411,7 @@ fn another_device_goes_on_with_a_guest() {
     // Nothing that starts a ring.
     assert!(log_of(&serving, "SET_VRING_KICK").is_empty());
 
-    target.thread.resume().unwrap();
+    target.call(Worker::resume);
     assert_eq!(log_of(&serving, "SET_VRING_KICK").len(), 4);
     assert_eq!(log_of(&serving, "SET_MEM_TABLE").len(), 1);
     let enables = ["0 1", "1 1", "2 1", "3 1"].map(|ring| format!("SET_VRING_ENABLE {ring}"));
@@ -412,8 +427,8 @@ fn another_device_goes_on_with_a_guest() {
 /// A guest's device that was suspended, its state, and what was told of it while it ran.
 fn on_its_way() -> (Bench, NetState, Outline) {
     let (bench, serving) = running(&[7, 65535, 0, 1]);
-    let outline = bench.thread.outline().unwrap().unwrap();
-    bench.thread.suspend().unwrap();
+    let outline = bench.call(|worker| worker.outline()).unwrap();
+    bench.call(Worker::suspend);
     let state = state_of(&bench);
     bench.thread.stop();
     drop(serving.finish());
@@ -424,17 +439,17 @@ fn on_its_way() -> (Bench, NetState, Outline) {
 fn a_guest_stands_still_for_no_more_than_two_messages_a_ring() {
     let (bench, state, outline) = on_its_way();
     let (target, serving) = bench_with(None, FakeBackend::new(4));
-    target.thread.use_memory(bench.memory.clone()).unwrap();
-    target.thread.expect(outline).unwrap();
+    target.use_memory(&bench.memory);
+    target.call(|worker| worker.expect(outline)).unwrap();
     assert_eq!(log_since(&serving, 0, &["SET_VRING_ENABLE"]), FIRST_PAIR);
     assert_eq!(log_of(&serving, "SET_INFLIGHT_FD").len(), 1);
 
     let since = log_length(&serving);
-    target.thread.restore(state).unwrap();
+    target.restore(&state).unwrap();
     let bases = ["0 7", "1 65535", "2 0", "3 1"].map(|ring| format!("SET_VRING_BASE {ring}"));
     assert_eq!(serving.backend.lock().unwrap().log[since..], bases);
     let since = log_length(&serving);
-    target.thread.resume().unwrap();
+    target.call(Worker::resume);
     let kicks = (0..4).map(|ring| format!("SET_VRING_KICK {ring}"));
     assert_eq!(serving.backend.lock().unwrap().log[since..], kicks.collect::<Vec<_>>());
     target.thread.stop();
@@ -453,11 +468,11 @@ fn a_driver_may_change_its_rings_until_its_guest_stands_still() {
         let (bench, mut state, outline) = on_its_way();
         change(&mut state);
         let (target, serving) = bench_with(None, FakeBackend::new(4));
-        target.thread.use_memory(bench.memory.clone()).unwrap();
-        target.thread.expect(outline).unwrap();
+        target.use_memory(&bench.memory);
+        target.call(|worker| worker.expect(outline)).unwrap();
         let since = log_length(&serving);
-        target.thread.restore(state.clone()).unwrap();
-        target.thread.resume().unwrap();
+        target.restore(&state).unwrap();
+        target.call(Worker::resume);
         // What was told before is withdrawn, and all is told anew.
         let disabled = (0..4).map(|ring| format!("SET_VRING_ENABLE {ring} 0"));
         let log = log_since(&serving, since, &["SET_VRING_", "SET_FEATURES"]);
@@ -477,7 +492,7 @@ fn a_driver_may_change_its_rings_until_its_guest_stands_still() {
 fn what_was_told_of_a_guest_is_checked() {
     let (bench, _, outline) = on_its_way();
     let (target, serving) = bench_with(None, FakeBackend::new(4));
-    target.thread.use_memory(bench.memory.clone()).unwrap();
+    target.use_memory(&bench.memory);
     let since = log_length(&serving);
     let wrong: [fn(&mut Outline); 5] = [
         |outline| outline.features |= 1,
@@ -489,7 +504,7 @@ fn what_was_told_of_a_guest_is_checked() {
     for change in wrong {
         let mut outline = outline.clone();
         change(&mut outline);
-        target.thread.expect(outline).unwrap_err();
+        target.call(|worker| worker.expect(outline)).unwrap_err();
     }
     assert_eq!(log_length(&serving), since);
     target.thread.stop();
@@ -499,15 +514,15 @@ fn what_was_told_of_a_guest_is_checked() {
 #[test]
 fn a_back_end_that_comes_back_while_the_vm_stands_still_waits_for_it() {
     let (bench, serving) = running(&[7, 8, 9, 10]);
-    bench.thread.suspend().unwrap();
+    bench.call(Worker::suspend);
     bench.thread.shared.cut();
     drop(serving.finish());
     let second = FakeBackend::new(4).serve(bench.listener.accept().unwrap().0);
     wait_until(|| bench.thread.shared.status().backend == baton_protocol::control::Frontend::Connected);
-    bench.thread.save().unwrap();
+    bench.call(|worker| worker.save());
     assert!(log_of(&second, "SET_FEATURES").is_empty());
 
-    bench.thread.resume().unwrap();
+    bench.call(Worker::resume);
     let bases = ["0 7", "1 8", "2 9", "3 10"].map(|ring| format!("SET_VRING_BASE {ring}"));
     assert_eq!(log_of(&second, "SET_VRING_BASE"), bases);
     assert_eq!(log_of(&second, "SET_VRING_KICK").len(), 4);
@@ -518,7 +533,7 @@ fn a_back_end_that_comes_back_while_the_vm_stands_still_waits_for_it() {
 #[test]
 fn a_state_that_does_not_fit_is_refused_before_the_back_end_sees_it() {
     let (bench, serving) = running(&[7, 65535, 0, 1]);
-    bench.thread.suspend().unwrap();
+    bench.call(Worker::suspend);
     let state = state_of(&bench);
     bench.thread.stop();
     drop(serving.finish());
@@ -533,9 +548,9 @@ fn a_state_that_does_not_fit_is_refused_before_the_back_end_sees_it() {
     let no_control = broken(|state| state.transport.queues[4].ready = false);
     let more_features = broken(|state| state.transport.driver_features |= 1);
     let (target, serving) = bench_with(None, FakeBackend::new(4));
-    target.thread.use_memory(bench.memory.clone()).unwrap();
+    target.use_memory(&bench.memory);
     for state in [no_base, outside, no_control, more_features] {
-        target.thread.restore(state).unwrap_err();
+        target.restore(&state).unwrap_err();
     }
     assert!(log_of(&serving, "SET_FEATURES").is_empty());
     target.thread.stop();
