@@ -1,8 +1,8 @@
 //! Waits for a VM from another VMM (`--incoming`).
 //!
-//! A thread of its own listens, and serves one source after the other until a VM has come; then the socket goes. The
-//! machine is made before any source is served, so that a back-end which is missing is said at the start. After a source
-//! has come to nothing, another machine is made.
+//! A thread of its own listens, and serves one source after the other until a VM has come; then the socket goes.
+//! The machine is made before any source is served, so that a back-end which is missing is said at the start. After
+//! a source has come to nothing, another machine is made.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -91,7 +91,7 @@ impl Incoming {
         Ok(Self { stop, thread })
     }
 
-    /// Ends the wait; a source that is being served must have been cut off.
+    /// Ends the wait. The connection of a source that is being served must have been shut down.
     pub fn stop(self) {
         event::signal(&self.stop);
         if self.thread.join().is_err() {
@@ -111,7 +111,7 @@ impl Waiting {
     fn run(&mut self, mut machine: Arc<Machine>) -> Result<(), IncomingError> {
         let lifecycle = Arc::clone(&self.awaited.lifecycle);
         while let Some(stream) = self.accept()? {
-            let served = serve(&machine, stream, |cutter| lifecycle.migration_started(cutter));
+            let served = serve(&machine, stream, |connection| lifecycle.migration_started(connection));
             if !matches!(served, Ok(Taken::Here(_))) {
                 lifecycle.migration_ended();
             }

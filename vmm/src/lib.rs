@@ -25,6 +25,7 @@ mod platform;
 mod power;
 mod run;
 mod serial;
+mod shutdown;
 mod terminal;
 mod vcpu;
 mod vcpu_state;

@@ -24,9 +24,9 @@ use thiserror::Error;
 
 use crate::config::Config;
 use crate::machine::{Machine, MachineError};
-use crate::migration::Cutter;
 use crate::migration::source::{Wish, migrate};
 use crate::migration::target::Arrival;
+use crate::shutdown::ShutdownHandle;
 
 /// Why something was not done to the VM.
 #[derive(Debug, Error)]
@@ -71,7 +71,7 @@ pub trait Guest: Send + Sync + 'static {
     /// Lets the devices run, then the vCPUs.
     fn resume(&self);
     /// Moves the VM; `started` is given what ends the attempt early.
-    fn migrate(&self, wish: &Wish, started: impl FnOnce(Cutter)) -> MigrationReport;
+    fn migrate(&self, wish: &Wish, started: impl FnOnce(ShutdownHandle)) -> MigrationReport;
     /// Ends the VM, and whatever waits for its devices.
     fn stop(&self);
 }
@@ -93,7 +93,7 @@ impl Guest for Machine {
         self.resume();
     }
 
-    fn migrate(&self, wish: &Wish, started: impl FnOnce(Cutter)) -> MigrationReport {
+    fn migrate(&self, wish: &Wish, started: impl FnOnce(ShutdownHandle)) -> MigrationReport {
         let report = migrate(self, wish, started);
         if let MigrationReport::Completed { .. } = report {
             self.retire();
@@ -122,7 +122,7 @@ struct Inner<M> {
     /// The thread of the last change or migration.
     work: Option<JoinHandle<()>>,
     /// What ends the migration that is under way, to this VMM or from it.
-    cutter: Option<Cutter>,
+    connection: Option<ShutdownHandle>,
     /// How the last one from this VMM ended.
     last: Option<MigrationReport>,
     /// The VMM is about to end.
@@ -172,8 +172,15 @@ impl<M: Guest> Lifecycle<M> {
     /// No VM yet.
     pub fn new(config: &Config) -> Self {
         let state = VmmState::Incoming;
-        let inner =
-            Inner { state, change: None, machine: None, work: None, cutter: None, last: None, ending: false };
+        let inner = Inner {
+            state,
+            change: None,
+            machine: None,
+            work: None,
+            connection: None,
+            last: None,
+            ending: false,
+        };
         Self { cpus: config.cpus, memory: config.memory.0, inner: Mutex::new(inner) }
     }
 
@@ -211,7 +218,7 @@ impl<M: Guest> Lifecycle<M> {
         {
             let mut inner = self.inner();
             inner.state = if running { VmmState::Running } else { VmmState::Paused };
-            inner.cutter = None;
+            inner.connection = None;
         }
         baton_faults::pass(Point::TargetVmmResumed);
         // Whoever hears of it finds the VM here.
@@ -220,17 +227,17 @@ impl<M: Guest> Lifecycle<M> {
     }
 
     /// Notes what ends the migration that has begun.
-    pub fn migration_started(&self, cutter: Cutter) {
+    pub fn migration_started(&self, connection: ShutdownHandle) {
         let mut inner = self.inner();
         if inner.ending {
-            cutter.cut();
+            connection.shut_down();
         }
-        inner.cutter = Some(cutter);
+        inner.connection = Some(connection);
     }
 
     /// It came to nothing: the source may hear that.
     pub fn migration_ended(&self) {
-        self.inner().cutter = None;
+        self.inner().connection = None;
     }
 
     /// What the control socket says.
@@ -306,7 +313,7 @@ impl<M: Guest> Lifecycle<M> {
         let before = inner.state;
         let asked_only = wish.dry_run;
         inner.work("migration", move || {
-            let report = machine.migrate(&wish, |cutter| lifecycle.migration_started(cutter));
+            let report = machine.migrate(&wish, |connection| lifecycle.migration_started(connection));
             let next = match report {
                 MigrationReport::Completed { .. } => VmmState::Postmigrate,
                 _ => before,
@@ -316,7 +323,7 @@ impl<M: Guest> Lifecycle<M> {
             {
                 let mut inner = lifecycle.inner();
                 inner.state = next;
-                inner.cutter = None;
+                inner.connection = None;
                 if !asked_only {
                     inner.last = Some(report);
                 }
@@ -332,8 +339,8 @@ impl<M: Guest> Lifecycle<M> {
         let (work, machine, changing) = {
             let mut inner = self.inner();
             inner.ending = true;
-            if let Some(cutter) = &inner.cutter {
-                cutter.cut();
+            if let Some(connection) = &inner.connection {
+                connection.shut_down();
             }
             (inner.work.take(), inner.machine.clone(), inner.change.is_some())
         };

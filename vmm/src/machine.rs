@@ -211,24 +211,24 @@ impl Machine {
         })
     }
 
-    /// What a migration has to know of this VM. Its vCPUs stand still for a moment.
-    pub fn facts(&self, local: bool) -> MachineFacts {
-        MachineFacts { nested: self.vcpus.any_nested(), ..self.facts_of(self.net_facts(local)) }
+    /// What the target of a migration has to know of this VM. Pauses its vCPUs for a moment.
+    pub fn source_facts(&self, local: bool) -> MachineFacts {
+        MachineFacts { nested: self.vcpus.any_nested(), ..self.facts(self.source_net_facts(local)) }
     }
 
-    /// What a migration has to know of this place for a VM.
-    pub fn place_facts(&self, local: bool) -> MachineFacts {
-        let facts = |shared: &Arc<NetShared>| shared.place_facts(local && shared.moves_locally());
-        self.facts_of(self.net.iter().map(NetDevice::shared).map(facts).collect())
+    /// What a migration has to know of this VM as its target.
+    pub fn target_facts(&self, local: bool) -> MachineFacts {
+        let facts = |shared: &Arc<NetShared>| shared.target_facts(local && shared.moves_locally());
+        self.facts(self.net.iter().map(NetDevice::shared).map(facts).collect())
     }
 
-    /// What a migration has to know of this VM's network devices.
-    pub fn net_facts(&self, local: bool) -> Vec<NetFacts> {
-        let facts = |shared: &Arc<NetShared>| shared.facts(local && shared.moves_locally());
+    /// What the target of a migration has to know of this VM's network devices.
+    pub fn source_net_facts(&self, local: bool) -> Vec<NetFacts> {
+        let facts = |shared: &Arc<NetShared>| shared.source_facts(local && shared.moves_locally());
         self.net.iter().map(NetDevice::shared).map(facts).collect()
     }
 
-    fn facts_of(&self, net: Vec<NetFacts>) -> MachineFacts {
+    fn facts(&self, net: Vec<NetFacts>) -> MachineFacts {
         MachineFacts { cpus: self.cpus, memory: self.memory, moves_tsc: self.moves_tsc, nested: false, net }
     }
 

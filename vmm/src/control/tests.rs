@@ -13,7 +13,7 @@ use serde_json::json;
 use super::*;
 use crate::config::Config;
 use crate::machine::MachineError;
-use crate::migration::Cutter;
+use crate::shutdown::ShutdownHandle;
 
 /// Only catches a test that hangs.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -56,7 +56,7 @@ impl Guest for Silent {
         self.ask("resume").unwrap();
     }
 
-    fn migrate(&self, _wish: &Wish, _started: impl FnOnce(Cutter)) -> MigrationReport {
+    fn migrate(&self, _wish: &Wish, _started: impl FnOnce(ShutdownHandle)) -> MigrationReport {
         MigrationReport::Possible
     }
 

@@ -25,8 +25,9 @@ use thiserror::Error;
 use vhost::vhost_user::message::VhostTransferStateDirection;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
-use super::{Cutter, SENDING_PATIENCE};
+use super::SEND_TIMEOUT;
 use crate::machine::{Machine, MachineError};
+use crate::shutdown::ShutdownHandle;
 
 /// What is wanted.
 #[derive(Clone, Debug)]
@@ -77,14 +78,14 @@ pub enum SourceError {
 }
 
 /// Moves `machine`. `started` is given what ends the attempt early.
-pub fn migrate(machine: &Machine, wish: &Wish, started: impl FnOnce(Cutter)) -> MigrationReport {
+pub fn migrate(machine: &Machine, wish: &Wish, started: impl FnOnce(ShutdownHandle)) -> MigrationReport {
     let failed = |error: SourceError| MigrationReport::RolledBack {
         phase: Phase::Greeting.name().to_owned(),
         reason: error_chain(&error),
     };
     let migration = connect_to(&wish.path).and_then(|socket| {
         Peer::trusted(&socket)?;
-        started(Cutter::new(&socket)?);
+        started(ShutdownHandle::new(&socket)?);
         baton_faults::point(Point::SourceVmmConnected)?;
         Migration::new(machine, wish, socket)
     });
@@ -136,7 +137,7 @@ impl<'a> Migration<'a> {
             program: PROGRAM.to_owned(),
             dry_run: self.wish.dry_run,
             local: self.wish.local,
-            machine: self.machine.facts(self.wish.local),
+            machine: self.machine.source_facts(self.wish.local),
         });
         loop {
             let mut event = None;
@@ -204,7 +205,7 @@ impl<'a> Migration<'a> {
     }
 
     fn send(&self, message: &Message, fds: &[BorrowedFd<'_>]) -> Result<(), SourceError> {
-        match self.socket.send(message, fds, SENDING_PATIENCE) {
+        match self.socket.send(message, fds, SEND_TIMEOUT) {
             // The end of the connection is heard after the target's last word.
             Ok(()) | Err(ChannelError::Closed) => Ok(()),
             Err(error) => Err(error.into()),
@@ -223,7 +224,7 @@ impl<'a> Migration<'a> {
             ram.push(RamRegion { start: region.start_addr().raw_value(), length: region.len() });
         }
         named.push((OWNERSHIP_FD.to_owned(), self.word.as_fd().try_clone_to_owned()?));
-        for (device, facts) in self.machine.net_facts(self.wish.local).iter().enumerate() {
+        for (device, facts) in self.machine.source_net_facts(self.wish.local).iter().enumerate() {
             if facts.local {
                 let (ours, theirs) = PacketSocket::pair()?;
                 // Back-ends that do not sign their offers are older than those that look for the signature.
@@ -249,8 +250,10 @@ impl<'a> Migration<'a> {
         self.phases.stop_rings_us = self.lap();
         for (device, end) in std::mem::take(&mut self.ends) {
             let net = self.machine.device(device)?;
-            net.call(|worker| Ok(worker.link()?.begin_transfer(VhostTransferStateDirection::SAVE, end)?))?;
-            net.call(|worker| Ok(worker.link()?.finish_transfer()?))?;
+            net.call(|worker| {
+                Ok(worker.connection()?.begin_transfer(VhostTransferStateDirection::SAVE, end)?)
+            })?;
+            net.call(|worker| Ok(worker.connection()?.finish_transfer()?))?;
             tracing::info!(device, "migration: the back-end has offered its TAP");
         }
         self.phases.device_state_us = self.lap();

@@ -25,9 +25,10 @@ use baton_protocol::reasons::Reasons;
 use thiserror::Error;
 use vhost::vhost_user::message::VhostTransferStateDirection;
 
-use super::{Cutter, FOREVER, SENDING_PATIENCE};
+use super::{NO_TIMEOUT, SEND_TIMEOUT};
 use crate::machine::{Machine, MachineError};
 use crate::memory::{self, MemoryError};
+use crate::shutdown::ShutdownHandle;
 
 /// What can fail on this side.
 #[derive(Debug, Error)]
@@ -107,16 +108,20 @@ impl Arrival {
     /// Tells the source that all is done.
     pub fn confirm(self, running: bool) {
         // The source may have gone: the word says all that matters.
-        if let Err(error) = self.socket.send(&active(running), &[], SENDING_PATIENCE) {
+        if let Err(error) = self.socket.send(&active(running), &[], SEND_TIMEOUT) {
             tracing::debug!("migration: the source does not hear: {error}");
         }
     }
 }
 
 /// Serves one source. `started` is given what ends it early.
-pub fn serve(machine: &Machine, stream: OwnedFd, started: impl FnOnce(Cutter)) -> Result<Taken, TargetError> {
+pub fn serve(
+    machine: &Machine,
+    stream: OwnedFd,
+    started: impl FnOnce(ShutdownHandle),
+) -> Result<Taken, TargetError> {
     let socket = PacketSocket::try_from(stream)?;
-    started(Cutter::new(&socket)?);
+    started(ShutdownHandle::new(&socket)?);
     baton_faults::point(Point::TargetVmmConnected)?;
     let peer = Peer::trusted(&socket);
     let serving = Serving {
@@ -157,7 +162,7 @@ impl Serving<'_> {
         let mut fresh = true;
         loop {
             let event;
-            (event, descriptors) = self.receive(state.patience().unwrap_or(FOREVER), descriptors);
+            (event, descriptors) = self.receive(state.patience().unwrap_or(NO_TIMEOUT), descriptors);
             let (next, actions) = state.step(event);
             state = next;
             let mut pending = VecDeque::from(actions);
@@ -220,14 +225,14 @@ impl Serving<'_> {
 
     fn send(&self, message: &Message) {
         // A source that does not read has gone, which is seen when it is listened to.
-        if let Err(error) = self.socket.send(message, &[], SENDING_PATIENCE) {
+        if let Err(error) = self.socket.send(message, &[], SEND_TIMEOUT) {
             tracing::debug!("migration: cannot send {}: {error}", message.name());
         }
     }
 
     fn judge(&mut self, hello: &Hello) -> Result<(), TargetError> {
         limited!(info, "migration: {} has a VM", hello.program);
-        let facts = self.machine.place_facts(hello.local);
+        let facts = self.machine.target_facts(hello.local);
         let refusals = judge(&hello.machine, &facts);
         self.facts = Some(facts);
         baton_faults::point(Point::TargetVmmGreeted)?;
@@ -252,13 +257,15 @@ impl Serving<'_> {
         for (device, end) in ends {
             // A back-end that has a TAP says so at once; one that has none begins to listen.
             let net = self.machine.device(device)?;
-            net.call(|worker| Ok(worker.link()?.begin_transfer(VhostTransferStateDirection::LOAD, end)?))
-                .map_err(|source| TargetError::Tap { device, source })?;
+            net.call(|worker| {
+                Ok(worker.connection()?.begin_transfer(VhostTransferStateDirection::LOAD, end)?)
+            })
+            .map_err(|source| TargetError::Tap { device, source })?;
             self.taking.push(device);
         }
         for (device, outline) in prepare.net.into_iter().enumerate() {
             if let Some(outline) = outline {
-                self.machine.device(device)?.call(|worker| worker.expect(outline))?;
+                self.machine.device(device)?.call(|worker| worker.prepare(outline))?;
             }
         }
         Ok(baton_faults::point(Point::TargetVmmPrepared)?)
@@ -277,7 +284,7 @@ impl Serving<'_> {
         let facts = self.facts.clone().unwrap_or_default();
         let vm = CheckedState::new(state.vm, &facts)?;
         for device in std::mem::take(&mut self.taking) {
-            self.machine.device(device)?.call(|worker| Ok(worker.link()?.finish_transfer()?))?;
+            self.machine.device(device)?.call(|worker| Ok(worker.connection()?.finish_transfer()?))?;
             limited!(info, device, "migration: the back-end has adopted a TAP");
         }
         baton_faults::point(Point::TargetVmmDevicesAdopted)?;

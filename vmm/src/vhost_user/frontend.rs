@@ -1,12 +1,11 @@
 //! One connection to a back-end, from `SET_OWNER` to its end (vhost-user specification, "Starting and stopping
 //! rings" and "Multiple queue support").
 //!
-//! A [`Link`] knows what the back-end offers and which rings it has started, and nothing of the guest. Any error
-//! leaves the connection in an unknown state: whoever gets one drops the link and connects anew.
+//! A [`Connection`] knows what the back-end offers and which rings it has started, and nothing of the guest. An
+//! error leaves it in an unknown state: the caller drops it and connects again.
 
 use std::fmt;
 use std::io;
-use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -39,27 +38,27 @@ const RINGS_WITHOUT_MULTI_QUEUE: u16 = 2;
 /// The part of virtio-net's configuration space that a VMM asks for: MAC, status, queue pairs, MTU.
 pub const CONFIG_SIZE: usize = 12;
 
-/// How long a back-end may take to answer before the connection is given up.
-pub const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a back-end may take to reply.
+pub const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What can go wrong between the VMM and its back-end.
 #[derive(Debug, Error)]
-pub enum LinkError {
-    /// Nobody listens.
+pub enum ConnectionError {
+    /// No back-end listens.
     #[error("cannot connect: start baton-backend there first")]
     Connect(#[source] io::Error),
     /// The connection cannot be set up on this side.
     #[error("cannot prepare the connection")]
     Socket(#[source] io::Error),
-    /// No answer for too long.
-    #[error("no answer within {} s: is it stuck, or does it serve another front-end?", PATIENCE.as_secs())]
-    Silent,
+    /// No reply in time.
+    #[error("no answer within {} s: is it stuck, or does it serve another front-end?", REPLY_TIMEOUT.as_secs())]
+    Timeout,
     /// A message was refused, or the connection broke.
     #[error("{message} failed")]
     Message {
         /// Its name in the specification.
         message: &'static str,
-        /// What the protocol's crate said.
+        /// The error of the `vhost` crate.
         #[source]
         source: vhost::Error,
     },
@@ -74,17 +73,17 @@ pub enum LinkError {
         /// Two for each queue pair.
         needed: u16,
     },
-    /// A ring that is further than a split ring can be.
+    /// An index that a split ring cannot have.
     #[error("it stopped vring {index} at {base}, which is no index of a split ring")]
     Base {
         /// The ring.
         index: usize,
-        /// What it said.
+        /// The index.
         base: u32,
     },
-    /// A back-end that wants its state to go another way.
+    /// A back-end that sent a descriptor of its own for its state.
     #[error("it answered SET_DEVICE_STATE_FD with a channel of its own, which is not supported")]
-    OtherChannel,
+    UnexpectedChannel,
     /// Guest memory that has no file, or a ring that is not in guest memory.
     #[error("guest memory cannot be shared")]
     Memory(#[source] vhost::Error),
@@ -93,8 +92,8 @@ pub enum LinkError {
     Ring(#[source] vm_memory::GuestMemoryError),
 }
 
-fn failed(message: &'static str) -> impl FnOnce(vhost::Error) -> LinkError {
-    move |source| LinkError::Message { message, source }
+fn failed(message: &'static str) -> impl FnOnce(vhost::Error) -> ConnectionError {
+    move |source| ConnectionError::Message { message, source }
 }
 
 /// What a back-end offers.
@@ -106,7 +105,7 @@ pub struct Offer {
     pub config: Option<[u8; CONFIG_SIZE]>,
 }
 
-/// A ring that shall be started.
+/// A ring to be started.
 #[derive(Debug)]
 pub struct RingStart<'a> {
     /// Its index.
@@ -123,38 +122,21 @@ pub struct RingStart<'a> {
     pub call: &'a EventFd,
 }
 
-/// Connects without waiting: a listener whose backlog is full counts as none.
-pub fn connect_to(path: &Path) -> Result<UnixStream, LinkError> {
+/// Connects without waiting: a listener whose backlog is full is taken for none.
+pub fn connect_to(path: &Path) -> Result<UnixStream, ConnectionError> {
     let connected = || -> Result<OwnedFd, Errno> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
         connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
         Ok(socket)
     };
-    let stream = connected().map(UnixStream::from).map_err(|error| LinkError::Connect(error.into()))?;
-    stream.set_nonblocking(false).map_err(LinkError::Socket)?;
+    let stream = connected().map(UnixStream::from).map_err(|error| ConnectionError::Connect(error.into()))?;
+    stream.set_nonblocking(false).map_err(ConnectionError::Socket)?;
     Ok(stream)
 }
 
-/// Ends a connection from another thread, so that nobody waits for an answer any longer.
-#[derive(Debug)]
-pub struct Cutter(UnixStream);
-
-impl Cutter {
-    /// For the connection `stream`.
-    pub fn new(stream: &UnixStream) -> Result<Self, LinkError> {
-        stream.try_clone().map(Self).map_err(LinkError::Socket)
-    }
-
-    /// Cuts it.
-    pub fn cut(&self) {
-        // A connection that is closed already needs no cut.
-        let _ = self.0.shutdown(Shutdown::Both);
-    }
-}
-
 /// A connection to a back-end, after the handshake.
-pub struct Link {
+pub struct Connection {
     frontend: Frontend,
     /// The same socket, to watch.
     socket: UnixStream,
@@ -166,11 +148,11 @@ pub struct Link {
     watchdog: Watchdog,
 }
 
-impl fmt::Debug for Link {
+impl fmt::Debug for Connection {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { offer, protocol, started, .. } = self;
         formatter
-            .debug_struct("Link")
+            .debug_struct("Connection")
             .field("offer", offer)
             .field("protocol", protocol)
             .field("started", started)
@@ -178,12 +160,12 @@ impl fmt::Debug for Link {
     }
 }
 
-impl Link {
-    /// Greets the back-end at the other end of `stream`, which is to serve at least `rings` vrings.
-    pub fn establish(stream: UnixStream, rings: u16) -> Result<Self, LinkError> {
-        let socket = stream.try_clone().map_err(LinkError::Socket)?;
-        let watched = stream.try_clone().map_err(LinkError::Socket)?;
-        let mut link = Self {
+impl Connection {
+    /// Performs the handshake with the back-end at the other end of `stream`, which must serve at least `rings` vrings.
+    pub fn establish(stream: UnixStream, rings: u16) -> Result<Self, ConnectionError> {
+        let socket = stream.try_clone().map_err(ConnectionError::Socket)?;
+        let watched = stream.try_clone().map_err(ConnectionError::Socket)?;
+        let mut connection = Self {
             frontend: Frontend::from_stream(stream, u64::from(RINGS_WITHOUT_MULTI_QUEUE)),
             socket,
             offer: Offer { features: 0, config: None },
@@ -191,30 +173,30 @@ impl Link {
             has_protocol_features: false,
             has_memory: false,
             started: Vec::new(),
-            watchdog: Watchdog::start(watched, baton_faults::patience(PATIENCE))
-                .map_err(LinkError::Socket)?,
+            watchdog: Watchdog::start(watched, baton_faults::patience(REPLY_TIMEOUT))
+                .map_err(ConnectionError::Socket)?,
         };
-        link.in_time(|link| link.greet(rings))?;
-        Ok(link)
+        connection.with_timeout(|connection| connection.handshake(rings))?;
+        Ok(connection)
     }
 
-    /// Carries an exchange out, unless it takes too long.
-    fn in_time<F>(&mut self, exchange: F) -> Result<(), LinkError>
+    /// Carries out an exchange, and ends the connection if that takes too long.
+    fn with_timeout<F>(&mut self, exchange: F) -> Result<(), ConnectionError>
     where
-        F: FnOnce(&mut Self) -> Result<(), LinkError>,
+        F: FnOnce(&mut Self) -> Result<(), ConnectionError>,
     {
         let watch = self.watchdog.watch();
         let outcome = exchange(self);
         drop(watch);
-        outcome.map_err(|error| if self.watchdog.has_cut() { LinkError::Silent } else { error })
+        outcome.map_err(|error| if self.watchdog.timed_out() { ConnectionError::Timeout } else { error })
     }
 
-    fn greet(&mut self, rings: u16) -> Result<(), LinkError> {
+    fn handshake(&mut self, rings: u16) -> Result<(), ConnectionError> {
         let frontend = &mut self.frontend;
         frontend.set_owner().map_err(failed("SET_OWNER"))?;
         let features = frontend.get_features().map_err(failed("GET_FEATURES"))?;
         if features & feature(VIRTIO_F_VERSION_1) == 0 {
-            return Err(LinkError::Legacy);
+            return Err(ConnectionError::Legacy);
         }
         self.has_protocol_features = features & PROTOCOL_FEATURES != 0;
         if self.has_protocol_features {
@@ -226,7 +208,7 @@ impl Link {
             u64::from(RINGS_WITHOUT_MULTI_QUEUE)
         };
         if offered < u64::from(rings) {
-            return Err(LinkError::TooFewRings { offered, needed: rings });
+            return Err(ConnectionError::TooFewRings { offered, needed: rings });
         }
         let has_config = self.protocol.contains(VhostUserProtocolFeatures::CONFIG);
         let config = if has_config { Some(read_config(frontend)?) } else { None };
@@ -239,59 +221,62 @@ impl Link {
         &self.offer
     }
 
-    /// The connection, to be watched: a back-end that says anything unasked has ended it or broken the protocol.
+    /// The socket, for `poll`: if it is readable between exchanges, the back-end has closed it or violated the
+    /// protocol.
     pub fn socket(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
 
-    /// Shares guest memory: what takes long is done before a guest waits for it.
-    pub fn share_memory(&mut self, memory: &GuestMemory) -> Result<(), LinkError> {
-        self.in_time(|link| link.set_memory(memory))
+    /// Shares guest memory ahead of [`Self::set_up`], because it takes long.
+    pub fn share_memory(&mut self, memory: &GuestMemory) -> Result<(), ConnectionError> {
+        self.with_timeout(|connection| connection.set_memory(memory))
     }
 
-    fn set_memory(&mut self, memory: &GuestMemory) -> Result<(), LinkError> {
+    fn set_memory(&mut self, memory: &GuestMemory) -> Result<(), ConnectionError> {
         let regions: Result<Vec<_>, _> =
             memory.iter().map(VhostUserMemoryRegionInfo::from_guest_region).collect();
-        self.frontend.set_mem_table(&regions.map_err(LinkError::Memory)?).map_err(failed("SET_MEM_TABLE"))?;
+        self.frontend
+            .set_mem_table(&regions.map_err(ConnectionError::Memory)?)
+            .map_err(failed("SET_MEM_TABLE"))?;
         self.has_memory = true;
         Ok(())
     }
 
-    /// Acknowledges `features`, shares `memory` if that was not done, and tells all about `rings` that stays the same
-    /// while a guest runs. `inflight` is kept from one back-end of these rings to the next; one that does without it
-    /// makes it worthless.
+    /// Acknowledges `features`, shares `memory` if that was not done, and sets up `rings` but for their bases and
+    /// kicks. `inflight` is kept from one back-end of these rings to the next; a back-end without the feature makes
+    /// it worthless.
     pub fn set_up(
         &mut self,
         features: u64,
         memory: &GuestMemory,
         inflight: &mut Option<Inflight>,
         rings: &[RingStart<'_>],
-    ) -> Result<(), LinkError> {
-        self.in_time(|link| {
-            let protocol = if link.has_protocol_features { PROTOCOL_FEATURES } else { 0 };
-            link.frontend.set_features(features | protocol).map_err(failed("SET_FEATURES"))?;
-            if !link.has_memory {
-                link.set_memory(memory)?;
+    ) -> Result<(), ConnectionError> {
+        self.with_timeout(|connection| {
+            let protocol = if connection.has_protocol_features { PROTOCOL_FEATURES } else { 0 };
+            connection.frontend.set_features(features | protocol).map_err(failed("SET_FEATURES"))?;
+            if !connection.has_memory {
+                connection.set_memory(memory)?;
             }
-            link.track_inflight(inflight, rings)?;
-            rings.iter().try_for_each(|ring| link.set_up_ring(ring, memory))
+            connection.track_inflight(inflight, rings)?;
+            rings.iter().try_for_each(|ring| connection.set_up_ring(ring, memory))
         })
     }
 
-    /// Tells where `rings`, which were set up, are. From then on each can be started.
-    pub fn place(&mut self, rings: &[RingStart<'_>]) -> Result<(), LinkError> {
-        self.in_time(|link| {
-            let mut pipeline = link.pipeline();
+    /// Sets the bases of `rings`, which were set up. From then on each can be started.
+    pub fn set_bases(&mut self, rings: &[RingStart<'_>]) -> Result<(), ConnectionError> {
+        self.with_timeout(|connection| {
+            let mut pipeline = connection.pipeline();
             rings.iter().try_for_each(|ring| pipeline.set_base(ring.index, ring.base))?;
             pipeline.finish().map(drop)
         })
     }
 
-    /// Starts `rings`, which were set up and placed.
-    pub fn run(&mut self, rings: &[RingStart<'_>]) -> Result<(), LinkError> {
-        self.in_time(|link| {
-            link.started.extend(rings.iter().map(|ring| ring.index));
-            let mut pipeline = link.pipeline();
+    /// Starts `rings`, which were set up and have their bases.
+    pub fn start_rings(&mut self, rings: &[RingStart<'_>]) -> Result<(), ConnectionError> {
+        self.with_timeout(|connection| {
+            connection.started.extend(rings.iter().map(|ring| ring.index));
+            let mut pipeline = connection.pipeline();
             rings.iter().try_for_each(|ring| pipeline.set_kick(ring.index, event::descriptor(ring.kick)))?;
             pipeline.finish().map(drop)
         })
@@ -301,12 +286,12 @@ impl Link {
         Pipeline::new(&self.socket, self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK))
     }
 
-    /// Gives the back-end the inflight region; asks it for one if there is none yet.
+    /// Sends the back-end the inflight region; requests one first if there is none yet.
     fn track_inflight(
         &mut self,
         inflight: &mut Option<Inflight>,
         rings: &[RingStart<'_>],
-    ) -> Result<(), LinkError> {
+    ) -> Result<(), ConnectionError> {
         if !self.protocol.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
             *inflight = None;
             return Ok(());
@@ -318,16 +303,16 @@ impl Link {
         let region = match inflight {
             Some(region) => region,
             None => {
-                inflight.insert(Inflight::ask(frontend, vrings, entries).map_err(failed("GET_INFLIGHT_FD"))?)
+                inflight.insert(Inflight::get(frontend, vrings, entries).map_err(failed("GET_INFLIGHT_FD"))?)
             }
         };
-        region.give(frontend).map_err(failed("SET_INFLIGHT_FD"))
+        region.set(frontend).map_err(failed("SET_INFLIGHT_FD"))
     }
 
-    fn set_up_ring(&mut self, ring: &RingStart<'_>, memory: &GuestMemory) -> Result<(), LinkError> {
+    fn set_up_ring(&mut self, ring: &RingStart<'_>, memory: &GuestMemory) -> Result<(), ConnectionError> {
         let address = |guest: u64| {
-            let pointer = memory.get_host_address(GuestAddress(guest)).map_err(LinkError::Ring)?;
-            Ok::<u64, LinkError>(pointer.addr() as u64)
+            let pointer = memory.get_host_address(GuestAddress(guest)).map_err(ConnectionError::Ring)?;
+            Ok::<u64, ConnectionError>(pointer.addr() as u64)
         };
         let place = VringConfigData {
             queue_max_size: ring.setup.size,
@@ -342,16 +327,18 @@ impl Link {
         frontend.set_vring_num(index, ring.setup.size).map_err(failed("SET_VRING_NUM"))?;
         frontend.set_vring_addr(index, &place).map_err(failed("SET_VRING_ADDR"))?;
         frontend.set_vring_call(index, ring.call).map_err(failed("SET_VRING_CALL"))?;
-        // A ring that is enabled and not started does nothing; it starts as what it is to be.
+        // A ring that is enabled and not started does nothing.
         self.enable_ring(index, ring.enabled)
     }
 
-    /// Disables rings that were set up for nothing.
-    pub fn disable(&mut self, rings: &[usize]) -> Result<(), LinkError> {
-        self.in_time(|link| rings.iter().try_for_each(|&index| link.enable_ring(index, false)))
+    /// Disables rings that were set up and not started.
+    pub fn disable(&mut self, rings: &[usize]) -> Result<(), ConnectionError> {
+        self.with_timeout(|connection| {
+            rings.iter().try_for_each(|&index| connection.enable_ring(index, false))
+        })
     }
 
-    fn enable_ring(&mut self, index: usize, enabled: bool) -> Result<(), LinkError> {
+    fn enable_ring(&mut self, index: usize, enabled: bool) -> Result<(), ConnectionError> {
         if !self.has_protocol_features {
             return Ok(());
         }
@@ -360,68 +347,73 @@ impl Link {
 
     /// Enables the rings of the first `pairs` queue pairs that are started, and disables the others. Without protocol
     /// features all rings are always enabled.
-    pub fn enable_pairs(&mut self, pairs: u16) -> Result<(), LinkError> {
-        self.in_time(|link| {
-            let started = link.started.clone();
-            started.iter().try_for_each(|&index| link.enable_ring(index, index / 2 < usize::from(pairs)))
+    pub fn enable_pairs(&mut self, pairs: u16) -> Result<(), ConnectionError> {
+        self.with_timeout(|connection| {
+            let started = connection.started.clone();
+            started
+                .iter()
+                .try_for_each(|&index| connection.enable_ring(index, index / 2 < usize::from(pairs)))
         })
     }
 
-    /// Stops the rings that were started: on return, the back-end has left every one and touches no guest memory. It
-    /// keeps all the rest. Gives how far each ring is.
-    pub fn suspend(&mut self) -> Result<Vec<(usize, u16)>, LinkError> {
+    /// Stops the rings that were started: on return, the back-end does not touch guest memory. It keeps everything
+    /// else. Returns the base of each ring.
+    pub fn suspend(&mut self) -> Result<Vec<(usize, u16)>, ConnectionError> {
         let mut bases = Vec::new();
-        self.in_time(|link| {
-            bases = link.stop_rings()?;
+        self.with_timeout(|connection| {
+            bases = connection.stop_rings()?;
             Ok(())
         })?;
         Ok(bases)
     }
 
-    fn stop_rings(&mut self) -> Result<Vec<(usize, u16)>, LinkError> {
+    fn stop_rings(&mut self) -> Result<Vec<(usize, u16)>, ConnectionError> {
         let started = std::mem::take(&mut self.started);
         let mut pipeline = self.pipeline();
         started.iter().try_for_each(|&index| pipeline.get_base(index))?;
-        let split =
-            |(index, base)| Ok((index, u16::try_from(base).map_err(|_| LinkError::Base { index, base })?));
+        let split = |(index, base)| {
+            Ok((index, u16::try_from(base).map_err(|_| ConnectionError::Base { index, base })?))
+        };
         pipeline.finish()?.into_iter().map(split).collect()
     }
 
-    /// Whether the back-end can give its state away, or take another's.
+    /// Whether the back-end can save and load device state.
     pub fn has_device_state(&self) -> bool {
         self.protocol.contains(VhostUserProtocolFeatures::DEVICE_STATE)
     }
 
-    /// Has the back-end, whose rings are stopped, begin to write its state to `channel` or to read it there.
+    /// Has the back-end, whose rings are stopped, begin to save its state to `channel` or to load it from there.
     pub fn begin_transfer(
         &mut self,
         direction: VhostTransferStateDirection,
         channel: OwnedFd,
-    ) -> Result<(), LinkError> {
-        self.in_time(|link| {
+    ) -> Result<(), ConnectionError> {
+        self.with_timeout(|connection| {
             let stopped = VhostTransferStatePhase::STOPPED;
-            let other = link
+            let other = connection
                 .frontend
                 .set_device_state_fd(direction, stopped, channel)
                 .map_err(failed("SET_DEVICE_STATE_FD"))?;
-            if other.is_some() { Err(LinkError::OtherChannel) } else { Ok(()) }
+            if other.is_some() { Err(ConnectionError::UnexpectedChannel) } else { Ok(()) }
         })
     }
 
-    /// Waits until the back-end has written or read its state.
-    pub fn finish_transfer(&mut self) -> Result<(), LinkError> {
-        self.in_time(|link| link.frontend.check_device_state().map_err(failed("CHECK_DEVICE_STATE")))
+    /// Waits until the back-end has saved or loaded its state.
+    pub fn finish_transfer(&mut self) -> Result<(), ConnectionError> {
+        self.with_timeout(|connection| {
+            connection.frontend.check_device_state().map_err(failed("CHECK_DEVICE_STATE"))
+        })
     }
 
-    /// Stops the device: on return, the back-end has left every ring and touches no guest memory.
-    pub fn stop(&mut self) -> Result<(), LinkError> {
-        self.in_time(Self::stop_device)
+    /// Stops the device: on return, the back-end does not touch guest memory.
+    pub fn stop(&mut self) -> Result<(), ConnectionError> {
+        self.with_timeout(Self::stop_device)
     }
 
-    fn stop_device(&mut self) -> Result<(), LinkError> {
+    fn stop_device(&mut self) -> Result<(), ConnectionError> {
         let started = self.started.clone();
         self.stop_rings()?;
-        // A device that was reset may have forgotten it.
+        // A reset may include the memory table.
         self.has_memory = false;
         if self.protocol.contains(VhostUserProtocolFeatures::RESET_DEVICE) {
             return self.frontend.reset_device().map_err(failed("RESET_DEVICE"));
@@ -430,7 +422,7 @@ impl Link {
     }
 }
 
-fn negotiate(frontend: &mut Frontend) -> Result<VhostUserProtocolFeatures, LinkError> {
+fn negotiate(frontend: &mut Frontend) -> Result<VhostUserProtocolFeatures, ConnectionError> {
     let wanted = VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::CONFIG
@@ -446,7 +438,7 @@ fn negotiate(frontend: &mut Frontend) -> Result<VhostUserProtocolFeatures, LinkE
     Ok(protocol)
 }
 
-fn read_config(frontend: &mut Frontend) -> Result<[u8; CONFIG_SIZE], LinkError> {
+fn read_config(frontend: &mut Frontend) -> Result<[u8; CONFIG_SIZE], ConnectionError> {
     let size = u32::try_from(CONFIG_SIZE).unwrap_or(u32::MAX);
     let (_, bytes) = frontend
         .get_config(0, size, VhostUserConfigFlags::empty(), &[0; CONFIG_SIZE])

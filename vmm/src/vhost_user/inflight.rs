@@ -1,7 +1,7 @@
-//! The region in which a back-end notes which descriptor chains it has (vhost-user: "Inflight I/O tracking").
+//! The region in which a back-end tracks the descriptor chains in flight (vhost-user: "Inflight I/O tracking").
 //!
-//! The VMM asks a back-end for it when a driver starts its rings, keeps it for as long as they live, and gives it to
-//! every back-end that serves them. What is in it is the back-ends' business.
+//! The VMM requests it from a back-end when a driver starts its rings, keeps it for as long as they live, and sends
+//! it to each back-end that serves them. The VMM does not read it.
 
 use std::fmt;
 use std::fs::File;
@@ -29,15 +29,15 @@ impl fmt::Debug for Inflight {
 }
 
 impl Inflight {
-    /// Asks the back-end for an empty region for `queues` vrings of up to `entries` descriptors.
-    pub fn ask(frontend: &mut Frontend, queues: u16, entries: u16) -> vhost::Result<Self> {
+    /// Requests an empty region for `queues` vrings of up to `entries` descriptors.
+    pub fn get(frontend: &mut Frontend, queues: u16, entries: u16) -> vhost::Result<Self> {
         let wanted = VhostUserInflight::new(0, 0, queues, entries);
         let (description, file) = frontend.get_inflight_fd(&wanted)?;
         Ok(Self { description, file })
     }
 
-    /// Gives it to the back-end, before the vrings.
-    pub fn give(&self, frontend: &mut Frontend) -> vhost::Result<()> {
+    /// Sends the region to the back-end, before the vrings are set up.
+    pub fn set(&self, frontend: &mut Frontend) -> vhost::Result<()> {
         frontend.set_inflight_fd(&self.description, self.file.as_raw_fd())
     }
 }

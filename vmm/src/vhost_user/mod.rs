@@ -1,4 +1,4 @@
-//! The front-end's side of vhost-user: connections to back-ends, and the patience that the VMM has with them.
+//! The front-end's side of vhost-user: connections to back-ends, and their timeouts.
 
 #[cfg(test)]
 pub mod fake_backend;

@@ -1,9 +1,8 @@
-//! Messages about many rings while a guest stands still: all are sent before the first answer is awaited, so that what
-//! the guest waits for is one round trip and not one for each ring.
+//! Messages about many rings during a guest's blackout: all are sent before the first reply is read, so that the
+//! guest waits for one round trip and not for one per ring.
 //!
-//! The protocol needs nothing for that: its connection is a stream, and a back-end takes what is in it in order.
-//! Setting requests are acknowledged only where REPLY_ACK was negotiated, as ever. No more than [`WINDOW`] answers are
-//! outstanding, for a back-end that cannot get rid of its answers reads nothing more.
+//! The protocol allows that: the connection is a stream, and a back-end reads messages in order. No more than
+//! [`WINDOW`] replies are outstanding, because a back-end that cannot send its replies stops reading.
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, IoSlice, Read};
@@ -14,60 +13,60 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use vhost::vhost_user::Error;
 use vhost::vhost_user::message::FrontendReq;
 
-use super::frontend::LinkError;
+use super::frontend::ConnectionError;
 
-/// How many answers may be outstanding.
+/// How many replies may be outstanding.
 const WINDOW: usize = 32;
 /// Bytes of a header: request, flags, size.
 const HEADER: usize = 12;
-/// Bytes of every body here, in requests and answers.
+/// Bytes of every body here, in requests and replies.
 const BODY: u32 = 8;
 /// A message's length.
 const LENGTH: usize = HEADER + BODY as usize;
 /// In the flags: version 1 of the protocol.
 const VERSION: u32 = 1;
-/// In the flags: this is an answer.
+/// In the flags: this is a reply.
 const REPLY: u32 = 1 << 2;
 /// In the flags: an acknowledgement is wanted.
 const NEED_REPLY: u32 = 1 << 3;
 
-/// An answer that is outstanding.
+/// A reply that is outstanding.
 #[derive(Debug)]
-struct Awaited {
+struct PendingReply {
     request: FrontendReq,
     name: &'static str,
-    /// The ring whose state comes; none: an acknowledgement.
+    /// The ring whose base is expected; none: an acknowledgement.
     ring: Option<usize>,
 }
 
-/// Messages under way. Between two requests of another kind nothing is: [`Pipeline::finish`] is called.
+/// Messages whose replies are outstanding. [`Pipeline::finish`] must precede any other message.
 #[derive(Debug)]
 pub struct Pipeline<'a> {
     socket: &'a UnixStream,
-    acknowledged: bool,
-    awaited: VecDeque<Awaited>,
-    states: Vec<(usize, u32)>,
+    reply_ack: bool,
+    pending: VecDeque<PendingReply>,
+    bases: Vec<(usize, u32)>,
 }
 
 impl<'a> Pipeline<'a> {
-    /// On a connection; `acknowledged`: REPLY_ACK was negotiated.
-    pub fn new(socket: &'a UnixStream, acknowledged: bool) -> Self {
-        Self { socket, acknowledged, awaited: VecDeque::new(), states: Vec::new() }
+    /// On a connection; `reply_ack`: the feature was negotiated.
+    pub fn new(socket: &'a UnixStream, reply_ack: bool) -> Self {
+        Self { socket, reply_ack, pending: VecDeque::new(), bases: Vec::new() }
     }
 
     /// `GET_VRING_BASE`.
-    pub fn get_base(&mut self, ring: usize) -> Result<(), LinkError> {
-        self.send(FrontendReq::GET_VRING_BASE, "GET_VRING_BASE", state(ring, 0), None, Some(ring))
+    pub fn get_base(&mut self, ring: usize) -> Result<(), ConnectionError> {
+        self.send(FrontendReq::GET_VRING_BASE, "GET_VRING_BASE", ring_state(ring, 0), None, Some(ring))
     }
 
     /// `SET_VRING_BASE`.
-    pub fn set_base(&mut self, ring: usize, base: u16) -> Result<(), LinkError> {
-        let body = state(ring, u32::from(base));
+    pub fn set_base(&mut self, ring: usize, base: u16) -> Result<(), ConnectionError> {
+        let body = ring_state(ring, u32::from(base));
         self.send(FrontendReq::SET_VRING_BASE, "SET_VRING_BASE", body, None, None)
     }
 
     /// `SET_VRING_KICK`.
-    pub fn set_kick(&mut self, ring: usize, kick: BorrowedFd<'_>) -> Result<(), LinkError> {
+    pub fn set_kick(&mut self, ring: usize, kick: BorrowedFd<'_>) -> Result<(), ConnectionError> {
         let body = u64::try_from(ring).unwrap_or(u64::MAX).to_ne_bytes();
         self.send(FrontendReq::SET_VRING_KICK, "SET_VRING_KICK", body, Some(kick), None)
     }
@@ -79,11 +78,11 @@ impl<'a> Pipeline<'a> {
         body: [u8; BODY as usize],
         fd: Option<BorrowedFd<'_>>,
         ring: Option<usize>,
-    ) -> Result<(), LinkError> {
-        if self.awaited.len() == WINDOW {
-            self.hear()?;
+    ) -> Result<(), ConnectionError> {
+        if self.pending.len() == WINDOW {
+            self.receive_reply()?;
         }
-        let acknowledged = ring.is_none() && self.acknowledged;
+        let acknowledged = ring.is_none() && self.reply_ack;
         let flags = VERSION | if acknowledged { NEED_REPLY } else { 0 };
         let header = [request as u32, flags, BODY].map(u32::to_ne_bytes);
         let message = [IoSlice::new(header.as_flattened()), IoSlice::new(&body)];
@@ -97,14 +96,14 @@ impl<'a> Pipeline<'a> {
             Err(errno) => return Err(failed(name, Error::SocketBroken(errno.into()))),
         }
         if acknowledged || ring.is_some() {
-            self.awaited.push_back(Awaited { request, name, ring });
+            self.pending.push_back(PendingReply { request, name, ring });
         }
         Ok(())
     }
 
-    /// Waits for the next answer.
-    fn hear(&mut self) -> Result<(), LinkError> {
-        let Some(Awaited { request, name, ring }) = self.awaited.pop_front() else { return Ok(()) };
+    /// Waits for the next reply.
+    fn receive_reply(&mut self) -> Result<(), ConnectionError> {
+        let Some(PendingReply { request, name, ring }) = self.pending.pop_front() else { return Ok(()) };
         let mut answer = [0; LENGTH];
         self.socket.read_exact(&mut answer).map_err(|error| match error.kind() {
             ErrorKind::UnexpectedEof => failed(name, Error::Disconnected),
@@ -119,7 +118,7 @@ impl<'a> Pipeline<'a> {
             return Err(failed(name, Error::InvalidMessage));
         }
         match ring {
-            Some(ring) if u32::try_from(ring) == Ok(low) => self.states.push((ring, high)),
+            Some(ring) if u32::try_from(ring) == Ok(low) => self.bases.push((ring, high)),
             Some(_) => return Err(failed(name, Error::InvalidMessage)),
             None if (low, high) == (0, 0) => {}
             None => return Err(failed(name, Error::BackendInternalError)),
@@ -127,17 +126,17 @@ impl<'a> Pipeline<'a> {
         Ok(())
     }
 
-    /// Waits for all answers; gives the rings' states that were asked for, in that order.
-    pub fn finish(mut self) -> Result<Vec<(usize, u32)>, LinkError> {
-        while !self.awaited.is_empty() {
-            self.hear()?;
+    /// Waits for all replies; returns the requested bases, in that order.
+    pub fn finish(mut self) -> Result<Vec<(usize, u32)>, ConnectionError> {
+        while !self.pending.is_empty() {
+            self.receive_reply()?;
         }
-        Ok(self.states)
+        Ok(self.bases)
     }
 }
 
 /// The body of a message about a ring's state.
-fn state(ring: usize, value: u32) -> [u8; BODY as usize] {
+fn ring_state(ring: usize, value: u32) -> [u8; BODY as usize] {
     let ring = u32::try_from(ring).unwrap_or(u32::MAX).to_ne_bytes();
     let value = value.to_ne_bytes();
     let mut body = [0; BODY as usize];
@@ -146,8 +145,8 @@ fn state(ring: usize, value: u32) -> [u8; BODY as usize] {
     body
 }
 
-fn failed(message: &'static str, error: Error) -> LinkError {
-    LinkError::Message { message, source: error.into() }
+fn failed(message: &'static str, error: Error) -> ConnectionError {
+    ConnectionError::Message { message, source: error.into() }
 }
 
 #[cfg(test)]
@@ -174,8 +173,8 @@ mod tests {
         let log = serve(backend, |socket| {
             let mut pipeline = Pipeline::new(socket, false);
             (0..RINGS).try_for_each(|ring| pipeline.get_base(ring)).unwrap();
-            let states = pipeline.finish().unwrap();
-            assert_eq!(states, (0..100).map(|ring| (ring as usize, 3 * ring)).collect::<Vec<_>>());
+            let bases = pipeline.finish().unwrap();
+            assert_eq!(bases, (0..100).map(|ring| (ring as usize, 3 * ring)).collect::<Vec<_>>());
         });
         assert_eq!(log.len(), RINGS);
     }
@@ -193,7 +192,7 @@ mod tests {
         assert_eq!(log, ["SET_VRING_BASE 1 65535", "SET_VRING_KICK 1", "GET_VRING_BASE 1"]);
     }
 
-    fn answered(answer: [u32; 5]) -> LinkError {
+    fn answered(answer: [u32; 5]) -> ConnectionError {
         let (here, mut there) = UnixStream::pair().unwrap();
         std::io::Write::write_all(&mut there, answer.map(u32::to_ne_bytes).as_flattened()).unwrap();
         let mut pipeline = Pipeline::new(&here, true);
@@ -207,7 +206,7 @@ mod tests {
         let refused = answered([request, VERSION | REPLY, 8, 1, 0]);
         assert!(matches!(
             refused,
-            LinkError::Message {
+            ConnectionError::Message {
                 message: "SET_VRING_BASE",
                 source: vhost::Error::VhostUserProtocol(Error::BackendInternalError)
             }
@@ -222,7 +221,10 @@ mod tests {
             assert!(
                 matches!(
                     error,
-                    LinkError::Message { source: vhost::Error::VhostUserProtocol(Error::InvalidMessage), .. }
+                    ConnectionError::Message {
+                        source: vhost::Error::VhostUserProtocol(Error::InvalidMessage),
+                        ..
+                    }
                 ),
                 "{error:?}"
             );

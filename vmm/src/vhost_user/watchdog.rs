@@ -1,13 +1,12 @@
-//! Cuts a connection whose other end takes too long to answer.
+//! Shuts down a connection whose back-end takes too long to reply.
 //!
-//! The protocol's crate waits for an answer without limit. A back-end that is stopped or stuck, or that has not
-//! accepted the connection because it serves another front-end, would keep whoever asked (and with it a vCPU)
-//! waiting for ever. A thread for each connection shuts it down when that happens, which ends the wait with an
-//! error.
+//! The `vhost` crate waits for a reply without limit. A back-end that is stopped or stuck, or that has not accepted the
+//! connection because it serves another front-end, would block the worker, and with it a vCPU, for ever. A thread per
+//! connection shuts the connection down when that happens, which ends the wait with an error.
 //!
 //! ```text
 //!         watch                  time is up
-//! Idle ──────────▶ Waiting ───────────────────▶ Cut
+//! Idle ──────────▶ Waiting ───────────────────▶ TimedOut
 //!      ◀──────────
 //!       Watch dropped
 //! ```
@@ -21,13 +20,13 @@ use std::time::{Duration, Instant};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// Nobody waits for an answer.
+    /// No reply is awaited.
     Idle,
-    /// Somebody waits, until then.
+    /// A reply is awaited until then.
     Waiting(Instant),
-    /// The wait was too long: the connection is shut down.
-    Cut,
-    /// There is nothing left to watch.
+    /// No reply came in time: the connection is shut down.
+    TimedOut,
+    /// The connection is closed.
     Ended,
 }
 
@@ -42,7 +41,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Moves on, but never from an end.
+    /// Changes the state, unless it is a final one.
     fn enter(&self, next: State) {
         let mut state = self.lock();
         if matches!(*state, State::Idle | State::Waiting(_)) {
@@ -52,34 +51,34 @@ impl Shared {
     }
 }
 
-/// The watch over one connection.
+/// Watches over one connection.
 #[derive(Debug)]
 pub struct Watchdog {
     shared: Arc<Shared>,
-    patience: Duration,
+    timeout: Duration,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Watchdog {
-    /// Watches over `connection`; an answer may take as long as `patience`.
-    pub fn start(connection: UnixStream, patience: Duration) -> io::Result<Self> {
+    /// Starts the thread; a reply may take as long as `timeout`.
+    pub fn start(connection: UnixStream, timeout: Duration) -> io::Result<Self> {
         let shared = Arc::new(Shared { state: Mutex::new(State::Idle), changed: Condvar::new() });
         let thread = {
             let shared = Arc::clone(&shared);
             Builder::new().name("watchdog".to_owned()).spawn(move || keep_watch(&shared, &connection))?
         };
-        Ok(Self { shared, patience, thread: Some(thread) })
+        Ok(Self { shared, timeout, thread: Some(thread) })
     }
 
     /// The time starts; it stops when the result is dropped.
     pub fn watch(&self) -> Watch {
-        self.shared.enter(State::Waiting(Instant::now() + self.patience));
+        self.shared.enter(State::Waiting(Instant::now() + self.timeout));
         Watch(Arc::clone(&self.shared))
     }
 
-    /// Whether a wait was too long.
-    pub fn has_cut(&self) -> bool {
-        *self.shared.lock() == State::Cut
+    /// Whether a reply did not come in time.
+    pub fn timed_out(&self) -> bool {
+        *self.shared.lock() == State::TimedOut
     }
 }
 
@@ -92,7 +91,7 @@ impl Drop for Watchdog {
     }
 }
 
-/// Somebody waits for an answer.
+/// A reply is awaited while this lives.
 #[derive(Debug)]
 pub struct Watch(Arc<Shared>);
 
@@ -112,12 +111,12 @@ fn keep_watch(shared: &Shared, connection: &UnixStream) {
                     shared.changed.wait_timeout(state, rest).unwrap_or_else(PoisonError::into_inner).0
                 }
                 _ => {
-                    *state = State::Cut;
+                    *state = State::TimedOut;
                     state
                 }
             },
-            State::Cut => {
-                // It may be gone already: then the wait is over, too.
+            State::TimedOut => {
+                // It fails if the peer has closed the connection: then the wait is over, too.
                 let _ = connection.shutdown(Shutdown::Both);
                 return;
             }
@@ -133,19 +132,19 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(600);
 
-    fn watched(patience: Duration) -> (UnixStream, UnixStream, Watchdog) {
+    fn watched(timeout: Duration) -> (UnixStream, UnixStream, Watchdog) {
         let (here, there) = UnixStream::pair().unwrap();
-        let watchdog = Watchdog::start(here.try_clone().unwrap(), patience).unwrap();
+        let watchdog = Watchdog::start(here.try_clone().unwrap(), timeout).unwrap();
         (here, there, watchdog)
     }
 
     #[test]
-    fn a_silent_connection_is_cut() {
+    fn a_silent_connection_is_shut_down() {
         let (mut here, _there, watchdog) = watched(Duration::from_millis(10));
         let watch = watchdog.watch();
         assert_eq!(here.read(&mut [0]).unwrap(), 0);
         drop(watch);
-        assert!(watchdog.has_cut());
+        assert!(watchdog.timed_out());
     }
 
     #[test]
@@ -157,7 +156,7 @@ mod tests {
             here.read_exact(&mut [0]).unwrap();
         }
         assert_eq!(*watchdog.shared.lock(), State::Idle);
-        assert!(!watchdog.has_cut());
+        assert!(!watchdog.timed_out());
     }
 
     #[test]

@@ -3,10 +3,10 @@
 use super::*;
 use crate::vhost_user::fake_backend::{FakeBackend, Serving};
 
-fn establish(backend: FakeBackend, rings: u16) -> (Result<Link, LinkError>, Serving) {
+fn establish(backend: FakeBackend, rings: u16) -> (Result<Connection, ConnectionError>, Serving) {
     let (here, there) = UnixStream::pair().unwrap();
     let serving = backend.serve(there);
-    (Link::establish(here, rings), serving)
+    (Connection::establish(here, rings), serving)
 }
 
 fn setup() -> QueueSetup {
@@ -26,18 +26,18 @@ const GREETING: [&str; 6] = [
 fn a_device_is_started_and_stopped_in_the_standard_order() {
     let memory = crate::memory::allocate(64 << 20).unwrap();
     let (kick, call) = (event::new().unwrap(), event::new().unwrap());
-    let (link, serving) = establish(FakeBackend::new(4), 4);
-    let mut link = link.unwrap();
+    let (connection, serving) = establish(FakeBackend::new(4), 4);
+    let mut connection = connection.unwrap();
     let ring =
         |index, base, enabled| RingStart { index, setup: setup(), base, enabled, kick: &kick, call: &call };
 
     let rings = [ring(0, 0, true), ring(3, 7, false)];
-    link.set_up(1 << 32 | 1 << 15, &memory, &mut None, &rings).unwrap();
-    link.place(&rings).unwrap();
-    link.run(&rings).unwrap();
-    link.enable_pairs(2).unwrap();
-    link.stop().unwrap();
-    drop(link);
+    connection.set_up(1 << 32 | 1 << 15, &memory, &mut None, &rings).unwrap();
+    connection.set_bases(&rings).unwrap();
+    connection.start_rings(&rings).unwrap();
+    connection.enable_pairs(2).unwrap();
+    connection.stop().unwrap();
+    drop(connection);
 
     let backend = serving.finish();
     assert_eq!(backend.memory.iter().map(|region| region.1).collect::<Vec<_>>(), [64 << 20]);
@@ -73,13 +73,13 @@ fn without_reset_device_the_rings_are_disabled() {
     let (kick, call) = (event::new().unwrap(), event::new().unwrap());
     let mut backend = FakeBackend::new(2);
     backend.protocol.remove(VhostUserProtocolFeatures::RESET_DEVICE);
-    let (link, serving) = establish(backend, 2);
-    let mut link = link.unwrap();
+    let (connection, serving) = establish(backend, 2);
+    let mut connection = connection.unwrap();
     let ring = RingStart { index: 1, setup: setup(), base: 0, enabled: true, kick: &kick, call: &call };
-    link.set_up(1 << 32, &memory, &mut None, &[]).unwrap();
-    link.run(&[ring]).unwrap();
-    link.stop().unwrap();
-    drop(link);
+    connection.set_up(1 << 32, &memory, &mut None, &[]).unwrap();
+    connection.start_rings(&[ring]).unwrap();
+    connection.stop().unwrap();
+    drop(connection);
     let log = serving.finish().log;
     assert_eq!(log[log.len() - 2..], ["GET_VRING_BASE 1", "SET_VRING_ENABLE 1 0"]);
 }
@@ -94,12 +94,12 @@ fn the_inflight_region_goes_from_back_end_to_back_end_until_one_does_without() {
     for tracks in [true, true, false, true] {
         let mut backend = FakeBackend::new(2);
         backend.protocol.set(VhostUserProtocolFeatures::INFLIGHT_SHMFD, tracks);
-        let (link, serving) = establish(backend, 2);
-        let mut link = link.unwrap();
+        let (connection, serving) = establish(backend, 2);
+        let mut connection = connection.unwrap();
         let ring = RingStart { index: 1, setup: setup(), base: 0, enabled: true, kick: &kick, call: &call };
-        link.set_up(1 << 32, &memory, &mut inflight, &[ring]).unwrap();
+        connection.set_up(1 << 32, &memory, &mut inflight, &[ring]).unwrap();
         assert_eq!(inflight.is_some(), tracks);
-        drop(link);
+        drop(connection);
         let backend = serving.finish();
         given.push(backend.inflight);
         asked.push(backend.log.iter().any(|entry| entry == "GET_INFLIGHT_FD 2 256"));
@@ -114,11 +114,11 @@ fn the_inflight_region_goes_from_back_end_to_back_end_until_one_does_without() {
 fn a_back_end_without_protocol_features_serves_one_pair() {
     let mut backend = FakeBackend::new(2);
     backend.features &= !PROTOCOL_FEATURES;
-    let (link, serving) = establish(backend, 2);
-    let mut link = link.unwrap();
-    assert_eq!(link.offer().config, None);
-    link.enable_pairs(1).unwrap();
-    drop(link);
+    let (connection, serving) = establish(backend, 2);
+    let mut connection = connection.unwrap();
+    assert_eq!(connection.offer().config, None);
+    connection.enable_pairs(1).unwrap();
+    drop(connection);
     assert_eq!(serving.finish().log, ["SET_OWNER", "GET_FEATURES"]);
 }
 
@@ -126,10 +126,10 @@ fn a_back_end_without_protocol_features_serves_one_pair() {
 fn a_back_end_that_does_not_fit_is_named() {
     let mut legacy = FakeBackend::new(2);
     legacy.features &= !feature(VIRTIO_F_VERSION_1);
-    assert!(matches!(establish(legacy, 2).0, Err(LinkError::Legacy)));
+    assert!(matches!(establish(legacy, 2).0, Err(ConnectionError::Legacy)));
 
     let too_few = establish(FakeBackend::new(4), 8).0.err().unwrap();
-    assert!(matches!(too_few, LinkError::TooFewRings { offered: 4, needed: 8 }));
+    assert!(matches!(too_few, ConnectionError::TooFewRings { offered: 4, needed: 8 }));
     assert!(too_few.to_string().contains("--queue-pairs=4"));
 }
 
@@ -138,17 +138,17 @@ fn a_refused_message_is_named() {
     let memory = crate::memory::allocate(64 << 20).unwrap();
     let mut backend = FakeBackend::new(2);
     backend.refuses = Some("SET_FEATURES");
-    let (link, _serving) = establish(backend, 2);
-    let error = link.unwrap().set_up(1 << 32, &memory, &mut None, &[]).unwrap_err();
-    assert!(matches!(error, LinkError::Message { message: "SET_FEATURES", .. }));
+    let (connection, _serving) = establish(backend, 2);
+    let error = connection.unwrap().set_up(1 << 32, &memory, &mut None, &[]).unwrap_err();
+    assert!(matches!(error, ConnectionError::Message { message: "SET_FEATURES", .. }));
 }
 
 #[test]
 fn a_back_end_that_goes_away_is_an_error() {
     let (here, there) = UnixStream::pair().unwrap();
     drop(there);
-    let error = Link::establish(here, 2).err().unwrap();
-    assert!(matches!(error, LinkError::Message { .. }));
+    let error = Connection::establish(here, 2).err().unwrap();
+    assert!(matches!(error, ConnectionError::Message { .. }));
 }
 
 #[test]
@@ -156,11 +156,11 @@ fn nobody_listening_is_said_at_once() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("socket");
     assert!(
-        matches!(connect_to(&path), Err(LinkError::Connect(error)) if error.kind() == io::ErrorKind::NotFound)
+        matches!(connect_to(&path), Err(ConnectionError::Connect(error)) if error.kind() == io::ErrorKind::NotFound)
     );
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     let refused = connect_to(&path);
     assert!(
-        matches!(refused, Err(LinkError::Connect(error)) if error.kind() == io::ErrorKind::ConnectionRefused)
+        matches!(refused, Err(ConnectionError::Connect(error)) if error.kind() == io::ErrorKind::ConnectionRefused)
     );
 }

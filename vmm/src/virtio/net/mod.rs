@@ -1,10 +1,10 @@
 //! A network device: its transport's side, its worker, and the back-end behind it.
 //!
-//! [`Net`] stands behind the transport and is used by the vCPU threads. Everything that concerns the back-end is done by
-//! the device's own thread ([`thread`]), whose [`Worker`] alone owns the connection; it runs the tasks in its [`mailbox`]. Transport, worker and control socket share [`NetShared`]. The vCPU that resets the device waits
-//! for the worker, because a driver gives its memory another use after that; to start the device it does not wait, since
-//! what the driver asks for meanwhile is kept for the back-end. The worker has another thread reconnect to a lost back-end
-//! ([`reconnect`]).
+//! [`Net`] stands behind the transport and is used by the vCPU threads. The device's own thread ([`thread`]) does
+//! everything that concerns the back-end: its [`Worker`] alone owns the connection, and runs the tasks in its
+//! [`mailbox`]. Transport, worker and control socket share [`NetShared`]. A vCPU that resets the device waits for
+//! the worker, because the driver reuses its memory afterwards. A vCPU that starts the device does not wait. A
+//! thread of the worker's reconnects to a lost back-end ([`reconnect`]).
 
 mod device;
 mod identity;

@@ -1,7 +1,8 @@
-//! Looks for a back-end that is to take a lost one's place.
+//! Connects to a device's back-end, and reconnects when it is lost.
 //!
-//! A thread of its own, because a handshake can take long: a back-end that is busy or stuck must not keep the
-//! device's thread from its driver. It ends with the first back-end that it finds, usable or not.
+//! Reconnecting has a thread of its own, because a handshake can take long: a back-end that is busy or stuck must
+//! not keep the worker from its driver. The thread ends with the first back-end that accepts a connection, usable
+//! or not.
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -13,95 +14,97 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::shared::NetShared;
 use crate::event;
-use crate::vhost_user::frontend::{Cutter, Link, LinkError, connect_to};
+use crate::shutdown::ShutdownHandle;
+use crate::vhost_user::frontend::{Connection, ConnectionError, connect_to};
 
-/// How often a back-end is looked for. Nothing announces a Unix socket that listens again.
+/// The time between two attempts. Nothing announces a Unix socket that listens again.
 const INTERVAL: Duration = Duration::from_millis(100);
 
-/// Connects to the device's back-end, which must be there, and greets it.
-pub fn dial(shared: &NetShared) -> Result<Link, LinkError> {
-    greet(shared, connect(shared)?)
+/// Connects to the device's back-end, which must be there.
+pub fn connect(shared: &NetShared) -> Result<Connection, ConnectionError> {
+    handshake(shared, open(shared)?)
 }
 
-/// Connects, in a way that other threads can cut.
-fn connect(shared: &NetShared) -> Result<UnixStream, LinkError> {
+/// Opens a connection that other threads can shut down.
+fn open(shared: &NetShared) -> Result<UnixStream, ConnectionError> {
     let stream = connect_to(shared.socket())?;
-    shared.set_cutter(Some(Cutter::new(&stream)?));
+    let handle = ShutdownHandle::new(&stream).map_err(ConnectionError::Socket)?;
+    shared.set_shutdown_handle(Some(handle));
     Ok(stream)
 }
 
-fn greet(shared: &NetShared, stream: UnixStream) -> Result<Link, LinkError> {
-    Link::establish(stream, shared.queue_pairs() * 2)
+fn handshake(shared: &NetShared, stream: UnixStream) -> Result<Connection, ConnectionError> {
+    Connection::establish(stream, shared.queue_pairs() * 2)
 }
 
-/// A search that is under way.
+/// A reconnection under way.
 #[derive(Debug)]
-pub struct Dialler {
-    found: Receiver<Result<Link, LinkError>>,
-    /// Closed to end the search.
-    go_on: Option<Sender<()>>,
+pub struct Reconnection {
+    outcome: Receiver<Result<Connection, ConnectionError>>,
+    /// Dropped to end the thread.
+    running: Option<Sender<()>>,
     shared: Arc<NetShared>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Dialler {
-    /// Starts the search; `wake` is signalled when it has ended.
+impl Reconnection {
+    /// Starts the thread, which signals `wake` when it ends.
     pub fn start(shared: Arc<NetShared>, wake: Arc<EventFd>) -> std::io::Result<Self> {
-        let (go_on, ended) = channel();
-        let (sender, found) = channel();
-        let search = Search { shared: Arc::clone(&shared), ended };
-        let thread = Builder::new().name("dialler".to_owned()).spawn(move || {
-            if let Some(outcome) = search.run() {
-                // Nobody takes it: the device has ended.
+        let (running, stopped) = channel();
+        let (sender, outcome) = channel();
+        let attempts = Attempts { shared: Arc::clone(&shared), stopped };
+        let thread = Builder::new().name("reconnect".to_owned()).spawn(move || {
+            if let Some(outcome) = attempts.run() {
+                // It fails if the worker has ended.
                 let _ = sender.send(outcome);
             }
             event::signal(&wake);
         })?;
-        Ok(Self { found, go_on: Some(go_on), shared, thread: Some(thread) })
+        Ok(Self { outcome, running: Some(running), shared, thread: Some(thread) })
     }
 
-    /// What was found, once something was: the search has ended then.
-    pub fn found(&mut self) -> Option<Result<Link, LinkError>> {
-        let outcome = self.found.try_recv().ok()?;
+    /// The outcome, if the thread has ended.
+    pub fn outcome(&mut self) -> Option<Result<Connection, ConnectionError>> {
+        let outcome = self.outcome.try_recv().ok()?;
         self.join();
         Some(outcome)
     }
 
     fn join(&mut self) {
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
-            tracing::error!("the search for a back-end panicked");
+            tracing::error!("the thread that reconnects to a back-end panicked");
         }
     }
 }
 
-impl Drop for Dialler {
+impl Drop for Reconnection {
     fn drop(&mut self) {
         if self.thread.is_none() {
             return;
         }
-        // A handshake that has begun is cut, and none begins any more: the search looks at `go_on` in between.
-        self.go_on = None;
-        self.shared.cut();
+        // Ends a handshake that has begun. None begins after it: the thread looks at `stopped` in between.
+        self.running = None;
+        self.shared.shut_down_connection();
         self.join();
     }
 }
 
-struct Search {
+struct Attempts {
     shared: Arc<NetShared>,
-    ended: Receiver<()>,
+    stopped: Receiver<()>,
 }
 
-impl Search {
-    fn run(&self) -> Option<Result<Link, LinkError>> {
-        while self.ended.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Timeout) {
-            let stream = match connect(&self.shared) {
+impl Attempts {
+    fn run(&self) -> Option<Result<Connection, ConnectionError>> {
+        while self.stopped.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Timeout) {
+            let stream = match open(&self.shared) {
                 Ok(stream) => stream,
-                // Nobody listens: that is what is being waited for.
-                Err(LinkError::Connect(_)) => continue,
+                // No back-end listens yet.
+                Err(ConnectionError::Connect(_)) => continue,
                 Err(error) => return Some(Err(error)),
             };
-            if self.ended.try_recv() != Err(TryRecvError::Disconnected) {
-                return Some(greet(&self.shared, stream));
+            if self.stopped.try_recv() != Err(TryRecvError::Disconnected) {
+                return Some(handshake(&self.shared, stream));
             }
         }
         None

@@ -4,7 +4,7 @@ use std::io;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use baton_protocol::control::{Frontend as Connection, NetStatus};
+use baton_protocol::control::{Frontend, NetStatus};
 use baton_protocol::migration::facts::NetFacts;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_GUEST_ANNOUNCE;
 use vmm_sys_util::eventfd::EventFd;
@@ -12,12 +12,12 @@ use vmm_sys_util::eventfd::EventFd;
 use super::identity::{Identity, for_backend};
 use crate::config::{Mac, NetConfig};
 use crate::event;
-use crate::vhost_user::frontend::Cutter;
+use crate::shutdown::ShutdownHandle;
 use crate::virtio::{DeviceEvents, feature};
 
-/// What changes while the device lives.
+/// What the transport and the worker change.
 #[derive(Clone, Copy, Debug)]
-struct Live {
+struct State {
     identity: Identity,
     connected: bool,
     /// What the back-end offers.
@@ -29,14 +29,14 @@ struct Live {
     announce: bool,
 }
 
-/// What the transport's side, the device's thread and the control socket share.
+/// What the transport, the worker and the control socket share.
 #[derive(Debug)]
 pub struct NetShared {
     config: NetConfig,
-    queue_pairs: u16,
-    live: Mutex<Live>,
-    cutter: Mutex<Option<Cutter>>,
-    /// What the driver is told unasked.
+    state: Mutex<State>,
+    /// The connection to the back-end, if there is one.
+    connection: Mutex<Option<ShutdownHandle>>,
+    /// Changes of the configuration, and whether the device needs a reset.
     pub events: DeviceEvents,
     /// One for each virtqueue: the driver's notifications.
     pub kicks: Vec<EventFd>,
@@ -50,7 +50,7 @@ impl NetShared {
         let queues = usize::from(config.queue_pairs) * 2 + 1;
         let events = || (0..queues).map(|_| event::new()).collect::<io::Result<Vec<_>>>();
         let identity = Identity { features: 0, mac: Mac::default(), mtu: 0, queue_pairs: config.queue_pairs };
-        let live = Live {
+        let state = State {
             identity,
             connected: false,
             offered: 0,
@@ -61,17 +61,16 @@ impl NetShared {
         };
         Ok(Self {
             config: config.clone(),
-            queue_pairs: config.queue_pairs,
-            live: Mutex::new(live),
-            cutter: Mutex::default(),
+            state: Mutex::new(state),
+            connection: Mutex::default(),
             events: DeviceEvents::new()?,
             kicks: events()?,
             calls: events()?,
         })
     }
 
-    fn live(&self) -> MutexGuard<'_, Live> {
-        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The back-end's socket.
@@ -84,97 +83,102 @@ impl NetShared {
         self.config.local_migration
     }
 
-    /// What a migration has to know of the device that a guest has, which is said to be `local`.
-    pub fn facts(&self, local: bool) -> NetFacts {
-        let live = *self.live();
+    /// What the target of a migration has to know of the device of a guest; `local`: its TAP moves along.
+    pub fn source_facts(&self, local: bool) -> NetFacts {
+        let state = *self.state();
         NetFacts {
-            queue_pairs: self.queue_pairs,
+            queue_pairs: self.config.queue_pairs,
             local,
-            device_state: live.device_state,
-            connected: live.connected,
-            features: for_backend(live.acknowledged),
-            mac: Some(live.identity.mac.0),
+            device_state: state.device_state,
+            connected: state.connected,
+            features: for_backend(state.acknowledged),
+            mac: Some(state.identity.mac.0),
         }
     }
 
-    /// The same of the device for a guest that has yet to come.
-    pub fn place_facts(&self, local: bool) -> NetFacts {
-        let features = self.live().offered;
-        NetFacts { features, mac: self.config.mac.map(|mac| mac.0), ..self.facts(local) }
+    /// What a migration has to know of the device at the target.
+    pub fn target_facts(&self, local: bool) -> NetFacts {
+        let features = self.state().offered;
+        NetFacts { features, mac: self.config.mac.map(|mac| mac.0), ..self.source_facts(local) }
     }
 
     /// How many queue pairs the device has.
     pub fn queue_pairs(&self) -> u16 {
-        self.queue_pairs
+        self.config.queue_pairs
     }
 
     /// What the control socket says about the device.
     pub fn status(&self) -> NetStatus {
-        let live = *self.live();
+        let state = *self.state();
         NetStatus {
             socket: self.config.socket.display().to_string(),
-            backend: if live.connected { Connection::Connected } else { Connection::Disconnected },
-            queue_pairs: self.queue_pairs,
-            active_queue_pairs: live.active_pairs,
-            features: format!("{:#x}", live.acknowledged),
+            backend: if state.connected { Frontend::Connected } else { Frontend::Disconnected },
+            queue_pairs: self.config.queue_pairs,
+            active_queue_pairs: state.active_pairs,
+            features: format!("{:#x}", state.acknowledged),
         }
     }
 
-    /// What the guest is offered, and whether it is asked to announce its addresses.
+    /// What the guest is offered, and whether the driver is asked to announce its addresses.
     pub fn offered(&self) -> (Identity, bool) {
-        let live = *self.live();
-        (live.identity, live.announce)
+        let state = *self.state();
+        (state.identity, state.announce)
     }
 
-    /// What the guest is offered from now on; only while no driver has the device.
+    /// Changes what the guest is offered; only while no driver uses the device.
     pub fn offer(&self, identity: Identity) {
-        self.live().identity = identity;
+        self.state().identity = identity;
     }
 
-    /// There is a back-end, which offers these features, and device state or not.
+    /// A back-end is connected, which offers these features, and `DEVICE_STATE` or not.
     pub fn set_connected(&self, offered: u64, device_state: bool) {
-        let mut live = self.live();
-        live.connected = true;
-        live.offered = offered;
-        live.device_state = device_state;
+        let mut state = self.state();
+        state.connected = true;
+        state.offered = offered;
+        state.device_state = device_state;
     }
 
-    /// There is no back-end.
+    /// No back-end is connected.
     pub fn set_disconnected(&self) {
-        self.live().connected = false;
+        self.state().connected = false;
     }
 
-    /// What the driver has acknowledged, and how many queue pairs it uses; 0 and 1 after a reset.
+    /// Sets the features that the driver has acknowledged and the number of queue pairs that it uses; 0 and 1 after
+    /// a reset.
     pub fn set_driver(&self, acknowledged: u64, active_pairs: u16) {
-        let mut live = self.live();
-        live.acknowledged = acknowledged;
-        live.active_pairs = active_pairs;
+        let mut state = self.state();
+        state.acknowledged = acknowledged;
+        state.active_pairs = active_pairs;
     }
 
     /// Asks the driver to announce its addresses, if it can.
     pub fn announce(&self) {
-        if self.live().acknowledged & feature(VIRTIO_NET_F_GUEST_ANNOUNCE) != 0 {
+        if self.state().acknowledged & feature(VIRTIO_NET_F_GUEST_ANNOUNCE) != 0 {
             self.set_announce(true);
         }
     }
 
-    /// Asks the driver to announce its addresses, or takes note that it has.
+    /// Asks the driver to announce its addresses, or ends that request.
     pub fn set_announce(&self, announce: bool) {
-        self.live().announce = announce;
+        self.state().announce = announce;
         if announce {
             self.events.config_changed();
         }
     }
 
-    /// Lets other threads cut the connection, or (`None`) forgets it.
-    pub fn set_cutter(&self, cutter: Option<Cutter>) {
-        *self.cutter.lock().unwrap_or_else(PoisonError::into_inner) = cutter;
+    /// Lets other threads shut the connection down; `None` if there is none any more.
+    pub fn set_shutdown_handle(&self, connection: Option<ShutdownHandle>) {
+        *self.connection() = connection;
     }
 
-    /// Ends the connection, so that the device's thread can end whatever its back-end does.
-    pub fn cut(&self) {
-        if let Some(cutter) = &*self.cutter.lock().unwrap_or_else(PoisonError::into_inner) {
-            cutter.cut();
+    /// Ends the connection, so that the worker does not wait for its back-end.
+    pub fn shut_down_connection(&self) {
+        if let Some(connection) = &*self.connection() {
+            connection.shut_down();
         }
+    }
+
+    fn connection(&self) -> MutexGuard<'_, Option<ShutdownHandle>> {
+        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -13,7 +13,7 @@ use super::shared::NetShared;
 use super::worker::Worker;
 use crate::config::NetConfig;
 use crate::memory::GuestMemory;
-use crate::vhost_user::frontend::LinkError;
+use crate::vhost_user::frontend::ConnectionError;
 use crate::virtio::InvalidQueue;
 
 /// Why a device has no back-end.
@@ -21,7 +21,7 @@ use crate::virtio::InvalidQueue;
 pub enum NetError {
     /// The connection.
     #[error(transparent)]
-    Link(#[from] LinkError),
+    Connection(#[from] ConnectionError),
     /// The back-end is of the wrong kind.
     #[error(transparent)]
     Offer(#[from] OfferError),
@@ -31,13 +31,13 @@ pub enum NetError {
     /// A virtqueue's used index cannot be read.
     #[error("cannot read a virtqueue's used index")]
     UsedIndex(#[source] virtio_queue::Error),
-    /// No thread, no events.
+    /// No thread or event.
     #[error("cannot start a network device's thread")]
     Thread(#[source] std::io::Error),
     /// The thread has ended.
     #[error("the network device's thread has ended")]
     Ended,
-    /// The connection was lost before.
+    /// No back-end is connected.
     #[error("the back-end is not connected")]
     NoBackend,
     /// A restored state whose parts contradict each other.
@@ -45,19 +45,19 @@ pub enum NetError {
     State,
 }
 
-/// A network device's thread, and what it shares.
+/// A network device's thread.
 #[derive(Debug)]
 pub struct NetThread {
-    /// What the device's thread shares.
+    /// What the worker shares with the transport.
     pub shared: Arc<NetShared>,
-    /// What the worker is to do.
+    /// The way to the worker.
     pub mailbox: Mailbox,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl NetThread {
-    /// Starts the thread and waits until it has greeted the back-end; gives the transport's side, too. Without
-    /// `memory` the device is suspended, and its guest has yet to arrive.
+    /// Starts the thread and waits until it has connected to the back-end; returns the transport's side, too. Without
+    /// `memory` the device is suspended until its guest arrives.
     pub fn start(
         name: String,
         config: &NetConfig,
@@ -67,22 +67,16 @@ impl NetThread {
         let (mailbox, inbox) = mailbox().map_err(NetError::Thread)?;
         let mut worker = Worker::new(name.clone(), config.clone(), Arc::clone(&shared), memory, inbox)
             .map_err(NetError::Thread)?;
-        let (greeted, greeting) = channel();
-        let run = move || match worker.greet() {
-            Ok(()) => {
-                if greeted.send(Ok(())).is_ok() {
-                    worker.run();
-                }
-            }
-            // Nobody waits any longer: the VMM is ending.
-            Err(error) => {
-                let _ = greeted.send(Err(error));
+        let (sender, connected) = channel();
+        let run = move || {
+            let outcome = worker.connect();
+            let usable = outcome.is_ok();
+            if sender.send(outcome).is_ok() && usable {
+                worker.run();
             }
         };
         let thread = Builder::new().name(name).spawn(run).map_err(NetError::Thread)?;
-        greeting.recv().unwrap_or_else(|_| {
-            Err(NetError::Thread(std::io::Error::other("it ended before it had greeted its back-end")))
-        })?;
+        connected.recv().unwrap_or(Err(NetError::Ended))?;
         let net = Net::new(Arc::clone(&shared), mailbox.clone());
         Ok((Self { shared, mailbox, thread: Mutex::new(Some(thread)) }, net))
     }
@@ -90,7 +84,7 @@ impl NetThread {
     /// Ends the thread and with it the connection.
     pub fn stop(&self) {
         self.mailbox.send(Worker::quit);
-        self.shared.cut();
+        self.shared.shut_down_connection();
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
         if thread.is_some_and(|thread| thread.join().is_err()) {
             tracing::error!("a network device's thread panicked");

@@ -1,20 +1,20 @@
-//! The thread of a network device: it alone talks to the back-end, and it serves the control virtqueue.
+//! The worker of a network device: it alone talks to the back-end, and it serves the control virtqueue.
 //!
 //! ```text
 //!              connected, handshake                    back-end gone
 //! Disconnected ────────────────────▶ Connected ───────────────────────▶ Disconnected
 //! ```
-//! Whether the driver has started the device is a second, independent state: a device that was started while
-//! there is no back-end starts when one comes. A back-end that takes the place of a lost one gets the rings at
-//! the index up to which the lost one had *used* them. Completion is in order, so the buffers after it are all
-//! still the device's: none is skipped and none is forgotten; frames that were in hand are sent again. Then every
-//! ring is kicked and every driver called once, in case the lost one took a notification with it.
 //!
-//! A device is *suspended* while its VM stands still: its rings are stopped, the thread knows how far they are and
-//! leaves the control virtqueue alone, so nobody touches guest memory. A device whose VM has yet to arrive is suspended
-//! from its start ([`suspend`]).
+//! Whether the driver has started the device is a second, independent state: if there is no back-end, the rings start
+//! when one connects. A back-end that replaces a lost one gets each ring at its *used* index. Completion is in order, so
+//! the buffers after that index are all still the device's: none is skipped and none is forgotten; frames that were in
+//! hand are sent again. Then the worker kicks each ring and calls the driver once for it, in case a notification was lost.
+//!
+//! A device is *suspended* while its VM is paused: its rings are stopped, and the worker keeps their bases and
+//! leaves the control virtqueue alone, so nothing touches guest memory. A device of a VM that has not arrived yet
+//! is suspended from its start ([`suspend`]).
 
-mod started;
+mod setup;
 mod suspend;
 
 use std::sync::Arc;
@@ -27,43 +27,44 @@ use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MQ};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vmm_sys_util::eventfd::EventFd;
 
-use self::started::{Control, Started, Suspended, rings};
+use self::setup::{Control, DeviceSetup, Suspended, rings};
 use super::identity::{Identity, check_offer, for_backend};
 use super::mailbox::Inbox;
-use super::reconnect::{Dialler, dial};
+use super::reconnect::{self, Reconnection};
 use super::shared::NetShared;
 use super::thread::NetError;
 use crate::config::{Mac, NetConfig};
 use crate::event;
 use crate::memory::GuestMemory;
-use crate::vhost_user::frontend::Link;
+use crate::vhost_user::frontend::Connection;
 use crate::virtio::control_queue::{self, ControlQueue, Refused};
 use crate::virtio::{Activation, InvalidQueue, feature};
 
-/// What the thread of a network device works with.
+/// Owns the connection to the back-end, and what the driver has set up.
 pub struct Worker {
     name: String,
     config: NetConfig,
+    /// The MAC address if neither the configuration nor the back-end has one.
     fallback: Mac,
     shared: Arc<NetShared>,
     memory: GuestMemory,
     inbox: Inbox,
-    link: Option<Link>,
-    /// The search for a back-end, while there is none.
-    dialler: Option<Dialler>,
-    device: Option<Started>,
-    /// What the back-end was told of a driver that has yet to come.
-    expected: Option<Started>,
+    connection: Option<Connection>,
+    /// Present while there is no back-end.
+    reconnection: Option<Reconnection>,
+    device: Option<DeviceSetup>,
+    /// What [`Self::prepare`] has set up in the back-end.
+    prepared: Option<DeviceSetup>,
     suspended: Option<Suspended>,
-    /// The guest has moved away.
+    /// The guest has migrated to another VMM.
     retired: bool,
     /// The VMM ends.
     quitting: bool,
-    /// What was last said about the missing back-end, so that it is said once.
-    complaint: Option<String>,
+    /// The last warning about a lost back-end: each is logged once.
+    last_warning: Option<String>,
 }
 
-/// What a wait has brought.
+/// What the worker was woken for.
 struct Woken {
     task: bool,
     control: bool,
@@ -71,7 +72,7 @@ struct Woken {
 }
 
 impl Worker {
-    /// One that has yet to greet its back-end. Without `memory` the device is suspended.
+    /// A worker without a connection. Without `memory` the device is suspended.
     ///
     /// # Errors
     /// What reading from `/dev/urandom` fails with.
@@ -90,23 +91,23 @@ impl Worker {
             suspended: memory.is_none().then(Suspended::default),
             memory: memory.unwrap_or_default(),
             inbox,
-            link: None,
-            dialler: None,
+            connection: None,
+            reconnection: None,
             device: None,
-            expected: None,
+            prepared: None,
             retired: false,
             quitting: false,
-            complaint: None,
+            last_warning: None,
         })
     }
 
     /// Connects to the back-end, which must be there.
-    pub fn greet(&mut self) -> Result<(), NetError> {
-        let link = dial(&self.shared)?;
-        self.adopt(link)
+    pub fn connect(&mut self) -> Result<(), NetError> {
+        let connection = reconnect::connect(&self.shared)?;
+        self.use_connection(connection)
     }
 
-    /// Works until it is told to end.
+    /// Runs until [`Self::quit`].
     pub fn run(&mut self) {
         loop {
             let woken = match self.wait() {
@@ -125,9 +126,9 @@ impl Worker {
                 self.serve_control();
             }
             if woken.backend {
-                self.lose("it closed the connection");
+                self.lose_connection("it closed the connection");
             }
-            if self.link.is_none() && !self.retired {
+            if self.connection.is_none() && !self.retired {
                 self.reconnect();
             }
         }
@@ -140,7 +141,7 @@ impl Worker {
             watched.len() - 1
         };
         let control = self.control_kick().map(event::descriptor).map(&mut watch);
-        let backend = self.link.as_ref().map(Link::socket).map(&mut watch);
+        let backend = self.connection.as_ref().map(Connection::socket).map(&mut watch);
         let mut events: Vec<_> = watched.into_iter().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
         poll(&mut events, PollTimeout::NONE)?;
         let ready = |index: Option<usize>| index.is_some_and(|index| events[index].any().unwrap_or(true));
@@ -155,7 +156,7 @@ impl Worker {
         self.shared.kicks.get(control.index)
     }
 
-    /// Runs the tasks that have come; false when the thread shall end.
+    /// Runs the pending tasks; false after [`Self::quit`].
     fn run_tasks(&mut self) -> bool {
         event::take(&self.inbox.wake);
         while !self.quitting
@@ -171,20 +172,20 @@ impl Worker {
         self.quitting = true;
     }
 
-    /// The guest has moved away: a back-end that is lost is not looked for.
+    /// The guest has migrated to another VMM: do not reconnect to a lost back-end.
     pub fn retire(&mut self) {
         self.retired = true;
     }
 
-    /// The connection to the back-end. A transfer that fails does not end it: the back-end keeps its device, or is lost with
-    /// the next message.
-    pub fn link(&mut self) -> Result<&mut Link, NetError> {
-        self.link.as_mut().ok_or(NetError::NoBackend)
+    /// The connection to the back-end. A transfer that fails does not end it: the back-end keeps its device, or is
+    /// lost with the next message.
+    pub fn connection(&mut self) -> Result<&mut Connection, NetError> {
+        self.connection.as_mut().ok_or(NetError::NoBackend)
     }
 
-    /// The driver is ready. If the rings cannot be run as it wants, the device needs a reset.
+    /// Starts the device as the driver has set it up; if that is not possible, the device needs a reset.
     pub fn start(&mut self, activation: &Activation) {
-        let device = match self.accept(activation) {
+        let device = match self.check(activation) {
             Ok(device) => device,
             Err(error) => {
                 limited!(warn, "{}: the device cannot be started: {error}", self.name);
@@ -195,19 +196,19 @@ impl Worker {
         self.shared.set_driver(device.features, device.pairs);
         self.device = Some(device);
         if let Err(error) = self.start_rings(&[], false, false) {
-            self.lose(&error_chain(&error));
+            self.lose_connection(&error_chain(&error));
         }
     }
 
-    /// The guest has got its memory, which the back-end is to share.
+    /// Shares the memory of a VM that was created without.
     pub fn use_memory(&mut self, memory: GuestMemory) -> Result<(), NetError> {
         self.memory = memory;
-        let link = self.link.as_mut().ok_or(NetError::NoBackend)?;
-        Ok(link.share_memory(&self.memory)?)
+        let connection = self.connection.as_mut().ok_or(NetError::NoBackend)?;
+        Ok(connection.share_memory(&self.memory)?)
     }
 
     /// Checks what the driver has set up.
-    fn accept(&self, activation: &Activation) -> Result<Started, InvalidQueue> {
+    fn check(&self, activation: &Activation) -> Result<DeviceSetup, InvalidQueue> {
         let features = activation.features;
         for (index, queue) in activation.queues.iter().enumerate().filter(|(_, queue)| queue.ready) {
             queue.check(index, &self.memory)?;
@@ -226,20 +227,22 @@ impl Worker {
             None => None,
         };
         let queues = activation.queues.iter().copied().take(index).collect();
-        Ok(Started { features, queues, control, pairs: 1, inflight: None })
+        Ok(DeviceSetup { features, queues, control, pairs: 1, inflight: None })
     }
 
-    /// Hands the driver's rings to the back-end, if there are both, each with its base or 0. `set_up`: the back-end
-    /// knows all but what starts them. `resume`: they were running before.
+    /// Starts the driver's rings, if there are a driver and a back-end, each at its base or 0. `set_up`: the rings
+    /// are set up and have their bases. `resume`: they were running before.
     fn start_rings(&mut self, bases: &[RingBase], set_up: bool, resume: bool) -> Result<(), NetError> {
-        let (Some(link), Some(device)) = (&mut self.link, &mut self.device) else { return Ok(()) };
-        check_offer(device.features, link.offer())?;
+        let (Some(connection), Some(device)) = (&mut self.connection, &mut self.device) else {
+            return Ok(());
+        };
+        check_offer(device.features, connection.offer())?;
         let rings = rings(device, &self.shared, bases);
         if !set_up {
-            link.set_up(for_backend(device.features), &self.memory, &mut device.inflight, &rings)?;
-            link.place(&rings)?;
+            connection.set_up(for_backend(device.features), &self.memory, &mut device.inflight, &rings)?;
+            connection.set_bases(&rings)?;
         }
-        link.run(&rings)?;
+        connection.start_rings(&rings)?;
         if resume {
             for ring in rings {
                 event::signal(ring.kick);
@@ -249,12 +252,12 @@ impl Worker {
         Ok(())
     }
 
-    /// Has a back-end go on where a lost one was.
+    /// Starts the rings of a lost back-end at their used indices.
     fn restart_rings(&mut self) -> Result<(), NetError> {
         if self.suspended.is_some() {
             return Ok(());
         }
-        let ready: Vec<_> = self.device.iter().flat_map(Started::ready).collect();
+        let ready: Vec<_> = self.device.iter().flat_map(DeviceSetup::ready).collect();
         let mut bases = Vec::new();
         for (index, setup) in ready {
             let base = self.used_index(index, &setup)?;
@@ -263,26 +266,26 @@ impl Worker {
         self.start_rings(&bases, false, true)
     }
 
-    /// The driver resets the device; on return nobody touches guest memory.
+    /// Resets the device; on return the back-end does not touch guest memory.
     pub fn reset(&mut self) {
         self.device = None;
         self.shared.set_driver(0, 1);
         self.shared.set_announce(false);
-        let stopped = self.link.as_mut().map_or(Ok(()), Link::stop);
+        let stopped = self.connection.as_mut().map_or(Ok(()), Connection::stop);
         if let Err(error) = stopped {
             // A back-end without a connection has no session, and so no guest memory.
-            self.lose(&error_chain(&error));
+            self.lose_connection(&error_chain(&error));
         }
     }
 
     fn serve_control(&mut self) {
-        let Some(Started { features, control: Some(control), pairs, .. }) = &mut self.device else {
+        let Some(DeviceSetup { features, control: Some(control), pairs, .. }) = &mut self.device else {
             return;
         };
         let (kick, call) = (&self.shared.kicks[control.index], &self.shared.calls[control.index]);
         event::take(kick);
-        let (shared, link, max) = (&self.shared, &mut self.link, self.config.queue_pairs);
-        let mut broken_link = None;
+        let (shared, connection, max) = (&self.shared, &mut self.connection, self.config.queue_pairs);
+        let mut broken_connection = None;
         let served = control.queue.serve(&self.memory, |command| match command {
             control_queue::Command::AcknowledgeAnnounce
                 if *features & feature(VIRTIO_NET_F_GUEST_ANNOUNCE) != 0 =>
@@ -295,9 +298,9 @@ impl Worker {
             {
                 *pairs = wanted;
                 shared.set_driver(*features, wanted);
-                if let Some(link) = link.as_mut().filter(|_| broken_link.is_none()) {
+                if let Some(connection) = connection.as_mut().filter(|_| broken_connection.is_none()) {
                     // If it fails, the next back-end gets it right from the start.
-                    broken_link = link.enable_pairs(wanted).err();
+                    broken_connection = connection.enable_pairs(wanted).err();
                 }
                 Ok(())
             }
@@ -320,45 +323,46 @@ impl Worker {
                 self.shared.events.need_reset();
             }
         }
-        if let Some(error) = broken_link {
-            self.lose(&error_chain(&error));
+        if let Some(error) = broken_connection {
+            self.lose_connection(&error_chain(&error));
         }
     }
 
-    /// Takes a greeted back-end on; the driver's rings are not touched.
-    fn adopt(&mut self, link: Link) -> Result<(), NetError> {
-        let identity = Identity::new(link.offer(), self.config.queue_pairs, self.config.mac, self.fallback)?;
+    /// Keeps a new connection, if its back-end fits the device. Does not touch the driver's rings.
+    fn use_connection(&mut self, connection: Connection) -> Result<(), NetError> {
+        let identity =
+            Identity::new(connection.offer(), self.config.queue_pairs, self.config.mac, self.fallback)?;
         if self.device.is_none() {
             self.shared.offer(identity);
         }
-        self.shared.set_connected(link.offer().features, link.has_device_state());
-        self.link = Some(link);
+        self.shared.set_connected(connection.offer().features, connection.has_device_state());
+        self.connection = Some(connection);
         Ok(())
     }
 
-    /// Looks for a back-end, and takes it on when it is found.
+    /// Starts to reconnect, or finishes it.
     fn reconnect(&mut self) {
-        if let Some(outcome) = self.dialler.as_mut().and_then(Dialler::found) {
-            self.dialler = None;
+        if let Some(outcome) = self.reconnection.as_mut().and_then(Reconnection::outcome) {
+            self.reconnection = None;
             match outcome
                 .map_err(NetError::from)
-                .and_then(|link| self.adopt(link))
+                .and_then(|connection| self.use_connection(connection))
                 .and_then(|()| self.restart_rings())
             {
-                Ok(()) => self.welcome(),
+                Ok(()) => self.reconnected(),
                 Err(error) => {
-                    self.drop_link();
+                    self.drop_connection();
                     let socket = self.config.socket.display();
-                    self.complain(&format!(
+                    self.warn_once(&format!(
                         "the back-end at {socket} cannot be used: {}",
                         error_chain(&error)
                     ));
                 }
             }
         }
-        if self.link.is_none() && self.dialler.is_none() {
-            match Dialler::start(Arc::clone(&self.shared), Arc::clone(&self.inbox.wake)) {
-                Ok(dialler) => self.dialler = Some(dialler),
+        if self.connection.is_none() && self.reconnection.is_none() {
+            match Reconnection::start(Arc::clone(&self.shared), Arc::clone(&self.inbox.wake)) {
+                Ok(reconnection) => self.reconnection = Some(reconnection),
                 Err(error) => {
                     limited!(error, "{}: cannot look for a back-end: {error}", self.name);
                     self.shared.events.need_reset();
@@ -367,34 +371,34 @@ impl Worker {
         }
     }
 
-    fn welcome(&mut self) {
-        self.complaint = None;
+    fn reconnected(&mut self) {
+        self.last_warning = None;
         limited!(info, "{}: the back-end at {} is back", self.name, self.config.socket.display());
         self.shared.announce();
     }
 
-    fn lose(&mut self, reason: &str) {
-        if self.link.is_some() {
-            self.drop_link();
+    fn lose_connection(&mut self, reason: &str) {
+        if self.connection.is_some() {
+            self.drop_connection();
             let socket = self.config.socket.display();
-            self.complain(&format!("lost the back-end at {socket} ({reason}); waiting for it to come back"));
+            self.warn_once(&format!("lost the back-end at {socket} ({reason}); waiting for it to come back"));
         }
     }
 
-    fn drop_link(&mut self) {
-        self.link = None;
-        self.expected = None;
+    fn drop_connection(&mut self) {
+        self.connection = None;
+        self.prepared = None;
         if let Some(suspended) = &mut self.suspended {
             suspended.set_up = false;
         }
-        self.shared.set_cutter(None);
+        self.shared.set_shutdown_handle(None);
         self.shared.set_disconnected();
     }
 
-    fn complain(&mut self, complaint: &str) {
-        if self.complaint.as_deref() != Some(complaint) {
-            limited!(warn, "{}: {complaint}", self.name);
-            self.complaint = Some(complaint.to_owned());
+    fn warn_once(&mut self, warning: &str) {
+        if self.last_warning.as_deref() != Some(warning) {
+            limited!(warn, "{}: {warning}", self.name);
+            self.last_warning = Some(warning.to_owned());
         }
     }
 }

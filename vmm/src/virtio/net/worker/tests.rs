@@ -162,7 +162,7 @@ fn a_new_back_end_goes_on_where_the_lost_one_stopped() {
         event::take(event);
     }
 
-    bench.thread.shared.cut();
+    bench.thread.shared.shut_down_connection();
     drop(serving.finish());
     let second = FakeBackend::new(4).serve(bench.listener.accept().unwrap().0);
     wait_until(|| log_of(&second, "SET_VRING_KICK").len() == 4);
@@ -198,7 +198,7 @@ fn the_inflight_region_lives_as_long_as_the_drivers_rings() {
     assert!(first.is_some());
     assert_eq!(asked(&serving), ["GET_INFLIGHT_FD 4 16"]);
     for _ in 0..3 {
-        bench.thread.shared.cut();
+        bench.thread.shared.shut_down_connection();
         drop(serving.finish());
         serving = FakeBackend::new(4).serve(bench.listener.accept().unwrap().0);
         wait_until(|| log_of(&serving, "SET_VRING_KICK").len() == 4);
@@ -215,7 +215,7 @@ fn the_inflight_region_lives_as_long_as_the_drivers_rings() {
     assert_eq!(asked(&serving), ["GET_INFLIGHT_FD 4 32"]);
 
     // Reset and started while there is no back-end.
-    bench.thread.shared.cut();
+    bench.thread.shared.shut_down_connection();
     drop(serving.finish());
     bench.net.reset().wait();
     bench.activate(activation(VERSION_1 | MULTI_QUEUE));
@@ -245,7 +245,7 @@ fn a_device_whose_guest_is_dropped_leaves_its_back_end() {
 fn a_back_end_with_fewer_features_is_not_used() {
     let (mut bench, serving) = bench();
     bench.activate(activation(VERSION_1 | MULTI_QUEUE));
-    bench.thread.shared.cut();
+    bench.thread.shared.shut_down_connection();
     drop(serving.finish());
 
     let mut lesser = FakeBackend::new(4);
@@ -261,7 +261,7 @@ fn a_back_end_with_fewer_features_is_not_used() {
 #[test]
 fn a_driver_may_come_and_go_while_there_is_no_back_end() {
     let (mut bench, serving) = bench();
-    bench.thread.shared.cut();
+    bench.thread.shared.shut_down_connection();
     drop(serving.finish());
     bench.activate(activation(VERSION_1));
     bench.net.reset().wait();
@@ -440,7 +440,7 @@ fn a_guest_stands_still_for_no_more_than_two_messages_a_ring() {
     let (bench, state, outline) = on_its_way();
     let (target, serving) = bench_with(None, FakeBackend::new(4));
     target.use_memory(&bench.memory);
-    target.call(|worker| worker.expect(outline)).unwrap();
+    target.call(|worker| worker.prepare(outline)).unwrap();
     assert_eq!(log_since(&serving, 0, &["SET_VRING_ENABLE"]), FIRST_PAIR);
     assert_eq!(log_of(&serving, "SET_INFLIGHT_FD").len(), 1);
 
@@ -469,7 +469,7 @@ fn a_driver_may_change_its_rings_until_its_guest_stands_still() {
         change(&mut state);
         let (target, serving) = bench_with(None, FakeBackend::new(4));
         target.use_memory(&bench.memory);
-        target.call(|worker| worker.expect(outline)).unwrap();
+        target.call(|worker| worker.prepare(outline)).unwrap();
         let since = log_length(&serving);
         target.restore(&state).unwrap();
         target.call(Worker::resume);
@@ -504,7 +504,7 @@ fn what_was_told_of_a_guest_is_checked() {
     for change in wrong {
         let mut outline = outline.clone();
         change(&mut outline);
-        target.call(|worker| worker.expect(outline)).unwrap_err();
+        target.call(|worker| worker.prepare(outline)).unwrap_err();
     }
     assert_eq!(log_length(&serving), since);
     target.thread.stop();
@@ -515,7 +515,7 @@ fn what_was_told_of_a_guest_is_checked() {
 fn a_back_end_that_comes_back_while_the_vm_stands_still_waits_for_it() {
     let (bench, serving) = running(&[7, 8, 9, 10]);
     bench.call(Worker::suspend);
-    bench.thread.shared.cut();
+    bench.thread.shared.shut_down_connection();
     drop(serving.finish());
     let second = FakeBackend::new(4).serve(bench.listener.accept().unwrap().0);
     wait_until(|| bench.thread.shared.status().backend == baton_protocol::control::Frontend::Connected);

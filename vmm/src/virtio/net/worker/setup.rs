@@ -1,4 +1,4 @@
-//! What a driver has started, and how far its rings are.
+//! What a driver has set up on the device, and the rings' bases.
 
 use baton_protocol::migration::state::RingBase;
 
@@ -9,22 +9,22 @@ use crate::vhost_user::inflight::Inflight;
 use crate::virtio::QueueSetup;
 use crate::virtio::control_queue::ControlQueue;
 
-/// What a driver has started.
+/// What a driver has set up. Checked.
 #[derive(Debug)]
-pub(super) struct Started {
+pub(super) struct DeviceSetup {
     pub(super) features: u64,
     /// The data virtqueues.
     pub(super) queues: Vec<QueueSetup>,
     pub(super) control: Option<Control>,
     /// How many queue pairs the driver uses.
     pub(super) pairs: u16,
-    /// Where back-ends note which chains they have, for as long as these virtqueues live.
+    /// The inflight region, for as long as these virtqueues live.
     pub(super) inflight: Option<Inflight>,
 }
 
-impl Started {
-    /// Whether a back-end that was told of this needs no other word for `other` than where its rings are.
-    pub(super) fn is_like(&self, other: &Self) -> bool {
+impl DeviceSetup {
+    /// Whether rings that were set up for this need only their bases to be set up for `other`.
+    pub(super) fn has_rings_of(&self, other: &Self) -> bool {
         let Self { features, queues, control: _, pairs, inflight: _ } = self;
         for_backend(*features) == for_backend(other.features)
             && *pairs == other.pairs
@@ -38,8 +38,12 @@ impl Started {
     }
 }
 
-/// The driver's rings as the back-end is to run them, each at its base or at 0.
-pub(super) fn rings<'a>(device: &Started, shared: &'a NetShared, bases: &[RingBase]) -> Vec<RingStart<'a>> {
+/// The driver's rings, to be started each at its base or at 0.
+pub(super) fn rings<'a>(
+    device: &DeviceSetup,
+    shared: &'a NetShared,
+    bases: &[RingBase],
+) -> Vec<RingStart<'a>> {
     let base = |index| bases.iter().find(|base| usize::from(base.index) == index).map_or(0, |base| base.base);
     let ring = |(index, setup)| RingStart {
         index,
@@ -58,10 +62,10 @@ pub(super) struct Control {
     pub(super) index: usize,
 }
 
-/// How far the rings of a suspended device are.
+/// The rings of a suspended device.
 #[derive(Debug, Default)]
 pub(super) struct Suspended {
     pub(super) bases: Vec<RingBase>,
-    /// The back-end knows all but what starts them.
+    /// They are set up in the back-end, and have their bases there.
     pub(super) set_up: bool,
 }

@@ -1,0 +1,23 @@
+//! Ends a connection from another thread.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use nix::sys::socket::{Shutdown, shutdown};
+
+/// A second descriptor of a connection. Shutting it down ends every wait for the peer.
+#[derive(Debug)]
+pub struct ShutdownHandle(OwnedFd);
+
+impl ShutdownHandle {
+    /// A handle to `socket`.
+    pub fn new(socket: &impl AsFd) -> io::Result<Self> {
+        socket.as_fd().try_clone_to_owned().map(Self)
+    }
+
+    /// Ends the connection.
+    pub fn shut_down(&self) {
+        // It fails if the peer has closed the connection: then there is nothing to end.
+        let _ = shutdown(self.0.as_raw_fd(), Shutdown::Both);
+    }
+}
