@@ -52,7 +52,7 @@ pub struct Config {
     /// its network devices are those that it was started with; no kernel is loaded.
     #[arg(long, value_name = "PATH")]
     pub incoming: Option<PathBuf>,
-    /// Let the VM that was taken in stand still until batonctl resume.
+    /// Keep the VM that arrives paused until batonctl resume.
     #[arg(long, requires = "incoming")]
     pub paused: bool,
     /// Where the guest's serial console goes: stdio, or file=PATH.
@@ -60,9 +60,9 @@ pub struct Config {
     pub serial: SerialTarget,
 }
 
-/// What to do when the command line does not say what to run.
+/// Why the program ends before it runs a VM.
 #[derive(Debug)]
-pub enum Unusable {
+pub enum EarlyExit {
     /// `--help` or `--version`: this text was asked for.
     Information(String),
     /// A usage error: one line.
@@ -71,18 +71,18 @@ pub enum Unusable {
 
 impl Config {
     /// Reads and checks a command line; `arguments` starts with the program's name.
-    pub fn from_arguments<I>(arguments: I) -> Result<Self, Unusable>
+    pub fn from_arguments<I>(arguments: I) -> Result<Self, EarlyExit>
     where
         I: IntoIterator<Item = OsString>,
     {
         let config = Self::try_parse_from(arguments).map_err(|error| {
             if error.use_stderr() {
-                Unusable::Usage(one_line(&error.to_string()))
+                EarlyExit::Usage(one_line(&error.to_string()))
             } else {
-                Unusable::Information(error.to_string())
+                EarlyExit::Information(error.to_string())
             }
         })?;
-        config.check().map_err(|error| Unusable::Usage(error.to_string()))?;
+        config.check().map_err(|error| EarlyExit::Usage(error.to_string()))?;
         Ok(config)
     }
 
@@ -298,14 +298,14 @@ impl FromStr for NetConfig {
 mod tests {
     use super::*;
 
-    fn parse(arguments: &[&str]) -> Result<Config, Unusable> {
+    fn parse(arguments: &[&str]) -> Result<Config, EarlyExit> {
         let program = ["baton-vmm", "--kernel=k"];
         Config::from_arguments(program.iter().chain(arguments).map(OsString::from))
     }
 
     fn usage(arguments: &[&str]) -> String {
         match parse(arguments) {
-            Err(Unusable::Usage(line)) => line,
+            Err(EarlyExit::Usage(line)) => line,
             other => panic!("no usage error: {other:?}"),
         }
     }
@@ -335,7 +335,7 @@ mod tests {
     fn usage_errors_are_one_line() {
         let no_kernel = Config::from_arguments(["baton-vmm".into()]);
         assert!(
-            matches!(no_kernel, Err(Unusable::Usage(line)) if line.contains("--kernel") && !line.contains('\n'))
+            matches!(no_kernel, Err(EarlyExit::Usage(line)) if line.contains("--kernel") && !line.contains('\n'))
         );
         assert!(usage(&["--cpus=0"]).contains("0"));
         assert!(usage(&["--cpus=17"]).contains("17"));
@@ -346,7 +346,7 @@ mod tests {
 
     #[test]
     fn help_is_not_an_error() {
-        assert!(matches!(parse(&["--help"]), Err(Unusable::Information(text)) if text.contains("--net")));
+        assert!(matches!(parse(&["--help"]), Err(EarlyExit::Information(text)) if text.contains("--net")));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! What the VMM answers on its control socket.
+//! Answers requests on the control socket.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::event;
 use crate::lifecycle::{Guest, Lifecycle, LifecycleError};
 use crate::machine::Machine;
-use crate::migration::source::Wish;
+use crate::migration::source::MigrationRequest;
 
 /// Why there is no control socket.
 #[derive(Debug, Error)]
@@ -25,16 +25,16 @@ pub enum ControlError {
     Serve(#[from] std::io::Error),
 }
 
-/// What can be asked about the VM and done to it.
+/// Handles the requests of clients.
 #[derive(Debug)]
-pub struct Controlled<M = Machine> {
+pub struct ControlHandler<M = Machine> {
     /// The VM.
     pub lifecycle: Arc<Lifecycle<M>>,
     /// Signalled to end the VMM.
     pub quit: EventFd,
 }
 
-impl<M: Guest> Controlled<M> {
+impl<M: Guest> ControlHandler<M> {
     fn answer(&self, request: Request) -> Answer {
         let lifecycle = &self.lifecycle;
         match request {
@@ -42,8 +42,8 @@ impl<M: Guest> Controlled<M> {
             Request::Pause => return later(|promise| lifecycle.pause(promise)),
             Request::Resume => return later(|promise| lifecycle.resume(promise)),
             Request::Migrate { path, local, dry_run } => {
-                let wish = Wish { path, local, dry_run, running: true };
-                return later(|promise| lifecycle.migrate(wish, promise));
+                let request = MigrationRequest { path, local, dry_run, running: true };
+                return later(|promise| lifecycle.migrate(request, promise));
             }
             Request::Quit => {
                 event::signal(&self.quit);
@@ -58,7 +58,7 @@ impl<M: Guest> Controlled<M> {
     }
 }
 
-/// The answer to what `begin` begins, if it does.
+/// Answers when the operation that `begin` begins is done, or at once if it is refused.
 fn later(begin: impl FnOnce(Promise) -> Result<(), LifecycleError>) -> Answer {
     let begun = Promise::new().map_err(|error| refusal(&error)).and_then(|(promise, later)| {
         begin(promise).map_err(|error| refusal(&error))?;
@@ -83,9 +83,9 @@ pub fn bind(path: &Path) -> Result<BoundSocket, ControlError> {
 /// Serves requests on a thread of their own.
 pub fn serve<M: Guest>(
     socket: BoundSocket,
-    controlled: Controlled<M>,
+    handler: ControlHandler<M>,
 ) -> Result<ControlServer, ControlError> {
-    Ok(ControlServer::start(socket, move |request| controlled.answer(request))?)
+    Ok(ControlServer::start(socket, move |request| handler.answer(request))?)
 }
 
 #[cfg(test)]

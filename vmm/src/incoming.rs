@@ -1,8 +1,8 @@
 //! Waits for a VM from another VMM (`--incoming`).
 //!
-//! A thread of its own listens, and serves one source after the other until a VM has come; then the socket goes.
-//! The machine is made before any source is served, so that a back-end which is missing is said at the start. After
-//! a source has come to nothing, another machine is made.
+//! A thread of its own listens, and serves one source after the other until a VM arrives; then it removes the socket.
+//! The machine is created before any source is served, so that a missing back-end is reported at the start. A machine
+//! that a failed migration has used is replaced by another.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -19,23 +19,23 @@ use crate::config::Config;
 use crate::event;
 use crate::lifecycle::Lifecycle;
 use crate::machine::{Machine, MachineError};
-use crate::migration::target::{Taken, serve};
+use crate::migration::target::{Outcome, serve};
 use crate::power::EndSignal;
 use crate::serial::SharedConsole;
 
-/// How long to leave sources waiting that cannot be accepted, for want of descriptors, say, in milliseconds.
-const REST: u8 = 100;
+/// How long to wait, in milliseconds, after a source could not be accepted, for want of descriptors, say.
+const RETRY_MS: u8 = 100;
 
-/// Why no VM can come.
+/// Why no VM can arrive.
 #[derive(Debug, Error)]
 pub enum IncomingError {
     /// The path is taken or cannot be bound.
     #[error(transparent)]
     Bind(#[from] BindError),
-    /// No place for a VM.
+    /// No machine.
     #[error(transparent)]
     Machine(#[from] MachineError),
-    /// No thread, no events.
+    /// No thread or event.
     #[error("cannot wait for a VM")]
     System(#[from] std::io::Error),
 }
@@ -46,44 +46,45 @@ impl From<Errno> for IncomingError {
     }
 }
 
-/// The thread that waits.
+/// The thread that waits for a VM.
 #[derive(Debug)]
 pub struct Incoming {
     stop: EventFd,
     thread: JoinHandle<()>,
 }
 
-/// What is waited for, and what the VM that comes gets.
+/// What an incoming VM is made of.
 #[derive(Debug)]
-pub struct Awaited {
-    /// How the VM looks.
+pub struct IncomingParts {
+    /// Its configuration.
     pub config: Config,
     /// Its console.
     pub console: Arc<SharedConsole>,
     /// Where its end is reported.
     pub end: EndSignal,
-    /// Where it goes.
+    /// The lifecycle that it becomes part of.
     pub lifecycle: Arc<Lifecycle>,
 }
 
-impl Awaited {
-    fn place(&self) -> Result<Arc<Machine>, MachineError> {
+impl IncomingParts {
+    fn create_machine(&self) -> Result<Arc<Machine>, MachineError> {
         Machine::incoming(&self.config, Arc::clone(&self.console), &self.end).map(Arc::new)
     }
 }
 
 impl Incoming {
-    /// Makes a place for a VM, and waits for it at `path`. When that becomes impossible, `failed` is signalled.
-    pub fn start(path: &Path, awaited: Awaited, failed: EventFd) -> Result<Self, IncomingError> {
+    /// Creates a machine, and waits at `path` for the VM to run on it. When that becomes impossible, `failed` is
+    /// signalled.
+    pub fn start(path: &Path, parts: IncomingParts, failed: EventFd) -> Result<Self, IncomingError> {
         // The path first: a source that connects already waits in the backlog, and KVM is not needed to refuse a path.
         let socket = BoundSocket::bind(path)?;
-        let machine = awaited.place()?;
+        let machine = parts.create_machine()?;
         socket.listener().set_nonblocking(true)?;
         let stop = event::new()?;
-        let mut waiting = Waiting { awaited, socket, stop: stop.try_clone()? };
-        waiting.awaited.lifecycle.await_arrival(&machine);
+        let mut listener = Listener { parts, socket, stop: stop.try_clone()? };
+        listener.parts.lifecycle.set_incoming(&machine);
         let thread = Builder::new().name("incoming".to_owned()).spawn(move || {
-            if let Err(error) = waiting.run(machine) {
+            if let Err(error) = listener.run(machine) {
                 tracing::error!("{}", error_chain(&error));
                 event::signal(&failed);
             }
@@ -100,34 +101,34 @@ impl Incoming {
     }
 }
 
-struct Waiting {
-    awaited: Awaited,
+struct Listener {
+    parts: IncomingParts,
     socket: BoundSocket,
     stop: EventFd,
 }
 
-impl Waiting {
-    /// Until the VM has come, or nobody waits for it any more.
+impl Listener {
+    /// Serves sources until a VM arrives, or the VMM ends.
     fn run(&mut self, mut machine: Arc<Machine>) -> Result<(), IncomingError> {
-        let lifecycle = Arc::clone(&self.awaited.lifecycle);
+        let lifecycle = Arc::clone(&self.parts.lifecycle);
         while let Some(stream) = self.accept()? {
             let served = serve(&machine, stream, |connection| lifecycle.migration_started(connection));
-            if !matches!(served, Ok(Taken::Here(_))) {
+            if !matches!(served, Ok(Outcome::Arrived(_))) {
                 lifecycle.migration_ended();
             }
             match served {
-                Ok(Taken::Here(arrival)) => {
-                    lifecycle.arrive(&machine, arrival, self.awaited.config.paused);
+                Ok(Outcome::Arrived(arrival)) => {
+                    lifecycle.set_arrived(&machine, arrival, self.parts.config.paused);
                     return Ok(());
                 }
-                Ok(Taken::Not { fresh: true }) => {}
-                Ok(Taken::Not { fresh: false }) => {
+                Ok(Outcome::Failed { reusable: true }) => {}
+                Ok(Outcome::Failed { reusable: false }) => {
                     machine.stop();
                     if event::take(&self.stop) {
                         return Ok(());
                     }
-                    machine = self.awaited.place()?;
-                    if !lifecycle.await_arrival(&machine) {
+                    machine = self.parts.create_machine()?;
+                    if !lifecycle.set_incoming(&machine) {
                         return Ok(());
                     }
                 }
@@ -156,9 +157,9 @@ impl Waiting {
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
                 Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => {}
                 Err(error) => {
-                    // The source is still there to be accepted; what is missing may come back.
+                    // The source stays in the backlog.
                     limited!(warn, "migration: cannot accept a source now: {error}");
-                    poll(&mut [readable(event::descriptor(&self.stop))], REST)?;
+                    poll(&mut [readable(event::descriptor(&self.stop))], RETRY_MS)?;
                 }
             }
         }

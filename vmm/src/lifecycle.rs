@@ -1,16 +1,15 @@
-//! What the VM is doing, and what may be asked of it meanwhile.
+//! The VM's state, and the operations that change it.
 //!
 //! ```text
-//!   incoming ──taken──▶ running ◀─resume── paused ◀──taken, --paused── incoming
+//!   incoming ─arrived─▶ running ◀─resume── paused ◀─arrived, --paused─ incoming
 //!                          │   ──pause──▶     │
 //!                          └───────┬──────────┘
 //!                               migrate
 //!                                  ▼
 //!              ◀──rolled back── migrating ──completed──▶ postmigrate
 //! ```
-//! Each operation has a thread of its own, since it waits for back-ends. The state and the operation under way are what
-//! keeps operations apart: whoever comes while the VM is paused, resumed or migrated is refused. To look at the state
-//! never waits.
+//! Each operation has a thread of its own, since it waits for back-ends. Only one runs at a time: a request that comes
+//! while the VM is being paused, resumed or migrated is refused. Reading the state never waits.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
@@ -24,7 +23,7 @@ use thiserror::Error;
 
 use crate::config::Config;
 use crate::machine::{Machine, MachineError};
-use crate::migration::source::{Wish, migrate};
+use crate::migration::source::{MigrationRequest, migrate};
 use crate::migration::target::Arrival;
 use crate::shutdown::ShutdownHandle;
 
@@ -34,22 +33,22 @@ pub enum LifecycleError {
     /// The VM cannot be stopped.
     #[error(transparent)]
     Machine(#[from] MachineError),
-    /// The VM has yet to come.
+    /// No VM has arrived.
     #[error("the VM has yet to come: migrate it here first")]
     Incoming,
-    /// The VM is about to stand still.
+    /// A pause is under way.
     #[error("the VM is being paused: wait for that to end")]
     Pausing,
-    /// The VM is about to run on.
+    /// A resume is under way.
     #[error("the VM is being resumed: wait for that to end")]
     Resuming,
-    /// The VM is on its way.
+    /// A migration is under way.
     #[error("the VM is being migrated: wait for that to end")]
     Migrating,
     /// The VMM ends.
     #[error("the VMM is about to end")]
     Ending,
-    /// The VM is another VMM's.
+    /// The VM has migrated to another VMM.
     #[error("the VM has migrated: its memory and its network are the target's; quit this one")]
     Postmigrate,
     /// No thread.
@@ -57,7 +56,7 @@ pub enum LifecycleError {
     Thread(#[source] std::io::Error),
 }
 
-/// A VM whose life this is: a [`Machine`], or what stands for one in a test.
+/// What the lifecycle operates on: a [`Machine`], or a test's replacement.
 pub trait Guest: Send + Sync + 'static {
     /// What the control socket says about the network devices. Waits for nothing.
     fn net_status(&self) -> Vec<NetStatus>;
@@ -70,8 +69,8 @@ pub trait Guest: Send + Sync + 'static {
     fn pause(&self) -> Result<(), MachineError>;
     /// Lets the devices run, then the vCPUs.
     fn resume(&self);
-    /// Moves the VM; `started` is given what ends the attempt early.
-    fn migrate(&self, wish: &Wish, started: impl FnOnce(ShutdownHandle)) -> MigrationReport;
+    /// Migrates the VM. `started` gets the handle that ends the migration early.
+    fn migrate(&self, request: &MigrationRequest, started: impl FnOnce(ShutdownHandle)) -> MigrationReport;
     /// Ends the VM, and whatever waits for its devices.
     fn stop(&self);
 }
@@ -93,8 +92,8 @@ impl Guest for Machine {
         self.resume();
     }
 
-    fn migrate(&self, wish: &Wish, started: impl FnOnce(ShutdownHandle)) -> MigrationReport {
-        let report = migrate(self, wish, started);
+    fn migrate(&self, request: &MigrationRequest, started: impl FnOnce(ShutdownHandle)) -> MigrationReport {
+        let report = migrate(self, request, started);
         if let MigrationReport::Completed { .. } = report {
             self.retire();
         }
@@ -121,17 +120,17 @@ struct Inner<M> {
     machine: Option<Arc<M>>,
     /// The thread of the last change or migration.
     work: Option<JoinHandle<()>>,
-    /// What ends the migration that is under way, to this VMM or from it.
+    /// The connection of a migration under way, to this VMM or from it.
     connection: Option<ShutdownHandle>,
-    /// How the last one from this VMM ended.
-    last: Option<MigrationReport>,
+    /// The report of the last migration from this VMM.
+    last_migration: Option<MigrationReport>,
     /// The VMM is about to end.
     ending: bool,
 }
 
 impl<M> Inner<M> {
-    /// The VM, if it is this VMM's to do something with, and whether it runs.
-    fn own(&self) -> Result<(Arc<M>, bool), LifecycleError> {
+    /// The VM, if no operation is under way and it is this VMM's, and whether it runs.
+    fn idle_vm(&self) -> Result<(Arc<M>, bool), LifecycleError> {
         if self.ending {
             return Err(LifecycleError::Ending);
         }
@@ -151,10 +150,10 @@ impl<M> Inner<M> {
         Ok((machine, running))
     }
 
-    /// Has a thread of its own do this.
+    /// Does the work on a thread of its own.
     fn work(&mut self, name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), LifecycleError> {
         let thread = Builder::new().name(name.to_owned()).spawn(work).map_err(LifecycleError::Thread)?;
-        // The one before has set the state back: all that it has left to do is to end.
+        // The previous thread has finished its operation and ends at once.
         self.work.replace(thread).into_iter().for_each(join);
         Ok(())
     }
@@ -178,7 +177,7 @@ impl<M: Guest> Lifecycle<M> {
             machine: None,
             work: None,
             connection: None,
-            last: None,
+            last_migration: None,
             ending: false,
         };
         Self { cpus: config.cpus, memory: config.memory.0, inner: Mutex::new(inner) }
@@ -196,8 +195,8 @@ impl<M: Guest> Lifecycle<M> {
         inner.state = VmmState::Running;
     }
 
-    /// A place for a VM to come. False if the VMM is about to end: then it was closed again.
-    pub fn await_arrival(&self, machine: &Arc<M>) -> bool {
+    /// Sets the machine for an incoming VM. False if the VMM is about to end: then the machine is stopped.
+    pub fn set_incoming(&self, machine: &Arc<M>) -> bool {
         let ending = {
             let mut inner = self.inner();
             inner.machine = Some(Arc::clone(machine));
@@ -209,8 +208,8 @@ impl<M: Guest> Lifecycle<M> {
         !ending
     }
 
-    /// The VM has come; it runs on unless it did not, or is to be `paused`.
-    pub fn arrive(&self, machine: &M, arrival: Arrival, paused: bool) {
+    /// Resumes a VM that has arrived, if it ran at the source and is not to stay `paused`.
+    pub fn set_arrived(&self, machine: &M, arrival: Arrival, paused: bool) {
         let running = arrival.running && !paused;
         if running {
             machine.resume();
@@ -221,12 +220,12 @@ impl<M: Guest> Lifecycle<M> {
             inner.connection = None;
         }
         baton_faults::pass(Point::TargetVmmResumed);
-        // Whoever hears of it finds the VM here.
+        // After the state: a client that reads the source's report finds the VM here.
         arrival.confirm(running);
-        tracing::info!("migration: the VM is here and {}", if running { "runs" } else { "stands still" });
+        tracing::info!("migration: the VM is here and {}", if running { "runs" } else { "is paused" });
     }
 
-    /// Notes what ends the migration that has begun.
+    /// Keeps the connection of a migration that has begun, for [`Self::stop`].
     pub fn migration_started(&self, connection: ShutdownHandle) {
         let mut inner = self.inner();
         if inner.ending {
@@ -235,7 +234,7 @@ impl<M: Guest> Lifecycle<M> {
         inner.connection = Some(connection);
     }
 
-    /// It came to nothing: the source may hear that.
+    /// A migration has failed.
     pub fn migration_ended(&self) {
         self.inner().connection = None;
     }
@@ -244,19 +243,19 @@ impl<M: Guest> Lifecycle<M> {
     pub fn status(&self) -> VmmStatus {
         let inner = self.inner();
         let net = inner.machine.as_deref().map(Guest::net_status).unwrap_or_default();
-        let migration = inner.last.clone();
+        let migration = inner.last_migration.clone();
         VmmStatus { state: inner.state, cpus: self.cpus, memory: self.memory, net, migration }
     }
 
-    /// Begins to make a running VM stand still, and its devices with it, and answers when that is over.
+    /// Begins to pause the VM and its devices, and answers when that is done.
     ///
     /// # Errors
-    /// If it is not to be done now; then nothing is answered.
+    /// If that is refused; then the promise is not kept.
     pub fn pause(self: &Arc<Self>, promise: Promise) -> Result<(), LifecycleError> {
         self.change(Change::Pause, promise)
     }
 
-    /// Begins to let a VM that stands still run on, and answers when that is over.
+    /// Begins to resume the VM and its devices, and answers when that is done.
     ///
     /// # Errors
     /// As [`Self::pause`].
@@ -266,7 +265,7 @@ impl<M: Guest> Lifecycle<M> {
 
     fn change(self: &Arc<Self>, change: Change, promise: Promise) -> Result<(), LifecycleError> {
         let mut inner = self.inner();
-        let (machine, running) = inner.own()?;
+        let (machine, running) = inner.idle_vm()?;
         let (name, next) = match change {
             Change::Pause => ("pause", VmmState::Paused),
             Change::Resume => ("resume", VmmState::Running),
@@ -301,19 +300,23 @@ impl<M: Guest> Lifecycle<M> {
         Ok(())
     }
 
-    /// Begins to move the VM, on a thread of its own, and answers when that is over.
+    /// Begins to migrate the VM, and answers when that is done.
     ///
     /// # Errors
     /// As [`Self::pause`].
-    pub fn migrate(self: &Arc<Self>, wish: Wish, promise: Promise) -> Result<(), LifecycleError> {
+    pub fn migrate(
+        self: &Arc<Self>,
+        request: MigrationRequest,
+        promise: Promise,
+    ) -> Result<(), LifecycleError> {
         let mut inner = self.inner();
-        let (machine, running) = inner.own()?;
-        let wish = Wish { running, ..wish };
+        let (machine, running) = inner.idle_vm()?;
+        let request = MigrationRequest { running, ..request };
         let lifecycle = Arc::clone(self);
         let before = inner.state;
-        let asked_only = wish.dry_run;
+        let dry_run = request.dry_run;
         inner.work("migration", move || {
-            let report = machine.migrate(&wish, |connection| lifecycle.migration_started(connection));
+            let report = machine.migrate(&request, |connection| lifecycle.migration_started(connection));
             let next = match report {
                 MigrationReport::Completed { .. } => VmmState::Postmigrate,
                 _ => before,
@@ -324,8 +327,8 @@ impl<M: Guest> Lifecycle<M> {
                 let mut inner = lifecycle.inner();
                 inner.state = next;
                 inner.connection = None;
-                if !asked_only {
-                    inner.last = Some(report);
+                if !dry_run {
+                    inner.last_migration = Some(report);
                 }
             }
             promise.keep(reply);
@@ -334,7 +337,7 @@ impl<M: Guest> Lifecycle<M> {
         Ok(())
     }
 
-    /// Ends the VM, and first whatever is being done to it.
+    /// Ends the operation under way, and then the VM.
     pub fn stop(&self) {
         let (work, machine, changing) = {
             let mut inner = self.inner();
@@ -345,7 +348,7 @@ impl<M: Guest> Lifecycle<M> {
             (inner.work.take(), inner.machine.clone(), inner.change.is_some())
         };
         let stop = || machine.iter().for_each(|machine| machine.stop());
-        // A migration may end as the word wants it; a change of what ends has no such use.
+        // A migration ends as the ownership word says. A pause or a resume is cut short.
         if changing {
             stop();
         }

@@ -1,7 +1,7 @@
-//! A VM with all that belongs to it: vCPUs, console, network devices.
+//! A VM and its parts: vCPUs, console, network devices.
 //!
-//! It is made either to boot a kernel, or to take another VM's memory and state in. It stands still until it is
-//! resumed. Whenever it stands still so do its devices: their back-ends have left the rings and do not read their TAPs.
+//! It is created either to boot a kernel, or for a VM that migrates here, and is paused until it is resumed. While
+//! it is paused its devices are suspended: their back-ends do not touch the rings and do not read their TAPs.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -28,7 +28,7 @@ use crate::virtio::mmio_transport::{MmioTransport, QUEUE_NOTIFY};
 use crate::virtio::net::{Net, NetError, NetShared, NetThread, Worker};
 use crate::vm::{Vm, VmError};
 
-/// Why there is no VM, or why it could not be stopped, saved or restored.
+/// Why a VM could not be created, paused, saved or restored.
 #[derive(Debug, Error)]
 pub enum MachineError {
     /// More devices than interrupts.
@@ -55,7 +55,7 @@ pub enum MachineError {
     /// The serial port's state.
     #[error(transparent)]
     Serial(#[from] SerialError),
-    /// The guest's end came in between.
+    /// The guest has ended meanwhile.
     #[error("the guest has ended")]
     GuestEnded,
     /// A device that the VM does not have.
@@ -66,7 +66,7 @@ pub enum MachineError {
     Net {
         /// The device's socket.
         socket: PathBuf,
-        /// What is wrong with it.
+        /// The error.
         #[source]
         source: NetError,
     },
@@ -130,7 +130,7 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// A VM that is about to boot `kernel`.
+    /// Creates a VM that boots `kernel`.
     pub fn boot(
         config: &Config,
         kernel: &Path,
@@ -145,7 +145,7 @@ impl Machine {
         Self::new(config, Some((memory, entry)), console, end)
     }
 
-    /// A VM that waits for another one's memory and state.
+    /// Creates a machine for a VM that migrates here. It has no memory yet.
     pub fn incoming(
         config: &Config,
         console: Arc<SharedConsole>,
@@ -154,7 +154,7 @@ impl Machine {
         Self::new(config, None, console, end)
     }
 
-    /// Looks for the back-ends before it opens KVM: the operator can mend what is wrong with them on any host.
+    /// Connects to the back-ends before it opens KVM, so that a missing one is reported on a host without KVM, too.
     fn new(
         config: &Config,
         loaded: Option<(GuestMemory, EntryPoint)>,
@@ -202,7 +202,7 @@ impl Machine {
         self.vm.memory()
     }
 
-    /// Gives a VM that waits for another one's state its memory, and shares it with the back-ends.
+    /// Adds the memory of a VM that migrates here, and shares it with the back-ends.
     pub fn use_memory(&self, memory: &GuestMemory) -> Result<(), MachineError> {
         self.vm.add_memory(memory.clone())?;
         self.net.iter().try_for_each(|device| {
@@ -232,7 +232,7 @@ impl Machine {
         MachineFacts { cpus: self.cpus, memory: self.memory, moves_tsc: self.moves_tsc, nested: false, net }
     }
 
-    /// Stops the vCPUs.
+    /// Pauses the vCPUs.
     pub fn pause_vcpus(&self) -> Result<(), MachineError> {
         self.vcpus.pause();
         if self.vcpus.all_alive() { Ok(()) } else { Err(MachineError::GuestEnded) }
@@ -243,19 +243,19 @@ impl Machine {
         self.net.get(device).ok_or(MachineError::NoDevice(device))
     }
 
-    /// What the driver of each network device has started.
+    /// What the driver of each network device has set up.
     pub fn outlines(&self) -> Result<Vec<Option<Outline>>, MachineError> {
         self.net.iter().map(|device| device.call(|worker| Ok(worker.outline()))).collect()
     }
 
-    /// The VM has moved away.
+    /// Keeps the devices from reconnecting to lost back-ends: the VM has migrated to another VMM.
     pub fn retire(&self) {
         for device in &self.net {
             device.thread.mailbox.send(Worker::retire);
         }
     }
 
-    /// Stops the devices' rings; the vCPUs stand still.
+    /// Suspends the devices; the vCPUs are paused.
     pub fn suspend_devices(&self) -> Result<(), MachineError> {
         for device in &self.net {
             device.call(|worker| {
@@ -266,15 +266,15 @@ impl Machine {
         Ok(())
     }
 
-    /// Stops the vCPUs, then the devices. If a device cannot be stopped, the VM runs on.
+    /// Pauses the vCPUs, then suspends the devices. Resumes the VM if that fails.
     pub fn pause(&self) -> Result<(), MachineError> {
-        // A guest that ends meanwhile is seen elsewhere.
+        // The main thread handles a guest that ends meanwhile.
         self.vcpus.pause();
         self.suspend_devices().inspect_err(|_| self.resume())
     }
 
-    /// Lets the devices run, then the vCPUs. A device that fails here has lost its thread, and needs a reset that none
-    /// gives it: the guest runs on without it.
+    /// Resumes the devices, then the vCPUs. A device fails here only if its thread has ended: the guest runs
+    /// without it.
     pub fn resume(&self) {
         for device in &self.net {
             let resumed = device.call(|worker| {
@@ -285,16 +285,16 @@ impl Machine {
                 tracing::warn!("{}", error_chain(&error));
             }
         }
-        self.vcpus.tell_stopped();
+        self.vcpus.notify_paused();
         self.vcpus.resume();
     }
 
-    /// The first start.
+    /// Starts a VM that boots.
     pub fn start(&self) {
         self.vcpus.resume();
     }
 
-    /// The state of a VM that stands still.
+    /// The state of a paused VM.
     pub fn save(&self) -> Result<VmState, MachineError> {
         Ok(VmState {
             vcpus: self.vcpus.save(&self.msr_indices)?,
@@ -304,8 +304,8 @@ impl Machine {
         })
     }
 
-    /// Puts a state into a VM that has never run, and has its memory. All that is left is to set the clock and to
-    /// resume. The drivers of those devices that are not `local`, and so elsewhere in the network now, are asked to
+    /// Restores the state of a VM that has never run and has its memory. What remains is [`Self::set_clock`] and
+    /// [`Self::resume`]. Devices that are not `local` have another place in the network now: asks their drivers to
     /// announce their addresses.
     pub fn restore(&self, state: &VmState, local: &[bool]) -> Result<(), MachineError> {
         self.vcpus.pause();
@@ -321,7 +321,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Sets the guest's clock to what it would be had it gone on.
+    /// Sets the guest's clock as if it had not been paused.
     pub fn set_clock(&self, clock: Clock) -> Result<(), MachineError> {
         Ok(self.vm.set_clock(clock)?)
     }

@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use baton_control::error_chain;
-use baton_vmm::config::{Config, Unusable};
+use baton_vmm::config::{Config, EarlyExit};
 
 const FAILURE: u8 = 1;
 const USAGE: u8 = 2;
@@ -12,11 +12,11 @@ const USAGE: u8 = 2;
 pub(crate) fn main() -> ExitCode {
     let config = match Config::from_arguments(std::env::args_os()) {
         Ok(config) => config,
-        Err(Unusable::Information(text)) => {
+        Err(EarlyExit::Information(text)) => {
             let written = std::io::stdout().write_all(text.as_bytes());
             return if written.is_ok() { ExitCode::SUCCESS } else { ExitCode::from(FAILURE) };
         }
-        Err(Unusable::Usage(line)) => {
+        Err(EarlyExit::Usage(line)) => {
             eprintln!("baton-vmm: {line}");
             return ExitCode::from(USAGE);
         }

@@ -1,4 +1,4 @@
-//! Who answers an access to a port or to memory-mapped I/O.
+//! Dispatches accesses to ports and to memory-mapped I/O.
 //!
 //! A bus is filled before the vCPUs start and never changes after, so the vCPU threads look devices up without
 //! a lock; each device has its own. A vCPU never waits for anything else with a device locked: the other vCPUs
@@ -72,7 +72,7 @@ impl Bus {
         self.ranges.insert(at, Range { start, length, device });
     }
 
-    /// Reads; where nobody answers, all bits are ones, as on a real bus.
+    /// Reads; where there is no device, all bits are ones, as on a real bus.
     pub fn read(&self, address: u64, data: &mut [u8]) {
         match self.find(address) {
             Some((offset, device)) => {
@@ -82,7 +82,7 @@ impl Bus {
         }
     }
 
-    /// Writes; where nobody answers, nothing happens.
+    /// Writes; where there is no device, nothing happens.
     pub fn write(&self, address: u64, data: &[u8]) {
         if let Some((offset, device)) = self.find(address) {
             let pending = device.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data);
@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_answers_with_ones() {
+    fn a_range_without_a_device_reads_as_ones() {
         let mut bus = Bus::default();
         bus.insert(0x100, 8, Arc::new(Mutex::new(Recorder::default())));
         let mut data = [0; 2];

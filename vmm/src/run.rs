@@ -16,9 +16,9 @@ use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::{Config, SerialTarget};
-use crate::control::{self, ControlError, Controlled};
+use crate::control::{self, ControlError, ControlHandler};
 use crate::event;
-use crate::incoming::{Awaited, Incoming, IncomingError};
+use crate::incoming::{Incoming, IncomingError, IncomingParts};
 use crate::lifecycle::Lifecycle;
 use crate::machine::{Machine, MachineError};
 use crate::power::{Crash, EndSignal, GuestEnd};
@@ -50,10 +50,10 @@ pub enum RunError {
     /// No console.
     #[error(transparent)]
     Serial(#[from] SerialError),
-    /// No VM can come.
+    /// No VM can arrive.
     #[error(transparent)]
     Incoming(#[from] IncomingError),
-    /// Neither a kernel nor a VM that comes: the command line is checked for it.
+    /// Neither `--kernel` nor `--incoming`: the command line was checked for that.
     #[error("there is nothing to run: give --kernel or --incoming")]
     Nothing,
     /// No control socket.
@@ -61,7 +61,7 @@ pub enum RunError {
     Control(#[from] ControlError),
 }
 
-/// Runs a VM until its guest ends or somebody asks for its end.
+/// Runs a VM until its guest ends, a signal comes, or a client requests `quit`.
 pub fn run(config: &Config) -> Result<(), RunError> {
     let signals = receive_signals().map_err(RunError::Signals)?;
     let end = EndSignal::new().map_err(RunError::Events)?;
@@ -73,13 +73,13 @@ pub fn run(config: &Config) -> Result<(), RunError> {
     let lifecycle = Arc::new(Lifecycle::new(config));
     let incoming = match (&config.incoming, &config.kernel) {
         (Some(path), _) => {
-            let awaited = Awaited {
+            let parts = IncomingParts {
                 config: config.clone(),
                 console: Arc::clone(&console),
                 end: end.clone(),
                 lifecycle: Arc::clone(&lifecycle),
             };
-            Some(Incoming::start(path, awaited, clone(&quit)?)?)
+            Some(Incoming::start(path, parts, clone(&quit)?)?)
         }
         (None, Some(kernel)) => {
             lifecycle.start(Machine::boot(config, kernel, Arc::clone(&console), &end)?);
@@ -94,8 +94,8 @@ pub fn run(config: &Config) -> Result<(), RunError> {
     let terminal = if interactive { RawTerminal::enter().map_err(RunError::Terminal)? } else { None };
     let control_server = match control_socket {
         Some(socket) => {
-            let controlled = Controlled { lifecycle: Arc::clone(&lifecycle), quit: clone(&quit)? };
-            Some(control::serve(socket, controlled)?)
+            let handler = ControlHandler { lifecycle: Arc::clone(&lifecycle), quit: clone(&quit)? };
+            Some(control::serve(socket, handler)?)
         }
         None => None,
     };
@@ -118,7 +118,7 @@ pub fn run(config: &Config) -> Result<(), RunError> {
     }
 }
 
-/// The VM, and the wait for one. Both end with this, whatever fails beside them.
+/// The VM, or the wait for one. Dropping it ends both.
 struct Running<'a> {
     lifecycle: &'a Lifecycle,
     incoming: Option<Incoming>,

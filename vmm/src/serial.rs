@@ -119,8 +119,9 @@ impl BusDevice for Console {
 }
 
 impl Console {
-    /// Which interrupt there is. A 16550 has that for input as long as there is input. The crate's device has it until the
-    /// first byte is read: a guest that reads so many bytes an interrupt and no more would leave the others for ever.
+    /// Which interrupt there is. A 16550 has that for input as long as there is input. The crate's device has it
+    /// until the first byte is read: a guest that reads so many bytes an interrupt and no more would leave the
+    /// others for ever.
     fn identify(&mut self) -> u8 {
         let identified = self.0.read(INTERRUPT_IDENTIFICATION);
         let waits = self.0.read(LINE_STATUS) & RECEIVED != 0;
@@ -174,7 +175,7 @@ impl SharedConsole {
         Ok(Self { device: Arc::new(Mutex::new(Console(serial))), interrupt, room, output })
     }
 
-    /// The device's state. The vCPUs stand still.
+    /// The device's state. The vCPUs are paused.
     pub fn save(&self) -> SerialState {
         let state = self.device().0.state();
         SerialState {
@@ -209,7 +210,7 @@ impl SharedConsole {
         let (interrupt, room) = (Interrupt(clone(&self.interrupt)?), RoomSignal(clone(&self.room)?));
         let restored = Serial::from_state(&state, interrupt, room, self.output.clone());
         self.device().0 = restored.map_err(SerialError::State)?;
-        // Whoever waits for room looks at the new device.
+        // The main thread looks at the new device's room.
         event::signal(&self.room);
         Ok(())
     }

@@ -40,12 +40,12 @@ pub enum VcpuError {
     Thread(#[source] std::io::Error),
 }
 
-/// What the vCPUs are to do.
+/// The state that the vCPUs are to have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wanted {
     /// Run the guest.
     Running,
-    /// Stand still, and be ready to go on.
+    /// Wait, and be ready to resume.
     Paused,
     /// End.
     Stopped,
@@ -56,11 +56,11 @@ struct GateState {
     wanted: Wanted,
     /// Threads that have not ended.
     alive: usize,
-    /// Threads that stand still.
+    /// Threads that wait.
     parked: usize,
 }
 
-/// Where the vCPU threads stop when they shall not run.
+/// Where the vCPU threads wait while they are paused.
 #[derive(Debug)]
 struct Gate {
     state: Mutex<GateState>,
@@ -88,7 +88,7 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    /// Stands still as long as that is wanted.
+    /// Waits until the vCPUs are resumed or stopped.
     fn park(&self) {
         let mut state = self.lock();
         state.parked += 1;
@@ -100,7 +100,7 @@ impl Gate {
         state.parked -= 1;
     }
 
-    /// Waits until every living thread stands still.
+    /// Waits until all threads wait, but for those that have ended.
     fn wait_for_parked(&self) {
         self.wait_while(self.lock(), |state| state.wanted == Wanted::Paused && state.parked < state.alive);
     }
@@ -124,7 +124,7 @@ pub struct Buses {
 #[derive(Debug)]
 pub struct Vcpus {
     gate: Arc<Gate>,
-    /// Each is locked by its thread while that does not stand still.
+    /// Each is locked by its thread, unless that is paused.
     fds: Vec<Arc<Mutex<VcpuFd>>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -152,12 +152,12 @@ impl Vcpus {
         self.gate.lock().alive == self.fds.len()
     }
 
-    /// The state of each of them, `msrs` being their model-specific registers. They stand still.
+    /// The state of each of them, which are paused; `msrs`: their model-specific registers.
     pub fn save(&self, msrs: &[u32]) -> Result<Vec<VcpuState>, VcpuStateError> {
         self.fds.iter().map(|fd| vcpu_state::save(&locked(fd), msrs)).collect()
     }
 
-    /// Whether the guest uses the processor's virtualisation on any of them, which stand still for a moment.
+    /// Whether the guest uses the processor's virtualisation on any of them. Pauses them for a moment.
     pub fn any_nested(&self) -> bool {
         let running = self.gate.wanted() == Wanted::Running;
         self.pause();
@@ -174,12 +174,12 @@ impl Vcpus {
         self.fds.iter().zip(states).try_for_each(|(fd, state)| vcpu_state::restore(&locked(fd), state))
     }
 
-    /// Tells the guest that it was stopped. They stand still.
-    pub fn tell_stopped(&self) {
-        self.fds.iter().for_each(|fd| vcpu_state::tell_stopped(&locked(fd)));
+    /// Tells the guest that it was paused, so that its watchdogs do not fire. They are paused.
+    pub fn notify_paused(&self) {
+        self.fds.iter().for_each(|fd| vcpu_state::notify_paused(&locked(fd)));
     }
 
-    /// Lets them run; not once they were stopped.
+    /// Resumes them, unless they were stopped.
     pub fn resume(&self) {
         let _order = self.threads();
         if self.gate.wanted() == Wanted::Paused {
@@ -187,7 +187,7 @@ impl Vcpus {
         }
     }
 
-    /// Makes them stand still, and returns when they do.
+    /// Pauses them, and returns when all are paused.
     pub fn pause(&self) {
         let threads = self.threads();
         if self.gate.wanted() == Wanted::Running {
@@ -285,7 +285,7 @@ impl Vcpu {
         drop(guard);
     }
 
-    /// Runs the guest until it is to stand still; false if it is to end, or cannot go on.
+    /// Runs the guest until it is to be paused; false if it is to end, or cannot go on.
     fn run_guest(&self, fd: &mut VcpuFd) -> bool {
         loop {
             fd.set_kvm_immediate_exit(0);

@@ -73,7 +73,7 @@ pub fn moves_tsc(vcpu: &VcpuFd) -> bool {
     unsafe { ioctl_with_ref(vcpu, KVM_HAS_DEVICE_ATTR(), &attribute) == 0 }
 }
 
-/// Takes the state of a vCPU that stands still, `indices` being its model-specific registers.
+/// The state of a paused vCPU; `indices`: its model-specific registers.
 pub fn save(vcpu: &VcpuFd, indices: &[u32]) -> Result<VcpuState, VcpuStateError> {
     let run_state = vcpu.get_mp_state().map_err(refused("run state"))?;
     let registers = vcpu.get_regs().map_err(refused("general registers"))?;
@@ -124,7 +124,7 @@ pub fn restore(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), VcpuStateError> {
 }
 
 /// Tells the guest, through its clock's page, that it was stopped, so that it does not take the time for a lock-up.
-pub fn tell_stopped(vcpu: &VcpuFd) {
+pub fn notify_paused(vcpu: &VcpuFd) {
     if let Err(error) = vcpu.kvmclock_ctrl()
         // The guest does not use that clock (yet).
         && error.errno() != libc::EINVAL
@@ -133,7 +133,7 @@ pub fn tell_stopped(vcpu: &VcpuFd) {
     }
 }
 
-/// Whether the guest on a vCPU that stands still uses the processor's virtualisation itself.
+/// Whether the guest on a paused vCPU uses the processor's virtualisation itself.
 pub fn is_nested(vcpu: &VcpuFd) -> Result<bool, VcpuStateError> {
     Ok(has_guests(&vcpu.get_sregs().map_err(refused("special registers"))?))
 }

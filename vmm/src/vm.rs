@@ -142,7 +142,7 @@ impl Vm {
         Ok(vcpu_state::msr_indices(&self.kvm)?)
     }
 
-    /// The state of interrupt controllers, timer and clock. The vCPUs stand still.
+    /// The state of interrupt controllers, timer and clock. The vCPUs are paused.
     pub fn save(&self) -> Result<PlatformState, VmError> {
         // The host's time first: what passes in between, the guest's clock is ahead rather than behind.
         let host = host_time::now();

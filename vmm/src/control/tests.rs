@@ -56,7 +56,7 @@ impl Guest for Silent {
         self.ask("resume").unwrap();
     }
 
-    fn migrate(&self, _wish: &Wish, _started: impl FnOnce(ShutdownHandle)) -> MigrationReport {
+    fn migrate(&self, _request: &MigrationRequest, _started: impl FnOnce(ShutdownHandle)) -> MigrationReport {
         MigrationReport::Possible
     }
 
@@ -86,8 +86,8 @@ impl Bench {
         let (sender, asks) = channel();
         lifecycle.start(Silent { asks: Mutex::new(sender), waiting: Mutex::default() });
         let quit = event::new().unwrap();
-        let controlled = Controlled { lifecycle: Arc::clone(&lifecycle), quit: quit.try_clone().unwrap() };
-        let server = serve(bind(&path).unwrap(), controlled).unwrap();
+        let handler = ControlHandler { lifecycle: Arc::clone(&lifecycle), quit: quit.try_clone().unwrap() };
+        let server = serve(bind(&path).unwrap(), handler).unwrap();
         Self { path, lifecycle, asks, quit, _server: server, _directory: directory }
     }
 

@@ -1,9 +1,8 @@
-//! The VM's move to another VMM on this host: carries out what the state machines of
-//! [`baton_protocol::migration`] decide.
+//! Migrates the VM to another VMM on this host: carries out what the state machines of [`baton_protocol::migration`]
+//! decide.
 //!
-//! [`source`] gives the VM away, [`target`] takes it. Both work on a [`Machine`](crate::machine::Machine), which has
-//! everything that is stopped, saved, restored and started. While the VM stands still, its devices are suspended: no
-//! back-end touches its TAP, and whose rings start first owns the TAP.
+//! Both [`source`] and [`target`] work on a [`Machine`](crate::machine::Machine). While the VM is paused, its
+//! devices are suspended: no back-end touches the TAP, and the back-end whose rings start first owns it.
 
 pub mod source;
 pub mod target;

@@ -1,7 +1,7 @@
-//! Gives the VM away.
+//! The source of a migration.
 //!
-//! Whatever fails before the word is offered lets the VM go on as it did. The word is offered in one place,
-//! [`Migration::commit`]; from there on only the word says whose the VM is.
+//! Any failure before the VM is offered rolls back. It is offered in one place, [`Migration::commit`]; from there
+//! on the ownership word alone says whose the VM is.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -29,14 +29,14 @@ use super::SEND_TIMEOUT;
 use crate::machine::{Machine, MachineError};
 use crate::shutdown::ShutdownHandle;
 
-/// What is wanted.
+/// A migration that was requested.
 #[derive(Clone, Debug)]
-pub struct Wish {
-    /// Where the target waits.
+pub struct MigrationRequest {
+    /// The socket at which the target waits.
     pub path: PathBuf,
-    /// Whether the TAPs move along, of the devices that want it.
+    /// Whether the TAPs move along, of the devices that allow it.
     pub local: bool,
-    /// Only to find out whether it could be done.
+    /// Only check whether the target refuses it.
     pub dry_run: bool,
     /// Whether the VM runs.
     pub running: bool,
@@ -45,7 +45,7 @@ pub struct Wish {
 /// What can fail on this side.
 #[derive(Debug, Error)]
 pub enum SourceError {
-    /// Nobody waits there.
+    /// No target waits there.
     #[error("cannot connect to {}: is a baton-vmm waiting there with --incoming?", path.display())]
     Connect {
         /// The socket's path.
@@ -77,17 +77,21 @@ pub enum SourceError {
     System(#[from] std::io::Error),
 }
 
-/// Moves `machine`. `started` is given what ends the attempt early.
-pub fn migrate(machine: &Machine, wish: &Wish, started: impl FnOnce(ShutdownHandle)) -> MigrationReport {
+/// Migrates `machine`. `started` gets the handle that ends the migration early.
+pub fn migrate(
+    machine: &Machine,
+    request: &MigrationRequest,
+    started: impl FnOnce(ShutdownHandle),
+) -> MigrationReport {
     let failed = |error: SourceError| MigrationReport::RolledBack {
         phase: Phase::Greeting.name().to_owned(),
         reason: error_chain(&error),
     };
-    let migration = connect_to(&wish.path).and_then(|socket| {
+    let migration = connect_to(&request.path).and_then(|socket| {
         Peer::trusted(&socket)?;
         started(ShutdownHandle::new(&socket)?);
         baton_faults::point(Point::SourceVmmConnected)?;
-        Migration::new(machine, wish, socket)
+        Migration::new(machine, request, socket)
     });
     match migration {
         Ok(mut migration) => migration.run(),
@@ -104,10 +108,10 @@ fn connect_to(path: &Path) -> Result<PacketSocket, SourceError> {
     Ok(PacketSocket::try_from(stream)?)
 }
 
-/// One attempt.
+/// A migration under way.
 struct Migration<'a> {
     machine: &'a Machine,
-    wish: &'a Wish,
+    request: &'a MigrationRequest,
     socket: PacketSocket,
     word: SharedWord,
     /// Our ends of the sockets between the back-ends of the local devices.
@@ -119,10 +123,14 @@ struct Migration<'a> {
 }
 
 impl<'a> Migration<'a> {
-    fn new(machine: &'a Machine, wish: &'a Wish, socket: PacketSocket) -> Result<Self, SourceError> {
+    fn new(
+        machine: &'a Machine,
+        request: &'a MigrationRequest,
+        socket: PacketSocket,
+    ) -> Result<Self, SourceError> {
         Ok(Self {
             machine,
-            wish,
+            request,
             socket,
             word: SharedWord::create()?,
             ends: Vec::new(),
@@ -135,14 +143,14 @@ impl<'a> Migration<'a> {
     fn run(&mut self) -> MigrationReport {
         let (mut state, mut actions) = Source::begin(Hello {
             program: PROGRAM.to_owned(),
-            dry_run: self.wish.dry_run,
-            local: self.wish.local,
-            machine: self.machine.source_facts(self.wish.local),
+            dry_run: self.request.dry_run,
+            local: self.request.local,
+            machine: self.machine.source_facts(self.request.local),
         });
         loop {
             let mut event = None;
             for action in actions {
-                // What follows is of no use once something has come to pass.
+                // The event makes the remaining actions obsolete.
                 event = self.carry_out(action);
                 if event.is_some() {
                     break;
@@ -171,7 +179,7 @@ impl<'a> Migration<'a> {
         }
     }
 
-    /// Does what the state machine wants; gives what came of it, if that is not plain.
+    /// Carries an action out; returns the event that it leads to, if any.
     fn carry_out(&mut self, action: Action) -> Option<Event> {
         let done = match action {
             Action::Send(message) => self.send(&message, &[]).inspect(|()| {
@@ -206,7 +214,7 @@ impl<'a> Migration<'a> {
 
     fn send(&self, message: &Message, fds: &[BorrowedFd<'_>]) -> Result<(), SourceError> {
         match self.socket.send(message, fds, SEND_TIMEOUT) {
-            // The end of the connection is heard after the target's last word.
+            // Receiving reports it, after the target's last message.
             Ok(()) | Err(ChannelError::Closed) => Ok(()),
             Err(error) => Err(error.into()),
         }
@@ -224,7 +232,7 @@ impl<'a> Migration<'a> {
             ram.push(RamRegion { start: region.start_addr().raw_value(), length: region.len() });
         }
         named.push((OWNERSHIP_FD.to_owned(), self.word.as_fd().try_clone_to_owned()?));
-        for (device, facts) in self.machine.source_net_facts(self.wish.local).iter().enumerate() {
+        for (device, facts) in self.machine.source_net_facts(self.request.local).iter().enumerate() {
             if facts.local {
                 let (ours, theirs) = PacketSocket::pair()?;
                 // Back-ends that do not sign their offers are older than those that look for the signature.
@@ -261,7 +269,7 @@ impl<'a> Migration<'a> {
         let vm = self.machine.save()?;
         self.phases.save_us = self.lap();
         baton_faults::point(Point::SourceVmmSaved)?;
-        self.send(&Message::State(State { running: self.wish.running, vm }), &[])?;
+        self.send(&Message::State(State { running: self.request.running, vm }), &[])?;
         Ok(baton_faults::point(Point::SourceVmmStateSent)?)
     }
 
@@ -274,9 +282,9 @@ impl<'a> Migration<'a> {
         Ok(())
     }
 
-    /// Lets the VM go on as it did.
+    /// Resumes the VM, if it ran before.
     fn resume(&self) {
-        if self.wish.running {
+        if self.request.running {
             self.machine.resume();
         }
     }
@@ -289,7 +297,7 @@ impl<'a> Migration<'a> {
                 let pause = self.stopped.map_or(0, |stopped| microseconds(self.lap - stopped));
                 MigrationReport::Completed { pause_us: pause, phases: self.phases }
             }
-            Source::Ended { reason: Reason::Refused(reasons), .. } if self.wish.dry_run => {
+            Source::Ended { reason: Reason::Refused(reasons), .. } if self.request.dry_run => {
                 MigrationReport::Refused { reasons: reasons.0 }
             }
             Source::Ended { phase, reason } => {

@@ -1,7 +1,7 @@
-//! Takes a VM in.
+//! The target of a migration.
 //!
-//! The machine for it is made first, with its back-ends connected; all that a source then has to wait for is the VM's
-//! own. A machine that a source has come to nothing with is not used for the next: its devices have seen the VM.
+//! The machine is created first, with its back-ends connected, so that a source does not wait for that. A machine
+//! that a failed migration has used is not used again: its devices have seen the VM.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -84,42 +84,42 @@ impl TargetError {
     }
 }
 
-/// What became of a source's wish.
+/// How a migration has ended.
 #[derive(Debug)]
-pub enum Taken {
-    /// The VM is here, and stands still.
-    Here(Arrival),
-    /// Nothing came of it; whether the machine can still be used for another.
-    Not {
-        /// It has seen nothing of the VM.
-        fresh: bool,
+pub enum Outcome {
+    /// The VM has arrived, and is paused.
+    Arrived(Arrival),
+    /// It has failed.
+    Failed {
+        /// Whether the machine has seen nothing of the VM.
+        reusable: bool,
     },
 }
 
-/// A VM that has been taken.
+/// A VM that has arrived.
 #[derive(Debug)]
 pub struct Arrival {
-    /// Whether it ran.
+    /// Whether it ran at the source.
     pub running: bool,
     socket: PacketSocket,
 }
 
 impl Arrival {
-    /// Tells the source that all is done.
+    /// Tells the source that the VM is here, and whether it runs.
     pub fn confirm(self, running: bool) {
-        // The source may have gone: the word says all that matters.
+        // The source may have ended: the ownership word decides.
         if let Err(error) = self.socket.send(&active(running), &[], SEND_TIMEOUT) {
-            tracing::debug!("migration: the source does not hear: {error}");
+            tracing::debug!("migration: cannot confirm to the source: {error}");
         }
     }
 }
 
-/// Serves one source. `started` is given what ends it early.
+/// Serves one source. `started` gets the handle that ends the migration early.
 pub fn serve(
     machine: &Machine,
     stream: OwnedFd,
     started: impl FnOnce(ShutdownHandle),
-) -> Result<Taken, TargetError> {
+) -> Result<Outcome, TargetError> {
     let socket = PacketSocket::try_from(stream)?;
     started(ShutdownHandle::new(&socket)?);
     baton_faults::point(Point::TargetVmmConnected)?;
@@ -129,7 +129,7 @@ pub fn serve(
         socket,
         facts: None,
         word: None,
-        taking: Vec::new(),
+        loading: Vec::new(),
         clock: Clock::default(),
         running: false,
     };
@@ -137,29 +137,29 @@ pub fn serve(
         let refuse =
             baton_protocol::migration::message::Refuse { reasons: TargetError::from(error).reasons() };
         serving.send(&Message::Refuse(refuse));
-        return Ok(Taken::Not { fresh: true });
+        return Ok(Outcome::Failed { reusable: true });
     }
     Ok(serving.run())
 }
 
-/// A source that is being served.
+/// A migration under way.
 struct Serving<'a> {
     machine: &'a Machine,
     socket: PacketSocket,
-    /// What was agreed.
+    /// What the source was told of this VMM.
     facts: Option<MachineFacts>,
     word: Option<SharedWord>,
-    /// The local devices, whose back-ends listen for their TAPs.
-    taking: Vec<usize>,
+    /// The local devices whose back-ends wait for their TAPs.
+    loading: Vec<usize>,
     clock: Clock,
     running: bool,
 }
 
 impl Serving<'_> {
-    fn run(mut self) -> Taken {
+    fn run(mut self) -> Outcome {
         let mut state = Target::Waiting;
         let mut descriptors = Vec::new();
-        let mut fresh = true;
+        let mut reusable = true;
         loop {
             let event;
             (event, descriptors) = self.receive(state.patience().unwrap_or(NO_TIMEOUT), descriptors);
@@ -167,8 +167,8 @@ impl Serving<'_> {
             state = next;
             let mut pending = VecDeque::from(actions);
             while let Some(action) = pending.pop_front() {
-                fresh &= !matches!(action, Action::Prepare(_));
-                // The state machine hears what came of each action, not only of the last.
+                reusable &= !matches!(action, Action::Prepare(_));
+                // Each action may lead to an event, not only the last.
                 if let Some(event) = self.carry_out(action, &mut descriptors) {
                     let (next, actions) = state.step(event);
                     state = next;
@@ -178,11 +178,11 @@ impl Serving<'_> {
             descriptors.clear();
             match state {
                 Target::Active => {
-                    return Taken::Here(Arrival { running: self.running, socket: self.socket });
+                    return Outcome::Arrived(Arrival { running: self.running, socket: self.socket });
                 }
                 Target::Ended { why } => {
                     limited!(info, "migration: nothing came of it: {why}");
-                    return Taken::Not { fresh };
+                    return Outcome::Failed { reusable };
                 }
                 _ => {}
             }
@@ -203,7 +203,7 @@ impl Serving<'_> {
         }
     }
 
-    /// Does what the state machine wants; gives what came of it, if it wants to know.
+    /// Carries an action out; returns the event that it leads to, if any.
     fn carry_out(&mut self, action: Action, descriptors: &mut Vec<OwnedFd>) -> Option<Event> {
         let done = match action {
             Action::Send(message) => {
@@ -214,7 +214,7 @@ impl Serving<'_> {
             Action::Prepare(prepare) => self.prepare(prepare, std::mem::take(descriptors)),
             Action::Restore(state) => self.restore(*state),
             Action::Take { from, to } => return Some(Event::Swapped { won: self.take(from, to) }),
-            // Whoever has called does it.
+            // The caller does it.
             Action::Activate => return None,
         };
         Some(match done {
@@ -224,7 +224,7 @@ impl Serving<'_> {
     }
 
     fn send(&self, message: &Message) {
-        // A source that does not read has gone, which is seen when it is listened to.
+        // A source that does not read has ended, which receiving reports.
         if let Err(error) = self.socket.send(message, &[], SEND_TIMEOUT) {
             tracing::debug!("migration: cannot send {}: {error}", message.name());
         }
@@ -239,8 +239,8 @@ impl Serving<'_> {
         Ok(Reasons::none_of(refusals)?)
     }
 
-    /// Takes guest memory and the ownership word; KVM and the back-ends get to know the memory, the back-ends of local
-    /// devices listen for their TAPs, and all hear of the rings that will come.
+    /// Adopts guest memory and the ownership word, shares the memory with KVM and the back-ends, has the back-ends
+    /// of local devices wait for their TAPs, and sets up all rings.
     fn prepare(&mut self, prepare: Prepare, descriptors: Vec<OwnedFd>) -> Result<(), TargetError> {
         let mut named = prepare.fds.pair(descriptors)?;
         let files: Result<Vec<_>, _> =
@@ -255,13 +255,13 @@ impl Serving<'_> {
         let memory = memory::adopt(size, files?)?;
         self.machine.use_memory(&memory)?;
         for (device, end) in ends {
-            // A back-end that has a TAP says so at once; one that has none begins to listen.
+            // A back-end that has a TAP of its own fails at once; one that has none begins to wait.
             let net = self.machine.device(device)?;
             net.call(|worker| {
                 Ok(worker.connection()?.begin_transfer(VhostTransferStateDirection::LOAD, end)?)
             })
             .map_err(|source| TargetError::Tap { device, source })?;
-            self.taking.push(device);
+            self.loading.push(device);
         }
         for (device, outline) in prepare.net.into_iter().enumerate() {
             if let Some(outline) = outline {
@@ -278,12 +278,12 @@ impl Serving<'_> {
         local.map(|(device, _)| Ok((device, named.claim(&device_fd(device))?))).collect()
     }
 
-    /// Puts the VM's state in; local devices first get their TAPs.
+    /// Waits for the TAPs of local devices, then restores the VM's state.
     fn restore(&mut self, state: State) -> Result<(), TargetError> {
         baton_faults::point(Point::TargetVmmStateReceived)?;
         let facts = self.facts.clone().unwrap_or_default();
         let vm = CheckedState::new(state.vm, &facts)?;
-        for device in std::mem::take(&mut self.taking) {
+        for device in std::mem::take(&mut self.loading) {
             self.machine.device(device)?.call(|worker| Ok(worker.connection()?.finish_transfer()?))?;
             limited!(info, device, "migration: the back-end has adopted a TAP");
         }
@@ -295,7 +295,7 @@ impl Serving<'_> {
         Ok(baton_faults::point(Point::TargetVmmRestored)?)
     }
 
-    /// Takes the VM, if it is still offered.
+    /// Takes ownership of the VM, if it is still offered.
     fn take(&mut self, offered: Word, taken: Word) -> bool {
         let Some(word) = &self.word else { return false };
         if baton_faults::point(Point::TargetVmmCommitting).is_err() {
@@ -308,7 +308,7 @@ impl Serving<'_> {
         baton_faults::pass(Point::TargetVmmTaken);
         limited!(info, "migration: the VM is taken");
         if let Err(error) = self.machine.set_clock(self.clock) {
-            // The guest runs all the same, with a clock of its own.
+            // The guest runs, with a clock that is wrong.
             limited!(error, "{}", error_chain(&error));
         }
         true

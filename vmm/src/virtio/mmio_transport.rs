@@ -91,7 +91,7 @@ impl<D: VirtioDevice> MmioTransport<D> {
         Self { registers: Registers::after_reset(device.queue_sizes()), reset: None, device }
     }
 
-    /// The transport's state. The vCPUs stand still, so no reset is under way.
+    /// The transport's state. The vCPUs are paused, so no reset is under way.
     pub fn save(&mut self) -> TransportState {
         self.end_reset();
         let Registers {

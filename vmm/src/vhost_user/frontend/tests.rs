@@ -152,7 +152,7 @@ fn a_back_end_that_goes_away_is_an_error() {
 }
 
 #[test]
-fn nobody_listening_is_said_at_once() {
+fn a_missing_listener_is_reported_at_once() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("socket");
     assert!(

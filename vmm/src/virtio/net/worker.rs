@@ -5,10 +5,11 @@
 //! Disconnected ────────────────────▶ Connected ───────────────────────▶ Disconnected
 //! ```
 //!
-//! Whether the driver has started the device is a second, independent state: if there is no back-end, the rings start
-//! when one connects. A back-end that replaces a lost one gets each ring at its *used* index. Completion is in order, so
-//! the buffers after that index are all still the device's: none is skipped and none is forgotten; frames that were in
-//! hand are sent again. Then the worker kicks each ring and calls the driver once for it, in case a notification was lost.
+//! Whether the driver has started the device is a second, independent state: if there is no back-end, the rings
+//! start when one connects. A back-end that replaces a lost one gets each ring at its *used* index. Completion is
+//! in order, so the buffers after that index are all still the device's: none is skipped and none is forgotten;
+//! frames that were in hand are sent again. Then the worker kicks each ring and calls the driver once for it, in
+//! case a notification was lost.
 //!
 //! A device is *suspended* while its VM is paused: its rings are stopped, and the worker keeps their bases and
 //! leaves the control virtqueue alone, so nothing touches guest memory. A device of a VM that has not arrived yet
