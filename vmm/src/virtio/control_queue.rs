@@ -1,9 +1,9 @@
-//! The control virtqueue of a network device (Virtio 1.2, section 5.1.6.5), served by the VMM: the vhost-user
-//! protocol has no place for it.
+//! The control virtqueue of a network device (Virtio 1.2, section 5.1.6.5), served by the VMM because the vhost-user
+//! protocol does not cover it.
 //!
-//! A command is a chain of a class, a command and its data for the device to read, and one byte for the device
-//! to write. A chain that is none is given back unanswered; a ring that is none ends the service until the
-//! driver resets the device.
+//! A command is a chain of a class, a command and its data for the device to read, and one byte for the device to
+//! write. A malformed chain is returned unanswered. A malformed ring is not served until the driver resets the
+//! device.
 
 use std::io::{Read, Write};
 
@@ -30,7 +30,7 @@ const fn narrow(constant: u32) -> u8 {
     constant.to_le_bytes()[0]
 }
 
-/// What a driver commands.
+/// A driver's command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command {
     /// The announcement that was asked for has been sent.
@@ -39,7 +39,7 @@ pub enum Command {
     SetQueuePairs(u16),
 }
 
-/// The command was not carried out.
+/// The command was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Refused;
 
@@ -48,34 +48,34 @@ pub struct Refused;
 #[error("the control virtqueue is broken")]
 pub struct Broken(#[from] virtio_queue::Error);
 
-/// A control virtqueue, owned by the device's thread.
+/// A control virtqueue, owned by the device's worker.
 #[derive(Debug)]
 pub struct ControlQueue {
     queue: Queue,
 }
 
-/// What is left to do after a round of service.
+/// What the caller has to do after [`ControlQueue::serve`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Served {
-    /// The driver wants to know that commands were answered.
+    /// Interrupt the driver.
     pub interrupt: bool,
-    /// There may be more commands: a guest must not keep the thread from its other work.
+    /// Serve again after other work: there may be more commands.
     pub more: bool,
 }
 
 impl ControlQueue {
-    /// A virtqueue whose place was checked; with EVENT_IDX as negotiated.
+    /// For a virtqueue that was checked; `event_idx`: `VIRTIO_RING_F_EVENT_IDX` was negotiated.
     pub fn new(mut queue: Queue, event_idx: bool) -> Self {
         queue.set_event_idx(event_idx);
         Self { queue }
     }
 
-    /// How far it is.
+    /// The queue's indices.
     pub fn save(&self) -> ControlState {
         ControlState { next_available: self.queue.next_avail(), next_used: self.queue.next_used() }
     }
 
-    /// Goes on from there.
+    /// Continues from saved indices.
     pub fn restore(&mut self, state: ControlState) {
         self.queue.set_next_avail(state.next_available);
         self.queue.set_next_used(state.next_used);
@@ -104,12 +104,12 @@ impl ControlQueue {
     }
 }
 
-/// Carries out the command in a chain; gives how many bytes were written for the driver.
+/// Carries out the command in a chain; returns how many bytes were written for the driver.
 fn answer<F>(memory: &GuestMemory, chain: &DescriptorChain<&GuestMemory>, carry_out: &mut F) -> u32
 where
     F: FnMut(Command) -> Result<(), Refused>,
 {
-    // The place for the answer comes first: a command that cannot be answered must have no effect.
+    // Checked first: a command that cannot be answered must have no effect.
     let Ok(mut writer) = chain.clone().writer(memory) else { return 0 };
     if writer.available_bytes() == 0 {
         return 0;

@@ -1,16 +1,15 @@
 //! The virtio-mmio transport, version 2 (Virtio 1.2, section 4.2): the registers through which a guest finds,
 //! configures and starts a device.
 //!
-//! Neither notifications nor the back-end's interrupts come through here: they are ioeventfds and irqfds. What
-//! does come is a read of InterruptStatus and a write of InterruptACK for each interrupt. The VMM does not see
-//! the back-end's calls, so InterruptStatus always says that a virtqueue may have been used; a driver looks at
-//! its virtqueues and finds out. An interrupt of two coalesced calls can thus never be lost.
+//! Kicks and calls do not pass through here: they are ioeventfds and irqfds. For each interrupt the driver reads
+//! InterruptStatus and writes InterruptACK. The VMM does not see the back-end's calls, so InterruptStatus always says
+//! that a virtqueue may have been used, and the driver looks at its virtqueues. So no coalesced call is lost.
 //!
-//! A reset takes as long as its back-end needs to stop. The vCPU that wrote it waits for that with the transport
-//! unlocked; until then the status that any vCPU reads is not 0, which says that the reset is not complete (section
-//! 2.4.1), and nothing can be written.
+//! A reset lasts until the back-end has stopped. The vCPU that wrote it waits for that with the transport unlocked;
+//! until then the status that any vCPU reads is not 0, because the reset is not complete (section 2.4.1), and
+//! writes are ignored.
 //!
-//! The guest is not trusted: an access in the wrong size or at the wrong time does nothing.
+//! The guest is not trusted: an access of the wrong size or at the wrong time is ignored.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -38,11 +37,11 @@ use crate::mmio_bus::{BusDevice, Pending};
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
 const VENDOR: u32 = u32::from_le_bytes(*b"BTON");
-/// What a shared-memory register says when there is no such region.
+/// The value of the shared-memory registers: there is no region.
 const NO_SHARED_MEMORY: u32 = u32::MAX;
 const CONFIG: u64 = VIRTIO_MMIO_CONFIG as u64;
 
-/// Where QueueNotify lies among the registers: the doorbell for ioeventfds.
+/// The offset of QueueNotify, for the ioeventfds.
 pub const QUEUE_NOTIFY: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
 
 /// Every status bit that a driver may set.
@@ -52,7 +51,7 @@ const DRIVER_STATUS: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE
     | VIRTIO_CONFIG_S_DRIVER_OK
     | VIRTIO_CONFIG_S_FAILED;
 
-/// The registers that a driver has written. Plain data.
+/// The registers that a driver can write. Plain data.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Registers {
     status: u32,
@@ -80,13 +79,13 @@ impl Registers {
 #[derive(Debug)]
 pub struct MmioTransport<D> {
     registers: Registers,
-    /// A reset is under way; true once the device has ended it.
+    /// Present while a reset is under way; true when the device has completed it.
     reset: Option<Arc<AtomicBool>>,
     device: D,
 }
 
 impl<D: VirtioDevice> MmioTransport<D> {
-    /// A device that no driver has touched.
+    /// A transport in its state after a reset.
     pub fn new(device: D) -> Self {
         Self { registers: Registers::after_reset(device.queue_sizes()), reset: None, device }
     }
@@ -116,8 +115,7 @@ impl<D: VirtioDevice> MmioTransport<D> {
         }
     }
 
-    /// Puts a state in, without a word to the device, whose own state is restored with it. That it is one which a
-    /// driver can have brought about has been checked.
+    /// Restores a validated state, and the pending events. The device's own state is restored separately.
     pub fn restore(&mut self, state: &TransportState) {
         let TransportState {
             status,
@@ -218,7 +216,7 @@ impl<D: VirtioDevice> MmioTransport<D> {
 
     fn write_queue(&mut self, register: u32, value: u32) {
         let Some((index, queue)) = self.selected_queue() else { return };
-        // Linux takes virtqueues away only after a reset; a device that runs keeps them until then.
+        // A device that runs keeps its virtqueues until the reset.
         let configurable = self.has(VIRTIO_CONFIG_S_FEATURES_OK) && !self.has(VIRTIO_CONFIG_S_DRIVER_OK);
         if !configurable || (queue.ready && register != VIRTIO_MMIO_QUEUE_READY) {
             return;
@@ -281,7 +279,7 @@ impl<D: VirtioDevice> MmioTransport<D> {
         None
     }
 
-    /// Completes a reset that the device has ended; false while one is under way.
+    /// Ends a reset once the device has completed it; false while one is under way.
     fn end_reset(&mut self) -> bool {
         match &self.reset {
             Some(ended) if !ended.load(Ordering::Acquire) => return false,
@@ -322,7 +320,7 @@ impl<D: VirtioDevice> BusDevice for MmioTransport<D> {
     }
 }
 
-/// The low (0) or the high (1) half of a feature mask; there are no further ones.
+/// The low (0) or the high (1) half of a feature mask; 0 for any other.
 fn half(mask: u64, select: u32) -> u32 {
     let [a, b, c, d, e, f, g, h] = mask.to_le_bytes();
     match select {

@@ -1,4 +1,4 @@
-//! Virtio devices (Virtual I/O Device Version 1.2): the transport that a guest drives, and what is behind it.
+//! Virtio devices (Virtual I/O Device Version 1.2): the transport that a guest drives, and the device behind it.
 //!
 //! [`mmio_transport`] is a register file that any [`VirtioDevice`] can stand behind. The only one is [`net`],
 //! whose data virtqueues are served by its back-end and whose control virtqueue ([`control_queue`]) by its own thread.
@@ -24,12 +24,12 @@ pub const fn feature(number: u32) -> u64 {
     1 << number
 }
 
-/// What the driver has told about a virtqueue. Plain data and untrusted: [`QueueSetup::check`] decides.
+/// A virtqueue as the driver has set it up. Plain and untrusted data: [`QueueSetup::check`] validates it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct QueueSetup {
     /// How many descriptors it has.
     pub size: u16,
-    /// Whether the driver uses it.
+    /// Whether the driver has enabled it.
     pub ready: bool,
     /// The descriptor table's guest address.
     pub descriptor_table: u64,
@@ -99,17 +99,17 @@ pub trait VirtioDevice: Send {
     fn features(&self) -> u64;
     /// Fills `data` from the configuration space; with zeros beyond its end.
     fn read_config(&self, offset: u64, data: &mut [u8]);
-    /// What the device tells the driver unasked.
+    /// Configuration changes, and whether the device needs a reset.
     fn events(&self) -> &DeviceEvents;
     /// The driver has made buffers available in a virtqueue.
     fn notify(&self, queue: u16);
-    /// The driver is ready. A device that cannot be started as the driver wants it needs a reset.
+    /// Starts the device. If it cannot be started as the driver has set it up, it needs a reset.
     fn activate(&mut self, activation: Activation);
-    /// Begins to stop the device; at the end of that it touches no guest memory any more.
+    /// Begins to stop the device; once stopped, it does not touch guest memory.
     fn reset(&mut self) -> Pending;
 }
 
-/// What a device tells its driver unasked: that its configuration has changed, or that it needs a reset.
+/// Tells a driver that the configuration has changed, or that the device needs a reset.
 #[derive(Debug)]
 pub struct DeviceEvents {
     interrupt: EventFd,
@@ -119,7 +119,7 @@ pub struct DeviceEvents {
 }
 
 impl DeviceEvents {
-    /// Nothing to tell.
+    /// No event is pending.
     pub fn new() -> io::Result<Self> {
         Ok(Self {
             interrupt: event::new()?,
@@ -134,20 +134,20 @@ impl DeviceEvents {
         &self.interrupt
     }
 
-    /// The configuration space has changed.
+    /// Tells the driver that the configuration space has changed.
     pub fn config_changed(&self) {
         self.config_generation.fetch_add(1, Ordering::SeqCst);
         self.config_pending.store(true, Ordering::SeqCst);
         event::signal(&self.interrupt);
     }
 
-    /// The driver has driven the device into a state that only a reset ends.
+    /// Tells the driver that only a reset makes the device work again.
     pub fn need_reset(&self) {
         self.needs_reset.store(true, Ordering::SeqCst);
         self.config_changed();
     }
 
-    /// What another device had to tell is told by this one; a driver that was told may be told again.
+    /// Restores the events of another VMM's device, and interrupts the driver again if one is pending.
     fn restore(&self, config_pending: bool, config_generation: u32, needs_reset: bool) {
         self.config_generation.store(config_generation, Ordering::SeqCst);
         self.needs_reset.store(needs_reset, Ordering::SeqCst);

@@ -54,7 +54,7 @@ pub enum OfferError {
     /// Several queue pairs, and a back-end for one.
     #[error("it does not offer VIRTIO_NET_F_MQ, which {0} queue pairs need")]
     NoMultiQueue(u16),
-    /// A back-end that came back with less than the guest uses.
+    /// A back-end that offers less than the guest uses.
     #[error("it does not offer the features {0:#x}, which the guest uses")]
     FeaturesLost(u64),
 }
@@ -73,8 +73,8 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// What comes of a back-end's offer. `mac` is the configured address or none; `fallback` is used if neither it nor
-    /// the back-end names one.
+    /// Derives it from a back-end's offer. `mac` is the configured address, if any; `fallback` is used if neither
+    /// it nor the back-end gives one.
     pub fn new(offer: &Offer, queue_pairs: u16, mac: Option<Mac>, fallback: Mac) -> Result<Self, OfferError> {
         let mut features = offer.features & BACKEND_FEATURES | OWN_FEATURES;
         if queue_pairs == 1 {
@@ -119,12 +119,12 @@ impl From<NetIdentity> for Identity {
     }
 }
 
-/// Of the features that a guest acknowledged, those that its back-end has to know of.
+/// The acknowledged features that concern the back-end.
 pub fn for_backend(acknowledged: u64) -> u64 {
     acknowledged & BACKEND_FEATURES
 }
 
-/// What a guest needs of a back-end that takes the place of another.
+/// Checks that a back-end offers every feature that the guest has acknowledged.
 pub fn check_offer(acknowledged: u64, offer: &Offer) -> Result<(), OfferError> {
     match for_backend(acknowledged) & !offer.features {
         0 => Ok(()),
@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_both_can_is_offered() {
+    fn only_features_of_both_are_offered() {
         let identity = Identity::new(&EVERYTHING, 4, None, FALLBACK).unwrap();
         assert_eq!(identity.features, BACKEND_FEATURES | OWN_FEATURES);
         let least = Offer { features: feature(VIRTIO_F_VERSION_1), config: None };
@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn an_mtu_that_is_none_is_not_offered() {
+    fn an_invalid_mtu_is_not_offered() {
         assert_eq!(Identity::new(&EVERYTHING, 1, None, FALLBACK).unwrap().mtu, 1400);
         for config in [None, Some([0; CONFIG_SIZE])] {
             let offer = Offer { config, ..EVERYTHING };
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn the_back_end_hears_of_its_features_only() {
+    fn the_back_end_gets_its_own_features_only() {
         assert_eq!(
             for_backend(OWN_FEATURES | feature(VIRTIO_NET_F_MRG_RXBUF)),
             feature(VIRTIO_NET_F_MRG_RXBUF)
