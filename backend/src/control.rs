@@ -1,48 +1,31 @@
-//! The control socket's side of the back-end: requests come from the control thread, answers from the event loop.
+//! The control socket's side of the back-end: requests come from its clients' threads, answers from the event loop.
 
 use std::path::Path;
-use std::sync::mpsc::{SyncSender, sync_channel};
 
-use baton_control::later::{Answer as Reply, Promise};
-use baton_control::server::ControlServer;
-use baton_control::socket_path::{BindError, BoundSocket};
+use baton_control::{BindError, BoundSocket, ControlServer, Outcome, Reply};
 use baton_protocol::control::{
     BackendState, BackendStats, BackendStatus, Frontend, HandoverState, HandoverStatus, Refusal, Request,
     VringStatus,
 };
-use serde_json::Value;
 
 use crate::device::Device;
 use crate::mailbox::Mailer;
 
 /// What a request comes to.
-pub type Answer = Result<Value, Refusal>;
+pub type Answer = Outcome;
 
-/// A request with the place for its answer.
+/// A request and its reply.
 #[derive(Debug)]
 pub struct Call {
     /// What is asked.
     pub request: Request,
-    place: Place,
-}
-
-/// Where an answer goes.
-#[derive(Debug)]
-enum Place {
-    /// To the control thread, which waits for it.
-    Waiting(SyncSender<Answer>),
-    /// To whoever asked; others are served meanwhile.
-    Promised(Promise),
+    reply: Reply,
 }
 
 impl Call {
     /// Answers it.
     pub fn answer(self, answer: Answer) {
-        match self.place {
-            // The control thread waits for it, unless the process is ending.
-            Place::Waiting(waiting) => drop(waiting.send(answer)),
-            Place::Promised(promise) => promise.keep(answer),
-        }
+        self.reply.send(answer);
     }
 
     /// Whether it only asks what could be done.
@@ -88,20 +71,9 @@ pub fn take_place(path: &Path, calls: Mailer<Call>) -> Result<ControlServer, Con
 
 fn serve(socket: BoundSocket, calls: Mailer<Call>) -> Result<ControlServer, ControlError> {
     ControlServer::start(socket, move |request| {
-        let ending = || Err(refusal("the back-end is ending"));
-        // What other processes decide takes its time: the control thread goes on with its other clients.
-        if matches!(request, Request::Handover { cancel: false, .. }) {
-            return match Promise::new() {
-                Ok((promise, later)) => {
-                    calls.send(Call { request, place: Place::Promised(promise) });
-                    Reply::Later(later)
-                }
-                Err(error) => Reply::Now(Err(refusal(error.to_string()))),
-            };
-        }
-        let (answer, answered) = sync_channel(1);
-        calls.send(Call { request, place: Place::Waiting(answer) });
-        Reply::Now(answered.recv().unwrap_or_else(|_| ending()))
+        let (reply, outcome) = Reply::channel();
+        calls.send(Call { request, reply });
+        outcome.recv().unwrap_or_else(|_| Err(refusal("the back-end is ending")))
     })
     .map_err(ControlError::Start)
 }

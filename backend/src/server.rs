@@ -76,7 +76,7 @@ pub enum ServerError {
 #[derive(Debug)]
 pub struct Server {
     epoll: Epoll,
-    // Declared before the control server: its thread waits for an answer until the mailbox is gone.
+    // Declared before the control server: its clients' threads wait for answers until the mailbox is gone.
     calls: Mailbox<Call>,
     news: Mailbox<WorkerNews>,
     signals: SignalFd,

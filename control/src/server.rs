@@ -1,61 +1,64 @@
-//! The server of a control socket: a thread that owns the socket and all its clients, and multiplexes them with
-//! poll(2).
+//! The server of a control socket: one thread accepts clients, and a thread for each client reads its requests and
+//! writes the replies.
 //!
-//! Requests are handled one at a time, in the order in which they arrive whole. Nobody can hold up the others: no
-//! read or write blocks, a client's buffers are bounded, and where [`MAX_CLIENTS`] are connected, a new one takes
-//! the place of the one that has been silent for longest.
+//! So a client that is silent, reads no replies, or waits for a slow request holds up no other one. What a client can
+//! make the server hold is bounded: one line and one reply. At most [`MAX_CLIENTS`] are connected; a new one takes the
+//! place of the one that has been silent for longest.
 
-use std::io;
-use std::os::fd::AsFd;
-use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{Builder, JoinHandle, sleep};
 use std::time::{Duration, Instant};
 
 use baton_protocol::control::{MAX_LINE, Refusal, Request};
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{self, MsgFlags, send};
 
-use crate::connection::{Connection, Line};
-use crate::later::{Answer, Later, Outcome};
+use crate::limited;
+use crate::reply::Outcome;
 use crate::socket_path::BoundSocket;
 
 /// How many clients may be connected at once.
 pub const MAX_CLIENTS: usize = 16;
 
-/// How long [`ControlServer::stop`] waits for clients to take the replies already made.
+/// How long [`ControlServer::stop`] waits for clients to take the replies to the requests that they have made.
 const FLUSH_TIME: Duration = Duration::from_secs(1);
 
-/// How long the listener is left alone after the process has run out of file descriptors.
+/// How long the listener is left alone after a client could not be accepted.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// A running control server.
 #[derive(Debug)]
 pub struct ControlServer {
-    wake: Arc<EventFd>,
-    thread: Option<JoinHandle<()>>,
+    socket: Arc<BoundSocket>,
+    clients: Arc<Clients>,
+    acceptor: Option<JoinHandle<()>>,
 }
 
 impl ControlServer {
-    /// Starts the thread. `handler` is called on it for every request, and gives the reply's JSON object, or will have
-    /// it given later; it must not stop this server itself.
+    /// Starts the server. `handler` answers a request on its client's thread, so it may wait for another one.
     ///
     /// # Errors
-    /// When the thread or its wake-up descriptor cannot be created.
-    pub fn start<H, A>(socket: BoundSocket, mut handler: H) -> io::Result<Self>
+    /// If the thread that accepts clients cannot be created.
+    pub fn start<H>(socket: BoundSocket, handler: H) -> io::Result<Self>
     where
-        H: FnMut(Request) -> A + Send + 'static,
-        A: Into<Answer>,
+        H: Fn(Request) -> Outcome + Send + Sync + 'static,
     {
-        let handler = move |request| handler(request).into();
-        socket.listener().set_nonblocking(true)?;
-        let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
-        let server = Server { socket, wake: Arc::clone(&wake), handler, connections: Vec::new() };
-        let thread = std::thread::Builder::new().name("control".to_owned()).spawn(move || server.run())?;
-        Ok(Self { wake, thread: Some(thread) })
+        let socket = Arc::new(socket);
+        let clients = Arc::new(Clients::default());
+        let acceptor = Acceptor {
+            socket: Arc::clone(&socket),
+            clients: Arc::clone(&clients),
+            handler: Arc::new(handler),
+        };
+        let acceptor = Builder::new().name("control".to_owned()).spawn(move || acceptor.run())?;
+        Ok(Self { socket, clients, acceptor: Some(acceptor) })
     }
 
-    /// Stops the thread once the replies already made have gone out, and unlinks the socket. Dropping does the same.
+    /// Stops serving once the replies to the requests already made have gone out, and unlinks the socket. Dropping does
+    /// the same.
     pub fn stop(self) {
         drop(self);
     }
@@ -63,198 +66,185 @@ impl ControlServer {
 
 impl Drop for ControlServer {
     fn drop(&mut self) {
-        let Some(thread) = self.thread.take() else { return };
-        if let Err(errno) = self.wake.write(1) {
+        self.clients.lock().stopping = true;
+        self.clients.changed.notify_all();
+        // Wakes the acceptor, whose accept(2) fails from now on.
+        if let Err(errno) = socket::shutdown(self.socket.listener().as_raw_fd(), socket::Shutdown::Both) {
             tracing::error!(%errno, "cannot stop the control server");
             return;
         }
-        if thread.join().is_err() {
+        if self.acceptor.take().is_some_and(|acceptor| acceptor.join().is_err()) {
             tracing::error!("the control server had panicked");
         }
+        self.clients.flush();
     }
 }
 
-/// What the thread owns.
-struct Server<H> {
-    socket: BoundSocket,
-    wake: Arc<EventFd>,
-    handler: H,
-    /// In the order of their last activity, the most silent first.
-    connections: Vec<Connection>,
+/// What the thread that accepts clients owns.
+struct Acceptor<H> {
+    socket: Arc<BoundSocket>,
+    clients: Arc<Clients>,
+    handler: Arc<H>,
 }
 
-impl<H> Server<H>
+impl<H> Acceptor<H>
 where
-    H: FnMut(Request) -> Answer,
+    H: Fn(Request) -> Outcome + Send + Sync + 'static,
 {
-    fn run(mut self) {
-        let mut accepting = true;
+    fn run(self) {
         loop {
-            let timeout = if accepting { PollTimeout::NONE } else { timeout(ACCEPT_PAUSE) };
-            let ready = match self.wait(accepting, timeout) {
-                Ok(ready) => ready,
-                Err(Errno::EINTR) => continue,
-                Err(errno) => {
-                    tracing::error!(%errno, "the control server cannot poll");
-                    break;
-                }
-            };
-            if ready.stop {
-                break;
-            }
-            self.serve_ready(&ready.connections);
-            accepting = !ready.listener || self.accept();
-        }
-        self.flush_all();
-    }
-
-    /// Waits for something to do.
-    fn wait(&self, accepting: bool, timeout: PollTimeout) -> Result<Ready, Errno> {
-        let listener_events = if accepting { PollFlags::POLLIN } else { PollFlags::empty() };
-        let mut fds = vec![
-            PollFd::new(self.wake.as_fd(), PollFlags::POLLIN),
-            PollFd::new(self.socket.listener().as_fd(), listener_events),
-        ];
-        fds.extend(self.connections.iter().map(|connection| {
-            if let Some(later) = connection.later() {
-                return PollFd::new(later.as_fd(), PollFlags::POLLIN);
-            }
-            let events = if connection.has_output() { PollFlags::POLLOUT } else { PollFlags::POLLIN };
-            PollFd::new(connection.as_fd(), events)
-        }));
-        poll(&mut fds, timeout)?;
-        let mut ready = fds.iter().map(|fd| fd.any().unwrap_or(true));
-        Ok(Ready {
-            stop: ready.next().unwrap_or(false),
-            listener: ready.next().unwrap_or(false),
-            connections: ready.collect(),
-        })
-    }
-
-    /// Serves the clients that are ready, and moves them behind the silent ones.
-    fn serve_ready(&mut self, ready: &[bool]) {
-        let mut active = Vec::new();
-        let mut silent = Vec::new();
-        for (connection, &ready) in std::mem::take(&mut self.connections).into_iter().zip(ready) {
-            if ready { &mut active } else { &mut silent }.push(connection);
-        }
-        self.connections = silent;
-        for mut connection in active {
-            match serve(&mut connection, &mut self.handler) {
-                Ok(()) if connection.is_over() => {}
-                Ok(()) => self.connections.push(connection),
-                Err(error) => tracing::debug!(%error, "a control client is gone"),
-            }
-        }
-    }
-
-    /// Takes the waiting clients in. False if the process has no descriptor left for them, and nobody's to take.
-    fn accept(&mut self) -> bool {
-        loop {
-            match self.socket.listener().accept().and_then(|(stream, _)| Connection::new(stream)) {
-                Ok(connection) => {
-                    if self.connections.len() >= MAX_CLIENTS {
-                        // Not one that waits for an answer, unless all do.
-                        let silent = self.connections.iter().position(|other| other.later().is_none());
-                        self.connections.remove(silent.unwrap_or(0));
-                    }
-                    self.connections.push(connection);
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
-                Err(error)
-                    if matches!(
-                        error.kind(),
-                        io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted
-                    ) => {}
-                Err(error) => {
-                    crate::limited!(warn, %error, "cannot accept a control client");
-                    if self.connections.is_empty() {
-                        return false;
-                    }
-                    self.connections.remove(0);
-                }
-            }
-        }
-    }
-
-    /// Gives the clients [`FLUSH_TIME`] to take what they have been answered.
-    fn flush_all(&mut self) {
-        let deadline = Instant::now() + FLUSH_TIME;
-        self.connections.iter_mut().for_each(keep_promise);
-        loop {
-            self.connections.retain_mut(|connection| connection.flush().is_ok() && connection.has_output());
-            let left = deadline.saturating_duration_since(Instant::now());
-            if self.connections.is_empty() || left.is_zero() {
+            let accepted = self.socket.listener().accept();
+            if self.clients.lock().stopping {
                 return;
             }
-            let mut fds: Vec<_> = self
-                .connections
-                .iter()
-                .map(|connection| PollFd::new(connection.as_fd(), PollFlags::POLLOUT))
-                .collect();
-            if let Err(errno) = poll(&mut fds, timeout(left))
-                && errno != Errno::EINTR
-            {
-                return;
+            if let Err(error) = accepted.and_then(|(stream, _)| self.serve(stream)) {
+                limited!(warn, %error, "cannot accept a control client");
+                // Frees a descriptor.
+                self.clients.lock().drop_silent();
+                sleep(ACCEPT_PAUSE);
             }
         }
     }
-}
 
-/// What poll(2) reported.
-struct Ready {
-    stop: bool,
-    listener: bool,
-    /// One for each connection, in their order.
-    connections: Vec<bool>,
-}
-
-/// Does what can be done for a client without waiting.
-fn serve<H>(connection: &mut Connection, handler: &mut H) -> io::Result<()>
-where
-    H: FnMut(Request) -> Answer,
-{
-    keep_promise(connection);
-    connection.flush()?;
-    if connection.has_output() || connection.later().is_some() {
-        return Ok(());
-    }
-    connection.fill()?;
-    while let Some(line) = connection.next_line() {
-        match answer_to(&line, handler) {
-            Answer::Now(outcome) => connection.set_reply(encoded(&outcome)),
-            Answer::Later(later) => {
-                connection.set_later(Some(later));
-                break;
+    /// Serves a client on a thread of its own.
+    fn serve(&self, stream: UnixStream) -> io::Result<()> {
+        let stream = Arc::new(stream);
+        if !self.clients.admit(&stream) {
+            return Ok(());
+        }
+        let (clients, handler) = (Arc::clone(&self.clients), Arc::clone(&self.handler));
+        let served = Arc::clone(&stream);
+        let thread = Builder::new().name("control-client".to_owned()).spawn(move || {
+            if let Err(error) = serve(&clients, &served, &*handler) {
+                tracing::debug!(%error, "a control client is gone");
             }
-        }
-        connection.flush()?;
-        if connection.has_output() {
-            break;
-        }
-    }
-    Ok(())
-}
-
-/// Makes the answer that a client waits for, if it has come, the next thing to write.
-fn keep_promise(connection: &mut Connection) {
-    if let Some(outcome) = connection.later().and_then(Later::take) {
-        connection.set_later(None);
-        connection.set_reply(encoded(&outcome));
+            clients.leave(&served);
+        });
+        thread.map(drop).inspect_err(|_| self.clients.leave(&stream))
     }
 }
 
-/// The answer to one line.
-fn answer_to<H>(line: &Line, handler: &mut H) -> Answer
+/// The clients that are connected.
+#[derive(Debug, Default)]
+struct Clients {
+    list: Mutex<List>,
+    /// Signalled when a client is answered or leaves, and when the server stops.
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct List {
+    clients: Vec<Client>,
+    stopping: bool,
+}
+
+#[derive(Debug)]
+struct Client {
+    stream: Arc<UnixStream>,
+    /// When it connected, made its last request, or was answered.
+    active: Instant,
+    /// The handler has its request.
+    waiting: bool,
+}
+
+impl List {
+    /// Disconnects the client that has been silent for longest. `false` if there is none that waits for no answer.
+    fn drop_silent(&mut self) -> bool {
+        let silent = self.clients.iter().enumerate().filter(|(_, client)| !client.waiting);
+        let Some((index, _)) = silent.min_by_key(|(_, client)| client.active) else { return false };
+        // Ends the reads and writes of its thread.
+        let _ = self.clients.remove(index).stream.shutdown(Shutdown::Both);
+        true
+    }
+
+    fn make_room(&mut self) -> bool {
+        self.clients.len() < MAX_CLIENTS || self.drop_silent()
+    }
+}
+
+impl Clients {
+    fn lock(&self) -> MutexGuard<'_, List> {
+        self.list.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a client in, as soon as there is room. `false` if the server stops.
+    fn admit(&self, stream: &Arc<UnixStream>) -> bool {
+        let full = |list: &mut List| !list.stopping && !list.make_room();
+        let mut list = self.changed.wait_while(self.lock(), full).unwrap_or_else(PoisonError::into_inner);
+        let admitted = !list.stopping;
+        if admitted {
+            list.clients.push(Client { stream: Arc::clone(stream), active: Instant::now(), waiting: false });
+        }
+        admitted
+    }
+
+    /// Notes that a client waits for an answer, or no longer. `false` if its next request is not to be served.
+    fn set_waiting(&self, stream: &Arc<UnixStream>, waiting: bool) -> bool {
+        let mut list = self.lock();
+        let stopping = list.stopping;
+        let client = list.clients.iter_mut().find(|client| Arc::ptr_eq(&client.stream, stream));
+        let Some(client) = client.filter(|_| !stopping) else { return false };
+        client.active = Instant::now();
+        client.waiting = waiting;
+        self.changed.notify_all();
+        true
+    }
+
+    fn leave(&self, stream: &Arc<UnixStream>) {
+        self.lock().clients.retain(|client| !Arc::ptr_eq(&client.stream, stream));
+        self.changed.notify_all();
+    }
+
+    /// Gives the clients [`FLUSH_TIME`] to take the replies to the requests that they have made.
+    fn flush(&self) {
+        let list = self.lock();
+        for client in &list.clients {
+            // Wakes a thread that waits for a request. A client that is gone already cannot be shut down.
+            let _ = client.stream.shutdown(Shutdown::Read);
+        }
+        let connected = |list: &mut List| !list.clients.is_empty();
+        let waited = self.changed.wait_timeout_while(list, FLUSH_TIME, connected);
+        let (list, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        for client in &list.clients {
+            let _ = client.stream.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+/// Serves one client until it leaves, is dropped, or the server stops.
+fn serve<H>(clients: &Clients, stream: &Arc<UnixStream>, handler: &H) -> io::Result<()>
 where
-    H: FnMut(Request) -> Answer,
+    H: Fn(Request) -> Outcome,
 {
-    match line {
-        Line::TooLong => Err(refusal(format!("a request may have at most {MAX_LINE} bytes"))).into(),
-        Line::Whole(line) => match serde_json::from_slice(line) {
-            Ok(request) => handler(request),
-            Err(error) => Err(refusal(format!("not a request: {error}"))).into(),
-        },
+    let mut input = BufReader::new(&**stream);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        // One byte more than is allowed: a newline, or too long a line. The last line need not end in a newline.
+        let limit = u64::try_from(MAX_LINE + 1).unwrap_or(u64::MAX);
+        input.by_ref().take(limit).read_until(b'\n', &mut line)?;
+        if line.is_empty() || !clients.set_waiting(stream, true) {
+            return Ok(());
+        }
+        let request = line.strip_suffix(b"\n").unwrap_or(&line);
+        let too_long = request.len() > MAX_LINE;
+        let outcome = if too_long {
+            Err(refusal(format!("a request may have at most {MAX_LINE} bytes")))
+        } else {
+            match serde_json::from_slice(request) {
+                Ok(request) => handler(request),
+                Err(error) => Err(refusal(format!("not a request: {error}"))),
+            }
+        };
+        let reply = encoded(&outcome);
+        // What the socket takes at once goes out before this client may have to make room for another one.
+        let sent =
+            send(stream.as_raw_fd(), &reply, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL).unwrap_or(0);
+        clients.set_waiting(stream, false);
+        (&**stream).write_all(&reply[sent..])?;
+        if too_long {
+            input.skip_until(b'\n')?;
+        }
     }
 }
 
@@ -276,28 +266,24 @@ fn encoded(outcome: &Outcome) -> Vec<u8> {
     reply
 }
 
-/// A time as poll(2) takes it.
-fn timeout(time: Duration) -> PollTimeout {
-    PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX)
-}
-
 fn refusal(error: String) -> Refusal {
     Refusal { error }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::io::{BufRead, BufReader, Read, Write};
-    use std::os::unix::net::UnixStream;
     use std::path::{Path, PathBuf};
+    use std::sync::mpsc::{Receiver, channel};
 
+    use nix::errno::Errno;
     use serde_json::json;
 
     use super::*;
     use crate::client::{ClientError, ControlClient};
+    use crate::reply::Reply;
 
     /// Answers `status`, and a long `stats`; refuses the rest.
-    fn handler(request: Request) -> Result<serde_json::Value, Refusal> {
+    fn handler(request: Request) -> Outcome {
         match request {
             Request::Status => Ok(json!({"state": "waiting"})),
             Request::Stats => Ok(json!({"long": "x".repeat(MAX_LINE - 100)})),
@@ -332,7 +318,7 @@ mod tests {
         let (_directory, path, _server) = started();
         let mut stream = UnixStream::connect(&path).unwrap();
         stream.write_all(b"nonsense\n{\"command\":\"dance\"}\n\xff\n{\"command\":\"status\"}\n").unwrap();
-        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
         let mut replies = String::new();
         stream.read_to_string(&mut replies).unwrap();
         let replies: Vec<_> = replies.lines().collect();
@@ -402,56 +388,88 @@ mod tests {
     #[test]
     fn the_most_silent_client_makes_room() {
         let (_directory, path, _server) = started();
-        let mut kept = ControlClient::connect(&path).unwrap();
-        let mut silent: Vec<_> = (0..MAX_CLIENTS).map(|_| UnixStream::connect(&path).unwrap()).collect();
-        // `kept` was the most silent, and lost its place to the last of these.
-        let error = kept.call(&Request::Status).unwrap_err();
-        assert!(matches!(error, ClientError::Closed | ClientError::Io(_)), "{error}");
-        assert_eq!(exchange(&path, b"{\"command\":\"status\"}\n"), "{\"state\":\"waiting\"}\n");
+        let mut silent: Vec<_> = (0..=MAX_CLIENTS).map(|_| UnixStream::connect(&path).unwrap()).collect();
+        // The last of these took the first one's place.
         let mut end = [0];
         assert_eq!(silent[0].read(&mut end).unwrap(), 0);
+        assert_eq!(exchange(&path, b"{\"command\":\"status\"}\n"), "{\"state\":\"waiting\"}\n");
+        assert_eq!(silent[1].read(&mut end).unwrap(), 0);
+    }
+
+    /// A server that has `pause` answered by whoever receives its reply.
+    fn started_with_slow_pause(directory: &tempfile::TempDir) -> (PathBuf, ControlServer, Receiver<Reply>) {
+        let path = directory.path().join("control");
+        let (pauses, pending) = channel();
+        let answer = move |request| match request {
+            Request::Pause => {
+                let (reply, outcome) = Reply::channel();
+                pauses.send(reply).unwrap();
+                outcome.recv().unwrap_or_else(|_| Err(refusal("unanswered".to_owned())))
+            }
+            other => handler(other),
+        };
+        let server = ControlServer::start(BoundSocket::bind(&path).unwrap(), answer).unwrap();
+        (path, server, pending)
     }
 
     #[test]
-    fn an_answer_may_come_later_and_holds_nobody_up() {
+    fn a_slow_request_does_not_hold_up_other_clients() {
         let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("control");
-        let (promises, made) = std::sync::mpsc::channel();
-        let answer = move |request| match request {
-            Request::Pause => {
-                let (promise, later) = crate::later::Promise::new().unwrap();
-                promises.send(promise).unwrap();
-                Answer::Later(later)
-            }
-            other => handler(other).into(),
-        };
-        let server = ControlServer::start(BoundSocket::bind(&path).unwrap(), answer).unwrap();
+        let (path, server, pending) = started_with_slow_pause(&directory);
         let mut patient = BufReader::new(UnixStream::connect(&path).unwrap());
         patient.get_mut().write_all(b"{\"command\":\"pause\"}\n{\"command\":\"status\"}\n").unwrap();
-        let promise = made.recv().unwrap();
-        // Others are served, and more of them than there may be do not push this one out.
+        let reply = pending.recv().unwrap();
+        // A client that waits for an answer does not make room for others.
         let others: Vec<_> = (0..MAX_CLIENTS).map(|_| ControlClient::connect(&path).unwrap()).collect();
         for mut other in others.into_iter().rev().take(MAX_CLIENTS - 1) {
             other.call(&Request::Status).unwrap();
         }
-        promise.keep(Ok(json!({"done": true})));
+        reply.send(Ok(json!({"done": true})));
         let mut lines = [String::new(), String::new()];
         for line in &mut lines {
             patient.read_line(line).unwrap();
         }
         assert_eq!(lines, ["{\"done\":true}\n", "{\"state\":\"waiting\"}\n"]);
 
-        // A promise that is not kept is answered, too; and one that was kept reaches its client at the very end.
+        // A reply that is dropped refuses the request.
         patient.get_mut().write_all(b"{\"command\":\"pause\"}\n{\"command\":\"pause\"}\n").unwrap();
-        drop(made.recv().unwrap());
+        drop(pending.recv().unwrap());
         let mut line = String::new();
         patient.read_line(&mut line).unwrap();
-        assert_eq!(line, "{\"error\":\"the request came to no end\"}\n");
-        made.recv().unwrap().keep(Ok(json!({"last": true})));
+        assert_eq!(line, "{\"error\":\"unanswered\"}\n");
+        // One that is sent just before the server stops reaches its client.
+        pending.recv().unwrap().send(Ok(json!({"last": true})));
         server.stop();
         line.clear();
         patient.read_line(&mut line).unwrap();
         assert_eq!(line, "{\"last\":true}\n");
+    }
+
+    #[test]
+    fn a_new_client_waits_while_all_others_wait_for_answers() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, server, pending) = started_with_slow_pause(&directory);
+        let pause = || {
+            let mut client = UnixStream::connect(&path).unwrap();
+            client.write_all(b"{\"command\":\"pause\"}\n").unwrap();
+            (client, pending.recv().unwrap())
+        };
+        let (clients, mut replies): (Vec<_>, Vec<_>) = (0..MAX_CLIENTS).map(|_| pause()).unzip();
+        let next = std::thread::spawn({
+            let path = path.clone();
+            move || exchange(&path, b"{\"command\":\"status\"}\n")
+        });
+        sleep(Duration::from_millis(50));
+        assert!(!next.is_finished());
+        replies.remove(0).send(Ok(json!({})));
+        assert_eq!(next.join().unwrap(), "{\"state\":\"waiting\"}\n");
+        drop(replies);
+        server.stop();
+        for mut client in clients {
+            let mut reply = String::new();
+            client.read_to_string(&mut reply).unwrap();
+            assert!(reply.ends_with("}\n"), "{reply:?}");
+        }
     }
 
     #[test]
@@ -468,10 +486,9 @@ mod tests {
     fn stopping_flushes_what_was_answered_and_removes_the_socket() {
         let (_directory, path, server) = started();
         let mut stream = UnixStream::connect(&path).unwrap();
-        // More replies than the socket's buffers hold: the server is in the middle of one when it is stopped.
-        for _ in 0..100 {
-            stream.write_all(b"{\"command\":\"stats\"}\n").unwrap();
-        }
+        // More replies than the socket's buffers hold: the server is soon in the middle of one.
+        stream.write_all(&b"{\"command\":\"stats\"}\n".repeat(100)).unwrap();
+        sleep(Duration::from_millis(50));
         let mut reader = BufReader::new(stream);
         let mut reply = String::new();
         reader.read_line(&mut reply).unwrap();
@@ -479,7 +496,7 @@ mod tests {
         let mut rest = String::new();
         reader.read_to_string(&mut rest).unwrap();
         stopper.join().unwrap();
-        assert!(rest.ends_with('\n'), "a reply was cut off");
+        assert!(rest.is_empty() || rest.ends_with('\n'), "a reply was cut off");
         assert!(!path.exists());
     }
 }

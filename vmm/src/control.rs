@@ -3,9 +3,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use baton_control::{Answer, BindError, BoundSocket, ControlServer, Promise, error_chain};
+use baton_control::{BindError, BoundSocket, ControlServer, Outcome, Reply, error_chain};
 use baton_protocol::control::{Done, Refusal, Request};
-use serde_json::Value;
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -35,15 +34,15 @@ pub struct ControlHandler<M = Machine> {
 }
 
 impl<M: Guest> ControlHandler<M> {
-    fn answer(&self, request: Request) -> Answer {
+    fn answer(&self, request: Request) -> Outcome {
         let lifecycle = &self.lifecycle;
         match request {
             Request::Status => serialised(&lifecycle.status()),
-            Request::Pause => return later(|promise| lifecycle.pause(promise)),
-            Request::Resume => return later(|promise| lifecycle.resume(promise)),
+            Request::Pause => answer_of(|reply| lifecycle.pause(reply)),
+            Request::Resume => answer_of(|reply| lifecycle.resume(reply)),
             Request::Migrate { path, local, dry_run } => {
                 let request = MigrationRequest { path, local, dry_run, running: true };
-                return later(|promise| lifecycle.migrate(request, promise));
+                answer_of(|reply| lifecycle.migrate(request, reply))
             }
             Request::Quit => {
                 event::signal(&self.quit);
@@ -54,24 +53,17 @@ impl<M: Guest> ControlHandler<M> {
                 Err(Refusal { error: "this is a VMM: only a back-end can hand its device over".to_owned() })
             }
         }
-        .into()
     }
 }
 
-/// Answers when the operation that `begin` begins is done, or at once if it is refused.
-fn later(begin: impl FnOnce(Promise) -> Result<(), LifecycleError>) -> Answer {
-    let begun = Promise::new().map_err(|error| refusal(&error)).and_then(|(promise, later)| {
-        begin(promise).map_err(|error| refusal(&error))?;
-        Ok(later)
-    });
-    begun.map_or_else(|refusal| Err(refusal).into(), Answer::Later)
+/// Waits for the outcome of the operation that `begin` begins, unless that is refused.
+fn answer_of(begin: impl FnOnce(Reply) -> Result<(), LifecycleError>) -> Outcome {
+    let (reply, outcome) = Reply::channel();
+    begin(reply).map_err(|error| Refusal { error: error_chain(&error) })?;
+    outcome.recv().unwrap_or_else(|_| Err(Refusal { error: "the VMM is ending".to_owned() }))
 }
 
-fn refusal(error: &dyn std::error::Error) -> Refusal {
-    Refusal { error: error_chain(error) }
-}
-
-fn serialised<T: serde::Serialize>(value: &T) -> Result<Value, Refusal> {
+fn serialised<T: serde::Serialize>(value: &T) -> Outcome {
     serde_json::to_value(value).map_err(|error| Refusal { error: error.to_string() })
 }
 

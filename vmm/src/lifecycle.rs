@@ -14,8 +14,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
-use baton_control::later::Outcome;
-use baton_control::{Promise, error_chain};
+use baton_control::{Outcome, Reply, error_chain};
 use baton_faults::Point;
 use baton_protocol::control::{Done, MigrationReport, NetStatus, Refusal, VmmState, VmmStatus};
 use serde::Serialize;
@@ -250,20 +249,20 @@ impl<M: Guest> Lifecycle<M> {
     /// Begins to pause the VM and its devices, and answers when that is done.
     ///
     /// # Errors
-    /// If that is refused; then the promise is not kept.
-    pub fn pause(self: &Arc<Self>, promise: Promise) -> Result<(), LifecycleError> {
-        self.change(Change::Pause, promise)
+    /// If that is refused; then no reply is sent.
+    pub fn pause(self: &Arc<Self>, reply: Reply) -> Result<(), LifecycleError> {
+        self.change(Change::Pause, reply)
     }
 
     /// Begins to resume the VM and its devices, and answers when that is done.
     ///
     /// # Errors
     /// As [`Self::pause`].
-    pub fn resume(self: &Arc<Self>, promise: Promise) -> Result<(), LifecycleError> {
-        self.change(Change::Resume, promise)
+    pub fn resume(self: &Arc<Self>, reply: Reply) -> Result<(), LifecycleError> {
+        self.change(Change::Resume, reply)
     }
 
-    fn change(self: &Arc<Self>, change: Change, promise: Promise) -> Result<(), LifecycleError> {
+    fn change(self: &Arc<Self>, change: Change, reply: Reply) -> Result<(), LifecycleError> {
         let mut inner = self.inner();
         let (machine, running) = inner.idle_vm()?;
         let (name, next) = match change {
@@ -271,7 +270,7 @@ impl<M: Guest> Lifecycle<M> {
             Change::Resume => ("resume", VmmState::Running),
         };
         if inner.state == next {
-            promise.keep(serialised(&Done::DONE));
+            reply.send(serialised(&Done::DONE));
             return Ok(());
         }
         let lifecycle = Arc::clone(self);
@@ -291,7 +290,7 @@ impl<M: Guest> Lifecycle<M> {
                     inner.state = next;
                 }
             }
-            promise.keep(match outcome {
+            reply.send(match outcome {
                 Ok(()) => serialised(&Done::DONE),
                 Err(error) => Err(Refusal { error: error_chain(&error) }),
             });
@@ -304,11 +303,7 @@ impl<M: Guest> Lifecycle<M> {
     ///
     /// # Errors
     /// As [`Self::pause`].
-    pub fn migrate(
-        self: &Arc<Self>,
-        request: MigrationRequest,
-        promise: Promise,
-    ) -> Result<(), LifecycleError> {
+    pub fn migrate(self: &Arc<Self>, request: MigrationRequest, reply: Reply) -> Result<(), LifecycleError> {
         let mut inner = self.inner();
         let (machine, running) = inner.idle_vm()?;
         let request = MigrationRequest { running, ..request };
@@ -322,7 +317,7 @@ impl<M: Guest> Lifecycle<M> {
                 _ => before,
             };
             tracing::info!("migration: {report:?}");
-            let reply = serialised(&report);
+            let outcome = serialised(&report);
             {
                 let mut inner = lifecycle.inner();
                 inner.state = next;
@@ -331,7 +326,7 @@ impl<M: Guest> Lifecycle<M> {
                     inner.last_migration = Some(report);
                 }
             }
-            promise.keep(reply);
+            reply.send(outcome);
         })?;
         inner.state = VmmState::Migrating;
         Ok(())

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use baton_control::{ClientError, ControlClient};
 use baton_protocol::control::{MigrationReport, NetStatus};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::*;
 use crate::config::Config;
