@@ -1,5 +1,8 @@
-//! One `recvmsg(2)` with its descriptors. Written out because none of them may be lost: where the table of descriptors
-//! is full the kernel delivers some and cuts the rest off, and those that came must be closed.
+//! One `recvmsg(2)` with its descriptors and the sender's credentials.
+//!
+//! Written out because no library does both. Where the table of descriptors is full the kernel delivers some and cuts
+//! the rest off (`MSG_CTRUNC`): nix then gives no control message at all, so the delivered ones would leak. rustix gives
+//! the credentials a process number that is never 0, which the kernel's may be: reading it would be undefined behaviour.
 #![expect(unsafe_code, reason = "recvmsg and its control messages")]
 
 use std::io;
