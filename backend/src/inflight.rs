@@ -17,9 +17,8 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
+use baton_channel::sealed_memfd;
 use baton_control::limited;
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::shared_mapping::{MappingError, SharedMapping};
 
@@ -72,15 +71,8 @@ fn whole(queues: u16, entries: u16) -> u64 {
 /// [`InflightError::Create`].
 pub fn create(queues: u16, entries: u16) -> Result<(File, u64), InflightError> {
     let size = whole(queues, entries);
-    let make = || -> io::Result<File> {
-        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-        let file = File::from(memfd_create("inflight", flags)?);
-        file.set_len(size)?;
-        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-        fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
-        Ok(file)
-    };
-    Ok((make().map_err(InflightError::Create)?, size))
+    let file = sealed_memfd::create("inflight", size).map_err(InflightError::Create)?;
+    Ok((file, size))
 }
 
 /// A region that the front-end gave (`SET_INFLIGHT_FD`).

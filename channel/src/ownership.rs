@@ -7,20 +7,16 @@ use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use baton_protocol::ownership::{Word, WordError};
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+
+use crate::sealed_memfd::{self, SealedMemfdError};
 
 /// Length of the memfd.
 const SIZE: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
-
-/// The seals that it must have: its size is fixed, and nobody can seal it against writing any more.
-const SEALS: SealFlag = SealFlag::F_SEAL_SHRINK.union(SealFlag::F_SEAL_GROW).union(SealFlag::F_SEAL_SEAL);
 
 /// Why there is no shared word.
 #[derive(Debug, thiserror::Error)]
@@ -28,12 +24,9 @@ pub enum OwnershipError {
     /// The system would not.
     #[error("cannot set up the ownership word")]
     System(#[from] io::Error),
-    /// Something else than such a memfd came.
-    #[error("the ownership word's file has {0} bytes instead of 4096")]
-    Size(u64),
-    /// Not a memfd, or one that can still change its size.
-    #[error("the ownership word's file is not sealed")]
-    NotSealed,
+    /// The received file is not such a memfd.
+    #[error(transparent)]
+    Memfd(#[from] SealedMemfdError),
 }
 
 /// Why the word was not changed.
@@ -75,11 +68,7 @@ impl SharedWord {
     /// # Errors
     /// [`OwnershipError::System`].
     pub fn create() -> Result<Self, OwnershipError> {
-        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-        let file = File::from(memfd_create("baton-ownership", flags).map_err(io::Error::from)?);
-        file.set_len(SIZE.get() as u64)?;
-        fcntl(&file, FcntlArg::F_ADD_SEALS(SEALS)).map_err(io::Error::from)?;
-        Self::map(file)
+        Self::map(sealed_memfd::create("baton-ownership", SIZE.get() as u64)?)
     }
 
     /// The word in a memfd that the peer sent.
@@ -87,15 +76,7 @@ impl SharedWord {
     /// # Errors
     /// [`OwnershipError`]; the descriptor is closed.
     pub fn from_fd(file: OwnedFd) -> Result<Self, OwnershipError> {
-        let seals = fcntl(&file, FcntlArg::F_GET_SEALS).map_err(|_| OwnershipError::NotSealed)?;
-        if !SealFlag::from_bits_truncate(seals).contains(SEALS) {
-            return Err(OwnershipError::NotSealed);
-        }
-        let file = File::from(file);
-        match file.metadata()?.size() {
-            size if size == SIZE.get() as u64 => Self::map(file),
-            size => Err(OwnershipError::Size(size)),
-        }
+        Self::map(sealed_memfd::adopt(file, "the ownership word's file", SIZE.get() as u64)?)
     }
 
     fn map(file: File) -> Result<Self, OwnershipError> {
@@ -204,24 +185,9 @@ mod tests {
     }
 
     #[test]
-    fn what_could_change_its_size_is_refused() {
-        let memfd = |flags| File::from(memfd_create("test", flags | MFdFlags::MFD_CLOEXEC).unwrap());
-        let unsealed = memfd(MFdFlags::MFD_ALLOW_SEALING);
-        unsealed.set_len(4096).unwrap();
-        let error = SharedWord::from_fd(unsealed.into()).unwrap_err();
-        assert!(matches!(error, OwnershipError::NotSealed), "{error}");
-
-        let large = memfd(MFdFlags::MFD_ALLOW_SEALING);
-        large.set_len(8192).unwrap();
-        fcntl(&large, FcntlArg::F_ADD_SEALS(SEALS)).unwrap();
-        let error = SharedWord::from_fd(large.into()).unwrap_err();
-        assert!(matches!(error, OwnershipError::Size(8192)), "{error}");
-
-        let error = SharedWord::from_fd(tempfile::tempfile().unwrap().into()).unwrap_err();
-        assert!(matches!(error, OwnershipError::NotSealed), "{error}");
-        let (end, _other) = std::os::unix::net::UnixStream::pair().unwrap();
-        let error = SharedWord::from_fd(end.into()).unwrap_err();
-        assert!(matches!(error, OwnershipError::NotSealed), "{error}");
+    fn another_file_is_refused() {
+        let error = SharedWord::from_fd(sealed_memfd::create("test", 8192).unwrap().into()).unwrap_err();
+        assert_eq!(error.to_string(), "the ownership word's file has 8192 bytes instead of 4096");
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use baton_channel::ownership::SharedWord;
 use baton_channel::packet::{ChannelError, PacketSocket};
+use baton_channel::sealed_memfd;
 use baton_control::ControlClient;
 use baton_protocol::codec::Message as _;
 use baton_protocol::control::{Request, VmmState, VmmStatus};
@@ -23,7 +24,6 @@ use baton_protocol::migration::state::{PlatformState, SerialState, VmState};
 use baton_tests::lab;
 use baton_tests::process::{Process, limit_descriptors};
 use baton_tests::programs;
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 /// Only catches what hangs.
@@ -146,12 +146,11 @@ fn state() -> Message {
 }
 
 fn memory(size: u64, sealed: bool) -> Result<OwnedFd> {
+    if sealed {
+        return Ok(sealed_memfd::create("memory", size)?.into());
+    }
     let file = File::from(memfd_create("memory", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
     file.set_len(size)?;
-    if sealed {
-        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW;
-        fcntl(&file, FcntlArg::F_ADD_SEALS(seals | SealFlag::F_SEAL_SEAL))?;
-    }
     Ok(file.into())
 }
 

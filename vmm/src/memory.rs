@@ -4,12 +4,10 @@
 //! regions is one memfd whose size is sealed, so a process that maps it (the back-end) can never be killed by
 //! a truncation.
 
-use std::ffi::CStr;
 use std::fs::File;
 use std::num::TryFromIntError;
 
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::sys::memfd::{MFdFlags, memfd_create};
+use baton_channel::sealed_memfd::{self, SealedMemfdError};
 use thiserror::Error;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap as GenericMmap};
 
@@ -20,11 +18,6 @@ pub type GuestMemory = GenericMmap<()>;
 pub const HOLE_START: u64 = 3 << 30;
 /// The end of the 32-bit hole: RAM above it.
 pub const HOLE_END: u64 = 4 << 30;
-
-/// What keeps a file's size as it is.
-const SIZE_SEALS: SealFlag = SealFlag::F_SEAL_SHRINK.union(SealFlag::F_SEAL_GROW);
-
-const MEMFD_NAME: &CStr = c"baton-guest-ram";
 
 /// Why guest RAM could not be made.
 #[derive(Debug, Error)]
@@ -49,20 +42,12 @@ pub enum MemoryError {
         /// How many regions there are.
         needed: usize,
     },
-    /// A file that is too long or too short.
-    #[error("guest memory: a region of {found} bytes instead of {needed}")]
-    Length {
-        /// Its length.
-        found: u64,
-        /// The region's.
-        needed: u64,
-    },
+    /// A file that is too long or too short, or whose size could change under the guest.
+    #[error("guest memory")]
+    Adopt(#[from] SealedMemfdError),
     /// Regions that lie elsewhere than ours.
     #[error("guest memory: its regions lie elsewhere than {0} bytes have them")]
     Layout(u64),
-    /// A file whose size could change under the guest.
-    #[error("guest memory: a region's file is not sealed")]
-    NotSealed,
     /// More than this host can address.
     #[error("guest memory: too large for this host")]
     TooLarge(#[from] TryFromIntError),
@@ -77,7 +62,8 @@ pub fn ranges(size: u64) -> Vec<(u64, u64)> {
 pub fn allocate(size: u64) -> Result<GuestMemory, MemoryError> {
     let mut mapped = Vec::new();
     for (start, length) in ranges(size) {
-        let file = sealed_memfd(length).map_err(|source| MemoryError::Memfd { size: length, source })?;
+        let file = sealed_memfd::create("baton-guest-ram", length)
+            .map_err(|source| MemoryError::Memfd { size: length, source })?;
         mapped.push((GuestAddress(start), usize::try_from(length)?, Some(FileOffset::new(file, 0))));
     }
     GuestMemory::from_ranges_with_files(mapped).map_err(MemoryError::Map)
@@ -91,24 +77,10 @@ pub fn adopt(size: u64, files: Vec<File>) -> Result<GuestMemory, MemoryError> {
     }
     let mut mapped = Vec::new();
     for ((start, length), file) in ranges.into_iter().zip(files) {
-        let seals = fcntl(&file, FcntlArg::F_GET_SEALS).map_err(|_| MemoryError::NotSealed)?;
-        if !SealFlag::from_bits_truncate(seals).contains(SIZE_SEALS) {
-            return Err(MemoryError::NotSealed);
-        }
-        let found = file.metadata().map_err(|source| MemoryError::Memfd { size: length, source })?.len();
-        if found != length {
-            return Err(MemoryError::Length { found, needed: length });
-        }
+        let file = sealed_memfd::adopt(file.into(), "a region's file", length)?;
         mapped.push((GuestAddress(start), usize::try_from(length)?, Some(FileOffset::new(file, 0))));
     }
     GuestMemory::from_ranges_with_files(mapped).map_err(MemoryError::Map)
-}
-
-fn sealed_memfd(size: u64) -> std::io::Result<File> {
-    let file = File::from(memfd_create(MEMFD_NAME, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
-    file.set_len(size)?;
-    fcntl(&file, FcntlArg::F_ADD_SEALS(SIZE_SEALS.union(SealFlag::F_SEAL_SEAL)))?;
-    Ok(file)
 }
 
 #[cfg(test)]
@@ -141,11 +113,11 @@ mod tests {
         let refused = |size, files| adopt(size, files).unwrap_err();
         assert!(matches!(refused(size, vec![]), MemoryError::Regions { came: 0, needed: 1 }));
         assert!(matches!(refused(size, vec![file(), file()]), MemoryError::Regions { .. }));
-        assert!(matches!(refused(128 << 20, vec![file()]), MemoryError::Length { .. }));
-        let unsealed = memfd_create(MEMFD_NAME, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).unwrap();
-        assert!(matches!(refused(size, vec![unsealed.into()]), MemoryError::NotSealed));
+        let error = refused(128 << 20, vec![file()]);
+        assert!(matches!(error, MemoryError::Adopt(SealedMemfdError::Size { .. })), "{error}");
         let plain = File::open("/proc/self/exe").unwrap();
-        assert!(matches!(refused(size, vec![plain]), MemoryError::NotSealed));
+        let error = refused(size, vec![plain]);
+        assert!(matches!(error, MemoryError::Adopt(SealedMemfdError::NotSealed { .. })), "{error}");
     }
 
     #[test]

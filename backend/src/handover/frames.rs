@@ -1,30 +1,22 @@
 //! The frames in hand, in a sealed memfd: the source had read them from the TAP and could not deliver them.
 
-use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 
+use baton_channel::sealed_memfd::{self, SealedMemfdError};
 use baton_protocol::handover::state::FrameExtent;
 use baton_protocol::handover::validate::CheckedDevice;
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::dataplane::rx::FrameInHand;
 use crate::net_header;
-
-/// What the file must be sealed against: it stays as it is.
-const SEALS: SealFlag = SealFlag::F_SEAL_SHRINK
-    .union(SealFlag::F_SEAL_GROW)
-    .union(SealFlag::F_SEAL_WRITE)
-    .union(SealFlag::F_SEAL_SEAL);
 
 /// Why frames cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum FramesError {
     /// The file can still change.
-    #[error("the file of frames is not sealed")]
-    NotSealed,
+    #[error(transparent)]
+    Memfd(#[from] SealedMemfdError),
     /// A frame lies beyond the file's end.
     #[error("the file of frames ends before the frame of queue pair {0}")]
     Beyond(usize),
@@ -44,23 +36,19 @@ pub fn write(frames: &[Option<FrameInHand>]) -> io::Result<(Option<OwnedFd>, Vec
     if frames.iter().all(Option::is_none) {
         return Ok((None, vec![None; frames.len()]));
     }
-    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-    let mut file = File::from(memfd_create("baton-frames", flags)?);
-    let mut offset = 0;
+    let mut contents = Vec::new();
     let mut extents = Vec::new();
     for frame in frames {
         let Some(FrameInHand { header, frame }) = frame else {
             extents.push(None);
             continue;
         };
-        file.write_all(header)?;
-        file.write_all(frame)?;
         let length = u32::try_from(header.len() + frame.len()).map_err(io::Error::other)?;
-        extents.push(Some(FrameExtent { offset, length }));
-        offset += u64::from(length);
+        extents.push(Some(FrameExtent { offset: contents.len() as u64, length }));
+        contents.extend_from_slice(header);
+        contents.extend_from_slice(frame);
     }
-    fcntl(&file, FcntlArg::F_ADD_SEALS(SEALS))?;
-    Ok((Some(file.into()), extents))
+    Ok((Some(sealed_memfd::create_read_only("baton-frames", &contents)?.into()), extents))
 }
 
 /// Reads the frames that `device` speaks of.
@@ -72,11 +60,7 @@ pub fn read(device: &CheckedDevice, file: Option<OwnedFd>) -> Result<Vec<(usize,
     let Some(file) = file else {
         return if device.frames().next().is_none() { Ok(frames) } else { Err(FramesError::Missing) };
     };
-    let seals = fcntl(&file, FcntlArg::F_GET_SEALS).map_err(|_| FramesError::NotSealed)?;
-    if !SealFlag::from_bits_truncate(seals).contains(SEALS) {
-        return Err(FramesError::NotSealed);
-    }
-    let file = File::from(file);
+    let file = sealed_memfd::adopt_read_only(file, "the file of frames")?;
     let size = file.metadata()?.size();
     for (pair, FrameExtent { offset, length }) in device.frames() {
         if offset.checked_add(u64::from(length)).is_none_or(|end| end > size) {
@@ -139,6 +123,6 @@ mod tests {
         assert!(matches!(error, FramesError::Beyond(0)), "{error}");
         let unsealed = tempfile::tempfile().unwrap();
         let error = read(&checked(&extents), Some(unsealed.into())).unwrap_err();
-        assert!(matches!(error, FramesError::NotSealed), "{error}");
+        assert!(matches!(error, FramesError::Memfd(_)), "{error}");
     }
 }

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 
 use anyhow::{Context, Result, bail, ensure};
+use baton_channel::sealed_memfd;
 use baton_protocol::handover::message::{
     FRAMES_FD, FRONTEND_FD, LISTENER_FD, Message, OWNERSHIP_FD, call_fd, kick_fd, memory_fd, tap_fd,
 };
@@ -14,18 +15,11 @@ use baton_tests::backend::{Backend, Rig};
 use baton_tests::datapath::Datapath;
 use baton_tests::load;
 use baton_tests::session_peer::{Asked, Relay, Sent, hear_stage, send_stage};
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::{RATE, Rest, directory, file, pipe, replace_word, serving};
 
 fn sealed(size: u64) -> OwnedFd {
-    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-    let file = File::from(memfd_create("strange", flags).expect("a memfd"));
-    file.set_len(size).expect("a size");
-    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-    fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).expect("seals");
-    file.into()
+    sealed_memfd::create("strange", size).expect("a memfd").into()
 }
 
 fn read_only() -> OwnedFd {

@@ -4,36 +4,13 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 
+use baton_channel::sealed_memfd::{self, SealedMemfdError};
 use baton_protocol::session::state::FRAME_SLOT;
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use crate::dataplane::rx::FrameInHand;
 use crate::net_header;
-
-/// What the file must be sealed against: it keeps its size.
-const SEALS: SealFlag = SealFlag::F_SEAL_SHRINK.union(SealFlag::F_SEAL_GROW).union(SealFlag::F_SEAL_SEAL);
-
-/// Why there is no room for frames.
-#[derive(Debug, thiserror::Error)]
-pub enum SlotsError {
-    /// The file can change its size.
-    #[error("the file of frames is not sealed")]
-    NotSealed,
-    /// It is not as large as it must be.
-    #[error("the file of frames has {size} bytes instead of {needed}")]
-    Size {
-        /// What it has.
-        size: u64,
-        /// What it should have.
-        needed: u64,
-    },
-    /// The system would not.
-    #[error("cannot use the file of frames")]
-    System(#[from] io::Error),
-}
 
 /// The file.
 #[derive(Debug)]
@@ -49,27 +26,17 @@ impl Slots {
     /// Room for a frame of each of so many pairs.
     ///
     /// # Errors
-    /// [`SlotsError::System`].
-    pub fn create(pairs: usize) -> Result<Self, SlotsError> {
-        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-        let file = File::from(memfd_create("baton-frames", flags).map_err(io::Error::from)?);
-        file.set_len(slot(pairs))?;
-        fcntl(&file, FcntlArg::F_ADD_SEALS(SEALS)).map_err(io::Error::from)?;
-        Ok(Self(file))
+    /// The system's.
+    pub fn create(pairs: usize) -> io::Result<Self> {
+        sealed_memfd::create("baton-frames", slot(pairs)).map(Self)
     }
 
     /// The file that the source made for so many pairs.
     ///
     /// # Errors
-    /// [`SlotsError`]; the descriptor is closed.
-    pub fn adopt(file: OwnedFd, pairs: usize) -> Result<Self, SlotsError> {
-        let seals = fcntl(&file, FcntlArg::F_GET_SEALS).map_err(|_| SlotsError::NotSealed)?;
-        if !SealFlag::from_bits_truncate(seals).contains(SEALS) {
-            return Err(SlotsError::NotSealed);
-        }
-        let file = File::from(file);
-        let (size, needed) = (file.metadata()?.size(), slot(pairs));
-        if size == needed { Ok(Self(file)) } else { Err(SlotsError::Size { size, needed }) }
+    /// [`SealedMemfdError`]; the descriptor is closed.
+    pub fn adopt(file: OwnedFd, pairs: usize) -> Result<Self, SealedMemfdError> {
+        sealed_memfd::adopt(file, "the file of frames", slot(pairs)).map(Self)
     }
 
     /// Keeps a pair's frame; gives its length with its header.
@@ -115,11 +82,9 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_not_as_it_must_be_is_refused() {
+    fn a_file_for_another_number_of_pairs_is_refused() {
         let here = Slots::create(1).unwrap();
         let error = Slots::adopt(here.as_fd().try_clone_to_owned().unwrap(), 2).unwrap_err();
-        assert!(matches!(error, SlotsError::Size { .. }), "{error}");
-        let error = Slots::adopt(tempfile::tempfile().unwrap().into(), 1).unwrap_err();
-        assert!(matches!(error, SlotsError::NotSealed), "{error}");
+        assert!(matches!(error, SealedMemfdError::Size { .. }), "{error}");
     }
 }

@@ -20,7 +20,7 @@ use baton_protocol::session::source::{Action, Ended, Event, Source};
 use baton_protocol::session::state::FreezeTimes;
 
 use super::super::snapshot::describe as describe_device;
-use super::frames::{Slots, SlotsError};
+use super::frames::Slots;
 use super::{Around, MOMENT, Outcome, PATIENCE, lock, now, snapshot};
 use crate::control::{self, Answer, Call};
 use crate::device::{DeviceError, Frozen};
@@ -36,8 +36,6 @@ const FAREWELL: Duration = Duration::from_secs(2);
 enum StageError {
     #[error(transparent)]
     Word(#[from] OwnershipError),
-    #[error(transparent)]
-    Slots(#[from] SlotsError),
     #[error(transparent)]
     Vhost(#[from] VhostNetError),
     #[error(transparent)]
