@@ -8,12 +8,12 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use baton_channel::connect::connect;
 use baton_control::limited;
 use baton_control::socket_path::{BindError, BoundSocket};
 use baton_protocol::session::state::{EndpointKind, EndpointState};
 use nix::sys::socket::{
-    AddressFamily, SockFlag, SockProtocol, SockType, UnixAddr, accept4, connect, getpeername, getsockname,
-    getsockopt, socket, sockopt,
+    SockFlag, SockType, UnixAddr, accept4, getpeername, getsockname, getsockopt, sockopt,
 };
 use nix::sys::timer::Expiration;
 use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags, TimerSetTimeFlags};
@@ -198,7 +198,7 @@ impl Endpoint {
                     return Ok(None);
                 }
                 *dialled = Some(Instant::now());
-                match dial(path) {
+                match connect(path, SockType::Stream).map(UnixStream::from) {
                     Ok(connection) => {
                         redial.unset()?;
                         *told = false;
@@ -253,16 +253,6 @@ fn accept_once(listener: &UnixListener) -> io::Result<UnixStream> {
     let fd = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?;
     // SAFETY: the kernel has just given it, to nobody else.
     Ok(UnixStream::from(unsafe { OwnedFd::from_raw_fd(fd) }))
-}
-
-/// Connects without waiting for a front-end that does not accept.
-fn dial(path: &Path) -> io::Result<UnixStream> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None::<SockProtocol>)?;
-    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
-    let connection = UnixStream::from(socket);
-    connection.set_nonblocking(false)?;
-    Ok(connection)
 }
 
 #[cfg(test)]

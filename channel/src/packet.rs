@@ -15,10 +15,10 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, Shutdown, SockFlag, SockType, SockaddrLike, UnixAddr,
-    UnixCredentials, connect, getsockname, getsockopt, sendmsg, setsockopt, shutdown, socket, socketpair,
-    sockopt,
+    UnixCredentials, getsockname, getsockopt, sendmsg, setsockopt, shutdown, socketpair, sockopt,
 };
 
+use crate::connect::connect;
 use crate::peer::Peer;
 use crate::scm;
 
@@ -132,11 +132,10 @@ impl PacketSocket {
     /// # Errors
     /// [`ChannelError::Connect`].
     pub fn connect(path: &std::path::Path) -> Result<Self, ChannelError> {
-        let failed = |errno: Errno| ChannelError::Connect { path: path.to_owned(), source: errno.into() };
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).map_err(failed)?;
-        connect(socket.as_raw_fd(), &UnixAddr::new(path).map_err(failed)?).map_err(failed)?;
-        Ok(Self::new(socket, false))
+        match connect(path, SockType::SeqPacket) {
+            Ok(socket) => Ok(Self::new(socket, false)),
+            Err(source) => Err(ChannelError::Connect { path: path.to_owned(), source }),
+        }
     }
 
     /// Whether messages follow one another in a stream rather than each in a packet.

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use baton_channel::connect::connect;
 use baton_channel::ownership::{OwnershipError, SharedWord, SwapError};
 use baton_channel::packet::{ChannelError, PacketSocket};
 use baton_channel::peer::{Peer, PeerError};
@@ -19,8 +20,7 @@ use baton_protocol::migration::message::{
 };
 use baton_protocol::migration::source::{Action, Event, Phase, Reason, Source};
 use baton_protocol::ownership::Word;
-use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use nix::sys::socket::SockType;
 use thiserror::Error;
 use vhost::vhost_user::message::VhostTransferStateDirection;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
@@ -100,12 +100,8 @@ pub fn migrate(
 }
 
 fn connect_to(path: &Path) -> Result<PacketSocket, SourceError> {
-    let failed = |errno: Errno| SourceError::Connect { path: path.to_owned(), source: errno.into() };
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let stream = socket(AddressFamily::Unix, SockType::Stream, flags, None).map_err(failed)?;
-    let address = UnixAddr::new(path).map_err(failed)?;
-    connect(std::os::fd::AsRawFd::as_raw_fd(&stream), &address).map_err(failed)?;
-    Ok(PacketSocket::try_from(stream)?)
+    let failed = |source| SourceError::Connect { path: path.to_owned(), source };
+    Ok(PacketSocket::try_from(connect(path, SockType::Stream).map_err(failed)?)?)
 }
 
 /// A migration under way.

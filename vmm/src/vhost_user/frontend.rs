@@ -6,13 +6,13 @@
 
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use baton_channel::connect::connect;
+use nix::sys::socket::SockType;
 use thiserror::Error;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserHeaderFlag,
@@ -124,15 +124,7 @@ pub struct RingStart<'a> {
 
 /// Connects without waiting: a listener whose backlog is full is taken for none.
 pub fn connect_to(path: &Path) -> Result<UnixStream, ConnectionError> {
-    let connected = || -> Result<OwnedFd, Errno> {
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-        connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
-        Ok(socket)
-    };
-    let stream = connected().map(UnixStream::from).map_err(|error| ConnectionError::Connect(error.into()))?;
-    stream.set_nonblocking(false).map_err(ConnectionError::Socket)?;
-    Ok(stream)
+    connect(path, SockType::Stream).map(UnixStream::from).map_err(ConnectionError::Connect)
 }
 
 /// A connection to a back-end, after the handshake.
