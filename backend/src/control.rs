@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use baton_control::{BindError, BoundSocket, ControlServer, Outcome, Reply};
+use baton_channel::bound_socket::{BindError, BoundSocket};
+use baton_control::{ControlServer, Outcome, Reply};
 use baton_protocol::control::{
     BackendState, BackendStats, BackendStatus, Frontend, HandoverState, HandoverStatus, Refusal, Request,
     VringStatus,

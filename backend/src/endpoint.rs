@@ -8,9 +8,9 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use baton_channel::bound_socket::{BindError, BoundSocket};
 use baton_channel::connect::connect;
 use baton_control::limited;
-use baton_control::socket_path::{BindError, BoundSocket};
 use baton_protocol::session::state::{EndpointKind, EndpointState};
 use nix::sys::socket::{
     SockFlag, SockType, UnixAddr, accept4, getpeername, getsockname, getsockopt, sockopt,

@@ -18,7 +18,7 @@ use baton_backend::server::live::ControlPlace;
 use baton_backend::server::{self, Server};
 use baton_backend::tap::Tap;
 use baton_backend::vhost_net::{VhostNet, VhostNetError};
-use baton_control::socket_path::BindError;
+use baton_channel::bound_socket::BindError;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// `VHostUserBackendCapabilities` of QEMU's `docs/interop/vhost-user.json`.

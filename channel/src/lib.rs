@@ -1,10 +1,12 @@
-//! What joins two Baton processes that hand something over: [`packet`]s with descriptors on a Unix socket, the
-//! [`peer`]'s identity, [sealed memfds](sealed_memfd), and the [`ownership`] word that both have mapped.
+//! What Baton processes share: [socket files](bound_socket), [`packet`]s with descriptors, the [`peer`]'s identity,
+//! [sealed memfds](sealed_memfd), and the [`ownership`] word of a hand-over, which both processes have mapped.
 
+pub mod bound_socket;
 pub mod connect;
 pub mod ownership;
 pub mod packet;
 pub mod peer;
 mod place;
+pub mod retry;
 pub mod scm;
 pub mod sealed_memfd;

@@ -13,12 +13,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle, sleep};
 use std::time::{Duration, Instant};
 
+use baton_channel::bound_socket::BoundSocket;
 use baton_protocol::control::{MAX_LINE, Refusal, Request};
 use nix::sys::socket::{self, MsgFlags, send};
 
 use crate::limited;
 use crate::reply::Outcome;
-use crate::socket_path::BoundSocket;
 
 /// How many clients may be connected at once.
 pub const MAX_CLIENTS: usize = 16;

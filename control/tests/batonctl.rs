@@ -4,7 +4,8 @@
 use std::path::Path;
 use std::process::{Command, Output};
 
-use baton_control::{BoundSocket, ControlServer};
+use baton_channel::bound_socket::BoundSocket;
+use baton_control::ControlServer;
 use baton_protocol::control::{Done, Refusal, Request};
 use serde_json::json;
 

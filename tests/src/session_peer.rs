@@ -7,9 +7,10 @@ use std::path::Path;
 use std::thread::{self, JoinHandle};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use baton_channel::bound_socket::BoundSocket;
 use baton_channel::ownership::SharedWord;
 use baton_channel::packet::{ChannelError, Packet, PacketSocket};
-use baton_control::{BoundSocket, ControlClient};
+use baton_control::ControlClient;
 use baton_protocol::control::{Request, SessionReport};
 use baton_protocol::fd_manifest::FdManifest;
 use baton_protocol::handover::message::{

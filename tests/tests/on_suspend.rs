@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use baton_control::{BoundSocket, ControlClient};
+use baton_channel::bound_socket::BoundSocket;
+use baton_control::ControlClient;
 use baton_protocol::control::{BackendState, HandoverState, Request};
 use baton_tests::backend::{Backend, Rig, TAP};
 use baton_tests::datapath::Datapath;

@@ -3,7 +3,8 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use baton_control::{BindError, BoundSocket, ControlServer, Outcome, Reply, error_chain};
+use baton_channel::bound_socket::{BindError, BoundSocket};
+use baton_control::{ControlServer, Outcome, Reply, error_chain};
 use baton_protocol::control::{Done, Refusal, Request};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;

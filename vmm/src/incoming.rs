@@ -9,7 +9,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 
-use baton_control::{BindError, BoundSocket, error_chain, limited};
+use baton_channel::bound_socket::{BindError, BoundSocket};
+use baton_control::{error_chain, limited};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use thiserror::Error;

@@ -2,10 +2,10 @@
 
 use std::io;
 
+use baton_channel::bound_socket::BindError;
 use baton_channel::ownership::OwnershipError;
 use baton_channel::packet::ChannelError;
 use baton_channel::peer::PeerError;
-use baton_control::socket_path::BindError;
 
 use super::transfer::TransferError;
 

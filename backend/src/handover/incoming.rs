@@ -5,9 +5,9 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::Duration;
 
+use baton_channel::bound_socket::BoundSocket;
 use baton_channel::packet::PacketSocket;
 use baton_control::limited;
-use baton_control::socket_path::BoundSocket;
 
 use super::error::IncomingError;
 use super::{INCOMING, Surroundings};

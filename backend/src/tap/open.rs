@@ -5,7 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
-use baton_control::predecessor::outlast;
+use baton_channel::retry::retry_while_in_use;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
@@ -27,7 +27,7 @@ impl Tap {
         if bad || matches!(name, "." | "..") {
             return Err(TapError::Name(name.to_owned()));
         }
-        outlast(|| Self::try_open(name, pairs), TapError::is_in_use)
+        retry_while_in_use(|| Self::try_open(name, pairs), TapError::is_in_use)
     }
 
     fn try_open(name: &str, pairs: u16) -> Result<Self, TapError> {

@@ -13,12 +13,13 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockname, getsockopt, listen,
-    socket, sockopt,
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockname, getsockopt, listen, socket,
+    sockopt,
 };
 use nix::sys::stat::{Mode, fchmod};
 
-use crate::predecessor::outlast;
+use crate::connect::connect;
+use crate::retry::retry_while_in_use;
 
 /// Why a socket was not bound. Every message names the path.
 #[derive(Debug, thiserror::Error)]
@@ -84,7 +85,7 @@ impl BoundSocket {
     ///
     /// # Errors
     /// A socket file that is already there is replaced only if nobody listens on it. A live one is an error if it
-    /// stays so for a moment ([`outlast`]), a file of another kind is one at once.
+    /// stays so for a moment ([`retry_while_in_use`]), a file of another kind is one at once.
     pub fn bind(path: &Path) -> Result<Self, BindError> {
         Self::bind_as(path, SockType::Stream)
     }
@@ -149,7 +150,7 @@ impl BoundSocket {
     }
 
     fn bind_as(path: &Path, kind: SockType) -> Result<Self, BindError> {
-        outlast(|| Self::try_bind(path, kind), |error| matches!(error, BindError::InUse { .. }))
+        retry_while_in_use(|| Self::try_bind(path, kind), |error| matches!(error, BindError::InUse { .. }))
     }
 
     fn try_bind(path: &Path, kind: SockType) -> Result<Self, BindError> {
@@ -157,7 +158,7 @@ impl BoundSocket {
         let path = std::path::absolute(path).map_err(|error| failed("resolve the path", error))?;
         let address = UnixAddr::new(&path).map_err(|_| BindError::TooLong { path: path.clone() })?;
 
-        remove_stale(&path, &address)?;
+        remove_stale(&path)?;
 
         let fd = socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC, None)
             .map_err(|errno| failed("create a socket", errno.into()))?;
@@ -204,7 +205,7 @@ fn identity_of(path: &Path) -> io::Result<Option<Identity>> {
 }
 
 /// Makes room at `path`: removes a socket on which nobody listens, refuses anything else.
-fn remove_stale(path: &Path, address: &UnixAddr) -> Result<(), BindError> {
+fn remove_stale(path: &Path) -> Result<(), BindError> {
     let failed = |step, source: io::Error| BindError::Io { path: path.to_owned(), step, source };
     let metadata = match std::fs::symlink_metadata(path) {
         Ok(metadata) => metadata,
@@ -215,17 +216,15 @@ fn remove_stale(path: &Path, address: &UnixAddr) -> Result<(), BindError> {
         return Err(BindError::NotASocket { path: path.to_owned() });
     }
 
-    // Non-blocking, so that a listener with a full backlog says so (EAGAIN) at once.
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let probe = socket(AddressFamily::Unix, SockType::Stream, flags, None)
-        .map_err(|errno| failed("create a socket", errno.into()))?;
-    match connect(probe.as_raw_fd(), address) {
-        Err(Errno::ECONNREFUSED) => {}
-        Err(Errno::ENOENT) => return Ok(()),
-        Err(errno @ (Errno::EACCES | Errno::EPERM)) => {
-            return Err(failed("find out whether the socket there is in use", errno.into()));
-        }
-        _ => return Err(BindError::InUse { path: path.to_owned() }),
+    let Err(error) = connect(path, SockType::Stream) else {
+        return Err(BindError::InUse { path: path.to_owned() });
+    };
+    match error.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::ECONNREFUSED) => {}
+        Some(Errno::ENOENT) => return Ok(()),
+        // The listener's backlog is full, or it listens for packets.
+        Some(Errno::EAGAIN | Errno::EPROTOTYPE) => return Err(BindError::InUse { path: path.to_owned() }),
+        _ => return Err(failed("find out whether the socket there is in use", error)),
     }
 
     // Another process may have replaced it since.
