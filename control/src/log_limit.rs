@@ -1,15 +1,15 @@
-//! A limit for log messages that a peer can bring about as often as it likes: one for each place in the code, so that a
-//! noisy peer hides no message of another kind. The back-end and the VMM both use it.
+//! Rate limits for log messages that a peer can cause. Each message has a limit of its own, so that a flood of one
+//! message suppresses no other one.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How many messages of one place are logged in a [`WINDOW`].
+/// How often one message is logged in a [`WINDOW`].
 const MESSAGES: u32 = 20;
 /// How long a window is.
 const WINDOW: Duration = Duration::from_secs(10);
 
-/// The limit of one place.
+/// The limit of one message.
 #[derive(Debug)]
 pub struct Limit(Mutex<State>);
 
@@ -20,8 +20,8 @@ struct State {
     left_out: u64,
 }
 
-/// Logs as the macro of `tracing` that `$level` names, within the limit of this place. `left_out` says how many
-/// messages were left out before this one.
+/// Logs a message at `$level` as the macros of `tracing` do, within a limit that belongs to this call of the macro.
+/// The field `left_out` counts the messages that were suppressed before this one.
 #[macro_export]
 macro_rules! limited {
     ($level:ident, $($message:tt)+) => {{
@@ -44,7 +44,7 @@ impl Limit {
         Self(Mutex::new(State { since: None, logged: 0, left_out: 0 }))
     }
 
-    /// Whether a message may be logged now; if so, how many were left out since the last one.
+    /// Whether the message may be logged now; if so, how often it was suppressed since it was last logged.
     pub fn allow(&self) -> Option<u64> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).allow(Instant::now())
     }
@@ -67,10 +67,13 @@ impl State {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Seek, SeekFrom};
+    use std::sync::Arc;
+
     use super::*;
 
     #[test]
-    fn what_is_too_much_is_counted_and_told_later() {
+    fn suppressed_messages_are_counted_in_the_next_window() {
         let mut state = State { since: None, logged: 0, left_out: 0 };
         let start = Instant::now();
         for _ in 0..MESSAGES {
@@ -83,9 +86,19 @@ mod tests {
     }
 
     #[test]
-    fn each_place_has_a_limit_of_its_own() {
-        let noisy = Limit::new();
-        assert!(std::iter::from_fn(|| noisy.allow()).take(1000).count() < 1000);
-        assert_eq!(Limit::new().allow(), Some(0));
+    fn a_flood_of_one_message_suppresses_no_other() {
+        let log = Arc::new(tempfile::tempfile().unwrap());
+        let subscriber = tracing_subscriber::fmt().with_writer(Arc::clone(&log)).finish();
+        tracing::subscriber::with_default(subscriber, || {
+            for _ in 0..1000 {
+                crate::limited!(warn, "noisy");
+            }
+            crate::limited!(warn, "important");
+        });
+        let mut text = String::new();
+        log.as_ref().seek(SeekFrom::Start(0)).unwrap();
+        log.as_ref().read_to_string(&mut text).unwrap();
+        let count = |message| text.lines().filter(|line| line.contains(message)).count();
+        assert_eq!((count("noisy"), count("important")), (20, 1), "{text}");
     }
 }

@@ -354,10 +354,10 @@ impl Worker {
                 Err(error) => {
                     self.drop_connection();
                     let socket = self.config.socket.display();
-                    self.warn_once(&format!(
-                        "the back-end at {socket} cannot be used: {}",
-                        error_chain(&error)
-                    ));
+                    let warning = format!("the back-end at {socket} cannot be used: {}", error_chain(&error));
+                    if self.is_new(&warning) {
+                        limited!(warn, "{}: {warning}", self.name);
+                    }
                 }
             }
         }
@@ -382,7 +382,10 @@ impl Worker {
         if self.connection.is_some() {
             self.drop_connection();
             let socket = self.config.socket.display();
-            self.warn_once(&format!("lost the back-end at {socket} ({reason}); waiting for it to come back"));
+            let warning = format!("lost the back-end at {socket} ({reason}); waiting for it to come back");
+            if self.is_new(&warning) {
+                limited!(warn, "{}: {warning}", self.name);
+            }
         }
     }
 
@@ -396,11 +399,13 @@ impl Worker {
         self.shared.set_disconnected();
     }
 
-    fn warn_once(&mut self, warning: &str) {
-        if self.last_warning.as_deref() != Some(warning) {
-            limited!(warn, "{}: {warning}", self.name);
+    /// Whether `warning` differs from the last one since the back-end was connected.
+    fn is_new(&mut self, warning: &str) -> bool {
+        let new = self.last_warning.as_deref() != Some(warning);
+        if new {
             self.last_warning = Some(warning.to_owned());
         }
+        new
     }
 }
 
