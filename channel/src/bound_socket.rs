@@ -1,9 +1,9 @@
-//! The socket files of a Baton process: bound so that only their owner may connect, never over something that is
-//! still in use, and unlinked only by the process whose socket they are.
+//! Listening Unix sockets with a path: bound so that only the owner may connect, never over a socket in use, and
+//! unlinked only by the process that owns the file.
 //!
-//! [`BoundSocket`] owns the listener and the file; a file that has been replaced since is left alone. Both may go on
-//! to another process: one [adopts](BoundSocket::adopt) the socket, then the [file](BoundSocket::own_file) which the
-//! other [leaves](BoundSocket::leave_file).
+//! A [`BoundSocket`] owns the listener and its file, unless another process has replaced the file. Both can move to
+//! another process, which [adopts](BoundSocket::adopt) the socket and [takes](BoundSocket::own_file) the file that this
+//! process [leaves](BoundSocket::leave_file).
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -42,7 +42,7 @@ pub enum BindError {
         /// The path asked for.
         path: PathBuf,
     },
-    /// It is not what is bound there.
+    /// The descriptor is not the socket bound there.
     #[error("{}: the socket that came is not the one that listens there", path.display())]
     NotBound {
         /// The path.
@@ -63,12 +63,12 @@ pub enum BindError {
 /// A file's identity: device and inode number.
 type Identity = (u64, u64);
 
-/// A listening Unix socket and its file, which goes with it.
+/// A listening Unix socket and its file, which is unlinked when this is dropped.
 #[derive(Debug)]
 pub struct BoundSocket {
     listener: UnixListener,
     path: PathBuf,
-    /// `None` unless the file is known to be ours.
+    /// `None` if this process does not own the file.
     identity: Option<Identity>,
 }
 
@@ -84,13 +84,13 @@ impl BoundSocket {
     /// Binds `path` and listens. The file has mode 0600 from its first instant, the descriptor is close-on-exec.
     ///
     /// # Errors
-    /// A socket file that is already there is replaced only if nobody listens on it. A live one is an error if it
-    /// stays so for a moment ([`retry_while_in_use`]), a file of another kind is one at once.
+    /// A socket file is replaced only if no process listens on it; if one does for longer than a second
+    /// ([`retry_while_in_use`]), or if the file is not a socket, that is an error.
     pub fn bind(path: &Path) -> Result<Self, BindError> {
         Self::bind_as(path, SockType::Stream)
     }
 
-    /// Binds `path` as [`Self::bind`] does, but does not wait for a live socket to go.
+    /// Binds `path` as [`Self::bind`] does, but does not wait for a socket in use to become free.
     ///
     /// # Errors
     /// Those of [`Self::bind`].
@@ -98,11 +98,11 @@ impl BoundSocket {
         Self::try_bind(path, SockType::Stream)
     }
 
-    /// Binds `path` over a socket that another process may be listening on: who connects reaches one or the other at
-    /// any time. That process' socket is without a file then.
+    /// Binds `path` in place of a socket on which another process may listen. A client reaches one of the two at any
+    /// time. The other process' socket has no file afterwards.
     ///
     /// # Errors
-    /// Those of [`Self::bind`]; what was there stays.
+    /// Those of [`Self::bind`]; the file that was there stays.
     pub fn bind_over(path: &Path) -> Result<Self, BindError> {
         let failed = |step, source: io::Error| BindError::Io { path: path.to_owned(), step, source };
         let path = std::path::absolute(path).map_err(|error| failed("resolve the path", error))?;
@@ -113,17 +113,17 @@ impl BoundSocket {
         let mut beside = path.clone();
         beside.set_file_name(format!(".baton-{}", std::process::id()));
         let mut bound = Self::bind_as(&beside, SockType::Stream)?;
-        // Its identity goes with the file.
+        // The file keeps its identity.
         std::fs::rename(&beside, &path).map_err(|error| failed("take the socket's place", error))?;
         bound.path = path;
         Ok(bound)
     }
 
-    /// Takes over a listening socket that another process bound to `path`. The file stays that process' until
+    /// Takes over a listening socket that another process bound to `path`. That process owns the file until
     /// [`Self::own_file`].
     ///
     /// # Errors
-    /// [`BindError::NotBound`] where it is no socket that listens there.
+    /// [`BindError::NotBound`] if the descriptor is not a socket that listens there.
     pub fn adopt(listener: OwnedFd, path: &Path) -> Result<Self, BindError> {
         let not_bound = || BindError::NotBound { path: path.to_owned() };
         let listens = getsockopt(&listener, sockopt::AcceptConn) == Ok(true);
@@ -134,17 +134,17 @@ impl BoundSocket {
         Ok(Self { listener: UnixListener::from(listener), path: path.to_owned(), identity: None })
     }
 
-    /// From now on the file goes with this socket.
+    /// Takes the file over: it will be unlinked with this socket.
     ///
     /// # Errors
-    /// If it cannot be looked at; it stays then.
+    /// If the file cannot be inspected; then it will stay.
     pub fn own_file(&mut self) -> Result<(), BindError> {
         let failed = |source| BindError::Io { path: self.path.clone(), step: "look at the socket", source };
         self.identity = identity_of(&self.path).map_err(failed)?;
         Ok(())
     }
 
-    /// Leaves the file to whoever has the socket, too.
+    /// Leaves the file to the other process that has the socket.
     pub fn leave_file(&mut self) {
         self.identity = None;
     }
@@ -204,7 +204,7 @@ fn identity_of(path: &Path) -> io::Result<Option<Identity>> {
     }
 }
 
-/// Makes room at `path`: removes a socket on which nobody listens, refuses anything else.
+/// Removes the socket at `path` if no process listens on it. Any other file is an error.
 fn remove_stale(path: &Path) -> Result<(), BindError> {
     let failed = |step, source: io::Error| BindError::Io { path: path.to_owned(), step, source };
     let metadata = match std::fs::symlink_metadata(path) {
@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn the_file_goes_with_the_socket() {
+    fn the_file_is_unlinked_with_the_socket() {
         let (_directory, path) = scratch();
         drop(BoundSocket::bind(&path).unwrap());
         assert!(!path.exists());
@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_whose_process_is_about_to_end_is_waited_for() {
+    fn a_socket_that_is_about_to_close_is_waited_for() {
         let (_directory, path) = scratch();
         let dying = UnixListener::bind(&path).unwrap();
         let end = std::thread::spawn(move || {
@@ -328,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_a_socket_is_refused_and_kept() {
+    fn a_file_that_is_not_a_socket_is_refused_and_kept() {
         let (directory, path) = scratch();
         std::fs::write(&path, "precious").unwrap();
         let error = BoundSocket::bind(&path).unwrap_err();
@@ -342,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn somebody_elses_file_is_not_unlinked() {
+    fn a_file_of_another_socket_is_not_unlinked() {
         let (_directory, path) = scratch();
         let first = BoundSocket::bind(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
@@ -355,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_goes_on_with_its_file() {
+    fn a_socket_and_its_file_move_to_another_owner() {
         let (_directory, path) = scratch();
         let mut first = BoundSocket::bind(&path).unwrap();
         let twin = || OwnedFd::from(first.listener().try_clone().unwrap());
@@ -373,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_listen_at_a_path_is_not_adopted() {
+    fn a_descriptor_that_does_not_listen_at_the_path_is_not_adopted() {
         let (directory, path) = scratch();
         let socket = BoundSocket::bind(&path).unwrap();
         let elsewhere = OwnedFd::from(socket.listener().try_clone().unwrap());
@@ -389,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_reaches_whoever_took_the_place() {
+    fn a_client_reaches_the_socket_that_replaced_another() {
         let (directory, path) = scratch();
         let first = BoundSocket::bind(&path).unwrap();
         let second = BoundSocket::bind_over(&path).unwrap();
@@ -410,7 +410,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_that_no_address_can_hold_is_refused() {
+    fn a_path_that_is_too_long_is_refused() {
         let (directory, _) = scratch();
         let error = BoundSocket::bind(&directory.path().join("x".repeat(200))).unwrap_err();
         assert!(matches!(error, BindError::TooLong { .. }), "{error}");

@@ -1,6 +1,5 @@
-//! The word that says who owns what is handed over, in memory that both processes have mapped: a memfd of one page,
-//! sealed so that neither can take the page from under the other. What its values mean, and how they may follow each
-//! other, is in [`baton_protocol::ownership`].
+//! The ownership word, in memory that the source and the target of a hand-over both map: a sealed memfd of one page.
+//! [`baton_protocol::ownership`] defines its values and their transitions.
 #![expect(unsafe_code, reason = "maps a memfd and gives out a reference to its first word")]
 
 use std::fs::File;
@@ -18,10 +17,10 @@ use crate::sealed_memfd::{self, SealedMemfdError};
 /// Length of the memfd.
 const SIZE: NonZeroUsize = NonZeroUsize::new(4096).expect("not zero");
 
-/// Why there is no shared word.
+/// Why an ownership word cannot be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum OwnershipError {
-    /// The system would not.
+    /// A system call failed.
     #[error("cannot set up the ownership word")]
     System(#[from] io::Error),
     /// The received file is not such a memfd.
@@ -29,19 +28,19 @@ pub enum OwnershipError {
     Memfd(#[from] SealedMemfdError),
 }
 
-/// Why the word was not changed.
+/// Why a swap failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SwapError {
-    /// It was not what was expected: the other side was faster.
+    /// The word had another value: the peer swapped first.
     #[error("the ownership word is {0:?} already")]
     Lost(Word),
-    /// It means nothing.
+    /// The word has no valid value.
     #[error(transparent)]
     Meaningless(#[from] WordError),
 }
 
 impl SwapError {
-    /// What the word is, if that means anything.
+    /// The word's value, if it is valid.
     pub fn word(self) -> Option<Word> {
         match self {
             Self::Lost(word) => Some(word),
@@ -50,7 +49,7 @@ impl SwapError {
     }
 }
 
-/// The shared word, and the memfd that it lies in.
+/// The ownership word and its memfd.
 #[derive(Debug)]
 pub struct SharedWord {
     page: NonNull<AtomicU64>,
@@ -63,7 +62,7 @@ unsafe impl Send for SharedWord {}
 unsafe impl Sync for SharedWord {}
 
 impl SharedWord {
-    /// A new word, [`Word::INITIAL`].
+    /// Creates a word with the value [`Word::INITIAL`].
     ///
     /// # Errors
     /// [`OwnershipError::System`].
@@ -71,7 +70,7 @@ impl SharedWord {
         Self::map(sealed_memfd::create("baton-ownership", SIZE.get() as u64)?)
     }
 
-    /// The word in a memfd that the peer sent.
+    /// Maps the word in a memfd that the peer sent.
     ///
     /// # Errors
     /// [`OwnershipError`]; the descriptor is closed.
@@ -81,7 +80,7 @@ impl SharedWord {
 
     fn map(file: File) -> Result<Self, OwnershipError> {
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // Its page is there before the first swap, which somebody waits for.
+        // The page must not fault at the first swap, for which the guest waits.
         let flags = MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE;
         // SAFETY: a new mapping, wherever there is room.
         let page = unsafe { mmap(None, SIZE, access, flags, &file, 0) };
@@ -94,7 +93,7 @@ impl SharedWord {
         unsafe { self.page.as_ref() }
     }
 
-    /// What it says now.
+    /// Reads the word.
     ///
     /// # Errors
     /// [`WordError`].
@@ -102,8 +101,7 @@ impl SharedWord {
         Word::from_bits(self.word().load(Ordering::SeqCst))
     }
 
-    /// Makes it `new` if it is `expected`. Who comes back with `Ok` has changed the owner, and the other side's swap
-    /// from the same word fails.
+    /// Changes the word from `expected` to `new`. Of two swaps from the same value exactly one succeeds.
     ///
     /// # Errors
     /// [`SwapError`].
@@ -146,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn both_sides_see_one_word_and_one_of_them_wins() {
+    fn both_processes_see_one_word_and_one_swap_wins() {
         let source = SharedWord::create().unwrap();
         let target = twin(&source);
         assert_eq!(target.load(), Ok(Word::INITIAL));
@@ -178,7 +176,7 @@ mod tests {
             assert_ne!(taken.is_ok(), back.is_ok());
             let now = source.load().unwrap();
             assert_eq!(now.owner == Owner::Target, taken.is_ok());
-            // As if it were a word of its own for the next turn.
+            // Back to the source for the next round.
             word = Word { owner: Owner::Source, ..now };
             source.word().store(word.to_bits(), Ordering::SeqCst);
         }
@@ -191,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn a_word_without_a_meaning_is_an_error() {
+    fn an_invalid_word_is_an_error() {
         let word = SharedWord::create().unwrap();
         word.word().store(0xff, Ordering::SeqCst);
         assert_eq!(word.load(), Err(WordError(0xff)));

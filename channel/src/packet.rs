@@ -1,8 +1,8 @@
-//! Messages with their descriptors on a connected Unix socket: one a packet on `SOCK_SEQPACKET`; on `SOCK_STREAM`,
-//! which a front-end may give, one after the other.
+//! Messages and their descriptors on a connected Unix socket: one message per packet on `SOCK_SEQPACKET`, one after the
+//! other on `SOCK_STREAM`, which VMMs use among themselves.
 //!
-//! No call waits longer than it is told to, and the file's own flags are left alone: whoever else holds it sees
-//! nothing change. What is received is whole or nothing: descriptors of a message that is refused are closed.
+//! No call waits longer than its caller says, and none changes the flags of the open file, which other processes may
+//! share. A message is received whole, or its descriptors are closed.
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -25,34 +25,34 @@ use crate::scm;
 /// Why a message was not sent or received.
 #[derive(Debug, thiserror::Error)]
 pub enum ChannelError {
-    /// Not such a socket.
+    /// It is not such a socket.
     #[error("the descriptor is no Unix socket for packets or a stream")]
     NotUnix,
-    /// Nobody listens there, or nobody may connect.
+    /// No process listens there, or this one may not connect.
     #[error("cannot connect to {}", path.display())]
     Connect {
         /// The socket's path.
         path: std::path::PathBuf,
-        /// Why not.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
     /// The peer closed the connection, or died.
     #[error("the peer closed the connection")]
     Closed,
-    /// Nothing came, or nothing was read, in time.
+    /// The peer sent nothing, or read nothing, in time.
     #[error("the peer did not answer in time")]
     Timeout,
-    /// The packet is no message.
+    /// The packet is not a message.
     #[error(transparent)]
     Codec(#[from] CodecError),
-    /// This process could not take all descriptors.
+    /// The kernel dropped descriptors that exceeded this process' limit.
     #[error("not all descriptors of a message could be taken: raise the limit of open files")]
     FdsLost,
-    /// More descriptors than a message can bring.
+    /// The message has more descriptors than are allowed.
     #[error("a message brings more than {MAX_FDS} descriptors")]
     TooManyFds,
-    /// The system would not.
+    /// A system call failed.
     #[error("the connection failed")]
     Io(#[from] io::Error),
 }
@@ -81,7 +81,7 @@ pub struct Packet<M> {
 pub struct PacketSocket {
     socket: OwnedFd,
     stream: bool,
-    /// Where packets are received: kept, for its pages are made one by one when they are first written to.
+    /// Receives packets. It is kept because its pages fault when they are first written.
     buffer: Mutex<Vec<u8>>,
 }
 
@@ -117,7 +117,7 @@ impl PacketSocket {
         Self { socket, stream, buffer: Mutex::default() }
     }
 
-    /// Two ends of a packet socket.
+    /// Creates a connected pair of packet sockets.
     ///
     /// # Errors
     /// [`ChannelError::Io`].
@@ -156,11 +156,12 @@ impl PacketSocket {
         self.send_as(message, fds, None, patience)
     }
 
-    /// As [`Self::send`], with this process' credentials: the receiver knows the sender whatever path the packet took.
+    /// Sends as [`Self::send`] does, with this process' credentials: the kernel vouches for the sender, whichever
+    /// process connected the socket.
     ///
     /// # Errors
     /// As [`Self::send`].
-    pub fn send_signed<M: Message>(
+    pub fn send_with_credentials<M: Message>(
         &self,
         message: &M,
         fds: &[BorrowedFd<'_>],
@@ -199,10 +200,9 @@ impl PacketSocket {
         Ok(())
     }
 
-    /// Says that nothing more will be sent: the peer hears the end after what was sent before. What the peer has sent
-    /// can still be received.
-    pub fn shut_down_sending(&self) {
-        // Fails only where the peer has gone.
+    /// Ends sending: the peer receives what was sent before, then the end. This end can still receive.
+    pub fn shutdown_write(&self) {
+        // Fails only if the peer has closed its end.
         let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Write);
     }
 
@@ -220,38 +220,38 @@ impl PacketSocket {
         }
     }
 
-    /// Has the kernel note who sends the packets that come from now on, signed or not (`SO_PASSCRED`).
+    /// Has the kernel attach the sender's credentials to every packet sent from now on (`SO_PASSCRED`).
     ///
     /// # Errors
     /// [`ChannelError::Io`].
-    pub fn ask_for_senders(&self) -> Result<(), ChannelError> {
+    pub fn enable_credentials(&self) -> Result<(), ChannelError> {
         Ok(setsockopt(&self.socket, sockopt::PassCred, &true)?)
     }
 
-    /// Receives a packet with the process that sent it, if that gave its credentials ([`Self::send_signed`]) or this end
-    /// had asked for them before ([`Self::ask_for_senders`]). The peer of the connection (`SO_PEERCRED`) made the socket,
-    /// and says nothing of who wrote to it.
+    /// Receives a packet and its sender, which is known if it sent its credentials ([`Self::send_with_credentials`]) or
+    /// if this end [asked for them](Self::enable_credentials) before. `SO_PEERCRED` names only the process that
+    /// connected the socket.
     ///
     /// # Errors
     /// As [`Self::receive`]; [`ChannelError::NotUnix`] for a stream.
-    pub fn receive_signed<M: Message>(
+    pub fn receive_with_credentials<M: Message>(
         &self,
         patience: Duration,
     ) -> Result<(Packet<M>, Option<Peer>), ChannelError> {
         if self.stream {
             return Err(ChannelError::NotUnix);
         }
-        self.ask_for_senders()?;
+        self.enable_credentials()?;
         let (packet, sender) = self.receive_packet(Instant::now() + patience)?;
-        // Number 0 stands for a sender that gave none or cannot be named here; its user is no user's then.
-        Ok((packet, sender.filter(|sender| sender.process != 0)))
+        // Process id 0: sent without credentials, or from outside this process' namespace. The user id is void then.
+        Ok((packet, sender.filter(|sender| sender.pid != 0)))
     }
 
     fn receive_packet<M: Message>(
         &self,
         deadline: Instant,
     ) -> Result<(Packet<M>, Option<Peer>), ChannelError> {
-        // One byte more than is allowed, so that too long a packet shows.
+        // One byte more than is allowed reveals a packet that is too long.
         let longest = HEADER + M::PROTOCOL.max_body + 1;
         let mut buffer = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
         if buffer.len() < longest {
@@ -300,7 +300,7 @@ impl PacketSocket {
                 Ok(received) if received.length == 0 => return Err(ChannelError::Closed),
                 Ok(received) => return Ok(received),
                 Err(error) => match error.kind() {
-                    // Told once, where the peer left something unread. What it had sent before is still to come.
+                    // Reported once if the peer closed its end with data unread. What it sent before is still there.
                     io::ErrorKind::ConnectionReset | io::ErrorKind::Interrupted => {}
                     io::ErrorKind::WouldBlock => self.wait(PollFlags::POLLIN, deadline)?,
                     _ => return Err(error.into()),
@@ -397,26 +397,26 @@ mod tests {
     }
 
     #[test]
-    fn a_packet_names_its_sender_if_it_is_signed_or_its_receiver_asked() {
+    fn a_sender_is_known_if_it_or_the_receiver_asked_for_credentials() {
         let (here, there) = PacketSocket::pair().unwrap();
         let file = tempfile::tempfile().unwrap();
         let all = vec![file.as_fd(); MAX_FDS];
-        here.send(&said("unsigned"), &all, LONG).unwrap();
-        here.send_signed(&said("signed"), &all, LONG).unwrap();
-        let (packet, sender) = there.receive_signed::<Said>(LONG).unwrap();
-        assert_eq!((packet.message, packet.fds.len(), sender), (said("unsigned"), MAX_FDS, None));
-        let (packet, sender) = there.receive_signed::<Said>(LONG).unwrap();
-        assert_eq!((packet.message, packet.fds.len()), (said("signed"), MAX_FDS));
+        here.send(&said("without"), &all, LONG).unwrap();
+        here.send_with_credentials(&said("with"), &all, LONG).unwrap();
+        let (packet, sender) = there.receive_with_credentials::<Said>(LONG).unwrap();
+        assert_eq!((packet.message, packet.fds.len(), sender), (said("without"), MAX_FDS, None));
+        let (packet, sender) = there.receive_with_credentials::<Said>(LONG).unwrap();
+        assert_eq!((packet.message, packet.fds.len()), (said("with"), MAX_FDS));
         let own = i32::try_from(std::process::id()).unwrap();
-        assert_eq!(sender.unwrap().process, own);
+        assert_eq!(sender.unwrap().pid, own);
         // The receiver has asked by now.
         here.send(&said("noted"), &[], LONG).unwrap();
-        let (packet, sender) = there.receive_signed::<Said>(LONG).unwrap();
-        assert_eq!((packet.message, sender.unwrap().process), (said("noted"), own));
+        let (packet, sender) = there.receive_with_credentials::<Said>(LONG).unwrap();
+        assert_eq!((packet.message, sender.unwrap().pid), (said("noted"), own));
     }
 
     #[test]
-    fn nobody_waits_longer_than_told() {
+    fn calls_wait_no_longer_than_their_patience() {
         for (here, there) in pairs() {
             for patience in [Duration::ZERO, SOON] {
                 let error = there.receive::<Said>(patience).unwrap_err();
@@ -430,7 +430,7 @@ mod tests {
     }
 
     #[test]
-    fn a_closed_peer_is_told_apart() {
+    fn a_closed_connection_is_reported_as_closed() {
         for (here, there) in pairs() {
             drop(here);
             let error = there.receive::<Said>(LONG).unwrap_err();
@@ -441,7 +441,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_word_of_a_peer_that_did_not_listen_is_heard() {
+    fn messages_sent_before_a_reset_are_received() {
         for (here, there) in pairs() {
             there.send(&said("unread"), &[], LONG).unwrap();
             here.send(&said("last"), &[], LONG).unwrap();
@@ -453,22 +453,22 @@ mod tests {
     }
 
     #[test]
-    fn who_sends_nothing_more_still_hears() {
+    fn an_end_that_stopped_sending_still_receives() {
         for (here, there) in pairs() {
             here.send(&said("last"), &[], LONG).unwrap();
-            here.shut_down_sending();
+            here.shutdown_write();
             assert_eq!(there.receive::<Said>(LONG).unwrap().message, said("last"));
             let error = there.receive::<Said>(LONG).unwrap_err();
             assert!(matches!(error, ChannelError::Closed), "{error}");
             there.send(&said("answer"), &[], LONG).unwrap();
             assert_eq!(here.receive::<Said>(LONG).unwrap().message, said("answer"));
             drop(there);
-            here.shut_down_sending();
+            here.shutdown_write();
         }
     }
 
     #[test]
-    fn half_a_message_is_none() {
+    fn an_incomplete_message_is_not_received() {
         let [_, (here, there)] = pairs();
         let packet = said("half").encode().unwrap();
         let mut here = UnixStream::from(OwnedFd::from(here));
@@ -501,7 +501,7 @@ mod tests {
     }
 
     #[test]
-    fn too_long_a_packet_is_refused() {
+    fn a_packet_that_is_too_long_is_refused() {
         let [(here, there), _] = pairs();
         let long = vec![0; HEADER + PROTOCOL.max_body + 2];
         nix::unistd::write(&here, &long).unwrap();
@@ -523,7 +523,7 @@ mod tests {
     }
 
     #[test]
-    fn other_descriptors_are_no_channel() {
+    fn other_descriptors_are_refused() {
         let (read, _write) = nix::unistd::pipe().unwrap();
         let datagram = std::os::unix::net::UnixDatagram::unbound().unwrap();
         let network = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();

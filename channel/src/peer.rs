@@ -1,6 +1,6 @@
-//! Who is at the other end of a Unix socket. Descriptors, memory and paths are taken only from the same user or root.
+//! The process at the other end of a Unix socket: its user, which decides whether it is trusted, and its end.
 //!
-//! A peer's [`Life`] is a descriptor of its process: the only proof that it is dead. A closed connection is none.
+//! Only a descriptor of the process, a [`PeerProcess`], proves that the peer has exited. A closed connection does not.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -12,74 +12,74 @@ use nix::sys::socket::{getsockopt, sockopt};
 use nix::unistd::{Uid, geteuid};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use crate::place;
+use crate::path_trust::untrusted_component;
 
-/// A peer that is not trusted, or that cannot be known.
+/// Why a peer is not trusted.
 #[derive(Debug, thiserror::Error)]
 pub enum PeerError {
-    /// Another user.
+    /// It runs as a user from which this process accepts nothing.
     #[error("the peer runs as user {peer}; only user {own} and root may hand over here")]
-    User {
-        /// The peer's.
+    UntrustedSource {
+        /// The peer's user.
         peer: u32,
-        /// This process'.
+        /// This process' user.
         own: u32,
     },
-    /// Another user, who would get what is this one's.
+    /// It runs as a user to which this process gives nothing.
     #[error("the peer runs as user {peer}; user {own} gives nothing but to itself and root")]
-    Strange {
-        /// The peer's.
+    UntrustedTarget {
+        /// The peer's user.
         peer: u32,
-        /// This process'.
+        /// This process' user.
         own: u32,
     },
-    /// Another user, at a path that does not say that root meant that user.
+    /// It runs as another user, at a path that any user could have created.
     #[error(
         "the peer runs as user {peer} and may have taken {} without root's doing; use a folder that only root or that \
          user may write, in folders that only root may write",
         component.display()
     )]
-    Squatter {
-        /// The peer's.
+    UntrustedPath {
+        /// The peer's user.
         peer: u32,
-        /// The part of the path that any user could have put there.
+        /// The part of the path that any user could have created.
         component: PathBuf,
     },
-    /// The system does not say.
+    /// The system does not tell who the peer is.
     #[error("cannot find out who the peer is")]
     System(#[from] io::Error),
 }
 
-/// The process at the other end, as it was when it connected or listened.
+/// The process at the other end, as it was when it connected or began to listen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Peer {
-    /// Its process number in our namespace; 0 if it has none there.
-    pub process: i32,
-    /// Its effective user.
-    pub user: u32,
+    /// Its process id in this process' namespace; 0 if it has none there.
+    pub pid: i32,
+    /// Its effective user id.
+    pub uid: u32,
 }
 
 impl Peer {
-    /// Who is at the other end of `socket` (`SO_PEERCRED`).
+    /// The process at the other end of `socket` (`SO_PEERCRED`).
     ///
     /// # Errors
     /// What `getsockopt(2)` fails with.
     pub fn of(socket: &impl AsFd) -> io::Result<Self> {
         let credentials = getsockopt(socket, sockopt::PeerCredentials)?;
-        Ok(Self { process: credentials.pid(), user: credentials.uid() })
+        Ok(Self { pid: credentials.pid(), uid: credentials.uid() })
     }
 
     /// Whether it runs as the same user as this process.
     pub fn same_user(self) -> bool {
-        self.user == geteuid().as_raw()
+        self.uid == geteuid().as_raw()
     }
 
     /// Whether it runs as the same user as this process, or as root.
     pub fn same_user_or_root(self) -> bool {
-        self.same_user() || Uid::from_raw(self.user).is_root()
+        self.same_user() || Uid::from_raw(self.uid).is_root()
     }
 
-    /// Who is at the other end, if that is the same user or root.
+    /// The process at the other end, from which this process may accept descriptors: of the same user, or of root.
     ///
     /// # Errors
     /// [`PeerError`].
@@ -88,53 +88,55 @@ impl Peer {
         if peer.same_user_or_root() {
             Ok(peer)
         } else {
-            Err(PeerError::User { peer: peer.user, own: geteuid().as_raw() })
+            Err(PeerError::UntrustedSource { peer: peer.uid, own: geteuid().as_raw() })
         }
     }
 
-    /// The process that listens at `path`, to which `socket` is connected, if this process may give away what it has:
-    /// to the same user and root, and as root to any user whom root gave that path.
+    /// The process that listens at `path`, to which `socket` is connected, and to which this process may give
+    /// descriptors: of the same user or of root, and for root also of a user whose path root consented to.
     ///
     /// # Errors
     /// [`PeerError`].
-    pub fn entrusted(socket: &impl AsFd, path: &Path) -> Result<Self, PeerError> {
+    pub fn trusted_at(socket: &impl AsFd, path: &Path) -> Result<Self, PeerError> {
         match Self::trusted(socket) {
-            Err(PeerError::User { peer, .. }) if geteuid().is_root() => match place::squatted(path, peer)? {
-                Some(component) => Err(PeerError::Squatter { peer, component }),
-                None => Ok(Self::of(socket)?),
-            },
-            Err(PeerError::User { peer, own }) => Err(PeerError::Strange { peer, own }),
+            Err(PeerError::UntrustedSource { peer, .. }) if geteuid().is_root() => {
+                match untrusted_component(path, peer)? {
+                    Some(component) => Err(PeerError::UntrustedPath { peer, component }),
+                    None => Ok(Self::of(socket)?),
+                }
+            }
+            Err(PeerError::UntrustedSource { peer, own }) => Err(PeerError::UntrustedTarget { peer, own }),
             other => other,
         }
     }
 }
 
-/// The process at the other end, to be waited for: readable once it is dead.
+/// A descriptor of the process at the other end (pidfd), readable once that has exited.
 #[derive(Debug)]
-pub struct Life(OwnedFd);
+pub struct PeerProcess(OwnedFd);
 
-impl Life {
-    /// Of the process at the other end of `socket`, as it was when it connected or listened.
+impl PeerProcess {
+    /// The process at the other end of `socket`, as it was when it connected or began to listen.
     ///
     /// # Errors
-    /// What the system says; [`io::ErrorKind::NotFound`] where it is dead already, or has no number here.
+    /// The system's; [`io::ErrorKind::NotFound`] if it has exited, or has no id in this process' namespace.
     pub fn of(socket: &impl AsFd) -> io::Result<Self> {
         match getsockopt(socket, sockopt::PeerPidfd) {
             Ok(pidfd) => Ok(Self(pidfd)),
             // Linux before 6.5 has no such option.
-            Err(Errno::ENOPROTOOPT) => Self::by_number(socket),
+            Err(Errno::ENOPROTOOPT) => Self::by_pid(socket),
             Err(Errno::ESRCH) => Err(io::ErrorKind::NotFound.into()),
             Err(errno) => Err(errno.into()),
         }
     }
 
-    fn by_number(socket: &impl AsFd) -> io::Result<Self> {
-        let process = Pid::from_raw(Peer::of(socket)?.process).ok_or(io::ErrorKind::NotFound)?;
-        let pidfd = pidfd_open(process, PidfdFlags::empty()).map_err(|errno| match errno {
+    fn by_pid(socket: &impl AsFd) -> io::Result<Self> {
+        let pid = Pid::from_raw(Peer::of(socket)?.pid).ok_or(io::ErrorKind::NotFound)?;
+        let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(|errno| match errno {
             rustix::io::Errno::SRCH => io::ErrorKind::NotFound.into(),
             other => io::Error::from(other),
         })?;
-        // Only a process that still held the connection then had that number still.
+        // If the peer still holds its end, its process id was not reused before the call above.
         let mut fds = [PollFd::new(socket.as_fd(), PollFlags::empty())];
         match poll(&mut fds, PollTimeout::ZERO)? {
             0 => Ok(Self(pidfd)),
@@ -142,14 +144,14 @@ impl Life {
         }
     }
 
-    /// Whether it is over.
-    pub fn is_over(&self) -> bool {
+    /// Whether the process has exited.
+    pub fn has_exited(&self) -> bool {
         let mut fds = [PollFd::new(self.as_fd(), PollFlags::POLLIN)];
         poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 }
 
-impl AsFd for Life {
+impl AsFd for PeerProcess {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
@@ -165,29 +167,29 @@ mod tests {
     fn a_process_of_the_same_user_is_trusted() {
         let (here, _there) = UnixStream::pair().unwrap();
         let peer = Peer::trusted(&here).unwrap();
-        assert_eq!(peer.process, i32::try_from(std::process::id()).unwrap());
+        assert_eq!(peer.pid, i32::try_from(std::process::id()).unwrap());
         assert!(peer.same_user());
     }
 
     #[test]
-    fn a_process_that_runs_is_alive() {
+    fn a_running_process_has_not_exited() {
         let (here, there) = UnixStream::pair().unwrap();
-        assert!(!Life::of(&here).unwrap().is_over());
-        assert!(!Life::by_number(&here).unwrap().is_over());
+        assert!(!PeerProcess::of(&here).unwrap().has_exited());
+        assert!(!PeerProcess::by_pid(&here).unwrap().has_exited());
         drop(there);
-        let error = Life::by_number(&here).unwrap_err();
+        let error = PeerProcess::by_pid(&here).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
     }
 
     #[test]
-    fn a_life_is_over_when_the_process_is_dead() {
+    fn a_killed_process_has_exited() {
         let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
         let pid = Pid::from_child(&child);
-        let life = Life(pidfd_open(pid, PidfdFlags::empty()).unwrap());
-        assert!(!life.is_over());
+        let process = PeerProcess(pidfd_open(pid, PidfdFlags::empty()).unwrap());
+        assert!(!process.has_exited());
         child.kill().unwrap();
         child.wait().unwrap();
-        assert!(life.is_over());
+        assert!(process.has_exited());
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! One `recvmsg(2)` with its descriptors and the sender's credentials.
 //!
-//! Written out because no library does both. Where the table of descriptors is full the kernel delivers some and cuts
-//! the rest off (`MSG_CTRUNC`): nix then gives no control message at all, so the delivered ones would leak. rustix gives
-//! the credentials a process number that is never 0, which the kernel's may be: reading it would be undefined behaviour.
+//! Written out because no library does both. When the limit of open files is reached, the kernel delivers some
+//! descriptors and drops the rest (`MSG_CTRUNC`): nix then returns no control message, so the delivered ones leak.
+//! rustix declares the sender's process id as non-zero, but the kernel may give 0: reading it is undefined behaviour.
 #![expect(unsafe_code, reason = "recvmsg and its control messages")]
 
 use std::io;
@@ -82,7 +82,7 @@ pub fn receive(socket: &impl AsFd, buffer: &mut [u8]) -> io::Result<Received> {
             if message.cmsg_len.saturating_sub(data.addr() - next.addr()) >= size_of::<libc::ucred>() {
                 // SAFETY: the control message is long enough for what the kernel has written there.
                 let credentials = unsafe { ptr::read_unaligned(data.cast::<libc::ucred>()) };
-                sender = Some(Peer { process: credentials.pid, user: credentials.uid });
+                sender = Some(Peer { pid: credentials.pid, uid: credentials.uid });
             }
         }
         // SAFETY: `next` is a control message of this header.

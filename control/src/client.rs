@@ -6,30 +6,30 @@ use std::path::{Path, PathBuf};
 
 use baton_protocol::control::{MAX_LINE, Request};
 
-/// Why a request has no answer.
+/// Why a request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nobody could be reached.
+    /// No process listens on the socket, or this user may not connect.
     #[error("{}: cannot connect; is the process running, with this --control-socket?", path.display())]
     Connect {
         /// The control socket's path.
         path: PathBuf,
-        /// The system's answer.
+        /// The system's error.
         source: io::Error,
     },
     /// The connection failed.
     #[error("the control connection failed")]
     Io(#[from] io::Error),
-    /// The other side closed the connection before it answered.
+    /// The process closed the connection before it answered.
     #[error("the process closed the control connection without an answer")]
     Closed,
     /// The reply is longer than [`MAX_LINE`].
     #[error("the reply is longer than {MAX_LINE} bytes")]
     TooLong,
-    /// A request or a reply is not what the protocol says.
+    /// The reply is not JSON.
     #[error("the reply is not JSON")]
     Json(#[from] serde_json::Error),
-    /// The process answered that it will not.
+    /// The process refused the request.
     #[error("{0}")]
     Refused(String),
 }
@@ -52,10 +52,10 @@ impl ControlClient {
         }
     }
 
-    /// Sends `request` and waits for its reply, for as long as the process takes.
+    /// Sends `request` and waits for the reply, without a time limit.
     ///
     /// # Errors
-    /// [`ClientError::Refused`] for an answer of `{"error":…}`; the others if there was no proper answer.
+    /// [`ClientError::Refused`] for the reply `{"error":…}`; the others if there is no valid reply.
     pub fn call(&mut self, request: &Request) -> Result<serde_json::Value, ClientError> {
         let mut line = serde_json::to_vec(request)?;
         line.push(b'\n');
@@ -81,7 +81,7 @@ mod tests {
 
     use super::*;
 
-    /// The client's view of a server that answers `reply` to whatever it is asked, and closes.
+    /// The result of a call to a server that sends `reply` and closes the connection.
     fn answered_with(reply: Vec<u8>) -> Result<serde_json::Value, ClientError> {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("control");
@@ -89,7 +89,7 @@ mod tests {
         let server = std::thread::spawn(move || {
             let mut stream = BufReader::new(listener.accept().unwrap().0);
             stream.read_line(&mut String::new()).unwrap();
-            // The client may have had enough before the end.
+            // Fails if the client gives up before the end.
             let _ = stream.get_mut().write_all(&reply);
         });
         let answer = ControlClient::connect(&path).unwrap().call(&Request::Status);
@@ -98,12 +98,12 @@ mod tests {
     }
 
     #[test]
-    fn a_reply_is_the_commands_own_object() {
+    fn a_reply_is_a_json_object() {
         assert_eq!(answered_with(b"{\"a\":1}\n".to_vec()).unwrap(), serde_json::json!({"a": 1}));
     }
 
     #[test]
-    fn improper_replies_are_errors() {
+    fn invalid_replies_are_errors() {
         type Expectation = fn(&ClientError) -> bool;
         let cases: [(&[u8], Expectation); 4] = [
             (b"", |error| matches!(error, ClientError::Closed)),
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_there_is_an_error_that_names_the_path() {
+    fn a_socket_without_a_process_is_an_error_that_names_the_path() {
         let error = ControlClient::connect(Path::new("/nonexistent/control")).unwrap_err();
         assert!(error.to_string().contains("/nonexistent/control"), "{error}");
     }

@@ -174,12 +174,12 @@ fn a_front_end_brings_no_program() {
         let message = Message::Offer(Offer { epoch: 1, device, fds: manifest });
         let (ours, theirs) = PacketSocket::pair().unwrap();
         if matches!(signature, Signature::Kernels) {
-            theirs.ask_for_senders().unwrap();
+            theirs.enable_credentials().unwrap();
         }
         as_user(UNPRIVILEGED, move || {
             let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
             match signature {
-                Signature::Own => ours.send_signed(&message, &fds, LONG)?,
+                Signature::Own => ours.send_with_credentials(&message, &fds, LONG)?,
                 Signature::None | Signature::Kernels => ours.send(&message, &fds, LONG)?,
             }
             Ok(())
@@ -244,7 +244,7 @@ fn the_kernel_names_the_sender_of_an_unsigned_offer_where_it_was_asked() {
     let stolen = steal(&device);
     let fds: Vec<_> = stolen.fds.iter().map(AsFd::as_fd).collect();
     let (ours, theirs) = PacketSocket::pair().unwrap();
-    theirs.ask_for_senders().unwrap();
+    theirs.enable_credentials().unwrap();
     ours.send(&stolen.message, &fds, LONG).unwrap();
     assert_eq!(set_state_fd(&connection, false, theirs).unwrap(), ACCEPTED);
     assert!(check(&connection).unwrap());

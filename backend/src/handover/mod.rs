@@ -322,7 +322,7 @@ impl Handover {
     fn try_begin(&self, device: &Device, path: &Path) -> Result<SourceEnd, HandoverError> {
         self.check_free(device)?;
         let link = PacketSocket::connect(path)?;
-        let process = Peer::entrusted(&link, path)?.process;
+        let process = Peer::trusted_at(&link, path)?.pid;
         if u32::try_from(process) == Ok(std::process::id()) {
             return Err(HandoverError::Oneself);
         }

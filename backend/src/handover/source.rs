@@ -281,7 +281,7 @@ impl SourceEnd {
         match self.state {
             Source::Offered { adopted: true, .. } => {
                 if let Some(link) = &self.link {
-                    link.shut_down_sending();
+                    link.shutdown_write();
                 }
                 self.hear_out(device, around)
             }
@@ -439,7 +439,7 @@ impl SourceEnd {
         // Over the front-end's socket the target cannot know otherwise who the source is.
         let signed = route.is_some();
         match socket.map(|socket| match signed {
-            true => socket.send_signed(&message, &descriptors, PATIENCE),
+            true => socket.send_with_credentials(&message, &descriptors, PATIENCE),
             false => socket.send(&message, &descriptors, PATIENCE),
         }) {
             Some(Ok(())) => true,

@@ -300,7 +300,7 @@ impl TargetEnd {
         around: Surroundings<'_>,
     ) -> Result<(), DeviceError> {
         if let Some(link) = &self.link {
-            link.shut_down_sending();
+            link.shutdown_write();
             self.hear_out(device, wishes, around)?;
         }
         match &self.state {

@@ -258,7 +258,7 @@ fn receive(
 ) -> Result<(Packet<Message>, Option<Peer>), TransferError> {
     loop {
         patience.ready(socket, PollFlags::POLLIN)?;
-        match socket.receive_signed(Duration::ZERO) {
+        match socket.receive_with_credentials(Duration::ZERO) {
             // Another process that shares the socket was faster.
             Err(ChannelError::Timeout) => {}
             received => return Ok(received?),

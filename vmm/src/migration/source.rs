@@ -232,7 +232,7 @@ impl<'a> Migration<'a> {
             if facts.local {
                 let (ours, theirs) = PacketSocket::pair()?;
                 // Back-ends that do not sign their offers are older than those that look for the signature.
-                theirs.ask_for_senders()?;
+                theirs.enable_credentials()?;
                 self.ends.push((device, ours.into()));
                 named.push((device_fd(device), theirs.into()));
             }

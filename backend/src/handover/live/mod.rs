@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use baton_channel::packet::PacketSocket;
-use baton_channel::peer::{Life, Peer};
+use baton_channel::peer::{Peer, PeerProcess};
 use baton_control::{error_chain, limited};
 use baton_faults::Point;
 use baton_protocol::control::HandoverStatus;
@@ -46,7 +46,7 @@ use target::LiveTarget;
 
 const TIMER: u64 = 0;
 const LINK: u64 = 1;
-const LIFE: u64 = 2;
+const PEER_PROCESS: u64 = 2;
 
 /// How long the event loop stands still for what is to come at once, while nobody serves.
 const MOMENT: Duration = Duration::from_millis(2);
@@ -184,8 +184,8 @@ impl Live {
         call: Call,
     ) -> Result<Vec<Outcome>, DeviceError> {
         match self.connect(path) {
-            Ok((link, life)) => {
-                let mut source = LiveSource::new(link, life, path.display().to_string());
+            Ok((link, process)) => {
+                let mut source = LiveSource::new(link, process, path.display().to_string());
                 let mut outcomes = Vec::new();
                 source.begin(around, dry_run, call, &mut outcomes)?;
                 self.end = End::Source(source);
@@ -199,18 +199,18 @@ impl Live {
         }
     }
 
-    fn connect(&self, path: &Path) -> Result<(PacketSocket, Life), HandoverError> {
+    fn connect(&self, path: &Path) -> Result<(PacketSocket, PeerProcess), HandoverError> {
         let link = PacketSocket::connect(path)?;
         baton_faults::point(Point::SourceSessionConnected).map_err(HandoverError::from)?;
-        if u32::try_from(Peer::entrusted(&link, path)?.process) == Ok(std::process::id()) {
+        if u32::try_from(Peer::trusted_at(&link, path)?.pid) == Ok(std::process::id()) {
             return Err(HandoverError::Oneself);
         }
-        let life = Life::of(&link).map_err(|error| match error.kind() {
+        let process = PeerProcess::of(&link).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => HandoverError::Gone,
             _ => error.into(),
         })?;
-        self.watch(&link, &life)?;
-        Ok((link, life))
+        self.watch(&link, &process)?;
+        Ok((link, process))
     }
 
     /// Somebody wants to hand a session over to this process.
@@ -224,9 +224,9 @@ impl Live {
         arrived: Arrived,
     ) -> Result<Vec<Outcome>, DeviceError> {
         let Arrived { link, hello, same_user } = arrived;
-        let life = baton_faults::point(Point::TargetSessionArrived).and_then(|()| Life::of(&link));
-        let life = match life.and_then(|life| self.watch(&link, &life).map(|()| life)) {
-            Ok(life) => life,
+        let process = baton_faults::point(Point::TargetSessionArrived).and_then(|()| PeerProcess::of(&link));
+        let process = match process.and_then(|process| self.watch(&link, &process).map(|()| process)) {
+            Ok(process) => process,
             Err(error) => {
                 limited!(warn, %error, "a source cannot be known");
                 let reason = Refusal::Unusable { what: "the source", text: error.to_string() };
@@ -236,7 +236,7 @@ impl Live {
                 return Ok(Vec::new());
             }
         };
-        let mut target = LiveTarget::new(link, life, same_user, wishes);
+        let mut target = LiveTarget::new(link, process, same_user, wishes);
         let mut outcomes = Vec::new();
         target.greeted(around, hello, &mut outcomes)?;
         self.end = End::Target(target);
@@ -244,9 +244,9 @@ impl Live {
         Ok(outcomes)
     }
 
-    fn watch(&self, link: &PacketSocket, life: &Life) -> io::Result<()> {
+    fn watch(&self, link: &PacketSocket, process: &PeerProcess) -> io::Result<()> {
         self.epoll.add(link, Events::EPOLLIN, LINK)?;
-        self.epoll.add(life, Events::EPOLLIN, LIFE)
+        self.epoll.add(process, Events::EPOLLIN, PEER_PROCESS)
     }
 
     /// Does what there is to do.
@@ -263,7 +263,7 @@ impl Live {
             }
         };
         // What the peer said, then its death, then time.
-        tokens.sort_by_key(|token| [LINK, LIFE, TIMER].iter().position(|other| other == token));
+        tokens.sort_by_key(|token| [LINK, PEER_PROCESS, TIMER].iter().position(|other| other == token));
         let mut outcomes = Vec::new();
         let due = self.due;
         for token in tokens {
@@ -271,10 +271,10 @@ impl Live {
             let time = now().max(due);
             match (&mut self.end, token) {
                 (End::Source(source), LINK) => source.listen(around, &mut outcomes)?,
-                (End::Source(source), LIFE) => source.died(around, &mut outcomes)?,
+                (End::Source(source), PEER_PROCESS) => source.died(around, &mut outcomes)?,
                 (End::Source(source), _) => source.on_time(around, time, &mut outcomes)?,
                 (End::Target(target), LINK) => target.listen(around, &mut outcomes)?,
-                (End::Target(target), LIFE) => target.died(around, &mut outcomes)?,
+                (End::Target(target), PEER_PROCESS) => target.died(around, &mut outcomes)?,
                 (End::Target(target), _) => target.on_time(around, time, &mut outcomes)?,
                 (End::None, _) => {}
             }

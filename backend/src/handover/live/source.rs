@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use baton_channel::ownership::{OwnershipError, SharedWord, SwapError};
 use baton_channel::packet::{ChannelError, PacketSocket};
-use baton_channel::peer::Life;
+use baton_channel::peer::PeerProcess;
 use baton_control::{error_chain, limited};
 use baton_faults::Point;
 use baton_protocol::control::{HandoverReply, HandoverState, HandoverStatus, SessionReport};
@@ -57,7 +57,7 @@ pub struct LiveSource {
     state: Source,
     link: Option<PacketSocket>,
     /// Until it does not matter any more: a process that has ended stays so, and would be told of for ever.
-    life: Option<Life>,
+    process: Option<PeerProcess>,
     /// The target, for people.
     peer: String,
     /// Who asked, until it is over.
@@ -74,11 +74,11 @@ pub struct LiveSource {
 
 impl LiveSource {
     /// Over `link`, to whom `peer` names.
-    pub fn new(link: PacketSocket, life: Life, peer: String) -> Self {
+    pub fn new(link: PacketSocket, process: PeerProcess, peer: String) -> Self {
         Self {
             state: Source::HandedOver(None),
             link: Some(link),
-            life: Some(life),
+            process: Some(process),
             peer,
             call: None,
             shared: None,
@@ -102,7 +102,7 @@ impl LiveSource {
     /// It is over: only how it ended is kept.
     pub fn forget_peer(&mut self) {
         self.link = None;
-        self.life = None;
+        self.process = None;
     }
 
     /// Whether the process may end.
@@ -200,7 +200,7 @@ impl LiveSource {
     fn closed(&mut self, around: Around<'_>, outcomes: &mut Vec<Outcome>) -> Result<(), DeviceError> {
         self.link = None;
         self.farewell = None;
-        if self.life.take_if(|life| life.is_over()).is_some() {
+        if self.process.take_if(|process| process.has_exited()).is_some() {
             self.tell(around, Event::Dead, outcomes)?;
         }
         self.tell(around, Event::Closed, outcomes)
@@ -219,7 +219,7 @@ impl LiveSource {
             }
         }
         self.farewell = None;
-        self.life = None;
+        self.process = None;
         self.tell(around, Event::Dead, outcomes)
     }
 
@@ -295,7 +295,7 @@ impl LiveSource {
         }
         self.act(around, actions, outcomes)?;
         self.report();
-        self.life.take_if(|_| matches!(self.state, Source::Ended { .. }));
+        self.process.take_if(|_| matches!(self.state, Source::Ended { .. }));
         Ok(())
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use baton_channel::ownership::{SharedWord, SwapError};
 use baton_channel::packet::{ChannelError, Packet, PacketSocket};
-use baton_channel::peer::Life;
+use baton_channel::peer::PeerProcess;
 use baton_control::limited;
 use baton_faults::Point;
 use baton_protocol::codec::CodecError;
@@ -31,7 +31,7 @@ use crate::handover::PROGRAM;
 pub struct LiveTarget {
     state: Target<OwnedFd, Box<Staged>>,
     link: Option<PacketSocket>,
-    life: Life,
+    process: PeerProcess,
     /// The source runs as the same user.
     same_user: bool,
     wishes: Wishes,
@@ -49,7 +49,7 @@ pub struct LiveTarget {
 
 impl LiveTarget {
     /// With a source at the other end of `link`.
-    pub fn new(link: PacketSocket, life: Life, same_user: bool, wishes: Wishes) -> Self {
+    pub fn new(link: PacketSocket, process: PeerProcess, same_user: bool, wishes: Wishes) -> Self {
         let hello = Hello {
             purpose: SESSION.to_owned(),
             program: PROGRAM.to_owned(),
@@ -60,7 +60,7 @@ impl LiveTarget {
         Self {
             state,
             link: Some(link),
-            life,
+            process,
             same_user,
             wishes,
             hello,
@@ -157,7 +157,7 @@ impl LiveTarget {
     /// The connection is of no more use. Whether the source is dead is said first.
     fn closed(&mut self, around: Around<'_>, outcomes: &mut Vec<Outcome>) -> Result<(), DeviceError> {
         self.link = None;
-        if self.life.is_over() {
+        if self.process.has_exited() {
             self.tell(around, Event::Dead, outcomes)?;
         }
         self.tell(around, Event::Closed, outcomes)
