@@ -1,11 +1,11 @@
-//! A reply as a person reads it: aligned names and values, and a table for every list.
+//! Formats a reply for people: aligned names and values, and a table for each list.
 
 use std::fmt::Write;
 
 use serde_json::{Map, Value};
 
-/// Lists a reply's fields: the plain ones first, one a line, then the lists, each as a table whose rows are its
-/// items. An item that consists of objects has a row for each of them.
+/// Formats a reply's fields: first the plain ones, one per line, then each list as a table with a row per item. An item
+/// that consists of objects has a row for each of them.
 ///
 /// Every line ends in a newline.
 pub fn listing(reply: &Value) -> String {

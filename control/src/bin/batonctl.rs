@@ -1,6 +1,6 @@
-//! `batonctl`: asks a running back-end or VMM something over its control socket.
+//! `batonctl`: sends a request to a running back-end or VMM over its control socket.
 //!
-//! Exit codes: 0 done, 1 not done (one line on stderr says why), 2 usage.
+//! Exit codes: 0 success, 1 failure (one line on stderr says why), 2 wrong usage.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -11,14 +11,14 @@ use baton_control::{ControlClient, listing::listing};
 use baton_protocol::control::Request;
 use clap::{Parser, Subcommand};
 
-/// Asks a running baton-backend or baton-vmm something over its control socket.
+/// Sends a request to a running baton-backend or baton-vmm over its control socket.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {
-    /// Print the reply as it came, as one line of JSON.
+    /// Print the reply as one line of JSON.
     #[arg(long)]
     json: bool,
-    /// The path that the process was given as --control-socket.
+    /// The path given to the process as --control-socket.
     control_socket: PathBuf,
     #[command(subcommand)]
     command: Command,
@@ -26,37 +26,37 @@ struct Arguments {
 
 #[derive(Clone, Debug, Subcommand)]
 enum Command {
-    /// What the process is and does.
+    /// Show the state of the process.
     Status,
-    /// A back-end's counters.
+    /// Show a back-end's counters.
     Stats,
-    /// Make a VM stand still.
+    /// Pause a VM.
     Pause,
-    /// Let a VM that stands still run on.
+    /// Resume a paused VM.
     Resume,
-    /// Hand a back-end's session over to another one, which serves on: its front-end does not notice.
+    /// Hand a back-end's session over to another back-end; the front-end does not notice.
     Handover {
-        /// The other one's --incoming-fds.
+        /// The path given to the other back-end as --incoming-fds.
         #[arg(required_unless_present = "cancel", conflicts_with = "cancel")]
         path: Option<String>,
-        /// Only the device, once the front-end has stopped it; say so before the VM goes to another VMM.
+        /// Hand over only the device, once the front-end has suspended it; ask for this before the VM migrates.
         #[arg(long, conflicts_with = "cancel")]
         on_suspend: bool,
-        /// Only find out whether the other one would take it.
+        /// Only report whether the other back-end would accept it.
         #[arg(long, conflicts_with = "cancel")]
         dry_run: bool,
-        /// End the hand-over that is under way: all stays as it is.
+        /// Cancel the hand-over in progress; this back-end keeps the session.
         #[arg(long)]
         cancel: bool,
     },
-    /// Move a VM to the baton-vmm on this host that waits for it.
+    /// Migrate a VM to another baton-vmm on this host.
     Migrate {
-        /// The path that it was given as --incoming.
+        /// The path given to the other baton-vmm as --incoming.
         path: PathBuf,
-        /// Hand the TAPs over, too, of the devices with local-migration=on.
+        /// Also hand over the TAPs of devices with local-migration=on.
         #[arg(long)]
         local: bool,
-        /// Only say whether it could be done, and if not, why.
+        /// Only report whether the VM could be migrated, and if not, why.
         #[arg(long)]
         dry_run: bool,
     },
@@ -72,7 +72,7 @@ impl From<Command> for Request {
             Command::Pause => Self::Pause,
             Command::Resume => Self::Resume,
             Command::Handover { path, on_suspend, dry_run, cancel } => Self::Handover {
-                // The back-end need not be in this directory.
+                // The back-end may have another working directory.
                 path: path.map(|path| match std::path::absolute(&path) {
                     Ok(absolute) => absolute.to_string_lossy().into_owned(),
                     Err(_) => path,
@@ -101,7 +101,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// The results of what was tried and not done.
+/// The results of a request that failed after it was accepted.
 const NOT_DONE: [&str; 2] = ["rolled-back", "refused"];
 
 fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
