@@ -127,7 +127,7 @@ fn an_operator_may_let_a_front_end_of_another_user_move_the_tap() {
 
 /// How a front-end sends an offer of its own making.
 #[derive(Clone, Copy, Debug)]
-enum Signature {
+enum Credentials {
     None,
     Own,
     Kernels,
@@ -145,7 +145,7 @@ fn a_front_end_brings_no_program() {
     let directory = tempfile::tempdir().unwrap();
     let listener = FakeTarget::bind(&directory.path().join("listener")).unwrap();
     let mut loaded = Vec::new();
-    for signature in [Signature::None, Signature::Own, Signature::Kernels] {
+    for credentials in [Credentials::None, Credentials::Own, Credentials::Kernels] {
         let mut target = Backend::waiting(Datapath::Userspace, &["--device-state=on"]).unwrap();
         let connection = negotiate(target.connect_as(UNPRIVILEGED).unwrap()).unwrap();
         let word = SharedWord::create().unwrap();
@@ -173,14 +173,14 @@ fn a_front_end_brings_no_program() {
         let (manifest, fds) = fds.into_iter().collect::<NamedFds<OwnedFd>>().unzip();
         let message = Message::Offer(Offer { epoch: 1, device, fds: manifest });
         let (ours, theirs) = PacketSocket::pair().unwrap();
-        if matches!(signature, Signature::Kernels) {
+        if matches!(credentials, Credentials::Kernels) {
             theirs.enable_credentials().unwrap();
         }
         as_user(UNPRIVILEGED, move || {
             let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
-            match signature {
-                Signature::Own => ours.send_with_credentials(&message, &fds, LONG)?,
-                Signature::None | Signature::Kernels => ours.send(&message, &fds, LONG)?,
+            match credentials {
+                Credentials::Own => ours.send_with_credentials(&message, &fds, LONG)?,
+                Credentials::None | Credentials::Kernels => ours.send(&message, &fds, LONG)?,
             }
             Ok(())
         })
@@ -197,7 +197,11 @@ fn a_front_end_brings_no_program() {
         assert!(target.process.wait().unwrap().success());
         assert_eq!(target.process.log().contains("downscript-user"), !loaded.ends_with(&[true]));
         let none: [&str; 0] = [];
-        assert_eq!(downscript.runs().unwrap(), none, "a program of the front-end's was run ({signature:?})");
+        assert_eq!(
+            downscript.runs().unwrap(),
+            none,
+            "a program of the front-end's was run ({credentials:?})"
+        );
     }
     assert_eq!(loaded, [false; 3]);
 }
@@ -234,7 +238,7 @@ fn an_offer_that_a_front_end_repeats_brings_no_program() {
 }
 
 #[test]
-fn the_kernel_names_the_sender_of_an_unsigned_offer_where_it_was_asked() {
+fn the_kernel_names_the_sender_of_an_offer_without_credentials_if_asked() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &["--downscript=/bin/true"]).unwrap();
     let mut device = rig.device(options(1)).unwrap();
     device.suspend().unwrap();

@@ -436,9 +436,9 @@ impl SourceEnd {
         let state = snapshot::describe(device, Some(tap), &extents);
         let message = Message::Offer(Offer { epoch: word.epoch, device: state, fds });
         let socket = route.as_ref().map(|route| &route.socket).or(self.link.as_ref());
-        // Over the front-end's socket the target cannot know otherwise who the source is.
-        let signed = route.is_some();
-        match socket.map(|socket| match signed {
+        // Over the front-end's socket only credentials tell the target who the source is.
+        let with_credentials = route.is_some();
+        match socket.map(|socket| match with_credentials {
             true => socket.send_with_credentials(&message, &descriptors, PATIENCE),
             false => socket.send(&message, &descriptors, PATIENCE),
         }) {

@@ -60,7 +60,7 @@ pub enum Outcome {
     Saved(Result<(), TransferError>),
     /// This was read from a pipe.
     Read(Result<Message, TransferError>),
-    /// This came over a socket, from this process if it signed it.
+    /// This was received from a socket, with its sender if that sent its credentials.
     Received(Result<(Packet<Message>, Option<Peer>), TransferError>),
 }
 

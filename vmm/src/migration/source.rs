@@ -231,7 +231,7 @@ impl<'a> Migration<'a> {
         for (device, facts) in self.machine.source_net_facts(self.request.local).iter().enumerate() {
             if facts.local {
                 let (ours, theirs) = PacketSocket::pair()?;
-                // Back-ends that do not sign their offers are older than those that look for the signature.
+                // The kernel adds the credentials that a back-end of an earlier version does not send.
                 theirs.enable_credentials()?;
                 self.ends.push((device, ours.into()));
                 named.push((device_fd(device), theirs.into()));
