@@ -318,7 +318,7 @@ impl Link {
             format!(
                 "traffic bulk {server} --direction={direction} --bytes={BYTES} >/bulk.{direction} 2>&1 & \
                  traffic flows {server} --direction={direction} --count=4000 --flows=8 --rate=2000 \
-                 --silence=10 >/flows.{direction} 2>&1 &"
+                 --silence=60 >/flows.{direction} 2>&1 &"
             )
         };
         let command = format!("( {} {} wait )", one("up"), one("down"));
@@ -358,7 +358,7 @@ impl Link {
         // So many flows that the kernel chooses each queue for some of them. A slow machine may lose some.
         let count = 6 * u32::from(size) * u32::from(self.queue_pairs);
         let command = format!(
-            "traffic flows {HOST}:{PORT} --direction=down --count={count} --flows=64 --rate=2000 --silence=10"
+            "traffic flows {HOST}:{PORT} --direction=down --count={count} --flows=64 --rate=2000 --silence=60"
         );
         let text = guest.run(&command)?.output;
         let outcome: Outcome = serde_json::from_str(text.trim()).with_context(|| text.clone())?;

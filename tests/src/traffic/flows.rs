@@ -1,5 +1,8 @@
 //! Numbered datagrams in several flows, each from a port of its own: none may be lost, doubled or overtaken within
 //! its flow.
+//!
+//! The receiver reports its progress over the connection, and the sender keeps no more than [`WINDOW`] datagrams on the way:
+//! queues and buffers hold as many. So however slow the machine is, a datagram that does not arrive was lost by a fault.
 
 use std::io::ErrorKind;
 use std::net::{SocketAddr, UdpSocket};
@@ -10,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use super::{Connection, Direction, Request, Stop};
+use super::{Connection, Direction, Request};
 
 /// How long a receiver that has everything waits for what should not come.
 const LINGER: Duration = Duration::from_millis(300);
@@ -18,10 +21,16 @@ const LINGER: Duration = Duration::from_millis(300);
 /// The most datagrams that a sender sends at once.
 const BURST: u32 = 100;
 
+/// The most datagrams on the way: fewer than any queue or buffer there holds.
+const WINDOW: u32 = 128;
+
+/// How long a sender with a full window waits for progress. Then it sends one datagram more, since the others may be lost.
+const PROBE: Duration = Duration::from_millis(200);
+
 /// How often a sender looks at the clock: it sends as many as are due.
 const TICK: Duration = Duration::from_millis(2);
 
-/// How often a receiver that does not know how many come looks whether it was told.
+/// How often a receiver that does not know how many come looks whether it was told, and reports its progress.
 const LOOK: Duration = Duration::from_millis(50);
 
 /// The count of a plan whose sender goes on until it is told to end.
@@ -119,6 +128,17 @@ impl Outcome {
     }
 }
 
+/// What a receiver reports to the sender.
+#[derive(Debug, Serialize, Deserialize)]
+enum Report {
+    /// So many datagrams have arrived or were overtaken.
+    Progress(u32),
+    /// It wants no more.
+    Stop,
+    /// All that it has counted.
+    Outcome(Outcome),
+}
+
 /// Sends the plan's datagrams in a direction, and returns what was received there.
 pub fn check(server: SocketAddr, direction: Direction, plan: Plan) -> Result<Outcome> {
     check_until(server, direction, plan, |_| true)
@@ -142,10 +162,11 @@ pub(super) fn check_until(
     match direction {
         Direction::Down => {
             let mut stopped = false;
-            receive(&socket, &plan, |received| {
+            receive(&socket, &plan, |received, progress| {
+                connection.say(&Report::Progress(progress))?;
                 if !stopped && !go_on(received) {
                     stopped = true;
-                    connection.say(&Stop)?;
+                    connection.say(&Report::Stop)?;
                 }
                 connection.hear_if_said()
             })
@@ -153,10 +174,16 @@ pub(super) fn check_until(
         Direction::Up => {
             let port: u16 = connection.hear()?;
             let to = SocketAddr::new(server.ip(), port);
-            send(&mut connection, &plan, to, |_, sent| Ok(go_on(sent)))?;
+            send(&mut connection, &plan, to, go_on)?;
             // If any is lost, the other end waits for it in vain first.
             connection.be_patient(plan.patience())?;
-            connection.hear()
+            loop {
+                match connection.hear()? {
+                    Report::Progress(_) => {}
+                    Report::Outcome(outcome) => return Ok(outcome),
+                    Report::Stop => bail!("the receiver wants no more"),
+                }
+            }
         }
     }
 }
@@ -165,21 +192,29 @@ pub(super) fn check_until(
 pub(super) fn serve_receive(connection: &mut Connection, plan: &Plan) -> Result<()> {
     let socket = connection.datagram_socket()?;
     connection.say(&socket.local_addr()?.port())?;
-    let outcome = receive(&socket, plan, |_| connection.hear_if_said())?;
-    connection.say(&outcome)
+    let outcome = receive(&socket, plan, |_, progress| {
+        connection.say(&Report::Progress(progress))?;
+        connection.hear_if_said()
+    })?;
+    connection.say(&Report::Outcome(outcome))
 }
 
 /// The server's part when it sends.
 pub(super) fn serve_send(connection: &mut Connection, plan: &Plan, to: SocketAddr) -> Result<()> {
-    send(connection, plan, to, |connection, _| Ok(connection.hear_if_said::<Stop>()?.is_none()))
+    send(connection, plan, to, |_| true)?;
+    // The receiver reports its progress until it knows how many there were, and then leaves.
+    connection.be_patient(plan.patience())?;
+    while connection.hear::<Report>().is_ok() {}
+    Ok(())
 }
 
-/// Sends the datagrams at the plan's rate, and says how many there were. `go_on` is asked now and then.
+/// Sends the datagrams at the plan's rate, if the window permits, and says how many there were. `go_on` is asked now and
+/// then.
 fn send(
     connection: &mut Connection,
     plan: &Plan,
     to: SocketAddr,
-    mut go_on: impl FnMut(&mut Connection, u32) -> Result<bool>,
+    mut go_on: impl FnMut(u32) -> bool,
 ) -> Result<()> {
     let sockets: Vec<UdpSocket> =
         (0..plan.flows).map(|_| connection.datagram_socket()).collect::<Result<_>>()?;
@@ -195,14 +230,24 @@ fn send(
         let flows = u32::from(plan.flows);
         (index % flows, index / flows)
     });
-    let mut sent = 0;
-    while sent < plan.count && go_on(connection, sent)? {
+    let (mut sent, mut window, mut moved) = (0, WINDOW, last);
+    'sending: while sent < plan.count && go_on(sent) {
         let now = Instant::now();
+        while let Some(report) = connection.hear_if_said()? {
+            let Report::Progress(progress) = report else { break 'sending };
+            if progress + WINDOW > window {
+                (window, moved) = (progress + WINDOW, now);
+            }
+        }
+        if sent >= window && now.duration_since(moved) >= PROBE {
+            (window, moved) = (sent + 1, now);
+        }
         due += now.duration_since(last).as_secs_f64() * f64::from(plan.rate);
         last = now;
-        // Who could not run for a while must not make up for it at once: queues on the way are short.
+        // A sender that could not run for a while does not make up for it at once.
         due = due.min(f64::from(sent + BURST));
-        while f64::from(sent) < due
+        while sent < window
+            && f64::from(sent) < due
             && let Some((flow, number)) = numbers.next()
         {
             fill(&mut datagram, flow, number);
@@ -215,12 +260,12 @@ fn send(
     connection.say(&sent)
 }
 
-/// Receives until nothing more can come. `sent` is told now and then how many have come, and tells how many there
-/// were, once it knows.
+/// Receives until nothing more can come. `sent` gets, now and then, how many have come, and how many have come or were
+/// overtaken; it gives how many were sent, once that is known.
 fn receive(
     socket: &UdpSocket,
     plan: &Plan,
-    mut sent: impl FnMut(u32) -> Result<Option<u32>>,
+    mut sent: impl FnMut(u32, u32) -> Result<Option<u32>>,
 ) -> Result<Outcome> {
     let flows = u32::from(plan.flows);
     let share = |count: u32, flow: u32| count / flows + u32::from(flow < count % flows);
@@ -228,10 +273,11 @@ fn receive(
     let mut bytes = vec![0; 65536];
     let mut expected = vec![0; usize::from(plan.size)];
     let (mut count, mut looked, mut heard) = (None, Instant::now(), Instant::now());
+    let mut unreported = 0;
     let count = loop {
-        if count.is_none() && looked.elapsed() >= LOOK {
-            looked = Instant::now();
-            count = sent(outcome.received)?;
+        if count.is_none() && (unreported >= WINDOW / 4 || looked.elapsed() >= LOOK) {
+            (looked, unreported) = (Instant::now(), 0);
+            count = sent(outcome.received, outcome.flows.iter().map(|flow| flow.next).sum())?;
         }
         let last_came =
             |count| (0..flows).zip(&outcome.flows).all(|(flow, seen)| seen.next == share(count, flow));
@@ -249,6 +295,7 @@ fn receive(
             Err(error) => return Err(error).context("cannot receive"),
         };
         heard = Instant::now();
+        unreported += 1;
         let Some((flow, number)) = header(&bytes[..length]) else {
             outcome.damaged += 1;
             continue;
