@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 
 use super::{
     Arena, Target, check_no_tap, check_waits, end_backend, is_source, is_vmm, points, queues_held, quit_left,
-    stays, until,
+    stays, until, waits,
 };
 use crate::faults::{Action, Faults, Party, Point};
 use crate::local_migration::Kind;
@@ -114,10 +114,20 @@ impl Arena {
             arena.expect_killed(target, point)?;
             if is_source(point.party()) {
                 ensure!(report.is_err(), "a VMM that was killed has reported {report:?}");
-                check_waits(target)?;
                 ensure!(!target.stay.guest.log().contains("the VM is taken"), "{}", target.stay.guest.log());
-                // Whoever starts the VM anew finds the TAP with the back-end that had it, or free.
-                return end_backend(&mut arena.traveller.stay, true);
+                // Both back-ends lose their front-ends at the same time. A source that ends first leaves its TAP to the
+                // target, which then keeps it to clean up.
+                let source = &mut arena.traveller.stay;
+                let heir = target.stay.backend.process.pid();
+                until("the target had let the TAP go, or inherited it", || {
+                    let inherited =
+                        queues_held(heir, target.stay.tap)? > 0 && !source.backend.process.is_running()?;
+                    Ok(inherited || waits(target)?)
+                })?;
+                if queues_held(heir, target.stay.tap)? == 0 {
+                    check_waits(target)?;
+                }
+                return end_backend(source, true);
             }
             let source = &mut arena.traveller.stay;
             ensure!(source.status()?.state == VmmState::Postmigrate, "{report:?}");

@@ -285,6 +285,18 @@ fn check_waits(target: &mut Target) -> Result<()> {
     Ok(())
 }
 
+/// Whether a place that no guest has come to holds what it held before, and no more.
+fn waits(target: &Target) -> Result<bool> {
+    let Target { stay, held } = target;
+    let processes = [stay.guest.process(), stay.backend.process.pid()].into_iter().zip(*held);
+    for (process, before) in processes {
+        if open_fds(process)? != before {
+            return Ok(false);
+        }
+    }
+    Ok(queues_held(stay.backend.process.pid(), stay.tap)? == 0)
+}
+
 /// A back-end has no TAP, or soon none.
 fn check_no_tap(stay: &Stay) -> Result<()> {
     let process = stay.backend.process.pid();
