@@ -1,7 +1,7 @@
 //! Numbered datagrams in several flows, each from a port of its own: none may be lost, doubled or overtaken within
 //! its flow.
 //!
-//! The receiver reports its progress over the connection, and the sender keeps no more than [`WINDOW`] datagrams on the way:
+//! The receiver reports its progress over the connection, and the sender keeps no more than `WINDOW` datagrams on the way:
 //! queues and buffers hold as many. So however slow the machine is, a datagram that does not arrive was lost by a fault.
 
 use std::io::ErrorKind;
