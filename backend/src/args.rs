@@ -5,7 +5,7 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use baton_protocol::handover::validate::MAX_QUEUE_PAIRS;
+use baton_protocol::handover::wire::device::MAX_QUEUE_PAIRS;
 use clap::{ArgGroup, Parser};
 
 use crate::tap::SMALLEST_SNDBUF;

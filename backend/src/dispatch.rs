@@ -1,4 +1,4 @@
-//! The front-end's messages, one method each, as the `vhost` crate's request handler calls them.
+//! From the front-end's messages to the device: one method each, as the `vhost` crate's request handler calls them.
 //!
 //! A method that returns an error has changed nothing; the crate sends the negative acknowledgement if one was asked
 //! for, after the method's effect or refusal either way. [`Dispatch::take_rejection`] then tells the session that
@@ -6,27 +6,27 @@
 
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use baton_protocol::control::Datapath;
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
     VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
     VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
 };
-use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandler};
 
 use crate::config_space;
 use crate::dataplane::ring::Kick;
 use crate::device::{Device, DeviceError, SessionState};
 use crate::dirty_log::{DirtyLog, LogError};
-use crate::features::{Features, PROTOCOL_FEATURES};
-use crate::handover::Handover;
+use crate::features::{Features, PROTOCOL_FEATURES, protocol_offer};
 use crate::handover::error::DeviceStateError;
 use crate::inflight::{self, InflightError, InflightRegion};
 use crate::memory::{GuestMemory, MemoryError, RegionLayout};
 use crate::notify::{Notifier, NotifierError};
+use crate::shared::{Backend, SharedBackend};
 use crate::vring::{self, LayoutError, RingAddresses, Vring, VringLayout};
 
 /// Why a request was rejected.
@@ -84,87 +84,77 @@ pub enum Rejection {
     Device(#[from] DeviceError),
 }
 
-/// The device with the state of the conversation about it.
+/// The handler of one front-end's messages.
 #[derive(Debug)]
 pub struct Dispatch {
-    /// The device.
-    pub device: Device,
-    /// Its hand-overs.
-    pub handover: Handover,
-    /// While the request handler is brought to a session's state, requests have no effect: it is known.
-    pub restoring: bool,
-    rejection: Option<Rejection>,
-}
-
-/// What the device can do beyond the base protocol. `REPLY_ACK` is the crate's own, and always offered.
-pub fn protocol_offer(device: &Device) -> VhostUserProtocolFeatures {
-    let offer = VhostUserProtocolFeatures::MQ
-        | VhostUserProtocolFeatures::LOG_SHMFD
-        | VhostUserProtocolFeatures::REPLY_ACK
-        | VhostUserProtocolFeatures::CONFIG
-        | VhostUserProtocolFeatures::RESET_DEVICE
-        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
-        | VhostUserProtocolFeatures::DEVICE_STATE;
-    match device.datapath() {
-        Datapath::Userspace => offer | VhostUserProtocolFeatures::INFLIGHT_SHMFD,
-        // The kernel keeps no such region.
-        Datapath::VhostNet => offer,
-    }
+    backend: SharedBackend,
+    /// The front-end runs as this process' user or root.
+    trusted: bool,
+    /// While the crate's handler is brought to a session's state, requests have no effect: the device has that state.
+    priming: AtomicBool,
+    rejection: Mutex<Option<Rejection>>,
 }
 
 /// What a front-end is offered: what the device can do and the operator permits.
 fn permitted_offer(device: &Device) -> VhostUserProtocolFeatures {
-    let offer = protocol_offer(device);
+    let offer = protocol_offer(device.datapath());
     if device.offers_device_state() { offer } else { offer - VhostUserProtocolFeatures::DEVICE_STATE }
 }
 
 impl Dispatch {
-    /// For the first session.
-    pub fn new(device: Device, handover: Handover) -> Self {
-        Self { device, handover, restoring: false, rejection: None }
+    /// A handler whose requests have no effect until [`Self::serve`].
+    pub fn new(backend: SharedBackend, trusted: bool) -> Self {
+        Self { backend, trusted, priming: AtomicBool::new(true), rejection: Mutex::default() }
     }
 
-    /// Has the hand-over follow what the last requests did to the rings.
-    ///
-    /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
-    pub fn settle(&mut self) -> std::result::Result<(), DeviceError> {
-        self.handover.settle(&mut self.device)
+    /// From now on requests have their effect.
+    pub fn serve(&self) {
+        self.priming.store(false, Ordering::Relaxed);
+    }
+
+    fn is_priming(&self) -> bool {
+        self.priming.load(Ordering::Relaxed)
     }
 
     /// Why the last request was rejected, if it was.
-    pub fn take_rejection(&mut self) -> Option<Rejection> {
-        self.rejection.take()
+    pub fn take_rejection(&self) -> Option<Rejection> {
+        self.noted().take()
+    }
+
+    fn noted(&self) -> MutexGuard<'_, Option<Rejection>> {
+        self.rejection.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs a request, and notes why it is rejected.
-    fn request<T>(
-        &mut self,
-        action: impl FnOnce(&mut Device) -> std::result::Result<T, Rejection>,
-    ) -> Result<T> {
-        action(&mut self.device).map_err(|rejection| {
+    fn request<T>(&self, action: impl FnOnce(&mut Device) -> std::result::Result<T, Rejection>) -> Result<T> {
+        let result = action(&mut self.backend.lock().device);
+        self.note(result)
+    }
+
+    fn note<T>(&self, result: std::result::Result<T, Rejection>) -> Result<T> {
+        result.map_err(|rejection| {
             let error = Error::ReqHandlerError(io::Error::other(rejection.to_string()));
-            self.rejection = Some(rejection);
+            *self.noted() = Some(rejection);
             error
         })
     }
 
     /// Runs a request about device state, if the front-end may make one: the crate does not look.
     fn on_device_state<T>(
-        &mut self,
-        action: impl FnOnce(&mut Handover, &mut Device) -> std::result::Result<T, DeviceStateError>,
+        &self,
+        action: impl FnOnce(&mut Backend) -> std::result::Result<T, DeviceStateError>,
     ) -> Result<T> {
-        let Self { device, handover, .. } = self;
-        let negotiated = device.session().protocol_features & VhostUserProtocolFeatures::DEVICE_STATE.bits();
-        let result = match negotiated {
+        let backend = &mut *self.backend.lock();
+        let negotiated =
+            backend.device.session().protocol_features & VhostUserProtocolFeatures::DEVICE_STATE.bits();
+        self.note(match negotiated {
             0 => Err(Rejection::NotNegotiated("DEVICE_STATE")),
-            _ => action(handover, device).map_err(Rejection::from),
-        };
-        self.request(|_| result)
+            _ => action(backend).map_err(Rejection::from),
+        })
     }
 
-    fn refuse<T>(&mut self, what: &'static str) -> Result<T> {
-        self.request(|_| Err(Rejection::NotOffered(what)))
+    fn refuse<T>(&self, what: &'static str) -> Result<T> {
+        self.note(Err(Rejection::NotOffered(what)))
     }
 }
 
@@ -212,12 +202,12 @@ fn set_memory(device: &mut Device, memory: GuestMemory) -> std::result::Result<(
     Ok(device.change(.., |session| session.memory = Arc::new(memory))?)
 }
 
-impl VhostUserBackendReqHandlerMut for Dispatch {
-    fn set_owner(&mut self) -> Result<()> {
+impl VhostUserBackendReqHandler for Dispatch {
+    fn set_owner(&self) -> Result<()> {
         Ok(())
     }
 
-    fn reset_owner(&mut self) -> Result<()> {
+    fn reset_owner(&self) -> Result<()> {
         // "Should be interpreted as a connection termination" or ignored; disabling the rings does what both want.
         self.request(|device| {
             (0..device.session().vrings.len()).try_for_each(|vring| device.set_enabled(vring, false))?;
@@ -225,7 +215,7 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
         })
     }
 
-    fn reset_device(&mut self) -> Result<()> {
+    fn reset_device(&self) -> Result<()> {
         self.request(|device| {
             device.change(.., |session| {
                 for vring in &mut session.vrings {
@@ -239,12 +229,15 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
         })
     }
 
-    fn get_features(&mut self) -> Result<u64> {
-        Ok(self.device.offer().0)
+    fn get_features(&self) -> Result<u64> {
+        if self.is_priming() {
+            return Ok(u64::MAX);
+        }
+        self.request(|device| Ok(device.offer().0))
     }
 
-    fn set_features(&mut self, features: u64) -> Result<()> {
-        if self.restoring {
+    fn set_features(&self, features: u64) -> Result<()> {
+        if self.is_priming() {
             return Ok(());
         }
         self.request(|device| {
@@ -272,7 +265,7 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
     }
 
     fn set_mem_table(
-        &mut self,
+        &self,
         regions: &[VhostUserMemoryRegion],
         files: Vec<File>,
         _: Option<bool>,
@@ -284,7 +277,7 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
         })
     }
 
-    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+    fn set_vring_num(&self, index: u32, num: u32) -> Result<()> {
         self.request(|device| {
             let vring = stopped_vring(device, index)?;
             let size = vring::check_size(num)?;
@@ -294,7 +287,7 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
     }
 
     fn set_vring_addr(
-        &mut self,
+        &self,
         index: u32,
         flags: VhostUserVringAddrFlags,
         descriptor: u64,
@@ -324,7 +317,7 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
         })
     }
 
-    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+    fn set_vring_base(&self, index: u32, base: u32) -> Result<()> {
         self.request(|device| {
             let vring = stopped_vring(device, index)?;
             let base = u16::try_from(base).map_err(|_| Rejection::Base(base))?;
@@ -339,7 +332,7 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
         })
     }
 
-    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+    fn get_vring_base(&self, index: u32) -> Result<VhostUserVringState> {
         self.request(|device| {
             let vring = vring_index(device, index)?;
             let base = device.stop_ring(vring)?;
@@ -347,7 +340,7 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
         })
     }
 
-    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+    fn set_vring_kick(&self, index: u8, fd: Option<File>) -> Result<()> {
         self.request(|device| {
             let vring = vring_index(device, u32::from(index))?;
             let kick = notifier(fd)?.map_or(Kick::Polled, Kick::Eventfd);
@@ -357,7 +350,7 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
         })
     }
 
-    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+    fn set_vring_call(&self, index: u8, fd: Option<File>) -> Result<()> {
         self.request(|device| {
             let vring = vring_index(device, u32::from(index))?;
             let call = notifier(fd)?;
@@ -371,7 +364,7 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
         })
     }
 
-    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+    fn set_vring_err(&self, index: u8, fd: Option<File>) -> Result<()> {
         self.request(|device| {
             let vring = vring_index(device, u32::from(index))?;
             let error = notifier(fd)?;
@@ -380,12 +373,15 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
         })
     }
 
-    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
-        Ok(permitted_offer(&self.device))
+    fn get_protocol_features(&self) -> Result<VhostUserProtocolFeatures> {
+        if self.is_priming() {
+            return Ok(VhostUserProtocolFeatures::all());
+        }
+        self.request(|device| Ok(permitted_offer(device)))
     }
 
-    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
-        if self.restoring {
+    fn set_protocol_features(&self, features: u64) -> Result<()> {
+        if self.is_priming() {
             return Ok(());
         }
         self.request(|device| {
@@ -395,37 +391,38 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
         })
     }
 
-    fn get_queue_num(&mut self) -> Result<u64> {
+    fn get_queue_num(&self) -> Result<u64> {
         // Cloud Hypervisor compares this with the number of vrings, QEMU with that of pairs.
-        Ok(2 * self.device.pairs() as u64)
+        self.request(|device| Ok(2 * device.pairs() as u64))
     }
 
-    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+    fn set_vring_enable(&self, index: u32, enable: bool) -> Result<()> {
         self.request(|device| {
             let vring = vring_index(device, index)?;
             Ok(device.set_enabled(vring, enable)?)
         })
     }
 
-    fn get_config(&mut self, offset: u32, size: u32, _: VhostUserConfigFlags) -> Result<Vec<u8>> {
-        let pairs = u16::try_from(self.device.pairs()).unwrap_or(u16::MAX);
+    fn get_config(&self, offset: u32, size: u32, _: VhostUserConfigFlags) -> Result<Vec<u8>> {
+        let device = &self.backend.lock().device;
+        let pairs = u16::try_from(device.pairs()).unwrap_or(u16::MAX);
         // Not noted as a rejection: the crate answers with a length of 0.
-        config_space::read(self.device.config(), pairs, offset, size).ok_or(Error::InvalidParam)
+        config_space::read(device.config(), pairs, offset, size).ok_or(Error::InvalidParam)
     }
 
-    fn set_config(&mut self, _: u32, _: &[u8], _: VhostUserConfigFlags) -> Result<()> {
+    fn set_config(&self, _: u32, _: &[u8], _: VhostUserConfigFlags) -> Result<()> {
         self.request(|_| Err(Rejection::Config))
     }
 
-    fn set_gpu_socket(&mut self, _: GpuBackend) -> Result<()> {
+    fn set_gpu_socket(&self, _: GpuBackend) -> Result<()> {
         self.refuse("a GPU socket")
     }
 
-    fn get_shared_object(&mut self, _: VhostUserSharedMsg) -> Result<File> {
+    fn get_shared_object(&self, _: VhostUserSharedMsg) -> Result<File> {
         self.refuse("SHARED_OBJECT")
     }
 
-    fn get_inflight_fd(&mut self, wanted: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+    fn get_inflight_fd(&self, wanted: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
         self.request(|device| {
             check_offered(device, VhostUserProtocolFeatures::INFLIGHT_SHMFD, "INFLIGHT_SHMFD")?;
             let (queues, entries) = (wanted.num_queues, wanted.queue_size);
@@ -440,7 +437,7 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
         })
     }
 
-    fn set_inflight_fd(&mut self, given: &VhostUserInflight, file: File) -> Result<()> {
+    fn set_inflight_fd(&self, given: &VhostUserInflight, file: File) -> Result<()> {
         self.request(|device| {
             check_offered(device, VhostUserProtocolFeatures::INFLIGHT_SHMFD, "INFLIGHT_SHMFD")?;
             let VhostUserInflight { mmap_size, mmap_offset, num_queues, queue_size } = *given;
@@ -449,12 +446,12 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
         })
     }
 
-    fn get_max_mem_slots(&mut self) -> Result<u64> {
-        Ok(self.device.max_regions() as u64)
+    fn get_max_mem_slots(&self) -> Result<u64> {
+        self.request(|device| Ok(device.max_regions() as u64))
     }
 
     fn add_mem_region(
-        &mut self,
+        &self,
         region: &VhostUserSingleMemoryRegion,
         fd: File,
         _: Option<bool>,
@@ -466,7 +463,7 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
         })
     }
 
-    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+    fn remove_mem_region(&self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
         self.request(|device| {
             let memory = device.session().memory.without(layout(region))?;
             set_memory(device, memory)
@@ -474,28 +471,28 @@ impl VhostUserBackendReqHandlerMut for Dispatch {
     }
 
     fn set_device_state_fd(
-        &mut self,
+        &self,
         direction: VhostTransferStateDirection,
         _: VhostTransferStatePhase,
         file: File,
     ) -> Result<Option<File>> {
         // There is one phase only so far: the device is stopped.
-        self.on_device_state(|handover, device| match direction {
-            VhostTransferStateDirection::SAVE => handover.save_device_state(device, file),
-            VhostTransferStateDirection::LOAD => handover.load_device_state(device, file),
+        self.on_device_state(|Backend { device, handovers }| match direction {
+            VhostTransferStateDirection::SAVE => handovers.save_device_state(device, file, self.trusted),
+            VhostTransferStateDirection::LOAD => handovers.load_device_state(device, file, self.trusted),
         })?;
         Ok(None)
     }
 
-    fn check_device_state(&mut self) -> Result<()> {
-        self.on_device_state(|handover, _| handover.check_device_state())
+    fn check_device_state(&self) -> Result<()> {
+        self.on_device_state(|backend| backend.handovers.check_device_state())
     }
 
-    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+    fn get_shmem_config(&self) -> Result<VhostUserShMemConfig> {
         self.refuse("SHMEM")
     }
 
-    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
+    fn set_log_base(&self, log: &VhostUserLog, file: File) -> Result<()> {
         self.request(|device| {
             let log = DirtyLog::new(file, log.mmap_offset, log.mmap_size)?;
             log.check_covers(&device.session().memory)?;

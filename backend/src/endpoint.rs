@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use baton_channel::bound_socket::{BindError, BoundSocket};
 use baton_channel::connect::connect;
 use baton_control::limited;
-use baton_protocol::session::state::{EndpointKind, EndpointState};
+use baton_protocol::handover::wire::session::{EndpointKind, EndpointState};
 use nix::sys::socket::{
     SockFlag, SockType, UnixAddr, accept4, getpeername, getsockname, getsockopt, sockopt,
 };

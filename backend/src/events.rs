@@ -2,8 +2,11 @@
 #![expect(unsafe_code, reason = "takes ownership of the descriptor that epoll_create1 returns")]
 
 use std::io;
+use std::ops::Deref;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
 
+use baton_control::limited;
 pub use epoll::Events;
 
 /// An epoll instance; closed on drop.
@@ -81,5 +84,47 @@ impl Epoll {
             Err(error) => return Err(error),
         };
         Ok(ready.0[..count].iter().map(|event| (event.data, Events::from_bits_truncate(event.events))))
+    }
+}
+
+/// Something with a descriptor that an epoll instance watches as long as this lives.
+#[derive(Debug)]
+pub struct Watched<T: AsFd> {
+    inner: T,
+    /// `None` once nothing is watched any more.
+    epoll: Option<Arc<Epoll>>,
+}
+
+impl<T: AsFd> Watched<T> {
+    /// Watches `inner` for something to read; `token` comes back.
+    ///
+    /// # Errors
+    /// What `epoll_ctl(2)` fails with.
+    pub fn new(inner: T, epoll: &Arc<Epoll>, token: u64) -> io::Result<Self> {
+        epoll.add(&inner, Events::EPOLLIN, token)?;
+        Ok(Self { inner, epoll: Some(Arc::clone(epoll)) })
+    }
+
+    /// Stops watching it; it stays open.
+    pub fn ignore(&mut self) {
+        if let Some(epoll) = self.epoll.take()
+            && let Err(error) = epoll.remove(&self.inner)
+        {
+            limited!(warn, %error, "cannot stop watching a descriptor");
+        }
+    }
+}
+
+impl<T: AsFd> Deref for Watched<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.inner
+    }
+}
+
+impl<T: AsFd> Drop for Watched<T> {
+    fn drop(&mut self) {
+        self.ignore();
     }
 }

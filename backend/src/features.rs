@@ -1,5 +1,7 @@
 //! Virtio features by bit number (virtio 1.2 §§2.2, 5.1.3, 6), and what Baton offers.
 
+use baton_protocol::control::Datapath;
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use virtio_bindings::{virtio_config, virtio_net, virtio_ring};
 
 /// `VHOST_USER_F_PROTOCOL_FEATURES`.
@@ -22,6 +24,22 @@ const FUNDAMENTAL: [u32; 7] = [
     // A header of 20 bytes (virtio 1.2 §5.1.6).
     virtio_net::VIRTIO_NET_F_HASH_REPORT,
 ];
+
+/// The vhost-user protocol features of a device. `REPLY_ACK` is the `vhost` crate's own, and always offered.
+pub fn protocol_offer(datapath: Datapath) -> VhostUserProtocolFeatures {
+    let offer = VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::LOG_SHMFD
+        | VhostUserProtocolFeatures::REPLY_ACK
+        | VhostUserProtocolFeatures::CONFIG
+        | VhostUserProtocolFeatures::RESET_DEVICE
+        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | VhostUserProtocolFeatures::DEVICE_STATE;
+    match datapath {
+        Datapath::Userspace => offer | VhostUserProtocolFeatures::INFLIGHT_SHMFD,
+        // The kernel keeps no such region.
+        Datapath::VhostNet => offer,
+    }
+}
 
 /// A set of virtio features.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

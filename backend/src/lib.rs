@@ -25,6 +25,7 @@ pub mod notify;
 pub mod script;
 pub mod server;
 pub mod session;
+pub mod shared;
 pub mod shared_mapping;
 pub mod sigbus;
 pub mod tap;

@@ -10,11 +10,11 @@ use baton_backend::args::{self, Args, Command, DeviceState, Script};
 use baton_backend::control::{self, Call, ControlError};
 use baton_backend::device::{Device, DeviceConfig, Vhost};
 use baton_backend::endpoint::Endpoint;
-use baton_backend::handover::snapshot::Wishes;
-use baton_backend::handover::{Handover, LastWork};
+use baton_backend::handover::options::TargetOptions;
+use baton_backend::handover::{Handovers, LastWork};
 use baton_backend::mailbox::{Mailer, mailbox};
 use baton_backend::script;
-use baton_backend::server::live::ControlPlace;
+use baton_backend::server::control_socket::ControlSocket;
 use baton_backend::server::{self, Server};
 use baton_backend::tap::Tap;
 use baton_backend::vhost_net::{VhostNet, VhostNetError};
@@ -78,7 +78,7 @@ fn serve(args: &Args) -> Result<()> {
     raise_descriptor_limit();
     let signals = server::signals().context("cannot take signals")?;
     let (mailer, calls) = mailbox().context("cannot make a mailbox")?;
-    let control = control_place(args, mailer)?;
+    let control = control_socket(args, mailer)?;
     let endpoint = match (inherited, &args.socket_path) {
         (Some(endpoint), _) => endpoint,
         (None, Some(path)) if args.client => Endpoint::client(path.clone())?,
@@ -87,14 +87,14 @@ fn serve(args: &Args) -> Result<()> {
         (None, None) => Endpoint::Nowhere,
     };
     let poll = args.poll_us.map(|poll| Duration::from_micros(u64::from(poll)));
-    let wishes = Wishes {
+    let options = TargetOptions {
         queue_pairs: args.queue_pairs.map(usize::from),
         vhost_fds: args.vhost_fds.as_ref().map(Vec::len),
         poll,
         device_state: args.device_state,
         vhost_from_source: matches!(vhost, Vhost::Coming),
     };
-    let handover = Handover::new(args.incoming_fds.as_deref(), wishes)?;
+    let handovers = Handovers::new(args.incoming_fds.as_deref(), options)?;
     if let (Some(script), Some(tap)) = (&args.script.0, &tap) {
         script::run("--script", script, &tap.name())?;
     }
@@ -125,7 +125,7 @@ fn serve(args: &Args) -> Result<()> {
         Some(tap) => tracing::info!(tap, queue_pairs = device.pairs(), %datapath, "ready"),
         None => tracing::info!(%datapath, "waiting for a device"),
     }
-    let server = Server::new(device, handover, endpoint, control, calls, news, signals)?;
+    let server = Server::new(device, handovers, endpoint, control, calls, news, signals)?;
     let (result, last_work) = server.run();
     let after = last_work.map_or(Ok(()), |LastWork { script, tap }| {
         script::run("--downscript", &script, &tap).map_err(anyhow::Error::from)
@@ -135,14 +135,14 @@ fn serve(args: &Args) -> Result<()> {
 }
 
 /// The control socket; or the path of one that comes with the device.
-fn control_place(args: &Args, calls: Mailer<Call>) -> Result<ControlPlace> {
-    let Some(path) = &args.control_socket else { return Ok(ControlPlace::None) };
+fn control_socket(args: &Args, calls: Mailer<Call>) -> Result<ControlSocket> {
+    let Some(path) = &args.control_socket else { return Ok(ControlSocket::None) };
     if args.incoming_fds.is_none() {
-        return Ok(ControlPlace::Served(control::start(path, calls)?));
+        return Ok(ControlSocket::Served(control::start(path, calls)?));
     }
     match control::start_if_free(path, calls.clone()) {
-        Ok(server) => Ok(ControlPlace::Served(server)),
-        Err(ControlError::Bind(BindError::InUse { path })) => Ok(ControlPlace::Anothers { path, calls }),
+        Ok(server) => Ok(ControlSocket::Served(server)),
+        Err(ControlError::Bind(BindError::InUse { path })) => Ok(ControlSocket::Anothers { path, calls }),
         Err(error) => Err(error.into()),
     }
 }

@@ -5,7 +5,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use baton_protocol::control::{Datapath, DirectionStats, QueuePairStats};
-use baton_protocol::handover::state::DirectionCounters;
+use baton_protocol::handover::wire::device::DirectionCounters;
 
 /// The largest frame that is sent as it is: Ethernet header, 1500 bytes, VLAN tag.
 const LARGEST_PLAIN: usize = 1518;

@@ -7,7 +7,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 
-use baton_protocol::handover::state::Place;
+use baton_protocol::handover::wire::device::Place;
 use nix::sys::signal::SigSet;
 
 /// Why a script did not do its work.

@@ -10,9 +10,10 @@ mod wire;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use baton_channel::peer::Peer;
 use baton_control::limited;
 use nix::sys::socket::{MsgFlags, send};
 use vhost::vhost_user::message::FrontendReq;
@@ -21,6 +22,8 @@ use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 use crate::dispatch::{Dispatch, Rejection};
 use crate::features::PROTOCOL_FEATURES;
 use crate::handover::Departure;
+use crate::handover::session::Negotiated;
+use crate::shared::SharedBackend;
 use wire::{HEADER, Header, NEED_REPLY, Wire};
 
 /// Messages handled before other events get their turn.
@@ -102,17 +105,6 @@ pub enum Progress {
     More,
 }
 
-/// What a front-end has said that the crate's handler must know of.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Negotiated {
-    /// Whether it has said anything.
-    pub begun: bool,
-    /// Virtio features (`SET_FEATURES`).
-    pub features: u64,
-    /// Protocol features (`SET_PROTOCOL_FEATURES`).
-    pub protocol_features: u64,
-}
-
 /// What the front-end has said of itself.
 #[derive(Clone, Copy, Debug, Default)]
 struct Said {
@@ -135,8 +127,9 @@ impl Said {
 /// A session.
 pub struct Session {
     wire: Wire,
-    handler: BackendReqHandler<Mutex<Dispatch>>,
-    dispatch: Arc<Mutex<Dispatch>>,
+    handler: BackendReqHandler<Dispatch>,
+    dispatch: Arc<Dispatch>,
+    backend: SharedBackend,
     /// Whether a message was seen: a connection that is closed without one is no session.
     begun: bool,
     said: Said,
@@ -163,30 +156,31 @@ impl Session {
     ///
     /// # Errors
     /// What preparing the crate's handler fails with.
-    pub fn new(socket: &impl AsFd, dispatch: Arc<Mutex<Dispatch>>) -> io::Result<Self> {
-        Self::negotiated(socket, dispatch, Negotiated::default())
+    pub fn new(socket: &impl AsFd, backend: &SharedBackend) -> io::Result<Self> {
+        Self::negotiated(socket, backend, Negotiated::default())
     }
 
-    /// A session on a connected socket, of which another process has had the beginning.
+    /// A session on a connected socket, of which another process has had the beginning. Nothing of the back-end is used
+    /// before the first message.
     ///
     /// # Errors
     /// What preparing the crate's handler fails with.
     pub fn negotiated(
         socket: &impl AsFd,
-        dispatch: Arc<Mutex<Dispatch>>,
+        backend: &SharedBackend,
         negotiated: Negotiated,
     ) -> io::Result<Self> {
         let (theirs, ours) = UnixStream::pair()?;
+        let dispatch = Arc::new(Dispatch::new(backend.clone(), Peer::trusted(socket).is_ok()));
         let mut handler = BackendReqHandler::from_stream(theirs, Arc::clone(&dispatch));
-        lock(&dispatch).restoring = true;
-        let primed = prime(&mut handler, &ours, negotiated);
-        lock(&dispatch).restoring = false;
-        primed?;
+        prime(&mut handler, &ours, negotiated)?;
+        dispatch.serve();
         let wire = Wire::new(socket.as_fd().try_clone_to_owned()?, ours);
         wire.discard_answers()?;
         // Another process has judged how far the front-end has come.
         let said = Said { features: negotiated.begun, ..Said::default() };
-        Ok(Self { wire, handler, dispatch, begun: negotiated.begun, said, since: Instant::now() })
+        let (begun, since) = (negotiated.begun, Instant::now());
+        Ok(Self { wire, handler, dispatch, backend: backend.clone(), begun, said, since })
     }
 
     /// Whether the front-end has said anything.
@@ -215,7 +209,7 @@ impl Session {
             let Some(header) = self.next_message()? else { return Ok(Progress::Waiting) };
             self.begun = true;
             // A pair is stopped at most once for all of them; the event loop lets it go.
-            lock(&self.dispatch).device.hold();
+            self.backend.lock().device.hold();
             self.handle(&header)?;
             if turn.elapsed() >= TURN_TIME {
                 break;
@@ -229,7 +223,7 @@ impl Session {
         let Some(header) = self.wire.next()? else { return Ok(None) };
         // Its answer says how the transfer ended, and the session waits for nothing else meanwhile.
         if header.request == FrontendReq::CHECK_DEVICE_STATE as u32
-            && lock(&self.dispatch).handover.is_transferring()
+            && self.backend.lock().handovers.is_transferring()
         {
             return if self.wire.is_closed()? { Err(SessionEnd::Left) } else { Ok(None) };
         }
@@ -242,7 +236,7 @@ impl Session {
         let theirs = unsafe { BorrowedFd::borrow_raw(self.handler.as_raw_fd()) };
         self.wire.deliver(header, theirs)?;
         let result = self.handler.handle_request();
-        let rejection = lock(&self.dispatch).take_rejection();
+        let rejection = self.dispatch.take_rejection();
         let answered = self.wire.forward();
         let name = FrontendReq::try_from(request).ok();
         match (result, rejection) {
@@ -270,7 +264,7 @@ impl Session {
 
     /// Sends the negative acknowledgement that the crate leaves out for what it does not understand.
     fn refuse(&self, header: &Header) {
-        let negotiated = lock(&self.dispatch).device.session().protocol_features
+        let negotiated = self.backend.lock().device.session().protocol_features
             & vhost::vhost_user::VhostUserProtocolFeatures::REPLY_ACK.bits()
             != 0;
         if negotiated && header.flags & NEED_REPLY != 0 && !header.has_answer() {
@@ -283,7 +277,7 @@ impl Session {
 /// Brings a fresh handler to the state of a session; and to one in which `SET_VRING_ENABLE` is served before
 /// `SET_FEATURES`, as QEMU sends it.
 fn prime(
-    handler: &mut BackendReqHandler<Mutex<Dispatch>>,
+    handler: &mut BackendReqHandler<Dispatch>,
     socket: &UnixStream,
     negotiated: Negotiated,
 ) -> io::Result<()> {
@@ -306,8 +300,4 @@ fn prime(
         handler.handle_request().map_err(io::Error::other)?;
     }
     Ok(())
-}
-
-fn lock(dispatch: &Mutex<Dispatch>) -> MutexGuard<'_, Dispatch> {
-    dispatch.lock().unwrap_or_else(PoisonError::into_inner)
 }

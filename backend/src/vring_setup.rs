@@ -30,7 +30,7 @@
 
 use std::sync::Arc;
 
-use baton_protocol::session::state::VringNow;
+use baton_protocol::handover::wire::session::VringNow;
 
 use crate::dataplane::ring::{Kick, Ring};
 use crate::dirty_log::{DirtyLog, RingLog};

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use baton_protocol::ownership::{Word, WordError};
+use baton_protocol::ownership::{SwapOutcome, Word, WordError};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 use crate::sealed_memfd::{self, SealedMemfdError};
@@ -26,27 +26,6 @@ pub enum OwnershipError {
     /// The received file is not such a memfd.
     #[error(transparent)]
     Memfd(#[from] SealedMemfdError),
-}
-
-/// Why a swap failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum SwapError {
-    /// The word had another value: the peer swapped first.
-    #[error("the ownership word is {0:?} already")]
-    Lost(Word),
-    /// The word has no valid value.
-    #[error(transparent)]
-    Meaningless(#[from] WordError),
-}
-
-impl SwapError {
-    /// The word's value, if it is valid.
-    pub fn word(self) -> Option<Word> {
-        match self {
-            Self::Lost(word) => Some(word),
-            Self::Meaningless(_) => None,
-        }
-    }
 }
 
 /// The ownership word and its memfd.
@@ -101,20 +80,18 @@ impl SharedWord {
         Word::from_bits(self.word().load(Ordering::SeqCst))
     }
 
-    /// Changes the word from `expected` to `new`. Of two swaps from the same value exactly one succeeds.
-    ///
-    /// # Errors
-    /// [`SwapError`].
-    pub fn swap(&self, expected: Word, new: Word) -> Result<(), SwapError> {
+    /// Changes the word from `expected` to `new`. Of two swaps from the same value exactly one wins.
+    pub fn swap(&self, expected: Word, new: Word) -> SwapOutcome {
         let result = self.word().compare_exchange(
             expected.to_bits(),
             new.to_bits(),
             Ordering::SeqCst,
             Ordering::SeqCst,
         );
-        match result {
-            Ok(_) => Ok(()),
-            Err(bits) => Err(SwapError::Lost(Word::from_bits(bits)?)),
+        match result.map_err(Word::from_bits) {
+            Ok(_) => SwapOutcome::Won,
+            Err(Ok(word)) => SwapOutcome::Lost(word),
+            Err(Err(_)) => SwapOutcome::Meaningless,
         }
     }
 }
@@ -149,10 +126,10 @@ mod tests {
         let target = twin(&source);
         assert_eq!(target.load(), Ok(Word::INITIAL));
         let offered = Word::INITIAL.offered().unwrap();
-        source.swap(Word::INITIAL, offered).unwrap();
-        target.swap(offered, offered.taken().unwrap()).unwrap();
-        let lost = source.swap(offered, offered.taken_back().unwrap()).unwrap_err();
-        assert_eq!(lost, SwapError::Lost(Word { epoch: 1, owner: Owner::Target }));
+        assert_eq!(source.swap(Word::INITIAL, offered), SwapOutcome::Won);
+        assert_eq!(target.swap(offered, offered.taken().unwrap()), SwapOutcome::Won);
+        let lost = source.swap(offered, offered.taken_back().unwrap());
+        assert_eq!(lost, SwapOutcome::Lost(Word { epoch: 1, owner: Owner::Target }));
     }
 
     #[test]
@@ -162,7 +139,7 @@ mod tests {
         let mut word = Word::INITIAL;
         for _ in 0..200 {
             let offered = word.offered().unwrap();
-            source.swap(word, offered).unwrap();
+            assert_eq!(source.swap(word, offered), SwapOutcome::Won);
             let barrier = std::sync::Barrier::new(2);
             let (taken, back) = std::thread::scope(|scope| {
                 let taker = scope.spawn(|| {
@@ -173,9 +150,9 @@ mod tests {
                 let back = source.swap(offered, offered.taken_back().unwrap());
                 (taker.join().unwrap(), back)
             });
-            assert_ne!(taken.is_ok(), back.is_ok());
+            assert_ne!(taken == SwapOutcome::Won, back == SwapOutcome::Won);
             let now = source.load().unwrap();
-            assert_eq!(now.owner == Owner::Target, taken.is_ok());
+            assert_eq!(now.owner == Owner::Target, taken == SwapOutcome::Won);
             // Back to the source for the next round.
             word = Word { owner: Owner::Source, ..now };
             source.word().store(word.to_bits(), Ordering::SeqCst);
@@ -193,7 +170,7 @@ mod tests {
         let word = SharedWord::create().unwrap();
         word.word().store(0xff, Ordering::SeqCst);
         assert_eq!(word.load(), Err(WordError(0xff)));
-        let error = word.swap(Word::INITIAL, Word::INITIAL.offered().unwrap()).unwrap_err();
-        assert_eq!(error, SwapError::Meaningless(WordError(0xff)));
+        let outcome = word.swap(Word::INITIAL, Word::INITIAL.offered().unwrap());
+        assert_eq!(outcome, SwapOutcome::Meaningless);
     }
 }

@@ -351,7 +351,7 @@ mod tests {
     baton_protocol::messages! {
         #[derive(Clone, Debug, PartialEq)]
         enum Said: PROTOCOL {
-            Text(Text) = 1,
+            Text(Text) = 1 "TEXT",
         }
     }
 

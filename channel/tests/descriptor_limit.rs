@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use baton_channel::packet::{ChannelError, PacketSocket};
 use baton_channel::scm;
-use baton_protocol::handover::message::Message;
+use baton_protocol::handover::wire::message::Message;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 

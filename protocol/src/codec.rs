@@ -109,6 +109,9 @@ pub trait Message: Sized {
     /// The header's word for this message.
     fn kind(&self) -> u16;
 
+    /// The packet's name, for logs and errors.
+    fn name(&self) -> &'static str;
+
     /// The whole packet: header and body.
     ///
     /// # Errors
@@ -217,7 +220,7 @@ pub fn decode_body<T: DeserializeOwned>(kind: u16, body: &[u8]) -> Result<T, Cod
 ///     #[derive(Debug, PartialEq)]
 ///     pub enum Said: PROTOCOL {
 ///         /// The first word.
-///         Hello(Hello) = 1,
+///         Hello(Hello) = 1 "HELLO",
 ///     }
 /// }
 ///
@@ -229,7 +232,7 @@ macro_rules! messages {
     (
         $(#[$meta:meta])*
         $visibility:vis enum $name:ident: $protocol:ident {
-            $($(#[$variant_meta:meta])* $variant:ident($body:ty) = $kind:literal,)+
+            $($(#[$variant_meta:meta])* $variant:ident($body:ty) = $kind:literal $packet:literal,)+
         }
     ) => {
         $(#[$meta])*
@@ -243,6 +246,12 @@ macro_rules! messages {
             fn kind(&self) -> u16 {
                 match self {
                     $(Self::$variant(_) => $kind,)+
+                }
+            }
+
+            fn name(&self) -> &'static str {
+                match self {
+                    $(Self::$variant(_) => $packet,)+
                 }
             }
 

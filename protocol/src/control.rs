@@ -9,8 +9,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::handover::session::report::Report;
 use crate::reasons::Reason;
-use crate::session::report::Report;
 
 /// The longest request or reply, in bytes, without its newline.
 pub const MAX_LINE: usize = 64 * 1024;

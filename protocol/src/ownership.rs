@@ -40,9 +40,31 @@ impl Owner {
     }
 }
 
-/// How a swap ended: where it failed, with what the word is, or `None` where its value has no meaning. A value without a
-/// meaning gives nothing to the target: its own swap, out of an offer, fails as well.
-pub type Swapped = Result<(), Option<Word>>;
+/// How a compare-and-swap of the word ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SwapOutcome {
+    /// The word is what it was to become.
+    Won,
+    /// The other process was faster: the word is this.
+    Lost(Word),
+    /// The word has a value that no word has. It gives nothing to the target, whose own swap fails as well.
+    Meaningless,
+}
+
+/// A swap did not win.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("unexpected ownership word")]
+pub struct NotSwapped(pub SwapOutcome);
+
+impl SwapOutcome {
+    /// For a swap that has no way to lose.
+    ///
+    /// # Errors
+    /// [`NotSwapped`].
+    pub fn must_win(self) -> Result<(), NotSwapped> {
+        if self == Self::Won { Ok(()) } else { Err(NotSwapped(self)) }
+    }
+}
 
 /// What an offer is worth when the target reads it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

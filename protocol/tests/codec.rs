@@ -28,15 +28,15 @@ struct Empty {}
 baton_protocol::messages! {
     #[derive(Clone, Debug, PartialEq)]
     enum Said: PROTOCOL {
-        Point(Point) = 1,
-        Empty(Empty) = 7,
+        Point(Point) = 1 "POINT",
+        Empty(Empty) = 7 "EMPTY",
     }
 }
 
 baton_protocol::messages! {
     #[derive(Clone, Debug, PartialEq)]
     enum LaterSaid: PROTOCOL {
-        Point(LaterPoint) = 1,
+        Point(LaterPoint) = 1 "POINT",
     }
 }
 

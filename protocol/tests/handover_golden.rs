@@ -5,15 +5,15 @@ use std::path::{Path, PathBuf};
 
 use baton_protocol::codec::Message as _;
 use baton_protocol::fd_manifest::FdManifest;
-use baton_protocol::handover::message::{
+use baton_protocol::handover::device::validate::{Capabilities, CheckedDevice, check_without_tap};
+use baton_protocol::handover::wire::device::{
+    Datapath, DeviceState, DirectionCounters, FrameExtent, Place, QueuePairState,
+};
+use baton_protocol::handover::wire::message::{
     FRAMES_FD, Hello, LINK_FD, Message, OWNERSHIP_FD, OfOffer, Offer, PROTOCOL, Prepare, ReadyToTake, Refuse,
     StateOnly, tap_fd,
 };
-use baton_protocol::handover::refusal::Refusal;
-use baton_protocol::handover::state::{
-    Datapath, DeviceState, DirectionCounters, FrameExtent, Place, QueuePairState,
-};
-use baton_protocol::handover::validate::{Capabilities, CheckedDevice, check_without_tap};
+use baton_protocol::handover::wire::refusal::Refusal;
 use baton_protocol::reasons::Reasons;
 
 const PLACE: Place = Place { net: 4_026_531_840, mnt: 4_026_531_841, root: (1, 2) };

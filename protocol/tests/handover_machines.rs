@@ -1,18 +1,18 @@
-//! Source and target over a link that loses, delays, repeats and cuts messages, with either end killed at any time:
+//! Source and target of a device, once they have agreed, over a link that loses, delays, repeats and cuts messages, with either end killed at any time:
 //! never two owners, and never none. The word changes at once, and each message arrives as late as a test likes.
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use std::collections::VecDeque;
-use std::time::Duration;
 
 use baton_protocol::codec::Message as _;
+use baton_protocol::end_reason::EndReason;
 use baton_protocol::fd_manifest::FdManifest;
-use baton_protocol::handover::message::{Message, Offer, Prepare};
-use baton_protocol::handover::refusal::Refusal;
-use baton_protocol::handover::source::{self, Source};
-use baton_protocol::handover::state::DeviceState;
-use baton_protocol::handover::target::{self, Target};
-use baton_protocol::ownership::{Offered, Owner, Swapped, Word};
+use baton_protocol::handover::device::source::{self, Source};
+use baton_protocol::handover::device::target::{self, Target};
+use baton_protocol::handover::wire::device::DeviceState;
+use baton_protocol::handover::wire::message::{Message, Offer};
+use baton_protocol::handover::wire::refusal::Refusal;
+use baton_protocol::ownership::{Offered, Owner, SwapOutcome, Word};
 use proptest::prelude::*;
 
 /// What is done to the two ends and to what is between them.
@@ -30,7 +30,6 @@ enum Deed {
     TargetRingStops,
     FrontendLeaves { moved: bool },
     Cancel,
-    Time,
     Disconnect,
     KillSource,
     KillTarget,
@@ -51,7 +50,6 @@ fn deeds() -> impl Strategy<Value = Deed> {
         1 => Just(Deed::TargetRingStops),
         1 => any::<bool>().prop_map(|moved| Deed::FrontendLeaves { moved }),
         1 => Just(Deed::Cancel),
-        1 => Just(Deed::Time),
         1 => Just(Deed::Disconnect),
         1 => Just(Deed::KillSource),
         1 => Just(Deed::KillTarget),
@@ -65,7 +63,6 @@ type Token = u32;
 #[derive(Debug)]
 struct World {
     word: Word,
-    now: Duration,
     source: Option<Source>,
     source_uses: bool,
     target: Option<Target<Token>>,
@@ -89,12 +86,11 @@ struct World {
 
 impl World {
     fn new() -> Self {
-        let mut world = Self {
+        Self {
             word: Word::INITIAL,
-            now: Duration::ZERO,
-            source: None,
+            source: Some(Source::armed()),
             source_uses: true,
-            target: Some(Target::begin(Duration::ZERO)),
+            target: Some(Target::Ready),
             target_uses: false,
             target_ring: false,
             willing: true,
@@ -107,11 +103,7 @@ impl World {
             scribbled: false,
             made: 0,
             gone: 0,
-        };
-        let (source, actions) = Source::begin("test", false, Duration::ZERO);
-        world.source = Some(source);
-        world.do_source(actions);
-        world
+        }
     }
 
     fn post_to_target(&mut self, message: &Message) {
@@ -126,15 +118,15 @@ impl World {
         }
     }
 
-    fn swap(&mut self, from: Word, to: Word) -> Swapped {
+    fn swap(&mut self, from: Word, to: Word) -> SwapOutcome {
         if self.garbage {
-            return Err(None);
+            return SwapOutcome::Meaningless;
         }
         if self.word != from {
-            return Err(Some(self.word));
+            return SwapOutcome::Lost(self.word);
         }
         self.word = to;
-        Ok(())
+        SwapOutcome::Won
     }
 
     fn judge_offer(&self, epoch: u64) -> Offered {
@@ -143,34 +135,20 @@ impl World {
 
     fn tell_source(&mut self, event: source::Event) {
         let Some(state) = self.source.take() else { return };
-        match state.step(event, self.now) {
-            Ok((state, actions)) => {
-                self.source = Some(state);
-                self.do_source(actions);
-            }
-            Err(failure) => {
-                self.source = Some(failure.state);
-                self.close_source();
-                self.tell_source(source::Event::Closed);
-            }
-        }
+        let (state, actions) = state.step(event);
+        self.source = Some(state);
+        self.do_source(actions);
         self.check();
     }
 
     fn do_source(&mut self, actions: Vec<source::Action>) {
         for action in actions {
             match action {
-                source::Action::Prepare => {
-                    self.post_to_target(&Message::Prepare(Prepare {
-                        device: DeviceState::default(),
-                        session: None,
-                    }));
-                }
                 source::Action::Offer(word) => {
                     assert!(self.source_uses, "offers what it does not have");
                     self.source_uses = false;
                     let before = Word { epoch: word.epoch - 1, owner: Owner::Source };
-                    if self.swap(before, word).is_err() {
+                    if self.swap(before, word) != SwapOutcome::Won {
                         self.close_source();
                         self.tell_source(source::Event::Closed);
                         continue;
@@ -193,27 +171,15 @@ impl World {
 
     fn tell_target(&mut self, event: target::Event<Token>) {
         let Some(state) = self.target.take() else { return };
-        match state.step(event, "test", self.now) {
-            Ok((state, actions)) => {
-                self.target = Some(state);
-                self.do_target(actions);
-            }
-            Err(failure) => {
-                self.target = Some(failure.state);
-                self.close_target();
-                self.tell_target_of_end();
-            }
-        }
+        let (state, actions) = state.step(event);
+        self.target = Some(state);
+        self.do_target(actions);
         self.check();
     }
 
     fn do_target(&mut self, actions: Vec<target::Action<Token>>) {
         for action in actions {
             match action {
-                target::Action::Judge(_) => {
-                    let verdict = if self.willing { Ok(()) } else { Err(Refusal::Busy.into()) };
-                    self.tell_target(target::Event::Judged(verdict));
-                }
                 target::Action::Adopt(offer) => {
                     let word = Word { epoch: offer.epoch, owner: Owner::Offered };
                     let event = match self.judge_offer(offer.epoch) {
@@ -232,8 +198,12 @@ impl World {
                     }
                 }
                 target::Action::Swap { from, to } => {
-                    let won = self.swap(from, to).is_ok();
-                    self.tell_target(target::Event::Swapped { won });
+                    let outcome = self.swap(from, to);
+                    self.tell_target(target::Event::Swapped(outcome));
+                }
+                target::Action::Look => {
+                    let word = Some(self.word).filter(|_| !self.garbage);
+                    self.tell_target(target::Event::Seen(word));
                 }
                 target::Action::Activate(_) => {
                     self.gone += 1;
@@ -258,18 +228,13 @@ impl World {
         self.to_target.clear();
     }
 
-    fn tell_target_of_end(&mut self) {
-        let word = Some(self.word).filter(|_| !self.garbage);
-        self.tell_target(target::Event::Closed { word });
-    }
-
     fn deliver_to_target(&mut self) {
         match self.to_target.pop_front().map(|packet| Message::decode(&packet)) {
             Some(Ok(message)) => self.tell_target(target::Event::Message(message)),
             None if self.linked || !self.target_open => {}
             Some(Err(_)) | None => {
                 self.close_target();
-                self.tell_target_of_end();
+                self.tell_target(target::Event::Closed);
             }
         }
     }
@@ -328,12 +293,6 @@ impl World {
             Deed::TargetRingStops => self.target_ring = false,
             Deed::FrontendLeaves { moved } => self.tell_source(source::Event::FrontendLeft { moved }),
             Deed::Cancel => self.tell_source(source::Event::Cancel),
-            Deed::Time => {
-                self.now += Duration::from_secs(3);
-                let now = self.now;
-                self.tell_source(source::Event::Time(now));
-                self.tell_target(target::Event::Time(now));
-            }
             Deed::Disconnect => self.linked = false,
             Deed::KillSource => {
                 self.source = None;
@@ -396,7 +355,7 @@ proptest! {
     /// hands the device over.
     #[test]
     fn after_late_deliveries_alone_an_armed_hand_over_goes_through(deeds in proptest::collection::vec(late(), 0..80)) {
-        let mut world = armed();
+        let mut world = World::new();
         for deed in deeds {
             world.act(deed);
         }
@@ -425,24 +384,11 @@ fn late() -> impl Strategy<Value = Deed> {
         4 => Just(Deed::SourceRing),
         1 => Just(Deed::TargetRing),
         1 => Just(Deed::TargetRingStops),
-        1 => Just(Deed::Time),
     ]
 }
 
-/// HELLO, HELLO, PREPARE, READY.
-fn armed() -> World {
-    let mut world = World::new();
-    for _ in 0..2 {
-        world.act(Deed::DeliverToTarget);
-        world.act(Deed::DeliverToSource);
-    }
-    assert!(matches!(world.source, Some(Source::Armed { .. })));
-    assert_eq!(world.target, Some(Target::Ready));
-    world
-}
-
 fn offered() -> World {
-    let mut world = armed();
+    let mut world = World::new();
     world.act(Deed::Suspend);
     world.act(Deed::DeliverToTarget);
     world.act(Deed::DeliverToSource);
@@ -480,7 +426,7 @@ fn the_sources_own_ring_takes_it_back_and_it_can_be_offered_again() {
 
 #[test]
 fn a_ring_that_started_before_the_offer_takes_it_when_it_comes() {
-    let mut world = armed();
+    let mut world = World::new();
     world.act(Deed::TargetRing);
     world.act(Deed::Suspend);
     world.act(Deed::DeliverToTarget);
@@ -504,7 +450,7 @@ fn a_front_end_that_left_too_early_leaves_the_device_to_the_source() {
     let mut world = offered();
     world.act(Deed::FrontendLeaves { moved: false });
     assert!(world.source_uses);
-    assert_eq!(world.source, Some(Source::Ended(source::Ended::Unasked)));
+    assert_eq!(world.source, Some(Source::Ended(EndReason::Unasked)));
     world.act(Deed::TargetRing);
     assert!(!world.target_uses);
 }
@@ -515,7 +461,7 @@ fn a_target_that_dies_leaves_the_device_to_the_source() {
     world.act(Deed::KillTarget);
     world.act(Deed::DeliverToSource);
     assert!(world.source_uses);
-    assert_eq!(world.source, Some(Source::Ended(source::Ended::Closed)));
+    assert_eq!(world.source, Some(Source::Ended(EndReason::Closed)));
 }
 
 #[test]
@@ -529,18 +475,8 @@ fn a_cancelled_offer_cannot_be_taken() {
 }
 
 #[test]
-fn a_silent_peer_costs_two_seconds_before_the_offer_and_nothing_after_it() {
-    let mut world = World::new();
-    world.act(Deed::Time);
-    assert_eq!(world.source, Some(Source::Ended(source::Ended::Silent)));
-    let mut world = offered();
-    world.act(Deed::Time);
-    assert!(matches!(world.source, Some(Source::Offered { .. })));
-}
-
-#[test]
 fn a_refused_offer_goes_back() {
-    let mut world = armed();
+    let mut world = World::new();
     world.act(Deed::Unwilling);
     world.act(Deed::Suspend);
     world.act(Deed::DeliverToTarget);
@@ -550,7 +486,7 @@ fn a_refused_offer_goes_back() {
 
 #[test]
 fn an_offer_that_is_read_after_it_was_taken_back_ends_nothing() {
-    let mut world = armed();
+    let mut world = World::new();
     world.act(Deed::Suspend);
     world.act(Deed::SourceRing);
     world.deliver_all();
@@ -561,7 +497,7 @@ fn an_offer_that_is_read_after_it_was_taken_back_ends_nothing() {
 
 #[test]
 fn the_last_of_several_offers_counts_when_all_are_read_late() {
-    let mut world = armed();
+    let mut world = World::new();
     for _ in 0..3 {
         world.act(Deed::Suspend);
         world.act(Deed::SourceRing);
@@ -582,7 +518,7 @@ fn an_offer_that_cannot_have_been_made_is_refused() {
         Word { epoch: 1, owner: Owner::Target },
         Word { epoch: 1, owner: Owner::Settled },
     ] {
-        let mut world = armed();
+        let mut world = World::new();
         world.act(Deed::Suspend);
         world.word = word;
         world.scribbled = true;
@@ -596,7 +532,7 @@ fn a_word_without_a_meaning_leaves_the_device_to_the_source() {
     let ends = [Deed::SourceRing, Deed::Cancel, Deed::Disconnect, Deed::KillTarget, Deed::DeliverToTarget];
     for adopted in [false, true] {
         for end in ends {
-            let mut world = if adopted { offered() } else { armed() };
+            let mut world = if adopted { offered() } else { World::new() };
             world.act(Deed::Suspend);
             world.garbage = true;
             world.act(end);
@@ -604,7 +540,7 @@ fn a_word_without_a_meaning_leaves_the_device_to_the_source() {
             world.deliver_all();
             world.act(Deed::SourceRing);
             assert!(world.source_uses && !world.target_uses, "{end:?}: {world:?}");
-            assert_eq!(world.source, Some(Source::Ended(source::Ended::Meaningless)), "{end:?}");
+            assert_eq!(world.source, Some(Source::Ended(EndReason::Meaningless)), "{end:?}");
         }
     }
 }
@@ -618,7 +554,7 @@ fn a_word_that_says_the_target_is_obeyed_and_no_other() {
         world.scribbled = true;
         world.act(Deed::SourceRing);
         let state =
-            if owner.is_target() { Source::HandedOver } else { Source::Ended(source::Ended::Meaningless) };
+            if owner.is_target() { Source::HandedOver } else { Source::Ended(EndReason::Meaningless) };
         assert_eq!(world.source, Some(state));
     }
 }

@@ -15,7 +15,7 @@ fn names(module: &str) -> Vec<String> {
 fn every_refusal_is_in_the_manual() {
     let manual = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../README.md")).unwrap();
     // A table of each kind: its rows begin with the names.
-    for (module, heading) in [("handover", "| refusal |"), ("migration", "| reason |")] {
+    for (module, heading) in [("handover/wire", "| refusal |"), ("migration", "| reason |")] {
         let table = manual.split_once(heading).unwrap().1;
         let rows: Vec<_> = table.lines().take_while(|line| !line.is_empty()).collect();
         let named = |name: &str| {

@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use baton_protocol::codec::Message as _;
 use baton_protocol::fd_manifest::FdManifest;
@@ -13,7 +14,7 @@ use baton_protocol::migration::refusal::Refusal;
 use baton_protocol::migration::source::{self, Source};
 use baton_protocol::migration::state::{PlatformState, SerialState, VmState};
 use baton_protocol::migration::target::{self, Target};
-use baton_protocol::ownership::{Owner, Swapped, Word};
+use baton_protocol::ownership::{Owner, SwapOutcome, Word};
 use baton_protocol::reasons::Reasons;
 use proptest::prelude::*;
 
@@ -66,6 +67,7 @@ struct World {
     target_todo: VecDeque<target::Action>,
     source_runs: bool,
     target_runs: bool,
+    now: Duration,
     word: Word,
     to_source: VecDeque<Message>,
     to_target: VecDeque<Message>,
@@ -81,14 +83,15 @@ impl World {
     fn new(dry_run: bool) -> Self {
         let hello =
             Hello { program: PROGRAM.to_owned(), dry_run, local: false, machine: MachineFacts::default() };
-        let (source, actions) = Source::begin(hello);
+        let (source, actions) = Source::begin(hello, Duration::ZERO);
         Self {
             source: Some(source),
             source_todo: actions.into(),
-            target: Some(Target::Waiting),
+            target: Some(Target::begin(Duration::ZERO)),
             target_todo: VecDeque::new(),
             source_runs: true,
             target_runs: false,
+            now: Duration::ZERO,
             word: Word::INITIAL,
             to_source: VecDeque::new(),
             to_target: VecDeque::new(),
@@ -100,15 +103,15 @@ impl World {
         }
     }
 
-    fn swap(&mut self, from: Word, to: Word) -> Swapped {
+    fn swap(&mut self, from: Word, to: Word) -> SwapOutcome {
         if self.garbage {
-            return Err(None);
+            return SwapOutcome::Meaningless;
         }
         if self.word != from {
-            return Err(Some(self.word));
+            return SwapOutcome::Lost(self.word);
         }
         self.word = to;
-        Ok(())
+        SwapOutcome::Won
     }
 
     /// Over the wire, as bytes.
@@ -118,7 +121,7 @@ impl World {
 
     fn source_steps(&mut self, event: source::Event) {
         let Some(source) = self.source.take() else { return };
-        let (source, actions) = source.step(event);
+        let (source, actions) = source.step(event, self.now);
         self.source = Some(source);
         self.source_todo = actions.into();
         self.source_ends();
@@ -143,7 +146,7 @@ impl World {
             source::Action::Offer(word) => {
                 assert!(!self.source_runs, "offered while it runs");
                 let result = self.swap(Word::INITIAL, word);
-                result.err().map(|_| source::Event::Failed("the word".to_owned()))
+                (result != SwapOutcome::Won).then(|| source::Event::Failed("the word".to_owned()))
             }
             _ if fails => Some(source::Event::Failed("a test".to_owned())),
             source::Action::Send(message) => {
@@ -176,7 +179,7 @@ impl World {
 
     fn target_steps(&mut self, event: target::Event) {
         let Some(target) = self.target.take() else { return };
-        let (target, actions) = target.step(event);
+        let (target, actions) = target.step(event, self.now);
         self.target = Some(target);
         self.target_todo = actions.into();
     }
@@ -189,9 +192,7 @@ impl World {
                 self.target_runs = true;
                 return Self::send(&mut self.to_source, &target::active(true));
             }
-            Some(target::Action::Take { from, to }) => {
-                target::Event::Swapped { won: self.swap(from, to).is_ok() }
-            }
+            Some(target::Action::Take { from, to }) => target::Event::Swapped(self.swap(from, to)),
             Some(target::Action::Judge(_) | target::Action::Prepare(_) | target::Action::Restore(_)) => {
                 if std::mem::take(&mut self.target_fails) {
                     target::Event::Failed(Reasons::of([Refusal::Busy]))
@@ -239,13 +240,15 @@ impl World {
                 queue.extend(queue.front().cloned());
             }
             Deed::SourceTimeout => {
-                if self.source.as_ref().is_some_and(|source| source.patience().is_some()) {
-                    self.source_steps(source::Event::Timeout);
+                if let Some(deadline) = self.source.as_ref().and_then(Source::deadline) {
+                    self.now = self.now.max(deadline);
+                    self.source_steps(source::Event::Time);
                 }
             }
             Deed::TargetTimeout => {
-                if self.target.as_ref().is_some_and(|target| target.patience().is_some()) {
-                    self.target_steps(target::Event::Timeout);
+                if let Some(deadline) = self.target.as_ref().and_then(Target::deadline) {
+                    self.now = self.now.max(deadline);
+                    self.target_steps(target::Event::Time);
                 }
             }
             Deed::Disconnect => self.connected = false,
@@ -295,7 +298,7 @@ impl World {
             self.do_deed(Deed::TargetActs);
         }
         let orphaned = (hangs || self.source.is_none())
-            && self.target == Some(Target::Ready)
+            && matches!(self.target, Some(Target::Ready { .. }))
             && self.word.owner == Owner::Offered
             && self.to_target.iter().all(|message| matches!(message, Message::Commit(_)));
         for _ in 0..40 {
@@ -405,9 +408,9 @@ fn a_dry_run_stops_nothing() {
 /// As far as the target being ready; `offered`: the source, too, but its COMMIT is lost with it.
 fn hanging(offered: bool) -> World {
     let mut world = World::new(false);
-    while world.target != Some(Target::Ready) {
+    while !matches!(world.target, Some(Target::Ready { .. })) {
         world.step(Deed::DeliverToTarget);
-        if world.target != Some(Target::Ready) || offered {
+        if !matches!(world.target, Some(Target::Ready { .. })) || offered {
             world.step(Deed::DeliverToSource);
         }
     }

@@ -1,8 +1,8 @@
 //! Every reason against a hand-over and against a migration, by its name and text: one field is broken at a time.
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
-use baton_protocol::handover::state::{DeviceState, FrameExtent, Place, QueuePairState};
-use baton_protocol::handover::validate::{Capabilities, CheckedDevice, check_without_tap};
+use baton_protocol::handover::device::validate::{Capabilities, CheckedDevice, check_without_tap};
+use baton_protocol::handover::wire::device::{DeviceState, FrameExtent, Place, QueuePairState};
 use baton_protocol::migration::facts::{MachineFacts, NetFacts};
 use baton_protocol::migration::refusal::Refusal;
 use baton_protocol::migration::state::{

@@ -5,18 +5,18 @@ use std::path::{Path, PathBuf};
 
 use baton_protocol::codec::Message as _;
 use baton_protocol::fd_manifest::FdManifest;
-use baton_protocol::handover::message::{
+use baton_protocol::handover::device::validate;
+use baton_protocol::handover::session::validate::{Capabilities, CheckedCommit, CheckedSession, fd_names};
+use baton_protocol::handover::wire::device::{Datapath, DeviceState, DirectionCounters, QueuePairState};
+use baton_protocol::handover::wire::message::{
     Active, Commit, Descriptors, FRAMES_FD, FRONTEND_FD, Hello, INFLIGHT_FD, LISTENER_FD, LOG_FD, Message,
-    OWNERSHIP_FD, PROTOCOL, Prepare, SESSION, Stage, StagedAll, call_fd, error_fd, kick_fd, memory_fd,
-    tap_fd, vhost_fd,
+    OWNERSHIP_FD, PROTOCOL, Prepare, Stage, StagedAll, call_fd, error_fd, kick_fd, memory_fd, tap_fd,
+    vhost_fd,
 };
-use baton_protocol::handover::state::{Datapath, DeviceState, DirectionCounters, QueuePairState};
-use baton_protocol::handover::validate;
-use baton_protocol::session::state::{
+use baton_protocol::handover::wire::session::{
     AddressesState, Counters, EndpointKind, EndpointState, FreezeTimes, FrontendState, InflightState,
     KickState, LogState, PairNow, RegionState, SessionState, TakeTimes, VringNow, VringState,
 };
-use baton_protocol::session::validate::{Capabilities, CheckedCommit, CheckedSession, fd_names};
 
 fn device() -> DeviceState {
     let pair =
@@ -114,7 +114,7 @@ fn commit() -> Commit {
 /// With the name of its file.
 fn messages() -> Vec<(&'static str, Message)> {
     let hello = Hello {
-        purpose: SESSION.to_owned(),
+        purpose: "session".to_owned(),
         program: "baton-backend 0.1.0".to_owned(),
         dry_run: false,
         wants_vhost: false,

@@ -11,13 +11,14 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use baton_protocol::codec::Message as _;
+use baton_protocol::end_reason::EndReason;
 use baton_protocol::fd_manifest::FdManifest;
-use baton_protocol::handover::message::{Hello, Message, PROTOCOL, Prepare, Stage};
-use baton_protocol::handover::state::DeviceState;
+use baton_protocol::handover::Phase;
+use baton_protocol::handover::prologue::SourcePrologue;
+use baton_protocol::handover::session::source::{self, Source};
+use baton_protocol::handover::session::target::{Taken, Target};
+use baton_protocol::handover::wire::message::{Message, PROTOCOL, Stage};
 use baton_protocol::ownership::{Owner, Word};
-use baton_protocol::session::source::{self, Ended, Phase, Source};
-use baton_protocol::session::target::{self, Taken, Target};
-use baton_protocol::version::Versions;
 use proptest::prelude::*;
 use session_world::{Deed, End, World};
 
@@ -143,7 +144,8 @@ fn a_dry_run_ends_before_anything_is_stopped_or_held() {
     while world.undisturbed() {
         assert!(world.source.runs && world.source.listens);
     }
-    assert_eq!(world.source.state(), Some(&Source::Ended { phase: Phase::Check, ended: Ended::Possible }));
+    let possible = SourcePrologue::Ended { phase: Phase::Check, reason: EndReason::Possible };
+    assert_eq!(world.source.prologue(), Some(&possible));
     assert!(matches!(world.target.state(), Some(Target::Ended)));
     world.finish();
 }
@@ -204,13 +206,11 @@ fn each_rollback_has_its_phase_and_reason() {
         world.tell_source(source::Event::Closed);
         world.finish();
         match world.source.state() {
-            Some(Source::Ended { phase, ended }) => (phase.name(), ended.clone()),
+            Some(Source::Ended { phase, reason }) => (phase.name(), reason.clone()),
             state => panic!("{state:?}"),
         }
     };
-    let closed = Ended::Closed;
-    assert_eq!(until(|state| matches!(state, Source::Greeting { .. })), ("greet", closed.clone()));
-    assert_eq!(until(|state| matches!(state, Source::Checking { .. })), ("check", closed.clone()));
+    let closed = EndReason::Closed;
     assert_eq!(until(|state| matches!(state, Source::Staging { .. })), ("stage", closed.clone()));
     assert_eq!(until(|state| matches!(state, Source::Freezing { .. })), ("freeze", closed.clone()));
     let mut world = World::new(false);
@@ -219,7 +219,10 @@ fn each_rollback_has_its_phase_and_reason() {
     world.source_after(499);
     assert!(matches!(world.source.state(), Some(Source::Committed { .. })));
     world.source_after(2);
-    assert_eq!(world.source.state(), Some(&Source::Ended { phase: Phase::Commit, ended: Ended::Silent }),);
+    assert_eq!(
+        world.source.state(),
+        Some(&Source::Ended { phase: Phase::Commit, reason: EndReason::Silent }),
+    );
     world.finish();
     assert!(world.source.runs);
 }
@@ -227,18 +230,14 @@ fn each_rollback_has_its_phase_and_reason() {
 #[test]
 fn silence_is_endured_for_as_long_as_is_said() {
     type Case = (fn(&Source) -> bool, u64);
-    let cases: [Case; 3] = [
-        (|state| matches!(state, Source::Greeting { .. }), 2_000),
-        (|state| matches!(state, Source::Checking { .. }), 2_000),
-        (|state| matches!(state, Source::Staging { .. }), 10_000),
-    ];
+    let cases: [Case; 1] = [(|state| matches!(state, Source::Staging { .. }), 10_000)];
     for (reached, patience) in cases {
         let mut world = World::new(false);
         world.until_source(reached);
         world.source_after(patience - 1);
         assert!(world.source.state().is_some_and(reached), "{world:?}");
         world.source_after(1);
-        assert!(matches!(world.source.state(), Some(Source::Ended { ended: Ended::Silent, .. })));
+        assert!(matches!(world.source.state(), Some(Source::Ended { reason: EndReason::Silent, .. })));
         world.finish();
         assert!(world.source.runs);
     }
@@ -264,10 +263,10 @@ fn a_target_that_says_too_early_that_it_runs_does_not_get_the_session() {
     let mut world = World::new(false);
     world.until_source(|state| matches!(state, Source::Committed { .. }));
     world.act(Deed::Stop(End::Target));
-    let active = baton_protocol::handover::message::Active { epoch: 1, times: Default::default() };
+    let active = baton_protocol::handover::wire::message::Active { epoch: 1, times: Default::default() };
     world.tell_source(source::Event::Message(Message::Active(active)));
     world.source_acts();
-    assert!(matches!(world.source.state(), Some(Source::Ended { ended: Ended::Untrue, .. })));
+    assert!(matches!(world.source.state(), Some(Source::Ended { reason: EndReason::Untrue, .. })));
     world.finish();
     assert!(world.source.runs && !world.target.runs);
 }
@@ -278,7 +277,8 @@ fn a_bad_commit_is_refused_and_the_source_goes_on() {
     world.act(Deed::BadCommit);
     while world.undisturbed() {}
     world.finish();
-    let Some(Source::Ended { phase: Phase::Commit, ended: Ended::Refused(reasons) }) = world.source.state()
+    let Some(Source::Ended { phase: Phase::Commit, reason: EndReason::Refused(reasons) }) =
+        world.source.state()
     else {
         panic!("{world:?}")
     };
@@ -315,12 +315,8 @@ fn what_a_peer_scribbles_into_the_word_makes_no_second_owner() {
 #[test]
 fn a_target_waits_two_seconds_for_what_must_come_next() {
     type Reached = fn(&Target<session_world::Fd, session_world::Held>) -> bool;
-    let cases: [Reached; 4] = [
-        |state| matches!(state, Target::Fresh { .. }),
-        |state| matches!(state, Target::Greeted { .. }),
-        |state| matches!(state, Target::Ready { .. }),
-        |state| matches!(state, Target::Gathering { .. }),
-    ];
+    let cases: [Reached; 2] =
+        [|state| matches!(state, Target::Ready { .. }), |state| matches!(state, Target::Gathering { .. })];
     for reached in cases {
         let mut world = World::new(false);
         world.until_target(reached);
@@ -339,7 +335,8 @@ fn what_cannot_be_staged_is_refused_by_name() {
     world.until_target(|state| matches!(state, Target::Gathering { .. }));
     world.act(Deed::Unwilling);
     while world.undisturbed() {}
-    let Some(Source::Ended { phase: Phase::Stage, ended: Ended::Refused(reasons) }) = world.source.state()
+    let Some(Source::Ended { phase: Phase::Stage, reason: EndReason::Refused(reasons) }) =
+        world.source.state()
     else {
         panic!("{world:?}")
     };
@@ -359,35 +356,13 @@ fn descriptors_without_end_or_without_names_are_refused() {
         world.source_acts();
         world.change_stage(change);
         while world.undisturbed() {}
-        let Some(Source::Ended { phase: Phase::Stage, ended: Ended::Refused(reasons) }) =
+        let Some(Source::Ended { phase: Phase::Stage, reason: EndReason::Refused(reasons) }) =
             world.source.state()
         else {
             panic!("{world:?}")
         };
         assert_eq!(reasons.0[0].name, "descriptors");
         world.finish();
-    }
-}
-
-#[test]
-fn what_is_no_session_is_refused_by_name() {
-    let hello = |purpose: &str| {
-        let (purpose, program) = (purpose.to_owned(), String::new());
-        Message::Hello(Hello { purpose, program, dry_run: false, wants_vhost: false })
-    };
-    let prepare = Message::Prepare(Prepare { device: DeviceState::default(), session: None });
-    let cases: [(&str, &[Message]); 2] =
-        [("purpose", &[hello("device")]), ("session", &[hello("session"), prepare])];
-    for (name, said) in cases {
-        let mut world = World::new(false);
-        for message in said {
-            world.tell_target(target::Event::Message(message.clone(), Vec::new()));
-        }
-        let refused = world.target.todo().any(|action| match action {
-            target::Action::Send(Message::Refuse(refuse)) => refuse.reasons.0[0].name == name,
-            _ => false,
-        });
-        assert!(refused, "{world:?}");
     }
 }
 
@@ -512,26 +487,13 @@ fn the_next_version_is_refused_by_name_and_refuses_so() {
         world.next = Some(next);
         world.act(Deed::Unwilling);
         while world.undisturbed() {}
-        let Some(Source::Ended { ended: Ended::Refused(reasons), .. }) = world.source.state() else {
+        let Some(SourcePrologue::Ended { reason: EndReason::Refused(reasons), .. }) = world.source.prologue()
+        else {
             panic!("{world:?}")
         };
         assert_eq!(reasons.0[0].name, "front-end");
         world.finish();
     }
-}
-
-#[test]
-fn a_source_of_no_common_version_is_told_so() {
-    let later = Versions { oldest: PROTOCOL.versions.newest + 1, newest: PROTOCOL.versions.newest + 1 };
-    let error = PROTOCOL.versions.common(later).unwrap_err();
-    let mut world = World::new(false);
-    world.tell_target(target::Event::Stranger(error));
-    while world.undisturbed() {}
-    let Some(Source::Ended { ended: Ended::Refused(reasons), .. }) = world.source.state() else {
-        panic!("{world:?}")
-    };
-    assert_eq!(reasons.0[0].name, "version");
-    world.finish();
 }
 
 fn recording(version: u16) -> PathBuf {

@@ -13,6 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail};
 use baton_channel::ownership::SharedWord;
 use baton_channel::packet::{Packet, PacketSocket};
+use baton_protocol::codec::Message as _;
 use baton_protocol::migration::message::{Message, OWNERSHIP_FD, PROGRAM, Prepared, Ready, Refuse, Welcome};
 use baton_protocol::migration::refusal::Refusal;
 use baton_protocol::reasons::Reasons;
@@ -142,7 +143,8 @@ fn fail(socket: &PacketSocket, then: Then, word: Option<&SharedWord>) -> Result<
         Then::Take => {
             let word = word.context("no ownership word has come")?;
             let offered = word.load()?;
-            return Ok(word.swap(offered, offered.taken().context("nothing is offered")?)?);
+            let taken = offered.taken().context("nothing is offered")?;
+            return Ok(word.swap(offered, taken).must_win()?);
         }
     };
     Ok(socket.send(&message, &[], PATIENCE)?)

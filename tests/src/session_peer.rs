@@ -11,11 +11,11 @@ use baton_channel::bound_socket::BoundSocket;
 use baton_channel::ownership::SharedWord;
 use baton_channel::packet::{ChannelError, Packet, PacketSocket};
 use baton_control::ControlClient;
+use baton_protocol::codec::Message as _;
 use baton_protocol::control::{Request, SessionReport};
 use baton_protocol::fd_manifest::FdManifest;
-use baton_protocol::handover::message::{
-    Hello, Message, OWNERSHIP_FD, ReadyToTake, SESSION, Stage, StagedAll,
-};
+use baton_protocol::handover::prologue::Purpose;
+use baton_protocol::handover::wire::message::{Hello, Message, OWNERSHIP_FD, ReadyToTake, Stage, StagedAll};
 use nix::errno::Errno;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
@@ -184,13 +184,18 @@ pub fn take_stage(source: &Link) -> Result<Sent> {
 /// If something else comes.
 pub fn greet(source: &Link) -> Result<()> {
     let (Message::Hello(hello), _) = source.hear()? else { bail!("no HELLO") };
-    ensure!(hello.purpose == SESSION, "{hello:?}");
+    ensure!(hello.purpose == Purpose::Session.name(), "{hello:?}");
     source.say(&Message::Hello(hello_of("test")))
 }
 
 /// A session's HELLO.
 pub fn hello_of(program: &str) -> Hello {
-    Hello { purpose: SESSION.to_owned(), program: program.to_owned(), dry_run: false, wants_vhost: false }
+    Hello {
+        purpose: Purpose::Session.name().to_owned(),
+        program: program.to_owned(),
+        dry_run: false,
+        wants_vhost: false,
+    }
 }
 
 /// Answers PREPARE with READY.

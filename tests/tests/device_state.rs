@@ -11,7 +11,7 @@ use anyhow::{Result, ensure};
 use baton_protocol::codec::Message as _;
 use baton_protocol::control::{BackendState, HandoverState};
 use baton_protocol::handover;
-use baton_protocol::handover::message::StateOnly;
+use baton_protocol::handover::wire::message::StateOnly;
 use baton_tests::backend::{Backend, Rig, TAP};
 use baton_tests::datapath::Datapath;
 use baton_tests::device_state::{
@@ -172,14 +172,14 @@ fn state_of_the_other_datapath_loads(datapath: Datapath) -> Result<()> {
 fn a_feature_that_the_target_does_not_offer_is_refused_by_name() {
     let (_rig, device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
     let state = save(&device, &pipe).unwrap();
-    let Ok(handover::message::Message::Device(StateOnly { device: mut state })) =
-        handover::message::Message::decode(&state)
+    let Ok(handover::wire::message::Message::Device(StateOnly { device: mut state })) =
+        handover::wire::message::Message::decode(&state)
     else {
         panic!("the state is something else")
     };
     // `VIRTIO_NET_F_HASH_REPORT`.
     state.features |= 1 << 57;
-    let state = handover::message::Message::Device(StateOnly { device: state }).encode().unwrap();
+    let state = handover::wire::message::Message::Device(StateOnly { device: state }).encode().unwrap();
     let error = load(&connection, &state, &pipe).unwrap_err();
     assert!(error.to_string().contains("was not loaded"), "{error}");
     wait_log(&mut target, "features: negotiated features 0x200000000000000 are not the target's").unwrap();

@@ -9,9 +9,9 @@ use std::time::Duration;
 use baton_channel::ownership::SharedWord;
 use baton_channel::packet::{Packet, PacketSocket};
 use baton_protocol::fd_manifest::NamedFds;
-use baton_protocol::handover::message::{LINK_FD, Message, OWNERSHIP_FD, Offer, tap_fd};
-use baton_protocol::handover::state::{DeviceState, QueuePairState};
-use baton_protocol::ownership::{Owner, Word};
+use baton_protocol::handover::wire::device::{DeviceState, QueuePairState};
+use baton_protocol::handover::wire::message::{LINK_FD, Message, OWNERSHIP_FD, Offer, tap_fd};
+use baton_protocol::ownership::{Owner, SwapOutcome, Word};
 use baton_tests::backend::{Backend, Rig, TAP};
 use baton_tests::datapath::Datapath;
 use baton_tests::device_state::{
@@ -150,7 +150,7 @@ fn a_front_end_brings_no_program() {
         let connection = negotiate(target.connect_as(UNPRIVILEGED).unwrap()).unwrap();
         let word = SharedWord::create().unwrap();
         let offered = Word { epoch: 1, owner: Owner::Offered };
-        word.swap(Word { epoch: 0, owner: Owner::Source }, offered).unwrap();
+        assert_eq!(word.swap(Word::INITIAL, offered), SwapOutcome::Won);
         let queue = QueuePairState {
             using_vnet_hdr: true,
             enabled: true,

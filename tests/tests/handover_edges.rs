@@ -15,7 +15,7 @@ use anyhow::{Context, Result, ensure};
 use baton_control::{ClientError, ControlClient};
 use baton_protocol::codec::{HEADER, Message as _};
 use baton_protocol::control::{Frontend, HandoverState, Request, SessionReport};
-use baton_protocol::handover::message::PROTOCOL;
+use baton_protocol::handover::wire::message::PROTOCOL;
 use baton_protocol::ownership::Owner;
 use baton_tests::backend::{Backend, Rig, TAP, WAITS};
 use baton_tests::datapath::Datapath;

@@ -10,7 +10,8 @@ use std::thread;
 use anyhow::{Context, Result, bail, ensure};
 use baton_channel::ownership::SharedWord;
 use baton_protocol::control::HandoverState;
-use baton_protocol::handover::message::{DEVICE, Hello, Message, OWNERSHIP_FD, ReadyToTake};
+use baton_protocol::handover::prologue::Purpose;
+use baton_protocol::handover::wire::message::{Hello, Message, OWNERSHIP_FD, ReadyToTake};
 use baton_tests::backend::{Backend, Rig, TAP};
 use baton_tests::datapath::Datapath;
 use baton_tests::device_state::{
@@ -126,8 +127,12 @@ fn an_offer_that_a_front_end_brings_too_late_fails_by_name() {
 /// A target of the test's own says that it would take a device.
 fn agree(source: &Link) -> Result<()> {
     let (Message::Hello(_), _) = source.hear()? else { bail!("no HELLO") };
-    let hello =
-        Hello { purpose: DEVICE.to_owned(), program: "test".to_owned(), dry_run: false, wants_vhost: false };
+    let hello = Hello {
+        purpose: Purpose::Device.name().to_owned(),
+        program: "test".to_owned(),
+        dry_run: false,
+        wants_vhost: false,
+    };
     source.say(&Message::Hello(hello))?;
     let (Message::Prepare(_), _) = source.hear()? else { bail!("no PREPARE") };
     source.say(&Message::Ready(ReadyToTake {}))
@@ -146,7 +151,7 @@ fn garbage(word: &OwnedFd) -> Result<()> {
 fn aborted(word: &OwnedFd) -> Result<()> {
     let word = SharedWord::from_fd(word.try_clone()?)?;
     let now = word.load()?;
-    Ok(word.swap(now, now.aborted().context("an offer")?)?)
+    Ok(word.swap(now, now.aborted().context("an offer")?).must_win()?)
 }
 
 /// What ends an offer, other than its being taken.
@@ -192,7 +197,7 @@ fn a_word_that_cannot_be_leaves_the_device_to_its_source() {
             };
             device.restart_rings().unwrap();
             let failed = rig.backend.wait_handover(HandoverState::Failed).unwrap();
-            let reason = "the ownership word was not what it must be";
+            let reason = "unexpected ownership word";
             assert_eq!(failed.reason.as_deref(), Some(reason), "{end:?}");
             rig.check_traffic(&mut device).unwrap();
             drop(source);

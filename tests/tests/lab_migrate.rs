@@ -258,13 +258,13 @@ fn runs_on_wherever_the_target_fails() -> Result<()> {
         (Point::State, Then::Hang, "restore: the target does not answer"),
         (Point::State, Then::Refuse, "restore: the target refuses: busy: "),
         (Point::State, Then::Lie, "restore: the target sent ACTIVE at the wrong time"),
-        (Point::State, Then::Scribble, "commit: the ownership word was not what it must be"),
+        (Point::State, Then::Scribble, "commit: unexpected ownership word"),
         (Point::Commit, Then::Leave, "commit: the target closed"),
         (Point::Commit, Then::Hang, "commit: the target does not answer"),
         (Point::Commit, Then::Refuse, "commit: the target refuses: busy: "),
         (Point::Commit, Then::Babble, "commit: the target sent READY at the wrong time"),
-        (Point::Commit, Then::Scribble, "commit: the ownership word was not what it must be"),
-        (Point::Commit, Then::Lie, "commit: the target said that it had taken the VM, but had not"),
+        (Point::Commit, Then::Scribble, "commit: unexpected ownership word"),
+        (Point::Commit, Then::Lie, "commit: the target said that it had taken over, but had not"),
     ];
     lab::run(|| {
         let mut traveller = Traveller::new(Kind { datapath: Datapath::Userspace, queue_pairs: 1 })?;

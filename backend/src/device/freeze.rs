@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 
 use baton_control::{error_chain, limited};
-use baton_protocol::session::state::{Counters, PairNow, VringNow};
+use baton_protocol::handover::wire::session::{Counters, PairNow, VringNow};
 
 use super::{Device, DeviceError, sides};
 use crate::dataplane::ring::Ring;

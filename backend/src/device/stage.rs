@@ -5,8 +5,8 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use baton_protocol::handover::state::DirectionCounters;
-use baton_protocol::session::state::{PairNow, VringNow};
+use baton_protocol::handover::wire::device::DirectionCounters;
+use baton_protocol::handover::wire::session::{PairNow, VringNow};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::freeze::place_by_used;

@@ -3,25 +3,29 @@
 
 use std::fs::File;
 
+use baton_channel::ownership::SharedWord;
 use baton_channel::packet::PacketSocket;
 use baton_control::limited;
 use baton_faults::Point;
-use baton_protocol::handover::message::{Message, StateOnly};
-use baton_protocol::handover::validate::check_without_tap;
+use baton_protocol::codec::Message as _;
+use baton_protocol::handover::device::validate::check_without_tap;
+use baton_protocol::handover::wire::message::{Message, StateOnly};
 use virtio_bindings::virtio_net;
 
+use super::device::snapshot;
+use super::device::source::DeviceSource;
+use super::device::target::DeviceTarget;
 use super::error::{DeviceStateError, HandoverError};
-use super::source::SourceEnd;
-use super::target::TargetEnd;
+use super::role::Role;
 use super::transfer::{Outcome, Route, Running};
-use super::{Handover, SOURCE, Surroundings, snapshot};
+use super::{Handovers, LINK};
 use crate::args::DeviceState as Permission;
 use crate::device::{Device, DeviceError};
-use crate::events::Events;
+use crate::events::Watched;
 
 /// The transfer of device state that the front-end asked for last.
 #[derive(Debug)]
-pub(super) enum Transfer {
+pub enum Transfer {
     /// None was asked for.
     None,
     /// A thread is at it.
@@ -30,10 +34,34 @@ pub(super) enum Transfer {
     Over(Result<(), DeviceStateError>),
 }
 
-impl Handover {
+impl Transfer {
+    /// Whether it runs.
+    pub fn is_running(&self) -> bool {
+        matches!(self, Self::Running(_))
+    }
+
+    /// Whether it succeeded, if it is over and `CHECK_DEVICE_STATE` has not told.
+    pub fn succeeded(&self) -> Option<bool> {
+        match self {
+            Self::Over(result) => Some(result.is_ok()),
+            Self::None | Self::Running(_) => None,
+        }
+    }
+
+    /// One that another process has made for the same front-end, and how it ended.
+    pub fn inherited(succeeded: Option<bool>) -> Self {
+        match succeeded {
+            None => Self::None,
+            Some(true) => Self::Over(Ok(())),
+            Some(false) => Self::Over(Err(DeviceStateError::BeforeHandover)),
+        }
+    }
+}
+
+impl Handovers {
     /// Whether a transfer of device state runs: [`Self::check_device_state`] must wait.
     pub fn is_transferring(&self) -> bool {
-        matches!(self.transfer, Transfer::Running(_))
+        self.transfer.is_running()
     }
 
     fn check_transfer(&self, device: &Device) -> Result<(), DeviceStateError> {
@@ -43,12 +71,12 @@ impl Handover {
         if self.is_transferring() { Err(DeviceStateError::UnderWay) } else { Ok(()) }
     }
 
-    /// That this front-end may give what it gave.
-    fn check_permitted(&self, route: &Route) -> Result<(), DeviceStateError> {
-        match (self.wishes.device_state, route) {
+    /// Checks that this front-end, which runs as this process' user or root if `trusted`, may give what it gave.
+    fn check_permitted(&self, route: &Route, trusted: bool) -> Result<(), DeviceStateError> {
+        match (self.options.device_state, route) {
             (Some(Permission::Off), _) => Err(DeviceStateError::Off),
             (Some(Permission::Pipe), Route::Socket(_)) => Err(DeviceStateError::StateOnly),
-            (None, Route::Socket(_)) if !self.frontend_trusted => Err(DeviceStateError::StateOnly),
+            (None, Route::Socket(_)) if !trusted => Err(DeviceStateError::StateOnly),
             _ => Ok(()),
         }
     }
@@ -57,12 +85,17 @@ impl Handover {
     ///
     /// # Errors
     /// [`DeviceStateError`]; the device is as before.
-    pub fn save_device_state(&mut self, device: &mut Device, fd: File) -> Result<(), DeviceStateError> {
+    pub fn save_device_state(
+        &mut self,
+        device: &mut Device,
+        fd: File,
+        trusted: bool,
+    ) -> Result<(), DeviceStateError> {
         self.check_transfer(device)?;
         baton_faults::point(Point::SourceBackendSaving).map_err(HandoverError::from)?;
         self.transfer = Transfer::None;
         let route = Route::from(fd);
-        self.check_permitted(&route)?;
+        self.check_permitted(&route, trusted)?;
         match route {
             Route::Pipe(pipe) => {
                 let message = Message::Device(StateOnly { device: snapshot::describe_alone(device) });
@@ -74,11 +107,14 @@ impl Handover {
                     other => other.into(),
                 })?;
                 let (link, theirs) = PacketSocket::pair().map_err(HandoverError::from)?;
-                self.epoll.add(&link, Events::EPOLLIN, SOURCE).map_err(HandoverError::from)?;
-                let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
-                let end = SourceEnd::new(link, "the front-end's device state".to_owned())?;
-                let sent = self.source.insert(end).offer_over(device, around, socket, theirs);
-                let sent = sent.map_err(|error| DeviceStateError::Failed(error.to_string()))?;
+                let link = Watched::new(link, &self.epoll, LINK).map_err(HandoverError::from)?;
+                let word = SharedWord::create().map_err(HandoverError::from)?;
+                let offering = DeviceSource::offering(device, word, socket, link, theirs);
+                let (source, sent) = offering.map_err(|error| DeviceStateError::Failed(error.to_string()))?;
+                self.role = Role::DeviceSource(Box::new(source));
+                // If it could not be sent, the next attempt is welcome.
+                let ended = self.role.end();
+                self.note(ended);
                 let result = if sent {
                     Ok(())
                 } else {
@@ -94,17 +130,22 @@ impl Handover {
     ///
     /// # Errors
     /// [`DeviceStateError`]; the device is as before.
-    pub fn load_device_state(&mut self, device: &Device, fd: File) -> Result<(), DeviceStateError> {
+    pub fn load_device_state(
+        &mut self,
+        device: &Device,
+        fd: File,
+        trusted: bool,
+    ) -> Result<(), DeviceStateError> {
         self.check_transfer(device)?;
         baton_faults::point(Point::TargetBackendLoading).map_err(HandoverError::from)?;
         self.transfer = Transfer::None;
         let route = Route::from(fd);
-        self.check_permitted(&route)?;
+        self.check_permitted(&route, trusted)?;
         if matches!(route, Route::Socket(_)) {
             if device.tap().is_some() || self.incoming.is_none() {
                 return Err(DeviceStateError::AlreadyInitialised);
             }
-            if self.is_occupied() || self.live.is_some() {
+            if !self.role.is_idle() {
                 return Err(DeviceStateError::Busy);
             }
         }
@@ -119,7 +160,7 @@ impl Handover {
     pub fn check_device_state(&mut self) -> Result<(), DeviceStateError> {
         match std::mem::replace(&mut self.transfer, Transfer::None) {
             Transfer::Over(result) => {
-                if let (Ok(()), Some(source)) = (&result, &mut self.source) {
+                if let (Ok(()), Role::DeviceSource(source)) = (&result, &mut self.role) {
                     source.set_known();
                 }
                 result
@@ -129,23 +170,6 @@ impl Handover {
                 Err(DeviceStateError::None)
             }
         }
-    }
-
-    /// Whether the last transfer succeeded, if it is over and [`Self::check_device_state`] has not told.
-    pub fn device_state_moved(&self) -> Option<bool> {
-        match &self.transfer {
-            Transfer::Over(result) => Some(result.is_ok()),
-            Transfer::None | Transfer::Running(_) => None,
-        }
-    }
-
-    /// Takes over how a transfer ended that another process has made for this front-end.
-    pub fn inherit_transfer(&mut self, moved: Option<bool>) {
-        self.transfer = match moved {
-            None => Transfer::None,
-            Some(true) => Transfer::Over(Ok(())),
-            Some(false) => Transfer::Over(Err(DeviceStateError::BeforeHandover)),
-        };
     }
 
     pub(super) fn on_mail(&mut self, device: &mut Device) -> Result<(), DeviceError> {
@@ -168,10 +192,9 @@ impl Handover {
                     other.name()
                 ))),
                 Outcome::Received(Ok((packet, sender))) => {
-                    let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
-                    match TargetEnd::offered(packet, sender, device, &self.wishes, around)? {
+                    match DeviceTarget::offered(packet, sender, device, &self.options, &self.epoll)? {
                         Ok(target) => {
-                            self.target = Some(target);
+                            self.role = Role::DeviceTarget(Box::new(target));
                             Ok(())
                         }
                         Err(why) => Err(DeviceStateError::Failed(why)),

@@ -9,8 +9,8 @@ use baton_channel::bound_socket::BoundSocket;
 use baton_channel::packet::PacketSocket;
 use baton_control::limited;
 
+use super::INCOMING;
 use super::error::IncomingError;
-use super::{INCOMING, Surroundings};
 use crate::events::{Epoll, Events};
 
 /// How long to leave sources waiting that cannot be accepted, for want of descriptors, say.
@@ -37,15 +37,15 @@ impl Incoming {
     }
 
     /// The next source, if there is one.
-    pub fn accept(&mut self, around: Surroundings<'_>) -> Option<PacketSocket> {
+    pub fn accept(&mut self, epoll: &Epoll, now: Duration) -> Option<PacketSocket> {
         let connection = match self.socket.listener().accept() {
             Ok((connection, _)) => connection,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
             Err(error) => {
                 // The connection is still there to be accepted; what is missing may come back.
                 limited!(warn, %error, "cannot accept a source now");
-                let _ = around.epoll.remove(self.socket.listener());
-                self.resting = Some(around.now + REST);
+                let _ = epoll.remove(self.socket.listener());
+                self.resting = Some(now + REST);
                 return None;
             }
         };
@@ -64,9 +64,9 @@ impl Incoming {
     }
 
     /// Time has passed.
-    pub fn on_time(&mut self, around: Surroundings<'_>) {
-        if self.resting.take_if(|until| *until <= around.now).is_some()
-            && let Err(error) = around.epoll.add(self.socket.listener(), Events::EPOLLIN, INCOMING)
+    pub fn on_time(&mut self, epoll: &Epoll, now: Duration) {
+        if self.resting.take_if(|until| *until <= now).is_some()
+            && let Err(error) = epoll.add(self.socket.listener(), Events::EPOLLIN, INCOMING)
         {
             limited!(warn, %error, "cannot wait for sources any more");
         }

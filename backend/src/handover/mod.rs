@@ -1,59 +1,76 @@
-//! Handing the device over to another back-end, and taking one (DESIGN: "Local VM migration"). What is said, and what
-//! follows from it, is [`baton_protocol::handover`]'s; here it is carried out on the device. [`live`] does the same for a
-//! running session.
+//! Hand-overs to another back-end, and from one: of the device once its rings have stopped ([`device`]), or of the running
+//! session ([`session`]). [`baton_protocol::handover`] decides; here its decisions are carried out.
 //!
-//! A process may be first the one, then the other: [`target`] waits on `--incoming-fds` and is over when it owns the
-//! TAP; [`source`] lasts from a command, or from the front-end's wish, until the TAP is the target's or for good ours.
-//! [`snapshot`] turns the device into what is said of it and back, [`frames`] moves frames in hand; [`device_state`] is
-//! what the front-end asks for, [`transfer`] has its threads.
+//! [`Handovers`] has one role at a time (`role.rs`), and one connection, timer and clock for it:
 //!
-//! Everything happens in the event loop, which waits for [`Handover`] as for any descriptor and calls
-//! [`Handover::settle`] after everything else that may have started or stopped a ring.
+//! ```text
+//!           begin                 both agree
+//!   Idle ──────────▶ Asking ─────────────────▶ DeviceSource, SessionSource
+//!     ▲ └──────────▶ Answering ──────────────▶ DeviceTarget, SessionTarget
+//!     │  a source connects                         │
+//!     └──────────── the end: `last` says how ──────┘
+//! ```
+//! A front-end that moves device state itself skips the prologue ([`device_state`]). A source that has handed over keeps its
+//! role: the process ends when its front-end leaves.
+//!
+//! Everything happens in the event loop, which waits for [`Handovers`] as for any descriptor and calls
+//! [`Handovers::settle`] after everything else that may have started or stopped a ring. The front-end's connection is the
+//! event loop's own; a hand-over sees it as [`session::FrontEnd`].
 
+pub mod device;
 pub mod device_state;
 pub mod error;
-pub mod frames;
 pub mod incoming;
-pub mod live;
-pub mod snapshot;
-pub mod source;
-pub mod target;
+pub mod options;
+pub mod prologue;
+mod role;
+pub mod session;
 pub mod transfer;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use baton_channel::packet::PacketSocket;
-use baton_channel::peer::Peer;
+use baton_channel::peer::{Peer, PeerProcess};
 use baton_control::{error_chain, limited};
-use baton_protocol::control::{HandoverReply, HandoverStatus};
-use baton_protocol::handover::refusal::Refusal;
+use baton_faults::Point;
+use baton_protocol::control::{HandoverReply, HandoverState, HandoverStatus};
+use baton_protocol::end_reason::EndReason;
+use baton_protocol::handover::prologue::Purpose;
+use baton_protocol::handover::wire::refusal::Refusal;
+use nix::sys::time::TimeSpec;
 use nix::sys::timer::Expiration;
 use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags, TimerSetTimeFlags};
+use nix::time::clock_gettime;
 
-use crate::control::{self, Call};
+use crate::control::{self, Answer, Call};
 use crate::device::{Device, DeviceError};
-use crate::events::{Epoll, Events, Ready};
+use crate::events::{Epoll, Events, Ready, Watched};
 use crate::mailbox::{Mailbox, mailbox};
 use device_state::Transfer;
 use error::{HandoverError, IncomingError};
 use incoming::Incoming;
-use live::Arrived;
-use snapshot::Wishes;
-use source::SourceEnd;
-use target::TargetEnd;
+use options::TargetOptions;
+use prologue::{Answering, Asking};
+use role::Role;
+use session::FrontEnd;
 use transfer::{Letter, Threads};
 
-const INCOMING: u64 = 0;
-const TIMER: u64 = 1;
-const SOURCE: u64 = 2;
-const TARGET: u64 = 3;
-const MAIL: u64 = 4;
+// In the order in which they are looked at: the peer's messages, its death, a new peer, a transfer, the time.
+const LINK: u64 = 0;
+const PROCESS: u64 = 1;
+const INCOMING: u64 = 2;
+const TRANSFER: u64 = 3;
+const TIMER: u64 = 4;
 
 /// What this program calls itself.
 const PROGRAM: &str = concat!("baton-backend ", env!("CARGO_PKG_VERSION"));
+
+/// What a target calls its source, which has no path.
+const SOURCE_NAME: &str = "the source";
 
 /// A program to run at the end, with the TAP's name.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,346 +92,390 @@ pub enum Departure {
     Ending,
 }
 
-/// What both ends need from around them.
-#[derive(Clone, Copy, Debug)]
-pub struct Surroundings<'a> {
-    epoll: &'a Epoll,
-    now: Duration,
+/// What a hand-over works on.
+#[derive(Debug)]
+pub struct Context<'a> {
+    /// The device.
+    pub device: &'a mut Device,
+    /// The front-end.
+    pub front: &'a mut dyn FrontEnd,
+    /// The command line.
+    pub options: &'a TargetOptions,
+    /// The front-end's own transfer of device state.
+    pub transfer: &'a mut Transfer,
+    /// Watches what a hand-over waits for.
+    pub epoll: &'a Arc<Epoll>,
 }
 
 /// The hand-overs of this process. Readable while there is something to do.
 #[derive(Debug)]
-pub struct Handover {
-    epoll: Epoll,
-    began: Instant,
+pub struct Handovers {
+    epoll: Arc<Epoll>,
     timer: TimerFd,
-    wishes: Wishes,
+    /// What the timer is set for.
+    due: Option<Duration>,
+    options: TargetOptions,
     incoming: Option<Incoming>,
-    source: Option<SourceEnd>,
-    target: Option<TargetEnd>,
-    /// A source of a session that has just come.
-    arrived: Option<Arrived>,
-    /// The peer of a session's hand-over that is under way.
-    live: Option<String>,
+    role: Role,
+    /// How the last one ended, with the device or session still here.
+    last: Option<HandoverStatus>,
     transfer: Transfer,
-    /// The front-end runs as this process' user or root.
-    frontend_trusted: bool,
     threads: Threads,
     mail: Mailbox<Letter>,
 }
 
-impl AsFd for Handover {
+impl AsFd for Handovers {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.epoll.as_fd()
+        (*self.epoll).as_fd()
     }
 }
 
-impl Handover {
-    /// Waits for a device on `incoming`, if that is given.
+/// `CLOCK_MONOTONIC`, which all processes share.
+fn now() -> Duration {
+    clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map(Duration::from).unwrap_or_default()
+}
+
+/// The status of a source whose hand-over ended, with the device or session still here.
+fn source_status(peer: &str, reason: &EndReason) -> HandoverStatus {
+    let (state, reason) = match reason {
+        EndReason::Cancelled => (HandoverState::Cancelled, None),
+        EndReason::Possible => (HandoverState::Possible, None),
+        reason => (HandoverState::Failed, Some(reason.to_string())),
+    };
+    HandoverStatus { state, peer: peer.to_owned(), epoch: None, reason }
+}
+
+impl Handovers {
+    /// Waits for a source on `incoming`, if that is given.
     ///
     /// # Errors
     /// [`IncomingError`].
-    pub fn new(incoming: Option<&Path>, wishes: Wishes) -> Result<Self, IncomingError> {
-        let epoll = Epoll::new()?;
+    pub fn new(incoming: Option<&Path>, options: TargetOptions) -> Result<Self, IncomingError> {
+        let epoll = Arc::new(Epoll::new()?);
         let incoming = incoming.map(|path| Incoming::bind(path, &epoll)).transpose()?;
         let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
         let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags).map_err(io::Error::from)?;
         epoll.add(&timer, Events::EPOLLIN, TIMER)?;
         let (mailer, mail) = mailbox()?;
-        epoll.add(&mail, Events::EPOLLIN, MAIL)?;
+        epoll.add(&mail, Events::EPOLLIN, TRANSFER)?;
         Ok(Self {
             epoll,
-            began: Instant::now(),
             timer,
-            wishes,
+            due: None,
+            options,
             incoming,
-            source: None,
-            target: None,
-            arrived: None,
-            live: None,
+            role: Role::Idle,
+            last: None,
             transfer: Transfer::None,
-            frontend_trusted: false,
             threads: Threads::new(mailer),
             mail,
         })
     }
 
-    fn now(&self) -> Duration {
-        self.began.elapsed()
+    /// The role, and what it works on.
+    fn split<'a>(
+        &'a mut self,
+        device: &'a mut Device,
+        front: &'a mut dyn FrontEnd,
+    ) -> (&'a mut Role, Context<'a>) {
+        let Self { role, options, transfer, epoll, .. } = self;
+        (role, Context { device, front, options, transfer, epoll })
     }
 
     /// Does what there is to do.
     ///
     /// # Errors
     /// [`DeviceError`]: the device cannot go on.
-    pub fn progress(&mut self, device: &mut Device) -> Result<(), DeviceError> {
+    pub fn progress(&mut self, device: &mut Device, front: &mut dyn FrontEnd) -> Result<(), DeviceError> {
         let mut ready = Ready::<8>::default();
-        let events: Vec<_> = match self.epoll.wait(0, &mut ready) {
-            Ok(events) => events.collect(),
+        let mut tokens: Vec<u64> = match self.epoll.wait(0, &mut ready) {
+            Ok(events) => events.map(|(token, _)| token).collect(),
             Err(error) => {
                 limited!(warn, %error, "cannot wait for the hand-over");
                 return Ok(());
             }
         };
-        for (token, _) in events {
-            let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
+        tokens.sort_unstable();
+        for token in tokens {
+            let (role, mut cx) = self.split(device, front);
             match token {
-                INCOMING => {
-                    // Whether the last source has gone is to be known first.
-                    if let Some(target) = &mut self.target {
-                        target.hear_out(device, &self.wishes, around)?;
-                    }
-                    self.target.take_if(|target| target.is_over());
-                    self.accept(device);
-                }
-                SOURCE => {
-                    if let Some(source) = &mut self.source {
-                        source.listen(device, around)?;
-                    }
-                }
-                TARGET => {
-                    if let Some(target) = &mut self.target {
-                        target.listen(device, &self.wishes, around)?;
-                    }
-                    if let Some(target) = self.target.take_if(|target| target.is_for_session()) {
-                        self.arrived = target.into_arrived(around);
-                    }
-                }
-                MAIL => self.on_mail(device)?,
-                _ => {
-                    // Fails only when nothing has expired.
-                    let _ = self.timer.unset();
-                    if let Some(incoming) = &mut self.incoming {
-                        incoming.on_time(around);
-                    }
-                    if let Some(source) = &mut self.source {
-                        source.on_time(device, around)?;
-                    }
-                    if let Some(target) = &mut self.target {
-                        target.on_time(device, &self.wishes, around)?;
-                    }
-                }
+                LINK => role.listen(&mut cx)?,
+                PROCESS => role.died(&mut cx)?,
+                INCOMING => self.on_source(device, front)?,
+                TRANSFER => self.on_mail(device)?,
+                _ => self.on_time(device, front)?,
             }
+            self.advance(device, front)?;
         }
+        let (role, mut cx) = self.split(device, front);
+        role.hurry(&mut cx)?;
         self.settle(device)
     }
 
-    /// Has the hand-over follow the rings: all of them stopped, or one started that needs the TAP.
+    fn on_time(&mut self, device: &mut Device, front: &mut dyn FrontEnd) -> Result<(), DeviceError> {
+        // Fails only when nothing has expired.
+        let _ = self.timer.unset();
+        // Tests make the timer expire early.
+        let time = now().max(self.due.take().unwrap_or_default());
+        if let Some(incoming) = &mut self.incoming {
+            incoming.on_time(&self.epoll, time);
+        }
+        let (role, mut cx) = self.split(device, front);
+        role.on_time(&mut cx, time)
+    }
+
+    /// Goes on to the next role, if this one has come to its end.
+    fn advance(&mut self, device: &mut Device, front: &mut dyn FrontEnd) -> Result<(), DeviceError> {
+        let (role, mut cx) = self.split(device, front);
+        let ended = role.advance(&mut cx)?;
+        self.note(ended);
+        Ok(())
+    }
+
+    fn note(&mut self, ended: Option<HandoverStatus>) {
+        self.last = ended.or(self.last.take());
+    }
+
+    /// A source has connected.
+    fn on_source(&mut self, device: &mut Device, front: &mut dyn FrontEnd) -> Result<(), DeviceError> {
+        let (role, mut cx) = self.split(device, front);
+        role.hear_out(&mut cx)?;
+        self.advance(device, front)?;
+        let Some(link) = self.incoming.as_mut().and_then(|incoming| incoming.accept(&self.epoll, now()))
+        else {
+            return Ok(());
+        };
+        let trusted = Peer::trusted(&link);
+        let refusal = match &trusted {
+            Err(error) => Some(Refusal::User(error.to_string())),
+            Ok(_) if device.tap().is_some() => Some(Refusal::AlreadyInitialised),
+            Ok(_) if !self.role.is_idle() || self.is_transferring() => Some(Refusal::Busy),
+            Ok(_) => None,
+        };
+        if let Some(refusal) = refusal {
+            limited!(warn, %refusal, "a hand-over was refused");
+            prologue::refuse(&link, refusal);
+            return Ok(());
+        }
+        match Watched::new(link, &self.epoll, LINK) {
+            Ok(link) => {
+                let same_user = trusted.is_ok_and(Peer::same_user);
+                let answering = Answering::begin(link, same_user, self.options.vhost_from_source);
+                self.role = Role::Answering(Box::new(answering));
+            }
+            Err(error) => limited!(warn, %error, "cannot wait for a source"),
+        }
+        Ok(())
+    }
+
+    /// Follows the rings: all of them stopped, or one started that needs the TAP.
     ///
     /// # Errors
     /// [`DeviceError`]: the device cannot go on.
     pub fn settle(&mut self, device: &mut Device) -> Result<(), DeviceError> {
-        let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
-        if let Some(source) = &mut self.source {
-            source.settle(device, around)?;
+        match &mut self.role {
+            Role::DeviceSource(source) => source.settle(device)?,
+            Role::DeviceTarget(target) => target.settle(device, &self.options)?,
+            _ => {}
         }
-        if let Some(target) = &mut self.target {
-            target.settle(device, &self.wishes, around)?;
-        }
-        self.target.take_if(|target| target.is_over());
-        self.source.take_if(|source| source.is_forgotten());
+        let ended = self.role.end();
+        self.note(ended);
         self.set_timer();
         Ok(())
     }
 
-    fn set_timer(&self) {
-        let deadlines = [
-            self.source.as_ref().and_then(SourceEnd::deadline),
-            self.target.as_ref().and_then(TargetEnd::deadline),
-            self.incoming.as_ref().and_then(Incoming::deadline),
-        ];
-        let Some(deadline) = deadlines.into_iter().flatten().min() else { return };
-        let left = deadline.saturating_sub(self.now()).max(Duration::from_millis(1));
-        if let Err(error) = self.timer.set(Expiration::OneShot(left.into()), TimerSetTimeFlags::empty()) {
+    fn set_timer(&mut self) {
+        let deadlines = [self.role.deadline(), self.incoming.as_ref().and_then(Incoming::deadline)];
+        let deadline = deadlines.into_iter().flatten().min();
+        if deadline == self.due {
+            return;
+        }
+        self.due = deadline;
+        let result = match deadline {
+            Some(deadline) => {
+                let now = now();
+                let at = now + baton_faults::patience(deadline.saturating_sub(now));
+                // Zero would disarm the timer.
+                let at = TimeSpec::from(at.max(Duration::from_nanos(1)));
+                self.timer.set(Expiration::OneShot(at), TimerSetTimeFlags::TFD_TIMER_ABSTIME)
+            }
+            None => self.timer.unset(),
+        };
+        if let Err(error) = result {
             limited!(warn, %error, "cannot set the hand-over's timer");
         }
     }
 
-    /// The front-end has gone, with all rings stopped.
+    /// The front-end left, with all rings stopped.
     ///
     /// # Errors
     /// [`DeviceError`]: the device cannot go on.
     pub fn frontend_left(&mut self, device: &mut Device, departure: Departure) -> Result<(), DeviceError> {
         self.transfer = Transfer::None;
-        let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
-        // One that has left the device to a process that ends has it cleaned up by that.
-        if let Some(target) = self.target.as_mut().filter(|_| departure == Departure::Left) {
-            target.frontend_left(device, &self.wishes, around)?;
+        match &mut self.role {
+            // A front-end that is cut off leaves the device to a process that ends, which cleans up.
+            Role::DeviceTarget(target) if departure == Departure::Left => {
+                target.frontend_left(device, &self.options)?;
+            }
+            _ => {}
         }
         self.settle(device)?;
-        let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
-        match &mut self.source {
-            Some(source) => source.frontend_left(device, around, departure == Departure::Ending),
-            None => Ok(()),
+        match &mut self.role {
+            Role::DeviceSource(source) => source.frontend_left(device, departure == Departure::Ending)?,
+            _ => return Ok(()),
         }
+        self.settle(device)
     }
 
-    /// Whether the front-end runs as this process' user or root, by the connection's peer.
-    pub fn set_frontend_trusted(&mut self, trusted: bool) {
-        self.frontend_trusted = trusted;
-    }
-
-    /// A front-end is there.
+    /// A front-end connected.
     ///
     /// # Errors
     /// [`DeviceError`]: the device cannot go on.
     pub fn frontend_came(&mut self, device: &mut Device) -> Result<(), DeviceError> {
-        let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
-        match &mut self.source {
-            Some(source) => source.frontend_came(device, around),
-            None => Ok(()),
+        match &mut self.role {
+            Role::DeviceSource(source) => source.frontend_came(device),
+            _ => Ok(()),
         }
     }
 
     /// Whether this process has nothing more to do once no front-end is connected.
     pub fn is_done(&self) -> bool {
-        self.source.as_ref().is_some_and(SourceEnd::is_done)
+        self.role.is_done()
     }
 
-    /// How it stands.
+    /// How the hand-over stands, or how the last one ended.
     pub fn status(&self) -> Option<HandoverStatus> {
-        let target = self.target.as_ref().map(TargetEnd::status);
-        target.or_else(|| self.source.as_ref().map(SourceEnd::status))
+        self.role.status().or_else(|| self.last.clone())
     }
 
-    /// Ends: what is still ours is ours for good, what another process holds is its. Gives what the last owner is to
-    /// run.
+    /// The process ends: says whose the session is, before anything is cleaned up.
+    ///
+    /// # Errors
+    /// [`DeviceError`]: the device cannot go on.
+    pub fn end_session(&mut self, device: &mut Device, front: &mut dyn FrontEnd) -> Result<(), DeviceError> {
+        let (role, mut cx) = self.split(device, front);
+        match role {
+            Role::Asking(asking) => asking.cancel(&cx),
+            Role::SessionSource(source) => source.finish(&mut cx)?,
+            Role::SessionTarget(_) => {
+                cx.device.unstage()?;
+                cx.front.unstage();
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// The process ends: what is still ours is ours for good, what another process holds is its. Gives what the last
+    /// owner is to run.
     ///
     /// # Errors
     /// [`DeviceError`]: the device cannot go on.
     pub fn finish(&mut self, device: &mut Device) -> Result<Option<LastWork>, DeviceError> {
-        let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
-        if let Some(source) = &mut self.source {
-            source.finish(device, around)?;
-        }
-        if let Some(target) = &mut self.target {
-            target.finish(device, &self.wishes, around)?;
+        match &mut self.role {
+            Role::DeviceSource(source) => source.finish(device)?,
+            Role::DeviceTarget(target) => target.finish(device, &self.options)?,
+            _ => {}
         }
         let Some(tap) = device.tap() else { return Ok(None) };
         let tap = tap.name();
         Ok(device.config().downscript.clone().map(|script| LastWork { script, tap }))
     }
 
-    /// Hands the device over to the back-end that waits at `path`, when all rings are stopped. `call` is answered when
-    /// it is known whether the target would take it.
-    ///
-    /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Hands the device or the session over to the back-end that waits at `path`. The answer to `call` is sent when it is
+    /// known whether the target would take the device, or how the hand-over of the session ended.
     pub fn begin(
         &mut self,
         device: &mut Device,
+        front: &mut dyn FrontEnd,
+        purpose: Purpose,
         path: &Path,
-        dry_run: bool,
         call: Call,
-    ) -> Result<(), DeviceError> {
-        let end = match self.try_begin(device, path) {
-            Ok(end) => end,
-            Err(error) => {
-                call.answer(Err(control::refusal(error_chain(&error))));
-                return Ok(());
+    ) {
+        match self.connect(device, purpose, path) {
+            Ok((link, process)) => {
+                let (role, cx) = self.split(device, front);
+                let peer = path.display().to_string();
+                *role = Role::Asking(Box::new(Asking::begin(&cx, purpose, link, process, peer, call)));
+                self.set_timer();
             }
-        };
-        let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
-        self.source.insert(end).begin(device, around, PROGRAM, dry_run, call)?;
-        self.settle(device)
+            Err(error) => call.answer(Err(control::refusal(error_chain(&error)))),
+        }
     }
 
-    fn try_begin(&self, device: &Device, path: &Path) -> Result<SourceEnd, HandoverError> {
+    fn connect(
+        &self,
+        device: &Device,
+        purpose: Purpose,
+        path: &Path,
+    ) -> Result<(Watched<PacketSocket>, Option<Watched<PeerProcess>>), HandoverError> {
         self.check_free(device)?;
+        if purpose == Purpose::Session && self.is_transferring() {
+            return Err(HandoverError::DeviceState);
+        }
         let link = PacketSocket::connect(path)?;
+        if purpose == Purpose::Session {
+            baton_faults::point(Point::SourceSessionConnected)?;
+        }
         let process = Peer::trusted_at(&link, path)?.pid;
         if u32::try_from(process) == Ok(std::process::id()) {
             return Err(HandoverError::Oneself);
         }
-        self.epoll.add(&link, Events::EPOLLIN, SOURCE)?;
-        SourceEnd::new(link, path.display().to_string())
+        let process = match purpose {
+            Purpose::Device => None,
+            Purpose::Session => {
+                let life = PeerProcess::of(&link).map_err(|error| match error.kind() {
+                    io::ErrorKind::NotFound => HandoverError::Gone,
+                    _ => error.into(),
+                })?;
+                Some(Watched::new(life, &self.epoll, PROCESS)?)
+            }
+        };
+        Ok((Watched::new(link, &self.epoll, LINK)?, process))
     }
 
-    /// What the command line decides of what arrives.
-    pub fn wishes(&self) -> &Wishes {
-        &self.wishes
-    }
-
-    /// A source that wants to hand a session over, and has just said so.
-    pub fn take_arrived(&mut self) -> Option<Arrived> {
-        self.arrived.take()
-    }
-
-    /// Whose session's hand-over is under way.
-    pub fn set_live(&mut self, peer: Option<&str>) {
-        if self.live.as_deref() != peer {
-            self.live = peer.map(str::to_owned);
-        }
-    }
-
-    /// Whether a session's hand-over is under way, or is about to be.
-    fn is_live(&self) -> bool {
-        self.live.is_some() || self.arrived.is_some()
-    }
-
-    /// That a session's hand-over can begin.
-    ///
-    /// # Errors
-    /// [`HandoverError`].
-    pub fn check_live(&self, device: &Device) -> Result<(), HandoverError> {
-        self.check_free(device)?;
-        if self.is_transferring() { Err(HandoverError::DeviceState) } else { Ok(()) }
-    }
-
-    /// That this process has a device, and does not hand it over yet.
+    /// Checks that this process has a device, and is not handing it over already.
     fn check_free(&self, device: &Device) -> Result<(), HandoverError> {
-        if let Some(peer) = &self.live {
-            return Err(HandoverError::UnderWay(peer.clone()));
-        }
-        if let Some(source) = self.source.as_ref().filter(|source| !source.is_over()) {
-            return Err(HandoverError::UnderWay(source.peer().to_owned()));
+        if let Some(peer) = self.role.peer() {
+            return Err(HandoverError::UnderWay(peer.to_owned()));
         }
         if device.tap().is_none() { Err(HandoverError::NoTap) } else { Ok(()) }
     }
 
-    /// Ends the hand-over that was begun, if the device is not the target's yet.
+    /// Ends the hand-over that the operator began, if nothing is the target's yet.
     ///
     /// # Errors
     /// [`DeviceError`]: the device cannot go on.
-    pub fn cancel(&mut self, device: &mut Device) -> Result<control::Answer, DeviceError> {
-        let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
-        let Some(source) = self.source.as_mut().filter(|source| !source.is_over()) else {
-            return Ok(Err(control::refusal(HandoverError::NotUnderWay.to_string())));
+    pub fn cancel(&mut self, device: &mut Device, front: &mut dyn FrontEnd) -> Result<Answer, DeviceError> {
+        let (role, mut cx) = self.split(device, front);
+        let answer = match role {
+            Role::Asking(asking) => {
+                asking.cancel(&cx);
+                control::answer(&HandoverReply::CANCELLED)
+            }
+            Role::DeviceSource(source) => source.cancel(cx.device)?,
+            Role::SessionSource(source) => source.cancel(&mut cx)?,
+            _ => Err(control::refusal(HandoverError::NotUnderWay.to_string())),
         };
-        source.cancel(device, around)?;
-        Ok(if device.tap().is_some() {
-            control::answer(&HandoverReply::CANCELLED)
-        } else {
-            Err(control::refusal("too late: the device is the target's"))
-        })
+        self.advance(device, front)?;
+        self.set_timer();
+        Ok(answer)
     }
 
-    /// Whether this process has a device in another hand-over, though not the TAP: it would lose the one for another.
-    fn is_occupied(&self) -> bool {
-        self.target.is_some() || self.source.as_ref().is_some_and(SourceEnd::is_given)
-    }
-
-    /// Somebody wants to hand a device over.
-    fn accept(&mut self, device: &Device) {
-        let around = Surroundings { epoll: &self.epoll, now: self.began.elapsed() };
-        let Some(link) = self.incoming.as_mut().and_then(|incoming| incoming.accept(around)) else { return };
-        let trusted = Peer::trusted(&link);
-        let refusal = match &trusted {
-            Err(error) => Some(Refusal::User(error.to_string())),
-            Ok(_) if device.tap().is_some() => Some(Refusal::AlreadyInitialised),
-            Ok(_) if self.is_occupied() || self.is_live() || self.is_transferring() => Some(Refusal::Busy),
-            Ok(_) => None,
-        };
-        if let Some(refusal) = refusal {
-            limited!(warn, %refusal, "a hand-over was refused");
-            target::refuse(&link, refusal);
-            return;
+    /// The session's memory was truncated: no target may go on with it.
+    ///
+    /// # Errors
+    /// [`DeviceError`]: the device cannot go on.
+    pub fn cancel_session(
+        &mut self,
+        device: &mut Device,
+        front: &mut dyn FrontEnd,
+    ) -> Result<(), DeviceError> {
+        match &self.role {
+            Role::Asking(asking) if asking.purpose == Purpose::Session => {}
+            Role::SessionSource(_) => {}
+            _ => return Ok(()),
         }
-        if let Err(error) = self.epoll.add(&link, Events::EPOLLIN, TARGET) {
-            limited!(warn, %error, "cannot wait for a source");
-            return;
-        }
-        let same_user = trusted.is_ok_and(Peer::same_user);
-        self.target = Some(TargetEnd::greeted(link, same_user, device, around.now));
+        self.cancel(device, front).map(drop)
     }
 }

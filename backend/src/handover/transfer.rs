@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use baton_channel::packet::{ChannelError, Packet, PacketSocket};
 use baton_channel::peer::Peer;
 use baton_protocol::codec::{CodecError, HEADER, Message as _};
-use baton_protocol::handover::message::{Message, PROTOCOL};
+use baton_protocol::handover::wire::message::{Message, PROTOCOL};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 

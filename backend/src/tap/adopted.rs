@@ -6,7 +6,7 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
-use baton_protocol::handover::state::{DeviceState, QueuePairState};
+use baton_protocol::handover::wire::device::{DeviceState, QueuePairState};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::{Tap, TapQueue, empty_request, interface_name, ioctl, is_macvtap};

@@ -131,38 +131,22 @@ crate::messages! {
     #[derive(Clone, Debug, PartialEq, Eq)]
     pub enum Message: PROTOCOL {
         /// HELLO, the source's.
-        Hello(Hello) = 1,
+        Hello(Hello) = 1 "HELLO",
         /// HELLO, the target's.
-        Welcome(Welcome) = 2,
+        Welcome(Welcome) = 2 "HELLO",
         /// REFUSE.
-        Refuse(Refuse) = 3,
+        Refuse(Refuse) = 3 "REFUSE",
         /// PREPARE.
-        Prepare(Prepare) = 4,
+        Prepare(Prepare) = 4 "PREPARE",
         /// PREPARED.
-        Prepared(Prepared) = 5,
+        Prepared(Prepared) = 5 "PREPARED",
         /// STATE.
-        State(State) = 6,
+        State(State) = 6 "STATE",
         /// READY.
-        Ready(Ready) = 7,
+        Ready(Ready) = 7 "READY",
         /// COMMIT.
-        Commit(Commit) = 8,
+        Commit(Commit) = 8 "COMMIT",
         /// ACTIVE.
-        Active(Active) = 9,
-    }
-}
-
-impl Message {
-    /// Its name, for the log.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Hello(_) | Self::Welcome(_) => "HELLO",
-            Self::Refuse(_) => "REFUSE",
-            Self::Prepare(_) => "PREPARE",
-            Self::Prepared(_) => "PREPARED",
-            Self::State(_) => "STATE",
-            Self::Ready(_) => "READY",
-            Self::Commit(_) => "COMMIT",
-            Self::Active(_) => "ACTIVE",
-        }
+        Active(Active) = 9 "ACTIVE",
     }
 }

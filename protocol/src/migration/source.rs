@@ -12,11 +12,10 @@
 
 use std::time::Duration;
 
-use thiserror::Error;
-
 use super::message::{Commit, Hello, Message};
-use crate::ownership::{Swapped, Word};
-use crate::reasons::Reasons;
+use crate::codec::Message as _;
+use crate::end_reason::EndReason;
+use crate::ownership::{SwapOutcome, Word};
 
 /// How long the target may take for its HELLO.
 pub const GREETING_PATIENCE: Duration = Duration::from_secs(5);
@@ -28,21 +27,21 @@ pub const STOPPED_PATIENCE: Duration = Duration::from_secs(10);
 /// What happens to a source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// The target said something.
+    /// A message arrived.
     Message(Message),
-    /// The connection ended, or brought what is no message.
+    /// The connection ended, or brought something that is not a message.
     Closed,
-    /// Nothing came until the deadline.
-    Timeout,
+    /// Time passed.
+    Time,
     /// How [`Action::Stop`] ended: the VM stands still, and its state has been sent.
     Stopped,
-    /// Something failed on this side.
+    /// The source failed.
     Failed(String),
     /// How [`Action::Withdraw`] ended.
-    Swapped(Swapped),
+    Swapped(SwapOutcome),
 }
 
-/// What is to be done, in this order.
+/// What to do, in this order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
     /// Send this.
@@ -53,7 +52,7 @@ pub enum Action {
     Stop,
     /// The commit point: swap the word from [`Word::INITIAL`] to this one.
     Offer(Word),
-    /// Swap the word, and say with [`Event::Swapped`] whether that worked.
+    /// Change the word by compare-and-swap, and report with [`Event::Swapped`].
     Withdraw {
         /// What it must be.
         from: Word,
@@ -92,52 +91,36 @@ impl Phase {
     }
 }
 
-/// Why the VM has not moved.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-pub enum Reason {
-    /// The target refuses.
-    #[error("the target refuses: {0}")]
-    Refused(Reasons),
-    /// The target went away.
-    #[error("the target closed the connection")]
-    Closed,
-    /// The target does not answer.
-    #[error("the target does not answer")]
-    Silent,
-    /// The target sends what does not belong there.
-    #[error("the target sent {0} at the wrong time")]
-    OutOfTurn(&'static str),
-    /// The target said that it took the VM, and did not.
-    #[error("the target said that it had taken the VM, but had not")]
-    Untrue,
-    /// The word has a value that it cannot have.
-    #[error("the ownership word was not what it must be")]
-    Meaningless,
-    /// This side failed.
-    #[error("{0}")]
-    Failed(String),
-}
-
 /// A source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
     /// HELLO was sent.
     Greeting {
-        /// Nothing is to move.
+        /// Only to find out whether the target would take the VM.
         dry_run: bool,
+        /// When to give up.
+        deadline: Duration,
     },
     /// PREPARE was sent.
-    Preparing,
+    Preparing {
+        /// When to give up.
+        deadline: Duration,
+    },
     /// The VM is being stopped.
     Stopping,
     /// STATE was sent.
-    Restoring,
+    Restoring {
+        /// When to give up.
+        deadline: Duration,
+    },
     /// COMMIT was sent.
     Offered {
         /// The ownership word, offered.
         word: Word,
+        /// When to give up.
+        deadline: Duration,
         /// Why it is being withdrawn, while it is.
-        withdrawing: Option<Reason>,
+        withdrawing: Option<EndReason>,
     },
     /// The target would take the VM; nothing else was asked.
     Possible,
@@ -148,22 +131,24 @@ pub enum Source {
         /// Where it failed.
         phase: Phase,
         /// Why.
-        reason: Reason,
+        reason: EndReason,
     },
 }
 
 impl Source {
     /// Begins on a fresh connection.
-    pub fn begin(hello: Hello) -> (Self, Vec<Action>) {
-        (Self::Greeting { dry_run: hello.dry_run }, vec![Action::Send(Message::Hello(hello))])
+    pub fn begin(hello: Hello, now: Duration) -> (Self, Vec<Action>) {
+        let state = Self::Greeting { dry_run: hello.dry_run, deadline: now + GREETING_PATIENCE };
+        (state, vec![Action::Send(Message::Hello(hello))])
     }
 
-    /// How long to wait for the target; `None` where nothing is to come from it.
-    pub fn patience(&self) -> Option<Duration> {
+    /// When [`Event::Time`] matters; `None` where the target has nothing to answer.
+    pub fn deadline(&self) -> Option<Duration> {
         match self {
-            Self::Greeting { .. } => Some(GREETING_PATIENCE),
-            Self::Preparing => Some(PREPARING_PATIENCE),
-            Self::Restoring | Self::Offered { .. } => Some(STOPPED_PATIENCE),
+            Self::Greeting { deadline, .. }
+            | Self::Preparing { deadline }
+            | Self::Restoring { deadline }
+            | Self::Offered { deadline, .. } => Some(*deadline),
             Self::Stopping | Self::Possible | Self::Completed | Self::Ended { .. } => None,
         }
     }
@@ -173,46 +158,56 @@ impl Source {
         matches!(self, Self::Possible | Self::Completed | Self::Ended { .. })
     }
 
-    /// What follows from `event`.
+    /// The next state, and what to do. `now` is the time of the event.
     #[must_use]
-    pub fn step(self, event: Event) -> (Self, Vec<Action>) {
+    pub fn step(self, event: Event, now: Duration) -> (Self, Vec<Action>) {
+        if event == Event::Time && self.deadline().is_none_or(|deadline| now < deadline) {
+            return (self, Vec::new());
+        }
         match (self, event) {
-            (Self::Greeting { dry_run: true }, Event::Message(Message::Welcome(_))) => {
+            (Self::Greeting { dry_run: true, .. }, Event::Message(Message::Welcome(_))) => {
                 (Self::Possible, Vec::new())
             }
-            (Self::Greeting { dry_run: false }, Event::Message(Message::Welcome(_))) => {
-                (Self::Preparing, vec![Action::Prepare])
+            (Self::Greeting { dry_run: false, .. }, Event::Message(Message::Welcome(_))) => {
+                (Self::Preparing { deadline: now + PREPARING_PATIENCE }, vec![Action::Prepare])
             }
-            (Self::Preparing, Event::Message(Message::Prepared(_))) => (Self::Stopping, vec![Action::Stop]),
-            (Self::Stopping, Event::Stopped) => (Self::Restoring, Vec::new()),
-            (Self::Restoring, Event::Message(Message::Ready(_))) => Self::offer(),
-            (Self::Offered { word, withdrawing: None }, event) => Self::withdraw(word, event),
-            (Self::Offered { withdrawing: Some(_), .. }, Event::Swapped(Err(Some(now))))
+            (Self::Preparing { .. }, Event::Message(Message::Prepared(_))) => {
+                (Self::Stopping, vec![Action::Stop])
+            }
+            (Self::Stopping, Event::Stopped) => {
+                (Self::Restoring { deadline: now + STOPPED_PATIENCE }, Vec::new())
+            }
+            (Self::Restoring { .. }, Event::Message(Message::Ready(_))) => Self::offer(now),
+            (Self::Offered { word, deadline, withdrawing: None }, event) => {
+                Self::withdraw(word, deadline, event)
+            }
+            (Self::Offered { withdrawing: Some(_), .. }, Event::Swapped(SwapOutcome::Lost(now)))
                 if now.owner.is_target() =>
             {
                 (Self::Completed, Vec::new())
             }
-            // Where the swap failed and the word is not the target's, the target cannot have taken the VM.
-            (Self::Offered { withdrawing: Some(reason), .. }, Event::Swapped(result)) => {
-                let reason = if result.is_ok() { reason } else { Reason::Meaningless };
+            // If the swap failed and the word is not the target's, the target cannot have taken the VM.
+            (Self::Offered { withdrawing: Some(reason), .. }, Event::Swapped(outcome)) => {
+                let reason = if outcome == SwapOutcome::Won { reason } else { EndReason::Meaningless };
                 (Self::Ended { phase: Phase::Committing, reason }, vec![Action::Resume])
             }
-            // A late word changes nothing.
+            // A late message changes nothing.
             (state @ (Self::Offered { .. } | Self::Possible | Self::Completed | Self::Ended { .. }), _) => {
                 (state, Vec::new())
             }
             (Self::Greeting { .. }, event) => Self::end(Phase::Greeting, event, &[]),
-            (Self::Preparing, event) => Self::end(Phase::Preparing, event, &[]),
+            (Self::Preparing { .. }, event) => Self::end(Phase::Preparing, event, &[]),
             (Self::Stopping, event) => Self::end(Phase::Stopping, event, &[Action::Resume]),
-            (Self::Restoring, event) => Self::end(Phase::Restoring, event, &[Action::Resume]),
+            (Self::Restoring { .. }, event) => Self::end(Phase::Restoring, event, &[Action::Resume]),
         }
     }
 
-    fn offer() -> (Self, Vec<Action>) {
+    fn offer(now: Duration) -> (Self, Vec<Action>) {
         match Word::INITIAL.offered() {
             Some(word) => {
                 let commit = Action::Send(Message::Commit(Commit { epoch: word.epoch }));
-                (Self::Offered { word, withdrawing: None }, vec![Action::Offer(word), commit])
+                let state = Self::Offered { word, deadline: now + STOPPED_PATIENCE, withdrawing: None };
+                (state, vec![Action::Offer(word), commit])
             }
             // The first offer of a word is always possible.
             None => Self::end(Phase::Restoring, Event::Closed, &[Action::Resume]),
@@ -220,13 +215,13 @@ impl Source {
     }
 
     /// Whatever happens to an offer, the word says what it means.
-    fn withdraw(word: Word, event: Event) -> (Self, Vec<Action>) {
+    fn withdraw(word: Word, deadline: Duration, event: Event) -> (Self, Vec<Action>) {
         let reason = match event {
-            Event::Message(Message::Active(_)) => Reason::Untrue,
+            Event::Message(Message::Active(_)) => EndReason::Untrue,
             event => why(event),
         };
         let actions = word.aborted().map(|to| Action::Withdraw { from: word, to }).into_iter().collect();
-        (Self::Offered { word, withdrawing: Some(reason) }, actions)
+        (Self::Offered { word, deadline, withdrawing: Some(reason) }, actions)
     }
 
     fn end(phase: Phase, event: Event, actions: &[Action]) -> (Self, Vec<Action>) {
@@ -234,13 +229,13 @@ impl Source {
     }
 }
 
-/// What it means that something else came than was to come.
-fn why(event: Event) -> Reason {
+/// Why an event that the state does not wait for ends the migration.
+fn why(event: Event) -> EndReason {
     match event {
-        Event::Message(Message::Refuse(refuse)) => Reason::Refused(refuse.reasons.bounded()),
-        Event::Message(message) => Reason::OutOfTurn(message.name()),
-        Event::Closed | Event::Stopped | Event::Swapped(_) => Reason::Closed,
-        Event::Timeout => Reason::Silent,
-        Event::Failed(text) => Reason::Failed(text),
+        Event::Message(Message::Refuse(refuse)) => EndReason::Refused(refuse.reasons.bounded()),
+        Event::Message(message) => EndReason::Wrong(message.name()),
+        Event::Closed | Event::Stopped | Event::Swapped(_) => EndReason::Closed,
+        Event::Time => EndReason::Silent,
+        Event::Failed(text) => EndReason::Failed(text),
     }
 }

@@ -14,7 +14,8 @@ use std::time::Duration;
 
 use super::message::{Active, Hello, Message, PROGRAM, Prepare, Prepared, Ready, Refuse, State, Welcome};
 use super::source::{PREPARING_PATIENCE, STOPPED_PATIENCE};
-use crate::ownership::Word;
+use crate::codec::Message as _;
+use crate::ownership::{SwapOutcome, Word};
 use crate::reasons::Reasons;
 
 /// How long a source may take for its HELLO, so that a silent one does not keep others out.
@@ -23,24 +24,21 @@ pub const GREETING_PATIENCE: Duration = Duration::from_secs(5);
 /// What happens to a target.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// The source said something.
+    /// A message arrived.
     Message(Message),
-    /// The connection ended, or brought what is no message.
+    /// The connection ended, or brought something that is not a message.
     Closed,
-    /// Nothing came until the deadline.
-    Timeout,
-    /// What was to be done is done.
+    /// Time passed.
+    Time,
+    /// The last action succeeded.
     Done,
-    /// What was to be done cannot be, for these reasons.
+    /// The last action failed, for these reasons.
     Failed(Reasons),
     /// How [`Action::Take`] ended.
-    Swapped {
-        /// Whether the word was changed.
-        won: bool,
-    },
+    Swapped(SwapOutcome),
 }
 
-/// What is to be done, in this order.
+/// What to do, in this order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
     /// Send this.
@@ -51,7 +49,7 @@ pub enum Action {
     Prepare(Prepare),
     /// Restore the VM, and say how that went.
     Restore(Box<State>),
-    /// Swap the word, and say with [`Event::Swapped`] whether that worked.
+    /// Change the word by compare-and-swap, and report with [`Event::Swapped`].
     Take {
         /// What it must be.
         from: Word,
@@ -78,17 +76,28 @@ pub enum Busy {
 /// A target.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target {
-    /// Nothing was said yet.
-    Waiting,
+    /// A source has connected.
+    Waiting {
+        /// When to give up.
+        deadline: Duration,
+    },
     /// HELLO was answered.
     Greeted {
         /// Which program the source is.
         program: String,
+        /// When to give up.
+        deadline: Duration,
     },
     /// Guest memory is there.
-    Prepared,
+    Prepared {
+        /// When to give up.
+        deadline: Duration,
+    },
     /// All is there; only the word says no yet.
-    Ready,
+    Ready {
+        /// When to try to take the VM without a COMMIT.
+        deadline: Duration,
+    },
     /// Something is being done.
     Busy {
         /// What.
@@ -106,13 +115,18 @@ pub enum Target {
 }
 
 impl Target {
-    /// How long to wait for the source; `None` where nothing is to come from it.
-    pub fn patience(&self) -> Option<Duration> {
+    /// Begins on a fresh connection.
+    pub fn begin(now: Duration) -> Self {
+        Self::Waiting { deadline: now + GREETING_PATIENCE }
+    }
+
+    /// When [`Event::Time`] matters; `None` where the source has nothing to send.
+    pub fn deadline(&self) -> Option<Duration> {
         match self {
-            Self::Waiting => Some(GREETING_PATIENCE),
-            // It shares its memory, or stops its VM and has its back-ends stop.
-            Self::Greeted { .. } | Self::Prepared => Some(PREPARING_PATIENCE),
-            Self::Ready => Some(STOPPED_PATIENCE),
+            Self::Waiting { deadline }
+            | Self::Greeted { deadline, .. }
+            | Self::Prepared { deadline }
+            | Self::Ready { deadline } => Some(*deadline),
             Self::Busy { .. } | Self::Active | Self::Ended { .. } => None,
         }
     }
@@ -122,29 +136,32 @@ impl Target {
         matches!(self, Self::Active | Self::Ended { .. })
     }
 
-    /// What follows from `event`.
+    /// The next state, and what to do. `now` is the time of the event.
     #[must_use]
-    pub fn step(self, event: Event) -> (Self, Vec<Action>) {
+    pub fn step(self, event: Event, now: Duration) -> (Self, Vec<Action>) {
+        if event == Event::Time && self.deadline().is_none_or(|deadline| now < deadline) {
+            return (self, Vec::new());
+        }
         match (self, event) {
-            (Self::Waiting, Event::Message(Message::Hello(hello))) => {
+            (Self::Waiting { .. }, Event::Message(Message::Hello(hello))) => {
                 let program = Some((hello.program.clone(), hello.dry_run));
                 (Self::Busy { with: Busy::Judging, hello: program }, vec![Action::Judge(hello)])
             }
             (Self::Greeted { .. }, Event::Message(Message::Prepare(prepare))) => {
                 Self::busy(Busy::Preparing, Action::Prepare(prepare))
             }
-            (Self::Prepared, Event::Message(Message::State(state))) => {
+            (Self::Prepared { .. }, Event::Message(Message::State(state))) => {
                 Self::busy(Busy::Restoring, Action::Restore(Box::new(state)))
             }
-            (Self::Ready, Event::Message(Message::Commit(_)) | Event::Closed | Event::Timeout) => {
+            (Self::Ready { .. }, Event::Message(Message::Commit(_)) | Event::Closed | Event::Time) => {
                 Self::take()
             }
-            (Self::Busy { with, hello }, event) => Self::finished(with, hello, event),
+            (Self::Busy { with, hello }, event) => Self::finished(with, hello, event, now),
             (state @ (Self::Active | Self::Ended { .. }), _) => (state, Vec::new()),
             (_, Event::Message(message)) => {
                 Self::end(format!("the source sent {} at the wrong time", message.name()))
             }
-            (_, Event::Timeout) => Self::end("the source says nothing".to_owned()),
+            (_, Event::Time) => Self::end("the source says nothing".to_owned()),
             (_, _) => Self::end("the source closed the connection".to_owned()),
         }
     }
@@ -162,7 +179,12 @@ impl Target {
         }
     }
 
-    fn finished(with: Busy, hello: Option<(String, bool)>, event: Event) -> (Self, Vec<Action>) {
+    fn finished(
+        with: Busy,
+        hello: Option<(String, bool)>,
+        event: Event,
+        now: Duration,
+    ) -> (Self, Vec<Action>) {
         match (with, event) {
             (Busy::Judging, Event::Done) => {
                 let welcome = Welcome { program: PROGRAM.to_owned() };
@@ -170,16 +192,20 @@ impl Target {
                 let next = if dry_run {
                     Self::Ended { why: format!("{program} has only asked") }
                 } else {
-                    Self::Greeted { program }
+                    Self::Greeted { program, deadline: now + PREPARING_PATIENCE }
                 };
                 (next, vec![Action::Send(Message::Welcome(welcome))])
             }
             (Busy::Preparing, Event::Done) => {
-                (Self::Prepared, vec![Action::Send(Message::Prepared(Prepared {}))])
+                let state = Self::Prepared { deadline: now + PREPARING_PATIENCE };
+                (state, vec![Action::Send(Message::Prepared(Prepared {}))])
             }
-            (Busy::Restoring, Event::Done) => (Self::Ready, vec![Action::Send(Message::Ready(Ready {}))]),
-            (Busy::Taking, Event::Swapped { won: true }) => (Self::Active, vec![Action::Activate]),
-            (Busy::Taking, Event::Swapped { won: false }) => {
+            (Busy::Restoring, Event::Done) => {
+                let state = Self::Ready { deadline: now + STOPPED_PATIENCE };
+                (state, vec![Action::Send(Message::Ready(Ready {}))])
+            }
+            (Busy::Taking, Event::Swapped(SwapOutcome::Won)) => (Self::Active, vec![Action::Activate]),
+            (Busy::Taking, Event::Swapped(SwapOutcome::Lost(_) | SwapOutcome::Meaningless)) => {
                 Self::end("the source has not offered the VM, or has it again".to_owned())
             }
             (_, Event::Failed(reasons)) => {

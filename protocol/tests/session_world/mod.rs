@@ -9,17 +9,24 @@ use std::time::Duration;
 
 use baton_protocol::codec::Message as _;
 use baton_protocol::fd_manifest::NamedFds;
-use baton_protocol::handover::message::{Commit, Descriptors, Hello, Message, Prepare, SESSION, Stage};
-use baton_protocol::handover::refusal::Refusal;
-use baton_protocol::handover::state::{DeviceState, QueuePairState};
-use baton_protocol::handover::validate;
-use baton_protocol::ownership::{Owner, Word};
+use baton_protocol::handover::device::validate;
+use baton_protocol::handover::prologue::{
+    Introduction, Purpose, SourceAction, SourceEvent, SourcePrologue, TargetAction, TargetEvent,
+    TargetPrologue,
+};
+use baton_protocol::handover::session::source::{self, Source};
+use baton_protocol::handover::session::target::{self, Target};
+use baton_protocol::handover::session::validate::{Capabilities, CheckedSession, fd_names};
+use baton_protocol::handover::wire::device::{DeviceState, QueuePairState};
+use baton_protocol::handover::wire::message::{Commit, Descriptors, Message, Prepare, Stage};
+use baton_protocol::handover::wire::refusal::Refusal;
+use baton_protocol::handover::wire::session::{LogState, PairNow, SessionState, VringNow, VringState};
+use baton_protocol::ownership::{Owner, SwapOutcome, Word};
 use baton_protocol::reasons::Reasons;
-use baton_protocol::session::source::{self, Phase, Source};
-use baton_protocol::session::state::{LogState, PairNow, SessionState, VringNow, VringState};
-use baton_protocol::session::target::{self, Target};
-use baton_protocol::session::validate::{Capabilities, CheckedSession, fd_names};
 pub use party::{Deed, End, Party};
+
+/// What each step takes.
+const STEP: Duration = Duration::from_micros(10);
 
 /// A descriptor: as many are open as there are clones.
 pub type Fd = Rc<()>;
@@ -32,27 +39,31 @@ pub struct Held {
 }
 
 pub type Target_ = Target<Fd, Held>;
-pub type TargetEvent = target::Event<Fd, Held>;
-pub type TargetAction = target::Action<Fd, Held>;
+type Event = target::Event<Fd, Held>;
+type Action = target::Action<Fd, Held>;
 
-pub type SourceParty = Party<Source, source::Action, source::Event>;
-pub type TargetParty = Party<Target_, TargetAction, TargetEvent>;
+pub type SourceParty = Party<SourcePrologue, Source, source::Action, source::Event>;
+pub type TargetParty = Party<TargetPrologue, Target_, Action, Event>;
 
 impl SourceParty {
     pub fn deadline(&self) -> Option<Duration> {
-        self.state.as_ref().and_then(Source::deadline)
+        let prologue = self.prologue.as_ref().and_then(SourcePrologue::deadline);
+        prologue.or(self.state.as_ref().and_then(Source::deadline))
     }
 }
 
 impl TargetParty {
     pub fn deadline(&self) -> Option<Duration> {
-        self.state.as_ref().and_then(Target::deadline)
+        let prologue = self.prologue.as_ref().and_then(TargetPrologue::deadline);
+        prologue.or(self.state.as_ref().and_then(Target::deadline))
     }
 }
 
 /// Everything.
 #[derive(Debug)]
 pub struct World {
+    /// Until the source has sent it.
+    hello: Option<Message>,
     pub word: Word,
     /// The word is not what the two made of it.
     pub scribbled: bool,
@@ -96,13 +107,15 @@ fn judge(device: DeviceState, session: SessionState, willing: bool) -> Result<Ch
 
 impl World {
     pub fn new(dry_run: bool) -> Self {
-        let (source, actions) = Source::begin("source", dry_run, Duration::ZERO);
+        let (source, hello) = SourcePrologue::begin(Purpose::Session, "source", dry_run, Duration::ZERO);
+        let own = Introduction { program: "target".to_owned(), wants_vhost: false };
         Self {
+            hello: Some(hello),
             word: Word::INITIAL,
             scribbled: false,
             now: Duration::ZERO,
-            source: Party::new(source, actions, true),
-            target: Party::new(Target::begin(Duration::ZERO), Vec::new(), false),
+            source: Party::new(source, true),
+            target: Party::new(TargetPrologue::begin(own, Duration::ZERO), false),
             sent: Vec::new(),
             target_device: None,
             linked: true,
@@ -116,22 +129,84 @@ impl World {
         }
     }
 
+    fn tell_source_prologue(&mut self, prologue: SourcePrologue, event: source::Event) {
+        let event = match event {
+            source::Event::Message(message) => SourceEvent::Message(message),
+            source::Event::Closed => SourceEvent::Closed,
+            source::Event::Dead => SourceEvent::Dead,
+            source::Event::Time => SourceEvent::Time,
+            source::Event::Cancel => SourceEvent::Cancel,
+            // It has nothing to do yet that could fail.
+            _ => return self.source.prologue = Some(prologue),
+        };
+        let (prologue, actions) = prologue.step(event, self.now);
+        for action in actions {
+            self.now += STEP;
+            match action {
+                SourceAction::Prepare => {
+                    let session = Some(Box::new(session(self.source.knows)));
+                    let prepare = Message::Prepare(Prepare { device: device(), session });
+                    self.post(End::Target, &prepare, Vec::new());
+                }
+                SourceAction::Close => self.source.close(),
+            }
+        }
+        if let SourcePrologue::Agreed { wants_vhost } = prologue {
+            let (state, actions) = Source::staging(wants_vhost, Duration::ZERO, self.now);
+            self.source.state = Some(state);
+            self.source.todo.extend(actions);
+        } else {
+            self.source.prologue = Some(prologue);
+        }
+    }
+
+    fn tell_target_prologue(&mut self, prologue: TargetPrologue, event: Event) {
+        let event = match event {
+            target::Event::Message(message, _) => TargetEvent::Message(message),
+            target::Event::Closed => TargetEvent::Closed,
+            target::Event::Dead => TargetEvent::Dead,
+            target::Event::Time => TargetEvent::Time,
+            other => panic!("{other:?} before both have agreed"),
+        };
+        let (mut prologue, actions) = prologue.step(event, self.now);
+        let mut todo = VecDeque::from(actions);
+        while let Some(action) = todo.pop_front() {
+            self.now += STEP;
+            match action {
+                TargetAction::Judge(_, prepare) => {
+                    let verdict = judge(prepare.device, *prepare.session.unwrap(), self.willing).map(drop);
+                    self.now += STEP;
+                    let (next, actions) = prologue.step(TargetEvent::Judged(verdict), self.now);
+                    prologue = next;
+                    todo.extend(actions);
+                }
+                TargetAction::Send(message) => self.post(End::Source, &message, Vec::new()),
+                TargetAction::Close => self.target.close(),
+            }
+        }
+        if prologue == TargetPrologue::Agreed(Purpose::Session) {
+            self.target.state = Some(Target::ready(self.now));
+        } else {
+            self.target.prologue = Some(prologue);
+        }
+    }
+
     pub fn tell_source(&mut self, event: source::Event) {
+        if let Some(prologue) = self.source.prologue.take() {
+            return self.tell_source_prologue(prologue, event);
+        }
         let Some(state) = self.source.state.take() else { return };
         let (state, actions) = state.step(event, self.now);
         self.source.state = Some(state);
         self.source.todo.extend(actions);
     }
 
-    pub fn tell_target(&mut self, event: TargetEvent) {
+    pub fn tell_target(&mut self, event: Event) {
+        if let Some(prologue) = self.target.prologue.take() {
+            return self.tell_target_prologue(prologue, event);
+        }
         let Some(state) = self.target.state.take() else { return };
-        let hello = Hello {
-            purpose: SESSION.to_owned(),
-            program: "target".to_owned(),
-            dry_run: false,
-            wants_vhost: false,
-        };
-        let (state, actions) = state.step(event, &hello, self.now);
+        let (state, actions) = state.step(event, self.now);
         self.target.state = Some(state);
         self.target.todo.extend(actions);
     }
@@ -152,20 +227,16 @@ impl World {
         }
     }
 
-    fn swap(&mut self, from: Word, to: Word) -> Result<(), Option<Word>> {
+    fn swap(&mut self, from: Word, to: Word) -> SwapOutcome {
         if self.word == from {
             self.word = to;
-            return Ok(());
+            return SwapOutcome::Won;
         }
-        Err(Some(self.word))
+        SwapOutcome::Lost(self.word)
     }
 
     fn do_source(&mut self, action: source::Action) {
         match action {
-            source::Action::Prepare => {
-                let session = Some(Box::new(session(self.source.knows)));
-                self.post(End::Target, &Message::Prepare(Prepare { device: device(), session }), Vec::new());
-            }
             source::Action::Hold => self.source.listens = false,
             source::Action::Stage { .. } => self.stage(),
             source::Action::Freeze => {
@@ -228,12 +299,8 @@ impl World {
         }
     }
 
-    fn do_target(&mut self, action: TargetAction) {
+    fn do_target(&mut self, action: Action) {
         match action {
-            target::Action::Judge(device, session) => {
-                let verdict = judge(device, *session, self.willing).map(drop);
-                self.target.pending = Some(target::Event::Judged(verdict));
-            }
             target::Action::Stage(stage, fds) => {
                 let made = self.make(*stage, fds);
                 self.target.pending = Some(target::Event::Staged(made));
@@ -272,7 +339,7 @@ impl World {
         &self,
         stage: Stage,
         mut fds: NamedFds<Fd>,
-    ) -> Result<(Held, baton_protocol::session::validate::Shape), Reasons> {
+    ) -> Result<(Held, baton_protocol::handover::session::validate::Shape), Reasons> {
         let names = fd_names(&stage.device, &stage.session, true);
         let checked = judge(stage.device, stage.session, self.willing)?;
         let claimed = names.iter().map(|name| fds.claim(name)).collect::<Result<_, _>>();
@@ -313,7 +380,9 @@ impl World {
             End::Source if self.source.stopped => return false,
             End::Target if self.target.stopped => return false,
             End::Source => {
-                if let Some(action) = self.source.todo.pop_front() {
+                if let Some(hello) = self.hello.take() {
+                    self.post(End::Target, &hello, Vec::new());
+                } else if let Some(action) = self.source.todo.pop_front() {
                     self.do_source(action);
                 } else if let Some(event) = self.source.pending.take() {
                     self.tell_source(event);
@@ -340,9 +409,9 @@ impl World {
             End::Source => {
                 let source = &self.source;
                 let left = matches!(source.state, Some(Source::HandedOver(_))) && source.todo.is_empty();
-                source.state.is_none() || left
+                !source.alive || left
             }
-            End::Target => self.target.state.is_none(),
+            End::Target => !self.target.alive,
         }
     }
 
@@ -403,7 +472,7 @@ impl World {
 
     fn kill(&mut self, end: End) {
         match end {
-            End::Source if self.source.state.is_some() => {
+            End::Source if self.source.alive => {
                 let holds = matches!(
                     self.target.state,
                     Some(
@@ -416,7 +485,7 @@ impl World {
                 self.must_survive = holds && self.word.owner != Owner::Aborted;
                 self.source.die();
             }
-            End::Target if self.target.state.is_some() => {
+            End::Target if self.target.alive => {
                 self.target.die();
                 self.target_device = None;
             }
@@ -426,7 +495,7 @@ impl World {
 
     /// Does it, if it can be done.
     pub fn act(&mut self, deed: Deed) {
-        self.now += Duration::from_micros(10);
+        self.now += STEP;
         match deed {
             Deed::Act(end) => drop(self.perform(end)),
             Deed::Deliver(end) => drop(self.deliver(end)),
@@ -453,13 +522,13 @@ impl World {
             Deed::SeeEnd(end) => drop(self.see_end(end)),
             Deed::Kill(end) => self.kill(end),
             Deed::SeeDeath(end) => drop(self.see_death(end)),
-            Deed::Stop(End::Source) => self.source.stopped = self.source.state.is_some(),
-            Deed::Stop(End::Target) => self.target.stopped = self.target.state.is_some(),
+            Deed::Stop(End::Source) => self.source.stopped = self.source.alive,
+            Deed::Stop(End::Target) => self.target.stopped = self.target.alive,
             Deed::Continue(End::Source) => self.source.stopped = false,
             Deed::Continue(End::Target) => self.target.stopped = false,
             Deed::Cancel if self.source.waits() => self.tell_source(source::Event::Cancel),
             Deed::Fail if self.source.waits() => {
-                self.tell_source(source::Event::Failed(Refusal::Busy.into()));
+                self.tell_source(source::Event::Failed("a test".to_owned()));
             }
             Deed::Cancel | Deed::Fail => {}
             Deed::Unwilling => self.willing = false,
@@ -470,7 +539,7 @@ impl World {
 
     /// The next thing that happens if nothing is in the way. Gives whether there is any.
     pub fn undisturbed(&mut self) -> bool {
-        self.now += Duration::from_micros(10);
+        self.now += STEP;
         let ends = [End::Source, End::Target];
         let went = ends.into_iter().any(|end| self.perform(end))
             || ends.into_iter().any(|end| self.deliver(end))
@@ -554,21 +623,22 @@ impl World {
         self.act(Deed::Hear(End::Source));
         self.act(Deed::Hear(End::Target));
         let owners = usize::from(self.source.runs) + usize::from(self.target.runs);
-        match (&self.source.state, &self.target.state) {
-            (Some(Source::HandedOver(_)), None) => assert_eq!(owners, 0),
-            (Some(source), Some(Target::Active(_))) => {
-                assert!(matches!(source, Source::HandedOver(_)), "the source waits for nothing: {self:?}");
+        let active = matches!(self.target.state, Some(Target::Active(_)));
+        let ended = matches!(self.target.prologue, Some(TargetPrologue::Ended))
+            || matches!(self.target.state, Some(Target::Ended));
+        let handed_over = matches!(self.source.state, Some(Source::HandedOver(_)));
+        match (self.source.alive, self.target.alive) {
+            (true, false) if handed_over => assert_eq!(owners, 0),
+            (true, true) if active => {
+                assert!(handed_over, "the source waits for nothing: {self:?}");
                 assert!(self.target.runs);
             }
-            (Some(_), _) => assert_eq!(owners, 1, "the source lives, and nobody has it: {self:?}"),
-            (None, Some(Target::Active(_) | Target::Ended)) => {
+            (true, _) => assert_eq!(owners, 1, "the source lives, and nobody has it: {self:?}"),
+            (false, true) => {
+                assert!(active || ended, "the target goes on waiting: {self:?}");
                 assert!(self.target.runs || !self.must_survive, "the target could take it: {self:?}");
             }
-            (None, Some(_)) => {
-                let waits = matches!(self.target.state, Some(Target::Fresh { .. }));
-                panic!("the target goes on waiting ({waits}): {self:?}");
-            }
-            (None, None) => assert_eq!(owners, 0),
+            (false, false) => assert_eq!(owners, 0),
         }
         assert_eq!(self.source.runs, self.source.listens, "{self:?}");
         assert_eq!(self.target.runs, self.target.listens, "{self:?}");
@@ -587,15 +657,7 @@ impl World {
             assert!(!target.runs || matches!(owner, Owner::Target | Owner::Settled), "{self:?}");
             assert!(!target.listens || owner == Owner::Settled, "{self:?}");
             assert!(!source.runs || matches!(owner, Owner::Source | Owner::Aborted), "{self:?}");
-            let over = !matches!(
-                source.state,
-                Some(
-                    Source::Greeting { .. }
-                        | Source::Checking { .. }
-                        | Source::Staging { .. }
-                        | Source::Ended { phase: Phase::Greet | Phase::Check, .. }
-                )
-            );
+            let over = source.prologue.is_none() && !matches!(source.state, Some(Source::Staging { .. }));
             // Else a survivor could take what is old by then.
             assert!(!source.listens || !over || owner == Owner::Aborted, "{self:?}");
         }

@@ -1,7 +1,7 @@
 //! A build of the next version: its packets have more fields, everywhere, and it reads those of this version.
 
 use baton_protocol::codec::{self, HEADER, Message as _, Protocol};
-use baton_protocol::handover::message::{
+use baton_protocol::handover::wire::message::{
     Active, Commit, Descriptors, Hello, Message, PROTOCOL, Prepare, ReadyToTake, Refuse, Stage, StagedAll,
 };
 use baton_protocol::version::Versions;
@@ -25,15 +25,15 @@ struct Later<T> {
 baton_protocol::messages! {
     #[derive(Clone, Debug)]
     enum Next: NEXT {
-        Hello(Later<Hello>) = 1,
-        Refuse(Later<Refuse>) = 2,
-        Prepare(Later<Prepare>) = 3,
-        Ready(Later<ReadyToTake>) = 4,
-        Stage(Later<Stage>) = 10,
-        Descriptors(Later<Descriptors>) = 11,
-        Staged(Later<StagedAll>) = 12,
-        Commit(Later<Commit>) = 13,
-        Active(Later<Active>) = 14,
+        Hello(Later<Hello>) = 1 "HELLO",
+        Refuse(Later<Refuse>) = 2 "REFUSE",
+        Prepare(Later<Prepare>) = 3 "PREPARE",
+        Ready(Later<ReadyToTake>) = 4 "READY",
+        Stage(Later<Stage>) = 10 "STAGE",
+        Descriptors(Later<Descriptors>) = 11 "DESCRIPTORS",
+        Staged(Later<StagedAll>) = 12 "STAGED",
+        Commit(Later<Commit>) = 13 "COMMIT",
+        Active(Later<Active>) = 14 "ACTIVE",
     }
 }
 

@@ -67,7 +67,11 @@ impl End {
 
 /// A process.
 #[derive(Debug)]
-pub struct Party<S, A, E> {
+pub struct Party<P, S, A, E> {
+    pub(super) alive: bool,
+    /// Until it has agreed with the other one, or has not.
+    pub(super) prologue: Option<P>,
+    /// From then on.
     pub(super) state: Option<S>,
     /// What it is to do.
     pub(super) todo: VecDeque<A>,
@@ -86,11 +90,13 @@ pub struct Party<S, A, E> {
     pub(super) knows: u64,
 }
 
-impl<S: Debug, A, E> Party<S, A, E> {
-    pub(super) fn new(state: S, todo: Vec<A>, serves: bool) -> Self {
+impl<P, S: Debug, A, E> Party<P, S, A, E> {
+    pub(super) fn new(prologue: P, serves: bool) -> Self {
         Self {
-            state: Some(state),
-            todo: todo.into(),
+            alive: true,
+            prologue: Some(prologue),
+            state: None,
+            todo: VecDeque::new(),
             pending: None,
             inbox: VecDeque::new(),
             stopped: false,
@@ -102,25 +108,24 @@ impl<S: Debug, A, E> Party<S, A, E> {
         }
     }
 
-    /// How far it is; `None` if it is dead.
+    /// How far it is with the other one, before they have agreed.
+    pub fn prologue(&self) -> Option<&P> {
+        self.prologue.as_ref()
+    }
+
+    /// How far it is since they have agreed.
     pub fn state(&self) -> Option<&S> {
         self.state.as_ref()
     }
 
-    /// What it is to do.
-    pub fn todo(&self) -> impl Iterator<Item = &A> {
-        self.todo.iter()
-    }
-
     /// Whether its event loop waits for something.
     pub(super) fn waits(&self) -> bool {
-        self.state.is_some() && !self.stopped && self.todo.is_empty()
+        self.alive && !self.stopped && self.todo.is_empty()
     }
 
     pub(super) fn die(&mut self) {
         let stopped = false;
-        let state = self.state.take();
-        assert!(state.is_some());
+        (self.alive, self.prologue, self.state) = (false, None, None);
         (self.runs, self.listens, self.stopped, self.closed) = (false, false, stopped, true);
         self.todo.clear();
         self.inbox.clear();
@@ -134,7 +139,7 @@ impl<S: Debug, A, E> Party<S, A, E> {
 
     pub(super) fn hear(&mut self, heard: &mut u64, said: u64) -> bool {
         // Even between any two things that it does.
-        if self.state.is_none() || self.stopped || !self.listens || *heard == said {
+        if !self.alive || self.stopped || !self.listens || *heard == said {
             return false;
         }
         assert_eq!(self.knows, *heard, "hears the front-end with old knowledge");

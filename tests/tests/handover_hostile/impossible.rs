@@ -5,12 +5,14 @@ use std::os::fd::OwnedFd;
 
 use anyhow::{Context, Result, bail, ensure};
 use baton_channel::sealed_memfd;
-use baton_protocol::handover::message::{
+use baton_protocol::handover::wire::device::QueuePairState;
+use baton_protocol::handover::wire::message::{
     FRAMES_FD, FRONTEND_FD, LISTENER_FD, Message, OWNERSHIP_FD, call_fd, kick_fd, memory_fd, tap_fd,
 };
-use baton_protocol::handover::state::QueuePairState;
+use baton_protocol::handover::wire::session::{
+    AddressesState, EndpointKind, LogState, RegionState, VringState,
+};
 use baton_protocol::ownership::Word;
-use baton_protocol::session::state::{AddressesState, EndpointKind, LogState, RegionState, VringState};
 use baton_tests::backend::{Backend, Rig};
 use baton_tests::datapath::Datapath;
 use baton_tests::load;

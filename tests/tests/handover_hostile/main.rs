@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use baton_channel::ownership::SharedWord;
 use baton_protocol::codec::Message as _;
 use baton_protocol::control::{Request, SessionReport};
-use baton_protocol::handover::message::{Message, OWNERSHIP_FD};
+use baton_protocol::handover::wire::message::{Message, OWNERSHIP_FD};
 use baton_protocol::ownership::Word;
 use baton_tests::backend::{Backend, Rig};
 use baton_tests::datapath::Datapath;
@@ -95,7 +95,7 @@ fn replace_word(sent: &mut Sent, values: &[Word]) -> Result<()> {
     let other = SharedWord::create()?;
     let mut now = Word::INITIAL;
     for next in values {
-        other.swap(now, *next)?;
+        other.swap(now, *next).must_win()?;
         now = *next;
     }
     sent.replace(OWNERSHIP_FD, other.as_fd().try_clone_to_owned()?)

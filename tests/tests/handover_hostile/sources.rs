@@ -5,9 +5,9 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use baton_protocol::control::{HandoverState, SessionReport};
-use baton_protocol::handover::message::{Commit, Message, ReadyToTake};
+use baton_protocol::handover::wire::message::{Commit, Message, ReadyToTake};
+use baton_protocol::handover::wire::session::{PairNow, VringNow};
 use baton_protocol::ownership::Word;
-use baton_protocol::session::state::{PairNow, VringNow};
 use baton_tests::backend::Backend;
 use baton_tests::datapath::Datapath;
 use baton_tests::session_peer::{
@@ -84,7 +84,7 @@ impl FakeSource {
 
     /// The source has the session for good.
     fn abort(&self) -> Result<()> {
-        Ok(self.sent.word()?.swap(Word::INITIAL, Word::INITIAL.aborted().context("a word")?)?)
+        Ok(self.sent.word()?.swap(Word::INITIAL, Word::INITIAL.aborted().context("a word")?).must_win()?)
     }
 }
 
@@ -153,21 +153,21 @@ fn a_commit_that_cannot_be_is_not_taken() {
         for (name, commit) in commits {
             let what = format!("{commit:?}");
             let link = source.bring(&target.incoming(), At::Staged)?;
-            source.sent.word()?.swap(Word::INITIAL, offered)?;
+            source.sent.word()?.swap(Word::INITIAL, offered).must_win()?;
             link.say(&Message::Commit(commit))?;
             let last = link.hear_end()?;
             let Some(Message::Refuse(refuse)) = last else { bail!("{what}: {last:?}") };
             ensure!(refuse.reasons.0.iter().any(|reason| reason.name == name), "{what}: {}", refuse.reasons);
             // Nobody has taken it.
-            source.sent.word()?.swap(offered, offered.aborted().context("a word")?)?;
+            source.sent.word()?.swap(offered, offered.aborted().context("a word")?).must_win()?;
             rest.check(&mut target, &what)?;
         }
         // Not offered, or no more.
         for now in [Word::INITIAL, offered] {
             let link = source.bring(&target.incoming(), At::Staged)?;
             if now == offered {
-                source.sent.word()?.swap(Word::INITIAL, offered)?;
-                source.sent.word()?.swap(offered, offered.aborted().context("a word")?)?;
+                source.sent.word()?.swap(Word::INITIAL, offered).must_win()?;
+                source.sent.word()?.swap(offered, offered.aborted().context("a word")?).must_win()?;
             }
             link.say(&Message::Commit(good.clone()))?;
             ensure!(link.hear_end()?.is_none());
@@ -214,7 +214,7 @@ fn what_was_said_in_an_earlier_hand_over_does_nothing_in_another() {
             let (_, reason) = asked.failure()?;
             let expected = match at {
                 0 | 1 => "the target sent ACTIVE at the wrong time",
-                _ => "the target said that it had taken the session, but had not",
+                _ => "the target said that it had taken over, but had not",
             };
             ensure!(reason == expected, "{reason}");
         }

@@ -5,9 +5,9 @@ use std::os::fd::AsFd;
 
 use anyhow::{Context, Result, bail, ensure};
 use baton_channel::ownership::SharedWord;
-use baton_protocol::handover::message::{Active, Message, OWNERSHIP_FD, Refuse};
-use baton_protocol::handover::refusal::Refusal;
-use baton_protocol::session::state::TakeTimes;
+use baton_protocol::handover::wire::message::{Active, Message, OWNERSHIP_FD, Refuse};
+use baton_protocol::handover::wire::refusal::Refusal;
+use baton_protocol::handover::wire::session::TakeTimes;
 use baton_tests::session_peer::{Asked, Link, STAGED, Sent, greet, hear_stage, prepare};
 
 use super::{directory, file, packets, pipe, while_serving};
@@ -120,13 +120,13 @@ fn what_a_target_has_done_is_told() {
                 let fd = sent.context("a session")?.fd(OWNERSHIP_FD)?.try_clone()?;
                 Ok(std::os::unix::fs::FileExt::write_all_at(&File::from(fd), &[0xff; 8], 0)?)
             })?;
-            ensure!(reason == "the ownership word was not what it must be", "{reason}");
+            ensure!(reason == "unexpected ownership word", "{reason}");
             let reason = told(point, &|_, sent| {
                 let word = word(sent)?;
                 let now = word.load()?;
-                Ok(word.swap(now, now.aborted().context("a word")?)?)
+                Ok(word.swap(now, now.aborted().context("a word")?).must_win()?)
             })?;
-            ensure!(reason == "the ownership word was not what it must be", "{reason}");
+            ensure!(reason == "unexpected ownership word", "{reason}");
         }
         Ok(())
     })

@@ -8,18 +8,20 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use baton_channel::connect::connect;
-use baton_channel::ownership::{OwnershipError, SharedWord, SwapError};
+use baton_channel::ownership::{OwnershipError, SharedWord};
 use baton_channel::packet::{ChannelError, PacketSocket};
 use baton_channel::peer::{Peer, PeerError};
 use baton_control::error_chain;
 use baton_faults::Point;
+use baton_protocol::codec::Message as _;
 use baton_protocol::control::{MigrationPhases, MigrationReport};
+use baton_protocol::end_reason::EndReason;
 use baton_protocol::fd_manifest::NamedFds;
 use baton_protocol::migration::message::{
     Hello, Message, OWNERSHIP_FD, PROGRAM, Prepare, RamRegion, State, device_fd, ram_fd,
 };
-use baton_protocol::migration::source::{Action, Event, Phase, Reason, Source};
-use baton_protocol::ownership::Word;
+use baton_protocol::migration::source::{Action, Event, Phase, Source};
+use baton_protocol::ownership::{NotSwapped, SwapOutcome, Word};
 use nix::sys::socket::SockType;
 use thiserror::Error;
 use vhost::vhost_user::message::VhostTransferStateDirection;
@@ -63,9 +65,9 @@ pub enum SourceError {
     /// The ownership word.
     #[error(transparent)]
     Ownership(#[from] OwnershipError),
-    /// The ownership word is not what it was.
+    /// The ownership word is not what this VMM made it.
     #[error(transparent)]
-    Swap(#[from] SwapError),
+    Word(#[from] NotSwapped),
     /// The VM.
     #[error(transparent)]
     Machine(#[from] MachineError),
@@ -115,6 +117,7 @@ struct Migration<'a> {
     phases: MigrationPhases,
     /// When the VM began to stop, and when the last phase ended.
     stopped: Option<Instant>,
+    began: Instant,
     lap: Instant,
 }
 
@@ -132,17 +135,19 @@ impl<'a> Migration<'a> {
             ends: Vec::new(),
             phases: MigrationPhases::default(),
             stopped: None,
+            began: Instant::now(),
             lap: Instant::now(),
         })
     }
 
     fn run(&mut self) -> MigrationReport {
-        let (mut state, mut actions) = Source::begin(Hello {
+        let hello = Hello {
             program: PROGRAM.to_owned(),
             dry_run: self.request.dry_run,
             local: self.request.local,
             machine: self.machine.source_facts(self.request.local),
-        });
+        };
+        let (mut state, mut actions) = Source::begin(hello, self.began.elapsed());
         loop {
             let mut event = None;
             for action in actions {
@@ -155,24 +160,32 @@ impl<'a> Migration<'a> {
             if event.is_none() && state.is_over() {
                 return self.report(state);
             }
-            let event = event.unwrap_or_else(|| self.receive(state.patience()));
+            let (event, now) = match event {
+                Some(event) => (event, self.began.elapsed()),
+                None => self.receive(state.deadline()),
+            };
             tracing::debug!(?state, "migration: {}", name_of(&event));
-            (state, actions) = state.step(event);
+            (state, actions) = state.step(event, now);
         }
     }
 
-    fn receive(&mut self, patience: Option<Duration>) -> Event {
-        match self.socket.receive(baton_faults::patience(patience.unwrap_or(Duration::ZERO))) {
+    /// What comes next, and when: the target's message, or the deadline.
+    fn receive(&mut self, deadline: Option<Duration>) -> (Event, Duration) {
+        let deadline = deadline.unwrap_or_default();
+        let patience = baton_faults::patience(deadline.saturating_sub(self.began.elapsed()));
+        let event = match self.socket.receive(patience) {
             Ok(packet) => match reached(&packet.message) {
                 Ok(()) => Event::Message(packet.message),
                 Err(error) => Event::Failed(error.to_string()),
             },
-            Err(ChannelError::Timeout) => Event::Timeout,
+            // Tests make it come early.
+            Err(ChannelError::Timeout) => return (Event::Time, deadline),
             Err(error) => {
                 tracing::debug!("migration: {error}");
                 Event::Closed
             }
-        }
+        };
+        (event, self.began.elapsed())
     }
 
     /// Carries an action out; returns the event that it leads to, if any.
@@ -190,15 +203,17 @@ impl<'a> Migration<'a> {
             },
             Action::Offer(word) => self.commit(word),
             Action::Withdraw { from, to } => {
-                let result = self.word.swap(from, to).map_err(SwapError::word);
-                match &result {
-                    Ok(()) => tracing::info!("migration: the VM is this VMM's again"),
-                    Err(Some(now)) if now.owner.is_target() => {
+                let outcome = self.word.swap(from, to);
+                match outcome {
+                    SwapOutcome::Won => tracing::info!("migration: the VM is this VMM's again"),
+                    SwapOutcome::Lost(now) if now.owner.is_target() => {
                         tracing::info!("migration: the VM is the target's");
                     }
-                    Err(_) => tracing::warn!("migration: unexpected ownership word; the VM stays this VMM's"),
+                    SwapOutcome::Lost(_) | SwapOutcome::Meaningless => {
+                        tracing::warn!("migration: unexpected ownership word; the VM stays this VMM's");
+                    }
                 }
-                return Some(Event::Swapped(result));
+                return Some(Event::Swapped(outcome));
             }
             Action::Resume => {
                 self.resume();
@@ -272,7 +287,7 @@ impl<'a> Migration<'a> {
     /// **The commit point.** From here on the VM is the first one's that swaps the word.
     fn commit(&mut self, offered: Word) -> Result<(), SourceError> {
         self.phases.restore_us = self.lap();
-        self.word.swap(Word::INITIAL, offered)?;
+        self.word.swap(Word::INITIAL, offered).must_win()?;
         baton_faults::point(Point::SourceVmmOffered)?;
         tracing::info!("migration: the VM is offered");
         Ok(())
@@ -293,7 +308,7 @@ impl<'a> Migration<'a> {
                 let pause = self.stopped.map_or(0, |stopped| microseconds(self.lap - stopped));
                 MigrationReport::Completed { pause_us: pause, phases: self.phases }
             }
-            Source::Ended { reason: Reason::Refused(reasons), .. } if self.request.dry_run => {
+            Source::Ended { reason: EndReason::Refused(reasons), .. } if self.request.dry_run => {
                 MigrationReport::Refused { reasons: reasons.0 }
             }
             Source::Ended { phase, reason } => {
@@ -328,7 +343,7 @@ fn name_of(event: &Event) -> &'static str {
     match event {
         Event::Message(message) => message.name(),
         Event::Closed => "closed",
-        Event::Timeout => "timeout",
+        Event::Time => "timeout",
         Event::Stopped => "stopped",
         Event::Failed(_) => "failed",
         Event::Swapped(_) => "swapped",

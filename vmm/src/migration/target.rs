@@ -6,13 +6,14 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use baton_channel::ownership::{OwnershipError, SharedWord};
 use baton_channel::packet::{ChannelError, PacketSocket};
 use baton_channel::peer::{Peer, PeerError};
 use baton_control::{error_chain, limited};
 use baton_faults::Point;
+use baton_protocol::codec::Message as _;
 use baton_protocol::fd_manifest::{ManifestError, NamedFds};
 use baton_protocol::migration::facts::MachineFacts;
 use baton_protocol::migration::message::{Hello, Message, OWNERSHIP_FD, Prepare, State, device_fd, ram_fd};
@@ -20,7 +21,7 @@ use baton_protocol::migration::refusal::Refusal;
 use baton_protocol::migration::state::Clock;
 use baton_protocol::migration::target::{Action, Event, Target, active};
 use baton_protocol::migration::validate::{CheckedState, judge};
-use baton_protocol::ownership::Word;
+use baton_protocol::ownership::{SwapOutcome, Word};
 use baton_protocol::reasons::Reasons;
 use thiserror::Error;
 use vhost::vhost_user::message::VhostTransferStateDirection;
@@ -157,20 +158,24 @@ struct Serving<'a> {
 
 impl Serving<'_> {
     fn run(mut self) -> Outcome {
-        let mut state = Target::Waiting;
+        let began = Instant::now();
+        let mut state = Target::begin(began.elapsed());
         let mut descriptors = Vec::new();
         let mut reusable = true;
         loop {
+            let deadline = state.deadline().unwrap_or(NO_TIMEOUT);
             let event;
-            (event, descriptors) = self.receive(state.patience().unwrap_or(NO_TIMEOUT), descriptors);
-            let (next, actions) = state.step(event);
+            (event, descriptors) = self.receive(deadline.saturating_sub(began.elapsed()), descriptors);
+            // Tests make the deadline come early.
+            let now = if event == Event::Time { deadline } else { began.elapsed() };
+            let (next, actions) = state.step(event, now);
             state = next;
             let mut pending = VecDeque::from(actions);
             while let Some(action) = pending.pop_front() {
                 reusable &= !matches!(action, Action::Prepare(_));
                 // Each action may lead to an event, not only the last.
                 if let Some(event) = self.carry_out(action, &mut descriptors) {
-                    let (next, actions) = state.step(event);
+                    let (next, actions) = state.step(event, began.elapsed());
                     state = next;
                     pending.extend(actions);
                 }
@@ -195,7 +200,7 @@ impl Serving<'_> {
                 descriptors.extend(packet.fds);
                 (Event::Message(packet.message), descriptors)
             }
-            Err(ChannelError::Timeout) => (Event::Timeout, descriptors),
+            Err(ChannelError::Timeout) => (Event::Time, descriptors),
             Err(error) => {
                 tracing::debug!("migration: {error}");
                 (Event::Closed, descriptors)
@@ -213,7 +218,7 @@ impl Serving<'_> {
             Action::Judge(hello) => self.judge(&hello),
             Action::Prepare(prepare) => self.prepare(prepare, std::mem::take(descriptors)),
             Action::Restore(state) => self.restore(*state),
-            Action::Take { from, to } => return Some(Event::Swapped { won: self.take(from, to) }),
+            Action::Take { from, to } => return Some(Event::Swapped(self.take(from, to))),
             // The caller does it.
             Action::Activate => return None,
         };
@@ -296,14 +301,15 @@ impl Serving<'_> {
     }
 
     /// Takes ownership of the VM, if it is still offered.
-    fn take(&mut self, offered: Word, taken: Word) -> bool {
-        let Some(word) = &self.word else { return false };
+    fn take(&mut self, offered: Word, taken: Word) -> SwapOutcome {
+        let Some(word) = &self.word else { return SwapOutcome::Meaningless };
         if baton_faults::point(Point::TargetVmmCommitting).is_err() {
-            return false;
+            return SwapOutcome::Meaningless;
         }
-        if let Err(error) = word.swap(offered, taken) {
-            limited!(info, "migration: {error}");
-            return false;
+        let outcome = word.swap(offered, taken);
+        if outcome != SwapOutcome::Won {
+            limited!(info, ?outcome, "migration: the VM is not taken");
+            return outcome;
         }
         baton_faults::pass(Point::TargetVmmTaken);
         limited!(info, "migration: the VM is taken");
@@ -311,6 +317,6 @@ impl Serving<'_> {
             // The guest runs, with a clock that is wrong.
             limited!(error, "{}", error_chain(&error));
         }
-        true
+        SwapOutcome::Won
     }
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::thread;
 
 use anyhow::{Context, Result, bail, ensure};
+use baton_protocol::codec::Message as _;
 use baton_protocol::control::SessionReport;
 use baton_tests::backend::in_time;
 use baton_tests::guest::Guest;

@@ -5,8 +5,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 
 use baton_channel::sealed_memfd::{self, SealedMemfdError};
-use baton_protocol::handover::state::FrameExtent;
-use baton_protocol::handover::validate::CheckedDevice;
+use baton_protocol::handover::device::validate::CheckedDevice;
+use baton_protocol::handover::wire::device::FrameExtent;
 
 use crate::dataplane::rx::FrameInHand;
 use crate::net_header;
@@ -77,8 +77,8 @@ pub fn read(device: &CheckedDevice, file: Option<OwnedFd>) -> Result<Vec<(usize,
 
 #[cfg(test)]
 mod tests {
-    use baton_protocol::handover::state::{DeviceState, QueuePairState};
-    use baton_protocol::handover::validate::Capabilities;
+    use baton_protocol::handover::device::validate::Capabilities;
+    use baton_protocol::handover::wire::device::{DeviceState, QueuePairState};
 
     use super::*;
 

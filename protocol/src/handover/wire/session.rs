@@ -1,13 +1,13 @@
-//! What a back-end says of its session with a front-end. Untrusted and of no effect: [`super::validate`] makes more of
-//! it. The features that were negotiated are the device's ([`crate::handover::state::DeviceState`]).
+//! What a back-end says of its session with a front-end. Untrusted and of no effect:
+//! [`validate`](crate::handover::session::validate) checks it. The features that were negotiated are the device's ([`super::device::DeviceState`]).
 //!
 //! Fields may be added, with a default; none may change its meaning. What has its default is not written.
 
 use serde::{Deserialize, Serialize};
 
+use super::device::DirectionCounters;
+use super::device::MAX_QUEUE_PAIRS;
 use crate::bounded;
-use crate::handover::state::DirectionCounters;
-use crate::handover::validate::MAX_QUEUE_PAIRS;
 
 /// The most memory regions of a session.
 pub const MAX_REGIONS: usize = 509;

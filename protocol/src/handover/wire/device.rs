@@ -1,12 +1,14 @@
-//! What a back-end says of its network device. Untrusted and of no effect: [`super::validate`] makes more of it.
+//! What a back-end says of its network device. Untrusted and of no effect: [`validate`](crate::handover::device::validate) checks it.
 //!
 //! Fields may be added, with a default; none may change its meaning. A field that is absent has its default, which the
 //! check of an offer refuses wherever the field matters; without descriptors a reader needs the features only.
 
 use serde::{Deserialize, Serialize};
 
-use super::validate::MAX_QUEUE_PAIRS;
 use crate::bounded;
+
+/// The most queue pairs of a device.
+pub const MAX_QUEUE_PAIRS: usize = 128;
 
 /// A network device without its descriptors.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -3,67 +3,56 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use baton_channel::ownership::SharedWord;
 use baton_control::error_chain;
 use baton_faults::Point;
 use baton_protocol::fd_manifest::{ManifestError, NamedFds};
-use baton_protocol::handover::message::{
+use baton_protocol::handover::session::validate::{Capabilities, CheckedSession, Shape};
+use baton_protocol::handover::wire::device::DeviceState;
+use baton_protocol::handover::wire::message::{
     FRAMES_FD, FRONTEND_FD, INFLIGHT_FD, LISTENER_FD, LOG_FD, OWNERSHIP_FD, Stage, call_fd, error_fd,
     kick_fd, memory_fd, tap_fd, vhost_fd,
 };
-use baton_protocol::handover::refusal::Refusal;
-use baton_protocol::handover::state::DeviceState;
+use baton_protocol::handover::wire::refusal::Refusal;
+use baton_protocol::handover::wire::session as wire;
 use baton_protocol::ownership::Word;
 use baton_protocol::reasons::Reasons;
-use baton_protocol::session::state as wire;
-use baton_protocol::session::validate::{Capabilities, CheckedSession, Shape};
 
-use super::super::snapshot::{self, Wishes};
-use super::frames::Slots;
-use super::{Front, lock};
+use super::Negotiated;
+use super::frames::FrameSlots;
 use crate::dataplane::ring::Kick;
-use crate::device::{Device, SessionState};
+use crate::device::SessionState;
 use crate::dirty_log::DirtyLog;
-use crate::dispatch::Dispatch;
 use crate::endpoint::{self, Endpoint};
 use crate::features::Features;
+use crate::handover::Context;
+use crate::handover::device::snapshot;
 use crate::inflight::InflightRegion;
 use crate::memory::{GuestMemory, RegionLayout};
 use crate::notify::Notifier;
-use crate::session::{Negotiated, Session};
 use crate::sigbus;
 use crate::tap::adopted;
 use crate::vhost_net::VhostNet;
 use crate::vring::RingAddresses;
 use crate::vring_setup::VringSetup;
 
-/// What is here beside the device, and waits to be taken.
+/// What is here beside the device and the front-end's connection, and waits to be taken.
 #[derive(Debug)]
 pub struct Staged {
-    /// The front-end's connection, if one is connected.
-    pub session: Option<Session>,
-    /// How the transfer of device state ended that it has not asked about yet.
+    /// How the transfer of device state ended that the front-end has not asked about yet.
     pub device_state_moved: Option<bool>,
-    /// Where front-ends come from.
-    pub endpoint: Endpoint,
     /// The frames in hand, later.
-    pub frames: Slots,
+    pub frames: FrameSlots,
 }
 
 /// What this back-end could take of a session, from a source that is of the same user or not.
-pub fn capabilities(
-    device: &Device,
-    front: Front<'_>,
-    wishes: &Wishes,
-    state: &DeviceState,
-    same_user: bool,
-) -> Capabilities {
+pub fn capabilities(cx: &Context<'_>, state: &DeviceState, same_user: bool) -> Capabilities {
     Capabilities {
-        device: snapshot::capabilities(device, wishes, state, same_user),
-        max_regions: device.max_regions(),
-        has_frontend: front.session.is_some_and(Session::begun),
+        device: snapshot::capabilities(cx.device, cx.options, state, same_user),
+        max_regions: cx.device.max_regions(),
+        has_frontend: cx.front.connection().is_some_and(|connection| connection.begun),
     }
 }
 
@@ -72,20 +61,15 @@ pub fn capabilities(
 /// # Errors
 /// All [`Reasons`] against it, or the first that only making it shows; all is as before.
 pub fn stage(
-    dispatch: &Arc<Mutex<Dispatch>>,
-    front: Front<'_>,
-    wishes: &Wishes,
+    cx: &mut Context<'_>,
     same_user: bool,
     stage: Stage,
     mut fds: NamedFds<OwnedFd>,
-) -> Result<(Arc<SharedWord>, Staged, Shape), Reasons> {
+) -> Result<(SharedWord, Staged, Shape), Reasons> {
     baton_faults::point(Point::TargetSessionGathered).map_err(|error| made("the session", &error))?;
     let Stage { device: device_state, session: session_state, .. } = stage;
-    let checked = {
-        let device = &lock(dispatch).device;
-        let capabilities = capabilities(device, front, wishes, &device_state, same_user);
-        CheckedSession::try_from((device_state, session_state, &capabilities))?
-    };
+    let capabilities = capabilities(cx, &device_state, same_user);
+    let checked = CheckedSession::try_from((device_state, session_state, &capabilities))?;
     let (device_state, state) = (checked.device().state(), checked.session());
     let pairs = device_state.queue_pairs.len();
 
@@ -96,7 +80,7 @@ pub fn stage(
         let text = "the ownership word does not say that the source has the session".to_owned();
         return Err(Refusal::Ownership(text).into());
     }
-    let frames = Slots::adopt(fds.claim(FRAMES_FD).map_err(claimed)?, pairs)
+    let frames = FrameSlots::adopt(fds.claim(FRAMES_FD).map_err(claimed)?, pairs)
         .map_err(|error| made("frames", &error))?;
     let frontend = state.frontend.map(|_| fds.claim(FRONTEND_FD)).transpose().map_err(claimed)?;
     if frontend.as_ref().is_some_and(|socket| !endpoint::is_connection(socket)) {
@@ -119,44 +103,37 @@ pub fn stage(
         features: device_state.features,
         protocol_features: device_state.protocol_features,
     };
-    let stage_device = || -> Result<(), Reasons> {
-        let device = &mut lock(dispatch).device;
-        let vhost = vhost.into_iter().map(VhostNet::from_fd).collect::<Result<Vec<_>, _>>();
-        let vhost = vhost.map_err(|error| Refusal::VhostNet(error.to_string()))?;
-        // What the kernel can do was not known before it was here.
-        let possible = vhost.iter().fold(negotiated.features, |mask, vhost| vhost.masked(Features(mask)).0);
-        if possible != negotiated.features {
-            return Err(Refusal::Features(negotiated.features & !possible).into());
-        }
-        device.give_vhost(vhost).map_err(|error| Refusal::VhostNet(error.to_string()))?;
-        device.open_vhost(pairs).map_err(|error| Refusal::VhostNet(error.to_string()))?;
-        let config = snapshot::config(device_state, wishes);
-        let offer = device.offer_with(&config, tap.has_ufo(), tap.has_uso());
-        device.stage(session, tap, config, offer).map_err(|error| made("the device", &error))?;
-        Ok(())
-    };
-    stage_device()?;
-    // Not with the lock held: it is the handler's, too.
-    let session = frontend.map(|socket| Session::negotiated(&socket, Arc::clone(dispatch), negotiated));
-    let session = match session.transpose() {
+    let vhost = vhost.into_iter().map(VhostNet::from_fd).collect::<Result<Vec<_>, _>>();
+    let vhost = vhost.map_err(|error| Refusal::VhostNet(error.to_string()))?;
+    // What the kernel can do was not known before it was here.
+    let possible = vhost.iter().fold(negotiated.features, |mask, vhost| vhost.masked(Features(mask)).0);
+    if possible != negotiated.features {
+        return Err(Refusal::Features(negotiated.features & !possible).into());
+    }
+    cx.device.give_vhost(vhost).map_err(|error| Refusal::VhostNet(error.to_string()))?;
+    cx.device.open_vhost(pairs).map_err(|error| Refusal::VhostNet(error.to_string()))?;
+    let config = snapshot::config(device_state, cx.options);
+    let offer = cx.device.offer_with(&config, tap.has_ufo(), tap.has_uso());
+    cx.device.stage(session, tap, config, offer).map_err(|error| made("the device", &error))?;
+    let connection = frontend.map(|socket| (socket, negotiated));
+    let staged = cx.front.stage(connection, endpoint);
+    let staged = staged.map_err(|error| made("the front-end's connection", &error)).and_then(|()| {
         // From here on nobody touches the memory until the session is taken.
-        Ok(_) if sigbus::take_struck() => Err(Refusal::Unusable {
-            what: "the memory",
-            text: "the file of a region was truncated".to_owned(),
+        if sigbus::take_struck() {
+            let text = "the file of a region was truncated".to_owned();
+            return Err(Refusal::Unusable { what: "the memory", text }.into());
         }
-        .into()),
-        Ok(session) => Ok(session),
-        Err(error) => Err(made("the front-end's connection", &error)),
-    };
-    match session {
-        Ok(session) => {
+        Ok(())
+    });
+    match staged {
+        Ok(()) => {
             let device_state_moved = state.frontend.and_then(|frontend| frontend.device_state_moved);
-            let staged = Staged { session, device_state_moved, endpoint, frames };
-            Ok((Arc::new(word), staged, checked.shape()))
+            Ok((word, Staged { device_state_moved, frames }, checked.shape()))
         }
         Err(reasons) => {
+            cx.front.unstage();
             // A worker that died is found by whoever uses it next.
-            let _ = lock(dispatch).device.unstage();
+            let _ = cx.device.unstage();
             Err(reasons)
         }
     }

@@ -7,22 +7,22 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
 use baton_channel::sealed_memfd::{self, SealedMemfdError};
-use baton_protocol::session::state::FRAME_SLOT;
+use baton_protocol::handover::wire::session::FRAME_SLOT;
 
 use crate::dataplane::rx::FrameInHand;
 use crate::net_header;
 
 /// The file.
 #[derive(Debug)]
-pub struct Slots(File);
+pub struct FrameSlots(File);
 
-impl AsFd for Slots {
+impl AsFd for FrameSlots {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
 }
 
-impl Slots {
+impl FrameSlots {
     /// Room for a frame of each of so many pairs.
     ///
     /// # Errors
@@ -74,8 +74,8 @@ mod tests {
 
     #[test]
     fn a_frame_arrives_as_it_was() {
-        let here = Slots::create(3).unwrap();
-        let there = Slots::adopt(here.as_fd().try_clone_to_owned().unwrap(), 3).unwrap();
+        let here = FrameSlots::create(3).unwrap();
+        let there = FrameSlots::adopt(here.as_fd().try_clone_to_owned().unwrap(), 3).unwrap();
         let largest = FrameInHand { header: [7; net_header::SHORT], frame: vec![9; crate::tap::MAX_FRAME] };
         let length = here.keep(2, &largest).unwrap();
         assert_eq!(there.take(2 * u64::from(FRAME_SLOT), length).unwrap(), largest);
@@ -83,8 +83,8 @@ mod tests {
 
     #[test]
     fn a_file_for_another_number_of_pairs_is_refused() {
-        let here = Slots::create(1).unwrap();
-        let error = Slots::adopt(here.as_fd().try_clone_to_owned().unwrap(), 2).unwrap_err();
+        let here = FrameSlots::create(1).unwrap();
+        let error = FrameSlots::adopt(here.as_fd().try_clone_to_owned().unwrap(), 2).unwrap_err();
         assert!(matches!(error, SealedMemfdError::Size { .. }), "{error}");
     }
 }

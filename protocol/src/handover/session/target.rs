@@ -1,12 +1,12 @@
-//! The end that waits for a session.
+//! The end that waits for a session, once the [prologue](crate::handover::prologue) has agreed.
 //!
 //! ```text
-//!   Fresh ─HELLO─▶ Greeted ─PREPARE─▶ Ready ─STAGE─▶ Gathering ─all descriptors─▶ Staging ─all there─▶ Staged
-//!     │ 2 s           │ 2 s             │ 2 s           │ 2 s                        │ refused          │ │
-//!     └───────────────┴────────┬────────┴───────────────┴────────────────────────────┘   COMMIT: swap,  │ │
-//!                              ▼                                                           or survive   │ │
-//!                            Ended ◀── swap lost, the word aborted, 30 s: everything is dropped ────────┘ │
-//!                                                             Active ◀── settled ── Starting ◀─ swap won ─┘
+//!   Ready ─STAGE─▶ Gathering ─all descriptors─▶ Staging ─all there─▶ Staged
+//!     │ 2 s           │ 2 s                        │ refused          │ │
+//!     └───────┬───────┴────────────────────────────┘   COMMIT: swap,  │ │
+//!             ▼                                         or survive    │ │
+//!           Ended ◀── swap lost, the word aborted, 30 s: drops all ───┘ │
+//!                              Active ◀── settled ── Starting ◀─ swap won
 //! ```
 //! From `Staged` on it holds everything there is to take and has touched nothing. If the source is proven dead, it takes
 //! the session as its survivor, with what the used rings say. A connection that ends proves nothing: the target keeps
@@ -19,18 +19,14 @@ use std::time::Duration;
 
 use super::report::{Report, nanoseconds};
 use super::source::LOOK;
-use super::state::{FreezeTimes, SessionState, TakeTimes};
 use super::validate::{CheckedCommit, Shape};
 use crate::fd_manifest::{FdManifest, ManifestError, NamedFds};
-use crate::handover::message::{
-    Active, Commit, Hello, Message, ReadyToTake, Refuse, SESSION, Stage, StagedAll,
-};
-use crate::handover::refusal::Refusal;
-use crate::handover::source::PATIENCE;
-use crate::handover::state::DeviceState;
-use crate::ownership::{Owner, Word};
+use crate::handover::prologue::PATIENCE;
+use crate::handover::wire::message::{Active, Commit, Message, Refuse, Stage, StagedAll};
+use crate::handover::wire::refusal::Refusal;
+use crate::handover::wire::session::{FreezeTimes, TakeTimes};
+use crate::ownership::{Owner, SwapOutcome, Word};
 use crate::reasons::Reasons;
-use crate::version::VersionError;
 
 /// How long everything is held for a source that does not go on.
 pub const HOLDING: Duration = Duration::from_secs(30);
@@ -43,22 +39,18 @@ const TRIES: u8 = 3;
 /// other; where the source is dead, [`Event::Dead`] comes after what it said before, and before [`Event::Time`].
 #[derive(Debug)]
 pub enum Event<F, D> {
-    /// The source said something, with these descriptors.
+    /// A message arrived, with these descriptors.
     Message(Message, Vec<F>),
-    /// The connection ended, brought what is no message, or could not take one.
+    /// The connection ended, brought something that is not a message, or could not take one.
     Closed,
-    /// The source said something in no version of ours.
-    Stranger(VersionError),
     /// The source is proven dead: its pidfd is readable.
     Dead,
     /// Time has passed.
     Time,
-    /// The answer to [`Action::Judge`].
-    Judged(Result<(), Reasons>),
     /// The answer to [`Action::Stage`].
     Staged(Result<(D, Shape), Reasons>),
-    /// How [`Action::Swap`] ended: where it failed, with what the word is, if that makes sense.
-    Swapped(Result<(), Option<Word>>),
+    /// How [`Action::Swap`] ended.
+    Swapped(SwapOutcome),
     /// The answer to [`Action::Look`].
     Seen(Option<Word>),
     /// The answer to [`Action::Activate`] and [`Action::Recover`]: all rings run.
@@ -68,8 +60,6 @@ pub enum Event<F, D> {
 /// What is to be done, in this order.
 #[derive(Debug)]
 pub enum Action<F, D> {
-    /// Say with [`Event::Judged`] whether this session could be taken.
-    Judge(DeviceState, Box<SessionState>),
     /// Check this, claim all descriptors, and make everything ready without touching it; then [`Event::Staged`].
     Stage(Box<Stage>, NamedFds<F>),
     /// Change the word by compare-and-swap; then [`Event::Swapped`].
@@ -110,16 +100,6 @@ pub enum Taken {
 /// A target.
 #[derive(Debug)]
 pub enum Target<F, D> {
-    /// Somebody has connected.
-    Fresh {
-        /// When to give up.
-        deadline: Duration,
-    },
-    /// HELLO was answered.
-    Greeted {
-        /// When to give up.
-        deadline: Duration,
-    },
     /// The source may stage the session.
     Ready {
         /// When to give up.
@@ -186,44 +166,24 @@ pub struct Staged<D> {
 pub type Step<F, D> = (Target<F, D>, Vec<Action<F, D>>);
 
 impl<F, D> Target<F, D> {
-    /// On a fresh connection.
-    pub fn begin(now: Duration) -> Self {
-        Self::Fresh { deadline: now + PATIENCE }
+    /// The prologue agreed: the source may stage the session.
+    pub fn ready(now: Duration) -> Self {
+        Self::Ready { deadline: now + PATIENCE }
     }
 
     /// When [`Event::Time`] will matter.
     pub fn deadline(&self) -> Option<Duration> {
         match self {
-            Self::Fresh { deadline }
-            | Self::Greeted { deadline }
-            | Self::Ready { deadline }
-            | Self::Gathering { deadline, .. } => Some(*deadline),
+            Self::Ready { deadline } | Self::Gathering { deadline, .. } => Some(*deadline),
             Self::Staged(staged) if staged.linked => Some(staged.deadline),
             Self::Staged(staged) => Some(staged.deadline.min(staged.look)),
             _ => None,
         }
     }
 
-    /// What follows from `event`; `now` is `CLOCK_MONOTONIC`, read for this event. `hello` is what this end says of
-    /// itself. There is nothing that cannot follow: what the source must not say ends the connection.
-    pub fn step(self, event: Event<F, D>, hello: &Hello, now: Duration) -> Step<F, D> {
+    /// What follows from `event`; `now` is `CLOCK_MONOTONIC`, read for this event. There is nothing that cannot follow: what the source must not say ends the connection.
+    pub fn step(self, event: Event<F, D>, now: Duration) -> Step<F, D> {
         match (self, event) {
-            (Self::Fresh { .. }, Event::Message(Message::Hello(theirs), _)) => {
-                Self::greet(&theirs, hello, now)
-            }
-            (Self::Fresh { .. }, Event::Stranger(error)) => Self::refuse(Refusal::from(error).into()),
-            (Self::Greeted { .. }, Event::Message(Message::Prepare(prepare), _)) => match prepare.session {
-                Some(session) => {
-                    let state = Self::Greeted { deadline: now + PATIENCE };
-                    (state, vec![Action::Judge(prepare.device, session)])
-                }
-                None => Self::refuse(Refusal::NoSession.into()),
-            },
-            (Self::Greeted { .. }, Event::Judged(Ok(()))) => {
-                let ready = Action::Send(Message::Ready(ReadyToTake {}));
-                (Self::Ready { deadline: now + PATIENCE }, vec![ready])
-            }
-            (Self::Greeted { .. }, Event::Judged(Err(reasons))) => Self::refuse(reasons),
             (Self::Ready { .. }, Event::Message(Message::Stage(mut stage), fds)) => {
                 let names = std::mem::take(&mut stage.fds);
                 match names.pair(fds) {
@@ -242,17 +202,11 @@ impl<F, D> Target<F, D> {
                     Err(error) => Self::refuse(Refusal::from(error).into()),
                 }
             }
-            (
-                state @ (Self::Fresh { .. }
-                | Self::Greeted { .. }
-                | Self::Ready { .. }
-                | Self::Gathering { .. }),
-                event,
-            ) => state.before(&event, now),
+            (state @ (Self::Ready { .. } | Self::Gathering { .. }), event) => state.before(&event, now),
             (Self::Staging { linked, dead }, event) => Self::staging(linked, dead, event, now),
             (Self::Staged(staged), event) => staged.step(event, now),
-            (Self::Taking { device, commit, word, tries }, Event::Swapped(result)) => {
-                Self::swapped(device, commit, word, tries, result, now)
+            (Self::Taking { device, commit, word, tries }, Event::Swapped(outcome)) => {
+                Self::swapped(device, commit, word, tries, outcome, now)
             }
             (Self::Starting { word, mut times }, Event::Activated) => {
                 let told = times.as_mut().map(|(_, times)| {
@@ -262,18 +216,9 @@ impl<F, D> Target<F, D> {
                 let swap = word.settled().map(|to| Action::Swap { from: word, to });
                 (Self::Starting { word, times }, told.into_iter().chain(swap).collect())
             }
-            (Self::Starting { times, .. }, Event::Swapped(result)) => Self::settled(times, result),
+            (Self::Starting { times, .. }, Event::Swapped(outcome)) => Self::settled(times, outcome),
             (state, _) => (state, Vec::new()),
         }
-    }
-
-    fn greet(theirs: &Hello, hello: &Hello, now: Duration) -> Step<F, D> {
-        if theirs.purpose != SESSION {
-            let purpose = theirs.purpose.chars().filter(|c| !c.is_control()).take(64).collect();
-            return Self::refuse(Refusal::Purpose(purpose).into());
-        }
-        let answer = Hello { dry_run: theirs.dry_run, ..hello.clone() };
-        (Self::Greeted { deadline: now + PATIENCE }, vec![Action::Send(Message::Hello(answer))])
     }
 
     fn gather(mut stage: Box<Stage>, fds: NamedFds<F>, now: Duration) -> Step<F, D> {
@@ -291,7 +236,7 @@ impl<F, D> Target<F, D> {
     /// What is the same while nothing is held that could be taken.
     fn before(self, event: &Event<F, D>, now: Duration) -> Step<F, D> {
         let over = match event {
-            Event::Message(..) | Event::Closed | Event::Stranger(_) | Event::Dead => true,
+            Event::Message(..) | Event::Closed | Event::Dead => true,
             Event::Time => self.deadline().is_some_and(|deadline| now >= deadline),
             _ => false,
         };
@@ -308,7 +253,7 @@ impl<F, D> Target<F, D> {
             }
             Event::Staged(Err(reasons)) if linked => Self::refuse(reasons),
             Event::Staged(Err(_)) => (Self::Ended, vec![Action::Close]),
-            Event::Message(..) | Event::Closed | Event::Stranger(_) => {
+            Event::Message(..) | Event::Closed => {
                 (Self::Staging { linked: false, dead }, vec![Action::Close])
             }
             // It cannot be talked to either.
@@ -322,19 +267,19 @@ impl<F, D> Target<F, D> {
         commit: Option<(Box<CheckedCommit>, Duration)>,
         word: Word,
         tries: u8,
-        result: Result<(), Option<Word>>,
+        outcome: SwapOutcome,
         now: Duration,
     ) -> Step<F, D> {
-        match (result, commit) {
-            (Ok(()), Some((commit, received))) => {
+        match (outcome, commit) {
+            (SwapOutcome::Won, Some((commit, received))) => {
                 let (received, taken) = (nanoseconds(received), nanoseconds(now));
                 let times = TakeTimes { received, taken, running: 0 };
                 let state = Self::Starting { word, times: Some((commit.commit().times, times)) };
                 (state, vec![Action::Activate(device, commit)])
             }
-            (Ok(()), None) => (Self::Starting { word, times: None }, vec![Action::Recover(device)]),
-            (Err(Some(now)), None) if tries > 0 => Self::survive(device, now, tries - 1),
-            (Err(_), _) => (Self::Ended, vec![Action::Release(device), Action::Close]),
+            (SwapOutcome::Won, None) => (Self::Starting { word, times: None }, vec![Action::Recover(device)]),
+            (SwapOutcome::Lost(now), None) if tries > 0 => Self::survive(device, now, tries - 1),
+            _ => (Self::Ended, vec![Action::Release(device), Action::Close]),
         }
     }
 
@@ -349,8 +294,8 @@ impl<F, D> Target<F, D> {
         }
     }
 
-    fn settled(times: Option<(FreezeTimes, TakeTimes)>, result: Result<(), Option<Word>>) -> Step<F, D> {
-        if let Err(Some(Word { owner: Owner::Aborted, .. })) = result {
+    fn settled(times: Option<(FreezeTimes, TakeTimes)>, outcome: SwapOutcome) -> Step<F, D> {
+        if let SwapOutcome::Lost(Word { owner: Owner::Aborted, .. }) = outcome {
             return (Self::Ended, vec![Action::Abandon, Action::Close]);
         }
         let Some((freeze, times)) = times else {
@@ -370,7 +315,7 @@ impl<D> Staged<D> {
     fn step<F>(mut self, event: Event<F, D>, now: Duration) -> Step<F, D> {
         match event {
             Event::Message(Message::Commit(commit), _) if self.linked => self.commit(commit, now),
-            Event::Message(..) | Event::Closed | Event::Stranger(_) => {
+            Event::Message(..) | Event::Closed => {
                 self.linked = false;
                 (Target::Staged(self), vec![Action::Close, Action::Look])
             }

@@ -1,84 +1,89 @@
-//! The end that waits for a session: carries out what [`baton_protocol::session::target`] decides.
+//! The end that waits for a session: carries out what [`baton_protocol::handover::session::target`] decides.
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::time::Duration;
 
-use baton_channel::ownership::{SharedWord, SwapError};
+use baton_channel::ownership::SharedWord;
 use baton_channel::packet::{ChannelError, Packet, PacketSocket};
 use baton_channel::peer::PeerProcess;
 use baton_control::limited;
 use baton_faults::Point;
-use baton_protocol::codec::CodecError;
+use baton_protocol::codec::Message as _;
 use baton_protocol::control::{HandoverState, HandoverStatus, SessionReport};
-use baton_protocol::handover::message::{Hello, Message, Refuse, SESSION};
-use baton_protocol::handover::refusal::Refusal;
-use baton_protocol::handover::state::DeviceState;
-use baton_protocol::ownership::Owner;
+use baton_protocol::handover::session::target::{Action, Event, Taken, Target};
+use baton_protocol::handover::session::validate::{CheckedCommit, CheckedSession};
+use baton_protocol::handover::wire::device::DeviceState;
+use baton_protocol::handover::wire::message::{Message, Refuse};
+use baton_protocol::handover::wire::refusal::Refusal;
+use baton_protocol::handover::wire::session::SessionState;
+use baton_protocol::ownership::{Owner, SwapOutcome};
 use baton_protocol::reasons::Reasons;
-use baton_protocol::session::state::SessionState;
-use baton_protocol::session::target::{Action, Event, Taken, Target};
-use baton_protocol::session::validate::{CheckedCommit, CheckedSession};
 
-use super::super::snapshot::Wishes;
 use super::stage::{self, Staged};
-use super::{Around, MOMENT, Outcome, PATIENCE, lock, now};
+use super::{MOMENT, PATIENCE};
 use crate::device::DeviceError;
-use crate::handover::PROGRAM;
+use crate::events::Watched;
+use crate::handover::device_state::Transfer;
+use crate::handover::prologue::Answering;
+use crate::handover::{Context, SOURCE_NAME, now};
 
 /// One hand-over, from this side.
 #[derive(Debug)]
-pub struct LiveTarget {
+pub struct SessionTarget {
     state: Target<OwnedFd, Box<Staged>>,
-    link: Option<PacketSocket>,
-    process: PeerProcess,
+    link: Option<Watched<PacketSocket>>,
+    /// The source's process.
+    process: Option<Watched<PeerProcess>>,
     /// The source runs as the same user.
     same_user: bool,
-    wishes: Wishes,
-    /// What this end says of itself.
-    hello: Hello,
     /// The ownership word, once it is here.
-    word: Option<Arc<SharedWord>>,
+    word: Option<SharedWord>,
     /// What was taken, until the front-end may be heard.
     taken: Option<Box<Staged>>,
     /// COMMIT was waited for.
     hurried: bool,
-    /// How many vhost-nets there were, once there may be more for the session.
+    /// How many vhost-nets there were, until there are more for good.
     vhosts: Option<usize>,
 }
 
-impl LiveTarget {
-    /// With a source at the other end of `link`.
-    pub fn new(link: PacketSocket, process: PeerProcess, same_user: bool, wishes: Wishes) -> Self {
-        let hello = Hello {
-            purpose: SESSION.to_owned(),
-            program: PROGRAM.to_owned(),
-            dry_run: false,
-            wants_vhost: wishes.vhost_from_source,
-        };
-        let state = Target::begin(now());
+/// Checks whether this back-end would take the session, and opens what it needs for it while no frame waits.
+///
+/// # Errors
+/// All [`Reasons`] against it.
+pub fn judge(
+    cx: &mut Context<'_>,
+    same_user: bool,
+    device: DeviceState,
+    session: SessionState,
+) -> Result<(), Reasons> {
+    let capabilities = stage::capabilities(cx, &device, same_user);
+    let pairs = device.queue_pairs.len();
+    CheckedSession::try_from((device, session, &capabilities))?;
+    if cx.options.vhost_from_source {
+        return Ok(());
+    }
+    cx.device.open_vhost(pairs).map_err(|error| Refusal::VhostNet(error.to_string()).into())
+}
+
+impl SessionTarget {
+    /// With a source that has agreed.
+    pub fn ready(answering: Answering) -> Self {
+        let Answering { link, process, same_user, vhosts, .. } = answering;
         Self {
-            state,
-            link: Some(link),
+            state: Target::ready(now()),
+            link,
             process,
             same_user,
-            wishes,
-            hello,
             word: None,
             taken: None,
             hurried: false,
-            vhosts: None,
+            vhosts,
         }
     }
 
     /// Whether the next source may come.
     pub fn is_over(&self) -> bool {
         matches!(self.state, Target::Ended | Target::Active(_))
-    }
-
-    /// Whether front-ends of its own are left alone.
-    pub fn holds_front(&self) -> bool {
-        matches!(self.state, Target::Staged(_) | Target::Taking { .. } | Target::Starting { .. })
     }
 
     /// When [`Self::on_time`] is due.
@@ -89,157 +94,117 @@ impl LiveTarget {
     /// How it stands.
     pub fn status(&self) -> HandoverStatus {
         let state = match &self.state {
-            Target::Ready { .. } | Target::Gathering { .. } | Target::Staging { .. } => HandoverState::Ready,
             Target::Staged(_) | Target::Taking { .. } => HandoverState::Adopted,
-            _ => HandoverState::Checking,
+            Target::Starting { .. } => HandoverState::Checking,
+            _ => HandoverState::Ready,
         };
-        HandoverStatus { state, peer: "the source".to_owned(), epoch: None, reason: None }
-    }
-
-    /// The source said hello.
-    ///
-    /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
-    pub fn greeted(
-        &mut self,
-        around: Around<'_>,
-        hello: Hello,
-        outcomes: &mut Vec<Outcome>,
-    ) -> Result<(), DeviceError> {
-        self.tell(around, Event::Message(Message::Hello(hello), Vec::new()), outcomes)
+        HandoverStatus { state, peer: SOURCE_NAME.to_owned(), epoch: None, reason: None }
     }
 
     /// Hears what the source says.
     ///
     /// # Errors
     /// [`DeviceError`]: the device cannot go on.
-    pub fn listen(&mut self, around: Around<'_>, outcomes: &mut Vec<Outcome>) -> Result<(), DeviceError> {
-        self.hear(around, Duration::ZERO, outcomes)
+    pub fn listen(&mut self, cx: &mut Context<'_>) -> Result<(), DeviceError> {
+        self.hear(cx, Duration::ZERO)
     }
 
     /// Once everything is staged, waits a moment for COMMIT: the source stops its rings as soon as it hears of it.
     ///
     /// # Errors
     /// [`DeviceError`]: the device cannot go on.
-    pub fn hurry(&mut self, around: Around<'_>, outcomes: &mut Vec<Outcome>) -> Result<(), DeviceError> {
+    pub fn hurry(&mut self, cx: &mut Context<'_>) -> Result<(), DeviceError> {
         if matches!(self.state, Target::Staged(_)) && !std::mem::replace(&mut self.hurried, true) {
-            self.hear(around, MOMENT, outcomes)?;
+            self.hear(cx, MOMENT)?;
         }
         Ok(())
     }
 
-    fn hear(
-        &mut self,
-        around: Around<'_>,
-        patience: Duration,
-        outcomes: &mut Vec<Outcome>,
-    ) -> Result<(), DeviceError> {
+    fn hear(&mut self, cx: &mut Context<'_>, patience: Duration) -> Result<(), DeviceError> {
         let Some(link) = &self.link else { return Ok(()) };
         match link.receive::<Message>(patience) {
-            Ok(Packet { message, fds }) => self.tell(around, Event::Message(message, fds), outcomes),
+            Ok(Packet { message, fds }) => self.tell(cx, Event::Message(message, fds)),
             Err(ChannelError::Timeout) => Ok(()),
-            Err(ChannelError::Codec(CodecError::Version(error))) => {
-                self.tell(around, Event::Stranger(error), outcomes)
-            }
             Err(error) => {
                 if !matches!(error, ChannelError::Closed) {
-                    limited!(warn, %error, "the source makes no sense");
+                    limited!(warn, %error, "invalid message from the source");
                     let reason = Refusal::Unusable { what: "a message", text: error.to_string() };
                     let refuse = Message::Refuse(Refuse { reasons: reason.into() });
                     // Whoever does not hear it sees the end of the connection.
                     let _ = link.send(&refuse, &[], PATIENCE);
                 }
-                self.closed(around, outcomes)
+                self.closed(cx)
             }
         }
     }
 
     /// The connection is of no more use. Whether the source is dead is said first.
-    fn closed(&mut self, around: Around<'_>, outcomes: &mut Vec<Outcome>) -> Result<(), DeviceError> {
+    fn closed(&mut self, cx: &mut Context<'_>) -> Result<(), DeviceError> {
         self.link = None;
-        if self.process.has_exited() {
-            self.tell(around, Event::Dead, outcomes)?;
+        if self.process.take_if(|process| process.has_exited()).is_some() {
+            self.tell(cx, Event::Dead)?;
         }
-        self.tell(around, Event::Closed, outcomes)
+        self.tell(cx, Event::Closed)
     }
 
     /// The source is dead.
     ///
     /// # Errors
     /// [`DeviceError`]: the device cannot go on.
-    pub fn died(&mut self, around: Around<'_>, outcomes: &mut Vec<Outcome>) -> Result<(), DeviceError> {
+    pub fn died(&mut self, cx: &mut Context<'_>) -> Result<(), DeviceError> {
         // What it had said before is heard first.
         while let Some(link) = &self.link {
             match link.receive::<Message>(Duration::ZERO) {
-                Ok(Packet { message, fds }) => self.tell(around, Event::Message(message, fds), outcomes)?,
+                Ok(Packet { message, fds }) => self.tell(cx, Event::Message(message, fds))?,
                 Err(_) => self.link = None,
             }
         }
-        self.tell(around, Event::Dead, outcomes)
+        self.process = None;
+        self.tell(cx, Event::Dead)
     }
 
     /// It is `now`.
     ///
     /// # Errors
     /// [`DeviceError`]: the device cannot go on.
-    pub fn on_time(
-        &mut self,
-        around: Around<'_>,
-        now: Duration,
-        outcomes: &mut Vec<Outcome>,
-    ) -> Result<(), DeviceError> {
-        self.tell_at(around, Event::Time, now, outcomes)
+    pub fn on_time(&mut self, cx: &mut Context<'_>, now: Duration) -> Result<(), DeviceError> {
+        self.tell_at(cx, Event::Time, now)
     }
 
-    fn tell(
-        &mut self,
-        around: Around<'_>,
-        event: Event<OwnedFd, Box<Staged>>,
-        outcomes: &mut Vec<Outcome>,
-    ) -> Result<(), DeviceError> {
-        self.tell_at(around, event, now(), outcomes)
+    fn tell(&mut self, cx: &mut Context<'_>, event: Event<OwnedFd, Box<Staged>>) -> Result<(), DeviceError> {
+        self.tell_at(cx, event, now())
     }
 
     fn tell_at(
         &mut self,
-        around: Around<'_>,
+        cx: &mut Context<'_>,
         event: Event<OwnedFd, Box<Staged>>,
         now: Duration,
-        outcomes: &mut Vec<Outcome>,
     ) -> Result<(), DeviceError> {
         let state = std::mem::replace(&mut self.state, Target::Ended);
-        let (state, actions) = state.step(event, &self.hello, now);
+        let (state, actions) = state.step(event, now);
         self.state = state;
         if matches!(self.state, Target::Gathering { .. }) {
             baton_faults::pass(Point::TargetSessionGathering);
         }
-        self.act(around, actions, outcomes)?;
+        self.act(cx, actions)?;
         if matches!(self.state, Target::Ended)
             && let Some(before) = self.vhosts.take()
         {
-            lock(around.dispatch).device.keep_vhosts(before);
+            cx.device.keep_vhosts(before);
         }
         Ok(())
     }
 
     fn act(
         &mut self,
-        around: Around<'_>,
+        cx: &mut Context<'_>,
         actions: Vec<Action<OwnedFd, Box<Staged>>>,
-        outcomes: &mut Vec<Outcome>,
     ) -> Result<(), DeviceError> {
         for action in actions {
             match action {
-                Action::Judge(device, session) => {
-                    let verdict = self.judge(around, device, *session);
-                    if verdict.is_ok() {
-                        baton_faults::pass(Point::TargetSessionJudged);
-                    }
-                    self.tell(around, Event::Judged(verdict), outcomes)?;
-                }
                 Action::Stage(stage, fds) => {
-                    let Around { front, dispatch } = around;
-                    let staged = stage::stage(dispatch, front, &self.wishes, self.same_user, *stage, fds);
+                    let staged = stage::stage(cx, self.same_user, *stage, fds);
                     let staged = staged.map(|(word, staged, shape)| {
                         self.word = Some(word);
                         (Box::new(staged), shape)
@@ -248,51 +213,48 @@ impl LiveTarget {
                         Ok(_) => baton_faults::pass(Point::TargetSessionStaged),
                         Err(reasons) => limited!(warn, %reasons, "a session is refused"),
                     }
-                    self.tell(around, Event::Staged(staged), outcomes)?;
+                    self.tell(cx, Event::Staged(staged))?;
                 }
                 Action::Swap { from, to } => {
                     if to.owner == Owner::Target {
                         baton_faults::pass(Point::TargetSessionTaking);
                     }
-                    let result = match &self.word {
-                        Some(word) => word.swap(from, to).map_err(SwapError::word),
-                        None => Err(None),
-                    };
-                    self.tell(around, Event::Swapped(result), outcomes)?;
+                    let outcome = self.word.as_ref().map(|word| word.swap(from, to));
+                    self.tell(cx, Event::Swapped(outcome.unwrap_or(SwapOutcome::Meaningless)))?;
                 }
                 Action::Look => {
                     let word = self.word.as_ref().and_then(|word| word.load().ok());
-                    self.tell(around, Event::Seen(word), outcomes)?;
+                    self.tell(cx, Event::Seen(word))?;
                 }
                 Action::Activate(staged, commit) => {
                     baton_faults::pass(Point::TargetSessionTaken);
-                    self.activate(around, staged, &commit)?;
+                    self.activate(cx, staged, &commit)?;
                     baton_faults::pass(Point::TargetSessionRunning);
-                    self.tell(around, Event::Activated, outcomes)?;
+                    self.tell(cx, Event::Activated)?;
                 }
                 Action::Recover(staged) => {
                     baton_faults::pass(Point::TargetSessionTaken);
-                    lock(around.dispatch).device.inherit()?;
+                    cx.device.inherit()?;
                     self.taken = Some(staged);
                     baton_faults::pass(Point::TargetSessionRunning);
-                    self.tell(around, Event::Activated, outcomes)?;
+                    self.tell(cx, Event::Activated)?;
                 }
                 Action::Listen => {
                     baton_faults::pass(Point::TargetSessionSettled);
-                    self.listen_to_front(around, outcomes)?;
+                    self.listen_to_front(cx)?;
                 }
                 Action::Release(staged) => {
-                    lock(around.dispatch).device.unstage()?;
+                    cx.device.unstage()?;
+                    cx.front.unstage();
                     drop(staged);
                     self.word = None;
                     limited!(info, "the session stays the source's");
                 }
                 Action::Abandon => {
-                    let device = &mut lock(around.dispatch).device;
-                    device.freeze(|_, _| Ok(0))?;
-                    device.let_go()?;
+                    cx.device.freeze(|_, _| Ok(0))?;
+                    cx.device.let_go()?;
                     self.taken = None;
-                    outcomes.push(Outcome::Abandoned);
+                    cx.front.abandon();
                 }
                 Action::Send(message) => {
                     if let Some(link) = &self.link
@@ -315,29 +277,10 @@ impl LiveTarget {
         Ok(())
     }
 
-    fn judge(
-        &mut self,
-        around: Around<'_>,
-        device_state: DeviceState,
-        session: SessionState,
-    ) -> Result<(), Reasons> {
-        let device = &mut lock(around.dispatch).device;
-        let capabilities =
-            stage::capabilities(device, around.front, &self.wishes, &device_state, self.same_user);
-        let pairs = device_state.queue_pairs.len();
-        CheckedSession::try_from((device_state, session, &capabilities))?;
-        self.vhosts = Some(device.vhosts());
-        if self.wishes.vhost_from_source {
-            return Ok(());
-        }
-        // Opened now, while nobody waits.
-        device.open_vhost(pairs).map_err(|error| Refusal::VhostNet(error.to_string()).into())
-    }
-
     /// The session is ours: its rings run.
     fn activate(
         &mut self,
-        around: Around<'_>,
+        cx: &mut Context<'_>,
         staged: Box<Staged>,
         commit: &CheckedCommit,
     ) -> Result<(), DeviceError> {
@@ -350,17 +293,13 @@ impl LiveTarget {
             }
         }
         let said = commit.commit();
-        lock(around.dispatch).device.take_over(&said.vrings, &said.pairs, frames)?;
+        cx.device.take_over(&said.vrings, &said.pairs, frames)?;
         self.taken = Some(staged);
         Ok(())
     }
 
-    fn listen_to_front(
-        &mut self,
-        around: Around<'_>,
-        outcomes: &mut Vec<Outcome>,
-    ) -> Result<(), DeviceError> {
-        lock(around.dispatch).device.tidy()?;
+    fn listen_to_front(&mut self, cx: &mut Context<'_>) -> Result<(), DeviceError> {
+        cx.device.tidy()?;
         match &self.state {
             Target::Active(Taken::Committed(report)) => {
                 let report = serde_json::to_string(&SessionReport::completed(report.clone()));
@@ -369,10 +308,8 @@ impl LiveTarget {
             _ => limited!(info, "the source is dead: the session is ours"),
         }
         if let Some(staged) = self.taken.take() {
-            let Staged { session, device_state_moved, mut endpoint, .. } = *staged;
-            lock(around.dispatch).handover.inherit_transfer(device_state_moved);
-            endpoint.own();
-            outcomes.push(Outcome::Taken { session: session.map(Box::new), endpoint });
+            *cx.transfer = Transfer::inherited(staged.device_state_moved);
+            cx.front.take();
         }
         Ok(())
     }

@@ -8,35 +8,23 @@ use baton_channel::ownership::SharedWord;
 use baton_control::limited;
 use baton_protocol::control;
 use baton_protocol::fd_manifest::{FdManifest, NamedFds};
-use baton_protocol::handover::message::{FRAMES_FD, LINK_FD, OWNERSHIP_FD, Offer, tap_fd};
-use baton_protocol::handover::refusal::Refusal;
-use baton_protocol::handover::state::{Datapath, DeviceState, FrameExtent, QueuePairState};
-use baton_protocol::handover::validate::{Capabilities, CheckedDevice, MAX_QUEUE_PAIRS};
+use baton_protocol::handover::device::validate::{Capabilities, CheckedDevice};
+use baton_protocol::handover::wire::device::{
+    Datapath, DeviceState, FrameExtent, MAX_QUEUE_PAIRS, QueuePairState,
+};
+use baton_protocol::handover::wire::message::{FRAMES_FD, LINK_FD, OWNERSHIP_FD, Offer, tap_fd};
+use baton_protocol::handover::wire::refusal::Refusal;
 use baton_protocol::ownership::{Offered, Owner, Word};
 use baton_protocol::reasons::Reasons;
 
 use super::frames;
 use crate::dataplane::rx::FrameInHand;
 use crate::device::{Device, DeviceConfig};
-use crate::dispatch;
+use crate::features;
+use crate::handover::options::TargetOptions;
 use crate::net_header;
 use crate::script;
 use crate::tap::{Tap, adopted};
-
-/// What the target's command line decides, whatever arrives.
-#[derive(Clone, Debug, Default)]
-pub struct Wishes {
-    /// `--queue-pairs`.
-    pub queue_pairs: Option<usize>,
-    /// How many `--vhost-fds`.
-    pub vhost_fds: Option<usize>,
-    /// `--poll-us`.
-    pub poll: Option<Duration>,
-    /// `--device-state`; absent, the front-end's user decides.
-    pub device_state: Option<crate::args::DeviceState>,
-    /// `--vhost`, by a user who may not open it: only a source of a session can give it.
-    pub vhost_from_source: bool,
-}
 
 /// A device that is here and was not touched yet.
 #[derive(Debug)]
@@ -114,16 +102,21 @@ pub fn descriptors<'a>(
 }
 
 /// What this back-end could take of `state`, from a source that is of the same user or not.
-pub fn capabilities(device: &Device, wishes: &Wishes, state: &DeviceState, same_user: bool) -> Capabilities {
+pub fn capabilities(
+    device: &Device,
+    options: &TargetOptions,
+    state: &DeviceState,
+    same_user: bool,
+) -> Capabilities {
     let first = state.queue_pairs.first().copied().unwrap_or_default();
-    let offer = device.offer_with(&config(state, wishes), first.has_ufo, first.has_uso);
+    let offer = device.offer_with(&config(state, options), first.has_ufo, first.has_uso);
     // Those of a device that was here before have been made fewer.
     let workers = Some(device.counters().len()).filter(|workers| *workers < state.queue_pairs.len());
     Capabilities {
-        queue_pairs: wishes.queue_pairs.or(workers),
-        vhost_fds: wishes.vhost_fds,
+        queue_pairs: options.queue_pairs.or(workers),
+        vhost_fds: options.vhost_fds,
         features: offer.0,
-        protocol_features: dispatch::protocol_offer(device).bits(),
+        protocol_features: features::protocol_offer(device.datapath()).bits(),
         acknowledged: device.session().features.0,
         set_up_pairs: device.set_up_pairs(),
         same_user,
@@ -132,13 +125,13 @@ pub fn capabilities(device: &Device, wishes: &Wishes, state: &DeviceState, same_
 }
 
 /// How the device is configured, as the source says and the target's command line wants.
-pub fn config(state: &DeviceState, wishes: &Wishes) -> DeviceConfig {
+pub fn config(state: &DeviceState, options: &TargetOptions) -> DeviceConfig {
     DeviceConfig {
         mac: state.mac,
         mtu: state.mtu,
         sndbuf: state.sndbuf,
         downscript: state.downscript.as_ref().map(PathBuf::from),
-        poll: wishes.poll.unwrap_or(Duration::from_micros(u64::from(state.poll_us))),
+        poll: options.poll.unwrap_or(Duration::from_micros(u64::from(state.poll_us))),
     }
 }
 
@@ -169,7 +162,7 @@ impl From<Refusal> for NotAdopted {
 /// [`NotAdopted`].
 pub fn adopt(
     device: &mut Device,
-    wishes: &Wishes,
+    options: &TargetOptions,
     same_user: bool,
     offer: Offer,
     mut fds: NamedFds<OwnedFd>,
@@ -178,7 +171,7 @@ pub fn adopt(
     let word = SharedWord::from_fd(ownership).map_err(|error| Refusal::Ownership(error.to_string()))?;
     check_offer(&word, offer.epoch)?;
     let epoch = offer.epoch;
-    match keep(device, wishes, same_user, offer, fds) {
+    match keep(device, options, same_user, offer, fds) {
         Ok((tap, device, frames)) => {
             let offered = Word { epoch, owner: Owner::Offered };
             Ok((offered, Adopted { tap, word, device, frames }))
@@ -207,13 +200,13 @@ type Kept = Vec<(usize, FrameInHand)>;
 /// Checks and keeps all of an offer but the ownership word.
 fn keep(
     device: &mut Device,
-    wishes: &Wishes,
+    options: &TargetOptions,
     same_user: bool,
     offer: Offer,
     mut fds: NamedFds<OwnedFd>,
 ) -> Result<(Tap, CheckedDevice, Kept), Reasons> {
     let epoch = offer.epoch;
-    let capabilities = capabilities(device, wishes, &offer.device, same_user);
+    let capabilities = capabilities(device, options, &offer.device, same_user);
     let checked = CheckedDevice::try_from((offer.device, &capabilities))?;
     let state = checked.state();
     let claimed: Result<Vec<_>, _> =

@@ -1,13 +1,10 @@
 //! From what a source says to what a target may act on. [`CheckedDevice`] can be had here only, and every reason
 //! against it is given, not just the first.
 
-use super::refusal::Refusal;
-use super::state::{DeviceState, FrameExtent, Place, QueuePairState};
-
+use crate::handover::wire::device::{DeviceState, FrameExtent, MAX_QUEUE_PAIRS, Place, QueuePairState};
+use crate::handover::wire::refusal::Refusal;
 use crate::reasons::Reasons;
 
-/// The most queue pairs of a device.
-pub const MAX_QUEUE_PAIRS: usize = 128;
 /// The largest frame with its header: 64 KiB of IP, an Ethernet header, a VLAN tag.
 pub(crate) const MAX_FRAME: u32 = 10 + 65535 + 14 + 4;
 /// The header before a frame in hand.

@@ -1,27 +1,28 @@
-//! The end that serves, and hands its session over.
+//! The end that serves, and hands its session over, once the [prologue](crate::handover::prologue) has agreed.
 //!
 //! ```text
-//!   Greeting ─HELLO─▶ Checking ─READY─▶ Staging ─STAGED─▶ Freezing ─all stopped─▶ Offering ─swap won─▶ Committed
-//!      │ 2 s             │ 2 s            │ 10 s             │ 500 ms                                     │
-//!      └───────┬─────────┘                └────────┬─────────┴─────────┬── ACTIVE, refused, end, death ────┘
-//!              ▼                                   ▼                   ▼   or 500 ms from the freeze on
-//!            Ended ◀────────── swap won ─────── Leaving ──── swap lost, the word is settled ──▶ HandedOver
-//!              ▲                                   │ swap lost, the word is the target's            ▲
-//!              └── the target is proven dead ──── Lost ────── the word is settled ──────────────────┘
+//!   Staging ─STAGED─▶ Freezing ─all stopped─▶ Offering ─swap won─▶ Committed
+//!      │ 10 s            │ 500 ms                                     │
+//!      └────────┬────────┴─────────┬── ACTIVE, refused, end, death ───┘
+//!               ▼                  ▼   or 500 ms from the freeze on
+//!   Ended ◀─ swap won ───────── Leaving ──── swap lost, the word is settled ──▶ HandedOver
+//!     ▲                            │ swap lost, the word is the target's            ▲
+//!     └── the target is dead ───── Lost ────── the word is settled ─────────────────┘
 //! ```
-//! Every way out from `Staging` on is a swap of the ownership word, made before anything else is done; what was said
-//! before it decides nothing. So one that was stopped at any place, and goes on later, does what the word says. In
-//! `Lost` it stays still and keeps everything: if the target dies before it has settled, the source goes on with what
-//! the used rings say.
+//! Every way out is a swap of the ownership word, made before anything else is done; no message before it decides
+//! anything. So a source that was stopped at any place, and runs on later, does what the word says. In `Lost` it stays
+//! still and keeps everything: if the target dies before it has settled, the source goes on with what the used rings
+//! say.
 
 use std::time::Duration;
 
 use super::report::{Report, nanoseconds};
-use super::state::{FreezeTimes, TakeTimes};
-use crate::handover::message::{Hello, Message, SESSION};
-use crate::handover::source::PATIENCE;
-use crate::ownership::{Owner, Swapped, Word};
-use crate::reasons::Reasons;
+use crate::end_reason::EndReason;
+use crate::handover::Phase;
+use crate::handover::prologue::unexpected;
+use crate::handover::wire::message::Message;
+use crate::handover::wire::session::{FreezeTimes, TakeTimes};
+use crate::ownership::{Owner, SwapOutcome, Word};
 
 /// How long the target may take to map and set up everything.
 pub const STAGING_PATIENCE: Duration = Duration::from_secs(10);
@@ -36,9 +37,9 @@ const SOON: Duration = Duration::from_millis(1);
 /// [`Event::Seen`] come at once, before any other.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// The target said something.
+    /// A message arrived.
     Message(Message),
-    /// The connection ended, brought what is no message, or could not take one.
+    /// The connection ended, brought something that is not a message, or could not take one.
     Closed,
     /// The target is proven dead: its pidfd is readable. Comes after what it said before.
     Dead,
@@ -48,21 +49,19 @@ pub enum Event {
     Frozen,
     /// COMMIT went out.
     Sent,
-    /// How [`Action::Swap`] ended: where it failed, with what the word is, if that makes sense.
-    Swapped(Swapped),
+    /// How [`Action::Swap`] ended.
+    Swapped(SwapOutcome),
     /// The answer to [`Action::Look`].
     Seen(Option<Word>),
     /// This end cannot do what it is to do.
-    Failed(Reasons),
-    /// The operator does not want it any more.
+    Failed(String),
+    /// The operator cancelled.
     Cancel,
 }
 
 /// What is to be done, in this order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Send device and session as they are now in a PREPARE.
-    Prepare,
     /// Leave the front-end's messages in its socket from now on, and hand out nothing else that changes the session.
     Hold,
     /// Send device, session and descriptors in a STAGE and as many DESCRIPTORS as are needed.
@@ -101,72 +100,6 @@ pub enum Action {
     Close,
 }
 
-/// How far it was.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
-    /// The target had not answered yet.
-    Greet,
-    /// The target judged.
-    Check,
-    /// The target made everything ready.
-    Stage,
-    /// The rings were being stopped.
-    Freeze,
-    /// They were stopped, and the session offered.
-    Commit,
-}
-
-impl Phase {
-    /// As it is said to the operator.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Greet => "greet",
-            Self::Check => "check",
-            Self::Stage => "stage",
-            Self::Freeze => "freeze",
-            Self::Commit => "commit",
-        }
-    }
-}
-
-/// Why it is over, with the session the source's.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Ended {
-    /// The target would take it; nothing else was asked.
-    #[error("the target would take the session")]
-    Possible,
-    /// The target refuses.
-    #[error("the target refuses: {0}")]
-    Refused(Reasons),
-    /// The target went away.
-    #[error("the target closed the connection")]
-    Closed,
-    /// The target died.
-    #[error("the target died")]
-    Dead,
-    /// The target died with the session, which is here again.
-    #[error("the target died after it had taken the session; the source has taken it back")]
-    Survived,
-    /// The target does not answer.
-    #[error("the target does not answer")]
-    Silent,
-    /// The target said something that it cannot say now.
-    #[error("the target sent {0} at the wrong time")]
-    Wrong(&'static str),
-    /// The target said that it took the session, and did not.
-    #[error("the target said that it had taken the session, but had not")]
-    Untrue,
-    /// The word has a value that it cannot have.
-    #[error("the ownership word was not what it must be")]
-    Meaningless,
-    /// This end could not go on.
-    #[error("{0}")]
-    Failed(Reasons),
-    /// The operator's wish.
-    #[error("cancelled")]
-    Cancelled,
-}
-
 /// When what happened, by `CLOCK_MONOTONIC`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Marks {
@@ -180,7 +113,7 @@ pub struct Marks {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Cause {
     /// It is over.
-    End(Ended),
+    End(EndReason),
     /// The target says that it has taken the session.
     Active(TakeTimes),
 }
@@ -188,26 +121,6 @@ pub enum Cause {
 /// A source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
-    /// HELLO was sent.
-    Greeting {
-        /// Nothing is to be handed over.
-        dry_run: bool,
-        /// When what happened.
-        marks: Marks,
-        /// When to give up.
-        deadline: Duration,
-    },
-    /// PREPARE was sent.
-    Checking {
-        /// The target wants instances of vhost-net.
-        vhost: bool,
-        /// Nothing is to be handed over.
-        dry_run: bool,
-        /// When what happened.
-        marks: Marks,
-        /// When to give up.
-        deadline: Duration,
-    },
     /// STAGE was sent; the rings run.
     Staging {
         /// When what happened.
@@ -272,7 +185,7 @@ pub enum Source {
         /// How far it was.
         phase: Phase,
         /// Why.
-        ended: Ended,
+        reason: EndReason,
     },
 }
 
@@ -280,21 +193,18 @@ pub enum Source {
 pub type Step = (Source, Vec<Action>);
 
 impl Source {
-    /// Begins on a fresh connection.
-    pub fn begin(program: &str, dry_run: bool, now: Duration) -> Step {
-        let purpose = SESSION.to_owned();
-        let hello = Hello { purpose, program: program.to_owned(), dry_run, wants_vhost: false };
-        let marks = Marks { began: now, ..Marks::default() };
-        let state = Self::Greeting { dry_run, marks, deadline: now + PATIENCE };
-        (state, vec![Action::Send(Message::Hello(hello))])
+    /// The prologue, which began at `began`, agreed: stages the session, with vhost-net instances if the target wants
+    /// them.
+    pub fn staging(vhost: bool, began: Duration, now: Duration) -> Step {
+        let marks = Marks { began, ready: now, ..Marks::default() };
+        let state = Self::Staging { marks, deadline: now + STAGING_PATIENCE };
+        (state, vec![Action::Hold, Action::Stage { vhost }])
     }
 
     /// When [`Event::Time`] will matter.
     pub fn deadline(&self) -> Option<Duration> {
         match self {
-            Self::Greeting { deadline, .. }
-            | Self::Checking { deadline, .. }
-            | Self::Staging { deadline, .. }
+            Self::Staging { deadline, .. }
             | Self::Freezing { deadline, .. }
             | Self::Offering { deadline, .. }
             | Self::Committed { deadline, .. }
@@ -307,22 +217,23 @@ impl Source {
     /// what the target must not say ends the hand-over like its silence.
     pub fn step(self, event: Event, now: Duration) -> Step {
         match self {
-            Self::Greeting { .. } | Self::Checking { .. } => self.talking(event, now),
-            Self::Staging { marks, deadline } => Self::staging(marks, deadline, event, now),
+            Self::Staging { marks, deadline } => Self::staged(marks, deadline, event, now),
             Self::Freezing { marks, deadline } => Self::freezing(marks, deadline, event, now),
             Self::Offering { marks, deadline, word } => Self::offering(marks, deadline, word, &event, now),
             Self::Committed { marks, deadline, word } => Self::committed(marks, deadline, word, event, now),
             Self::Leaving { marks, phase, cause } => match event {
-                Event::Swapped(result) => Self::left(marks, phase, cause, result, now),
+                Event::Swapped(outcome) => Self::left(marks, phase, cause, outcome, now),
                 _ => (Self::Leaving { marks, phase, cause }, Vec::new()),
             },
             Self::Lost { marks, word, active, look } => Self::lost(marks, word, active, look, &event, now),
             Self::Surviving { marks } => match event {
                 // It settled before it died: nobody knows any more what the front-end said to it.
-                Event::Swapped(Err(Some(Word { owner: Owner::Settled, .. }))) => Self::hand_over(marks, None),
+                Event::Swapped(SwapOutcome::Lost(Word { owner: Owner::Settled, .. })) => {
+                    Self::hand_over(marks, None)
+                }
                 // There is nobody else.
                 Event::Swapped(_) => {
-                    let state = Self::Ended { phase: Phase::Commit, ended: Ended::Survived };
+                    let state = Self::Ended { phase: Phase::Commit, reason: EndReason::Survived };
                     (state, vec![Action::Recover, Action::Close])
                 }
                 _ => (Self::Surviving { marks }, Vec::new()),
@@ -332,33 +243,7 @@ impl Source {
         }
     }
 
-    fn talking(self, event: Event, now: Duration) -> Step {
-        match (self, event) {
-            (Self::Greeting { dry_run, marks, .. }, Event::Message(Message::Hello(hello))) => {
-                let vhost = hello.wants_vhost;
-                let state = Self::Checking { vhost, dry_run, marks, deadline: now + PATIENCE };
-                (state, vec![Action::Prepare])
-            }
-            (Self::Checking { vhost, dry_run: false, marks, .. }, Event::Message(Message::Ready(_))) => {
-                let marks = Marks { ready: now, ..marks };
-                let state = Self::Staging { marks, deadline: now + STAGING_PATIENCE };
-                (state, vec![Action::Hold, Action::Stage { vhost }])
-            }
-            (Self::Checking { dry_run: true, .. }, Event::Message(Message::Ready(_))) => {
-                (Self::Ended { phase: Phase::Check, ended: Ended::Possible }, vec![Action::Close])
-            }
-            (state, event) => match state.deadline().and_then(|deadline| end(event, deadline, now)) {
-                Some(ended) => {
-                    let greeting = matches!(state, Self::Greeting { .. });
-                    let phase = if greeting { Phase::Greet } else { Phase::Check };
-                    (Self::Ended { phase, ended }, vec![Action::Close])
-                }
-                None => (state, Vec::new()),
-            },
-        }
-    }
-
-    fn staging(marks: Marks, deadline: Duration, event: Event, now: Duration) -> Step {
+    fn staged(marks: Marks, deadline: Duration, event: Event, now: Duration) -> Step {
         match event {
             Event::Message(Message::Staged(_)) => {
                 let freeze = FreezeTimes { freeze: nanoseconds(now), ..FreezeTimes::default() };
@@ -366,7 +251,7 @@ impl Source {
                 (Self::Freezing { marks, deadline: now + FREEZE_PATIENCE }, vec![Action::Freeze])
             }
             event => match end(event, deadline, now) {
-                Some(ended) => Self::leave(marks, Phase::Stage, Word::INITIAL, Cause::End(ended)),
+                Some(reason) => Self::leave(marks, Phase::Stage, Word::INITIAL, Cause::End(reason)),
                 None => (Self::Staging { marks, deadline }, Vec::new()),
             },
         }
@@ -380,7 +265,7 @@ impl Source {
                 (state, vec![Action::Swap { from: Word::INITIAL, to: word }])
             }
             (event, _) => match end(event, deadline, now) {
-                Some(ended) => Self::leave(marks, Phase::Freeze, Word::INITIAL, Cause::End(ended)),
+                Some(reason) => Self::leave(marks, Phase::Freeze, Word::INITIAL, Cause::End(reason)),
                 None => (Self::Freezing { marks, deadline }, Vec::new()),
             },
         }
@@ -388,12 +273,12 @@ impl Source {
 
     fn offering(marks: Marks, deadline: Duration, word: Word, event: &Event, now: Duration) -> Step {
         match event {
-            Event::Swapped(Ok(())) => {
+            Event::Swapped(SwapOutcome::Won) => {
                 let commit = Action::Commit { word, times: marks.freeze };
                 (Self::Committed { marks, deadline, word }, vec![commit])
             }
-            Event::Swapped(result) => {
-                Self::left(marks, Phase::Freeze, Cause::End(Ended::Meaningless), *result, now)
+            Event::Swapped(outcome) => {
+                Self::left(marks, Phase::Freeze, Cause::End(EndReason::Meaningless), *outcome, now)
             }
             _ => (Self::Offering { marks, deadline, word }, Vec::new()),
         }
@@ -407,7 +292,7 @@ impl Source {
             }
             Event::Message(Message::Active(active)) => Cause::Active(active.times),
             event => match end(event, deadline, now) {
-                Some(ended) => Cause::End(ended),
+                Some(reason) => Cause::End(reason),
                 None => return (Self::Committed { marks, deadline, word }, Vec::new()),
             },
         };
@@ -420,23 +305,23 @@ impl Source {
         (Self::Leaving { marks, phase, cause }, swap.into_iter().collect())
     }
 
-    fn left(marks: Marks, phase: Phase, cause: Cause, result: Swapped, now: Duration) -> Step {
-        match (result, cause) {
-            (Err(Some(Word { owner: Owner::Settled, .. })), Cause::Active(times)) => {
+    fn left(marks: Marks, phase: Phase, cause: Cause, outcome: SwapOutcome, now: Duration) -> Step {
+        match (outcome, cause) {
+            (SwapOutcome::Lost(Word { owner: Owner::Settled, .. }), Cause::Active(times)) => {
                 Self::hand_over(marks, Some(&times))
             }
-            (Err(Some(Word { owner: Owner::Settled, .. })), _) => Self::hand_over(marks, None),
-            (Err(Some(word @ Word { owner: Owner::Target, .. })), cause) => {
+            (SwapOutcome::Lost(Word { owner: Owner::Settled, .. }), _) => Self::hand_over(marks, None),
+            (SwapOutcome::Lost(word @ Word { owner: Owner::Target, .. }), cause) => {
                 Self::lose(marks, phase, &cause, word, now)
             }
-            // Nobody else can have taken it.
-            (result, cause) => {
-                let ended = match cause {
-                    _ if result.is_err() => Ended::Meaningless,
-                    Cause::Active(_) => Ended::Untrue,
-                    Cause::End(ended) => ended,
+            // The target cannot have taken it.
+            (outcome, cause) => {
+                let reason = match cause {
+                    _ if outcome != SwapOutcome::Won => EndReason::Meaningless,
+                    Cause::Active(_) => EndReason::Untrue,
+                    Cause::End(reason) => reason,
                 };
-                (Self::Ended { phase, ended }, vec![Action::Resume, Action::Close])
+                (Self::Ended { phase, reason }, vec![Action::Resume, Action::Close])
             }
         }
     }
@@ -444,7 +329,7 @@ impl Source {
     fn lose(marks: Marks, phase: Phase, cause: &Cause, word: Word, now: Duration) -> Step {
         // A target that took what was not offered is obeyed all the same: there must not be two.
         let freeze = (phase == Phase::Stage).then_some(Action::Freeze);
-        if *cause == Cause::End(Ended::Dead) {
+        if *cause == Cause::End(EndReason::Dead) {
             let (state, swap) = Self::survive(marks, word);
             return (state, freeze.into_iter().chain(swap).collect());
         }
@@ -490,16 +375,15 @@ impl Source {
     }
 }
 
-/// Whether an event that nothing else is to be made of ends the hand-over.
-fn end(event: Event, deadline: Duration, now: Duration) -> Option<Ended> {
+/// Why an event that the state does not wait for ends the hand-over, if it does.
+fn end(event: Event, deadline: Duration, now: Duration) -> Option<EndReason> {
     match event {
-        Event::Message(Message::Refuse(refuse)) => Some(Ended::Refused(refuse.reasons.bounded())),
-        Event::Message(message) => Some(Ended::Wrong(message.name())),
-        Event::Closed => Some(Ended::Closed),
-        Event::Dead => Some(Ended::Dead),
-        Event::Time => (now >= deadline).then_some(Ended::Silent),
-        Event::Failed(reasons) => Some(Ended::Failed(reasons)),
-        Event::Cancel => Some(Ended::Cancelled),
+        Event::Message(message) => Some(unexpected(message)),
+        Event::Closed => Some(EndReason::Closed),
+        Event::Dead => Some(EndReason::Dead),
+        Event::Time => (now >= deadline).then_some(EndReason::Silent),
+        Event::Failed(text) => Some(EndReason::Failed(text)),
+        Event::Cancel => Some(EndReason::Cancelled),
         Event::Frozen | Event::Sent | Event::Swapped(_) | Event::Seen(_) => None,
     }
 }

@@ -7,12 +7,12 @@
 //!
 //! | state | the peer is proven dead | the end of the connection, garbage, a wrong message | time |
 //! |---|---|---|---|
-//! | source: greeting, checking | ended, never stopped | the same | the same, after 2 s |
+//! | source: prologue | ended, never stopped | the same | the same, after 2 s |
 //! | source: staging | the word to `Aborted`, goes on | the same | the same, after 10 s |
 //! | source: freezing | the word from `Source` to `Aborted`, goes on | the same | the same, 500 ms from the freeze on |
 //! | source: committed | the word from `Offered` to `Aborted`: won: goes on; lost: from `Target` to `Aborted`: goes on where the used rings say | won: goes on; lost: lost | the same, 500 ms from the freeze on |
 //! | source: lost | from `Target` to `Aborted`: goes on where the used rings say; settled: handed over | stays still until the target settles or dies | looks at the word every 100 ms |
-//! | target: fresh, greeted, ready, gathering | waits for another | the same | the same, after 2 s |
+//! | target: prologue, ready, gathering | waits for another | the same | the same, after 2 s |
 //! | target: staging | takes it when all is there | goes on, then as staged | it is its own work |
 //! | target: staged | the word from `Source` or `Offered` to `Target`: takes it, where the used rings say; aborted: drops it | keeps it until the word is aborted, looks every 100 ms | drops it after 30 s |
 //! | target: starting, active | nothing | nothing | nothing |
@@ -27,12 +27,10 @@
 //!   still since before the word offered them. A target that sleeps through the time of the source loses its swap.
 //! - Events come in the order: what the peer said, its death, the end of the connection, time.
 //!
-//! [`state`] is what is said of a session, [`validate`] judges it, [`source`] and [`target`] are the two ends,
-//! [`report`] says how long it took. The packets are [`handover::message`](crate::handover::message)'s, the reasons
-//! against it [`handover::refusal`](crate::handover::refusal)'s.
+//! [`source`] and [`target`] are the two ends, [`validate`] checks what the source says
+//! ([`SessionState`](super::wire::session::SessionState)), [`report`] says how long it took.
 
 pub mod report;
 pub mod source;
-pub mod state;
 pub mod target;
 pub mod validate;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::state::{FreezeTimes, TakeTimes};
+use crate::handover::wire::session::{FreezeTimes, TakeTimes};
 
 /// The phases, in their order, and for how long nobody served.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -5,25 +5,25 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use baton_channel::ownership::SharedWord;
 use baton_protocol::fd_manifest::NamedFds;
-use baton_protocol::handover::message::{
+use baton_protocol::handover::wire::message::{
     FRAMES_FD, FRONTEND_FD, INFLIGHT_FD, LISTENER_FD, LOG_FD, OWNERSHIP_FD, call_fd, error_fd, kick_fd,
     memory_fd, tap_fd, vhost_fd,
 };
-use baton_protocol::session::state::{
+use baton_protocol::handover::wire::session::{
     AddressesState, FrontendState, InflightState, KickState, LogState, RegionState, SessionState, VringState,
 };
 
-use super::Front;
-use super::frames::Slots;
+use super::FrontEnd;
+use super::frames::FrameSlots;
 use crate::dataplane::ring::Kick;
 use crate::device::Device;
-use crate::dispatch::Dispatch;
+use crate::handover::Context;
 use crate::vring::RingAddresses;
 use crate::vring_setup::VringSetup;
 
-/// What is said of the session with the front-end of `front`.
-pub fn describe(dispatch: &Dispatch, front: Front<'_>) -> SessionState {
-    let Dispatch { device, handover, .. } = dispatch;
+/// What is said of the session with the front-end.
+pub fn describe(cx: &Context<'_>) -> SessionState {
+    let Context { device, front, transfer, .. } = cx;
     let session = device.session();
     let regions = session.memory.files().map(|(layout, count, _)| RegionState {
         guest_address: layout.guest_address,
@@ -42,11 +42,11 @@ pub fn describe(dispatch: &Dispatch, front: Front<'_>) -> SessionState {
         InflightState { offset, size, queues, entries }
     });
     SessionState {
-        frontend: front.session.map(|session| FrontendState {
-            begun: session.begun(),
-            device_state_moved: handover.device_state_moved(),
+        frontend: front.connection().map(|connection| FrontendState {
+            begun: connection.begun,
+            device_state_moved: transfer.succeeded(),
         }),
-        endpoint: front.endpoint.state(),
+        endpoint: front.endpoint().state(),
         regions: regions.collect(),
         log,
         inflight,
@@ -85,16 +85,16 @@ fn vring(setup: &VringSetup) -> VringState {
 /// Everything that goes along, by name: `vhost` are instances of vhost-net, one a pair or none.
 pub fn descriptors<'a>(
     device: &'a Device,
-    front: Front<'a>,
+    front: &'a dyn FrontEnd,
     word: &'a SharedWord,
-    frames: &'a Slots,
+    frames: &'a FrameSlots,
     vhost: &'a [File],
 ) -> NamedFds<BorrowedFd<'a>> {
     let session = device.session();
     let mut named = vec![(OWNERSHIP_FD.to_owned(), word.as_fd()), (FRAMES_FD.to_owned(), frames.as_fd())];
     let mut one = |name: &str, fd: Option<BorrowedFd<'a>>| named.extend(fd.map(|fd| (name.to_owned(), fd)));
-    one(FRONTEND_FD, front.session.map(AsFd::as_fd));
-    one(LISTENER_FD, front.endpoint.listener());
+    one(FRONTEND_FD, front.connection().map(|connection| connection.socket));
+    one(LISTENER_FD, front.endpoint().listener());
     for (region, (_, _, file)) in session.memory.files().enumerate() {
         one(&memory_fd(region), Some(file.as_fd()));
     }

@@ -37,15 +37,12 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::state::DeviceState;
-use super::validate::MAX_QUEUE_PAIRS;
+use super::device::{DeviceState, MAX_QUEUE_PAIRS};
+use super::session::{FreezeTimes, MAX_VRINGS, PairNow, SessionState, TakeTimes, VringNow, is_default};
 use crate::bounded;
 use crate::codec::Protocol;
 use crate::fd_manifest::FdManifest;
 use crate::reasons::Reasons;
-use crate::session::state::{
-    FreezeTimes, MAX_VRINGS, PairNow, SessionState, TakeTimes, VringNow, is_default,
-};
 use crate::version::Versions;
 
 /// What this build speaks.
@@ -101,15 +98,10 @@ pub const FRAMES_FD: &str = "frames";
 /// A socket for the answers to an offer that came over another one.
 pub const LINK_FD: &str = "link";
 
-/// The word in [`Hello::purpose`] for a device.
-pub const DEVICE: &str = "device";
-/// The word in [`Hello::purpose`] for a session.
-pub const SESSION: &str = "session";
-
 /// The first packet each way.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
-    /// What is to be handed over: [`DEVICE`] or [`SESSION`].
+    /// What is to be handed over: the name of a [`Purpose`](crate::handover::prologue::Purpose).
     pub purpose: String,
     /// Which program says so, and its version: for the log.
     #[serde(default)]
@@ -223,54 +215,32 @@ crate::messages! {
     #[derive(Clone, Debug, PartialEq, Eq)]
     pub enum Message: PROTOCOL {
         /// HELLO.
-        Hello(Hello) = 1,
+        Hello(Hello) = 1 "HELLO",
         /// REFUSE.
-        Refuse(Refuse) = 2,
+        Refuse(Refuse) = 2 "REFUSE",
         /// PREPARE.
-        Prepare(Prepare) = 3,
+        Prepare(Prepare) = 3 "PREPARE",
         /// READY.
-        Ready(ReadyToTake) = 4,
+        Ready(ReadyToTake) = 4 "READY",
         /// OFFER.
-        Offer(Offer) = 5,
+        Offer(Offer) = 5 "OFFER",
         /// ADOPTED: the target holds the device, and has not touched it.
-        Adopted(OfOffer) = 6,
+        Adopted(OfOffer) = 6 "ADOPTED",
         /// TAKEN: the target owns the device.
-        Taken(OfOffer) = 7,
+        Taken(OfOffer) = 7 "TAKEN",
         /// RETRACT: the source owns the device again.
-        Retract(OfOffer) = 8,
+        Retract(OfOffer) = 8 "RETRACT",
         /// DEVICE.
-        Device(StateOnly) = 9,
+        Device(StateOnly) = 9 "DEVICE",
         /// STAGE.
-        Stage(Box<Stage>) = 10,
+        Stage(Box<Stage>) = 10 "STAGE",
         /// DESCRIPTORS.
-        Descriptors(Descriptors) = 11,
+        Descriptors(Descriptors) = 11 "DESCRIPTORS",
         /// STAGED.
-        Staged(StagedAll) = 12,
+        Staged(StagedAll) = 12 "STAGED",
         /// COMMIT.
-        Commit(Commit) = 13,
+        Commit(Commit) = 13 "COMMIT",
         /// ACTIVE.
-        Active(Active) = 14,
-    }
-}
-
-impl Message {
-    /// Its name, for the log.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Hello(_) => "HELLO",
-            Self::Refuse(_) => "REFUSE",
-            Self::Prepare(_) => "PREPARE",
-            Self::Ready(_) => "READY",
-            Self::Offer(_) => "OFFER",
-            Self::Adopted(_) => "ADOPTED",
-            Self::Taken(_) => "TAKEN",
-            Self::Retract(_) => "RETRACT",
-            Self::Device(_) => "DEVICE",
-            Self::Stage(_) => "STAGE",
-            Self::Descriptors(_) => "DESCRIPTORS",
-            Self::Staged(_) => "STAGED",
-            Self::Commit(_) => "COMMIT",
-            Self::Active(_) => "ACTIVE",
-        }
+        Active(Active) = 14 "ACTIVE",
     }
 }

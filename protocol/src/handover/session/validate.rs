@@ -1,16 +1,16 @@
 //! From what a source says of its session to what a target may act on. [`CheckedSession`] and [`CheckedCommit`] can be
 //! had here only, and every reason against them is given, not just the first.
 
-use super::state::{
-    EndpointKind, EndpointState, FRAME_SLOT, KickState, RegionState, SessionState, VringState,
-};
-use crate::handover::message::{
+use crate::handover::device::validate::{self, CheckedDevice, FRAME_HEADER, MAX_FRAME};
+use crate::handover::wire::device::DeviceState;
+use crate::handover::wire::message::{
     Commit, FRAMES_FD, FRONTEND_FD, INFLIGHT_FD, LISTENER_FD, LOG_FD, OWNERSHIP_FD, call_fd, error_fd,
     kick_fd, memory_fd, tap_fd, vhost_fd,
 };
-use crate::handover::refusal::Refusal;
-use crate::handover::state::DeviceState;
-use crate::handover::validate::{self, CheckedDevice, FRAME_HEADER, MAX_FRAME};
+use crate::handover::wire::refusal::Refusal;
+use crate::handover::wire::session::{
+    EndpointKind, EndpointState, FRAME_SLOT, KickState, RegionState, SessionState, VringState,
+};
 use crate::ownership::Word;
 use crate::reasons::Reasons;
 

@@ -1,0 +1,333 @@
+//! Both ends of the prologue, of a device's hand-over and of a session's: they carry out what
+//! [`baton_protocol::handover::prologue`] decides. Once both agree, [`super::Handovers`] makes the end that goes on.
+
+use std::time::Duration;
+
+use baton_channel::packet::{ChannelError, Packet, PacketSocket};
+use baton_channel::peer::PeerProcess;
+use baton_control::limited;
+use baton_faults::Point;
+use baton_protocol::codec::{CodecError, Message as _};
+use baton_protocol::control::{HandoverReply, HandoverState, HandoverStatus, SessionReport};
+use baton_protocol::end_reason::EndReason;
+use baton_protocol::handover::prologue::{
+    Introduction, Purpose, SourceAction, SourceEvent, SourcePrologue, TargetAction, TargetEvent,
+    TargetPrologue,
+};
+use baton_protocol::handover::wire::message::{Message, Prepare, Refuse};
+use baton_protocol::handover::wire::refusal::Refusal;
+use baton_protocol::reasons::Reasons;
+
+use super::device::snapshot as device_snapshot;
+use super::device::target as device_target;
+use super::session::{snapshot as session_snapshot, target as session_target};
+use super::{Context, PROCESS, PROGRAM, SOURCE_NAME, now, source_status};
+use crate::control::{self, Call};
+use crate::events::Watched;
+
+/// How long a full socket is waited for: the peer may have filled it, and the event loop serves others.
+const PATIENCE: Duration = Duration::ZERO;
+
+/// The most messages of a source that are read in a row.
+const MESSAGES: usize = 8;
+
+/// Refuses a source that has connected.
+pub fn refuse(link: &PacketSocket, refusal: Refusal) {
+    let message = Message::Refuse(Refuse { reasons: refusal.into() });
+    // A source that cannot read it finds the connection closed.
+    let _ = link.send(&message, &[], PATIENCE);
+}
+
+/// A source that asks a target whether it would take the device or the session.
+#[derive(Debug)]
+pub struct Asking {
+    /// How far it is.
+    pub prologue: SourcePrologue,
+    /// What it wants to hand over.
+    pub purpose: Purpose,
+    /// The connection to the target.
+    pub link: Option<Watched<PacketSocket>>,
+    /// The target's process, if its death matters.
+    pub process: Option<Watched<PeerProcess>>,
+    /// The target's path.
+    pub peer: String,
+    /// The operator's request.
+    pub call: Option<Call>,
+    /// When it began.
+    pub began: Duration,
+}
+
+impl Asking {
+    /// Sends HELLO.
+    pub fn begin(
+        cx: &Context<'_>,
+        purpose: Purpose,
+        link: Watched<PacketSocket>,
+        process: Option<Watched<PeerProcess>>,
+        peer: String,
+        call: Call,
+    ) -> Self {
+        let began = now();
+        let (prologue, hello) = SourcePrologue::begin(purpose, PROGRAM, call.is_dry_run(), began);
+        let mut asking = Self { prologue, purpose, link: Some(link), process, peer, call: Some(call), began };
+        asking.send(cx, &hello);
+        asking
+    }
+
+    /// How it stands.
+    pub fn status(&self) -> HandoverStatus {
+        match &self.prologue {
+            SourcePrologue::Ended { reason, .. } => source_status(&self.peer, reason),
+            _ => HandoverStatus {
+                state: HandoverState::Checking,
+                peer: self.peer.clone(),
+                epoch: None,
+                reason: None,
+            },
+        }
+    }
+
+    /// Reads the target's next message.
+    pub fn listen(&mut self, cx: &Context<'_>) {
+        let Some(link) = &self.link else { return };
+        match link.receive::<Message>(Duration::ZERO) {
+            // None of the target's messages has descriptors; any that came are closed.
+            Ok(packet) => self.tell(cx, SourceEvent::Message(packet.message), now()),
+            Err(ChannelError::Timeout) => {}
+            Err(error) => {
+                if !matches!(error, ChannelError::Closed) {
+                    limited!(warn, peer = self.peer, %error, "invalid message from the target");
+                }
+                self.closed(cx);
+            }
+        }
+    }
+
+    /// The connection is of no more use. The target's death, if it is dead, comes first.
+    fn closed(&mut self, cx: &Context<'_>) {
+        self.link = None;
+        if self.process.take_if(|process| process.has_exited()).is_some() {
+            self.tell(cx, SourceEvent::Dead, now());
+        }
+        self.tell(cx, SourceEvent::Closed, now());
+    }
+
+    /// The target's process ended. Its last messages come first.
+    pub fn died(&mut self, cx: &Context<'_>) {
+        while let Some(link) = &self.link {
+            match link.receive::<Message>(Duration::ZERO) {
+                Ok(packet) => self.tell(cx, SourceEvent::Message(packet.message), now()),
+                Err(_) => self.link = None,
+            }
+        }
+        self.process = None;
+        self.tell(cx, SourceEvent::Dead, now());
+    }
+
+    /// It is `now`.
+    pub fn on_time(&mut self, cx: &Context<'_>, now: Duration) {
+        self.tell(cx, SourceEvent::Time, now);
+    }
+
+    /// The operator cancels.
+    pub fn cancel(&mut self, cx: &Context<'_>) {
+        self.tell(cx, SourceEvent::Cancel, now());
+    }
+
+    fn tell(&mut self, cx: &Context<'_>, event: SourceEvent, now: Duration) {
+        let (prologue, actions) = self.prologue.clone().step(event, now);
+        self.prologue = prologue;
+        for action in actions {
+            match action {
+                SourceAction::Prepare => {
+                    let prepare = self.prepare(cx);
+                    self.send(cx, &Message::Prepare(prepare));
+                }
+                SourceAction::Close => self.link = None,
+            }
+        }
+        self.report();
+    }
+
+    fn prepare(&self, cx: &Context<'_>) -> Prepare {
+        let session = match self.purpose {
+            Purpose::Device => None,
+            Purpose::Session => {
+                baton_faults::pass(Point::SourceSessionGreeted);
+                Some(Box::new(session_snapshot::describe(cx)))
+            }
+        };
+        Prepare { device: device_snapshot::describe(cx.device, cx.device.tap(), &[]), session }
+    }
+
+    fn send(&mut self, cx: &Context<'_>, message: &Message) {
+        let Some(link) = &self.link else { return };
+        match link.send(message, &[], PATIENCE) {
+            // The end of a connection is read after the target's last message.
+            Ok(()) | Err(ChannelError::Closed) => {}
+            Err(error) => {
+                limited!(warn, peer = self.peer, %error, "cannot send {}", message.name());
+                self.closed(cx);
+            }
+        }
+    }
+
+    /// Reports the end to the operator and to the log.
+    fn report(&mut self) {
+        let SourcePrologue::Ended { phase, reason } = &self.prologue else { return };
+        let Some(call) = self.call.take() else { return };
+        limited!(info, peer = self.peer, %reason, "the hand-over is over, nothing was handed over");
+        let answer = match (reason, self.purpose) {
+            (EndReason::Possible, _) => control::answer(&HandoverReply::POSSIBLE),
+            (reason, Purpose::Session) if !call.is_dry_run() => {
+                let (phase, reason) = (phase.name().to_owned(), reason.to_string());
+                control::answer(&SessionReport::RolledBack { phase, reason })
+            }
+            (reason, _) => Err(control::refusal(reason.to_string())),
+        };
+        call.answer(answer);
+    }
+}
+
+/// A target that a source has connected to.
+#[derive(Debug)]
+pub struct Answering {
+    /// How far it is.
+    pub prologue: TargetPrologue,
+    /// The connection to the source.
+    pub link: Option<Watched<PacketSocket>>,
+    /// The source's process, if its death matters.
+    pub process: Option<Watched<PeerProcess>>,
+    /// Whether the source runs as the same user.
+    pub same_user: bool,
+    /// How many instances of vhost-net there were before more were opened for a session.
+    pub vhosts: Option<usize>,
+}
+
+impl Answering {
+    /// Waits for HELLO.
+    pub fn begin(link: Watched<PacketSocket>, same_user: bool, wants_vhost: bool) -> Self {
+        let own = Introduction { program: PROGRAM.to_owned(), wants_vhost };
+        let prologue = TargetPrologue::begin(own, now());
+        Self { prologue, link: Some(link), process: None, same_user, vhosts: None }
+    }
+
+    /// How it stands.
+    pub fn status(&self) -> HandoverStatus {
+        HandoverStatus {
+            state: HandoverState::Checking,
+            peer: SOURCE_NAME.to_owned(),
+            epoch: None,
+            reason: None,
+        }
+    }
+
+    /// Reads the source's next message.
+    pub fn listen(&mut self, cx: &mut Context<'_>) {
+        let Some(link) = &self.link else { return };
+        match link.receive::<Message>(Duration::ZERO) {
+            // Nothing has descriptors yet; any that came are closed.
+            Ok(Packet { message, .. }) => match self.watch_source(cx, &message) {
+                Ok(()) => self.tell(cx, TargetEvent::Message(message), now()),
+                Err(error) => {
+                    limited!(warn, %error, "the source's process cannot be watched");
+                    self.invalid(cx, "the source", &error);
+                }
+            },
+            Err(ChannelError::Timeout) => {}
+            Err(ChannelError::Codec(CodecError::Version(error))) => {
+                limited!(warn, %error, "a source cannot be understood");
+                self.tell(cx, TargetEvent::Stranger(error), now());
+            }
+            Err(ChannelError::Closed) => self.closed(cx),
+            Err(error) => {
+                limited!(warn, %error, "invalid message from the source");
+                self.invalid(cx, "a message", &error);
+            }
+        }
+    }
+
+    /// Reads all that the source has sent, up to what one hand-over takes.
+    pub fn hear_out(&mut self, cx: &mut Context<'_>) {
+        for _ in 0..MESSAGES {
+            self.listen(cx);
+        }
+    }
+
+    /// The source of a session is watched from its HELLO on: a target may have to take over after its death.
+    fn watch_source(&mut self, cx: &Context<'_>, message: &Message) -> std::io::Result<()> {
+        let Message::Hello(hello) = message else { return Ok(()) };
+        if self.process.is_some() || Purpose::of(&hello.purpose) != Some(Purpose::Session) {
+            return Ok(());
+        }
+        let Some(link) = &self.link else { return Ok(()) };
+        baton_faults::point(Point::TargetSessionArrived)?;
+        self.process = Some(Watched::new(PeerProcess::of(&**link)?, cx.epoll, PROCESS)?);
+        Ok(())
+    }
+
+    fn invalid(&mut self, cx: &mut Context<'_>, what: &'static str, error: &dyn std::error::Error) {
+        if let Some(link) = &self.link {
+            refuse(link, Refusal::Unusable { what, text: error.to_string() });
+        }
+        self.closed(cx);
+    }
+
+    /// The connection is of no more use.
+    fn closed(&mut self, cx: &mut Context<'_>) {
+        self.link = None;
+        self.tell(cx, TargetEvent::Closed, now());
+    }
+
+    /// The source's process ended.
+    pub fn died(&mut self, cx: &mut Context<'_>) {
+        self.process = None;
+        self.tell(cx, TargetEvent::Dead, now());
+    }
+
+    /// It is `now`.
+    pub fn on_time(&mut self, cx: &mut Context<'_>, now: Duration) {
+        self.tell(cx, TargetEvent::Time, now);
+    }
+
+    fn tell(&mut self, cx: &mut Context<'_>, event: TargetEvent, now: Duration) {
+        let (prologue, actions) = self.prologue.clone().step(event, now);
+        self.prologue = prologue;
+        for action in actions {
+            match action {
+                TargetAction::Judge(purpose, prepare) => {
+                    let verdict = self.judge(cx, purpose, prepare);
+                    self.tell(cx, TargetEvent::Judged(verdict), super::now());
+                }
+                TargetAction::Send(message) => {
+                    if let Some(link) = &self.link
+                        && let Err(error) = link.send(&message, &[], PATIENCE)
+                    {
+                        // The end of the connection will be seen.
+                        limited!(warn, %error, "cannot send {}", message.name());
+                    }
+                }
+                TargetAction::Close => self.link = None,
+            }
+        }
+        if self.prologue == TargetPrologue::Ended
+            && let Some(before) = self.vhosts.take()
+        {
+            cx.device.keep_vhosts(before);
+        }
+    }
+
+    fn judge(&mut self, cx: &mut Context<'_>, purpose: Purpose, prepare: Prepare) -> Result<(), Reasons> {
+        let Prepare { device, session } = prepare;
+        match (purpose, session) {
+            (Purpose::Device, _) => device_target::judge(cx.device, cx.options, self.same_user, device),
+            (Purpose::Session, Some(session)) => {
+                self.vhosts = Some(cx.device.vhosts());
+                session_target::judge(cx, self.same_user, device, *session)?;
+                baton_faults::pass(Point::TargetSessionJudged);
+                Ok(())
+            }
+            (Purpose::Session, None) => Err(Refusal::NoSession.into()),
+        }
+    }
+}

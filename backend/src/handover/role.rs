@@ -1,0 +1,228 @@
+//! What this process does in a hand-over: one [`Role`] at a time.
+
+use std::time::Duration;
+
+use baton_protocol::control::HandoverStatus;
+use baton_protocol::handover::prologue::{Purpose, SourcePrologue, TargetPrologue};
+
+use super::device::source::DeviceSource;
+use super::device::target::DeviceTarget;
+use super::prologue::{Answering, Asking};
+use super::session::source::SessionSource;
+use super::session::target::SessionTarget;
+use super::{Context, SOURCE_NAME};
+use crate::device::DeviceError;
+
+/// The role. [`Self::advance`] goes on to the next one.
+#[derive(Debug, Default)]
+pub(super) enum Role {
+    #[default]
+    Idle,
+    /// A source, until the target has agreed.
+    Asking(Box<Asking>),
+    /// A target, until it has agreed.
+    Answering(Box<Answering>),
+    DeviceSource(Box<DeviceSource>),
+    DeviceTarget(Box<DeviceTarget>),
+    SessionSource(Box<SessionSource>),
+    SessionTarget(Box<SessionTarget>),
+}
+
+impl Role {
+    /// Whether there is no hand-over.
+    pub fn is_idle(&self) -> bool {
+        matches!(self, Self::Idle)
+    }
+
+    /// Reads the peer's next message.
+    ///
+    /// # Errors
+    /// [`DeviceError`]: the device cannot go on.
+    pub fn listen(&mut self, cx: &mut Context<'_>) -> Result<(), DeviceError> {
+        match self {
+            Self::Idle => Ok(()),
+            Self::Asking(asking) => {
+                asking.listen(cx);
+                Ok(())
+            }
+            Self::Answering(answering) => {
+                answering.listen(cx);
+                Ok(())
+            }
+            Self::DeviceSource(source) => source.listen(cx.device).map(drop),
+            Self::DeviceTarget(target) => target.listen(cx.device, cx.options),
+            Self::SessionSource(source) => source.listen(cx),
+            Self::SessionTarget(target) => target.listen(cx),
+        }
+    }
+
+    /// Reads all that a source has sent: whether it has gone is to be known before the next one is accepted.
+    ///
+    /// # Errors
+    /// [`DeviceError`]: the device cannot go on.
+    pub fn hear_out(&mut self, cx: &mut Context<'_>) -> Result<(), DeviceError> {
+        match self {
+            Self::Answering(answering) => {
+                answering.hear_out(cx);
+                Ok(())
+            }
+            Self::DeviceTarget(target) => target.hear_out(cx.device, cx.options),
+            _ => Ok(()),
+        }
+    }
+
+    /// The peer's process ended.
+    ///
+    /// # Errors
+    /// [`DeviceError`]: the device cannot go on.
+    pub fn died(&mut self, cx: &mut Context<'_>) -> Result<(), DeviceError> {
+        match self {
+            Self::Asking(asking) => asking.died(cx),
+            Self::Answering(answering) => answering.died(cx),
+            Self::SessionSource(source) => source.died(cx)?,
+            Self::SessionTarget(target) => target.died(cx)?,
+            Self::Idle | Self::DeviceSource(_) | Self::DeviceTarget(_) => {}
+        }
+        Ok(())
+    }
+
+    /// When [`Self::on_time`] is due.
+    pub fn deadline(&self) -> Option<Duration> {
+        match self {
+            Self::Asking(asking) => asking.prologue.deadline(),
+            Self::Answering(answering) => answering.prologue.deadline(),
+            Self::SessionSource(source) => source.deadline(),
+            Self::SessionTarget(target) => target.deadline(),
+            Self::Idle | Self::DeviceSource(_) | Self::DeviceTarget(_) => None,
+        }
+    }
+
+    /// It is `now`.
+    ///
+    /// # Errors
+    /// [`DeviceError`]: the device cannot go on.
+    pub fn on_time(&mut self, cx: &mut Context<'_>, now: Duration) -> Result<(), DeviceError> {
+        match self {
+            Self::Asking(asking) => asking.on_time(cx, now),
+            Self::Answering(answering) => answering.on_time(cx, now),
+            Self::SessionSource(source) => source.on_time(cx, now)?,
+            Self::SessionTarget(target) => target.on_time(cx, now)?,
+            Self::Idle | Self::DeviceSource(_) | Self::DeviceTarget(_) => {}
+        }
+        Ok(())
+    }
+
+    /// While no frame moves, waits for a moment for the peer's next message: that is faster than through the event loop.
+    ///
+    /// # Errors
+    /// [`DeviceError`]: the device cannot go on.
+    pub fn hurry(&mut self, cx: &mut Context<'_>) -> Result<(), DeviceError> {
+        match self {
+            Self::SessionSource(source) => source.hurry(cx),
+            Self::SessionTarget(target) => target.hurry(cx),
+            _ => Ok(()),
+        }
+    }
+
+    /// Goes on to the next role if this one has come to its end. Returns how a source ended that still has the device or
+    /// the session.
+    ///
+    /// # Errors
+    /// [`DeviceError`]: the device cannot go on.
+    pub fn advance(&mut self, cx: &mut Context<'_>) -> Result<Option<HandoverStatus>, DeviceError> {
+        match self {
+            Self::Asking(asking) => {
+                if let SourcePrologue::Agreed { wants_vhost } = asking.prologue {
+                    return self.become_source(cx, wants_vhost);
+                }
+            }
+            Self::Answering(answering) => {
+                if let TargetPrologue::Agreed(purpose) = answering.prologue {
+                    self.become_target(cx, purpose);
+                }
+            }
+            _ => {}
+        }
+        Ok(self.end())
+    }
+
+    fn become_source(
+        &mut self,
+        cx: &mut Context<'_>,
+        wants_vhost: bool,
+    ) -> Result<Option<HandoverStatus>, DeviceError> {
+        let Self::Asking(asking) = std::mem::take(self) else { return Ok(None) };
+        match asking.purpose {
+            Purpose::Device => match DeviceSource::armed(*asking) {
+                Ok(source) => *self = Self::DeviceSource(Box::new(source)),
+                Err(status) => return Ok(Some(status)),
+            },
+            Purpose::Session => {
+                let mut source = Box::new(SessionSource::new(*asking));
+                source.stage(cx, wants_vhost)?;
+                *self = Self::SessionSource(source);
+            }
+        }
+        Ok(self.end())
+    }
+
+    fn become_target(&mut self, cx: &Context<'_>, purpose: Purpose) {
+        let Self::Answering(answering) = std::mem::take(self) else { return };
+        *self = match purpose {
+            Purpose::Device => Self::DeviceTarget(Box::new(DeviceTarget::ready(*answering, cx.device))),
+            Purpose::Session => Self::SessionTarget(Box::new(SessionTarget::ready(*answering))),
+        };
+    }
+
+    /// Becomes idle if this role is over. Returns how a source ended that still has the device or the session.
+    pub fn end(&mut self) -> Option<HandoverStatus> {
+        let (over, tells) = match self {
+            Self::Idle => (false, false),
+            Self::Asking(asking) => (matches!(asking.prologue, SourcePrologue::Ended { .. }), true),
+            Self::Answering(answering) => (answering.prologue == TargetPrologue::Ended, false),
+            Self::DeviceSource(source) => (source.is_over(), !source.is_forgotten()),
+            Self::DeviceTarget(target) => (target.is_over(), false),
+            Self::SessionSource(source) => (source.is_over(), true),
+            Self::SessionTarget(target) => (target.is_over(), false),
+        };
+        if !over {
+            return None;
+        }
+        let status = self.status().filter(|_| tells);
+        *self = Self::Idle;
+        status
+    }
+
+    /// How it stands; `None` if there is no hand-over.
+    pub fn status(&self) -> Option<HandoverStatus> {
+        match self {
+            Self::Idle => None,
+            Self::Asking(asking) => Some(asking.status()),
+            Self::Answering(answering) => Some(answering.status()),
+            Self::DeviceSource(source) => Some(source.status()),
+            Self::DeviceTarget(target) => Some(target.status()),
+            Self::SessionSource(source) => Some(source.status()),
+            Self::SessionTarget(target) => Some(target.status()),
+        }
+    }
+
+    /// The peer, if the device or session may be on its way to or from there.
+    pub fn peer(&self) -> Option<&str> {
+        match self {
+            Self::Idle | Self::Answering(_) | Self::DeviceTarget(_) => None,
+            Self::Asking(asking) => Some(&asking.peer),
+            Self::DeviceSource(source) => Some(source.peer()),
+            Self::SessionSource(source) => Some(source.peer()),
+            Self::SessionTarget(_) => Some(SOURCE_NAME),
+        }
+    }
+
+    /// Whether this process has nothing more to do once no front-end is connected.
+    pub fn is_done(&self) -> bool {
+        match self {
+            Self::DeviceSource(source) => source.is_done(),
+            Self::SessionSource(source) => source.is_done(),
+            _ => false,
+        }
+    }
+}
