@@ -66,9 +66,34 @@ pub struct Link {
     hand_overs: u32,
     /// Kept, so that it is among the back-end's descriptors always.
     client: Option<ControlClient>,
-    _server: Process,
     _directory: tempfile::TempDir,
+    _network: Network,
+}
+
+/// The network's end of a link, and its TAP, which outlives the back-ends.
+#[derive(Debug)]
+pub struct Network {
+    _server: Process,
     _netns: Netns,
+}
+
+impl Network {
+    /// Sets up both in a namespace that this thread enters.
+    ///
+    /// # Errors
+    /// If anything cannot be set up.
+    pub fn new(multi_queue: bool) -> Result<Self> {
+        let netns = Netns::enter()?;
+        netns.create_persistent_tap(TAP, multi_queue)?;
+        ip(&["addr", "add", &format!("{HOST}/24"), "dev", TAP])?;
+        ip(&["link", "set", "lo", "up"])?;
+        std::fs::write(SEGMENTS, FULL_SEGMENTS).context(SEGMENTS)?;
+        // What the guest resolves once it need not again, however slow it is.
+        ip(&["neigh", "add", &GUEST.to_string(), "lladdr", MAC, "dev", TAP])?;
+        let listen = format!("--listen={HOST}:{PORT}");
+        let server = Process::start(&programs::traffic()?, &["serve".into(), listen.into()], &[])?;
+        Ok(Self { _server: server, _netns: netns })
+    }
 }
 
 impl Link {
@@ -77,13 +102,7 @@ impl Link {
     /// # Errors
     /// If anything cannot be set up.
     pub fn new(datapath: Datapath, meeting: Meeting, queue_pairs: u16) -> Result<Self> {
-        let netns = Netns::enter()?;
-        netns.create_persistent_tap(TAP, queue_pairs > 1)?;
-        ip(&["addr", "add", &format!("{HOST}/24"), "dev", TAP])?;
-        ip(&["link", "set", "lo", "up"])?;
-        std::fs::write(SEGMENTS, FULL_SEGMENTS).context(SEGMENTS)?;
-        // What the guest resolves once it need not again, however slow it is.
-        ip(&["neigh", "add", &GUEST.to_string(), "lladdr", MAC, "dev", TAP])?;
+        let network = Network::new(queue_pairs > 1)?;
         let directory = tempfile::tempdir()?;
         let socket = directory.path().join("vhost-user");
         let control = directory.path().join("control");
@@ -99,8 +118,6 @@ impl Link {
             arguments.push("--client".into());
         }
         let backend = Process::start(&programs::backend()?, &arguments, &[])?;
-        let listen = format!("--listen={HOST}:{PORT}");
-        let server = Process::start(&programs::traffic()?, &["serve".into(), listen.into()], &[])?;
         let mut link = Self {
             backend,
             arguments,
@@ -111,9 +128,8 @@ impl Link {
             queue_pairs,
             hand_overs: 0,
             client: None,
-            _server: server,
             _directory: directory,
-            _netns: netns,
+            _network: network,
         };
         link.status()?;
         Ok(link)
