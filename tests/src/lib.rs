@@ -6,8 +6,8 @@
 //! [`datapath`]. In [`local_migration`] a guest moves from one baton-vmm to the next, or
 //! fails to at a [`fake_target`]; [`fault_cells`] and [`session_cells`] have its processes and those of a session's
 //! hand-over die, hang and starve, and a [`downscript`] is run once. A front-end moves [`device_state`], and other
-//! [`users`] try what is not theirs. A [`mod@bench`] measures. The [`lab`] runs a test in a machine that has what this one
-//! lacks.
+//! [`users`] try what is not theirs. A [`mod@bench`] measures. A [`reference_backend`] stands in for `baton-backend`
+//! without its code. The [`lab`] runs a test in a machine that has what this one lacks.
 
 pub mod backend;
 pub mod bench;
@@ -36,6 +36,7 @@ pub mod places;
 pub mod process;
 pub mod programs;
 pub mod qmp;
+pub mod reference_backend;
 pub mod session_cells;
 pub mod session_peer;
 pub mod switching;

@@ -41,6 +41,11 @@ pub fn bench_handover() -> Result<PathBuf> {
     program("bench-handover")
 }
 
+/// `reference-backend`, a back-end without Baton's code.
+pub fn reference_backend() -> Result<PathBuf> {
+    program("reference-backend")
+}
+
 /// `lab`, which runs the lab's machine.
 pub(crate) fn lab() -> Result<PathBuf> {
     program("lab")

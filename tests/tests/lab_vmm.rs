@@ -9,9 +9,9 @@ use baton_control::ControlClient;
 use baton_protocol::control::{Request, VmmState, VmmStatus};
 use baton_tests::datapath::Datapath;
 use baton_tests::guest::Vmm;
-use baton_tests::link::{Link, MAC, Meeting, ip};
+use baton_tests::link::{GUEST, HOST, Link, MAC, Meeting, Network, PORT, TAP, bring_up, ip};
 use baton_tests::process::Process;
-use baton_tests::{images, lab, ping, programs};
+use baton_tests::{images, lab, ping, programs, reference_backend};
 
 #[test]
 fn boots_a_bzimage() -> Result<()> {
@@ -116,6 +116,33 @@ fn serves_several_devices() -> Result<()> {
         link.check_healthy()?;
         ensure!(guest.power_off()?.success());
         Ok(())
+    })
+}
+
+#[test]
+fn works_with_the_reference_back_end() -> Result<()> {
+    lab::run(|| {
+        let _network = Network::new(false)?;
+        let mut backend = reference_backend::Program::start(TAP)?;
+        let mut body = || {
+            let socket = backend.socket.to_str().context("a path that is not UTF-8")?;
+            let mut guest = Vmm::new(1, "512M")?.net(socket, MAC, 1).start("guest")?;
+            guest.wait_for_shell()?;
+            bring_up(&mut guest, 1)?;
+            ping::check(GUEST, 100)?;
+            guest.check_pings(HOST, 100)?;
+            for direction in ["up", "down"] {
+                guest.check(&format!(
+                    "traffic bulk {HOST}:{PORT} --direction={direction} --bytes={}",
+                    4 << 20
+                ))?;
+            }
+            ensure!(guest.power_off()?.success());
+            ensure!(backend.process.is_running()?);
+            Ok(())
+        };
+        let result = body();
+        result.with_context(|| backend.process.log())
     })
 }
 
