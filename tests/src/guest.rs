@@ -21,7 +21,7 @@ use self::console::Console;
 pub use self::qemu::{Accelerator, Qemu};
 pub use self::queues::{Carried, QueuePair};
 pub use self::vmm::Vmm;
-use crate::{images, places};
+use crate::{images, paths};
 
 /// How long a guest may take to boot, and each command: what is longer hangs, on the slowest of machines too.
 pub const PATIENCE: Duration = Duration::from_secs(300);
@@ -62,7 +62,7 @@ impl Guest {
     /// Starts a program that runs a guest with its console on standard input and output. In the test's logs `name`
     /// gets a file for the console and one for what the program has to say.
     pub fn start(program: &Command, name: &str) -> Result<Self> {
-        let logs = places::test_logs()?;
+        let logs = paths::test_logs()?;
         Self::start_with_logs(program, name, &logs)
     }
 

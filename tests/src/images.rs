@@ -18,19 +18,19 @@ use anyhow::{Context, Result, bail};
 use tempfile::NamedTempFile;
 
 use self::cpio::Cpio;
-use crate::{places, programs};
+use crate::{paths, programs};
 
 /// The environment variable that says where [`guest_initramfs`] is, when it has been made for this run of the tests.
 pub const GUEST_INITRAMFS: &str = "BATON_GUEST_INITRAMFS";
 
 /// The guest's kernel as Debian delivers it: a bzImage.
 pub fn guest_kernel() -> Result<PathBuf> {
-    places::set_up(Path::new("guest-kernel/vmlinuz"))
+    paths::set_up(Path::new("guest-kernel/vmlinuz"))
 }
 
 /// The guest's kernel as an uncompressed ELF file.
 pub fn guest_vmlinux() -> Result<PathBuf> {
-    places::set_up(Path::new("guest-kernel/vmlinux"))
+    paths::set_up(Path::new("guest-kernel/vmlinux"))
 }
 
 /// The guest's initramfs: a root shell on `ttyS0`, virtio-net over MMIO and PCI, busybox, `ethtool` and `traffic`.
@@ -40,7 +40,7 @@ pub fn guest_initramfs() -> Result<PathBuf> {
     if let Some(path) = env::var_os(GUEST_INITRAMFS) {
         return Ok(path.into());
     }
-    let kernel = places::set_up(Path::new("guest-kernel/lib"))?;
+    let kernel = paths::set_up(Path::new("guest-kernel/lib"))?;
     let mut image = Cpio::new();
     image.folder("root");
     busybox(&mut image, include_bytes!("images/guest-init"))?;
@@ -54,7 +54,7 @@ pub fn guest_initramfs() -> Result<PathBuf> {
 
 /// The initramfs of the lab's machine, which goes on to the root file system that it is given: `images/lab-init`.
 pub(crate) fn lab_initramfs() -> Result<PathBuf> {
-    let kernel = places::set_up(Path::new("lab-kernel/lib"))?;
+    let kernel = paths::set_up(Path::new("lab-kernel/lib"))?;
     let mut image = Cpio::new();
     busybox(&mut image, include_bytes!("images/lab-init"))?;
     add_modules(&mut image, &kernel, &["virtio_pci", "9pnet_virtio", "9p", "overlay", "virtio_console"])?;
@@ -63,12 +63,12 @@ pub(crate) fn lab_initramfs() -> Result<PathBuf> {
 
 /// The kernel of the lab's machine.
 pub(crate) fn lab_kernel() -> Result<PathBuf> {
-    places::set_up(Path::new("lab-kernel/vmlinuz"))
+    paths::set_up(Path::new("lab-kernel/vmlinuz"))
 }
 
 /// The folder that holds the modules of [`lab_kernel`], by its version.
 pub(crate) fn lab_modules() -> Result<PathBuf> {
-    places::set_up(Path::new("lab-kernel/lib/modules"))
+    paths::set_up(Path::new("lab-kernel/lib/modules"))
 }
 
 /// Busybox, `init`, and what any Linux needs.
@@ -118,7 +118,7 @@ fn stripped(program: &Path) -> Result<Vec<u8>> {
 
 /// Writes an image, unless it is there already.
 fn store(name: &str, contents: &[u8]) -> Result<PathBuf> {
-    let folder = places::lab()?;
+    let folder = paths::lab()?;
     let path = folder.join(name);
     if fs::read(&path).is_ok_and(|present| present == contents) {
         return Ok(path);

@@ -8,7 +8,7 @@
 //!
 //! A test that needs them has its body called by [`run`]. Where this machine can do it, that is all that happens. Else
 //! the lab runs the very same test executable: its machine sees this one's files, so every path means the same there.
-//! Its files are read-only and what is written is gone with the machine, except in [`crate::places::test_logs`],
+//! Its files are read-only and what is written is gone with the machine, except in [`crate::paths::test_logs`],
 //! which both share. Jobs are done one after the other, as root; whatever a job started ends with it.
 //!
 //! The lab runs as long as the process that owns it: nextest, or a test that was started without it. For nextest there
@@ -32,7 +32,7 @@ pub use self::client::Running;
 pub use self::message::{Job, Outcome};
 pub use self::place::Place;
 pub use self::supervisor::supervise;
-use crate::places;
+use crate::paths;
 
 /// The environment variable that says where tests which need the lab are run: a [`Place`].
 pub const PLACE: &str = "BATON_LAB";
@@ -47,8 +47,8 @@ pub fn run(body: impl FnOnce() -> Result<()>) -> Result<()> {
 
 /// Has the running test run by the lab.
 fn run_in(lab: &Running) -> Result<()> {
-    let name = places::test_name()?;
-    let logs = places::test_logs()?;
+    let name = paths::test_name()?;
+    let logs = paths::test_logs()?;
     let program = env::current_exe().context("cannot tell which program runs")?;
     let arguments = ["--exact", &name, "--nocapture", "--include-ignored"].map(str::to_owned);
     let mut passed = false;

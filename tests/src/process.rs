@@ -232,7 +232,7 @@ impl Process {
     /// # Errors
     /// If it has ended.
     pub fn open_fds(&self) -> Result<usize> {
-        Ok(std::fs::read_dir(format!("/proc/{}/fd", self.pid()))?.count())
+        open_fds(self.pid())
     }
 
     /// How many threads it has.
@@ -281,6 +281,14 @@ pub fn is_stopped(process: u32) -> Result<bool> {
     let stat = std::fs::read_to_string(format!("/proc/{process}/stat"))?;
     // After the program's name, which is in parentheses.
     Ok(stat.rsplit_once(')').is_some_and(|(_, fields)| fields.trim_start().starts_with('T')))
+}
+
+/// How many descriptors a process has open.
+///
+/// # Errors
+/// If it has ended.
+pub fn open_fds(process: u32) -> Result<usize> {
+    Ok(std::fs::read_dir(format!("/proc/{process}/fd"))?.count())
 }
 
 /// The sockets that a process has, by names that no other sockets ever have.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 
-use crate::places;
+use crate::paths;
 
 /// `baton-backend`.
 pub fn backend() -> Result<PathBuf> {
@@ -60,7 +60,7 @@ fn faulty(name: &str) -> Result<PathBuf> {
 }
 
 fn built(name: &str, by: &str) -> Result<PathBuf> {
-    let path = places::programs()?.join(name);
+    let path = paths::programs()?.join(name);
     if !path.is_file() {
         bail!("{} was not built; run: {by}", path.display());
     }

@@ -2,17 +2,13 @@
 //! and again: `make soak`, `SOAK_ROUNDS` times.
 
 use anyhow::{Context, Result};
-use baton_tests::fault_cells::kill::{kill_guests, kill_others};
-use baton_tests::fault_cells::refuse::refuse_everywhere;
-use baton_tests::fault_cells::{Arena, points};
-use baton_tests::faults::{Faults, Party};
+use baton_tests::fault_matrix::device::hang::hang_everywhere as hangs;
+use baton_tests::fault_matrix::device::kill::{kill_guests, kill_others};
+use baton_tests::fault_matrix::device::refuse::refuse_everywhere;
+use baton_tests::fault_matrix::device::starve::starve_everywhere as starves;
+use baton_tests::fault_matrix::session;
 use baton_tests::local_migration::Kind;
-use baton_tests::{datapath, lab, session_cells};
-
-const PARTIES: [Party; 4] = [Party::TargetVmm, Party::TargetBackend, Party::SourceBackend, Party::SourceVmm];
-
-/// What hangs is waited for as long as this is shorter than usual.
-const HURRY: u32 = 4;
+use baton_tests::{datapath, lab};
 
 fn rounds(datapath: datapath::Datapath, body: impl Fn(Kind) -> Result<()>) -> Result<()> {
     let rounds = std::env::var("SOAK_ROUNDS").unwrap_or_else(|_| "1".to_owned());
@@ -29,34 +25,18 @@ fn kills(kind: Kind) -> Result<()> {
     kill_guests(kind)
 }
 
-fn hangs(kind: Kind) -> Result<()> {
-    let mut arena = Arena::new(kind, HURRY, Faults::default())?;
-    for party in PARTIES {
-        points(party, true).chain(points(party, false)).try_for_each(|point| arena.hang(point))?;
-    }
-    arena.end()
-}
-
-fn starves(kind: Kind) -> Result<()> {
-    let mut arena = Arena::new(kind, HURRY, Faults::default())?;
-    for party in PARTIES {
-        points(party, true).chain(points(party, false)).try_for_each(|point| arena.starve(point))?;
-    }
-    arena.end()
-}
-
 fn session_kills(kind: Kind) -> Result<()> {
-    session_cells::kill::kill_everywhere(kind.datapath, kind.queue_pairs)
+    session::kill::kill_everywhere(kind.datapath, kind.queue_pairs)
 }
 
 fn session_hangs(kind: Kind) -> Result<()> {
-    session_cells::hang::hang_everywhere(kind.datapath, kind.queue_pairs)?;
-    session_cells::hang::oversleep_everywhere(kind.datapath, kind.queue_pairs)
+    session::hang::hang_everywhere(kind.datapath, kind.queue_pairs)?;
+    session::hang::oversleep_everywhere(kind.datapath, kind.queue_pairs)
 }
 
 fn session_starves(kind: Kind) -> Result<()> {
-    session_cells::starve::starve_everywhere(kind.datapath, kind.queue_pairs)?;
-    session_cells::refuse::refuse_everywhere(kind.datapath, kind.queue_pairs)
+    session::starve::starve_everywhere(kind.datapath, kind.queue_pairs)?;
+    session::refuse::refuse_everywhere(kind.datapath, kind.queue_pairs)
 }
 
 /// Two tests of each of these, which `make test` leaves out.

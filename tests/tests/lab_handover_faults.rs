@@ -1,16 +1,17 @@
-//! With the kernel's datapath, too, there is one back-end that serves, whoever of a session's hand-over dies or hangs.
+//! With the kernel's datapath, too, one back-end serves when the source or the target of a session's hand-over dies or
+//! hangs.
 
 use anyhow::Result;
 use baton_tests::datapath::Datapath;
+use baton_tests::fault_matrix::session::Fixture;
 use baton_tests::faults::Point;
 use baton_tests::lab;
-use baton_tests::session_cells::Arena;
 
-/// At the turns of a hand-over; `make soak` has all of it.
+/// Only the points where the owner of the session changes; `make soak` has all points.
 #[test]
-fn the_kernel_works_for_whoever_serves() -> Result<()> {
+fn session_on_vhost_net_survives_faults() -> Result<()> {
     lab::run(|| {
-        let mut arena = Arena::new(Datapath::VhostNet, 2, 256)?;
+        let mut fixture = Fixture::new(Datapath::VhostNet, 2, 256)?;
         for point in [
             Point::TargetSessionStaged,
             Point::TargetSessionTaking,
@@ -20,11 +21,11 @@ fn the_kernel_works_for_whoever_serves() -> Result<()> {
             Point::SourceSessionOffered,
             Point::SourceSessionCommitSent,
         ] {
-            arena.kill(point)?;
+            fixture.kill(point)?;
         }
-        arena.hang(Point::SourceSessionOffered)?;
-        arena.hang(Point::TargetSessionRunning)?;
-        arena.starve(Point::TargetSessionGathered)?;
-        arena.end()
+        fixture.hang(Point::SourceSessionOffered)?;
+        fixture.hang(Point::TargetSessionRunning)?;
+        fixture.starve(Point::TargetSessionGathered)?;
+        fixture.end()
     })
 }

@@ -7,7 +7,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use baton_tests::guest::{Accelerator, Qemu};
 use baton_tests::lab::{self, Place};
-use baton_tests::places;
+use baton_tests::paths;
 
 #[test]
 fn has_kvm_vhost_net_and_taps() -> Result<()> {
@@ -37,8 +37,8 @@ fn boots_a_guest_under_kvm() -> Result<()> {
 
 #[test]
 fn keeps_the_logs_of_a_test() -> Result<()> {
-    lab::run(|| Ok(std::fs::write(places::test_logs()?.join("note"), "kept")?))?;
-    ensure!(std::fs::read_to_string(places::test_logs()?.join("note"))? == "kept");
+    lab::run(|| Ok(std::fs::write(paths::test_logs()?.join("note"), "kept")?))?;
+    ensure!(std::fs::read_to_string(paths::test_logs()?.join("note"))? == "kept");
     Ok(())
 }
 

@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 use super::message::{Job, Outcome, Report, Stream, send};
-use crate::{images, places, programs};
+use crate::{images, paths, programs};
 
 /// A lab that was started.
 #[derive(Debug)]
@@ -23,7 +23,7 @@ pub struct Running {
 impl Running {
     /// The lab whose socket this is.
     pub fn at(socket: &Path) -> Result<Self> {
-        Ok(Self { socket: socket.to_owned(), logs: places::logs()? })
+        Ok(Self { socket: socket.to_owned(), logs: paths::logs()? })
     }
 
     /// Starts a lab that runs as long as the process `owner`. Returns before it is up: clients wait. Labs that run side
@@ -31,7 +31,7 @@ impl Running {
     pub fn start(owner: u32, number: usize) -> Result<Self> {
         // Made once, before any test asks for them.
         images::guest_initramfs()?;
-        let logs = places::logs()?;
+        let logs = paths::logs()?;
         fs::create_dir_all(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
         let log_path = logs.join(format!("lab-{number}-supervisor.log"));
         let log = File::create(&log_path).context("cannot write the lab's logs")?;

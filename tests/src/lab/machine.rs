@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
 use super::clock::tsc_khz;
-use crate::{images, places, programs};
+use crate::{images, paths, programs};
 
 /// The name of the port by which the agent speaks with the supervisor.
 pub(super) const PORT: &str = "baton.agent";
@@ -85,7 +85,7 @@ fn kernel_command_line(logs: &Path) -> Result<String> {
     for (name, path) in [("agent", agent.as_path()), ("modules", &modules), ("logs", logs)] {
         let path = path.to_str().filter(|path| !path.contains([' ', '"']));
         let Some(path) = path else {
-            bail!("the lab cannot use {}: it has a space in its path", places::target()?.display());
+            bail!("the lab cannot use {}: it has a space in its path", paths::target()?.display());
         };
         line.push_str(&format!(" lab.{name}={path}"));
     }

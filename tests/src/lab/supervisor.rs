@@ -23,7 +23,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::machine::Machine;
 use super::message::{Job, Order, Report, send};
-use crate::places;
+use crate::paths;
 
 /// How long the machine may take to come up: it needs some 5 seconds on a machine with nothing else to do.
 const BOOT: Duration = Duration::from_secs(180);
@@ -98,7 +98,7 @@ impl Supervisor {
         self.line.clear();
         self.heard = Instant::now();
         let name = format!("lab-{}-{}", self.number, self.machines);
-        match places::logs().and_then(|logs| Machine::start(&logs, &name)) {
+        match paths::logs().and_then(|logs| Machine::start(&logs, &name)) {
             Ok((machine, port)) => {
                 (self.machine, self.port, self.state) = (Some(machine), port, State::Booting);
             }

@@ -19,7 +19,7 @@ use baton_tests::guest::{Guest, QueuePair, Vmm};
 use baton_tests::lab::{Job, Outcome, Place};
 use baton_tests::link::{GUEST, HOST, Link, MAC, Meeting, PORT, TAP};
 use baton_tests::traffic::bulk;
-use baton_tests::{images, ping, places, programs};
+use baton_tests::{images, paths, ping, programs};
 use clap::Parser;
 
 const QUEUE_PAIRS: u16 = 2;
@@ -64,7 +64,7 @@ fn run(args: &Args) -> Result<bool> {
 
 fn demonstrate(datapath: Datapath) -> Result<bool> {
     let start = Instant::now();
-    let logs = places::logs()?.join("demo");
+    let logs = paths::logs()?.join("demo");
     fs::create_dir_all(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
 
     let mut link = Link::new(datapath, Meeting::BackendListens, QUEUE_PAIRS)?;

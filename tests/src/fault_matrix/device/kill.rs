@@ -1,46 +1,45 @@
-//! A process is killed.
-
-use std::os::unix::process::ExitStatusExt;
+//! Kills a process.
 
 use anyhow::{Result, ensure};
 use baton_protocol::control::VmmState;
-use nix::sys::signal::Signal;
 
 use super::{
-    Arena, Target, check_no_tap, check_waits, end_backend, is_source, is_vmm, points, queues_held, quit_left,
-    stays, until, waits,
+    Fixture, Target, check_no_tap, check_waits, end_backend, is_source, is_vmm, queues_held, quit_left,
+    rolls_back, waits,
 };
+use crate::fault_matrix::{check_killed, points};
 use crate::faults::{Action, Faults, Party, Point};
 use crate::local_migration::Kind;
+use crate::process::until;
 
-/// Each process but the VMM that has the guest is killed, at each point: while the guest is to stay, and one guest does;
-/// then while it is to move, and it moves on from place to place. At last it dies with its VMM.
+/// Kills each process except the VMM that has the guest, at each of its fault points: first where the guest stays at the
+/// source, then where it moves on to the target. Last, kills the VMM that has the guest.
 ///
 /// # Errors
-/// If anything is not as it should be.
+/// If a process does not do what the matrix expects.
 pub fn kill_others(kind: Kind) -> Result<()> {
-    let mut arena = Arena::new(kind, 1, Faults::default())?;
+    let mut fixture = Fixture::new(kind, 1, Faults::default())?;
     for party in [Party::TargetVmm, Party::TargetBackend, Party::SourceBackend] {
-        points(party, true).try_for_each(|point| arena.kill(point))?;
+        points(party).filter(|point| rolls_back(*point)).try_for_each(|point| fixture.kill(point))?;
     }
     for party in [Party::SourceBackend, Party::TargetBackend, Party::SourceVmm] {
-        points(party, false).try_for_each(|point| arena.kill(point))?;
+        points(party).filter(|point| !rolls_back(*point)).try_for_each(|point| fixture.kill(point))?;
     }
-    arena.kill_guest(Point::TargetVmmTaken)
+    fixture.kill_guest(Point::TargetVmmTaken)
 }
 
-/// The VMM that has the guest is killed at each point, each time with a guest of its own.
+/// Kills the VMM that has the guest, at each of its fault points. Boots a guest for each.
 ///
 /// # Errors
-/// If anything is not as it should be.
+/// If a process does not do what the matrix expects.
 pub fn kill_guests(kind: Kind) -> Result<()> {
-    for point in points(Party::SourceVmm, true) {
-        Arena::new(kind, 1, Faults::at(point, Action::Kill))?.kill_guest(point)?;
+    for point in points(Party::SourceVmm).filter(|point| rolls_back(*point)) {
+        Fixture::new(kind, 1, Faults::at(point, Action::Kill))?.kill_guest(point)?;
     }
-    Arena::new(kind, 1, Faults::default())?.kill_guest(Point::TargetVmmResumed)
+    Fixture::new(kind, 1, Faults::default())?.kill_guest(Point::TargetVmmResumed)
 }
 
-/// How the source reports it.
+/// The phase and the start of the reason that the source reports.
 fn reported(point: Point) -> (&'static str, &'static str) {
     match point {
         Point::TargetVmmConnected | Point::TargetVmmGreeted => ("hello", "the target closed"),
@@ -53,14 +52,18 @@ fn reported(point: Point) -> (&'static str, &'static str) {
     }
 }
 
-impl Arena {
-    /// The process that comes by the point is killed there, and it is not the one that has the guest.
+impl Fixture {
+    /// Kills the process that reaches the point, which is not the VMM that has the guest.
     ///
     /// # Errors
-    /// If anything is not as it should be.
+    /// If a process does not do what the matrix expects.
     pub fn kill(&mut self, point: Point) -> Result<()> {
-        self.cell(point, Action::Kill, |arena, target| {
-            if stays(point) { arena.kill_and_stay(point, target) } else { arena.kill_and_move(point, target) }
+        self.case(point, Action::Kill, |fixture, target| {
+            if rolls_back(point) {
+                fixture.kill_and_stay(point, target)
+            } else {
+                fixture.kill_and_move(point, target)
+            }
         })
     }
 
@@ -70,10 +73,10 @@ impl Arena {
         ensure!(phase == expected && reason.starts_with(because), "{phase}: {reason}");
         self.expect_killed(target, point)?;
         match point.party() {
-            // Which cannot go on without it; its VMM may have ended for that.
+            // The target cannot go on without the process; its VMM may have ended.
             Party::TargetVmm | Party::TargetBackend => check_no_tap(&target.stay)?,
             _ => {
-                // The VM runs, and looks for its back-end.
+                // The VM runs and tries to reconnect to a back-end.
                 self.replace_backend(Faults::default())?;
                 check_waits(target)?;
             }
@@ -85,7 +88,7 @@ impl Arena {
     fn kill_and_move(&mut self, point: Point, target: &mut Target) -> Result<()> {
         let attempt = self.attempt(target);
         if point.party() == Party::SourceVmm {
-            ensure!(attempt.end().is_err(), "a VMM that was killed has reported something");
+            ensure!(attempt.end().is_err(), "a killed VMM has reported");
         } else {
             attempt.end_completed()?;
         }
@@ -95,7 +98,7 @@ impl Arena {
             quit_left(source)?;
         }
         if point.party() != Party::SourceBackend {
-            // Where the target's has not taken the TAP, the source's has it back, and is told to let it go.
+            // If the target's back-end had not taken the TAP, the source's has it back and must be told to end.
             end_backend(source, point == Point::TargetBackendTaking)?;
         }
         if point.party() == Party::TargetBackend {
@@ -104,20 +107,20 @@ impl Arena {
         self.check_network()
     }
 
-    /// The last cell of an arena: the VMM that has the guest is killed, and the guest with it. Nobody else runs it.
+    /// The last case of a fixture: kills the VMM that has the guest. No other process runs the guest.
     ///
     /// # Errors
-    /// If anything is not as it should be.
+    /// If a process does not do what the matrix expects.
     pub fn kill_guest(mut self, point: Point) -> Result<()> {
-        self.cell(point, Action::Kill, |arena, target| {
-            let report = arena.attempt(target).end();
-            arena.expect_killed(target, point)?;
+        self.case(point, Action::Kill, |fixture, target| {
+            let report = fixture.attempt(target).end();
+            fixture.expect_killed(target, point)?;
             if is_source(point.party()) {
-                ensure!(report.is_err(), "a VMM that was killed has reported {report:?}");
+                ensure!(report.is_err(), "a killed VMM has reported {report:?}");
                 ensure!(!target.stay.guest.log().contains("the VM is taken"), "{}", target.stay.guest.log());
-                // Both back-ends lose their front-ends at the same time. A source that ends first leaves its TAP to the
-                // target, which then keeps it to clean up.
-                let source = &mut arena.traveller.stay;
+                // Both back-ends lose their front-ends at the same time. If the source ends first, the target inherits the
+                // TAP and keeps it to clean up.
+                let source = &mut fixture.traveller.stay;
                 let heir = target.stay.backend.process.pid();
                 until("the target had let the TAP go, or inherited it", || {
                     let inherited =
@@ -129,7 +132,7 @@ impl Arena {
                 }
                 return end_backend(source, true);
             }
-            let source = &mut arena.traveller.stay;
+            let source = &mut fixture.traveller.stay;
             ensure!(source.status()?.state == VmmState::Postmigrate, "{report:?}");
             let processes = [source.backend.process.pid(), target.stay.backend.process.pid()];
             until("one back-end had the TAP", || {
@@ -141,13 +144,12 @@ impl Arena {
         })
     }
 
-    /// The process that comes by the point was killed there.
+    /// Checks that the process that reaches the point was killed there.
     fn expect_killed(&mut self, target: &mut Target, point: Point) -> Result<()> {
         let stay = if is_source(point.party()) { &mut self.traveller.stay } else { &mut target.stay };
         let status =
             if is_vmm(point.party()) { stay.guest.wait_end()? } else { stay.backend.process.wait()? };
-        let killed = status.signal() == Some(Signal::SIGKILL as i32);
-        ensure!(killed, "{} ended with {status}", point.name());
+        check_killed(status)?;
         self.check_reached(target, point, Action::Kill)
     }
 }

@@ -1,25 +1,21 @@
-//! A process has no descriptor to spare.
+//! Lets a process run out of descriptors.
 
 use anyhow::{Result, ensure};
 
-use super::{Arena, Fate, WHOLE, is_source, points};
+use super::{Fate, Fixture, LOSSLESS, everywhere, is_source};
 use crate::datapath::Datapath;
-use crate::faults::{Action, Party, Point};
+use crate::faults::{Action, Point};
 use crate::process::limit_descriptors;
 
-/// Each process runs out of descriptors at each point.
+/// Lets each process run out of descriptors at each of its fault points.
 ///
 /// # Errors
-/// If anything is not as it should be.
+/// If a process does not do what the matrix expects.
 pub fn starve_everywhere(datapath: Datapath, queue_pairs: u16) -> Result<()> {
-    let mut arena = Arena::new(datapath, queue_pairs, 256)?;
-    for party in [Party::TargetSession, Party::SourceSession] {
-        points(party).try_for_each(|point| arena.starve(point))?;
-    }
-    arena.end()
+    everywhere(datapath, queue_pairs, Fixture::starve)
 }
 
-/// What is said where a descriptor is still needed after this point.
+/// The refusal, if the process needs a descriptor after this point.
 fn refusal(point: Point) -> Option<&'static str> {
     Some(match point {
         Point::SourceSessionConnected => "cannot begin a hand-over: Too many open files",
@@ -37,15 +33,15 @@ fn refusal(point: Point) -> Option<&'static str> {
     })
 }
 
-impl Arena {
-    /// The process that comes by the point gets no descriptor any more, until the attempt is over. Where none is needed
-    /// after that, the session moves.
+impl Fixture {
+    /// Lets the process that reaches the point open no further descriptor until the attempt ends. The session moves if the
+    /// rest of the attempt needs none.
     ///
     /// # Errors
-    /// If anything is not as it should be.
+    /// If a process does not do what the matrix expects.
     pub fn starve(&mut self, point: Point) -> Result<()> {
-        self.cell(point, Action::NoFile, 1, WHOLE, |scene| {
-            let attempt = scene.attempt();
+        self.case(point, Action::NoFile, 1, LOSSLESS, |case| {
+            let attempt = case.attempt();
             let fate = match refusal(point) {
                 Some(expected) => {
                     let said = attempt.end_refused()?;
@@ -57,10 +53,10 @@ impl Arena {
                     Fate::Moves
                 }
             };
-            scene.check_reached()?;
-            // A source from which it has moved ends.
+            case.check_reached()?;
+            // A source that has handed the session over ends.
             if fate == Fate::Stays || !is_source(point) {
-                limit_descriptors(scene.faulty().pid(), None)?;
+                limit_descriptors(case.faulty().pid(), None)?;
             }
             Ok(fate)
         })?;

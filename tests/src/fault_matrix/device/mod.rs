@@ -1,9 +1,8 @@
-//! A guest that is to move to another baton-vmm with its TAP, and what is left when one of the four processes fails on
-//! the way.
+//! The part of the fault matrix where a VM moves with its TAP from one baton-vmm and baton-backend to another of each, and
+//! one of the four processes fails.
 //!
-//! A *cell* is one attempt with one fault: [`mod@kill`], [`hang`], [`starve`], [`refuse`]. After each there is exactly one
-//! VM, which has its network, nobody else holds its TAP, and every process that lives has let go of what it had taken.
-//! The cells of one [`Arena`] have the same guest as long as it lives.
+//! After each case of [`mod@kill`], [`hang`], [`starve`] and [`refuse`] exactly one VM runs and has its network, no other
+//! process holds its TAP, and every process that lives has closed what it took for the attempt.
 
 pub mod hang;
 pub mod kill;
@@ -12,66 +11,43 @@ pub mod starve;
 
 use std::collections::HashMap;
 use std::fs;
-use std::thread::{self, JoinHandle};
-use std::time::Instant;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use baton_control::ControlClient;
 use baton_protocol::control::{Frontend, MigrationReport, Request, VmmState, VmmStatus};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::{Attempt, check_ends, points, run_case};
 use crate::faults::{Action, Faults, Party, Point, has_reached};
 use crate::local_migration::{Kind, Stay, Traveller, Wanted, Way};
 use crate::netns;
-use crate::process::until;
+use crate::process::{open_fds, until};
 
-/// A guest, and what is remembered from cell to cell.
+/// All parties, in the order in which they fail.
+const PARTIES: [Party; 4] = [Party::TargetVmm, Party::TargetBackend, Party::SourceBackend, Party::SourceVmm];
+
+/// By what the timeouts are divided where a process hangs. In the lab a process that does not hang needs time, too.
+pub const HURRY: u32 = 4;
+
+/// A guest that moves from case to case.
 #[derive(Debug)]
-pub struct Arena {
+pub struct Fixture {
     kind: Kind,
-    /// How much shorter everybody's patience is.
+    /// By what all timeouts are divided.
     hurry: u32,
-    /// The guest.
     traveller: Traveller,
-    /// How few descriptors each process had after a cell, and after one in which the TAP was put aside: the ownership word
-    /// of the last hand-over is kept.
+    /// The fewest descriptors that each process had after a case, and after a case in which it put the TAP aside: the
+    /// back-end keeps the ownership word of the last hand-over.
     held: HashMap<(u32, bool), usize>,
 }
 
-/// A place to which the guest is to move.
+/// A VMM and a back-end that wait for the guest.
 #[derive(Debug)]
 struct Target {
     stay: Stay,
-    /// How many descriptors its VMM and its back-end had at first.
+    /// How many descriptors the VMM and the back-end had before the first attempt.
     held: [usize; 2],
-}
-
-/// An attempt that is under way.
-#[derive(Debug)]
-struct Attempt(JoinHandle<Result<MigrationReport>>);
-
-impl Attempt {
-    /// What was reported, or why nothing was.
-    fn end(self) -> Result<MigrationReport> {
-        until("the attempt ended", || Ok(self.0.is_finished()))?;
-        self.0.join().map_err(|_| anyhow!("the attempt panicked"))?
-    }
-
-    /// The VM has not moved; gives where and why not.
-    fn end_rolled_back(self) -> Result<(String, String)> {
-        match self.end()? {
-            MigrationReport::RolledBack { phase, reason } => Ok((phase, reason)),
-            other => bail!("not rolled back: {other:?}"),
-        }
-    }
-
-    /// The VM has moved.
-    fn end_completed(self) -> Result<()> {
-        let report = self.end()?;
-        ensure!(matches!(report, MigrationReport::Completed { .. }), "not completed: {report:?}");
-        Ok(())
-    }
 }
 
 /// How many queues of this TAP a process holds.
@@ -79,15 +55,11 @@ fn queues_held(process: u32, tap: &str) -> Result<usize> {
     let line = format!("iff:\t{tap}");
     let mut held = 0;
     for entry in fs::read_dir(format!("/proc/{process}/fdinfo"))? {
-        // One that has been closed since is not held.
+        // A descriptor that was closed meanwhile is not held.
         let info = fs::read_to_string(entry?.path()).unwrap_or_default();
         held += usize::from(info.lines().any(|said| said == line));
     }
     Ok(held)
-}
-
-fn open_fds(process: u32) -> Result<usize> {
-    Ok(fs::read_dir(format!("/proc/{process}/fd"))?.count())
 }
 
 fn is_vmm(party: Party) -> bool {
@@ -98,9 +70,9 @@ fn is_source(party: Party) -> bool {
     matches!(party, Party::SourceVmm | Party::SourceBackend)
 }
 
-/// Whether the VM stays with its source when a process dies or hangs there. Once the device is offered the back-ends
-/// need no more of its source; and the device is taken after the VM is.
-pub fn stays(point: Point) -> bool {
+/// Whether the VM stays at the source when a process dies or hangs at this point. The source's back-end is no longer needed
+/// once it has sent its offer, and the target's back-end takes the device only after the target has taken the VM.
+fn rolls_back(point: Point) -> bool {
     !matches!(
         point,
         Point::SourceVmmOffered
@@ -116,65 +88,60 @@ pub fn stays(point: Point) -> bool {
     )
 }
 
-/// The points of a party where the VM stays with its source, or those where it does not.
-pub fn points(party: Party, stays: bool) -> impl Iterator<Item = Point> {
-    let all = Point::ALL.iter().copied();
-    all.filter(move |point| point.party() == party && self::stays(*point) == stays)
+/// Runs a case at every fault point of every party, with one guest.
+fn everywhere(kind: Kind, mut case: impl FnMut(&mut Fixture, Point) -> Result<()>) -> Result<()> {
+    let mut fixture = Fixture::new(kind, HURRY, Faults::default())?;
+    PARTIES.into_iter().flat_map(points).try_for_each(|point| case(&mut fixture, point))?;
+    fixture.end()
 }
 
-impl Arena {
-    /// Boots a guest, at a place with these faults.
+impl Fixture {
+    /// Boots a guest on a VMM and a back-end with these faults.
     ///
     /// # Errors
     /// If anything cannot be set up.
     pub fn new(kind: Kind, hurry: u32, faults: Faults) -> Result<Self> {
         let traveller = Traveller::with_faults(kind, &faults.hurried(hurry))?;
-        let mut arena = Self { kind, hurry, traveller, held: HashMap::new() };
-        arena.traveller.check_pings(3)?;
-        Ok(arena)
+        let mut fixture = Self { kind, hurry, traveller, held: HashMap::new() };
+        fixture.traveller.check_pings(3)?;
+        Ok(fixture)
     }
 
-    /// Switches the guest off; everything must end well.
+    /// Switches the guest off.
     ///
     /// # Errors
-    /// If it does not.
+    /// If the VMM or the back-end does not end well.
     pub fn end(self) -> Result<()> {
         self.traveller.end()
     }
 
-    /// Runs a cell, and says of a failure where it was.
-    fn cell(
+    fn case(
         &mut self,
         point: Point,
         action: Action,
         body: impl FnOnce(&mut Self, &mut Target) -> Result<()>,
     ) -> Result<()> {
-        let began = Instant::now();
-        let mut target = None;
-        let result = self.prepare(point, action).and_then(|place| body(self, target.insert(place)));
-        eprintln!("{}, {action:?}: {:?}", point.name(), began.elapsed());
-        if let (Err(_), Some(target), Action::Stop) = (&result, &target, action) {
-            // One that hangs answers nobody. It may have ended.
-            let _ = signal(self.process_at(target, point).0, Signal::SIGCONT);
-        }
-        result.with_context(|| {
-            let of_target = target.map(|mut target| target.stay.evidence());
-            let here = self.traveller.evidence();
-            format!(
-                "{}, {action:?}\n{here}\nthe other place:\n{}",
-                point.name(),
-                of_target.unwrap_or_default()
-            )
+        run_case(point, action, || {
+            let mut target = None;
+            let result = self.prepare(point, action).and_then(|place| body(self, target.insert(place)));
+            if let (Err(_), Some(target), Action::Stop) = (&result, &target, action) {
+                // A stopped process answers nothing. It may have ended.
+                let _ = signal(self.process_at(target, point).0, Signal::SIGCONT);
+            }
+            result.with_context(|| {
+                let target = target.map(|mut target| target.stay.evidence()).unwrap_or_default();
+                format!("{}\nthe other place:\n{target}", self.traveller.evidence())
+            })
         })
     }
 
-    /// Has the process that comes by this point fail there; gives a place to move to.
+    /// Arms the fault point in the process that reaches it; returns a target to move to.
     fn prepare(&mut self, point: Point, action: Action) -> Result<Target> {
         let (faults, none) = (Faults::at(point, action), Faults::default());
         match point.party() {
             Party::TargetVmm | Party::TargetBackend => return self.place(faults),
             Party::SourceBackend => self.replace_backend(faults)?,
-            // One that was booted with it has it.
+            // A VMM that was started with the fault has it.
             Party::SourceVmm if self.traveller.stay.faults.has(point) => {}
             Party::SourceVmm => self.move_to(faults)?,
             Party::SourceSession | Party::TargetSession => bail!("no session is handed over here"),
@@ -190,7 +157,7 @@ impl Arena {
         Ok(Target { stay, held })
     }
 
-    /// Moves the guest, without any fault on the way.
+    /// Moves the guest to a place with these faults, which this move does not reach.
     fn move_to(&mut self, faults: Faults) -> Result<()> {
         let target = self.place(faults)?;
         self.attempt(&target).end_completed()?;
@@ -198,44 +165,43 @@ impl Arena {
         self.check_network()
     }
 
-    /// Has the back-end where the guest is replaced by one with these faults.
+    /// Replaces the back-end of the guest's place by one with these faults.
     fn replace_backend(&mut self, faults: Faults) -> Result<()> {
         self.traveller.stay.replace_backend(self.kind, &faults.hurried(self.hurry))?;
         self.check_network()
     }
 
-    fn attempt(&self, target: &Target) -> Attempt {
+    fn attempt(&self, target: &Target) -> Attempt<MigrationReport> {
         let (control, path) = (self.traveller.stay.control().to_owned(), target.stay.incoming());
-        Attempt(thread::spawn(move || {
+        Attempt::start(move || {
             let request = Request::Migrate { path, local: true, dry_run: false };
             let mut client = ControlClient::connect(&control)?;
             let report = serde_json::from_value(client.call(&request)?)?;
-            // Who has lost the answer finds it there.
+            // A client that loses the answer finds the report in the status.
             let status: VmmStatus = serde_json::from_value(client.call(&Request::Status)?)?;
             ensure!(status.migration.as_ref() == Some(&report), "{report:?}, but {status:?}");
             Ok(report)
-        }))
+        })
     }
 
-    /// The process that comes by a point, and what it has said.
-    fn process_at(&self, target: &Target, point: Point) -> (Pid, String) {
+    /// The process that reaches a point, and its log.
+    fn process_at(&self, target: &Target, point: Point) -> (u32, String) {
         let stay = if is_source(point.party()) { &self.traveller.stay } else { &target.stay };
-        let (process, log) = if is_vmm(point.party()) {
+        if is_vmm(point.party()) {
             (stay.guest.process(), stay.guest.log())
         } else {
             (stay.backend.process.pid(), stay.backend.process.log())
-        };
-        (Pid::from_raw(i32::try_from(process).unwrap_or(i32::MAX)), log)
+        }
     }
 
-    /// That the point was reached, or the cell has shown nothing.
+    /// Checks that the process reached the point; otherwise the case has shown nothing.
     fn check_reached(&self, target: &Target, point: Point, action: Action) -> Result<()> {
         let (_, log) = self.process_at(target, point);
         ensure!(has_reached(&log, point, action), "{} was not reached: {log}", point.name());
         Ok(())
     }
 
-    /// The guest runs where it is, with its network; nobody else has its TAP.
+    /// Checks that the guest runs at its current place and has its network and all queues of its TAP.
     fn check_network(&mut self) -> Result<()> {
         let stay = &mut self.traveller.stay;
         until("the VM ran", || Ok(stay.status()?.state == VmmState::Running))?;
@@ -247,7 +213,7 @@ impl Arena {
         self.traveller.check_pings(3)
     }
 
-    /// The processes where the guest is hold no more than after an earlier cell.
+    /// Checks that the guest's VMM and back-end have no more descriptors than after an earlier case.
     fn check_held(&mut self) -> Result<()> {
         let stay = &self.traveller.stay;
         let offered = stay.backend.process.log().contains("polling of the TAP is off");
@@ -255,7 +221,7 @@ impl Arena {
             let least = self.held.entry((process, offered)).or_insert(open_fds(process)?);
             let what = format!("process {process} had {least} descriptors open");
             until(&what, || {
-                // Something of the first cell may have been about to be closed.
+                // After the first case a process may still have been about to close some.
                 let open = open_fds(process)?;
                 let enough = open <= *least;
                 *least = open.min(*least);
@@ -265,14 +231,14 @@ impl Arena {
         Ok(())
     }
 
-    /// The guest has moved: gives what it has left, which is the other place from now on.
+    /// Notes that the guest has moved; returns the place that it left.
     fn exchange<'a>(&mut self, target: &'a mut Target) -> &'a mut Stay {
         std::mem::swap(&mut self.traveller.stay, &mut target.stay);
         &mut target.stay
     }
 }
 
-/// A place that no guest has come to waits for the next one, and holds what it held before.
+/// Waits until the target accepts a guest again and has no more descriptors than before the attempt.
 fn check_waits(target: &mut Target) -> Result<()> {
     let Target { stay, held } = target;
     until("the target waited again", || Ok(stay.status()?.state == VmmState::Incoming))?;
@@ -285,7 +251,7 @@ fn check_waits(target: &mut Target) -> Result<()> {
     Ok(())
 }
 
-/// Whether a place that no guest has come to holds what it held before, and no more.
+/// Whether the target has as many descriptors as before the attempt, and no TAP.
 fn waits(target: &Target) -> Result<bool> {
     let Target { stay, held } = target;
     let processes = [stay.guest.process(), stay.backend.process.pid()].into_iter().zip(*held);
@@ -297,14 +263,14 @@ fn waits(target: &Target) -> Result<bool> {
     Ok(queues_held(stay.backend.process.pid(), stay.tap)? == 0)
 }
 
-/// A back-end has no TAP, or soon none.
+/// Waits until a back-end has no TAP.
 fn check_no_tap(stay: &Stay) -> Result<()> {
     let process = stay.backend.process.pid();
-    // One that has ended has none.
+    // A back-end that has ended has none.
     until("it had no TAP", || Ok(queues_held(process, stay.tap).unwrap_or(0) == 0))
 }
 
-/// A VMM whose guest has moved refuses to run it, and ends well.
+/// Checks that a VMM whose guest has moved refuses to resume it, and ends well.
 fn quit_left(source: &mut Stay) -> Result<()> {
     until("the source knew", || Ok(source.status()?.state == VmmState::Postmigrate))?;
     let refused = source.ask(&Request::Resume).err().context("the source resumed")?;
@@ -315,18 +281,15 @@ fn quit_left(source: &mut Stay) -> Result<()> {
     Ok(())
 }
 
-/// A back-end ends well, by itself or told to.
+/// Ends a back-end, by a signal if `told`, and checks that it succeeds.
 fn end_backend(stay: &mut Stay, told: bool) -> Result<()> {
     let process = &mut stay.backend.process;
     if told && process.is_running()? {
         process.signal(Signal::SIGTERM)?;
     }
-    let status = process.wait()?;
-    let log = process.log();
-    ensure!(status.success() && !log.contains("panicked"), "a back-end ended with {status}:\n{log}");
-    Ok(())
+    check_ends(process)
 }
 
-fn signal(process: Pid, signal: Signal) -> Result<()> {
-    kill(process, signal).with_context(|| format!("{signal} to {process}"))
+fn signal(process: u32, signal: Signal) -> Result<()> {
+    kill(Pid::from_raw(i32::try_from(process)?), signal).with_context(|| format!("{signal} to {process}"))
 }

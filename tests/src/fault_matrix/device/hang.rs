@@ -1,37 +1,46 @@
-//! A process hangs, longer than anybody waits for it, and later goes on.
+//! Stops a process for longer than the other processes wait for it, then continues it.
 
 use anyhow::{Result, ensure};
 use baton_protocol::control::VmmState;
 use nix::sys::signal::Signal;
-use nix::unistd::Pid;
 
 use super::{
-    Arena, Target, check_no_tap, check_waits, end_backend, is_source, quit_left, signal, stays, until,
+    Fixture, Target, check_no_tap, check_waits, end_backend, everywhere, is_source, quit_left, rolls_back,
+    signal,
 };
-use crate::faults::{Action, Party, Point, has_reached};
-use crate::process;
+use crate::fault_matrix::hangs_at;
+use crate::faults::{Action, Party, Point};
+use crate::local_migration::Kind;
+use crate::process::{is_stopped, until};
 
-/// Whether a process is stopped.
-fn is_stopped(process: Pid) -> Result<bool> {
-    process::is_stopped(u32::try_from(process.as_raw())?)
+/// Stops each process at each of its fault points.
+///
+/// # Errors
+/// If a process does not do what the matrix expects.
+pub fn hang_everywhere(kind: Kind) -> Result<()> {
+    everywhere(kind, Fixture::hang)
 }
 
-impl Arena {
-    /// The process that comes by the point stops there, and goes on when the others have given it up.
+impl Fixture {
+    /// Stops the process that reaches the point, and continues it when the others have given it up.
     ///
     /// # Errors
-    /// If anything is not as it should be.
+    /// If a process does not do what the matrix expects.
     pub fn hang(&mut self, point: Point) -> Result<()> {
-        self.cell(point, Action::Stop, |arena, target| {
-            if stays(point) { arena.hang_and_stay(point, target) } else { arena.hang_and_move(point, target) }
+        self.case(point, Action::Stop, |fixture, target| {
+            if rolls_back(point) {
+                fixture.hang_and_stay(point, target)
+            } else {
+                fixture.hang_and_move(point, target)
+            }
         })
     }
 
     /// Waits until the process hangs.
-    fn wait_hanging(&self, point: Point, target: &Target) -> Result<Pid> {
+    fn wait_hanging(&self, point: Point, target: &Target) -> Result<u32> {
         until(&format!("{} was reached", point.name()), || {
             let (process, log) = self.process_at(target, point);
-            Ok(has_reached(&log, point, Action::Stop) && is_stopped(process)?)
+            hangs_at(point, process, &log)
         })?;
         Ok(self.process_at(target, point).0)
     }
@@ -40,7 +49,7 @@ impl Arena {
         let attempt = self.attempt(target);
         let hanging = self.wait_hanging(point, target)?;
         if point.party() == Party::SourceVmm {
-            // The guest hangs with it, and nobody else may run it: the target gives it up.
+            // The guest hangs too. The target gives the source up, and must not run the guest.
             check_waits(target)?;
             ensure!(is_stopped(hanging)?, "{} goes on", point.name());
             signal(hanging, Signal::SIGCONT)?;
@@ -54,14 +63,14 @@ impl Arena {
         ensure!(silent.iter().any(|text| reason.contains(text)), "{phase}: {reason}");
         ensure!(is_stopped(hanging)?, "{} goes on", point.name());
         if is_source(point.party()) {
-            // The guest runs, but its network hangs.
+            // The guest runs; only its network hangs.
             ensure!(self.traveller.stay.status()?.state == VmmState::Running);
         } else {
             self.check_network()?;
         }
         signal(hanging, Signal::SIGCONT)?;
         match point.party() {
-            // Its VMM cannot make a place without it, and may have ended for that.
+            // Its VMM cannot accept a guest without it, and may have ended.
             Party::TargetBackend => check_no_tap(&target.stay)?,
             _ => check_waits(target)?,
         }
@@ -73,7 +82,7 @@ impl Arena {
         let attempt = self.attempt(target);
         let hanging = self.wait_hanging(point, target)?;
         if point.party() == Party::SourceVmm {
-            // Whatever the source does, the VM is the target's.
+            // The target runs the VM while the source hangs.
             until("the target ran", || Ok(target.stay.status()?.state == VmmState::Running))?;
             let source = self.exchange(target);
             self.check_network()?;

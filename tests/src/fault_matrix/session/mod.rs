@@ -1,9 +1,8 @@
-//! A session that is to move to another back-end, and what is left when one of the two fails on the way.
+//! The part of the fault matrix where a session moves from one back-end to another, and one of the two fails.
 //!
-//! A *cell* is one attempt with one fault: [`mod@kill`], [`hang`], [`starve`], [`refuse`]. After each the [`Fate`] of the
-//! session is what the table says: whoever has it serves on, with nothing lost or doubled that is not allowed for, the
-//! front-end has heard nothing, nobody holds more than before, and the session moves on to the next.
-//! The cells of one [`Arena`] have the same front-end as long as its session lives.
+//! After each case of [`mod@kill`], [`hang`], [`starve`] and [`refuse`] the session has the [`Fate`] that the matrix expects:
+//! its owner serves with no more frames lost or duplicated than the case allows, the front-end has received nothing, no
+//! process has more descriptors than before, and the session moves on to the next back-end.
 
 pub mod hang;
 pub mod kill;
@@ -11,15 +10,14 @@ pub mod refuse;
 pub mod starve;
 
 use std::os::fd::AsFd;
-use std::thread::{self, JoinHandle};
-use std::time::Instant;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use baton_control::ControlClient;
 use baton_protocol::control::{BackendState, Request, SessionReport};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 
+use super::{Attempt, check_ends, run_case};
 use crate::backend::{Backend, Rig, TAP};
 use crate::datapath::Datapath;
 use crate::downscript::Downscript;
@@ -30,45 +28,45 @@ use crate::load::{self, Demand, Outcome};
 use crate::netns;
 use crate::process::{Process, until};
 
-/// What is sent while nothing may be lost.
-const WHOLE: Demand = Demand { rate: RATE, under_way: [UNDER_WAY; 2], may_lose: 0, may_double: 0 };
+/// The load of a case in which no frame may be lost.
+const LOSSLESS: Demand = Demand { rate: RATE, under_way: [UNDER_WAY; 2], may_lose: 0, may_double: 0 };
 /// Frames a second each way.
 const RATE: u32 = 20_000;
-/// The most frames of a direction that wait until somebody serves them: fewer than a ring or a queue of the TAP's holds.
+/// The most frames of a direction in flight: fewer than a ring or a queue of the TAP holds.
 const UNDER_WAY: u64 = 200;
 
 /// What becomes of a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
-    /// The source serves on, which never gave it away.
+    /// The source serves on; it never gave the session away.
     Stays,
-    /// The source serves again: the target is dead, which had taken it.
+    /// The target took the session and died; the source serves again.
     Returns,
-    /// The target serves, to which it was committed.
+    /// The source committed the session; the target serves.
     Moves,
-    /// The target serves, to which nothing was committed: the source is dead.
+    /// The source died before it committed the session; the target serves.
     Inherited,
-    /// Nobody serves; the front-end sees its back-end end.
+    /// No process serves; the front-end sees the connection close.
     Lost,
 }
 
-/// A session, and where it is: a back-end as it is shipped has it between two cells.
+/// A front-end with a session. Between two cases a back-end without fault points has the session.
 #[derive(Debug)]
-pub struct Arena {
+pub struct Fixture {
     rig: Rig,
     device: Device,
     options: Options,
-    /// How many descriptors a back-end has to which the session came.
+    /// How many descriptors a back-end has after it took the session.
     held: Option<usize>,
-    /// How many frames the TAP had no room for.
+    /// How many frames the TAP has dropped.
     dropped: u64,
-    /// For the last owner.
+    /// Only the last owner of the TAP runs it.
     downscript: Downscript,
 }
 
-/// The two ends of a cell's attempt.
+/// The source and the target of one case.
 #[derive(Debug)]
-struct Scene<'a> {
+struct Case<'a> {
     source: &'a mut Backend,
     target: &'a mut Target,
     point: Point,
@@ -79,30 +77,12 @@ struct Scene<'a> {
 #[derive(Debug)]
 struct Target {
     backend: Backend,
-    /// How many descriptors it had at first.
+    /// How many descriptors it had before the attempt.
     held: usize,
 }
 
-/// A hand-over that is under way.
-#[derive(Debug)]
-struct Attempt(JoinHandle<Result<SessionReport>>);
-
-impl Attempt {
-    /// What was reported, or why nothing was.
-    fn end(self) -> Result<SessionReport> {
-        until("the attempt ended", || Ok(self.0.is_finished()))?;
-        self.0.join().map_err(|_| anyhow!("the attempt panicked"))?
-    }
-
-    /// The session has not moved; gives where and why not.
-    fn end_rolled_back(self) -> Result<(String, String)> {
-        match self.end()? {
-            SessionReport::RolledBack { phase, reason } => Ok((phase, reason)),
-            other => bail!("not rolled back: {other:?}"),
-        }
-    }
-
-    /// The session has not moved, or was not begun to; gives where and why.
+impl Attempt<SessionReport> {
+    /// Expects a rollback, or an error before the hand-over began; returns its text.
     fn end_refused(self) -> Result<String> {
         match self.end() {
             Ok(SessionReport::RolledBack { phase, reason }) => Ok(format!("{phase}: {reason}")),
@@ -110,37 +90,44 @@ impl Attempt {
             Err(error) => Ok(error.to_string()),
         }
     }
-
-    /// The session has moved.
-    fn end_completed(self) -> Result<()> {
-        let report = self.end()?;
-        ensure!(matches!(report, SessionReport::Completed { .. }), "not completed: {report:?}");
-        Ok(())
-    }
 }
 
-/// All points of a party that a session comes by whose descriptors go in one packet.
-pub fn points(party: Party) -> impl Iterator<Item = Point> {
-    let all = Point::ALL.iter().copied().filter(|point| *point != Point::TargetSessionGathering);
-    all.filter(move |point| point.party() == party)
+/// The fault points of a party that it reaches where the descriptors of the session fit in one packet.
+fn points(party: Party) -> impl Iterator<Item = Point> {
+    super::points(party).filter(|point| *point != Point::TargetSessionGathering)
 }
 
-/// Whether the process that comes by this point has the session at first.
+/// Runs a case at each of the points, with one session.
+fn at_each(
+    points: impl IntoIterator<Item = Point>,
+    datapath: Datapath,
+    queue_pairs: u16,
+    mut case: impl FnMut(&mut Fixture, Point) -> Result<()>,
+) -> Result<()> {
+    let mut fixture = Fixture::new(datapath, queue_pairs, 256)?;
+    points.into_iter().try_for_each(|point| case(&mut fixture, point))?;
+    fixture.end()
+}
+
+/// Runs a case at each fault point of the target and of the source, with one session.
+fn everywhere(
+    datapath: Datapath,
+    queue_pairs: u16,
+    case: impl FnMut(&mut Fixture, Point) -> Result<()>,
+) -> Result<()> {
+    let parties = [Party::TargetSession, Party::SourceSession];
+    at_each(parties.into_iter().flat_map(points), datapath, queue_pairs, case)
+}
+
+/// Whether the source reaches this point.
 fn is_source(point: Point) -> bool {
     point.party() == Party::SourceSession
 }
 
-/// That the front-end has been told nothing, and is still connected.
+/// Checks that the front-end has received nothing and is still connected.
 fn check_quiet(connection: &Connection) -> Result<()> {
     let mut fds = [PollFd::new(connection.stream().as_fd(), PollFlags::POLLIN)];
     ensure!(poll(&mut fds, PollTimeout::ZERO)? == 0, "the front-end's socket: {:?}", fds[0].revents());
-    Ok(())
-}
-
-/// A back-end ends well, by itself.
-fn check_ends(process: &mut Process) -> Result<()> {
-    let status = process.wait()?;
-    ensure!(status.success() && !process.log().contains("panicked"), "a back-end ended with {status}");
     Ok(())
 }
 
@@ -151,7 +138,7 @@ impl Target {
         Ok(Self { backend, held })
     }
 
-    /// It waits for the next session, and holds nothing of the last.
+    /// Waits until it accepts a session again and has no more descriptors than before the attempt.
     fn check_waits(&mut self) -> Result<()> {
         let Self { backend, held } = self;
         until("the target had let go of the TAP", || {
@@ -161,38 +148,38 @@ impl Target {
         backend.process.wait_open_fds(*held)
     }
 
-    /// It serves.
+    /// Waits until it serves.
     fn wait_serving(&mut self) -> Result<()> {
         until("the target served", || Ok(self.backend.status()?.state == BackendState::Serving))
     }
 }
 
-impl Scene<'_> {
-    fn attempt(&self) -> Attempt {
+impl Case<'_> {
+    fn attempt(&self) -> Attempt<SessionReport> {
         let (control, path) = (self.source.control.clone(), self.target.backend.incoming());
-        Attempt(thread::spawn(move || {
+        Attempt::start(move || {
             let path = Some(path.display().to_string());
             let request = Request::Handover { path, on_suspend: false, dry_run: false, cancel: false };
             Ok(serde_json::from_value(ControlClient::connect(&control)?.call(&request)?)?)
-        }))
+        })
     }
 
-    /// The process that comes by the point.
+    /// The process that reaches the point.
     fn faulty(&mut self) -> &mut Process {
         if is_source(self.point) { &mut self.source.process } else { &mut self.target.backend.process }
     }
 
-    /// That the point was reached, or the cell has shown nothing.
+    /// Checks that the process reached the point; otherwise the case has shown nothing.
     fn check_reached(&mut self) -> Result<()> {
         let (point, action) = (self.point, self.action);
-        self.faulty().wait_until("it came by the fault point", |process| {
+        self.faulty().wait_until("it reached the fault point", |process| {
             Ok(has_reached(&process.log(), point, action).then_some(()))
         })
     }
 }
 
-impl Arena {
-    /// A front-end with a session that works.
+impl Fixture {
+    /// Starts a back-end and a front-end, and checks that their session works.
     ///
     /// # Errors
     /// If anything cannot be set up.
@@ -203,15 +190,15 @@ impl Arena {
         let options = Options { queue_pairs, queue_size, features, ..Options::default() };
         let mut device = rig.device(options.clone())?;
         rig.check_traffic(&mut device)?;
-        let mut arena = Self { rig, device, options, held: None, dropped: 0, downscript };
-        arena.hand_on(None, &Faults::default())?;
-        Ok(arena)
+        let mut fixture = Self { rig, device, options, held: None, dropped: 0, downscript };
+        fixture.hand_on(None, &Faults::default())?;
+        Ok(fixture)
     }
 
-    /// The front-end stops its rings, starts them again and leaves, and the back-end ends; all goes well.
+    /// Restarts the rings, disconnects the front-end and ends the back-end.
     ///
     /// # Errors
-    /// If it does not.
+    /// If any of these goes wrong.
     pub fn end(mut self) -> Result<()> {
         self.device.suspend()?;
         self.device.restart_rings()?;
@@ -226,23 +213,20 @@ impl Arena {
         Ok(())
     }
 
-    /// Runs a cell: `body` says what it is to lead to, while this load goes on, whose outcome is given. The process that
-    /// comes by the point has the fault, the other one this hurry.
-    fn cell(
+    /// Runs a case under the load `demand`, whose outcome is returned; `body` returns the fate of the session. The process
+    /// that reaches the point has the fault, and `hurry` divides the timeouts of the other one.
+    fn case(
         &mut self,
         point: Point,
         action: Action,
         hurry: u32,
         demand: Demand,
-        body: impl FnOnce(&mut Scene<'_>) -> Result<Fate>,
+        body: impl FnOnce(&mut Case<'_>) -> Result<Fate>,
     ) -> Result<Outcome> {
-        let began = Instant::now();
-        let mut log = String::new();
-        let result = self.run(point, action, hurry, demand, body, &mut log);
-        eprintln!("{}, {action:?}: {:?}", point.name(), began.elapsed());
-        result.with_context(|| {
-            let here = self.rig.backend.process.log();
-            format!("{}, {action:?}\n{here}\nthe other one:\n{log}", point.name())
+        run_case(point, action, || {
+            let mut log = String::new();
+            let result = self.run(point, action, hurry, demand, body, &mut log);
+            result.with_context(|| format!("{}\nthe target:\n{log}", self.rig.backend.process.log()))
         })
     }
 
@@ -252,19 +236,19 @@ impl Arena {
         action: Action,
         hurry: u32,
         demand: Demand,
-        body: impl FnOnce(&mut Scene<'_>) -> Result<Fate>,
+        body: impl FnOnce(&mut Case<'_>) -> Result<Fate>,
         log: &mut String,
     ) -> Result<Outcome> {
         let (fault, other) = (Faults::at(point, action), Faults::default().hurried(hurry));
         let (source, target) = if is_source(point) { (&fault, &other) } else { (&other, &fault) };
         if source.any() {
-            self.hand_on(None, source).context("to the source")?;
+            self.hand_on(None, source).context("hand-over to the source")?;
         }
         let mut target = Target::new(self.rig.datapath, target)?;
         let held = self.rig.backend.process.open_fds()?;
         let Rig { network, backend, .. } = &mut self.rig;
-        let mut scene = Scene { source: backend, target: &mut target, point, action };
-        let result = load::run_with(&mut self.device, network, demand, || body(&mut scene));
+        let mut case = Case { source: backend, target: &mut target, point, action };
+        let result = load::run_with(&mut self.device, network, demand, || body(&mut case));
         *log = target.backend.process.log();
         let (fate, outcome) = result?;
         eprintln!("{}, {action:?}: {fate:?}, {outcome:?}", point.name());
@@ -283,7 +267,7 @@ impl Arena {
             }
             Fate::Moves | Fate::Inherited => {
                 let mut source = self.rig.backend.succeeded_by(target.backend);
-                // One that was killed has ended otherwise.
+                // A killed source has not ended by itself.
                 if !is_source(point) || !action.kills() {
                     check_ends(&mut source)?;
                 }
@@ -301,11 +285,12 @@ impl Arena {
             }
         };
         self.check()?;
-        self.hand_on(next.map(|target| target.backend), &Faults::default()).context("afterwards")?;
+        self.hand_on(next.map(|target| target.backend), &Faults::default())
+            .context("hand-over after the case")?;
         Ok(outcome)
     }
 
-    /// The session works, and the front-end has heard nothing.
+    /// Checks that the session works and that the front-end has received nothing.
     fn check(&mut self) -> Result<()> {
         self.rig.check_traffic(&mut self.device)?;
         check_quiet(&self.device.connection)?;
@@ -315,7 +300,7 @@ impl Arena {
         self.rig.backend.check_healthy()
     }
 
-    /// Hands the session on, to this back-end or a new one with these faults.
+    /// Hands the session on to this back-end, or to a new one with these faults.
     fn hand_on(&mut self, target: Option<Backend>, faults: &Faults) -> Result<()> {
         let target = match target {
             Some(target) => target,
@@ -323,7 +308,7 @@ impl Arena {
         };
         self.rig.backend.become_target(target)?;
         self.check()?;
-        // What it had for the hand-over is closed when it answers.
+        // When it answers, it has closed what it used for the hand-over.
         self.rig.backend.status()?;
         let held = *self.held.get_or_insert(self.rig.backend.process.open_fds()?);
         self.rig.backend.process.wait_open_fds(held)

@@ -1,12 +1,12 @@
-//! A process fails.
+//! Lets a step fail.
 
 use anyhow::{Result, ensure};
 
-use super::{Arena, Fate, WHOLE};
+use super::{Fate, Fixture, LOSSLESS};
 use crate::datapath::Datapath;
 use crate::faults::{Action, Point};
 
-/// Where something can fail, and what is said then.
+/// The points where a step can fail, and the start of what the source reports.
 const FAILURES: [(Point, &str); 5] = [
     (Point::SourceSessionConnected, "cannot begin a hand-over: fault point"),
     (Point::TargetSessionArrived, "greet: the target refuses: unusable: "),
@@ -15,22 +15,22 @@ const FAILURES: [(Point, &str); 5] = [
     (Point::SourceSessionFrozen, "freeze: source: the source cannot give the rings: fault point"),
 ];
 
-/// Whatever can fail does, one after the other.
+/// Lets each step fail once.
 ///
 /// # Errors
-/// If anything is not as it should be.
+/// If a process does not do what the matrix expects.
 pub fn refuse_everywhere(datapath: Datapath, queue_pairs: u16) -> Result<()> {
-    let mut arena = Arena::new(datapath, queue_pairs, 256)?;
-    FAILURES.iter().try_for_each(|(point, said)| arena.refuse(*point, said))?;
-    arena.end()
+    let mut fixture = Fixture::new(datapath, queue_pairs, 256)?;
+    FAILURES.iter().try_for_each(|(point, said)| fixture.refuse(*point, said))?;
+    fixture.end()
 }
 
-impl Arena {
+impl Fixture {
     fn refuse(&mut self, point: Point, expected: &str) -> Result<()> {
-        self.cell(point, Action::Fail, 1, WHOLE, |scene| {
-            let said = scene.attempt().end_refused()?;
+        self.case(point, Action::Fail, 1, LOSSLESS, |case| {
+            let said = case.attempt().end_refused()?;
             ensure!(said.starts_with(expected), "{said}");
-            scene.check_reached()?;
+            case.check_reached()?;
             Ok(Fate::Stays)
         })?;
         Ok(())

@@ -1,42 +1,42 @@
-//! A process is killed.
-
-use std::os::unix::process::ExitStatusExt;
+//! Kills a process.
 
 use anyhow::{Result, ensure};
-use nix::sys::signal::Signal;
 
-use super::{Arena, Fate, Scene, WHOLE, check_ends, is_source, points};
+use super::{Case, Fate, Fixture, LOSSLESS, at_each, check_ends, everywhere, is_source};
 use crate::datapath::Datapath;
-use crate::faults::{Action, Party, Point};
+use crate::fault_matrix::check_killed;
+use crate::faults::{Action, Point};
 use crate::load::{Demand, Outcome};
 
-/// The most frames that a queue pair takes at once.
+/// The most frames in a batch of a queue pair.
 const BATCH: u64 = 64;
 
-/// Each process is killed at each point.
+/// Kills each process at each of its fault points.
 ///
 /// # Errors
-/// If anything is not as it should be.
+/// If a process does not do what the matrix expects.
 pub fn kill_everywhere(datapath: Datapath, queue_pairs: u16) -> Result<()> {
-    let mut arena = Arena::new(datapath, queue_pairs, 256)?;
-    for party in [Party::TargetSession, Party::SourceSession] {
-        points(party).try_for_each(|point| arena.kill(point))?;
-    }
-    arena.end()
+    everywhere(datapath, queue_pairs, Fixture::kill)
 }
 
-/// Each process is killed while its rings run, in the middle of a batch of frames.
+/// Kills each process within a batch of frames, at each point where its rings run: the frames that it has moved and not yet
+/// reported to the driver are lost, or sent twice.
 ///
 /// # Errors
-/// If anything is not as it should be.
+/// If a process does not do what the matrix expects.
 pub fn kill_in_batches(queue_pairs: u16) -> Result<()> {
-    // The kernel's batches are its own.
-    let mut arena = Arena::new(Datapath::Userspace, queue_pairs, 256)?;
-    arena.kill_at_work()?;
-    arena.end()
+    // With vhost-net the kernel moves the batches.
+    let points = Point::ALL.iter().copied().filter(|point| rings_run(*point));
+    at_each(points, Datapath::Userspace, queue_pairs, |fixture, point| {
+        let received = fixture.kill_by(point, Action::Receiving, fate(point))?;
+        ensure!(received.lost[0] > 0, "it was not receiving: {received:?}");
+        let sent = fixture.kill_by(point, Action::Sending, fate(point))?;
+        ensure!(sent.doubled[1] > 0, "it was not sending: {sent:?}");
+        Ok(())
+    })
 }
 
-/// What becomes of a session whose descriptors go in one packet.
+/// The fate of a session whose descriptors fit in one packet.
 fn fate(point: Point) -> Fate {
     match point {
         // The target has nothing yet.
@@ -48,14 +48,14 @@ fn fate(point: Point) -> Fate {
         Point::TargetSessionTaken | Point::TargetSessionRunning | Point::TargetSessionActiveSent => {
             Fate::Returns
         }
-        // The front-end may have been heard by one that is dead: nobody knows its session any more.
+        // The dead target may have read messages of the front-end: no process knows the session any more.
         Point::TargetSessionSettled => Fate::Lost,
         _ if is_source(point) => Fate::Moves,
         _ => Fate::Stays,
     }
 }
 
-/// How far the source says that it was.
+/// The phase that the source reports.
 pub(super) fn phase(point: Point) -> &'static str {
     match point {
         Point::TargetSessionArrived => "greet",
@@ -65,8 +65,8 @@ pub(super) fn phase(point: Point) -> &'static str {
     }
 }
 
-/// Whether rings run in the process that is killed, whose successor knows of them only what the rings say.
-fn works(point: Point) -> bool {
+/// Whether the rings run in the process that reaches this point. Its successor knows only what the rings say.
+fn rings_run(point: Point) -> bool {
     matches!(
         point,
         Point::SourceSessionStageSent
@@ -76,57 +76,42 @@ fn works(point: Point) -> bool {
     )
 }
 
-impl Arena {
-    /// The process that comes by the point is killed there.
+impl Fixture {
+    /// Kills the process that reaches the point.
     ///
     /// # Errors
-    /// If anything is not as it should be.
+    /// If a process does not do what the matrix expects.
     pub fn kill(&mut self, point: Point) -> Result<()> {
         self.kill_by(point, Action::Kill, fate(point)).map(drop)
     }
 
-    /// Likewise, where that leads to something else.
+    /// Kills the process that reaches the point, where the session has another fate than one of one packet.
     ///
     /// # Errors
-    /// If anything is not as it should be.
+    /// If a process does not do what the matrix expects.
     pub fn kill_for(&mut self, point: Point, fate: Fate) -> Result<()> {
         self.kill_by(point, Action::Kill, fate).map(drop)
-    }
-
-    /// Wherever rings run in the process that is killed, it is while it moves frames: what it had moved and not told of
-    /// is lost, or goes out twice.
-    ///
-    /// # Errors
-    /// If anything is not as it should be.
-    pub fn kill_at_work(&mut self) -> Result<()> {
-        for point in Point::ALL.iter().copied().filter(|point| works(*point)) {
-            let received = self.kill_by(point, Action::Receiving, fate(point))?;
-            ensure!(received.lost[0] > 0, "it was not receiving: {received:?}");
-            let sent = self.kill_by(point, Action::Sending, fate(point))?;
-            ensure!(sent.doubled[1] > 0, "it was not sending: {sent:?}");
-        }
-        Ok(())
     }
 
     fn kill_by(&mut self, point: Point, action: Action, fate: Fate) -> Result<Outcome> {
         let batch = BATCH * u64::from(self.options.queue_pairs);
         let demand = match fate {
-            // Of what nobody serves nothing arrives.
-            Fate::Lost => Demand { rate: 0, ..WHOLE },
-            _ if works(point) => Demand { may_lose: batch, may_double: batch, ..WHOLE },
-            _ => WHOLE,
+            // No frame arrives while no process serves.
+            Fate::Lost => Demand { rate: 0, ..LOSSLESS },
+            _ if rings_run(point) => Demand { may_lose: batch, may_double: batch, ..LOSSLESS },
+            _ => LOSSLESS,
         };
-        self.cell(point, action, 1, demand, |scene| {
-            let attempt = scene.attempt();
+        self.case(point, action, 1, demand, |case| {
+            let attempt = case.attempt();
             match fate {
                 _ if is_source(point) => {
                     let report = attempt.end();
-                    ensure!(report.is_err(), "a back-end that was killed has reported {report:?}");
+                    ensure!(report.is_err(), "a killed back-end has reported {report:?}");
                 }
                 Fate::Stays => {
                     let (at, reason) = attempt.end_rolled_back()?;
-                    // Its descriptors are closed before it is dead; and closing the kernel's may take longer than nobody
-                    // may serve.
+                    // The kernel closes the target's descriptors before the process is dead, and closing those of vhost-net
+                    // may take longer than the commit may.
                     let mut gone = vec!["the target died", "the target closed the connection"];
                     gone.extend((at == "commit").then_some("the target does not answer"));
                     ensure!(at == phase(point) && gone.contains(&reason.as_str()), "{at}: {reason}");
@@ -137,23 +122,21 @@ impl Arena {
                 }
                 _ => {
                     attempt.end_completed()?;
-                    check_ends(&mut scene.source.process)?;
+                    check_ends(&mut case.source.process)?;
                 }
             }
-            scene.expect_killed()?;
+            case.expect_killed()?;
             if matches!(fate, Fate::Moves | Fate::Inherited) {
-                scene.target.wait_serving()?;
+                case.target.wait_serving()?;
             }
             Ok(fate)
         })
     }
 }
 
-impl Scene<'_> {
+impl Case<'_> {
     fn expect_killed(&mut self) -> Result<()> {
         self.check_reached()?;
-        let status = self.faulty().wait()?;
-        ensure!(status.signal() == Some(Signal::SIGKILL as i32), "{status}");
-        Ok(())
+        check_killed(self.faulty().wait()?)
     }
 }
