@@ -30,6 +30,7 @@ pub mod local_migration;
 pub mod macvtap;
 pub mod migration;
 pub mod netns;
+pub mod numbered_frames;
 pub mod packet_socket;
 pub mod paths;
 pub mod ping;

@@ -105,6 +105,17 @@ impl PacketSocket {
         self.send_with(&NetHeader::default(), frame)
     }
 
+    /// Sends a plain frame; returns whether the interface took it. A full TAP drops it.
+    ///
+    /// # Errors
+    /// Those of [`Self::send_with`], but for `ENOBUFS`.
+    pub fn try_send(&self, frame: &[u8]) -> Result<bool> {
+        match self.send(frame) {
+            Err(error) if error.downcast_ref() == Some(&Errno::ENOBUFS) => Ok(false),
+            result => result.map(|()| true),
+        }
+    }
+
     /// Takes the next frame that came from the interface, if there is one.
     ///
     /// # Errors

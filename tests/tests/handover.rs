@@ -1,7 +1,6 @@
 //! A running session handed to another back-end: the front-end and the guest notice nothing, whatever state the session
 //! is in, and whatever becomes of the target.
 
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 
 use anyhow::{Context, Result, ensure};
@@ -13,7 +12,6 @@ use baton_tests::fake_frontend::{Connection, Device, Options};
 use baton_tests::load;
 use baton_tests::netns;
 use baton_tests::on_both_datapaths;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 on_both_datapaths! {
     a_session_moves_under_load,
@@ -44,13 +42,6 @@ fn hand_on(rig: &mut Rig) -> Result<SessionReport> {
     rig.backend.become_target(target)
 }
 
-/// That the front-end has been told nothing, and is still connected.
-fn check_quiet(connection: &Connection) -> Result<()> {
-    let mut fds = [PollFd::new(connection.stream().as_fd(), PollFlags::POLLIN)];
-    ensure!(poll(&mut fds, PollTimeout::ZERO)? == 0, "the front-end's socket: {:?}", fds[0].revents());
-    Ok(())
-}
-
 /// That the TAP has kept everything.
 fn check_nothing_dropped() -> Result<()> {
     let dropped = netns::counters(TAP)?.tx_dropped;
@@ -66,7 +57,7 @@ fn a_session_moves_under_load(datapath: Datapath) -> Result<()> {
         let target = Backend::waiting_for_session(datapath, &[])?;
         backend.become_target(target)
     })?;
-    check_quiet(&device.connection)?;
+    device.connection.check_quiet()?;
     check_nothing_dropped()?;
     let SessionReport::Completed { blackout_us, phases } = report else { unreachable!("as was checked") };
     let phases: u64 = ["stop", "commit", "pass", "take", "start"].map(|phase| phases[phase]).iter().sum();
@@ -115,7 +106,7 @@ fn a_hundred_in_a_row(queue_pairs: u16) -> Result<()> {
         }
         Ok(())
     })?;
-    check_quiet(&device.connection)?;
+    device.connection.check_quiet()?;
     check_nothing_dropped()?;
     let (fds, threads, resident) = sizes[0];
     for size in &sizes {
@@ -130,7 +121,7 @@ fn a_session_moves_before_it_is_negotiated(datapath: Datapath) -> Result<()> {
     let connection = rig.backend.connect()?;
     let offered = connection.get_features()?;
     hand_on(&mut rig)?;
-    check_quiet(&connection)?;
+    connection.check_quiet()?;
     ensure!(connection.get_features()? == offered);
     ensure!(rig.backend.status()?.frontend == Frontend::Connected);
     let mut device = Device::new(connection, options(1))?;
@@ -187,7 +178,7 @@ fn a_target_of_a_client_dials_again() {
     let features = connection.get_features().unwrap();
     let target = Backend::waiting_for_session(Datapath::Userspace, &[]).unwrap();
     backend.become_target(target).unwrap();
-    check_quiet(&connection).unwrap();
+    connection.check_quiet().unwrap();
     drop(connection);
     assert_eq!(accept().get_features().unwrap(), features);
     assert!(path.exists());

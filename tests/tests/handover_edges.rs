@@ -30,7 +30,6 @@ use baton_tests::on_both_datapaths;
 use baton_tests::process::Process;
 use baton_tests::programs;
 use baton_tests::session_peer::{Asked, FakeTarget, Relay, STAGED};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigHandler, Signal, signal};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 
@@ -89,13 +88,6 @@ impl Held {
     }
 }
 
-/// That nothing has been said to the front-end, and its connection is open.
-fn check_quiet(connection: &Connection) -> Result<()> {
-    let mut fds = [PollFd::new(connection.stream().as_fd(), PollFlags::POLLIN)];
-    ensure!(poll(&mut fds, PollTimeout::ZERO)? == 0, "the front-end's socket: {:?}", fds[0].revents());
-    Ok(())
-}
-
 /// Several requests at once, of which the last stop the device.
 fn say_a_lot(device: &Device) -> Result<()> {
     let said = [
@@ -142,7 +134,7 @@ fn what_the_front_end_says_meanwhile_the_target_answers(datapath: Datapath) -> R
     let held = Held::staged(&rig)?;
     say_a_lot(&device)?;
     rig.backend.status()?;
-    check_quiet(&device.connection)?;
+    device.connection.check_quiet()?;
     ensure!(rig.backend.cancel()? == serde_json::json!({"result": "cancelled"}));
     hear_a_lot(&device)?;
     ensure!(held.asked.failure()? == ("stage".to_owned(), "cancelled".to_owned()));
@@ -156,7 +148,7 @@ fn what_the_front_end_says_meanwhile_the_target_answers(datapath: Datapath) -> R
     for _ in 0..20 {
         ensure!(rig.backend.status()?.handover.is_some_and(|live| live.state == HandoverState::Staging));
     }
-    check_quiet(&device.connection)?;
+    device.connection.check_quiet()?;
     held.complete(&mut rig)?;
     hear_a_lot(&device)?;
     device.restart_rings()?;
@@ -392,7 +384,7 @@ fn nothing_of_a_hand_over_that_is_past_keeps_a_back_end_busy() {
         let connection = rig.backend.connect().unwrap();
         connection.send(&Said::empty(request::GET_FEATURES), &[]).unwrap();
         check_idle(&rig.backend.process).unwrap();
-        check_quiet(&connection).unwrap();
+        connection.check_quiet().unwrap();
         if completed {
             held.complete(&mut rig).unwrap();
         } else {
@@ -491,7 +483,7 @@ fn a_dry_run_names_all_that_is_against_it_and_changes_nothing() {
              start one without; queue-pairs: the source has 1 queue pairs, the target 3; give it the same \
              --queue-pairs, or none"
         );
-        check_quiet(&device.connection).unwrap();
+        device.connection.check_quiet().unwrap();
         target.process.wait_open_fds(waiting.0).unwrap();
         rig.backend.process.wait_open_fds(before.0).unwrap();
         assert_eq!(rig.backend.stats().unwrap(), stats);
@@ -543,7 +535,7 @@ fn inherited_sockets_go_along() {
         for _ in 0..2 {
             let target = Backend::waiting_for_session(Datapath::Userspace, &[]).unwrap();
             backend.become_target(target).unwrap();
-            check_quiet(&connection).unwrap();
+            connection.check_quiet().unwrap();
             assert_eq!(connection.get_features().unwrap(), offered);
         }
         drop(connection);

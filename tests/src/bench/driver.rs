@@ -3,22 +3,21 @@
 //!
 //! A second thread hears the orders. The traffic's thread looks for them between frames.
 
-use std::io::ErrorKind;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
 
 use super::cell::take_processor;
-use super::flows::Flows;
 use super::message::{Count, Line, Order, Worst};
+use super::timing::Timing;
 use crate::fake_frontend::net::{NetHeader, features};
 use crate::fake_frontend::{Device, Options};
+use crate::numbered_frames::Flows;
 use crate::packet_socket::PacketSocket;
 
 /// The first UDP port of the flows, one a queue pair: the same both ways, since the kernel steers what comes back to where
@@ -93,6 +92,8 @@ pub fn run(arguments: &Arguments, line: OwnedFd) -> Result<()> {
         network,
         down: Flows::new(PORT, arguments.busy),
         up: Flows::new(PORT, arguments.busy),
+        down_times: Timing::default(),
+        up_times: Timing::default(),
         device,
         began: Instant::now(),
         interval: interval(arguments.rate),
@@ -131,6 +132,8 @@ struct Traffic {
     network: PacketSocket,
     down: Flows,
     up: Flows,
+    down_times: Timing,
+    up_times: Timing,
     began: Instant,
     interval: u64,
     /// When the next frame each way is due.
@@ -183,20 +186,27 @@ impl Traffic {
     }
 
     fn mark(&mut self) -> Worst {
-        self.down.take_worst().or(self.up.take_worst())
+        self.down_times.take_worst().or(self.up_times.take_worst())
+    }
+
+    /// How many frames have not arrived.
+    fn outstanding(&self) -> u64 {
+        let of = |flows: &Flows| flows.in_flight() + flows.tally().lost;
+        of(&self.down) + of(&self.up)
     }
 
     fn settle(&mut self, frame: &mut Vec<u8>) -> Result<Count> {
         let over = self.now();
         let mut progress = Instant::now();
-        while self.down.outstanding() + self.up.outstanding() > 0 && progress.elapsed() < SETTLED {
+        while self.outstanding() > 0 && progress.elapsed() < SETTLED {
             if self.receive(frame)? {
                 progress = Instant::now();
             }
         }
-        let (down, up) = (self.down.take_count(), self.up.take_count());
-        let mut fds = [PollFd::new(self.device.connection.stream().as_fd(), PollFlags::POLLIN)];
-        let quiet = poll(&mut fds, PollTimeout::ZERO)? == 0;
+        let (down, up) = (self.down.take_tally(), self.up.take_tally());
+        self.down_times.restart();
+        self.up_times.restart();
+        let quiet = self.device.connection.check_quiet().is_ok();
         let time = u128::from(over - self.counted).max(1);
         let rate = u128::from(down.sent + up.sent) * 500_000_000 / time;
         self.counted = self.now();
@@ -221,12 +231,8 @@ impl Traffic {
             self.due += self.interval;
             let now = self.now();
             let (_, frame) = self.down.next(now);
-            match self.network.send(frame) {
-                Ok(()) => {}
-                // The TAP has dropped it: it is one of those that do not arrive.
-                Err(error) if full(&error) => {}
-                Err(error) => return Err(error),
-            }
+            // A frame that the TAP drops counts as lost.
+            self.network.try_send(frame)?;
             self.down.sent();
             let (pair, frame) = self.up.next(now);
             // A guest waits where its queue is full.
@@ -248,22 +254,17 @@ impl Traffic {
         let mut any = false;
         for pair in 0..self.device.pairs.len() {
             while self.device.try_receive(pair, frame)?.is_some() {
-                self.down.arrived(frame, self.now()).context("in the guest")?;
+                let stamp = self.down.receive(frame).context("in the guest")?.stamp;
+                self.down_times.arrive(stamp, self.now());
                 any = true;
             }
         }
         while let Some((_, frame)) = self.network.try_receive()? {
             let now = u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX);
-            self.up.arrived(frame, now).context("on the network")?;
+            let stamp = self.up.receive(frame).context("on the network")?.stamp;
+            self.up_times.arrive(stamp, now);
             any = true;
         }
         Ok(any)
     }
-}
-
-/// Whether sending has failed for want of room in the TAP.
-fn full(error: &anyhow::Error) -> bool {
-    let errno = error.downcast_ref::<nix::errno::Errno>();
-    errno.is_some_and(|errno| *errno == nix::errno::Errno::ENOBUFS)
-        || error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == ErrorKind::WouldBlock)
 }

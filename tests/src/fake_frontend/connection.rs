@@ -5,12 +5,13 @@
 use std::cell::Cell;
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read};
 use std::net::Shutdown;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, recvmsg, sendmsg};
 
 use super::dirty_log::DirtyLog;
@@ -67,6 +68,16 @@ impl Connection {
     /// The socket.
     pub fn stream(&self) -> &UnixStream {
         &self.stream
+    }
+
+    /// Checks that the back-end has sent nothing and has not closed the connection.
+    ///
+    /// # Errors
+    /// If it has.
+    pub fn check_quiet(&self) -> Result<()> {
+        let mut fds = [PollFd::new(self.stream.as_fd(), PollFlags::POLLIN)];
+        ensure!(poll(&mut fds, PollTimeout::ZERO)? == 0, "the front-end's socket: {:?}", fds[0].revents());
+        Ok(())
     }
 
     /// Sends these bytes, with descriptors on the first of them.

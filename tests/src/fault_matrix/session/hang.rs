@@ -157,7 +157,7 @@ impl Fixture {
     /// If a process does not do what the matrix expects.
     pub fn overflow(&mut self, point: Point) -> Result<()> {
         let before = self.dropped;
-        let demand = Demand { under_way: [u64::MAX, LOSSLESS.under_way[1]], may_lose: u64::MAX, ..LOSSLESS };
+        let demand = Demand { in_flight: [u64::MAX, LOSSLESS.in_flight[1]], may_lose: u64::MAX, ..LOSSLESS };
         let outcome = self.case(point, Action::Stop, 1, demand, |case| {
             let attempt = case.attempt();
             case.wait_hanging()?;

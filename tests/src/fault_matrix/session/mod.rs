@@ -9,12 +9,9 @@ pub mod kill;
 pub mod refuse;
 pub mod starve;
 
-use std::os::fd::AsFd;
-
 use anyhow::{Context, Result, bail, ensure};
 use baton_control::ControlClient;
 use baton_protocol::control::{BackendState, Request, SessionReport};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 
 use super::{Attempt, check_ends, run_case};
@@ -22,18 +19,18 @@ use crate::backend::{Backend, Rig, TAP};
 use crate::datapath::Datapath;
 use crate::downscript::Downscript;
 use crate::fake_frontend::net::features;
-use crate::fake_frontend::{Connection, Device, Options};
+use crate::fake_frontend::{Device, Options};
 use crate::faults::{Action, Faults, Party, Point, has_reached};
 use crate::load::{self, Demand, Outcome};
 use crate::netns;
 use crate::process::{Process, until};
 
 /// The load of a case in which no frame may be lost.
-const LOSSLESS: Demand = Demand { rate: RATE, under_way: [UNDER_WAY; 2], may_lose: 0, may_double: 0 };
+const LOSSLESS: Demand = Demand { rate: RATE, in_flight: [IN_FLIGHT; 2], may_lose: 0, may_double: 0 };
 /// Frames a second each way.
 const RATE: u32 = 20_000;
 /// The most frames of a direction in flight: fewer than a ring or a queue of the TAP holds.
-const UNDER_WAY: u64 = 200;
+const IN_FLIGHT: u64 = 200;
 
 /// What becomes of a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,13 +119,6 @@ fn everywhere(
 /// Whether the source reaches this point.
 fn is_source(point: Point) -> bool {
     point.party() == Party::SourceSession
-}
-
-/// Checks that the front-end has received nothing and is still connected.
-fn check_quiet(connection: &Connection) -> Result<()> {
-    let mut fds = [PollFd::new(connection.stream().as_fd(), PollFlags::POLLIN)];
-    ensure!(poll(&mut fds, PollTimeout::ZERO)? == 0, "the front-end's socket: {:?}", fds[0].revents());
-    Ok(())
 }
 
 impl Target {
@@ -252,7 +242,7 @@ impl Fixture {
         *log = target.backend.process.log();
         let (fate, outcome) = result?;
         eprintln!("{}, {action:?}: {fate:?}, {outcome:?}", point.name());
-        if demand.under_way[0] > UNDER_WAY {
+        if demand.in_flight[0] > IN_FLIGHT {
             self.dropped = netns::counters(TAP)?.tx_dropped;
         }
         let next = match fate {
@@ -293,7 +283,7 @@ impl Fixture {
     /// Checks that the session works and that the front-end has received nothing.
     fn check(&mut self) -> Result<()> {
         self.rig.check_traffic(&mut self.device)?;
-        check_quiet(&self.device.connection)?;
+        self.device.connection.check_quiet()?;
         let dropped = netns::counters(TAP)?.tx_dropped;
         ensure!(self.downscript.runs()?.is_empty(), "the downscript was run while there is an owner");
         ensure!(dropped == self.dropped, "the TAP dropped {dropped} frames instead of {}", self.dropped);
