@@ -19,7 +19,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::Turn;
 use super::pair::{KICK_EVENTS, POLLED_WAIT, QueuePair, RX_KICK, Side, TX_KICK};
 use super::ring::{Kick, Ring};
-use super::worker::Gate;
+use super::worker::Failures;
 use crate::features::Features;
 use crate::notify::{Notifier, NotifierError};
 use crate::tap::TapQueue;
@@ -140,7 +140,7 @@ impl QueuePair {
     }
 
     /// Takes the ring of `side` back, if the kernel has it.
-    pub(super) fn take_from_kernel(&mut self, side: Side, gate: &Gate) {
+    pub(super) fn take_from_kernel(&mut self, side: Side, failures: &Failures) {
         let (ring, token) = match side {
             Side::Rx => (&mut self.rx.ring, RX_KICK),
             Side::Tx => (&mut self.tx.ring, TX_KICK),
@@ -161,7 +161,7 @@ impl QueuePair {
                 ring.vring.set_next_available(base);
             }
             // Who has the ring is not known, so the process must not go on.
-            Err(error) => gate.report(&error),
+            Err(error) => failures.report(&error),
         }
     }
 }

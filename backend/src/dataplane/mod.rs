@@ -1,10 +1,12 @@
 //! The dataplane: one worker thread a queue pair, straight between guest memory and the TAP; or the kernel, and a
 //! worker for what it leaves to do ([`kernel`]).
 //!
-//! [`worker`] owns the threads and the gate at which they park; [`pair`] is what a worker works on, handed over
-//! whole whenever it parks; [`interrupt`] ends the call that one blocks in; [`rx`] and [`tx`] move the frames; [`chain`] makes I/O vectors of descriptor chains.
+//! [`worker`] owns the threads, [`gate`] is where they park; [`pair`] is what a worker works on, handed over whole whenever
+//! it parks; [`interrupt`] ends the call that one blocks in; [`rx`] and [`tx`] move the frames; [`chain`] makes I/O vectors
+//! of descriptor chains.
 
 pub mod chain;
+pub mod gate;
 pub mod interrupt;
 pub mod kernel;
 pub mod pair;
@@ -12,6 +14,12 @@ pub mod ring;
 pub mod rx;
 pub mod tx;
 pub mod worker;
+
+/// What [`gate`] is made of.
+mod sync {
+    pub use std::sync::atomic::{AtomicBool, Ordering};
+    pub use std::sync::{Condvar, Mutex, MutexGuard};
+}
 
 /// Frames after which a direction publishes what it completed.
 const BATCH: u16 = 64;

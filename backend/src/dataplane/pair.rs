@@ -19,7 +19,7 @@ use super::kernel::{KernelPath, TAP_WATCH};
 use super::ring::{Kick, Ring};
 use super::rx::Rx;
 use super::tx::Tx;
-use super::worker::Gate;
+use super::worker::Failures;
 use crate::events::{Epoll, Events};
 use crate::metrics::PairCounters;
 use crate::notify::Notifier;
@@ -292,20 +292,20 @@ impl QueuePair {
 
     /// Moves frames, or has them moved, for one turn. Gives for how many milliseconds to wait for events then, −1 being
     /// for ever; `None` if it cannot go on, which the event loop has been told.
-    pub(super) fn turn(&mut self, gate: &Gate) -> Option<i32> {
+    pub(super) fn turn(&mut self, failures: &Failures) -> Option<i32> {
         let result = match (self.tap.clone(), self.kernel.is_some()) {
             (None, _) => Ok(-1),
             (Some(tap), true) => self.turn_of_kernel(&tap),
             (Some(tap), false) => self.turn_here(&tap),
         };
-        result.map_err(|error| gate.report(&error)).ok()
+        result.map_err(|error| failures.report(&error)).ok()
     }
 
     /// Takes what the kernel has of it: nobody but the caller touches a ring from here on.
-    pub(super) fn leave(&mut self, gate: &Gate) {
+    pub(super) fn leave(&mut self, failures: &Failures) {
         if self.kernel.is_some() {
-            self.take_from_kernel(Side::Rx, gate);
-            self.take_from_kernel(Side::Tx, gate);
+            self.take_from_kernel(Side::Rx, failures);
+            self.take_from_kernel(Side::Tx, failures);
         }
     }
 

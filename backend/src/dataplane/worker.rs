@@ -1,4 +1,4 @@
-//! A worker thread and the gate at which it parks.
+//! A worker thread, and its owner's side of the [gate](super::gate) at which it parks.
 //!
 //! A queue pair is in exactly one place: with its [`Worker`]'s owner, or with the thread; or it lies between them while
 //! the thread waits for events, and whoever comes first has it. [`Worker::park`] gets it, at once from a thread that
@@ -14,13 +14,13 @@
 //! ```
 
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::gate::{Gate, Wake};
 use super::interrupt;
 use super::pair::{QueuePair, WAKE};
 use crate::events::{Epoll, Events, Ready};
@@ -39,113 +39,28 @@ const LONGEST: Duration = Duration::from_millis(50);
 /// guest memory that the front-end does not provide.
 const END_OF_PATIENCE: Duration = Duration::from_secs(10);
 
-/// Where the pair is, as far as the thread and its owner share it.
+/// What ends a worker's wait for events.
 #[derive(Debug)]
-enum Slot {
-    /// With the owner, or with the thread, which works.
-    Empty,
-    /// For the thread to begin with.
-    Run(Box<QueuePair>),
-    /// The thread waits for events, and goes on with it when one comes.
-    Waiting(Box<QueuePair>),
-    /// Given back by the thread.
-    Parked(Box<QueuePair>),
-    /// The thread is to end.
-    End,
-    /// The thread ended by itself, the pair lost.
-    Dead,
-}
+struct Bell(EventFd);
 
-/// What a thread hears that has no pair.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Ear {
-    /// It does not listen yet, and lets pass what there is to hear at first.
-    Deaf,
-    /// It waits for an event. Whatever comes finds it so, or asleep.
-    Listens,
-    /// It has heard an event while the pair was elsewhere, and hears no other until it is woken.
-    Asleep,
-}
-
-/// What thread and owner share.
-#[derive(Debug)]
-struct Place {
-    slot: Slot,
-    /// What the thread does that has no pair.
-    ear: Ear,
-    /// The owner waits until the thread has begun, or listens.
-    awaited: bool,
+impl Wake for Bell {
+    fn wake(&self) {
+        // Fails only when the counter is full, after 2^64 of them.
+        let _ = self.0.write(1);
+    }
 }
 
 #[derive(Debug)]
 struct Shared {
-    place: Mutex<Place>,
-    /// The owner's: something has changed in the slot.
-    changed: Condvar,
-    /// The thread's, which is asleep.
-    wanted: Condvar,
-    gate: Gate,
-    /// The pair's events, and the gate's.
+    gate: Gate<Box<QueuePair>, Bell>,
+    failures: Failures,
+    /// The pair's events, and the bell's.
     events: Arc<Epoll>,
 }
 
-impl Shared {
-    fn place(&self) -> MutexGuard<'_, Place> {
-        self.place.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Puts the thread's pair where its owner finds it.
-    fn put_down(&self, slot: Slot) {
-        self.place().slot = slot;
-        if self.gate.closed() {
-            self.changed.notify_all();
-        }
-    }
-
-    /// Puts something where the thread finds it, and wakes that.
-    fn give(&self, slot: Slot) {
-        let mut place = self.place();
-        place.slot = slot;
-        let ear = place.ear;
-        drop(place);
-        if ear == Ear::Asleep {
-            self.wanted.notify_one();
-        } else {
-            self.gate.wake();
-        }
-    }
-
-    /// The pair, if it is the thread's to go on with; else sleeps until it is, for what is heard meanwhile concerns
-    /// whoever has it. `None`: the thread is to end.
-    fn pick_up(&self) -> Option<Box<QueuePair>> {
-        let mut place = self.place();
-        loop {
-            match std::mem::replace(&mut place.slot, Slot::Empty) {
-                Slot::Run(mut pair) => {
-                    let awaited = std::mem::take(&mut place.awaited);
-                    drop(place);
-                    if awaited {
-                        self.changed.notify_all();
-                    }
-                    pair.begin();
-                    return Some(pair);
-                }
-                Slot::Waiting(pair) if !self.gate.closed() => return Some(pair),
-                Slot::End => return None,
-                other => place.slot = other,
-            }
-            place.ear = Ear::Asleep;
-            place = self.wanted.wait(place).unwrap_or_else(PoisonError::into_inner);
-            place.ear = Ear::Listens;
-        }
-    }
-}
-
-/// What stops a worker at its next batch boundary.
+/// Tells the event loop that a worker cannot go on.
 #[derive(Debug)]
-pub struct Gate {
-    closed: AtomicBool,
-    wake: EventFd,
+pub struct Failures {
     news: Mailer<WorkerNews>,
     pair: u16,
 }
@@ -162,19 +77,8 @@ pub enum WorkerNews {
     },
 }
 
-impl Gate {
-    /// Whether the worker is to park.
-    fn closed(&self) -> bool {
-        self.closed.load(Ordering::Relaxed)
-    }
-
-    /// Ends the thread's wait for events.
-    fn wake(&self) {
-        // Fails only when the counter is full, after 2^64 of them.
-        let _ = self.wake.write(1);
-    }
-
-    /// Tells the event loop that the worker cannot go on.
+impl Failures {
+    /// Tells it.
     pub fn report(&self, error: &io::Error) {
         let error = io::Error::new(error.kind(), error.to_string());
         // Without a receiver the process is ending.
@@ -188,9 +92,8 @@ struct LastWord(Arc<Shared>);
 impl Drop for LastWord {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.0.place().slot = Slot::Dead;
-            self.0.changed.notify_all();
-            self.0.gate.report(&io::Error::other("the worker thread panicked"));
+            self.0.gate.die();
+            self.0.failures.report(&io::Error::other("the worker thread panicked"));
         }
     }
 }
@@ -219,9 +122,8 @@ impl Worker {
         let events = pair.events();
         // Told of each time that it is written to, and so never read.
         events.add(&wake, Events::EPOLLIN | Events::EPOLLET, WAKE)?;
-        let gate = Gate { closed: AtomicBool::new(true), wake, news, pair: index };
-        let place = Mutex::new(Place { slot: Slot::Empty, ear: Ear::Deaf, awaited: false });
-        let shared = Shared { place, changed: Condvar::new(), wanted: Condvar::new(), gate, events };
+        let failures = Failures { news, pair: index };
+        let shared = Shared { gate: Gate::new(Bell(wake)), failures, events };
         Ok(Self {
             here: Some(Box::new(pair)),
             tap: None,
@@ -234,12 +136,8 @@ impl Worker {
     /// Has the thread stop at its next batch boundary, without waiting for that: where several are to be parked, all
     /// stop at the same time.
     pub fn close(&self) {
-        if self.here.is_some() || self.shared.gate.closed.swap(true, Ordering::Relaxed) {
-            return;
-        }
-        if matches!(self.shared.place().slot, Slot::Empty) {
-            // It works, or waits for what the kernel does.
-            self.shared.gate.wake();
+        if self.here.is_none() {
+            self.shared.gate.close();
         }
     }
 
@@ -256,31 +154,15 @@ impl Worker {
     }
 
     fn take_back(&self, end: Duration) -> Option<Box<QueuePair>> {
-        self.close();
         let since = Instant::now();
-        let mut pause = PATIENCE;
-        let mut place = self.shared.place();
-        loop {
-            match std::mem::replace(&mut place.slot, Slot::Empty) {
-                Slot::Run(pair) | Slot::Waiting(pair) | Slot::Parked(pair) => return Some(pair),
-                Slot::Dead => {
-                    place.slot = Slot::Dead;
-                    return None;
-                }
-                other => place.slot = other,
+        self.shared.gate.take_back(PATIENCE, |pause| {
+            if since.elapsed() >= end {
+                tracing::error!(pair = self.shared.failures.pair, "the worker does not stop");
+                return None;
             }
-            let (next, waited) =
-                self.shared.changed.wait_timeout(place, pause).unwrap_or_else(PoisonError::into_inner);
-            place = next;
-            if waited.timed_out() {
-                if since.elapsed() >= end {
-                    tracing::error!(pair = self.shared.gate.pair, "the worker does not stop");
-                    return None;
-                }
-                self.interrupt();
-                pause = LONGEST.min(2 * pause);
-            }
-        }
+            self.interrupt();
+            Some(LONGEST.min(2 * pause))
+        })
     }
 
     /// Ends the call that blocks the thread, if one does. A peer that shares the open file can make any call block: on a
@@ -305,7 +187,7 @@ impl Worker {
         }
         self.make_thread()?;
         if let Some(pair) = self.hand_out() {
-            self.shared.give(Slot::Run(pair));
+            self.shared.gate.give(pair);
         }
         Ok(())
     }
@@ -318,13 +200,13 @@ impl Worker {
         if let Some(tap) = &self.tap {
             tap.set_nonblocking();
         }
-        self.shared.gate.closed.store(false, Ordering::Relaxed);
+        self.shared.gate.open();
         Some(pair)
     }
 
     /// Whether the thread waits for an event, and has heard none while the pair was here.
     pub fn listens(&self) -> bool {
-        self.shared.place().ear == Ear::Listens
+        self.shared.gate.is_listening()
     }
 
     /// As [`Self::resume`], for a pair whose TAP had nothing to read since [`Self::listens`] was true: where its rings have
@@ -337,45 +219,27 @@ impl Worker {
         if !self.here.as_mut().is_some_and(|pair| pair.is_idle()) {
             return self.resume();
         }
-        let Some(pair) = self.hand_out() else { return Ok(()) };
-        let mut place = self.shared.place();
-        if place.ear == Ear::Listens {
-            place.slot = Slot::Waiting(pair);
-        } else {
-            drop(place);
-            self.shared.give(Slot::Run(pair));
+        if let Some(pair) = self.hand_out() {
+            self.shared.gate.lay_down(pair);
         }
         Ok(())
     }
 
     /// Has the thread make the calls that are due.
     pub fn nudge(&self) {
-        if matches!(self.shared.place().slot, Slot::Waiting(_)) {
-            self.shared.gate.wake();
-        }
+        self.shared.gate.nudge();
     }
 
     /// Waits until the thread has begun with the pair that it was given, if it was woken for that. No longer than until
     /// `deadline`.
     pub fn wait_begun(&self, deadline: Instant) {
-        self.wait_while(deadline, |place| matches!(place.slot, Slot::Run(_)));
+        self.shared.gate.wait_begun(until(deadline));
     }
 
     /// Waits until the thread, if there is one, [listens](Self::listens) or has done so. No longer than until `deadline`.
     pub fn wait_listens(&self, deadline: Instant) {
-        self.wait_while(deadline, |place| self.thread.is_some() && place.ear == Ear::Deaf);
-    }
-
-    fn wait_while(&self, deadline: Instant, condition: impl Fn(&Place) -> bool) {
-        let mut place = self.shared.place();
-        while condition(&place) {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return;
-            }
-            place.awaited = true;
-            let waited = self.shared.changed.wait_timeout(place, left);
-            place = waited.unwrap_or_else(PoisonError::into_inner).0;
+        if self.thread.is_some() {
+            self.shared.gate.wait_listening(until(deadline));
         }
     }
 
@@ -386,7 +250,7 @@ impl Worker {
     pub fn make_thread(&mut self) -> io::Result<()> {
         if self.thread.is_none() {
             let shared = Arc::clone(&self.shared);
-            let name = format!("pair{}", shared.gate.pair);
+            let name = format!("pair{}", shared.failures.pair);
             self.thread = Some(std::thread::Builder::new().name(name).spawn(move || work(&shared))?);
         }
         Ok(())
@@ -399,7 +263,7 @@ impl Drop for Worker {
         if let Some(thread) = self.thread.take()
             && !self.lost
         {
-            self.shared.give(Slot::End);
+            self.shared.gate.end();
             // A panic was reported when it happened.
             let _ = thread.join();
         }
@@ -412,8 +276,11 @@ fn work(shared: &Arc<Shared>) {
     let gate = &shared.gate;
     let mut ready = Ready::<4>::default();
     let mut held: Option<Box<QueuePair>> = None;
-    if !listen(shared, &mut ready) {
-        match shared.pick_up() {
+    // What there is to hear at first is not news: each new watch tells of kicks that came long ago. What makes the wait fail
+    // does so again, where it is seen to.
+    drop(shared.events.wait(0, &mut ready));
+    if !gate.listen() {
+        match pick_up(gate) {
             Some(pair) => held = Some(pair),
             None => return,
         }
@@ -425,30 +292,29 @@ fn work(shared: &Arc<Shared>) {
             // front-end likes comes after the frames.
             pair.make_calls(Notifier::has_room);
             // It must not spin on what fails, nor end unseen: it gives the pair back, and the event loop was told.
-            let turn = if gate.closed() { None } else { pair.turn(gate) };
+            let turn = if gate.is_closed() { None } else { pair.turn(&shared.failures) };
             pair.make_calls(|_| true);
             timeout = turn.unwrap_or(-1);
             match turn {
                 None => {
-                    pair.leave(gate);
-                    shared.put_down(Slot::Parked(pair));
+                    pair.leave(&shared.failures);
+                    gate.park(pair);
                 }
                 Some(timeout) if timeout == 0 || pair.runs_in_kernel() => held = Some(pair),
-                Some(_) => shared.put_down(Slot::Waiting(pair)),
+                Some(_) => gate.wait_with(pair),
             }
         }
         let events = match shared.events.wait(timeout, &mut ready) {
             Ok(events) => events,
             Err(error) => {
                 // Only a bug makes this fail.
-                gate.report(&error);
-                shared.place().slot = Slot::Dead;
-                shared.changed.notify_all();
+                shared.failures.report(&error);
+                gate.die();
                 return;
             }
         };
         if held.is_none() {
-            match shared.pick_up() {
+            match pick_up(gate) {
                 Some(pair) => held = Some(pair),
                 None => return,
             }
@@ -461,17 +327,17 @@ fn work(shared: &Arc<Shared>) {
     }
 }
 
-/// Begins to listen. What there is to hear at first is not news: each new watch tells of kicks that came long ago. False if
-/// the thread is wanted already.
-fn listen<const N: usize>(shared: &Shared, ready: &mut Ready<N>) -> bool {
-    // What makes it fail does so again, where it is seen to.
-    drop(shared.events.wait(0, ready));
-    let mut place = shared.place();
-    place.ear = Ear::Listens;
-    if std::mem::take(&mut place.awaited) {
-        shared.changed.notify_all();
+fn pick_up(gate: &Gate<Box<QueuePair>, Bell>) -> Option<Box<QueuePair>> {
+    let (mut pair, begins) = gate.pick_up()?;
+    if begins {
+        pair.begin();
     }
-    matches!(place.slot, Slot::Empty)
+    Some(pair)
+}
+
+/// How much time is left until `deadline`.
+fn until(deadline: Instant) -> impl FnMut() -> Option<Duration> {
+    move || Some(deadline.saturating_duration_since(Instant::now())).filter(|left| !left.is_zero())
 }
 
 #[cfg(test)]
@@ -480,6 +346,7 @@ mod tests {
     use std::os::fd::{AsFd, OwnedFd};
     use std::os::unix::fs::FileExt;
     use std::os::unix::net::UnixDatagram;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     use nix::fcntl::{FcntlArg, OFlag, fcntl};
     use nix::sys::memfd::{MFdFlags, memfd_create};
