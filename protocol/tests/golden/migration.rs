@@ -1,8 +1,4 @@
-//! Every message of a VM's migration, byte for byte: what an older version wrote must stay readable, and what this one
-//! writes must not change unnoticed. `BATON_GOLDEN=write` writes the files of the newest version anew.
-#![expect(clippy::unwrap_used, reason = "these are tests")]
-
-use std::path::{Path, PathBuf};
+//! The messages of a VM's migration, and what a target refuses of them.
 
 use baton_protocol::codec::Message as _;
 use baton_protocol::fd_manifest::FdManifest;
@@ -18,6 +14,8 @@ use baton_protocol::migration::state::{
 };
 use baton_protocol::migration::validate::{CheckedState, judge};
 use baton_protocol::reasons::Reasons;
+
+use super::{check_decoded, check_encoded};
 
 fn bytes(first: u8, length: usize) -> Opaque {
     Opaque((0..length).map(|at| first.wrapping_add(u8::try_from(at % 256).unwrap())).collect())
@@ -105,6 +103,7 @@ fn facts() -> MachineFacts {
     MachineFacts { cpus: 2, memory: 512 << 20, moves_tsc: true, nested: false, net: vec![net] }
 }
 
+/// Every message, with the name of its file.
 fn messages() -> Vec<(&'static str, Message)> {
     let program = || "baton-vmm 0.1.0".to_owned();
     let names = [ram_fd(0), ram_fd(1), OWNERSHIP_FD.to_owned(), device_fd(0)];
@@ -126,39 +125,14 @@ fn messages() -> Vec<(&'static str, Message)> {
     ]
 }
 
-fn folder(version: u16) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/migration-v{version}"))
-}
-
-fn file(version: u16, name: &str) -> PathBuf {
-    folder(version).join(format!("{name}.bin"))
-}
-
 #[test]
 fn every_message_is_written_as_it_was() {
-    let version = PROTOCOL.versions.newest;
-    let write = std::env::var_os("BATON_GOLDEN").is_some_and(|value| value == "write");
-    for (name, message) in messages() {
-        let path = file(version, name);
-        let packet = message.encode().unwrap();
-        if write {
-            std::fs::create_dir_all(folder(version)).unwrap();
-            std::fs::write(&path, &packet).unwrap();
-        }
-        assert_eq!(std::fs::read(&path).unwrap(), packet, "{}", path.display());
-    }
-    let files = std::fs::read_dir(folder(version)).unwrap().count();
-    assert_eq!(files, messages().len(), "a message has no golden file, or a file no message");
+    check_encoded("migration", &messages());
 }
 
 #[test]
 fn every_message_of_every_version_so_far_is_read() {
-    for version in PROTOCOL.versions.oldest..=PROTOCOL.versions.newest {
-        for (name, message) in messages() {
-            let packet = std::fs::read(file(version, name)).unwrap();
-            assert_eq!(Message::decode(&packet).unwrap(), message);
-        }
-    }
+    check_decoded("migration", &messages());
 }
 
 #[test]
