@@ -1,6 +1,5 @@
 //! HELLO, PREPARE, READY, of a device and of a session: over a link that loses, repeats and cuts messages, with either
 //! end refusing, dying or silent.
-#![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use std::collections::VecDeque;
 use std::time::Duration;

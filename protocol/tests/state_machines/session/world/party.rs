@@ -1,13 +1,13 @@
-//! What is done to whom, and one of the two processes.
+//! The operations of a test, and one of the two processes.
 
 use std::collections::VecDeque;
 use std::fmt::Debug;
 
 use super::Fd;
 
-/// What is done to whom.
+/// What a test does to one of the two processes, the front-end or the link.
 #[derive(Clone, Copy, Debug)]
-pub enum Deed {
+pub enum Operation {
     /// It does the next of what it is to do.
     Act(End),
     /// It receives the next packet.

@@ -1,112 +1,24 @@
-//! Source and target of a live session over a link that loses, delays, repeats and cuts packets, while either end is
-//! killed or stopped at any place, between any two of its actions, and time passes as it likes: never two owners, and
-//! in the end one, if there is anyone who could; no message of the front-end is heard twice, in the wrong place, or with
-//! old knowledge; no descriptor is left behind.
-#![expect(clippy::unwrap_used, reason = "these are tests")]
+//! The source and the target of a live session. Either end is killed or stopped between any two of its actions. There are
+//! never two owners, and in the end there is one, if a process lives that can be. No message of the front-end is read twice,
+//! out of order, or by a process with an outdated session; no descriptor leaks.
 
-#[path = "session_world/mod.rs"]
-mod session_world;
+mod properties;
+mod versions;
+mod world;
 
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use baton_protocol::codec::Message as _;
 use baton_protocol::end_reason::EndReason;
 use baton_protocol::fd_manifest::FdManifest;
 use baton_protocol::handover::Phase;
 use baton_protocol::handover::prologue::SourcePrologue;
 use baton_protocol::handover::session::source::{self, Source};
 use baton_protocol::handover::session::target::{Taken, Target};
-use baton_protocol::handover::wire::message::{Message, PROTOCOL, Stage};
+use baton_protocol::handover::wire::message::{Message, Stage};
 use baton_protocol::ownership::{Owner, Word};
-use proptest::prelude::*;
-use session_world::{Deed, End, World};
+use world::{End, Operation, World};
 
-fn ends() -> impl Strategy<Value = End> {
-    prop_oneof![Just(End::Source), Just(End::Target)]
-}
-
-fn deeds() -> impl Strategy<Value = Deed> {
-    prop_oneof![
-        40 => ends().prop_map(Deed::Act),
-        30 => ends().prop_map(Deed::Deliver),
-        1 => ends().prop_map(Deed::Lose),
-        1 => ends().prop_map(Deed::Repeat),
-        1 => (ends(), any::<u8>()).prop_map(|(end, at)| Deed::Cut(end, at)),
-        1 => ends().prop_map(Deed::Later),
-        4 => Just(Deed::FrontendSays),
-        8 => ends().prop_map(Deed::Hear),
-        2 => prop_oneof![Just(1u64), Just(40), Just(150), Just(600), Just(3_000), Just(11_000), Just(31_000)]
-            .prop_map(Deed::Pass),
-        4 => ends().prop_map(Deed::Clock),
-        1 => Just(Deed::Disconnect),
-        4 => ends().prop_map(Deed::SeeEnd),
-        1 => ends().prop_map(Deed::Kill),
-        4 => ends().prop_map(Deed::SeeDeath),
-        1 => ends().prop_map(Deed::Stop),
-        2 => ends().prop_map(Deed::Continue),
-        1 => Just(Deed::Cancel),
-        1 => Just(Deed::Fail),
-        1 => Just(Deed::Unwilling),
-        1 => Just(Deed::BadCommit),
-    ]
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 6000, ..ProptestConfig::default() })]
-
-    #[test]
-    fn one_owner_always(deeds in proptest::collection::vec(deeds(), 0..160)) {
-        let mut world = World::new(false);
-        for deed in deeds {
-            world.act(deed);
-        }
-        world.finish();
-    }
-
-    /// Neither end fails, ends or gives up: however late each message is read, the session is handed over.
-    #[test]
-    fn after_late_deliveries_alone_it_is_handed_over(deeds in proptest::collection::vec(late(), 0..160)) {
-        let mut world = World::new(false);
-        for deed in deeds {
-            world.act(deed);
-        }
-        for end in [End::Source, End::Target] {
-            world.act(Deed::Continue(end));
-        }
-        world.finish();
-        assert!(matches!(world.source.state(), Some(Source::HandedOver(Some(_)))), "{world:?}");
-        assert!(matches!(world.target.state(), Some(Target::Active(_))), "{world:?}");
-    }
-
-    /// From each place of an undisturbed hand-over on, one after the other.
-    #[test]
-    fn one_owner_from_everywhere(steps in 0..80usize, deeds in proptest::collection::vec(deeds(), 0..40)) {
-        let mut world = World::new(false);
-        for _ in 0..steps {
-            world.undisturbed();
-        }
-        for deed in deeds {
-            world.act(deed);
-        }
-        world.finish();
-    }
-}
-
-/// What honest ends and their front-end do, and messages that take their time.
-fn late() -> impl Strategy<Value = Deed> {
-    prop_oneof![
-        8 => ends().prop_map(Deed::Act),
-        4 => ends().prop_map(Deed::Deliver),
-        1 => Just(Deed::FrontendSays),
-        2 => ends().prop_map(Deed::Hear),
-        1 => ends().prop_map(Deed::Clock),
-        1 => ends().prop_map(Deed::Stop),
-        2 => ends().prop_map(Deed::Continue),
-    ]
-}
-
-/// One of the ends is killed, or stopped until the other has settled everything, after each number of steps.
+/// Runs hand-overs that `disturb` interrupts after each number of steps; returns the worlds at their ends.
 fn disturbed_everywhere(disturb: impl Fn(&mut World)) -> Vec<World> {
     let mut ended = Vec::new();
     for steps in 0..200 {
@@ -152,7 +64,7 @@ fn a_dry_run_ends_before_anything_is_stopped_or_held() {
 
 #[test]
 fn a_target_killed_anywhere_leaves_the_session_to_the_source() {
-    for world in disturbed_everywhere(|world| world.act(Deed::Kill(End::Target))) {
+    for world in disturbed_everywhere(|world| world.act(Operation::Kill(End::Target))) {
         let settled = world.word.owner == Owner::Settled;
         assert_eq!(world.source.runs, !settled, "{world:?}");
     }
@@ -160,7 +72,7 @@ fn a_target_killed_anywhere_leaves_the_session_to_the_source() {
 
 #[test]
 fn a_source_killed_anywhere_leaves_the_session_to_a_target_that_holds_it() {
-    let ended = disturbed_everywhere(|world| world.act(Deed::Kill(End::Source)));
+    let ended = disturbed_everywhere(|world| world.act(Operation::Kill(End::Source)));
     let survived =
         ended.iter().filter(|world| matches!(world.target.state(), Some(Target::Active(Taken::Survived))));
     assert!(survived.count() > 5);
@@ -171,11 +83,11 @@ fn a_source_killed_anywhere_leaves_the_session_to_a_target_that_holds_it() {
 #[test]
 fn a_source_that_sleeps_anywhere_serves_on_or_finds_it_handed_over() {
     let ended = disturbed_everywhere(|world| {
-        world.act(Deed::Stop(End::Source));
+        world.act(Operation::Stop(End::Source));
         for _ in 0..400 {
-            world.act(Deed::Pass(200));
+            world.act(Operation::Pass(200));
             world.undisturbed();
-            world.act(Deed::Clock(End::Target));
+            world.act(Operation::Clock(End::Target));
         }
     });
     for world in ended {
@@ -186,11 +98,11 @@ fn a_source_that_sleeps_anywhere_serves_on_or_finds_it_handed_over() {
 #[test]
 fn a_target_that_sleeps_anywhere_loses_or_has_taken_it() {
     let ended = disturbed_everywhere(|world| {
-        world.act(Deed::Stop(End::Target));
+        world.act(Operation::Stop(End::Target));
         for _ in 0..400 {
-            world.act(Deed::Pass(200));
+            world.act(Operation::Pass(200));
             world.undisturbed();
-            world.act(Deed::Clock(End::Source));
+            world.act(Operation::Clock(End::Source));
         }
     });
     for world in ended {
@@ -215,7 +127,7 @@ fn each_rollback_has_its_phase_and_reason() {
     assert_eq!(until(|state| matches!(state, Source::Freezing { .. })), ("freeze", closed.clone()));
     let mut world = World::new(false);
     world.until_source(|state| matches!(state, Source::Committed { .. }));
-    world.act(Deed::Lose(End::Target));
+    world.act(Operation::Lose(End::Target));
     world.source_after(499);
     assert!(matches!(world.source.state(), Some(Source::Committed { .. })));
     world.source_after(2);
@@ -247,12 +159,12 @@ fn silence_is_endured_for_as_long_as_is_said() {
 fn a_target_holds_the_session_for_half_a_minute() {
     let mut world = World::new(false);
     world.until_source(|state| matches!(state, Source::Freezing { .. }));
-    world.act(Deed::Stop(End::Source));
-    world.act(Deed::Pass(29_000));
-    world.act(Deed::Clock(End::Target));
+    world.act(Operation::Stop(End::Source));
+    world.act(Operation::Pass(29_000));
+    world.act(Operation::Clock(End::Target));
     assert!(matches!(world.target.state(), Some(Target::Staged(_))));
-    world.act(Deed::Pass(1_100));
-    world.act(Deed::Clock(End::Target));
+    world.act(Operation::Pass(1_100));
+    world.act(Operation::Clock(End::Target));
     assert!(matches!(world.target.state(), Some(Target::Ended)));
     world.finish();
     assert!(world.source.runs && !world.target.runs);
@@ -262,7 +174,7 @@ fn a_target_holds_the_session_for_half_a_minute() {
 fn a_target_that_says_too_early_that_it_runs_does_not_get_the_session() {
     let mut world = World::new(false);
     world.until_source(|state| matches!(state, Source::Committed { .. }));
-    world.act(Deed::Stop(End::Target));
+    world.act(Operation::Stop(End::Target));
     let active = baton_protocol::handover::wire::message::Active { epoch: 1, times: Default::default() };
     world.tell_source(source::Event::Message(Message::Active(active)));
     world.source_acts();
@@ -274,7 +186,7 @@ fn a_target_that_says_too_early_that_it_runs_does_not_get_the_session() {
 #[test]
 fn a_bad_commit_is_refused_and_the_source_goes_on() {
     let mut world = World::new(false);
-    world.act(Deed::BadCommit);
+    world.act(Operation::BadCommit);
     while world.undisturbed() {}
     world.finish();
     let Some(Source::Ended { phase: Phase::Commit, reason: EndReason::Refused(reasons) }) =
@@ -303,9 +215,9 @@ fn what_a_peer_scribbles_into_the_word_makes_no_second_owner() {
             world.scribbled = true;
             for _ in 0..200 {
                 world.undisturbed();
-                world.act(Deed::Pass(20));
-                world.act(Deed::Clock(End::Source));
-                world.act(Deed::Clock(End::Target));
+                world.act(Operation::Pass(20));
+                world.act(Operation::Clock(End::Source));
+                world.act(Operation::Clock(End::Target));
             }
             assert!(!(world.source.runs && world.target.runs));
         }
@@ -314,7 +226,7 @@ fn what_a_peer_scribbles_into_the_word_makes_no_second_owner() {
 
 #[test]
 fn a_target_waits_two_seconds_for_what_must_come_next() {
-    type Reached = fn(&Target<session_world::Fd, session_world::Held>) -> bool;
+    type Reached = fn(&Target<world::Fd, world::Held>) -> bool;
     let cases: [Reached; 2] =
         [|state| matches!(state, Target::Ready { .. }), |state| matches!(state, Target::Gathering { .. })];
     for reached in cases {
@@ -333,7 +245,7 @@ fn a_target_waits_two_seconds_for_what_must_come_next() {
 fn what_cannot_be_staged_is_refused_by_name() {
     let mut world = World::new(false);
     world.until_target(|state| matches!(state, Target::Gathering { .. }));
-    world.act(Deed::Unwilling);
+    world.act(Operation::Unwilling);
     while world.undisturbed() {}
     let Some(Source::Ended { phase: Phase::Stage, reason: EndReason::Refused(reasons) }) =
         world.source.state()
@@ -351,7 +263,7 @@ fn descriptors_without_end_or_without_names_are_refused() {
         let mut world = World::new(false);
         world.until_target(|state| matches!(state, Target::Ready { .. }));
         while !world.source.state().is_some_and(|state| matches!(state, Source::Staging { .. })) {
-            world.act(Deed::Deliver(End::Source));
+            world.act(Operation::Deliver(End::Source));
         }
         world.source_acts();
         world.change_stage(change);
@@ -375,8 +287,8 @@ fn proof_of_death_is_enough_to_survive() {
         } else {
             world.until_target(|state| matches!(state, Target::Staged(_)));
         }
-        world.act(Deed::Kill(End::Source));
-        world.act(Deed::SeeDeath(End::Target));
+        world.act(Operation::Kill(End::Source));
+        world.act(Operation::SeeDeath(End::Target));
         world.target_acts();
         assert_eq!(world.target.runs, !staging, "{world:?}");
         world.finish();
@@ -388,14 +300,14 @@ fn proof_of_death_is_enough_to_survive() {
 fn an_aborted_session_is_dropped_soon_after() {
     let mut world = World::new(false);
     world.until_target(|state| matches!(state, Target::Staged(_)));
-    world.act(Deed::Disconnect);
-    world.act(Deed::SeeEnd(End::Target));
+    world.act(Operation::Disconnect);
+    world.act(Operation::SeeEnd(End::Target));
     world.target_acts();
     assert!(matches!(world.target.state(), Some(Target::Staged(_))), "it is not known yet");
-    world.act(Deed::Stop(End::Target));
+    world.act(Operation::Stop(End::Target));
     while world.undisturbed() {}
     assert_eq!(world.word.owner, Owner::Aborted);
-    world.act(Deed::Continue(End::Target));
+    world.act(Operation::Continue(End::Target));
     world.target_after(100);
     assert!(matches!(world.target.state(), Some(Target::Ended)), "{world:?}");
     world.finish();
@@ -405,8 +317,8 @@ fn an_aborted_session_is_dropped_soon_after() {
 fn lost() -> World {
     let mut world = World::new(false);
     world.until_target(|state| matches!(state, Target::Starting { .. }));
-    world.act(Deed::Disconnect);
-    world.act(Deed::SeeEnd(End::Source));
+    world.act(Operation::Disconnect);
+    world.act(Operation::SeeEnd(End::Source));
     world.source_acts();
     assert!(matches!(world.source.state(), Some(Source::Lost { .. })), "{world:?}");
     assert!(world.target.runs && !world.target.listens);
@@ -415,11 +327,11 @@ fn lost() -> World {
 
 /// It has, and hears the front-end.
 fn settle(world: &mut World) {
-    world.act(Deed::Act(End::Target));
+    world.act(Operation::Act(End::Target));
     world.target_acts();
     assert_eq!(world.word.owner, Owner::Settled);
-    world.act(Deed::FrontendSays);
-    world.act(Deed::Hear(End::Target));
+    world.act(Operation::FrontendSays);
+    world.act(Operation::Hear(End::Target));
 }
 
 #[test]
@@ -429,8 +341,8 @@ fn a_source_that_lost_takes_back_only_what_was_not_settled() {
         if settled {
             settle(&mut world);
         }
-        world.act(Deed::Kill(End::Target));
-        world.act(Deed::SeeDeath(End::Source));
+        world.act(Operation::Kill(End::Target));
+        world.act(Operation::SeeDeath(End::Source));
         world.source_acts();
         assert_eq!(world.source.runs, !settled, "{world:?}");
         world.finish();
@@ -463,88 +375,9 @@ fn a_word_that_says_the_other_is_obeyed_even_if_it_cannot_be() {
     assert!(world.target.runs);
     world.scribbled = true;
     world.word = Word { epoch: 1, owner: Owner::Aborted };
-    world.act(Deed::Act(End::Target));
+    world.act(Operation::Act(End::Target));
     world.target_acts();
     assert!(!world.target.runs && !world.target.listens);
-}
-
-#[test]
-fn the_next_version_hands_over_to_this_one_and_back() {
-    for next in [End::Source, End::Target] {
-        let mut world = World::new(false);
-        world.next = Some(next);
-        while world.undisturbed() {}
-        assert!(matches!(world.source.state(), Some(Source::HandedOver(Some(_)))), "{world:?}");
-        assert!(matches!(world.target.state(), Some(Target::Active(Taken::Committed(_)))));
-        world.finish();
-    }
-}
-
-#[test]
-fn the_next_version_is_refused_by_name_and_refuses_so() {
-    for next in [End::Source, End::Target] {
-        let mut world = World::new(false);
-        world.next = Some(next);
-        world.act(Deed::Unwilling);
-        while world.undisturbed() {}
-        let Some(SourcePrologue::Ended { reason: EndReason::Refused(reasons), .. }) = world.source.prologue()
-        else {
-            panic!("{world:?}")
-        };
-        assert_eq!(reasons.0[0].name, "front-end");
-        world.finish();
-    }
-}
-
-fn recording(version: u16) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/session-v{version}-whole.bin"))
-}
-
-/// Every packet of a hand-over, one after the other, with the length of each in front.
-#[test]
-fn a_whole_hand_over_is_written_as_it_was() {
-    let mut world = World::new(false);
-    while world.undisturbed() {}
-    let with_length = |packet: &Vec<u8>| {
-        let length = u32::try_from(packet.len()).unwrap().to_le_bytes();
-        length.into_iter().chain(packet.iter().copied()).collect::<Vec<u8>>()
-    };
-    let whole: Vec<u8> = world.sent.iter().flat_map(with_length).collect();
-    let path = recording(PROTOCOL.versions.newest);
-    if std::env::var_os("BATON_GOLDEN").is_some_and(|value| value == "write") {
-        std::fs::write(&path, &whole).unwrap();
-    }
-    assert_eq!(std::fs::read(&path).unwrap(), whole, "{}", path.display());
-}
-
-#[test]
-fn a_hand_over_with_each_version_so_far_goes_as_it_went() {
-    for version in PROTOCOL.versions.oldest..=PROTOCOL.versions.newest {
-        let whole = std::fs::read(recording(version)).unwrap();
-        let mut rest = &whole[..];
-        let (mut with_source, mut with_target) = (World::new(false), World::new(false));
-        let offered = Word::INITIAL.offered().unwrap();
-        while let Some((length, packets)) = rest.split_first_chunk::<4>() {
-            let (packet, others) = packets.split_at(usize::try_from(u32::from_le_bytes(*length)).unwrap());
-            rest = others;
-            // Who said it, and what it did to the word before.
-            let (from, word) = match Message::decode(packet).unwrap() {
-                Message::Hello(hello) if hello.program == "source" => (End::Source, None),
-                Message::Prepare(_) | Message::Stage(_) | Message::Descriptors(_) => (End::Source, None),
-                Message::Commit(_) => (End::Source, Some(offered)),
-                Message::Active(_) => (End::Target, offered.taken().unwrap().settled()),
-                _ => (End::Target, None),
-            };
-            let (world, end) = match from {
-                End::Source => (&mut with_target, End::Target),
-                End::Target => (&mut with_source, End::Source),
-            };
-            world.word = word.unwrap_or(world.word);
-            world.replay(end, packet);
-        }
-        assert!(matches!(with_source.source.state(), Some(Source::HandedOver(Some(_)))), "{with_source:?}");
-        assert!(matches!(with_target.target.state(), Some(Target::Active(_))), "{with_target:?}");
-    }
 }
 
 #[test]

@@ -1,7 +1,6 @@
 //! Source and target over a link that loses, repeats and cuts messages, with either end killed or hanging at any time:
 //! the VM never runs at both, and where both ends live never at neither. Each end does one thing at a time, and each
 //! message arrives as late as a test likes, whatever the word is by then.
-#![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -18,9 +17,9 @@ use baton_protocol::ownership::{Owner, SwapOutcome, Word};
 use baton_protocol::reasons::Reasons;
 use proptest::prelude::*;
 
-/// What is done to the two ends and to what is between them.
+/// What a test does to the two ends and to the link between them.
 #[derive(Clone, Copy, Debug)]
-enum Deed {
+enum Operation {
     /// It does the next of what it is to do.
     SourceActs,
     TargetActs,
@@ -40,22 +39,22 @@ enum Deed {
     TargetFails,
 }
 
-fn deeds() -> impl Strategy<Value = Deed> {
+fn operations() -> impl Strategy<Value = Operation> {
     prop_oneof![
-        20 => Just(Deed::SourceActs),
-        20 => Just(Deed::TargetActs),
-        14 => Just(Deed::DeliverToTarget),
-        14 => Just(Deed::DeliverToSource),
-        1 => any::<bool>().prop_map(Deed::Lose),
-        1 => any::<bool>().prop_map(Deed::Repeat),
-        1 => Just(Deed::SourceTimeout),
-        1 => Just(Deed::TargetTimeout),
-        1 => Just(Deed::Disconnect),
-        1 => Just(Deed::KillSource),
-        1 => Just(Deed::KillTarget),
-        1 => Just(Deed::SourceHangs),
-        1 => Just(Deed::SourceFails),
-        1 => Just(Deed::TargetFails),
+        20 => Just(Operation::SourceActs),
+        20 => Just(Operation::TargetActs),
+        14 => Just(Operation::DeliverToTarget),
+        14 => Just(Operation::DeliverToSource),
+        1 => any::<bool>().prop_map(Operation::Lose),
+        1 => any::<bool>().prop_map(Operation::Repeat),
+        1 => Just(Operation::SourceTimeout),
+        1 => Just(Operation::TargetTimeout),
+        1 => Just(Operation::Disconnect),
+        1 => Just(Operation::KillSource),
+        1 => Just(Operation::KillTarget),
+        1 => Just(Operation::SourceHangs),
+        1 => Just(Operation::SourceFails),
+        1 => Just(Operation::TargetFails),
     ]
 }
 
@@ -204,68 +203,69 @@ impl World {
         self.target_steps(event);
     }
 
-    /// Does a deed, and lets both ends do all that they are to do.
-    fn step(&mut self, deed: Deed) {
-        self.do_deed(deed);
+    /// Does a operation, and lets both ends do all that they are to do.
+    fn step(&mut self, operation: Operation) {
+        self.do_deed(operation);
         while !self.target_todo.is_empty() || !self.source_todo.is_empty() && !self.source_hangs {
-            self.do_deed(Deed::SourceActs);
-            self.do_deed(Deed::TargetActs);
+            self.do_deed(Operation::SourceActs);
+            self.do_deed(Operation::TargetActs);
         }
     }
 
-    fn do_deed(&mut self, deed: Deed) {
-        match deed {
-            Deed::DeliverToSource | Deed::SourceTimeout | Deed::SourceActs if self.source_hangs => {}
-            Deed::SourceActs => self.source_acts(),
-            Deed::TargetActs => self.target_acts(),
+    fn do_deed(&mut self, operation: Operation) {
+        match operation {
+            Operation::DeliverToSource | Operation::SourceTimeout | Operation::SourceActs
+                if self.source_hangs => {}
+            Operation::SourceActs => self.source_acts(),
+            Operation::TargetActs => self.target_acts(),
             // Whoever has something to do does not look at the connection, or at the time.
-            Deed::DeliverToTarget | Deed::TargetTimeout if !self.target_todo.is_empty() => {}
-            Deed::DeliverToSource | Deed::SourceTimeout if !self.source_todo.is_empty() => {}
-            Deed::DeliverToTarget => match self.to_target.pop_front() {
+            Operation::DeliverToTarget | Operation::TargetTimeout if !self.target_todo.is_empty() => {}
+            Operation::DeliverToSource | Operation::SourceTimeout if !self.source_todo.is_empty() => {}
+            Operation::DeliverToTarget => match self.to_target.pop_front() {
                 Some(message) => self.target_steps(target::Event::Message(message)),
                 None if !self.connected => self.target_steps(target::Event::Closed),
                 None => {}
             },
-            Deed::SourceHangs => self.source_hangs = true,
-            Deed::DeliverToSource => match self.to_source.pop_front() {
+            Operation::SourceHangs => self.source_hangs = true,
+            Operation::DeliverToSource => match self.to_source.pop_front() {
                 Some(message) => self.source_steps(source::Event::Message(message)),
                 None if !self.connected => self.source_steps(source::Event::Closed),
                 None => {}
             },
-            Deed::Lose(source) => {
+            Operation::Lose(source) => {
                 drop(if source { &mut self.to_source } else { &mut self.to_target }.pop_front());
             }
-            Deed::Repeat(source) => {
+            Operation::Repeat(source) => {
                 let queue = if source { &mut self.to_source } else { &mut self.to_target };
                 queue.extend(queue.front().cloned());
             }
-            Deed::SourceTimeout => {
+            Operation::SourceTimeout => {
                 if let Some(deadline) = self.source.as_ref().and_then(Source::deadline) {
                     self.now = self.now.max(deadline);
                     self.source_steps(source::Event::Time);
                 }
             }
-            Deed::TargetTimeout => {
+            Operation::TargetTimeout => {
                 if let Some(deadline) = self.target.as_ref().and_then(Target::deadline) {
                     self.now = self.now.max(deadline);
                     self.target_steps(target::Event::Time);
                 }
             }
-            Deed::Disconnect => self.connected = false,
-            Deed::KillSource => {
+            Operation::Disconnect => self.connected = false,
+            Operation::KillSource => {
                 self.source = None;
                 self.source_todo.clear();
                 self.source_runs = false;
                 self.connected = false;
             }
-            Deed::KillTarget => {
+            Operation::KillTarget => {
                 self.target = None;
                 self.target_todo.clear();
                 self.target_runs = false;
                 self.connected = false;
             }
-            Deed::SourceFails => self.source_fails = true,
-            Deed::TargetFails => self.target_fails = true,
+            Operation::SourceFails => self.source_fails = true,
+            Operation::TargetFails => self.target_fails = true,
         }
         self.check();
     }
@@ -295,25 +295,25 @@ impl World {
         self.connected &= self.source_hangs;
         let hangs = self.source_hangs;
         while !self.target_todo.is_empty() {
-            self.do_deed(Deed::TargetActs);
+            self.do_deed(Operation::TargetActs);
         }
         let orphaned = (hangs || self.source.is_none())
             && matches!(self.target, Some(Target::Ready { .. }))
             && self.word.owner == Owner::Offered
             && self.to_target.iter().all(|message| matches!(message, Message::Commit(_)));
         for _ in 0..40 {
-            self.step(Deed::DeliverToTarget);
-            self.step(Deed::TargetTimeout);
-            self.step(Deed::DeliverToSource);
-            self.step(Deed::SourceTimeout);
+            self.step(Operation::DeliverToTarget);
+            self.step(Operation::TargetTimeout);
+            self.step(Operation::DeliverToSource);
+            self.step(Operation::SourceTimeout);
         }
         // And a source that hangs or was killed after its offer leaves it to a target that is ready for it.
         assert!(!orphaned || self.target_runs, "the target did not take what was offered to it");
         // One that hung finds out later.
         self.source_hangs = false;
         for _ in 0..40 {
-            self.step(Deed::DeliverToSource);
-            self.step(Deed::SourceTimeout);
+            self.step(Operation::DeliverToSource);
+            self.step(Operation::SourceTimeout);
         }
         let source_lives = self.source.is_some();
         let target_lives = self.target.is_some();
@@ -334,24 +334,24 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 20_000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn never_two_and_never_none(dry_run in prop::bool::weighted(0.05), deeds in prop::collection::vec(deeds(), 0..80)) {
+    fn never_two_and_never_none(dry_run in prop::bool::weighted(0.05), operations in prop::collection::vec(operations(), 0..80)) {
         let mut world = World::new(dry_run);
-        for deed in deeds {
-            world.do_deed(deed);
+        for operation in operations {
+            world.do_deed(operation);
         }
         world.finish();
     }
 
     /// Neither end fails, ends or gives up: however late each message is read, the VM moves.
     #[test]
-    fn after_late_deliveries_alone_it_moves(deeds in prop::collection::vec(late(), 0..60)) {
+    fn after_late_deliveries_alone_it_moves(operations in prop::collection::vec(late(), 0..60)) {
         let mut world = World::new(false);
-        for deed in deeds {
-            world.do_deed(deed);
+        for operation in operations {
+            world.do_deed(operation);
         }
         for _ in 0..10 {
-            world.step(Deed::DeliverToTarget);
-            world.step(Deed::DeliverToSource);
+            world.step(Operation::DeliverToTarget);
+            world.step(Operation::DeliverToSource);
         }
         assert_eq!((&world.source, &world.target), (&Some(Source::Completed), &Some(Target::Active)));
         assert!(world.target_runs && !world.source_runs);
@@ -360,11 +360,11 @@ proptest! {
     /// With the target's patience at its end, too: then whoever's swap comes first has it, and both know.
     #[test]
     fn after_late_deliveries_and_time_alone_both_know_whose_it_is(
-        deeds in prop::collection::vec(prop_oneof![8 => late(), 1 => Just(Deed::TargetTimeout), 1 => Just(Deed::SourceTimeout)], 0..80),
+        operations in prop::collection::vec(prop_oneof![8 => late(), 1 => Just(Operation::TargetTimeout), 1 => Just(Operation::SourceTimeout)], 0..80),
     ) {
         let mut world = World::new(false);
-        for deed in deeds {
-            world.do_deed(deed);
+        for operation in operations {
+            world.do_deed(operation);
         }
         world.finish();
         let completed = world.source == Some(Source::Completed);
@@ -374,12 +374,12 @@ proptest! {
 }
 
 /// What honest ends do, and messages that take their time.
-fn late() -> impl Strategy<Value = Deed> {
+fn late() -> impl Strategy<Value = Operation> {
     prop_oneof![
-        Just(Deed::SourceActs),
-        Just(Deed::TargetActs),
-        Just(Deed::DeliverToTarget),
-        Just(Deed::DeliverToSource),
+        Just(Operation::SourceActs),
+        Just(Operation::TargetActs),
+        Just(Operation::DeliverToTarget),
+        Just(Operation::DeliverToSource),
     ]
 }
 
@@ -387,8 +387,8 @@ fn late() -> impl Strategy<Value = Deed> {
 fn undisturbed_it_moves() {
     let mut world = World::new(false);
     for _ in 0..10 {
-        world.step(Deed::DeliverToTarget);
-        world.step(Deed::DeliverToSource);
+        world.step(Operation::DeliverToTarget);
+        world.step(Operation::DeliverToSource);
     }
     assert_eq!((&world.source, &world.target), (&Some(Source::Completed), &Some(Target::Active)));
     assert!(world.target_runs && !world.source_runs);
@@ -398,8 +398,8 @@ fn undisturbed_it_moves() {
 fn a_dry_run_stops_nothing() {
     let mut world = World::new(true);
     for _ in 0..10 {
-        world.step(Deed::DeliverToTarget);
-        world.step(Deed::DeliverToSource);
+        world.step(Operation::DeliverToTarget);
+        world.step(Operation::DeliverToSource);
         assert!(world.source_runs);
     }
     assert_eq!(world.source, Some(Source::Possible));
@@ -409,14 +409,14 @@ fn a_dry_run_stops_nothing() {
 fn hanging(offered: bool) -> World {
     let mut world = World::new(false);
     while !matches!(world.target, Some(Target::Ready { .. })) {
-        world.step(Deed::DeliverToTarget);
+        world.step(Operation::DeliverToTarget);
         if !matches!(world.target, Some(Target::Ready { .. })) || offered {
-            world.step(Deed::DeliverToSource);
+            world.step(Operation::DeliverToSource);
         }
     }
     world.to_target.clear();
-    world.step(Deed::SourceHangs);
-    world.step(Deed::TargetTimeout);
+    world.step(Operation::SourceHangs);
+    world.step(Operation::TargetTimeout);
     world
 }
 
@@ -425,7 +425,7 @@ fn a_source_that_hangs_after_its_offer_leaves_the_vm_to_its_target() {
     let mut world = hanging(true);
     assert!(world.target_runs);
     world.source_hangs = false;
-    world.step(Deed::SourceTimeout);
+    world.step(Operation::SourceTimeout);
     assert_eq!(world.source, Some(Source::Completed));
 }
 
@@ -443,15 +443,15 @@ fn a_word_without_a_meaning_leaves_the_vm_to_the_source() {
     for steps in 0..12 {
         let mut world = World::new(false);
         for _ in 0..steps {
-            world.step(Deed::DeliverToTarget);
-            world.step(Deed::DeliverToSource);
+            world.step(Operation::DeliverToTarget);
+            world.step(Operation::DeliverToSource);
         }
         // Afterwards the VM is the target's already.
         if world.word.owner == Owner::Target {
             return;
         }
         world.garbage = true;
-        world.step(Deed::DeliverToTarget);
+        world.step(Operation::DeliverToTarget);
         world.finish();
         assert!(
             world.source_runs && !world.target_runs,
@@ -468,7 +468,7 @@ fn a_word_that_says_the_target_is_obeyed_and_no_other() {
     for owner in [Owner::Source, Owner::Offered, Owner::Target, Owner::Aborted, Owner::Settled] {
         let mut world = offered();
         world.word = Word { epoch: 7, owner };
-        // Not by deeds, each of which checks the word.
+        // Not by operations, each of which checks the word.
         world.source_steps(source::Event::Closed);
         while !world.source_todo.is_empty() {
             world.source_acts();
@@ -482,8 +482,8 @@ fn a_word_that_says_the_target_is_obeyed_and_no_other() {
 fn offered() -> World {
     let mut world = World::new(false);
     while world.word.owner != Owner::Offered {
-        world.step(Deed::DeliverToTarget);
-        world.step(Deed::DeliverToSource);
+        world.step(Operation::DeliverToTarget);
+        world.step(Operation::DeliverToSource);
     }
     world
 }
@@ -491,8 +491,8 @@ fn offered() -> World {
 #[test]
 fn a_commit_that_is_read_after_the_vm_was_withdrawn_starts_nothing() {
     let mut world = offered();
-    world.step(Deed::SourceTimeout);
+    world.step(Operation::SourceTimeout);
     assert!(world.source_runs);
-    world.step(Deed::DeliverToTarget);
+    world.step(Operation::DeliverToTarget);
     assert!(!world.target_runs && matches!(world.target, Some(Target::Ended { .. })));
 }
