@@ -1,79 +1,30 @@
-//! A front-end that sends what it should not: every case is one line of a table, and after each the same process
-//! serves a good front-end and has lost nothing.
-#![expect(clippy::unwrap_used, reason = "these are tests")]
+//! The cases: messages, and what is wrong with them.
 
 use std::fs::File;
-use std::io::Write;
-use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
-use baton_tests::datapath::Datapath;
-use baton_tests::fake_frontend::wire::{
-    MemoryRegion, Message, NEED_REPLY, NO_FD, REPLY, VERSION, protocol, request,
-};
-use baton_tests::fake_frontend::{Connection, Device, Options, Region};
-use baton_tests::hostile::Victim;
-use baton_tests::netns;
-use baton_tests::on_both_datapaths;
+use baton_tests::fake_frontend::wire::{MemoryRegion, Message, NEED_REPLY, NO_FD, REPLY, VERSION, request};
+use baton_tests::fake_frontend::{Device, Region};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::{setsockopt, sockopt};
 
-on_both_datapaths! {
-    wrong_messages_harm_nobody,
-    every_request_of_every_size_harms_nobody,
-    a_socket_closed_at_any_point_harms_nobody,
-    more_descriptors_than_a_message_has_hold_up_nothing,
-    a_socket_whose_close_lingers_holds_up_nothing,
-}
-
-/// How far the device is when the attack begins.
-#[derive(Clone, Copy, Debug)]
-enum Stage {
-    /// Connected, and nothing said.
-    Fresh,
-    /// Features negotiated.
-    Negotiated,
-    /// Serving frames.
-    Running,
-}
-use Stage::{Fresh, Negotiated, Running};
+use super::Stage::{self, Fresh, Negotiated, Running};
+use super::settle;
 
 /// A name, where it begins, and what is done. What it sends may fail, as the back-end may close the connection at any
 /// time.
-type Case = (&'static str, Stage, fn(&mut Device));
+pub(super) type Case = (&'static str, Stage, fn(&mut Device));
 
 const MEMORY: MemoryRegion =
     MemoryRegion { guest_address: 0, size: 0x10000, user_address: 0x7000_0000_0000, file_offset: 0 };
-
-fn options() -> Options {
-    let protocol_features = protocol::MQ
-        | protocol::REPLY_ACK
-        | protocol::CONFIG
-        | protocol::CONFIGURE_MEM_SLOTS
-        | protocol::RESET_DEVICE;
-    Options { protocol_features, ..Options::default() }
-}
 
 fn say(device: &Device, message: &Message) {
     say_with(device, message, &[]);
 }
 
-fn say_with(device: &Device, message: &Message, fds: &[BorrowedFd<'_>]) {
+pub(super) fn say_with(device: &Device, message: &Message, fds: &[BorrowedFd<'_>]) {
     // The back-end may have closed the connection.
     let _ = device.connection.send(message, fds);
-}
-
-/// Waits until the back-end has dealt with what was said, or closed the connection. Replies to it are passed over.
-fn settle(connection: &Connection) {
-    if connection.send(&Message::empty(request::GET_FEATURES), &[]).is_err() {
-        return;
-    }
-    while let Ok(Some(reply)) = connection.try_receive() {
-        if reply.request == request::GET_FEATURES {
-            return;
-        }
-    }
 }
 
 /// Sets a ring up at these front-end addresses, with everything else right, and starts it.
@@ -144,7 +95,7 @@ fn traffic(device: &mut Device) {
     }
 }
 
-fn eventfd() -> EventFd {
+pub(super) fn eventfd() -> EventFd {
     EventFd::from_flags(EfdFlags::EFD_CLOEXEC).unwrap()
 }
 
@@ -152,7 +103,7 @@ fn null() -> OwnedFd {
     File::options().read(true).write(true).open("/dev/null").unwrap().into()
 }
 
-const CASES: &[Case] = &[
+pub(super) const CASES: &[Case] = &[
     ("nothing is said", Fresh, |_| {}),
     ("ring size 0", Negotiated, |device| with_ring_of(device, 0)),
     ("ring size 3", Negotiated, |device| with_ring_of(device, 3)),
@@ -441,111 +392,3 @@ const CASES: &[Case] = &[
         say(device, &Message::new(request::SET_CONFIG, vec![0; 268]));
     }),
 ];
-
-/// Brings a device to a stage.
-fn prepare(connection: Connection, stage: Stage) -> Device {
-    let mut device = Device::new(connection, options()).unwrap();
-    match stage {
-        Fresh => {}
-        Negotiated => device.negotiate().unwrap(),
-        Running => {
-            device.negotiate().unwrap();
-            device.set_up().unwrap();
-            device.fill_receive_rings().unwrap();
-        }
-    }
-    // An attack does not wait for acknowledgements.
-    device.connection.acknowledged = false;
-    device
-}
-
-fn wrong_messages_harm_nobody(datapath: Datapath) {
-    let mut victim = Victim::new(datapath).unwrap();
-    for (name, stage, attack) in CASES {
-        eprintln!("{name}");
-        let mut device = prepare(victim.rig.backend.connect().unwrap(), *stage);
-        attack(&mut device);
-        victim.rig.inject(0..5, 100).unwrap();
-        settle(&device.connection);
-        drop(device);
-        victim.check().unwrap_or_else(|error| panic!("{name}: {error:#}"));
-    }
-}
-
-fn every_request_of_every_size_harms_nobody(datapath: Datapath) {
-    let mut victim = Victim::new(datapath).unwrap();
-    let event = eventfd();
-    for request in (0..request::LAST + 10).chain([u32::MAX]) {
-        for size in [0, 1, 4, 8, 12, 40, 4096] {
-            for fds in [0, 1, 8] {
-                let device = prepare(victim.rig.backend.connect().unwrap(), Negotiated);
-                let message = Message::new(request, vec![0; size]).with_need_reply();
-                say_with(&device, &message, &vec![event.as_fd(); fds]);
-                // All of it has been read once the connection's end is seen; what becomes of it is the back-end's.
-                device.connection.stream().shutdown(std::net::Shutdown::Write).unwrap();
-                while let Ok(Some(_)) = device.connection.try_receive() {}
-            }
-        }
-        victim.check().unwrap_or_else(|error| panic!("request {request}: {error:#}"));
-    }
-}
-
-fn a_socket_closed_at_any_point_harms_nobody(datapath: Datapath) {
-    let mut victim = Victim::new(datapath).unwrap();
-    for cut in 0.. {
-        let connection = victim.rig.backend.connect().unwrap();
-        connection.cut_after.set(Some(cut));
-        let mut device = Device::new(connection, options()).unwrap();
-        let up = device.negotiate().and_then(|()| device.set_up()).and_then(|()| device.fill_receive_rings());
-        drop(device);
-        if cut % 50 == 0 || up.is_ok() {
-            victim.check().unwrap_or_else(|error| panic!("closed after {cut} bytes: {error:#}"));
-        }
-        if up.is_ok() {
-            assert!(cut > 400, "the device came up with {cut} bytes");
-            break;
-        }
-    }
-}
-
-/// The `vhost` crate takes 32, and with more goes on to read what has not been sent.
-fn more_descriptors_than_a_message_has_hold_up_nothing(datapath: Datapath) {
-    let mut victim = Victim::new(datapath).unwrap();
-    let event = eventfd();
-    for fds in [32, 33, 253] {
-        for message in [Message::empty(request::SET_OWNER), Message::u64(request::SET_VRING_CALL, 0)] {
-            let device = prepare(victim.rig.backend.connect().unwrap(), Negotiated);
-            say_with(&device, &message, &vec![event.as_fd(); fds]);
-            // The front-end sends nothing more, and the event loop serves others.
-            victim.rig.backend.status().unwrap();
-        }
-    }
-    victim.check().unwrap();
-}
-
-/// The last close of a TCP socket waits for what it has not sent (socket(7), `SO_LINGER`).
-fn a_socket_whose_close_lingers_holds_up_nothing(datapath: Datapath) {
-    let mut victim = Victim::new(datapath).unwrap();
-    netns::set_up("lo").unwrap();
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let linger = libc::linger { l_onoff: 1, l_linger: 1000 };
-    for number in [request::SET_VRING_CALL, request::SET_FEATURES, request::SET_MEM_TABLE] {
-        let mut stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let (silent, _) = listener.accept().unwrap();
-        stream.set_nonblocking(true).unwrap();
-        while stream.write(&[0; 65536]).is_ok() {}
-        setsockopt(&stream, sockopt::Linger, &linger).unwrap();
-        let device = prepare(victim.rig.backend.connect().unwrap(), Negotiated);
-        let message = Message::u64(number, 0).encode();
-        // Not handled before the front-end has closed its own, so that the back-end's close is the last.
-        let (header, body) = message.split_at(12);
-        device.connection.send_bytes(header, &[stream.as_fd()]).unwrap();
-        drop(stream);
-        device.connection.send_bytes(body, &[]).unwrap();
-        device.connection.stream().shutdown(std::net::Shutdown::Write).unwrap();
-        while let Ok(Some(_)) = device.connection.try_receive() {}
-        victim.rig.backend.status().unwrap();
-        drop(silent);
-    }
-    victim.check().unwrap();
-}

@@ -1,6 +1,5 @@
 //! What a front-end may do by device state, and may not: the TAP goes only where the operator lets it, and no front-end
 //! says which program a back-end runs.
-#![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use std::io::{Read, Seek, Write};
 use std::os::fd::{AsFd, OwnedFd};
