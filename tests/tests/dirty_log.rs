@@ -7,9 +7,9 @@ use std::time::Instant;
 
 use baton_tests::backend::{Backend, Rig, TAP};
 use baton_tests::datapath::Datapath;
-use baton_tests::fake_frontend::device::Ring;
 use baton_tests::fake_frontend::dirty_log::PAGE;
 use baton_tests::fake_frontend::net::GSO_TCPV4;
+use baton_tests::fake_frontend::ring::Ring;
 use baton_tests::fake_frontend::wire::{Message, protocol, request};
 use baton_tests::fake_frontend::{Device, DirtyLog, GuestMemory, NetHeader, Options, Region, features};
 use baton_tests::frames::{self, Network, Transport};

@@ -9,8 +9,8 @@ use std::time::Instant;
 
 use baton_tests::backend::Rig;
 use baton_tests::datapath::Datapath;
-use baton_tests::fake_frontend::device::Ring;
 use baton_tests::fake_frontend::net::NetHeader;
+use baton_tests::fake_frontend::ring::Ring;
 use baton_tests::fake_frontend::{Device, Options};
 use baton_tests::frames;
 use baton_tests::on_both_datapaths;
