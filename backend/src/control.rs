@@ -10,7 +10,7 @@ use baton_protocol::control::{
 };
 
 use crate::device::Device;
-use crate::mailbox::Mailer;
+use crate::event_channel::EventSender;
 
 /// What a request comes to.
 pub type Answer = Outcome;
@@ -50,7 +50,7 @@ pub enum ControlError {
 ///
 /// # Errors
 /// [`ControlError`].
-pub fn start(path: &Path, calls: Mailer<Call>) -> Result<ControlServer, ControlError> {
+pub fn start(path: &Path, calls: EventSender<Call>) -> Result<ControlServer, ControlError> {
     serve(BoundSocket::bind(path)?, calls)
 }
 
@@ -58,7 +58,7 @@ pub fn start(path: &Path, calls: Mailer<Call>) -> Result<ControlServer, ControlE
 ///
 /// # Errors
 /// [`ControlError`].
-pub fn start_if_free(path: &Path, calls: Mailer<Call>) -> Result<ControlServer, ControlError> {
+pub fn start_if_free(path: &Path, calls: EventSender<Call>) -> Result<ControlServer, ControlError> {
     serve(BoundSocket::bind_at_once(path)?, calls)
 }
 
@@ -66,11 +66,11 @@ pub fn start_if_free(path: &Path, calls: Mailer<Call>) -> Result<ControlServer, 
 ///
 /// # Errors
 /// [`ControlError`]; the other process' socket stays then.
-pub fn take_place(path: &Path, calls: Mailer<Call>) -> Result<ControlServer, ControlError> {
+pub fn take_place(path: &Path, calls: EventSender<Call>) -> Result<ControlServer, ControlError> {
     serve(BoundSocket::bind_over(path)?, calls)
 }
 
-fn serve(socket: BoundSocket, calls: Mailer<Call>) -> Result<ControlServer, ControlError> {
+fn serve(socket: BoundSocket, calls: EventSender<Call>) -> Result<ControlServer, ControlError> {
     ControlServer::start(socket, move |request| {
         let (reply, outcome) = Reply::channel();
         calls.send(Call { request, reply });

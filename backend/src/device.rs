@@ -10,9 +10,9 @@
 //! process, everything else is as usual, and the rings wait.
 
 mod freeze;
+mod handover;
 mod queues;
 mod stage;
-mod travel;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -26,9 +26,9 @@ use crate::dataplane::pair::{QueuePair, Side};
 use crate::dataplane::rx::RxSettings;
 use crate::dataplane::worker::{Worker, WorkerNews};
 use crate::dirty_log::{DirtyLog, LogError};
+use crate::event_channel::EventSender;
 use crate::features::{Features, LOG_ALL, Offer};
 use crate::inflight::InflightRegion;
-use crate::mailbox::Mailer;
 use crate::memory::{GuestMemory, MAX_REGIONS};
 use crate::metrics::PairCounters;
 use crate::net_header::{self, Accepted};
@@ -174,7 +174,7 @@ impl Device {
         pairs: usize,
         vhost: Vhost,
         config: DeviceConfig,
-        news: &Mailer<WorkerNews>,
+        news: &EventSender<WorkerNews>,
     ) -> Result<Self, DeviceError> {
         let everything = Features(u64::MAX);
         let (datapath, given) = match vhost {

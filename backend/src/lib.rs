@@ -4,7 +4,7 @@
 //! these by changing the [`device`]; its [`dataplane`] moves the frames between guest [`memory`] and the [`tap`].
 
 pub mod args;
-pub mod aside;
+
 pub mod config_space;
 pub mod control;
 pub mod dataplane;
@@ -12,12 +12,13 @@ pub mod device;
 pub mod dirty_log;
 pub mod dispatch;
 pub mod endpoint;
+pub mod event_channel;
 pub mod events;
 pub mod features;
 pub mod handover;
 pub mod inflight;
 pub mod inherited;
-pub mod mailbox;
+
 pub mod memory;
 pub mod metrics;
 pub mod net_header;
@@ -32,3 +33,4 @@ pub mod tap;
 pub mod vhost_net;
 pub mod vring;
 pub mod vring_setup;
+pub mod yielding;

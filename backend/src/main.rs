@@ -10,9 +10,9 @@ use baton_backend::args::{self, Args, Command, DeviceState, Script};
 use baton_backend::control::{self, Call, ControlError};
 use baton_backend::device::{Device, DeviceConfig, Vhost};
 use baton_backend::endpoint::Endpoint;
+use baton_backend::event_channel::{EventSender, event_channel};
 use baton_backend::handover::options::TargetOptions;
-use baton_backend::handover::{Handovers, LastWork};
-use baton_backend::mailbox::{Mailer, mailbox};
+use baton_backend::handover::{FinalScript, Handovers};
 use baton_backend::script;
 use baton_backend::server::control_socket::ControlSocket;
 use baton_backend::server::{self, Server};
@@ -77,8 +77,8 @@ fn serve(args: &Args) -> Result<()> {
     log_to_stderr(&args.log_level);
     raise_descriptor_limit();
     let signals = server::signals().context("cannot take signals")?;
-    let (mailer, calls) = mailbox().context("cannot make a mailbox")?;
-    let control = control_socket(args, mailer)?;
+    let (sender, calls) = event_channel().context("cannot make a channel")?;
+    let control = control_socket(args, sender)?;
     let endpoint = match (inherited, &args.socket_path) {
         (Some(endpoint), _) => endpoint,
         (None, Some(path)) if args.client => Endpoint::client(path.clone())?,
@@ -116,9 +116,9 @@ fn serve(args: &Args) -> Result<()> {
         downscript: absolute(&args.downscript)?,
         poll: poll.unwrap_or_default(),
     };
-    let (mailer, news) = mailbox().context("cannot make a mailbox")?;
+    let (sender, news) = event_channel().context("cannot make a channel")?;
     let name = tap.as_ref().map(Tap::name);
-    let mut device = Device::new(tap, args.pairs(), vhost, config, &mailer)?;
+    let mut device = Device::new(tap, args.pairs(), vhost, config, &sender)?;
     device.set_offers_device_state(args.device_state != Some(DeviceState::Off));
     let datapath = device.datapath();
     match name {
@@ -126,8 +126,8 @@ fn serve(args: &Args) -> Result<()> {
         None => tracing::info!(%datapath, "waiting for a device"),
     }
     let server = Server::new(device, handovers, endpoint, control, calls, news, signals)?;
-    let (result, last_work) = server.run();
-    let after = last_work.map_or(Ok(()), |LastWork { script, tap }| {
+    let (result, final_script) = server.run();
+    let after = final_script.map_or(Ok(()), |FinalScript { script, tap }| {
         script::run("--downscript", &script, &tap).map_err(anyhow::Error::from)
     });
     result?;
@@ -135,7 +135,7 @@ fn serve(args: &Args) -> Result<()> {
 }
 
 /// The control socket; or the path of one that comes with the device.
-fn control_socket(args: &Args, calls: Mailer<Call>) -> Result<ControlSocket> {
+fn control_socket(args: &Args, calls: EventSender<Call>) -> Result<ControlSocket> {
     let Some(path) = &args.control_socket else { return Ok(ControlSocket::None) };
     if args.incoming_fds.is_none() {
         return Ok(ControlSocket::Served(control::start(path, calls)?));

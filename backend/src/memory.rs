@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 use vhost::VhostUserMemoryRegionInfo;
 
-use crate::aside::step_aside;
 use crate::shared_mapping::{MappingError, SharedMapping};
+use crate::yielding::yield_if_due;
 
 /// How many regions a front-end may share (`GET_MAX_MEM_SLOTS`); what QEMU's own back-end library takes.
 pub const MAX_REGIONS: usize = 509;
@@ -155,7 +155,7 @@ impl GuestMemory {
         for Entry { region, .. } in &self.entries {
             region.mapping.prefault(pointer, length);
         }
-        step_aside();
+        yield_if_due();
     }
 
     /// This table with one more region (`ADD_MEM_REG`). One that is there already, of the same file, is there once

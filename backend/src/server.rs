@@ -20,9 +20,9 @@ use crate::dataplane::worker::WorkerNews;
 use crate::device::{Device, DeviceError};
 use crate::dispatch::Rejection;
 use crate::endpoint::Endpoint;
+use crate::event_channel::EventReceiver;
 use crate::events::{Epoll, Events, Ready};
-use crate::handover::{Departure, Handovers, LastWork};
-use crate::mailbox::Mailbox;
+use crate::handover::{Departure, FinalScript, Handovers};
 use crate::session::{Progress, Session, SessionEnd};
 use crate::shared::{Backend, SharedBackend};
 use crate::sigbus;
@@ -62,9 +62,9 @@ pub enum ServerError {
 #[derive(Debug)]
 pub struct Server {
     epoll: Arc<Epoll>,
-    // Declared before the control server: its clients' threads wait for answers until the mailbox is gone.
-    calls: Mailbox<Call>,
-    news: Mailbox<WorkerNews>,
+    // Declared before the control server: its clients' threads wait for answers until the receiver is gone.
+    calls: EventReceiver<Call>,
+    news: EventReceiver<WorkerNews>,
     signals: SignalFd,
     front: Front,
     backend: SharedBackend,
@@ -96,8 +96,8 @@ impl Server {
         handovers: Handovers,
         endpoint: Endpoint,
         control: ControlSocket,
-        calls: Mailbox<Call>,
-        news: Mailbox<WorkerNews>,
+        calls: EventReceiver<Call>,
+        news: EventReceiver<WorkerNews>,
         signals: SignalFd,
     ) -> Result<Self, ServerError> {
         let epoll = Arc::new(Epoll::new()?);
@@ -112,7 +112,7 @@ impl Server {
     }
 
     /// Serves until told to end. Gives, besides how it ended, what is to be run then by whoever owned the TAP last.
-    pub fn run(mut self) -> (Result<(), ServerError>, Option<LastWork>) {
+    pub fn run(mut self) -> (Result<(), ServerError>, Option<FinalScript>) {
         let served = self.serve();
         // However that ended: whose the session is must be said before anything is cleaned up for its last owner.
         let handed_over = {
@@ -128,7 +128,7 @@ impl Server {
         drop(self.calls);
         self.front.control.stop();
         match finished {
-            Ok(last_work) => (result, last_work),
+            Ok(final_script) => (result, final_script),
             Err(error) => (result.and(Err(error.into())), None),
         }
     }
@@ -165,7 +165,7 @@ impl Server {
                 // Nothing tells again of what came meanwhile.
                 look = true;
                 self.front.accept()?;
-                self.part_from_truncated()?;
+                self.end_truncated_session()?;
             }
             // The connection may have spoken at the same time.
             progress = if look || contested { self.hear()? } else { Progress::Waiting };
@@ -181,7 +181,7 @@ impl Server {
                 settled.and_then(|()| device.release())
             };
             if let Err(error) = released {
-                self.part(SessionEnd::Device(error.into()))?;
+                self.disconnect(SessionEnd::Device(error.into()))?;
             }
             let Backend { device, handovers } = &*self.backend.lock();
             self.ending |= self.front.session.is_none() && handovers.is_done() || self.front.abandoned;
@@ -217,14 +217,14 @@ impl Server {
         match result {
             Ok(progress) => Ok(progress),
             Err(end) => {
-                self.part(end)?;
+                self.disconnect(end)?;
                 Ok(Progress::Waiting)
             }
         }
     }
 
     /// The front-end has left, or has to.
-    fn part(&mut self, end: SessionEnd) -> Result<(), ServerError> {
+    fn disconnect(&mut self, end: SessionEnd) -> Result<(), ServerError> {
         let begun = self.front.session.as_ref().is_some_and(Session::begun);
         let departure = end.departure();
         match end {
@@ -252,7 +252,7 @@ impl Server {
                 handovers.frontend_left(device, departure)?;
             }
             // With the workers parked and the memory gone: a fault of this session's must not end the next one.
-            sigbus::take_struck();
+            sigbus::take_truncation();
             self.memory_truncated = false;
         }
         Ok(self.front.disconnect()?)
@@ -304,23 +304,23 @@ impl Server {
     }
 
     fn on_alarm(&mut self) -> Result<(), ServerError> {
-        self.memory_truncated |= sigbus::take_struck();
+        self.memory_truncated |= sigbus::take_truncation();
         if self.memory_truncated && self.front.session.is_some() {
             // The target must not go on with it.
             let Backend { device, handovers } = &mut *self.backend.lock();
             handovers.cancel_session(device, &mut self.front)?;
         }
-        self.part_from_truncated()
+        self.end_truncated_session()
     }
 
     /// Ends the session whose memory was truncated, if there is one. One that is the target's now is left alone: there
     /// it will be found out, too.
-    fn part_from_truncated(&mut self) -> Result<(), ServerError> {
+    fn end_truncated_session(&mut self) -> Result<(), ServerError> {
         if self.front.held {
             return Ok(());
         }
         if std::mem::take(&mut self.memory_truncated) && self.front.session.is_some() {
-            self.part(SessionEnd::MemoryTruncated)?;
+            self.disconnect(SessionEnd::MemoryTruncated)?;
         }
         Ok(())
     }

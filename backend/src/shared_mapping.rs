@@ -211,7 +211,7 @@ mod tests {
         // SAFETY: within the mapping, which is replaced when this faults.
         let byte = unsafe { place.read_volatile() };
         assert_eq!(byte, 0);
-        assert!(sigbus::take_struck());
+        assert!(sigbus::take_truncation());
         drop(mapping);
         assert_eq!(mappings(&file), 0);
     }

@@ -70,7 +70,7 @@ pub fn install() -> io::Result<BorrowedFd<'static>> {
 }
 
 /// Whether a mapping was replaced since the last call.
-pub fn take_struck() -> bool {
+pub fn take_truncation() -> bool {
     if let Some(alarm) = ALARM.get() {
         let mut count = [0; 8];
         // Empties the counter; it is non-blocking, and its value says nothing.
@@ -142,7 +142,7 @@ mod tests {
         // SAFETY: the pointer is into the mapping, which is replaced when this faults.
         let byte = unsafe { pointer.read_volatile() };
         assert_eq!(byte, 0);
-        assert!(super::take_struck());
-        assert!(!super::take_struck());
+        assert!(super::take_truncation());
+        assert!(!super::take_truncation());
     }
 }

@@ -5,7 +5,7 @@
 //! was told of stays mapped, and nothing about it changes: whoever wants a change stops the ring first, which gives
 //! its place back, and starts it anew. An instance has an owner, and with it a kernel thread, only during a session.
 
-mod kernel;
+mod ioctl;
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -21,7 +21,7 @@ use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use self::kernel::{Kernel, Wire, io_error};
+use self::ioctl::{Kernel, Wire, io_error};
 use crate::dataplane::pair::Side;
 use crate::dirty_log::DirtyLog;
 use crate::features::{Features, LOG_ALL};

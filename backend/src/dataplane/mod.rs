@@ -1,5 +1,5 @@
 //! The dataplane: one worker thread a queue pair, straight between guest memory and the TAP; or the kernel, and a
-//! worker for what it leaves to do ([`kernel`]).
+//! worker for what it leaves to do ([`vhost`]).
 //!
 //! [`worker`] owns the threads, [`gate`] is where they park; [`pair`] is what a worker works on, handed over whole whenever
 //! it parks; [`interrupt`] ends the call that one blocks in; [`rx`] and [`tx`] move the frames; [`chain`] makes I/O vectors
@@ -8,11 +8,11 @@
 pub mod chain;
 pub mod gate;
 pub mod interrupt;
-pub mod kernel;
 pub mod pair;
 pub mod ring;
 pub mod rx;
 pub mod tx;
+pub mod vhost;
 pub mod worker;
 
 /// What [`gate`] is made of.

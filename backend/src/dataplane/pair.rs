@@ -15,10 +15,10 @@ use baton_control::limited;
 
 use super::Turn;
 use super::chain;
-use super::kernel::{KernelPath, TAP_WATCH};
 use super::ring::{Kick, Ring};
 use super::rx::Rx;
 use super::tx::Tx;
+use super::vhost::{KernelPath, TAP_WATCH};
 use super::worker::Failures;
 use crate::events::{Epoll, Events};
 use crate::metrics::PairCounters;
@@ -76,7 +76,7 @@ pub struct QueuePair {
     /// There may be something to transmit.
     pub(super) look_tx: bool,
     /// When there was something to do last, while that matters.
-    last_work: Instant,
+    final_script: Instant,
     /// When to see next whether the macvtap is still there: unlike a TAP it does not tell.
     next_watch: Instant,
 }
@@ -103,7 +103,7 @@ impl QueuePair {
             poll,
             look_rx: false,
             look_tx: false,
-            last_work: Instant::now(),
+            final_script: Instant::now(),
             next_watch: Instant::now(),
         })
     }
@@ -257,7 +257,7 @@ impl QueuePair {
     pub(super) fn begin(&mut self) {
         self.look_rx = true;
         self.look_tx = true;
-        self.last_work = Instant::now();
+        self.final_script = Instant::now();
     }
 
     /// Makes the calls that are due on descriptors that are `wanted`.
@@ -334,7 +334,7 @@ impl QueuePair {
     }
 
     fn turn_here(&mut self, tap: &TapQueue) -> io::Result<i32> {
-        let polling = !self.poll.is_zero() && self.last_work.elapsed() < self.poll;
+        let polling = !self.poll.is_zero() && self.final_script.elapsed() < self.poll;
         let polled = self.polled();
         let mut worked = false;
         if self.look_tx || polling || polled {
@@ -360,7 +360,7 @@ impl QueuePair {
             return Err(io::Error::other("the TAP was deleted"));
         }
         if worked && !self.poll.is_zero() {
-            self.last_work = Instant::now();
+            self.final_script = Instant::now();
         }
         Ok(match (self.look_rx || self.look_tx, polled) {
             (true, _) => 0,

@@ -23,8 +23,8 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::gate::{Gate, Wake};
 use super::interrupt;
 use super::pair::{QueuePair, WAKE};
+use crate::event_channel::EventSender;
 use crate::events::{Epoll, Events, Ready};
-use crate::mailbox::Mailer;
 use crate::notify::Notifier;
 use crate::tap::TapQueue;
 
@@ -61,7 +61,7 @@ struct Shared {
 /// Tells the event loop that a worker cannot go on.
 #[derive(Debug)]
 pub struct Failures {
-    news: Mailer<WorkerNews>,
+    news: EventSender<WorkerNews>,
     pair: u16,
 }
 
@@ -87,9 +87,9 @@ impl Failures {
 }
 
 /// The thread's end if it panics: the owner must not wait for ever.
-struct LastWord(Arc<Shared>);
+struct PanicGuard(Arc<Shared>);
 
-impl Drop for LastWord {
+impl Drop for PanicGuard {
     fn drop(&mut self) {
         if std::thread::panicking() {
             self.0.gate.die();
@@ -116,7 +116,7 @@ impl Worker {
     ///
     /// # Errors
     /// What making an eventfd fails with.
-    pub fn new(index: u16, pair: QueuePair, news: Mailer<WorkerNews>) -> io::Result<Self> {
+    pub fn new(index: u16, pair: QueuePair, news: EventSender<WorkerNews>) -> io::Result<Self> {
         interrupt::install()?;
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         let events = pair.events();
@@ -271,7 +271,7 @@ impl Drop for Worker {
 }
 
 fn work(shared: &Arc<Shared>) {
-    let _last_word = LastWord(Arc::clone(shared));
+    let _guard = PanicGuard(Arc::clone(shared));
     interrupt::allow();
     let gate = &shared.gate;
     let mut ready = Ready::<4>::default();
@@ -354,7 +354,7 @@ mod tests {
     use super::*;
     use crate::dataplane::pair::Side;
     use crate::dataplane::ring::{Kick, Ring};
-    use crate::mailbox::mailbox;
+    use crate::event_channel::event_channel;
     use crate::memory::{GuestMemory, RegionLayout};
     use crate::metrics::PairCounters;
     use crate::vring::{RingAddresses, Vring, VringLayout};
@@ -405,7 +405,7 @@ mod tests {
                 QueuePair::new(0, None, Arc::new(PairCounters::default()), Duration::ZERO).unwrap();
             pair.put_ring(Side::Rx, ring(eventfd(), 1)).unwrap();
             pair.attach(&Arc::new(as_queue(File::from(OwnedFd::from(near))))).unwrap();
-            let (mailer, _news) = mailbox().unwrap();
+            let (mailer, _news) = event_channel().unwrap();
             let mut worker = Worker::new(0, pair, mailer).unwrap();
             let end = AtomicBool::new(false);
             std::thread::scope(|scope| {
@@ -436,7 +436,7 @@ mod tests {
 
     #[test]
     fn a_worker_that_nothing_interrupts_is_given_up() {
-        let (mailer, _news) = mailbox().unwrap();
+        let (mailer, _news) = event_channel().unwrap();
         let pair = QueuePair::new(0, None, Arc::new(PairCounters::default()), Duration::ZERO).unwrap();
         let mut worker = Worker::new(0, pair, mailer).unwrap();
         // As if a thread had it.

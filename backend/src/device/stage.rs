@@ -11,7 +11,6 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::freeze::place_by_used;
 use super::{Device, DeviceConfig, DeviceError, SessionState, header_size, offloads, sides};
-use crate::aside::step_aside;
 use crate::dataplane::ring::Ring;
 use crate::dataplane::rx::FrameInHand;
 use crate::dataplane::worker::Worker;
@@ -19,6 +18,7 @@ use crate::features::Features;
 use crate::metrics::PairCounters;
 use crate::tap::Tap;
 use crate::vring_setup::{Surroundings, VringSetup};
+use crate::yielding::yield_if_due;
 
 /// How long to wait until threads that were just made listen.
 const SETTLING: Duration = Duration::from_millis(50);
@@ -198,7 +198,7 @@ impl Device {
         let (workers, _) = std::mem::take(&mut self.surplus);
         for worker in workers {
             drop(worker);
-            step_aside();
+            yield_if_due();
         }
         self.follow_pairs()
     }

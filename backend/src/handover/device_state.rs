@@ -172,13 +172,13 @@ impl Handovers {
         }
     }
 
-    pub(super) fn on_mail(&mut self, device: &mut Device) -> Result<(), DeviceError> {
-        while let Some(letter) = self.mail.take() {
+    pub(super) fn on_transfer(&mut self, device: &mut Device) -> Result<(), DeviceError> {
+        while let Some(finished) = self.finished.take() {
             // One that was given up is nobody's any more.
-            if !matches!(&self.transfer, Transfer::Running(running) if running.sent(&letter)) {
+            if !matches!(&self.transfer, Transfer::Running(running) if running.sent(&finished)) {
                 continue;
             }
-            let result = match letter.outcome {
+            let result = match finished.outcome {
                 Outcome::Saved(result) => result.map_err(DeviceStateError::from),
                 Outcome::Read(Ok(Message::Device(StateOnly { device: state }))) => {
                     // The guest's MAC and MTU can be the front-end's own matter.

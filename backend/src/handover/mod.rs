@@ -48,8 +48,8 @@ use nix::time::clock_gettime;
 
 use crate::control::{self, Answer, Call};
 use crate::device::{Device, DeviceError};
+use crate::event_channel::{EventReceiver, event_channel};
 use crate::events::{Epoll, Events, Ready, Watched};
-use crate::mailbox::{Mailbox, mailbox};
 use device_state::Transfer;
 use error::{HandoverError, IncomingError};
 use incoming::Incoming;
@@ -57,7 +57,7 @@ use options::TargetOptions;
 use prologue::{Answering, Asking};
 use role::Role;
 use session::FrontEnd;
-use transfer::{Letter, Threads};
+use transfer::{Finished, Threads};
 
 // In the order in which they are looked at: the peer's messages, its death, a new peer, a transfer, the time.
 const LINK: u64 = 0;
@@ -74,7 +74,7 @@ const SOURCE_NAME: &str = "the source";
 
 /// A program to run at the end, with the TAP's name.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LastWork {
+pub struct FinalScript {
     /// The downscript.
     pub script: PathBuf,
     /// The TAP.
@@ -121,7 +121,7 @@ pub struct Handovers {
     last: Option<HandoverStatus>,
     transfer: Transfer,
     threads: Threads,
-    mail: Mailbox<Letter>,
+    finished: EventReceiver<Finished>,
 }
 
 impl AsFd for Handovers {
@@ -156,8 +156,8 @@ impl Handovers {
         let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
         let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags).map_err(io::Error::from)?;
         epoll.add(&timer, Events::EPOLLIN, TIMER)?;
-        let (mailer, mail) = mailbox()?;
-        epoll.add(&mail, Events::EPOLLIN, TRANSFER)?;
+        let (sender, finished) = event_channel()?;
+        epoll.add(&finished, Events::EPOLLIN, TRANSFER)?;
         Ok(Self {
             epoll,
             timer,
@@ -167,8 +167,8 @@ impl Handovers {
             role: Role::Idle,
             last: None,
             transfer: Transfer::None,
-            threads: Threads::new(mailer),
-            mail,
+            threads: Threads::new(sender),
+            finished,
         })
     }
 
@@ -202,7 +202,7 @@ impl Handovers {
                 LINK => role.listen(&mut cx)?,
                 PROCESS => role.died(&mut cx)?,
                 INCOMING => self.on_source(device, front)?,
-                TRANSFER => self.on_mail(device)?,
+                TRANSFER => self.on_transfer(device)?,
                 _ => self.on_time(device, front)?,
             }
             self.advance(device, front)?;
@@ -371,7 +371,7 @@ impl Handovers {
     ///
     /// # Errors
     /// [`DeviceError`]: the device cannot go on.
-    pub fn finish(&mut self, device: &mut Device) -> Result<Option<LastWork>, DeviceError> {
+    pub fn finish(&mut self, device: &mut Device) -> Result<Option<FinalScript>, DeviceError> {
         match &mut self.role {
             Role::DeviceSource(source) => source.finish(device)?,
             Role::DeviceTarget(target) => target.finish(device, &self.options)?,
@@ -379,7 +379,7 @@ impl Handovers {
         }
         let Some(tap) = device.tap() else { return Ok(None) };
         let tap = tap.name();
-        Ok(device.config().downscript.clone().map(|script| LastWork { script, tap }))
+        Ok(device.config().downscript.clone().map(|script| FinalScript { script, tap }))
     }
 
     /// Hands the device or the session over to the back-end that waits at `path`. The answer to `call` is sent when it is

@@ -18,7 +18,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::dataplane::interrupt::bounded;
-use crate::mailbox::Mailer;
+use crate::event_channel::EventSender;
 
 /// How long a transfer may take.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -91,15 +91,15 @@ pub struct Running {
 }
 
 impl Running {
-    /// Whether a letter is this transfer's.
-    pub fn sent(&self, letter: &Letter) -> bool {
-        self.number == letter.number
+    /// Whether this is how it ended.
+    pub fn sent(&self, finished: &Finished) -> bool {
+        self.number == finished.number
     }
 }
 
 /// What the thread of a transfer sends at its end.
 #[derive(Debug)]
-pub struct Letter {
+pub struct Finished {
     number: u64,
     /// How it ended.
     pub outcome: Outcome,
@@ -108,7 +108,7 @@ pub struct Letter {
 /// The threads of a process' transfers.
 #[derive(Debug)]
 pub struct Threads {
-    mailer: Mailer<Letter>,
+    sender: EventSender<Finished>,
     /// How many transfers there were.
     count: u64,
     /// Each thread has one while it lives.
@@ -116,9 +116,9 @@ pub struct Threads {
 }
 
 impl Threads {
-    /// They say to `mailer` how transfers ended.
-    pub fn new(mailer: Mailer<Letter>) -> Self {
-        Self { mailer, count: 0, lives: Arc::default() }
+    /// They say to `sender` how transfers ended.
+    pub fn new(sender: EventSender<Finished>) -> Self {
+        Self { sender, count: 0, lives: Arc::default() }
     }
 
     /// Writes a message to a pipe.
@@ -155,11 +155,11 @@ impl Threads {
         }
         let (stopped, stop) = io::pipe()?;
         self.count += 1;
-        let (number, mailer, life) = (self.count, self.mailer.clone(), Arc::clone(&self.lives));
+        let (number, sender, life) = (self.count, self.sender.clone(), Arc::clone(&self.lives));
         std::thread::Builder::new().name("device-state".to_owned()).spawn(move || {
             let outcome = work(&Patience { until: Instant::now() + PATIENCE, stopped });
             drop(life);
-            let _ = mailer.send(Letter { number, outcome });
+            let _ = sender.send(Finished { number, outcome });
         })?;
         Ok(Running { number, _stop: stop })
     }
@@ -269,12 +269,12 @@ fn receive(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mailbox::mailbox;
+    use crate::event_channel::event_channel;
 
     #[test]
     fn no_more_threads_hang_than_are_allowed() {
-        let (mailer, mail) = mailbox().unwrap();
-        let mut threads = Threads::new(mailer);
+        let (sender, mail) = event_channel().unwrap();
+        let mut threads = Threads::new(sender);
         let held: Vec<_> = (0..MAX_THREADS).map(|_| Arc::clone(&threads.lives)).collect();
         let ends = || io::pipe().map(|(read, write)| (File::from(OwnedFd::from(read)), write)).unwrap();
         let (read, _write) = ends();

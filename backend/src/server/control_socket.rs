@@ -6,7 +6,7 @@ use baton_control::error_chain;
 use baton_control::server::ControlServer;
 
 use crate::control::{self, Call};
-use crate::mailbox::Mailer;
+use crate::event_channel::EventSender;
 
 /// The control socket, or what becomes of it.
 #[derive(Debug)]
@@ -20,7 +20,7 @@ pub enum ControlSocket {
         /// Its path.
         path: PathBuf,
         /// Where requests go.
-        calls: Mailer<Call>,
+        calls: EventSender<Call>,
     },
 }
 

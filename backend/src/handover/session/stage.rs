@@ -119,7 +119,7 @@ pub fn stage(
     let staged = cx.front.stage(connection, endpoint);
     let staged = staged.map_err(|error| made("the front-end's connection", &error)).and_then(|()| {
         // From here on nobody touches the memory until the session is taken.
-        if sigbus::take_struck() {
+        if sigbus::take_truncation() {
             let text = "the file of a region was truncated".to_owned();
             return Err(Refusal::Unusable { what: "the memory", text }.into());
         }

@@ -8,9 +8,9 @@ use baton_control::limited;
 use baton_protocol::control::Datapath;
 
 use super::{Device, DeviceConfig, DeviceError};
-use crate::dataplane::kernel::KernelPath;
 use crate::dataplane::pair::QueuePair;
 use crate::dataplane::rx::FrameInHand;
+use crate::dataplane::vhost::KernelPath;
 use crate::dataplane::worker::Worker;
 use crate::features::{Features, Offer};
 use crate::tap::Tap;
