@@ -1,10 +1,10 @@
-//! What Baton processes share: [socket files](bound_socket), [`packet`]s with descriptors, the [`peer`]'s identity,
+//! What Baton processes share: [socket files](bound_socket), [messages](message_socket) with descriptors, the [`peer`]'s identity,
 //! [sealed memfds](sealed_memfd), and the [`ownership`] word of a hand-over, which both processes have mapped.
 
 pub mod bound_socket;
 pub mod connect;
+pub mod message_socket;
 pub mod ownership;
-pub mod packet;
 mod path_trust;
 pub mod peer;
 pub mod retry;

@@ -8,13 +8,13 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
-use baton_channel::packet::{ChannelError, PacketSocket};
+use baton_channel::message_socket::{ChannelError, MessageSocket};
 use baton_channel::scm;
 use baton_protocol::handover::wire::message::Message;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
-fn send(socket: &PacketSocket, fds: &[BorrowedFd<'_>]) {
+fn send(socket: &MessageSocket, fds: &[BorrowedFd<'_>]) {
     let fds: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     let rights = [ControlMessage::ScmRights(&fds)];
     let socket = socket.as_fd().as_raw_fd();
@@ -42,7 +42,7 @@ fn count(file: &File) -> usize {
 
 #[test]
 fn descriptors_beyond_the_limit_are_reported_and_the_others_closed() {
-    let (here, there) = PacketSocket::pair().unwrap();
+    let (here, there) = MessageSocket::pair().unwrap();
     let file = tempfile::tempfile().unwrap();
 
     send(&here, &[file.as_fd(); 3]);

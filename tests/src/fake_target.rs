@@ -11,8 +11,8 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
+use baton_channel::message_socket::{MessageSocket, Packet};
 use baton_channel::ownership::SharedWord;
-use baton_channel::packet::{Packet, PacketSocket};
 use baton_protocol::codec::Message as _;
 use baton_protocol::migration::message::{Message, OWNERSHIP_FD, PROGRAM, Prepared, Ready, Refuse, Welcome};
 use baton_protocol::migration::refusal::Refusal;
@@ -73,7 +73,7 @@ impl FakeTarget {
         let thread = thread::spawn(move || {
             let (stream, _) = listener.accept()?;
             std::fs::remove_file(path)?;
-            let socket = PacketSocket::try_from(OwnedFd::from(stream))?;
+            let socket = MessageSocket::try_from(OwnedFd::from(stream))?;
             let held = play(&socket, point, then)?;
             if then == Then::Hang {
                 // Until the other end of `over` is dropped.
@@ -96,7 +96,7 @@ impl FakeTarget {
 }
 
 /// Plays its part; gives the descriptors that it has got.
-fn play(socket: &PacketSocket, point: Point, then: Then) -> Result<Vec<OwnedFd>> {
+fn play(socket: &MessageSocket, point: Point, then: Then) -> Result<Vec<OwnedFd>> {
     let mut held = Vec::new();
     let mut word = None;
     for next in [Point::Hello, Point::Prepare, Point::State, Point::Commit] {
@@ -129,7 +129,7 @@ fn play(socket: &PacketSocket, point: Point, then: Then) -> Result<Vec<OwnedFd>>
     Ok(held)
 }
 
-fn fail(socket: &PacketSocket, then: Then, word: Option<&SharedWord>) -> Result<()> {
+fn fail(socket: &MessageSocket, then: Then, word: Option<&SharedWord>) -> Result<()> {
     let message = match then {
         Then::Leave | Then::Hang => return Ok(()),
         Then::Refuse => Message::Refuse(Refuse { reasons: Reasons::of([Refusal::Busy]) }),

@@ -8,8 +8,8 @@ use std::thread::{self, JoinHandle};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use baton_channel::bound_socket::BoundSocket;
+use baton_channel::message_socket::{ChannelError, MessageSocket, Packet};
 use baton_channel::ownership::SharedWord;
-use baton_channel::packet::{ChannelError, Packet, PacketSocket};
 use baton_control::ControlClient;
 use baton_protocol::codec::Message as _;
 use baton_protocol::control::{Request, SessionReport};
@@ -25,7 +25,7 @@ use crate::users::as_user;
 
 /// One end of a hand-over's connection.
 #[derive(Debug)]
-pub struct Link(PacketSocket);
+pub struct Link(MessageSocket);
 
 /// What came in a packet.
 pub type Said = (Message, Vec<OwnedFd>);
@@ -36,7 +36,7 @@ impl Link {
     /// # Errors
     /// If nobody does.
     pub fn connect(path: &Path) -> Result<Self> {
-        Ok(Self(PacketSocket::connect(path)?))
+        Ok(Self(MessageSocket::connect(path)?))
     }
 
     /// Waits for the next message.
@@ -126,7 +126,7 @@ impl FakeTarget {
     /// If none comes that could be one.
     pub fn accept(&self) -> Result<Link> {
         let (stream, _) = self.0.listener().accept()?;
-        Ok(Link(PacketSocket::try_from(OwnedFd::from(stream))?))
+        Ok(Link(MessageSocket::try_from(OwnedFd::from(stream))?))
     }
 }
 

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use baton_channel::message_socket::{ChannelError, MessageSocket};
 use baton_channel::ownership::SharedWord;
-use baton_channel::packet::{ChannelError, PacketSocket};
 use baton_channel::sealed_memfd;
 use baton_control::ControlClient;
 use baton_protocol::codec::Message as _;
@@ -78,7 +78,7 @@ impl Waiting {
     }
 
     fn connected(&self) -> Result<Source> {
-        Ok(Source(PacketSocket::try_from(OwnedFd::from(self.stranger()?))?))
+        Ok(Source(MessageSocket::try_from(OwnedFd::from(self.stranger()?))?))
     }
 
     /// It has been given up, and the next one is welcome.
@@ -90,7 +90,7 @@ impl Waiting {
 }
 
 /// A source that says what it wants.
-struct Source(PacketSocket);
+struct Source(MessageSocket);
 
 impl Source {
     fn say(&self, message: &Message) -> Result<()> {

@@ -3,8 +3,8 @@
 
 use std::fs::File;
 
+use baton_channel::message_socket::MessageSocket;
 use baton_channel::ownership::SharedWord;
-use baton_channel::packet::PacketSocket;
 use baton_control::limited;
 use baton_faults::Point;
 use baton_protocol::codec::Message as _;
@@ -106,7 +106,7 @@ impl Handovers {
                     HandoverError::UnderWay(_) => DeviceStateError::Busy,
                     other => other.into(),
                 })?;
-                let (link, theirs) = PacketSocket::pair().map_err(HandoverError::from)?;
+                let (link, theirs) = MessageSocket::pair().map_err(HandoverError::from)?;
                 let link = Watched::new(link, &self.epoll, LINK).map_err(HandoverError::from)?;
                 let word = SharedWord::create().map_err(HandoverError::from)?;
                 let offering = DeviceSource::offering(device, word, socket, link, theirs);

@@ -3,8 +3,8 @@
 use std::io;
 
 use baton_channel::bound_socket::BindError;
+use baton_channel::message_socket::ChannelError;
 use baton_channel::ownership::OwnershipError;
-use baton_channel::packet::ChannelError;
 use baton_channel::peer::PeerError;
 
 use super::transfer::TransferError;

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use baton_channel::bound_socket::BoundSocket;
-use baton_channel::packet::PacketSocket;
+use baton_channel::message_socket::MessageSocket;
 use baton_control::limited;
 
 use super::INCOMING;
@@ -37,7 +37,7 @@ impl Incoming {
     }
 
     /// The next source, if there is one.
-    pub fn accept(&mut self, epoll: &Epoll, now: Duration) -> Option<PacketSocket> {
+    pub fn accept(&mut self, epoll: &Epoll, now: Duration) -> Option<MessageSocket> {
         let connection = match self.socket.listener().accept() {
             Ok((connection, _)) => connection,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
@@ -49,7 +49,7 @@ impl Incoming {
                 return None;
             }
         };
-        match PacketSocket::try_from(OwnedFd::from(connection)) {
+        match MessageSocket::try_from(OwnedFd::from(connection)) {
             Ok(link) => Some(link),
             Err(error) => {
                 limited!(warn, %error, "a connection for a hand-over is of no use");

@@ -33,7 +33,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_channel::packet::PacketSocket;
+use baton_channel::message_socket::MessageSocket;
 use baton_channel::peer::{Peer, PeerProcess};
 use baton_control::{error_chain, limited};
 use baton_faults::Point;
@@ -408,12 +408,12 @@ impl Handovers {
         device: &Device,
         purpose: Purpose,
         path: &Path,
-    ) -> Result<(Watched<PacketSocket>, Option<Watched<PeerProcess>>), HandoverError> {
+    ) -> Result<(Watched<MessageSocket>, Option<Watched<PeerProcess>>), HandoverError> {
         self.check_free(device)?;
         if purpose == Purpose::Session && self.is_transferring() {
             return Err(HandoverError::DeviceState);
         }
-        let link = PacketSocket::connect(path)?;
+        let link = MessageSocket::connect(path)?;
         if purpose == Purpose::Session {
             baton_faults::point(Point::SourceSessionConnected)?;
         }

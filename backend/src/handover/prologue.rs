@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use baton_channel::packet::{ChannelError, Packet, PacketSocket};
+use baton_channel::message_socket::{ChannelError, MessageSocket, Packet};
 use baton_channel::peer::PeerProcess;
 use baton_control::limited;
 use baton_faults::Point;
@@ -32,7 +32,7 @@ const PATIENCE: Duration = Duration::ZERO;
 const MESSAGES: usize = 8;
 
 /// Refuses a source that has connected.
-pub fn refuse(link: &PacketSocket, refusal: Refusal) {
+pub fn refuse(link: &MessageSocket, refusal: Refusal) {
     let message = Message::Refuse(Refuse { reasons: refusal.into() });
     // A source that cannot read it finds the connection closed.
     let _ = link.send(&message, &[], PATIENCE);
@@ -46,7 +46,7 @@ pub struct Asking {
     /// What it wants to hand over.
     pub purpose: Purpose,
     /// The connection to the target.
-    pub link: Option<Watched<PacketSocket>>,
+    pub link: Option<Watched<MessageSocket>>,
     /// The target's process, if its death matters.
     pub process: Option<Watched<PeerProcess>>,
     /// The target's path.
@@ -62,7 +62,7 @@ impl Asking {
     pub fn begin(
         cx: &Context<'_>,
         purpose: Purpose,
-        link: Watched<PacketSocket>,
+        link: Watched<MessageSocket>,
         process: Option<Watched<PeerProcess>>,
         peer: String,
         call: Call,
@@ -195,7 +195,7 @@ pub struct Answering {
     /// How far it is.
     pub prologue: TargetPrologue,
     /// The connection to the source.
-    pub link: Option<Watched<PacketSocket>>,
+    pub link: Option<Watched<MessageSocket>>,
     /// The source's process, if its death matters.
     pub process: Option<Watched<PeerProcess>>,
     /// Whether the source runs as the same user.
@@ -206,7 +206,7 @@ pub struct Answering {
 
 impl Answering {
     /// Waits for HELLO.
-    pub fn begin(link: Watched<PacketSocket>, same_user: bool, wants_vhost: bool) -> Self {
+    pub fn begin(link: Watched<MessageSocket>, same_user: bool, wants_vhost: bool) -> Self {
         let own = Introduction { program: PROGRAM.to_owned(), wants_vhost };
         let prologue = TargetPrologue::begin(own, now());
         Self { prologue, link: Some(link), process: None, same_user, vhosts: None }

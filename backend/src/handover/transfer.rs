@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use baton_channel::packet::{ChannelError, Packet, PacketSocket};
+use baton_channel::message_socket::{ChannelError, MessageSocket, Packet};
 use baton_channel::peer::Peer;
 use baton_protocol::codec::{CodecError, HEADER, Message as _};
 use baton_protocol::handover::wire::message::{Message, PROTOCOL};
@@ -68,14 +68,14 @@ pub enum Outcome {
 #[derive(Debug)]
 pub enum Route {
     /// A Unix socket for packets (`SOCK_SEQPACKET`): a hand-over of the TAP between two back-ends of this kind.
-    Socket(PacketSocket),
+    Socket(MessageSocket),
     /// A pipe, a file or a stream socket: a front-end stores the bytes, so the state goes alone.
     Pipe(File),
 }
 
 impl From<File> for Route {
     fn from(file: File) -> Self {
-        match file.try_clone().map(OwnedFd::from).map(PacketSocket::try_from) {
+        match file.try_clone().map(OwnedFd::from).map(MessageSocket::try_from) {
             Ok(Ok(socket)) if !socket.is_stream() => Self::Socket(socket),
             _ => Self::Pipe(file),
         }
@@ -253,7 +253,7 @@ fn read(pipe: &File, patience: &Patience) -> Result<Message, TransferError> {
 }
 
 fn receive(
-    socket: &PacketSocket,
+    socket: &MessageSocket,
     patience: &Patience,
 ) -> Result<(Packet<Message>, Option<Peer>), TransferError> {
     loop {

@@ -5,8 +5,8 @@ use std::io::{Read, Seek, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
+use baton_channel::message_socket::{MessageSocket, Packet};
 use baton_channel::ownership::SharedWord;
-use baton_channel::packet::{Packet, PacketSocket};
 use baton_protocol::fd_manifest::NamedFds;
 use baton_protocol::handover::wire::device::{DeviceState, QueuePairState};
 use baton_protocol::handover::wire::message::{LINK_FD, Message, OWNERSHIP_FD, Offer, tap_fd};
@@ -34,7 +34,7 @@ fn steal(device: &Device) -> Packet<Message> {
     let (ours, theirs) = pair(SockType::SeqPacket).unwrap();
     assert_eq!(set_state_fd(&device.connection, true, ours).unwrap(), ACCEPTED);
     assert!(check(&device.connection).unwrap());
-    PacketSocket::try_from(theirs).unwrap().receive(LONG).unwrap()
+    MessageSocket::try_from(theirs).unwrap().receive(LONG).unwrap()
 }
 
 /// A device that a front-end of another user has brought up.
@@ -163,7 +163,7 @@ fn a_front_end_brings_no_program() {
             downscript: Some(program.clone()),
             ..DeviceState::default()
         };
-        let link = OwnedFd::from(PacketSocket::connect(listener.path()).unwrap());
+        let link = OwnedFd::from(MessageSocket::connect(listener.path()).unwrap());
         let fds = [
             (tap_fd(0), tap.try_clone().unwrap()),
             (OWNERSHIP_FD.to_owned(), word.as_fd().try_clone_to_owned().unwrap()),
@@ -171,7 +171,7 @@ fn a_front_end_brings_no_program() {
         ];
         let (manifest, fds) = fds.into_iter().collect::<NamedFds<OwnedFd>>().unzip();
         let message = Message::Offer(Offer { epoch: 1, device, fds: manifest });
-        let (ours, theirs) = PacketSocket::pair().unwrap();
+        let (ours, theirs) = MessageSocket::pair().unwrap();
         if matches!(credentials, Credentials::Kernels) {
             theirs.enable_credentials().unwrap();
         }
@@ -216,7 +216,7 @@ fn an_offer_that_a_front_end_repeats_brings_no_program() {
     // Read and sent again. The link in it still has the source as its peer.
     let stolen = steal(&device);
     let fds: Vec<_> = stolen.fds.iter().map(AsFd::as_fd).collect();
-    let (ours, theirs) = PacketSocket::pair().unwrap();
+    let (ours, theirs) = MessageSocket::pair().unwrap();
     ours.send(&stolen.message, &fds, LONG).unwrap();
     assert_eq!(set_state_fd(&connection, false, theirs).unwrap(), ACCEPTED);
     assert!(!check(&connection).unwrap());
@@ -246,7 +246,7 @@ fn the_kernel_names_the_sender_of_an_offer_without_credentials_if_asked() {
     // As a source of an earlier version sends it, and of the same user.
     let stolen = steal(&device);
     let fds: Vec<_> = stolen.fds.iter().map(AsFd::as_fd).collect();
-    let (ours, theirs) = PacketSocket::pair().unwrap();
+    let (ours, theirs) = MessageSocket::pair().unwrap();
     theirs.enable_credentials().unwrap();
     ours.send(&stolen.message, &fds, LONG).unwrap();
     assert_eq!(set_state_fd(&connection, false, theirs).unwrap(), ACCEPTED);

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use baton_channel::connect::connect;
+use baton_channel::message_socket::{ChannelError, MessageSocket};
 use baton_channel::ownership::{OwnershipError, SharedWord};
-use baton_channel::packet::{ChannelError, PacketSocket};
 use baton_channel::peer::{Peer, PeerError};
 use baton_control::error_chain;
 use baton_faults::Point;
@@ -101,16 +101,16 @@ pub fn migrate(
     }
 }
 
-fn connect_to(path: &Path) -> Result<PacketSocket, SourceError> {
+fn connect_to(path: &Path) -> Result<MessageSocket, SourceError> {
     let failed = |source| SourceError::Connect { path: path.to_owned(), source };
-    Ok(PacketSocket::try_from(connect(path, SockType::Stream).map_err(failed)?)?)
+    Ok(MessageSocket::try_from(connect(path, SockType::Stream).map_err(failed)?)?)
 }
 
 /// A migration under way.
 struct Migration<'a> {
     machine: &'a Machine,
     request: &'a MigrationRequest,
-    socket: PacketSocket,
+    socket: MessageSocket,
     word: SharedWord,
     /// Our ends of the sockets between the back-ends of the local devices.
     ends: Vec<(usize, OwnedFd)>,
@@ -125,7 +125,7 @@ impl<'a> Migration<'a> {
     fn new(
         machine: &'a Machine,
         request: &'a MigrationRequest,
-        socket: PacketSocket,
+        socket: MessageSocket,
     ) -> Result<Self, SourceError> {
         Ok(Self {
             machine,
@@ -245,7 +245,7 @@ impl<'a> Migration<'a> {
         named.push((OWNERSHIP_FD.to_owned(), self.word.as_fd().try_clone_to_owned()?));
         for (device, facts) in self.machine.source_net_facts(self.request.local).iter().enumerate() {
             if facts.local {
-                let (ours, theirs) = PacketSocket::pair()?;
+                let (ours, theirs) = MessageSocket::pair()?;
                 // The kernel adds the credentials that a back-end of an earlier version does not send.
                 theirs.enable_credentials()?;
                 self.ends.push((device, ours.into()));

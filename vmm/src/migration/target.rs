@@ -8,8 +8,8 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
+use baton_channel::message_socket::{ChannelError, MessageSocket};
 use baton_channel::ownership::{OwnershipError, SharedWord};
-use baton_channel::packet::{ChannelError, PacketSocket};
 use baton_channel::peer::{Peer, PeerError};
 use baton_control::{error_chain, limited};
 use baton_faults::Point;
@@ -102,7 +102,7 @@ pub enum Outcome {
 pub struct Arrival {
     /// Whether it ran at the source.
     pub running: bool,
-    socket: PacketSocket,
+    socket: MessageSocket,
 }
 
 impl Arrival {
@@ -121,7 +121,7 @@ pub fn serve(
     stream: OwnedFd,
     started: impl FnOnce(ShutdownHandle),
 ) -> Result<Outcome, TargetError> {
-    let socket = PacketSocket::try_from(stream)?;
+    let socket = MessageSocket::try_from(stream)?;
     started(ShutdownHandle::new(&socket)?);
     baton_faults::point(Point::TargetVmmConnected)?;
     let peer = Peer::trusted(&socket);
@@ -146,7 +146,7 @@ pub fn serve(
 /// A migration under way.
 struct Serving<'a> {
     machine: &'a Machine,
-    socket: PacketSocket,
+    socket: MessageSocket,
     /// What the source was told of this VMM.
     facts: Option<MachineFacts>,
     word: Option<SharedWord>,

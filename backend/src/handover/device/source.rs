@@ -3,8 +3,8 @@
 use std::os::fd::AsFd;
 use std::time::Duration;
 
+use baton_channel::message_socket::{ChannelError, MessageSocket};
 use baton_channel::ownership::SharedWord;
-use baton_channel::packet::{ChannelError, PacketSocket};
 use baton_control::{error_chain, limited};
 use baton_faults::Point;
 use baton_protocol::codec::Message as _;
@@ -33,16 +33,16 @@ const MESSAGES: usize = 16;
 #[derive(Debug)]
 struct Route {
     /// What the front-end gave.
-    socket: PacketSocket,
+    socket: MessageSocket,
     /// The target's end of the link.
-    link: PacketSocket,
+    link: MessageSocket,
 }
 
 /// One hand-over, from this side.
 #[derive(Debug)]
 pub struct DeviceSource {
     state: Source,
-    link: Option<Watched<PacketSocket>>,
+    link: Option<Watched<MessageSocket>>,
     /// Until it is over: nobody asks any more, and it is a descriptor and a mapping.
     word: Option<SharedWord>,
     /// The TAP, while it is offered.
@@ -59,7 +59,7 @@ pub struct DeviceSource {
 }
 
 impl DeviceSource {
-    fn new(state: Source, link: Option<Watched<PacketSocket>>, word: SharedWord, peer: String) -> Self {
+    fn new(state: Source, link: Option<Watched<MessageSocket>>, word: SharedWord, peer: String) -> Self {
         Self {
             state,
             link,
@@ -102,9 +102,9 @@ impl DeviceSource {
     pub fn offering(
         device: &mut Device,
         word: SharedWord,
-        socket: PacketSocket,
-        link: Watched<PacketSocket>,
-        theirs: PacketSocket,
+        socket: MessageSocket,
+        link: Watched<MessageSocket>,
+        theirs: MessageSocket,
     ) -> Result<(Self, bool), DeviceError> {
         let (state, actions) = Source::offering();
         let mut source = Self::new(state, Some(link), word, "the front-end's device state".to_owned());

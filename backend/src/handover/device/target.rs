@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_channel::packet::{ChannelError, Packet, PacketSocket};
+use baton_channel::message_socket::{ChannelError, MessageSocket, Packet};
 use baton_channel::peer::Peer;
 use baton_control::limited;
 use baton_faults::Point;
@@ -45,10 +45,10 @@ struct Before {
 #[derive(Debug)]
 pub struct DeviceTarget {
     state: Target<Box<Adopted>>,
-    link: Option<Watched<PacketSocket>>,
+    link: Option<Watched<MessageSocket>>,
     /// The connection of a source that has ended, or ends. It stays open as long as this is the source's device, or may
     /// be: to a source that ends, a connection that is closed means that this end does not keep the device.
-    ended: Option<Watched<PacketSocket>>,
+    ended: Option<Watched<MessageSocket>>,
     /// The source runs as the same user.
     same_user: bool,
     /// The descriptors of the message that is being looked at.
@@ -77,7 +77,7 @@ pub fn judge(
 }
 
 impl DeviceTarget {
-    fn new(link: Option<Watched<PacketSocket>>, same_user: bool, device: &Device) -> Self {
+    fn new(link: Option<Watched<MessageSocket>>, same_user: bool, device: &Device) -> Self {
         let before = Before { config: device.config().clone(), offer: device.offer(), pairs: device.pairs() };
         Self {
             state: Target::Ready,
@@ -114,7 +114,7 @@ impl DeviceTarget {
             Ok(fds) => fds,
             Err(error) => return Ok(Err(error.to_string())),
         };
-        let link = match fds.claim(LINK_FD).map(PacketSocket::try_from) {
+        let link = match fds.claim(LINK_FD).map(MessageSocket::try_from) {
             Ok(Ok(link)) => link,
             Ok(Err(error)) => return Ok(Err(error.to_string())),
             Err(error) => return Ok(Err(error.to_string())),

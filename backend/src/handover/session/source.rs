@@ -5,8 +5,8 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
+use baton_channel::message_socket::{ChannelError, MessageSocket};
 use baton_channel::ownership::{OwnershipError, SharedWord};
-use baton_channel::packet::{ChannelError, PacketSocket};
 use baton_channel::peer::PeerProcess;
 use baton_control::{error_chain, limited};
 use baton_faults::Point;
@@ -59,7 +59,7 @@ struct Shared {
 #[derive(Debug)]
 pub struct SessionSource {
     state: Source,
-    link: Option<Watched<PacketSocket>>,
+    link: Option<Watched<MessageSocket>>,
     /// Until it does not matter any more: a process that has ended stays so, and would be told of for ever.
     process: Option<Watched<PeerProcess>>,
     /// The target, for people.

@@ -3,8 +3,8 @@
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
+use baton_channel::message_socket::{ChannelError, MessageSocket, Packet};
 use baton_channel::ownership::SharedWord;
-use baton_channel::packet::{ChannelError, Packet, PacketSocket};
 use baton_channel::peer::PeerProcess;
 use baton_control::limited;
 use baton_faults::Point;
@@ -31,7 +31,7 @@ use crate::handover::{Context, SOURCE_NAME, now};
 #[derive(Debug)]
 pub struct SessionTarget {
     state: Target<OwnedFd, Box<Staged>>,
-    link: Option<Watched<PacketSocket>>,
+    link: Option<Watched<MessageSocket>>,
     /// The source's process.
     process: Option<Watched<PeerProcess>>,
     /// The source runs as the same user.

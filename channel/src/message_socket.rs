@@ -78,26 +78,26 @@ pub struct Packet<M> {
 
 /// A connected Unix socket.
 #[derive(Debug)]
-pub struct PacketSocket {
+pub struct MessageSocket {
     socket: OwnedFd,
     stream: bool,
     /// Receives packets. It is kept because its pages fault when they are first written.
     buffer: Mutex<Vec<u8>>,
 }
 
-impl AsFd for PacketSocket {
+impl AsFd for MessageSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
 }
 
-impl From<PacketSocket> for OwnedFd {
-    fn from(socket: PacketSocket) -> Self {
+impl From<MessageSocket> for OwnedFd {
+    fn from(socket: MessageSocket) -> Self {
         socket.socket
     }
 }
 
-impl TryFrom<OwnedFd> for PacketSocket {
+impl TryFrom<OwnedFd> for MessageSocket {
     type Error = ChannelError;
 
     fn try_from(socket: OwnedFd) -> Result<Self, ChannelError> {
@@ -112,7 +112,7 @@ impl TryFrom<OwnedFd> for PacketSocket {
     }
 }
 
-impl PacketSocket {
+impl MessageSocket {
     fn new(socket: OwnedFd, stream: bool) -> Self {
         Self { socket, stream, buffer: Mutex::default() }
     }
@@ -359,11 +359,11 @@ mod tests {
         Said::Text(Text { text: text.to_owned() })
     }
 
-    fn pairs() -> [(PacketSocket, PacketSocket); 2] {
+    fn pairs() -> [(MessageSocket, MessageSocket); 2] {
         let (here, there) = UnixStream::pair().unwrap();
-        let stream = [here, there].map(|end| PacketSocket::try_from(OwnedFd::from(end)).unwrap());
+        let stream = [here, there].map(|end| MessageSocket::try_from(OwnedFd::from(end)).unwrap());
         let [here, there] = stream;
-        [PacketSocket::pair().unwrap(), (here, there)]
+        [MessageSocket::pair().unwrap(), (here, there)]
     }
 
     /// How many descriptors this process holds of what `fd` is.
@@ -398,7 +398,7 @@ mod tests {
 
     #[test]
     fn a_sender_is_known_if_it_or_the_receiver_asked_for_credentials() {
-        let (here, there) = PacketSocket::pair().unwrap();
+        let (here, there) = MessageSocket::pair().unwrap();
         let file = tempfile::tempfile().unwrap();
         let all = vec![file.as_fd(); MAX_FDS];
         here.send(&said("without"), &all, LONG).unwrap();
@@ -528,7 +528,7 @@ mod tests {
         let datagram = std::os::unix::net::UnixDatagram::unbound().unwrap();
         let network = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
         for fd in [read, datagram.into(), network.into(), tempfile::tempfile().unwrap().into()] {
-            let error = PacketSocket::try_from(fd).unwrap_err();
+            let error = MessageSocket::try_from(fd).unwrap_err();
             assert!(matches!(error, ChannelError::NotUnix), "{error}");
         }
     }
