@@ -22,16 +22,19 @@ use baton_control::limited;
 use baton_protocol::control::Datapath;
 use virtio_bindings::virtio_net;
 
-use crate::dataplane::pair::{QueuePair, Side};
+use crate::dataplane::failures::WorkerFailure;
+use crate::dataplane::pair::QueuePair;
+use crate::dataplane::ring::Side;
 use crate::dataplane::rx::RxSettings;
-use crate::dataplane::worker::{Worker, WorkerNews};
+use crate::dataplane::worker::Worker;
 use crate::dirty_log::{DirtyLog, LogError};
 use crate::event_channel::EventSender;
 use crate::features::{Features, LOG_ALL, Offer};
 use crate::inflight::InflightRegion;
-use crate::memory::{GuestMemory, MAX_REGIONS};
+use crate::memory::GuestMemory;
 use crate::metrics::PairCounters;
 use crate::net_header::{self, Accepted};
+use crate::sigbus::MAX_REGIONS;
 use crate::tap::{Offloads, Tap, TapError};
 use crate::vhost_net::{self, VhostNet};
 use crate::vring::LayoutError;
@@ -164,7 +167,7 @@ pub struct Device {
 }
 
 impl Device {
-    /// A device on `tap`, or without one for now, with `pairs` queue pairs or up to as many. `news` hears of its
+    /// A device on `tap`, or without one for now, with `pairs` queue pairs or up to as many. `failures` hears of its
     /// workers.
     ///
     /// # Errors
@@ -174,7 +177,7 @@ impl Device {
         pairs: usize,
         vhost: Vhost,
         config: DeviceConfig,
-        news: &EventSender<WorkerNews>,
+        failures: &EventSender<WorkerFailure>,
     ) -> Result<Self, DeviceError> {
         let everything = Features(u64::MAX);
         let (datapath, given) = match vhost {
@@ -192,7 +195,7 @@ impl Device {
             let own = Arc::new(PairCounters::default());
             let queue_pair =
                 QueuePair::new(index, given.next(), Arc::clone(&own), config.poll).map_err(failed)?;
-            workers.push(Worker::new(index, queue_pair, news.clone()).map_err(failed)?);
+            workers.push(Worker::new(index, queue_pair, failures.clone()).map_err(failed)?);
             counters.push(own);
         }
         let session = SessionState::default();

@@ -116,7 +116,7 @@ fn serve(args: &Args) -> Result<()> {
         downscript: absolute(&args.downscript)?,
         poll: poll.unwrap_or_default(),
     };
-    let (sender, news) = event_channel().context("cannot make a channel")?;
+    let (sender, failures) = event_channel().context("cannot make a channel")?;
     let name = tap.as_ref().map(Tap::name);
     let mut device = Device::new(tap, args.pairs(), vhost, config, &sender)?;
     device.set_offers_device_state(args.device_state != Some(DeviceState::Off));
@@ -125,7 +125,7 @@ fn serve(args: &Args) -> Result<()> {
         Some(tap) => tracing::info!(tap, queue_pairs = device.pairs(), %datapath, "ready"),
         None => tracing::info!(%datapath, "waiting for a device"),
     }
-    let server = Server::new(device, handovers, endpoint, control, calls, news, signals)?;
+    let server = Server::new(device, handovers, endpoint, control, calls, failures, signals)?;
     let (result, final_script) = server.run();
     let after = final_script.map_or(Ok(()), |FinalScript { script, tap }| {
         script::run("--downscript", &script, &tap).map_err(anyhow::Error::from)

@@ -12,10 +12,8 @@ use std::sync::Arc;
 use vhost::VhostUserMemoryRegionInfo;
 
 use crate::shared_mapping::{MappingError, SharedMapping};
+use crate::sigbus::MAX_REGIONS;
 use crate::yielding::yield_if_due;
-
-/// How many regions a front-end may share (`GET_MAX_MEM_SLOTS`); what QEMU's own back-end library takes.
-pub const MAX_REGIONS: usize = 509;
 
 /// Where a region lies, as the front-end describes it; sizes and offsets in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -16,7 +16,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::control::{self, Call};
-use crate::dataplane::worker::WorkerNews;
+use crate::dataplane::failures::WorkerFailure;
 use crate::device::{Device, DeviceError};
 use crate::dispatch::Rejection;
 use crate::endpoint::Endpoint;
@@ -33,7 +33,7 @@ const SIGNAL: u64 = 0;
 const ENDPOINT: u64 = 1;
 const SESSION: u64 = 2;
 const CALL: u64 = 3;
-const NEWS: u64 = 4;
+const FAILURE: u64 = 4;
 const ALARM: u64 = 5;
 const RESTED: u64 = 6;
 const HANDOVER: u64 = 7;
@@ -64,7 +64,7 @@ pub struct Server {
     epoll: Arc<Epoll>,
     // Declared before the control server: its clients' threads wait for answers until the receiver is gone.
     calls: EventReceiver<Call>,
-    news: EventReceiver<WorkerNews>,
+    failures: EventReceiver<WorkerFailure>,
     signals: SignalFd,
     front: Front,
     backend: SharedBackend,
@@ -97,18 +97,18 @@ impl Server {
         endpoint: Endpoint,
         control: ControlSocket,
         calls: EventReceiver<Call>,
-        news: EventReceiver<WorkerNews>,
+        failures: EventReceiver<WorkerFailure>,
         signals: SignalFd,
     ) -> Result<Self, ServerError> {
         let epoll = Arc::new(Epoll::new()?);
         epoll.add(&signals, Events::EPOLLIN, SIGNAL)?;
         epoll.add(&calls, Events::EPOLLIN, CALL)?;
-        epoll.add(&news, Events::EPOLLIN, NEWS)?;
+        epoll.add(&failures, Events::EPOLLIN, FAILURE)?;
         epoll.add(&handovers, Events::EPOLLIN, HANDOVER)?;
         epoll.add(&sigbus::install()?, Events::EPOLLIN, ALARM)?;
         let backend = SharedBackend::new(device, handovers);
         let front = Front::new(Arc::clone(&epoll), backend.clone(), endpoint, control)?;
-        Ok(Self { epoll, calls, news, signals, front, backend, memory_truncated: false, ending: false })
+        Ok(Self { epoll, calls, failures, signals, front, backend, memory_truncated: false, ending: false })
     }
 
     /// Serves until told to end. Gives, besides how it ended, what is to be run then by whoever owned the TAP last.
@@ -150,7 +150,7 @@ impl Server {
                     ENDPOINT => self.front.accept()?,
                     SESSION => look = true,
                     CALL => self.on_calls()?,
-                    NEWS => self.on_news()?,
+                    FAILURE => self.on_failure()?,
                     HANDOVER => {
                         let Backend { device, handovers } = &mut *self.backend.lock();
                         handovers.progress(device, &mut self.front)?;
@@ -296,9 +296,9 @@ impl Server {
         Ok(())
     }
 
-    fn on_news(&self) -> Result<(), ServerError> {
-        match self.news.take() {
-            Some(WorkerNews::Failed { pair, error }) => Err(ServerError::Worker { pair, source: error }),
+    fn on_failure(&self) -> Result<(), ServerError> {
+        match self.failures.take() {
+            Some(WorkerFailure { pair, error }) => Err(ServerError::Worker { pair, source: error }),
             None => Ok(()),
         }
     }

@@ -13,8 +13,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
+/// How many regions a front-end may share (`GET_MAX_MEM_SLOTS`); what QEMU's own back-end library takes.
+pub const MAX_REGIONS: usize = 509;
+
 /// Two whole tables, two logs and two inflight regions may be mapped at once, while one replaces the other.
-const SLOTS: usize = 2 * (crate::memory::MAX_REGIONS + 3);
+const SLOTS: usize = 2 * (MAX_REGIONS + 3);
 
 struct Slot {
     taken: AtomicBool,

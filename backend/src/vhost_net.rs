@@ -22,7 +22,7 @@ use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use self::ioctl::{Kernel, Wire, io_error};
-use crate::dataplane::pair::Side;
+use crate::dataplane::ring::Side;
 use crate::dirty_log::DirtyLog;
 use crate::features::{Features, LOG_ALL};
 use crate::inherited::claim;

@@ -6,6 +6,7 @@
 //! of descriptor chains.
 
 pub mod chain;
+pub mod failures;
 pub mod gate;
 pub mod interrupt;
 pub mod pair;

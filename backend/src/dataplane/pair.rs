@@ -15,11 +15,11 @@ use baton_control::limited;
 
 use super::Turn;
 use super::chain;
-use super::ring::{Kick, Ring};
+use super::failures::Failures;
+use super::ring::{Kick, Ring, Side};
 use super::rx::Rx;
 use super::tx::Tx;
 use super::vhost::{KernelPath, TAP_WATCH};
-use super::worker::Failures;
 use crate::events::{Epoll, Events};
 use crate::metrics::PairCounters;
 use crate::notify::Notifier;
@@ -46,15 +46,6 @@ pub(super) const RX_KICK: u64 = 1;
 pub(super) const TX_KICK: u64 = 2;
 /// The worker's own wake-up, registered by it.
 pub(super) const WAKE: u64 = 3;
-
-/// Which vring of a pair.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Side {
-    /// TAP to guest, virtqueue 2n.
-    Rx,
-    /// Guest to TAP, virtqueue 2n + 1.
-    Tx,
-}
 
 /// One queue pair.
 #[derive(Debug)]

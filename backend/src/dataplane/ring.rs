@@ -10,6 +10,15 @@ use baton_faults::Batch;
 use crate::notify::Notifier;
 use crate::vring::Vring;
 
+/// Which vring of a pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// TAP to guest, virtqueue 2n.
+    Rx,
+    /// Guest to TAP, virtqueue 2n + 1.
+    Tx,
+}
+
 /// Where a vring's notifications come from (`SET_VRING_KICK`).
 #[derive(Clone, Debug)]
 pub enum Kick {

@@ -17,9 +17,9 @@ use baton_control::limited;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::Turn;
-use super::pair::{KICK_EVENTS, POLLED_WAIT, QueuePair, RX_KICK, Side, TX_KICK};
-use super::ring::{Kick, Ring};
-use super::worker::Failures;
+use super::failures::Failures;
+use super::pair::{KICK_EVENTS, POLLED_WAIT, QueuePair, RX_KICK, TX_KICK};
+use super::ring::{Kick, Ring, Side};
 use crate::features::Features;
 use crate::notify::{Notifier, NotifierError};
 use crate::tap::TapQueue;

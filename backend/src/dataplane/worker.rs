@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::failures::{Failures, WorkerFailure};
 use super::gate::{Gate, Wake};
 use super::interrupt;
 use super::pair::{QueuePair, WAKE};
@@ -58,34 +59,6 @@ struct Shared {
     events: Arc<Epoll>,
 }
 
-/// Tells the event loop that a worker cannot go on.
-#[derive(Debug)]
-pub struct Failures {
-    news: EventSender<WorkerNews>,
-    pair: u16,
-}
-
-/// What the event loop hears of a worker.
-#[derive(Debug)]
-pub enum WorkerNews {
-    /// It could not go on.
-    Failed {
-        /// Its queue pair.
-        pair: u16,
-        /// Why.
-        error: io::Error,
-    },
-}
-
-impl Failures {
-    /// Tells it.
-    pub fn report(&self, error: &io::Error) {
-        let error = io::Error::new(error.kind(), error.to_string());
-        // Without a receiver the process is ending.
-        let _ = self.news.send(WorkerNews::Failed { pair: self.pair, error });
-    }
-}
-
 /// The thread's end if it panics: the owner must not wait for ever.
 struct PanicGuard(Arc<Shared>);
 
@@ -112,17 +85,17 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// A parked worker for `pair`; what happens in its thread goes to `news`.
+    /// A parked worker for `pair`; if its thread fails, `failures` is told.
     ///
     /// # Errors
     /// What making an eventfd fails with.
-    pub fn new(index: u16, pair: QueuePair, news: EventSender<WorkerNews>) -> io::Result<Self> {
+    pub fn new(index: u16, pair: QueuePair, failures: EventSender<WorkerFailure>) -> io::Result<Self> {
         interrupt::install()?;
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         let events = pair.events();
         // Told of each time that it is written to, and so never read.
         events.add(&wake, Events::EPOLLIN | Events::EPOLLET, WAKE)?;
-        let failures = Failures { news, pair: index };
+        let failures = Failures::new(failures, index);
         let shared = Shared { gate: Gate::new(Bell(wake)), failures, events };
         Ok(Self {
             here: Some(Box::new(pair)),
@@ -352,8 +325,7 @@ mod tests {
     use nix::sys::memfd::{MFdFlags, memfd_create};
 
     use super::*;
-    use crate::dataplane::pair::Side;
-    use crate::dataplane::ring::{Kick, Ring};
+    use crate::dataplane::ring::{Kick, Ring, Side};
     use crate::event_channel::event_channel;
     use crate::memory::{GuestMemory, RegionLayout};
     use crate::metrics::PairCounters;

@@ -17,46 +17,11 @@ use super::device::source::DeviceSource;
 use super::device::target::DeviceTarget;
 use super::error::{DeviceStateError, HandoverError};
 use super::role::Role;
-use super::transfer::{Outcome, Route, Running};
+use super::transfer::{Outcome, Route, Transfer};
 use super::{Handovers, LINK};
 use crate::args::DeviceState as Permission;
 use crate::device::{Device, DeviceError};
 use crate::events::Watched;
-
-/// The transfer of device state that the front-end asked for last.
-#[derive(Debug)]
-pub enum Transfer {
-    /// None was asked for.
-    None,
-    /// A thread is at it.
-    Running(Running),
-    /// It is over.
-    Over(Result<(), DeviceStateError>),
-}
-
-impl Transfer {
-    /// Whether it runs.
-    pub fn is_running(&self) -> bool {
-        matches!(self, Self::Running(_))
-    }
-
-    /// Whether it succeeded, if it is over and `CHECK_DEVICE_STATE` has not told.
-    pub fn succeeded(&self) -> Option<bool> {
-        match self {
-            Self::Over(result) => Some(result.is_ok()),
-            Self::None | Self::Running(_) => None,
-        }
-    }
-
-    /// One that another process has made for the same front-end, and how it ended.
-    pub fn inherited(succeeded: Option<bool>) -> Self {
-        match succeeded {
-            None => Self::None,
-            Some(true) => Self::Over(Ok(())),
-            Some(false) => Self::Over(Err(DeviceStateError::BeforeHandover)),
-        }
-    }
-}
 
 impl Handovers {
     /// Whether a transfer of device state runs: [`Self::check_device_state`] must wait.

@@ -17,6 +17,7 @@
 //! [`Handovers::settle`] after everything else that may have started or stopped a ring. The front-end's connection is the
 //! event loop's own; a hand-over sees it as [`session::FrontEnd`].
 
+pub mod agreed;
 pub mod device;
 pub mod device_state;
 pub mod error;
@@ -50,14 +51,13 @@ use crate::control::{self, Answer, Call};
 use crate::device::{Device, DeviceError};
 use crate::event_channel::{EventReceiver, event_channel};
 use crate::events::{Epoll, Events, Ready, Watched};
-use device_state::Transfer;
 use error::{HandoverError, IncomingError};
 use incoming::Incoming;
 use options::TargetOptions;
 use prologue::{Answering, Asking};
 use role::Role;
 use session::FrontEnd;
-use transfer::{Finished, Threads};
+use transfer::{Finished, Threads, Transfer};
 
 // In the order in which they are looked at: the peer's messages, its death, a new peer, a transfer, the time.
 const LINK: u64 = 0;

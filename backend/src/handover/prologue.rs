@@ -18,6 +18,7 @@ use baton_protocol::handover::wire::message::{Message, Prepare, Refuse};
 use baton_protocol::handover::wire::refusal::Refusal;
 use baton_protocol::reasons::Reasons;
 
+use super::agreed::{AgreedSource, AgreedTarget};
 use super::device::snapshot as device_snapshot;
 use super::device::target as device_target;
 use super::session::{snapshot as session_snapshot, target as session_target};
@@ -45,16 +46,7 @@ pub struct Asking {
     pub prologue: SourcePrologue,
     /// What it wants to hand over.
     pub purpose: Purpose,
-    /// The connection to the target.
-    pub link: Option<Watched<MessageSocket>>,
-    /// The target's process, if its death matters.
-    pub process: Option<Watched<PeerProcess>>,
-    /// The target's path.
-    pub peer: String,
-    /// The operator's request.
-    pub call: Option<Call>,
-    /// When it began.
-    pub began: Duration,
+    target: AgreedTarget,
 }
 
 impl Asking {
@@ -69,18 +61,29 @@ impl Asking {
     ) -> Self {
         let began = now();
         let (prologue, hello) = SourcePrologue::begin(purpose, PROGRAM, call.is_dry_run(), began);
-        let mut asking = Self { prologue, purpose, link: Some(link), process, peer, call: Some(call), began };
+        let target = AgreedTarget { link: Some(link), process, peer, call: Some(call), began };
+        let mut asking = Self { prologue, purpose, target };
         asking.send(cx, &hello);
         asking
+    }
+
+    /// The target, which has agreed.
+    pub fn into_target(self) -> AgreedTarget {
+        self.target
+    }
+
+    /// The target's path.
+    pub fn peer(&self) -> &str {
+        &self.target.peer
     }
 
     /// How it stands.
     pub fn status(&self) -> HandoverStatus {
         match &self.prologue {
-            SourcePrologue::Ended { reason, .. } => source_status(&self.peer, reason),
+            SourcePrologue::Ended { reason, .. } => source_status(&self.target.peer, reason),
             _ => HandoverStatus {
                 state: HandoverState::Checking,
-                peer: self.peer.clone(),
+                peer: self.target.peer.clone(),
                 epoch: None,
                 reason: None,
             },
@@ -89,14 +92,14 @@ impl Asking {
 
     /// Reads the target's next message.
     pub fn listen(&mut self, cx: &Context<'_>) {
-        let Some(link) = &self.link else { return };
+        let Some(link) = &self.target.link else { return };
         match link.receive::<Message>(Duration::ZERO) {
             // None of the target's messages has descriptors; any that came are closed.
             Ok(packet) => self.tell(cx, SourceEvent::Message(packet.message), now()),
             Err(ChannelError::Timeout) => {}
             Err(error) => {
                 if !matches!(error, ChannelError::Closed) {
-                    limited!(warn, peer = self.peer, %error, "invalid message from the target");
+                    limited!(warn, peer = self.target.peer, %error, "invalid message from the target");
                 }
                 self.closed(cx);
             }
@@ -105,8 +108,8 @@ impl Asking {
 
     /// The connection is of no more use. The target's death, if it is dead, comes first.
     fn closed(&mut self, cx: &Context<'_>) {
-        self.link = None;
-        if self.process.take_if(|process| process.has_exited()).is_some() {
+        self.target.link = None;
+        if self.target.process.take_if(|process| process.has_exited()).is_some() {
             self.tell(cx, SourceEvent::Dead, now());
         }
         self.tell(cx, SourceEvent::Closed, now());
@@ -114,13 +117,13 @@ impl Asking {
 
     /// The target's process ended. Its last messages come first.
     pub fn died(&mut self, cx: &Context<'_>) {
-        while let Some(link) = &self.link {
+        while let Some(link) = &self.target.link {
             match link.receive::<Message>(Duration::ZERO) {
                 Ok(packet) => self.tell(cx, SourceEvent::Message(packet.message), now()),
-                Err(_) => self.link = None,
+                Err(_) => self.target.link = None,
             }
         }
-        self.process = None;
+        self.target.process = None;
         self.tell(cx, SourceEvent::Dead, now());
     }
 
@@ -143,7 +146,7 @@ impl Asking {
                     let prepare = self.prepare(cx);
                     self.send(cx, &Message::Prepare(prepare));
                 }
-                SourceAction::Close => self.link = None,
+                SourceAction::Close => self.target.link = None,
             }
         }
         self.report();
@@ -161,12 +164,12 @@ impl Asking {
     }
 
     fn send(&mut self, cx: &Context<'_>, message: &Message) {
-        let Some(link) = &self.link else { return };
+        let Some(link) = &self.target.link else { return };
         match link.send(message, &[], PATIENCE) {
             // The end of a connection is read after the target's last message.
             Ok(()) | Err(ChannelError::Closed) => {}
             Err(error) => {
-                limited!(warn, peer = self.peer, %error, "cannot send {}", message.name());
+                limited!(warn, peer = self.target.peer, %error, "cannot send {}", message.name());
                 self.closed(cx);
             }
         }
@@ -175,8 +178,8 @@ impl Asking {
     /// Reports the end to the operator and to the log.
     fn report(&mut self) {
         let SourcePrologue::Ended { phase, reason } = &self.prologue else { return };
-        let Some(call) = self.call.take() else { return };
-        limited!(info, peer = self.peer, %reason, "the hand-over is over, nothing was handed over");
+        let Some(call) = self.target.call.take() else { return };
+        limited!(info, peer = self.target.peer, %reason, "the hand-over is over, nothing was handed over");
         let answer = match (reason, self.purpose) {
             (EndReason::Possible, _) => control::answer(&HandoverReply::POSSIBLE),
             (reason, Purpose::Session) if !call.is_dry_run() => {
@@ -194,14 +197,7 @@ impl Asking {
 pub struct Answering {
     /// How far it is.
     pub prologue: TargetPrologue,
-    /// The connection to the source.
-    pub link: Option<Watched<MessageSocket>>,
-    /// The source's process, if its death matters.
-    pub process: Option<Watched<PeerProcess>>,
-    /// Whether the source runs as the same user.
-    pub same_user: bool,
-    /// How many instances of vhost-net there were before more were opened for a session.
-    pub vhosts: Option<usize>,
+    source: AgreedSource,
 }
 
 impl Answering {
@@ -209,7 +205,13 @@ impl Answering {
     pub fn begin(link: Watched<MessageSocket>, same_user: bool, wants_vhost: bool) -> Self {
         let own = Introduction { program: PROGRAM.to_owned(), wants_vhost };
         let prologue = TargetPrologue::begin(own, now());
-        Self { prologue, link: Some(link), process: None, same_user, vhosts: None }
+        let source = AgreedSource { link: Some(link), process: None, same_user, vhosts: None };
+        Self { prologue, source }
+    }
+
+    /// The source, with which this target has agreed.
+    pub fn into_source(self) -> AgreedSource {
+        self.source
     }
 
     /// How it stands.
@@ -224,7 +226,7 @@ impl Answering {
 
     /// Reads the source's next message.
     pub fn listen(&mut self, cx: &mut Context<'_>) {
-        let Some(link) = &self.link else { return };
+        let Some(link) = &self.source.link else { return };
         match link.receive::<Message>(Duration::ZERO) {
             // Nothing has descriptors yet; any that came are closed.
             Ok(Packet { message, .. }) => match self.watch_source(cx, &message) {
@@ -257,17 +259,17 @@ impl Answering {
     /// The source of a session is watched from its HELLO on: a target may have to take over after its death.
     fn watch_source(&mut self, cx: &Context<'_>, message: &Message) -> std::io::Result<()> {
         let Message::Hello(hello) = message else { return Ok(()) };
-        if self.process.is_some() || Purpose::of(&hello.purpose) != Some(Purpose::Session) {
+        if self.source.process.is_some() || Purpose::of(&hello.purpose) != Some(Purpose::Session) {
             return Ok(());
         }
-        let Some(link) = &self.link else { return Ok(()) };
+        let Some(link) = &self.source.link else { return Ok(()) };
         baton_faults::point(Point::TargetSessionArrived)?;
-        self.process = Some(Watched::new(PeerProcess::of(&**link)?, cx.epoll, PROCESS)?);
+        self.source.process = Some(Watched::new(PeerProcess::of(&**link)?, cx.epoll, PROCESS)?);
         Ok(())
     }
 
     fn invalid(&mut self, cx: &mut Context<'_>, what: &'static str, error: &dyn std::error::Error) {
-        if let Some(link) = &self.link {
+        if let Some(link) = &self.source.link {
             refuse(link, Refusal::Unusable { what, text: error.to_string() });
         }
         self.closed(cx);
@@ -275,13 +277,13 @@ impl Answering {
 
     /// The connection is of no more use.
     fn closed(&mut self, cx: &mut Context<'_>) {
-        self.link = None;
+        self.source.link = None;
         self.tell(cx, TargetEvent::Closed, now());
     }
 
     /// The source's process ended.
     pub fn died(&mut self, cx: &mut Context<'_>) {
-        self.process = None;
+        self.source.process = None;
         self.tell(cx, TargetEvent::Dead, now());
     }
 
@@ -300,18 +302,18 @@ impl Answering {
                     self.tell(cx, TargetEvent::Judged(verdict), super::now());
                 }
                 TargetAction::Send(message) => {
-                    if let Some(link) = &self.link
+                    if let Some(link) = &self.source.link
                         && let Err(error) = link.send(&message, &[], PATIENCE)
                     {
                         // The end of the connection will be seen.
                         limited!(warn, %error, "cannot send {}", message.name());
                     }
                 }
-                TargetAction::Close => self.link = None,
+                TargetAction::Close => self.source.link = None,
             }
         }
         if self.prologue == TargetPrologue::Ended
-            && let Some(before) = self.vhosts.take()
+            && let Some(before) = self.source.vhosts.take()
         {
             cx.device.keep_vhosts(before);
         }
@@ -320,10 +322,12 @@ impl Answering {
     fn judge(&mut self, cx: &mut Context<'_>, purpose: Purpose, prepare: Prepare) -> Result<(), Reasons> {
         let Prepare { device, session } = prepare;
         match (purpose, session) {
-            (Purpose::Device, _) => device_target::judge(cx.device, cx.options, self.same_user, device),
+            (Purpose::Device, _) => {
+                device_target::judge(cx.device, cx.options, self.source.same_user, device)
+            }
             (Purpose::Session, Some(session)) => {
-                self.vhosts = Some(cx.device.vhosts());
-                session_target::judge(cx, self.same_user, device, *session)?;
+                self.source.vhosts = Some(cx.device.vhosts());
+                session_target::judge(cx, self.source.same_user, device, *session)?;
                 baton_faults::pass(Point::TargetSessionJudged);
                 Ok(())
             }

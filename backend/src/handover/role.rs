@@ -153,12 +153,12 @@ impl Role {
     ) -> Result<Option<HandoverStatus>, DeviceError> {
         let Self::Asking(asking) = std::mem::take(self) else { return Ok(None) };
         match asking.purpose {
-            Purpose::Device => match DeviceSource::armed(*asking) {
+            Purpose::Device => match DeviceSource::armed(asking.into_target()) {
                 Ok(source) => *self = Self::DeviceSource(Box::new(source)),
                 Err(status) => return Ok(Some(status)),
             },
             Purpose::Session => {
-                let mut source = Box::new(SessionSource::new(*asking));
+                let mut source = Box::new(SessionSource::new(asking.into_target()));
                 source.stage(cx, wants_vhost)?;
                 *self = Self::SessionSource(source);
             }
@@ -169,8 +169,10 @@ impl Role {
     fn become_target(&mut self, cx: &Context<'_>, purpose: Purpose) {
         let Self::Answering(answering) = std::mem::take(self) else { return };
         *self = match purpose {
-            Purpose::Device => Self::DeviceTarget(Box::new(DeviceTarget::ready(*answering, cx.device))),
-            Purpose::Session => Self::SessionTarget(Box::new(SessionTarget::ready(*answering))),
+            Purpose::Device => {
+                Self::DeviceTarget(Box::new(DeviceTarget::ready(answering.into_source(), cx.device)))
+            }
+            Purpose::Session => Self::SessionTarget(Box::new(SessionTarget::ready(answering.into_source()))),
         };
     }
 
@@ -210,7 +212,7 @@ impl Role {
     pub fn peer(&self) -> Option<&str> {
         match self {
             Self::Idle | Self::Answering(_) | Self::DeviceTarget(_) => None,
-            Self::Asking(asking) => Some(&asking.peer),
+            Self::Asking(asking) => Some(asking.peer()),
             Self::DeviceSource(source) => Some(source.peer()),
             Self::SessionSource(source) => Some(source.peer()),
             Self::SessionTarget(_) => Some(SOURCE_NAME),

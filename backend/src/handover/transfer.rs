@@ -17,6 +17,7 @@ use baton_protocol::handover::wire::message::{Message, PROTOCOL};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::error::DeviceStateError;
 use crate::dataplane::interrupt::bounded;
 use crate::event_channel::EventSender;
 
@@ -94,6 +95,41 @@ impl Running {
     /// Whether this is how it ended.
     pub fn sent(&self, finished: &Finished) -> bool {
         self.number == finished.number
+    }
+}
+
+/// The transfer of device state that the front-end asked for last.
+#[derive(Debug)]
+pub enum Transfer {
+    /// None was asked for.
+    None,
+    /// A thread is at it.
+    Running(Running),
+    /// It is over.
+    Over(Result<(), DeviceStateError>),
+}
+
+impl Transfer {
+    /// Whether it runs.
+    pub fn is_running(&self) -> bool {
+        matches!(self, Self::Running(_))
+    }
+
+    /// Whether it succeeded, if it is over and `CHECK_DEVICE_STATE` has not told.
+    pub fn succeeded(&self) -> Option<bool> {
+        match self {
+            Self::Over(result) => Some(result.is_ok()),
+            Self::None | Self::Running(_) => None,
+        }
+    }
+
+    /// One that another process has made for the same front-end, and how it ended.
+    pub fn inherited(succeeded: Option<bool>) -> Self {
+        match succeeded {
+            None => Self::None,
+            Some(true) => Self::Over(Ok(())),
+            Some(false) => Self::Over(Err(DeviceStateError::BeforeHandover)),
+        }
     }
 }
 

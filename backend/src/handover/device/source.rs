@@ -19,7 +19,7 @@ use crate::control::{self, Answer};
 use crate::dataplane::rx::FrameInHand;
 use crate::device::{Device, DeviceError};
 use crate::events::Watched;
-use crate::handover::prologue::Asking;
+use crate::handover::agreed::AgreedTarget;
 use crate::handover::source_status;
 use crate::tap::Tap;
 
@@ -77,8 +77,8 @@ impl DeviceSource {
     ///
     /// # Errors
     /// How the hand-over ended, for want of memory, say.
-    pub fn armed(asking: Asking) -> Result<Self, HandoverStatus> {
-        let Asking { link, peer, call, .. } = asking;
+    pub fn armed(target: AgreedTarget) -> Result<Self, HandoverStatus> {
+        let AgreedTarget { link, peer, call, .. } = target;
         let (result, answer) = match SharedWord::create() {
             Ok(word) => {
                 (Ok(Self::new(Source::armed(), link, word, peer)), control::answer(&HandoverReply::ARMED))

@@ -23,8 +23,8 @@ use super::snapshot::{self, Adopted, NotAdopted};
 use crate::device::{Device, DeviceConfig, DeviceError};
 use crate::events::{Epoll, Watched};
 use crate::features::Features;
+use crate::handover::agreed::AgreedSource;
 use crate::handover::options::TargetOptions;
-use crate::handover::prologue::Answering;
 use crate::handover::{LINK, SOURCE_NAME};
 
 /// How long a full socket is waited for: a front-end or a source may have filled it, and the event loop serves others.
@@ -92,8 +92,8 @@ impl DeviceTarget {
     }
 
     /// With a source that has agreed.
-    pub fn ready(answering: Answering, device: &Device) -> Self {
-        Self::new(answering.link, answering.same_user, device)
+    pub fn ready(source: AgreedSource, device: &Device) -> Self {
+        Self::new(source.link, source.same_user, device)
     }
 
     /// With an offer that the front-end's socket brought. The inner error says what is wrong with it.

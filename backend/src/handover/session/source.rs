@@ -26,9 +26,9 @@ use super::{MOMENT, PATIENCE, snapshot};
 use crate::control::{self, Answer, Call};
 use crate::device::{DeviceError, Frozen};
 use crate::events::Watched;
+use crate::handover::agreed::AgreedTarget;
 use crate::handover::device::snapshot::describe as describe_device;
 use crate::handover::error::HandoverError;
-use crate::handover::prologue::Asking;
 use crate::handover::{Context, now, source_status};
 use crate::vhost_net::{self, VhostNetError};
 
@@ -78,8 +78,8 @@ pub struct SessionSource {
 
 impl SessionSource {
     /// With a target that has agreed. [`Self::stage`] goes on.
-    pub fn new(asking: Asking) -> Self {
-        let Asking { link, process, peer, call, began, .. } = asking;
+    pub fn new(target: AgreedTarget) -> Self {
+        let AgreedTarget { link, process, peer, call, began } = target;
         Self {
             state: Source::HandedOver(None),
             link,

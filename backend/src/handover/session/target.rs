@@ -23,8 +23,8 @@ use super::stage::{self, Staged};
 use super::{MOMENT, PATIENCE};
 use crate::device::DeviceError;
 use crate::events::Watched;
-use crate::handover::device_state::Transfer;
-use crate::handover::prologue::Answering;
+use crate::handover::agreed::AgreedSource;
+use crate::handover::transfer::Transfer;
 use crate::handover::{Context, SOURCE_NAME, now};
 
 /// One hand-over, from this side.
@@ -67,8 +67,8 @@ pub fn judge(
 
 impl SessionTarget {
     /// With a source that has agreed.
-    pub fn ready(answering: Answering) -> Self {
-        let Answering { link, process, same_user, vhosts, .. } = answering;
+    pub fn ready(source: AgreedSource) -> Self {
+        let AgreedSource { link, process, same_user, vhosts } = source;
         Self {
             state: Target::ready(now()),
             link,

@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::thread::NetError;
+use super::error::NetError;
 use super::worker::Worker;
 use crate::event;
 

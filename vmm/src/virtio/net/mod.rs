@@ -7,6 +7,7 @@
 //! thread of the worker's reconnects to a lost back-end ([`reconnect`]).
 
 mod device;
+mod error;
 mod identity;
 mod mailbox;
 mod reconnect;
@@ -17,6 +18,7 @@ mod thread;
 mod worker;
 
 pub use self::device::Net;
+pub use self::error::NetError;
 pub use self::shared::NetShared;
-pub use self::thread::{NetError, NetThread};
+pub use self::thread::NetThread;
 pub use self::worker::Worker;

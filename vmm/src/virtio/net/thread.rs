@@ -4,46 +4,13 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
-use thiserror::Error;
-
 use super::device::Net;
-use super::identity::OfferError;
+use super::error::NetError;
 use super::mailbox::{Mailbox, mailbox};
 use super::shared::NetShared;
 use super::worker::Worker;
 use crate::config::NetConfig;
 use crate::memory::GuestMemory;
-use crate::vhost_user::frontend::ConnectionError;
-use crate::virtio::InvalidQueue;
-
-/// Why a device has no back-end.
-#[derive(Debug, Error)]
-pub enum NetError {
-    /// The connection.
-    #[error(transparent)]
-    Connection(#[from] ConnectionError),
-    /// The back-end is of the wrong kind.
-    #[error(transparent)]
-    Offer(#[from] OfferError),
-    /// The driver's virtqueues.
-    #[error(transparent)]
-    Queue(#[from] InvalidQueue),
-    /// A virtqueue's used index cannot be read.
-    #[error("cannot read a virtqueue's used index")]
-    UsedIndex(#[source] virtio_queue::Error),
-    /// No thread or event.
-    #[error("cannot start a network device's thread")]
-    Thread(#[source] std::io::Error),
-    /// The thread has ended.
-    #[error("the network device's thread has ended")]
-    Ended,
-    /// No back-end is connected.
-    #[error("the back-end is not connected")]
-    NoBackend,
-    /// A restored state whose parts contradict each other.
-    #[error("the state's virtqueues do not fit the device")]
-    State,
-}
 
 /// A network device's thread.
 #[derive(Debug)]

@@ -29,11 +29,11 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::setup::{Control, DeviceSetup, Suspended, rings};
+use super::error::NetError;
 use super::identity::{Identity, check_offer, for_backend};
 use super::mailbox::Inbox;
 use super::reconnect::{self, Reconnection};
 use super::shared::NetShared;
-use super::thread::NetError;
 use crate::config::{Mac, NetConfig};
 use crate::event;
 use crate::memory::GuestMemory;

@@ -6,8 +6,8 @@ use baton_control::error_chain;
 use baton_protocol::migration::state::{DriverState, NetState, Outline, RingBase};
 use virtio_queue::QueueT;
 
+use super::super::error::NetError;
 use super::super::identity::{Identity, check_offer, for_backend};
-use super::super::thread::NetError;
 use super::Worker;
 use super::setup::{DeviceSetup, Suspended, rings};
 use crate::event;
