@@ -1,7 +1,8 @@
-//! `demo`: boots a Linux guest on `baton-vmm` with its network on `baton-backend` and a TAP, shows it at work, replaces the
+//! `demo`: hands a session on from back-end to back-end on this machine, then boots a Linux guest on `baton-vmm` with its network on `baton-backend` and a TAP, shows it at work, replaces the
 //! back-end under it, moves it to another pair of them, and sums up. In the lab where this machine's KVM cannot run Linux. With `--vhost` the kernel moves the frames.
 
 mod hand_over;
+mod here;
 
 use std::ffi::OsStr;
 use std::fmt::Write as _;
@@ -16,7 +17,7 @@ use baton_protocol::control::{BackendStats, DirectionStats, MigrationPhases, Mig
 use baton_tests::backend::Backend;
 use baton_tests::datapath::{self, Datapath};
 use baton_tests::guest::{Guest, QueuePair, Vmm};
-use baton_tests::lab::{Job, Outcome, Place};
+use baton_tests::lab::{self, Job, Outcome, Place};
 use baton_tests::link::{GUEST, HOST, Link, MAC, Meeting, PORT, TAP};
 use baton_tests::traffic::bulk;
 use baton_tests::{images, paths, ping, programs};
@@ -48,8 +49,17 @@ fn main() -> ExitCode {
 
 /// Whether all went well.
 fn run(args: &Args) -> Result<bool> {
-    match Place::find()? {
-        Place::Here => demonstrate(if args.vhost { Datapath::VhostNet } else { Datapath::Userspace }),
+    // Not again in the lab.
+    let here = match std::env::var_os(lab::PLACE) {
+        Some(_) => None,
+        None => {
+            heading("Hand-overs on this machine itself")?;
+            here::show()?
+        }
+    };
+    let whole = here.as_ref().is_none_or(|here| here.wrong == 0);
+    let shown = match Place::find()? {
+        Place::Here => demonstrate(if args.vhost { Datapath::VhostNet } else { Datapath::Userspace })?,
         Place::Lab(lab) => {
             say(
                 "KVM on this machine cannot run Linux, or vhost-net or root's rights are missing: going to the lab, an",
@@ -57,9 +67,13 @@ fn run(args: &Args) -> Result<bool> {
             say("emulated machine that has them. All is real there but the speed.")?;
             let arguments = std::env::args().skip(1);
             let outcome = lab.run(&Job::here(std::env::current_exe()?, arguments)?, &mut |_| ())?;
-            Ok(outcome == Outcome::Exited(0))
+            outcome == Outcome::Exited(0)
         }
+    };
+    if let Some(here) = here {
+        say(&here.summary())?;
     }
+    Ok(shown && whole)
 }
 
 fn demonstrate(datapath: Datapath) -> Result<bool> {
