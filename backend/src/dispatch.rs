@@ -4,6 +4,8 @@
 //! for, after the method's effect or refusal either way. [`Dispatch::take_rejection`] then tells the session that
 //! the error was ours, and the connection as sound as before.
 
+mod rejection;
+
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,70 +21,17 @@ use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandler};
 
 use crate::config_space;
 use crate::dataplane::ring::Kick;
-use crate::device::{Device, DeviceError, SessionState};
-use crate::dirty_log::{DirtyLog, LogError};
+use crate::device::{Device, SessionState};
+use crate::dirty_log::DirtyLog;
 use crate::features::{Features, PROTOCOL_FEATURES, protocol_offer};
 use crate::handover::error::DeviceStateError;
-use crate::inflight::{self, InflightError, InflightRegion};
-use crate::memory::{GuestMemory, MemoryError, RegionLayout};
-use crate::notify::{Notifier, NotifierError};
+use crate::inflight::{self, InflightRegion};
+use crate::memory::{GuestMemory, RegionLayout};
+use crate::notify::Notifier;
 use crate::shared::{Backend, SharedBackend};
 use crate::vring::{self, LayoutError, RingAddresses, Vring, VringLayout};
 
-/// Why a request was rejected.
-#[derive(Debug, thiserror::Error)]
-pub enum Rejection {
-    /// The device has no such vring.
-    #[error("there is no vring {0}")]
-    Index(u32),
-    /// The vring must be stopped first.
-    #[error("vring {0} runs; stop it with GET_VRING_BASE first")]
-    Running(usize),
-    /// A vring does not fit.
-    #[error(transparent)]
-    Layout(#[from] LayoutError),
-    /// Memory that cannot be shared.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    /// More memory regions than the kernel takes.
-    #[error("{regions} memory regions; the kernel's vhost takes {max} (max_mem_regions of the module vhost)")]
-    Regions {
-        /// How many there would be.
-        regions: usize,
-        /// How many there may be.
-        max: usize,
-    },
-    /// Not an eventfd.
-    #[error(transparent)]
-    Notifier(#[from] NotifierError),
-    /// A split vring's index has 16 bits.
-    #[error("vring base {0:#x} has more than 16 bits")]
-    Base(u32),
-    /// Features that change the protocol or the rings and are not offered.
-    #[error("features {0:#x} are not offered")]
-    Features(u64),
-    /// A message for a protocol feature that is not offered.
-    #[error("{0} is not offered")]
-    NotOffered(&'static str),
-    /// A message for a protocol feature that the front-end did not acknowledge.
-    #[error("{0} was not negotiated")]
-    NotNegotiated(&'static str),
-    /// No log that can be kept.
-    #[error(transparent)]
-    Log(#[from] LogError),
-    /// No inflight region that can be kept.
-    #[error(transparent)]
-    Inflight(#[from] InflightError),
-    /// Device state that cannot be moved.
-    #[error(transparent)]
-    DeviceState(#[from] DeviceStateError),
-    /// The configuration space cannot be written, or ends before.
-    #[error("no such part of the configuration space")]
-    Config,
-    /// The device could not follow.
-    #[error(transparent)]
-    Device(#[from] DeviceError),
-}
+pub use rejection::Rejection;
 
 /// The handler of one front-end's messages.
 #[derive(Debug)]

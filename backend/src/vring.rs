@@ -7,6 +7,8 @@
 //! the used index alone says how far the device is.
 #![expect(unsafe_code, reason = "reads and writes rings in memory that is shared with the guest")]
 
+mod layout;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
@@ -15,6 +17,8 @@ use crate::dirty_log::RingLog;
 use crate::inflight::{self, InflightQueue};
 use crate::memory::GuestMemory;
 use crate::notify::Notifier;
+pub use layout::{LayoutError, MAX_SIZE, RingAddresses, VringLayout, check_size};
+use layout::{USED_ELEMENTS, available_length, locate, used_length};
 
 /// `VRING_AVAIL_F_NO_INTERRUPT`.
 const AVAIL_NO_INTERRUPT: u16 = 1;
@@ -25,12 +29,6 @@ const USED_NO_NOTIFY: u16 = 1;
 const USED_FLAGS: usize = 0;
 /// Where it has its index.
 const USED_INDEX: usize = 2;
-/// Where its elements begin, of 8 bytes each. The event index is behind them.
-const USED_ELEMENTS: usize = 4;
-
-/// The largest split virtqueue (virtio 1.2 §2.7).
-pub const MAX_SIZE: u16 = 32768;
-
 /// A descriptor as it lies in guest memory (virtio 1.2 §2.7.5).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
@@ -43,41 +41,6 @@ pub struct Descriptor {
     pub flags: u16,
     /// The descriptor that continues the chain, with `VIRTQ_DESC_F_NEXT`.
     pub next: u16,
-}
-
-/// Where the front-end says that the three rings lie, in its own address space (`SET_VRING_ADDR`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RingAddresses {
-    /// Descriptor table, 16-byte aligned.
-    pub descriptors: u64,
-    /// Available ring, 2-byte aligned.
-    pub available: u64,
-    /// Used ring, 4-byte aligned.
-    pub used: u64,
-}
-
-/// Why a vring cannot be mapped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum LayoutError {
-    /// Not a power of two from 1 to [`MAX_SIZE`].
-    #[error("vring size {0} is not a power of two up to {MAX_SIZE}")]
-    Size(u32),
-    /// A ring's address is not aligned as virtio 1.2 §2.7 demands.
-    #[error("{ring} ring at {address:#x} is not aligned")]
-    Alignment {
-        /// Which of the three.
-        ring: &'static str,
-        /// The address that the front-end gave.
-        address: u64,
-    },
-    /// A ring does not lie within one shared memory region.
-    #[error("{ring} ring at {address:#x} is not in shared memory")]
-    Unmapped {
-        /// Which of the three.
-        ring: &'static str,
-        /// The address that the front-end gave.
-        address: u64,
-    },
 }
 
 /// What the guest wrote to a ring makes no sense; the vring is out of order until it is set up anew.
@@ -103,17 +66,6 @@ pub enum RingError {
         /// The ring's size.
         size: u16,
     },
-}
-
-/// Checks a size given by a peer.
-///
-/// # Errors
-/// [`LayoutError::Size`].
-pub fn check_size(size: u32) -> Result<u16, LayoutError> {
-    u16::try_from(size)
-        .ok()
-        .filter(|size| size.is_power_of_two() && *size <= MAX_SIZE)
-        .ok_or(LayoutError::Size(size))
 }
 
 /// The rings' pointers and the device's place in them.
@@ -150,19 +102,6 @@ pub struct Vring {
 
 // SAFETY: the pointers are into mappings that `memory` keeps; they may be used from any thread, one at a time.
 unsafe impl Send for Vring {}
-
-/// What a [`Vring`] is made of.
-#[derive(Clone, Copy, Debug)]
-pub struct VringLayout {
-    /// Number of descriptors, checked by [`check_size`].
-    pub size: u16,
-    /// Where the rings lie.
-    pub addresses: RingAddresses,
-    /// `VIRTIO_F_EVENT_IDX` was negotiated.
-    pub event_idx: bool,
-    /// `VIRTIO_F_INDIRECT_DESC` was negotiated.
-    pub indirect: bool,
-}
 
 impl Vring {
     /// Maps a vring. Its place is the used index found in memory until [`Self::set_next_available`] says otherwise.
@@ -504,29 +443,4 @@ impl Vring {
         // SAFETY: within the mapping that `memory` keeps, and aligned; shared with the guest, hence atomic.
         unsafe { AtomicU16::from_ptr(pointer) }
     }
-}
-
-fn available_length(size: usize) -> usize {
-    6 + 2 * size
-}
-
-fn used_length(size: usize) -> usize {
-    USED_ELEMENTS + 8 * size + 2
-}
-
-fn locate(
-    memory: &GuestMemory,
-    ring: &'static str,
-    address: u64,
-    alignment: u64,
-    length: usize,
-) -> Result<*mut u8, LayoutError> {
-    if !address.is_multiple_of(alignment) {
-        return Err(LayoutError::Alignment { ring, address });
-    }
-    memory
-        .resolve_user(address, length)
-        // A region may be mapped so that the front-end's alignment is not ours.
-        .filter(|pointer| (*pointer as usize as u64).is_multiple_of(alignment))
-        .ok_or(LayoutError::Unmapped { ring, address })
 }
