@@ -161,6 +161,9 @@ impl Server {
                     _ => self.on_alarm()?,
                 }
             }
+            if let Some(error) = self.front.failure.take() {
+                return Err(error.into());
+            }
             if held && !self.front.held {
                 // Nothing tells again of what came meanwhile.
                 look = true;

@@ -52,6 +52,8 @@ pub(super) struct Front {
     pub control: ControlSocket,
     /// Another process has taken the session back.
     pub abandoned: bool,
+    /// A front-end that was taken cannot be watched.
+    pub failure: Option<io::Error>,
 }
 
 impl Front {
@@ -76,6 +78,7 @@ impl Front {
             staged: None,
             control,
             abandoned: false,
+            failure: None,
         })
     }
 
@@ -236,10 +239,8 @@ impl FrontEnd for Front {
         // Before the source learns that it may end: its path is never without a socket.
         self.control.take();
         if let Some(session) = session {
-            match self.epoll.add(&session, SESSION_EVENTS, SESSION) {
-                Ok(()) => self.session = Some(session),
-                Err(error) => limited!(warn, %error, "cannot watch the front-end"),
-            }
+            self.failure = self.epoll.add(&session, SESSION_EVENTS, SESSION).err();
+            self.session = Some(session);
         }
     }
 
