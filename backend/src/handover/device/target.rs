@@ -203,11 +203,7 @@ impl DeviceTarget {
     /// # Errors
     /// [`DeviceError`]: the device cannot go on.
     pub fn frontend_left(&mut self, device: &mut Device, options: &TargetOptions) -> Result<(), DeviceError> {
-        if !self.once {
-            return Ok(());
-        }
-        self.inherit(device, options)?;
-        self.tell(device, options, Event::FrontendLeft)
+        if self.once { self.tell(device, options, Event::FrontendLeft) } else { Ok(()) }
     }
 
     /// Follows the rings: the first that starts takes the device.

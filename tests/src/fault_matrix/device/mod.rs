@@ -251,18 +251,6 @@ fn check_waits(target: &mut Target) -> Result<()> {
     Ok(())
 }
 
-/// Whether the target has as many descriptors as before the attempt, and no TAP.
-fn waits(target: &Target) -> Result<bool> {
-    let Target { stay, held } = target;
-    let processes = [stay.guest.process(), stay.backend.process.pid()].into_iter().zip(*held);
-    for (process, before) in processes {
-        if open_fds(process)? != before {
-            return Ok(false);
-        }
-    }
-    Ok(queues_held(stay.backend.process.pid(), stay.tap)? == 0)
-}
-
 /// Waits until a back-end has no TAP.
 fn check_no_tap(stay: &Stay) -> Result<()> {
     let process = stay.backend.process.pid();
