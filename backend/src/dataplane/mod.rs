@@ -2,9 +2,10 @@
 //! worker for what it leaves to do ([`vhost`]).
 //!
 //! [`worker`] owns the threads, [`gate`] is where they park; [`pair`] is what a worker works on, handed over whole whenever
-//! it parks; [`interrupt`] ends the call that one blocks in; [`rx`] and [`tx`] move the frames; [`chain`] makes I/O vectors
-//! of descriptor chains.
+//! it parks; [`interrupt`] ends the call that one blocks in; [`rx`] and [`tx`] move the frames; [`buffers`] has the
+//! guest's receive buffers ready; [`chain`] makes I/O vectors of descriptor chains.
 
+pub mod buffers;
 pub mod chain;
 pub mod failures;
 pub mod gate;

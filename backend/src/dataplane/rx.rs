@@ -8,7 +8,8 @@
 
 use baton_faults::Batch;
 
-use super::chain::{self, Direction, MAX_VECTORS, Vectors};
+use super::buffers::{Buffer, Buffers, Room, Usable};
+use super::chain::MAX_VECTORS;
 use super::ring::Ring;
 use super::{BATCH, TURN_BYTES, TURN_FRAMES, Turn};
 use crate::metrics;
@@ -43,18 +44,6 @@ pub struct FrameInHand {
     pub frame: Vec<u8>,
 }
 
-/// A chain ready to be read into.
-#[derive(Clone, Copy, Debug)]
-struct Prepared {
-    head: u16,
-    /// Where its vectors begin.
-    first: usize,
-    /// Where they end.
-    end: usize,
-    /// Its bytes; 0 for a chain that cannot be used, which has no vectors either.
-    length: u32,
-}
-
 /// The receive side of a queue pair.
 #[derive(Debug, Default)]
 pub struct Rx {
@@ -64,11 +53,7 @@ pub struct Rx {
     pub settings: RxSettings,
     /// The frame in hand.
     pub in_hand: Option<FrameInHand>,
-    /// Chains from the ring's next available one on; those before `next` are done with.
-    prepared: Vec<Prepared>,
-    next: usize,
-    vectors: Vectors,
-    hint: usize,
+    buffers: Buffers,
     spill: Vec<u8>,
     large: bool,
     calm: u8,
@@ -78,32 +63,17 @@ pub struct Rx {
     hidden: bool,
 }
 
-/// Chains at the front of what is prepared.
-#[derive(Clone, Copy, Debug, Default)]
-struct Room {
-    chains: usize,
-    bytes: usize,
-    /// The guest has no more; it was asked to kick.
-    all: bool,
-}
-
 impl Rx {
     /// Forgets the prepared chains, which the ring still counts as available. To be done whenever the ring, its
     /// memory or the negotiated features change.
     pub fn unprepare(&mut self) {
-        self.prepared.clear();
-        self.vectors.0.clear();
-        self.next = 0;
-        self.hint = 0;
+        self.buffers.clear();
     }
 
     /// Has the memory that the first frames need there before they come.
     pub fn prefault(&mut self) {
         self.spill = vec![u8::MAX; LARGEST];
-        self.vectors.prefault();
-        let unused = Prepared { head: 0, first: 0, end: 0, length: 0 };
-        self.prepared.resize(5 * usize::from(BATCH), unused);
-        self.prepared.clear();
+        self.buffers.prefault();
     }
 
     /// Puts what the TAP has into the ring, for one turn; the guest sees it with [`Self::show`].
@@ -150,9 +120,9 @@ impl Rx {
         while frames < TURN_FRAMES && bytes < TURN_BYTES {
             match self.front(ring, counters)? {
                 None => return Ok(Turn::ended(frames > 0)),
-                Some(Prepared { length: 0, head, .. }) => {
+                Some(Buffer { length: 0, head, .. }) => {
                     ring.vring.complete(head, 0);
-                    self.next += 1;
+                    self.buffers.consume(1);
                     counters.dropped.add(1);
                     // It counts: a guest that makes nothing else available must not keep the worker from parking.
                     frames += 1;
@@ -186,21 +156,17 @@ impl Rx {
     }
 
     /// The first prepared chain. `None`: the guest has given none, and was asked to kick.
-    fn front(
-        &mut self,
-        ring: &mut Ring,
-        counters: &metrics::Direction,
-    ) -> Result<Option<Prepared>, RingError> {
-        if self.next == self.prepared.len() && !self.prepare(ring, counters)? {
+    fn front(&mut self, ring: &mut Ring, counters: &metrics::Direction) -> Result<Option<Buffer>, RingError> {
+        if self.buffers.front().is_none() && !self.prepare(ring, counters)? {
             return Ok(None);
         }
-        Ok(self.prepared.get(self.next).copied())
+        Ok(self.buffers.front())
     }
 
     /// Prepares more chains. False: there are none, and the guest was asked to kick.
     fn prepare(&mut self, ring: &mut Ring, counters: &metrics::Direction) -> Result<bool, RingError> {
-        self.compact();
-        let taken = u16::try_from(self.prepared.len() - self.next).unwrap_or(u16::MAX);
+        self.buffers.compact();
+        let taken = self.buffers.taken();
         let mut count = ring.vring.available(taken)?;
         if count == 0 {
             // The buffers so far must reach the guest before it can give new ones.
@@ -213,60 +179,9 @@ impl Rx {
             }
         }
         ring.vring.disable_kicks();
-        let before = self.vectors.0.len();
-        for nth in 0..count.min(BATCH) {
-            let head = match ring.vring.head(taken + nth) {
-                Ok(head) => head,
-                Err(_) if nth > 0 => break,
-                Err(error) => return Err(error),
-            };
-            let first = self.vectors.0.len();
-            let length = match chain::append(
-                &ring.vring,
-                head,
-                Direction::Writable,
-                &mut self.hint,
-                &mut self.vectors,
-            ) {
-                // Mergeable, a buffer of the header's size is legal (virtio 1.3 §5.1.6.3.1); alone it holds no frame.
-                Ok(length)
-                    if length as usize > self.settings.header
-                        || (self.settings.mergeable && length as usize == self.settings.header) =>
-                {
-                    length
-                }
-                other => {
-                    tracing::debug!(?other, "receive chain unusable");
-                    self.vectors.0.truncate(first);
-                    0
-                }
-            };
-            self.prepared.push(Prepared { head, first, end: self.vectors.0.len(), length });
-            if self.vectors.0.len() - before >= MAX_VECTORS {
-                break;
-            }
-        }
+        let RxSettings { header, mergeable, .. } = self.settings;
+        self.buffers.append(&ring.vring, count, Usable { header, mergeable })?;
         Ok(true)
-    }
-
-    /// Frees the place of the chains that are done with, when it is all or much.
-    fn compact(&mut self) {
-        if self.next == self.prepared.len() {
-            self.prepared.clear();
-            self.vectors.0.clear();
-            self.next = 0;
-            return;
-        }
-        let done = self.prepared[self.next].first;
-        if self.next >= 4 * usize::from(BATCH) || done >= 8 * MAX_VECTORS {
-            self.vectors.0.drain(..done);
-            self.prepared.drain(..self.next);
-            for chain in &mut self.prepared {
-                chain.first -= done;
-                chain.end -= done;
-            }
-            self.next = 0;
-        }
     }
 
     /// As many chains as are needed for `wanted` bytes, or as there are; one only without mergeable buffers. More than
@@ -279,25 +194,13 @@ impl Rx {
         counters: &metrics::Direction,
     ) -> Result<Room, RingError> {
         let mut room = Room::default();
-        loop {
-            while let Some(chain) = self.prepared.get(self.next + room.chains) {
-                let vectors = chain.end - self.prepared[self.next].first;
-                if room.chains > 0 && vectors >= most {
-                    return Ok(room);
-                }
-                // An unusable chain between others holds no byte of the frame: it is used with a length of 0 in its
-                // place, for the order of the ring, and costs neither the frame nor its neighbours.
-                room.chains += 1;
-                room.bytes += chain.length as usize;
-                if room.bytes >= wanted || !self.settings.mergeable {
-                    return Ok(room);
-                }
-            }
+        while !self.buffers.fill(&mut room, wanted, most, self.settings.mergeable) {
             if !self.prepare(ring, counters)? {
                 room.all = true;
-                return Ok(room);
+                break;
             }
         }
+        Ok(room)
     }
 
     /// Whether a frame that does not fit into `room` will once the guest gives more buffers.
@@ -318,8 +221,8 @@ impl Rx {
         }
         // The last vector is for the spill.
         let room = self.room(ring, if self.large { LARGEST } else { SMALL }, MAX_VECTORS, counters)?;
-        let first = self.prepared[self.next].first;
-        let mut end = self.prepared[self.next + room.chains - 1].end;
+        let chains = &self.buffers.chains()[..room.chains];
+        let (first, end) = (chains[0].first, chains[room.chains - 1].end);
         let spill = libc::iovec { iov_base: self.spill.as_mut_ptr().cast(), iov_len: self.spill.len() };
         let vectors = end - first + usize::from(room.bytes < LARGEST);
         // A chain of more pieces than a system call takes gets a copy.
@@ -329,21 +232,10 @@ impl Rx {
             unsafe { tap.receive(&[spill]) }
         } else if room.bytes >= LARGEST {
             // SAFETY: guest memory that the ring's memory table keeps mapped, in buffers that the guest gave us.
-            unsafe { tap.receive(&self.vectors.0[first..end]) }
+            unsafe { tap.receive(self.buffers.vectors(first..end)) }
         } else {
-            // What is behind is prepared too; it gets its place back at once.
-            let behind = self.vectors.0.get_mut(end).map(|place| std::mem::replace(place, spill));
-            if behind.is_none() {
-                self.vectors.0.push(spill);
-            }
-            end += 1;
             // SAFETY: as above, and the spill buffer, which nobody else uses.
-            let received = unsafe { tap.receive(&self.vectors.0[first..end]) };
-            match behind {
-                Some(behind) => self.vectors.0[end - 1] = behind,
-                None => self.vectors.0.truncate(end - 1),
-            }
-            received
+            self.buffers.with_spill(first..end, spill, |vectors| unsafe { tap.receive(vectors) })
         };
         let length = match received {
             Received::Frame(length) if length > self.settings.header => length,
@@ -394,7 +286,7 @@ impl Rx {
     ) -> Result<Option<usize>, RingError> {
         let room = self.room(ring, length, usize::MAX, counters)?;
         if room.bytes >= length {
-            self.scatter(in_chains, length - in_chains);
+            self.buffers.scatter(in_chains, &self.spill[..length - in_chains]);
             self.deliver(ring, length, counters);
             return Ok(Some(length));
         }
@@ -403,7 +295,7 @@ impl Rx {
             return Ok(Some(0));
         }
         let mut bytes = vec![0; length];
-        self.gather(&mut bytes[..in_chains]);
+        self.buffers.gather(&mut bytes[..in_chains]);
         bytes[in_chains..].copy_from_slice(&self.spill[..length - in_chains]);
         let mut header = [0; net_header::SHORT];
         header.copy_from_slice(&bytes[..net_header::SHORT]);
@@ -431,9 +323,7 @@ impl Rx {
         let mut bytes = vec![0; self.settings.header];
         bytes[..net_header::SHORT].copy_from_slice(&in_hand.header);
         bytes.extend_from_slice(&in_hand.frame);
-        std::mem::swap(&mut self.spill, &mut bytes);
-        self.scatter(0, length);
-        std::mem::swap(&mut self.spill, &mut bytes);
+        self.buffers.scatter(0, &bytes);
         self.deliver(ring, length, counters);
         Ok(None)
     }
@@ -442,17 +332,18 @@ impl Rx {
     /// nothing else would move them.
     fn give_up(&mut self, ring: &mut Ring, room: Room, counters: &metrics::Direction) {
         counters.dropped.add(1);
-        let chains = &self.prepared[self.next..][..room.chains];
+        let chains = &self.buffers.chains()[..room.chains];
         if chains.iter().any(|chain| chain.length == 0) {
             chains.iter().for_each(|chain| ring.vring.complete(chain.head, 0));
-            self.next += room.chains;
+            self.buffers.consume(room.chains);
         }
     }
 
     /// Completes as many chains as `length` bytes fill, which are in place but for the header.
     fn deliver(&mut self, ring: &mut Ring, length: usize, counters: &metrics::Direction) {
-        let verdict =
-            self.settings.accepted.judge(self.byte(net_header::FLAGS), self.byte(net_header::GSO_TYPE));
+        let (flags, gso_type) =
+            (self.buffers.byte(net_header::FLAGS), self.buffers.byte(net_header::GSO_TYPE));
+        let verdict = self.settings.accepted.judge(flags, gso_type);
         if verdict == Verdict::Drop {
             // The chains stay; the next frame overwrites them.
             self.log(ring, length);
@@ -460,27 +351,27 @@ impl Rx {
             return;
         }
         if verdict == Verdict::ClearFlags {
-            self.set_byte(net_header::FLAGS, 0);
+            self.buffers.set_byte(net_header::FLAGS, 0);
         }
         let (mut rest, mut last, mut count) = (length, 0, 0);
         while rest > 0 {
-            last = rest.min(self.prepared[self.next + count].length as usize);
+            last = rest.min(self.buffers.chains()[count].length as usize);
             rest -= last;
             count += 1;
         }
         if self.settings.header == net_header::LONG {
             let buffers = u16::try_from(count).unwrap_or(u16::MAX).to_le_bytes();
-            self.set_byte(net_header::NUM_BUFFERS, buffers[0]);
-            self.set_byte(net_header::NUM_BUFFERS + 1, buffers[1]);
+            self.buffers.set_byte(net_header::NUM_BUFFERS, buffers[0]);
+            self.buffers.set_byte(net_header::NUM_BUFFERS + 1, buffers[1]);
         }
         self.log(ring, length);
-        let end = self.next + count;
-        for chain in &self.prepared[self.next..end - 1] {
+        let chains = &self.buffers.chains()[..count];
+        for chain in &chains[..count - 1] {
             ring.vring.complete(chain.head, chain.length);
         }
         // `last` is at most a chain's length, a u32.
-        ring.vring.complete(self.prepared[end - 1].head, u32::try_from(last).unwrap_or(u32::MAX));
-        self.next = end;
+        ring.vring.complete(chains[count - 1].head, u32::try_from(last).unwrap_or(u32::MAX));
+        self.buffers.consume(count);
         counters.frame(length - self.settings.header);
     }
 
@@ -488,75 +379,8 @@ impl Rx {
     #[inline]
     fn log(&self, ring: &Ring, length: usize) {
         if let Some(log) = ring.vring.log() {
-            self.each_piece(0, length, |pointer, count| log.buffer(ring.vring.memory(), pointer, count));
-        }
-    }
-
-    /// The vector and the offset in it where byte `offset` of the chains at the front lies.
-    #[inline]
-    fn place(&self, mut offset: usize) -> (usize, usize) {
-        let mut vector = self.prepared[self.next].first;
-        while offset >= self.vectors.0[vector].iov_len {
-            offset -= self.vectors.0[vector].iov_len;
-            vector += 1;
-        }
-        (vector, offset)
-    }
-
-    #[inline]
-    fn pointer(&self, offset: usize) -> *mut u8 {
-        let (vector, offset) = self.place(offset);
-        // SAFETY: `place` gives an offset within the vector.
-        unsafe { self.vectors.0[vector].iov_base.cast::<u8>().add(offset) }
-    }
-
-    #[inline]
-    fn byte(&self, offset: usize) -> u8 {
-        // SAFETY: guest memory that the ring's memory table keeps mapped.
-        unsafe { self.pointer(offset).read_volatile() }
-    }
-
-    #[inline]
-    fn set_byte(&self, offset: usize, value: u8) {
-        // SAFETY: guest memory that the ring's memory table keeps mapped, in a buffer that the guest gave us.
-        unsafe { self.pointer(offset).write_volatile(value) };
-    }
-
-    /// Copies the first `length` bytes of the spill buffer to byte `offset` of the chains at the front and on.
-    fn scatter(&self, offset: usize, length: usize) {
-        let mut done = 0;
-        self.each_piece(offset, length, |pointer, count| {
-            // SAFETY: `each_piece` gives `count` bytes of guest memory; the spill buffer has `length` bytes.
-            unsafe { pointer.copy_from_nonoverlapping(self.spill[done..][..count].as_ptr(), count) };
-            done += count;
-        });
-    }
-
-    /// Copies the first bytes of the chains at the front to `bytes`.
-    fn gather(&self, bytes: &mut [u8]) {
-        let mut done = 0;
-        self.each_piece(0, bytes.len(), |pointer, count| {
-            let to = &mut bytes[done..][..count];
-            // SAFETY: `each_piece` gives `count` bytes of guest memory, and `to` is as long.
-            unsafe { pointer.copy_to_nonoverlapping(to.as_mut_ptr(), count) };
-            done += count;
-        });
-    }
-
-    fn each_piece(&self, offset: usize, length: usize, mut action: impl FnMut(*mut u8, usize)) {
-        if length == 0 {
-            return;
-        }
-        let (mut vector, mut offset) = self.place(offset);
-        let mut rest = length;
-        while rest > 0 {
-            let iovec = self.vectors.0[vector];
-            let count = rest.min(iovec.iov_len - offset);
-            // SAFETY: `offset` is within the vector.
-            action(unsafe { iovec.iov_base.cast::<u8>().add(offset) }, count);
-            rest -= count;
-            vector += 1;
-            offset = 0;
+            self.buffers
+                .each_piece(0, length, |pointer, count| log.buffer(ring.vring.memory(), pointer, count));
         }
     }
 }
