@@ -103,16 +103,11 @@ pub fn status(device: &Device, handover: Option<HandoverStatus>, connected: bool
     let vrings = session
         .vrings
         .iter()
-        .enumerate()
         .take(2 * pairs)
-        .map(|(index, vring)| {
-            let pair = &device.counters()[index / 2];
-            let direction = if index % 2 == 0 { &pair.rx } else { &pair.tx };
-            VringStatus {
-                started: direction.started.load(std::sync::atomic::Ordering::Relaxed),
-                enabled: vring.enabled,
-                size: vring.size.unwrap_or_default(),
-            }
+        .map(|vring| VringStatus {
+            started: vring.started,
+            enabled: vring.enabled,
+            size: vring.size.unwrap_or_default(),
         })
         .collect();
     BackendStatus {

@@ -352,6 +352,7 @@ impl Device {
                 }
                 Ok(None) => {}
                 Err(error) => {
+                    vrings[vring].unmapped();
                     limited!(warn, vring, %error, "vring cannot run");
                 }
             }

@@ -2,7 +2,7 @@
 //!
 //! Where the kernel moves the frames nobody here sees them: what was not counted is not told.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use baton_protocol::control::{Datapath, DirectionStats, QueuePairStats};
 use baton_protocol::handover::wire::device::DirectionCounters;
@@ -53,8 +53,6 @@ pub struct Direction {
     pub kicks: Counter,
     /// Notifications sent.
     pub calls: Counter,
-    /// Whether the vring runs.
-    pub started: AtomicBool,
 }
 
 impl Direction {

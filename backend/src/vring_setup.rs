@@ -202,6 +202,12 @@ impl VringSetup {
         self.call_due |= ring.call_due;
     }
 
+    /// Notes that the ring cannot be mapped any more: it is not started, and its driver is called when it is again.
+    pub fn unmapped(&mut self) {
+        self.started = false;
+        self.called = false;
+    }
+
     /// Stops the ring (`GET_VRING_BASE`): its place is kept, its kick and call are dropped. `ran`: there was a TAP, so it
     /// was worked on.
     pub fn stop(&mut self, ran: bool) {

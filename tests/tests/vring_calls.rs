@@ -8,8 +8,8 @@ use std::time::Instant;
 
 use baton_tests::backend::Rig;
 use baton_tests::datapath::Datapath;
-use baton_tests::fake_frontend::wire::{Message, request};
-use baton_tests::fake_frontend::{Device, Options};
+use baton_tests::fake_frontend::wire::{MemoryRegion, Message, request};
+use baton_tests::fake_frontend::{Device, GuestMemory, Options, Region};
 use baton_tests::on_both_datapaths;
 use baton_tests::process::PATIENCE;
 
@@ -20,6 +20,7 @@ on_both_datapaths! {
     a_driver_is_called_when_its_rings_are_enabled_again,
     a_driver_is_called_when_its_rings_are_started_again,
     a_driver_is_called_on_a_new_call_descriptor,
+    a_driver_is_called_when_the_memory_of_its_rings_returns,
     a_call_that_is_due_outlasts_the_next_message,
     a_driver_is_called_once_and_not_for_each_message,
 }
@@ -172,6 +173,27 @@ fn a_driver_is_called_on_a_new_call_descriptor(datapath: Datapath) {
         device.connection.set_vring_kick(index, Some(ring.kick.as_fd())).unwrap();
         device.connection.set_vring_call(index, Some(ring.call.as_fd())).unwrap();
     }
+    expect_goes_on(&mut rig, &mut device);
+}
+
+/// A ring whose memory is gone is not started. A call descriptor that comes meanwhile is signalled when the ring runs again.
+fn a_driver_is_called_when_the_memory_of_its_rings_returns(datapath: Datapath) {
+    let mut rig = Rig::new(datapath, 1, &[]).unwrap();
+    let mut device = waiting_device(&mut rig);
+    let elsewhere =
+        MemoryRegion { guest_address: 1 << 40, size: 0x1_0000, user_address: 1 << 40, file_offset: 0 };
+    let elsewhere = GuestMemory::from_regions(vec![Region::new(elsewhere).unwrap()]).unwrap();
+    device.connection.set_memory_table(&elsewhere).unwrap();
+    assert!(rig.backend.status().unwrap().vrings.iter().all(|vring| !vring.started));
+
+    lose_calls(&mut device);
+    for index in [RX, TX] {
+        let ring = device.ring(index);
+        device.connection.set_vring_call(index, Some(ring.call.as_fd())).unwrap();
+        device.connection.set_vring_kick(index, Some(ring.kick.as_fd())).unwrap();
+    }
+    device.connection.set_memory_table(&device.memory).unwrap();
+    assert!(rig.backend.status().unwrap().vrings.iter().all(|vring| vring.started));
     expect_goes_on(&mut rig, &mut device);
 }
 

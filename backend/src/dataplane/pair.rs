@@ -8,7 +8,6 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use baton_control::limited;
@@ -143,14 +142,13 @@ impl QueuePair {
     /// # Errors
     /// What watching its kick fails with; the ring is dropped then.
     pub fn put_ring(&mut self, side: Side, ring: Ring) -> io::Result<()> {
-        let (token, counters) = match side {
-            Side::Rx => (RX_KICK, &self.counters.rx),
-            Side::Tx => (TX_KICK, &self.counters.tx),
+        let token = match side {
+            Side::Rx => RX_KICK,
+            Side::Tx => TX_KICK,
         };
         if let Kick::Eventfd(kick) = &ring.kick {
             self.epoll.add(kick, KICK_EVENTS, token)?;
         }
-        counters.started.store(true, Ordering::Relaxed);
         match side {
             Side::Rx => self.rx.ring = Some(ring),
             Side::Tx => self.tx.ring = Some(ring),
@@ -168,15 +166,13 @@ impl QueuePair {
 
     /// Takes a vring out, with all its chains completed and published or still available.
     pub fn take_ring(&mut self, side: Side) -> Option<Ring> {
-        let (ring, counters) = match side {
+        let ring = match side {
             Side::Rx => {
                 self.rx.unprepare();
-                (self.rx.ring.take(), &self.counters.rx)
+                self.rx.ring.take()
             }
-            Side::Tx => (self.tx.ring.take(), &self.counters.tx),
-        };
-        let ring = ring?;
-        counters.started.store(false, Ordering::Relaxed);
+            Side::Tx => self.tx.ring.take(),
+        }?;
         if let Some(kernel) = &mut self.kernel {
             kernel.vhost.unprepare(side);
         }
