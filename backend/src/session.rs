@@ -183,6 +183,11 @@ impl Session {
         Ok(Self { wire, handler, dispatch, backend: backend.clone(), begun, said, since })
     }
 
+    /// Ends the connection, whoever else holds its socket.
+    pub fn close(self) {
+        self.wire.close();
+    }
+
     /// Whether the front-end has said anything.
     pub fn begun(&self) -> bool {
         self.begun

@@ -173,6 +173,7 @@ impl Front {
     pub(super) fn disconnect(&mut self) -> io::Result<()> {
         if let Some(session) = self.session.take() {
             self.epoll.remove(&session)?;
+            session.close();
         }
         // The next one need not wait until this one would have had to give way.
         if self.resting { self.rest(Duration::from_nanos(1)) } else { Ok(()) }

@@ -12,7 +12,7 @@ use std::os::unix::net::UnixStream;
 
 use baton_channel::scm;
 use nix::errno::Errno;
-use nix::sys::socket::{ControlMessage, MsgFlags, recv, sendmsg};
+use nix::sys::socket::{ControlMessage, MsgFlags, recv, sendmsg, shutdown};
 use vhost::vhost_user::message::FrontendReq;
 
 use super::SessionEnd;
@@ -79,6 +79,16 @@ impl Header {
     }
 }
 
+/// What is in the front-end's socket.
+enum Look {
+    /// Nothing.
+    Empty,
+    /// So many bytes of a message.
+    Part(usize),
+    /// A whole message.
+    Whole(Header),
+}
+
 /// The front-end's socket and the handler's.
 #[derive(Debug)]
 pub(super) struct Wire {
@@ -103,6 +113,25 @@ impl Wire {
     /// The header of the next message, if that is there whole.
     pub fn next(&self) -> Result<Option<Header>, SessionEnd> {
         self.peek_at_the_next();
+        loop {
+            match self.look()? {
+                Look::Whole(header) => return Ok(Some(header)),
+                Look::Empty => return Ok(None),
+                Look::Part(available) => {
+                    if !self.is_over()? {
+                        return Ok(None);
+                    }
+                    // The front-end may have sent the rest, and left, since the look.
+                    if self.available()? == available {
+                        return Err(SessionEnd::Truncated);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Looks for a whole message in the socket.
+    fn look(&self) -> Result<Look, SessionEnd> {
         // Before the look at them, so that bytes which come in between are not taken for bytes that cannot be read.
         let available = self.available()?;
         let mut bytes = [0; HEADER];
@@ -110,22 +139,22 @@ impl Wire {
         let length = match recv(self.front.as_raw_fd(), &mut bytes, flags) {
             Ok(0) => return Err(SessionEnd::Left),
             Ok(length) => length,
-            Err(Errno::EAGAIN) => return Ok(None),
+            Err(Errno::EAGAIN) => return Ok(Look::Empty),
             Err(Errno::ECONNRESET) => return Err(SessionEnd::Left),
             Err(error) => return Err(SessionEnd::Socket(error.into())),
         };
         if length < HEADER {
             // A read ends where other descriptors begin, and so would the next one.
-            return if available < HEADER { self.incomplete() } else { Err(SessionEnd::Scattered) };
+            return if available < HEADER { Ok(Look::Part(available)) } else { Err(SessionEnd::Scattered) };
         }
         let header = Header::from(bytes);
         if header.size > MAX_BODY {
             return Err(SessionEnd::Oversized { request: header.request, size: header.size });
         }
         if available < HEADER + header.body() {
-            return self.incomplete();
+            return Ok(Look::Part(available));
         }
-        Ok(Some(header))
+        Ok(Look::Whole(header))
     }
 
     /// Has a look at the socket find what a read would: another holder of it may have said otherwise, and then a message
@@ -158,10 +187,19 @@ impl Wire {
         Ok(usize::try_from(available).unwrap_or_default())
     }
 
-    /// Part of a message is there; the rest comes later, or never.
-    fn incomplete(&self) -> Result<Option<Header>, SessionEnd> {
-        let gone = libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR;
-        if self.poll(libc::POLLRDHUP)? & gone != 0 { Err(SessionEnd::Truncated) } else { Ok(None) }
+    /// Whether the front-end sends nothing more.
+    fn is_over(&self) -> Result<bool, SessionEnd> {
+        let over = libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR;
+        Ok(self.poll(libc::POLLRDHUP)? & over != 0)
+    }
+
+    /// Ends the connection, and discards what the front-end has sent and nobody has read. The kernel closes descriptors
+    /// that are left in a socket, and that may wait: the last close of a TCP socket does. [`scm::receive`] prevents it.
+    pub fn close(&self) {
+        // Nothing comes after this, so the loop ends.
+        let _ = shutdown(self.front.as_raw_fd(), nix::sys::socket::Shutdown::Read);
+        let mut bytes = [0; ANSWER];
+        while scm::receive(&self.front, &mut bytes).is_ok_and(|received| received.length > 0) {}
     }
 
     /// The events that hold now, of `events` and of those that are always told.
