@@ -41,6 +41,11 @@ pub fn bench_handover() -> Result<PathBuf> {
     program("bench-handover")
 }
 
+/// `bench-dataplane`, which measures back-ends.
+pub fn bench_dataplane() -> Result<PathBuf> {
+    program("bench-dataplane")
+}
+
 /// `reference-backend`, a back-end without Baton's code.
 pub fn reference_backend() -> Result<PathBuf> {
     program("reference-backend")

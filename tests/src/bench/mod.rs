@@ -6,6 +6,7 @@
 //! session on many times in a row near that. [`numbers`] sums up, [`page`] writes it all down, with a [`plot`].
 
 pub mod cell;
+pub mod dataplane;
 pub mod driver;
 pub mod message;
 pub mod numbers;

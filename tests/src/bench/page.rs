@@ -12,7 +12,7 @@ use super::numbers::Quantiles;
 use super::row::Row;
 
 /// Where the measured part begins in the page.
-const BEGIN: &str = "<!-- measured: what follows is written by make bench-handover -->\n";
+const BEGIN: &str = "<!-- measured: what follows is written by make bench -->\n";
 /// Where it ends.
 const END: &str = "<!-- /measured -->\n";
 

@@ -1,0 +1,370 @@
+//! The load on a back-end: guest and network in one thread, and what came of it.
+
+use std::io::Write;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::poll::{PollFd, PollFlags};
+use nix::sys::time::TimeSpec;
+use serde::{Deserialize, Serialize};
+
+use super::guest::{Guest, HEADER, Pair};
+use super::scenario::{Scenario, Traffic};
+use super::source::{Burst, STAMP, frame};
+use super::usage::Usage;
+use crate::bench::cell::take_processor;
+use crate::netns;
+use crate::packet_socket::PacketSocket;
+
+/// How long the load runs before it is measured.
+const WARM_UP: Duration = Duration::from_millis(200);
+/// Frames that the network sends with one system call.
+const BURST: usize = 32;
+/// Chains that the driver shows the device at a time.
+const BATCH: usize = 32;
+/// How long anything may take. Only catches a back-end that hangs.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// What to drive, and for how long.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Arguments {
+    /// The scenario, in JSON
+    #[arg(long, value_parser = scenario)]
+    pub scenario: Scenario,
+    /// The back-end's socket. Without it there is no guest: the back-end is a TAP without virtio
+    #[arg(long)]
+    pub socket: Option<PathBuf>,
+    /// The TAP
+    #[arg(long)]
+    pub tap: String,
+    /// The back-end's process number
+    #[arg(long)]
+    pub pid: u32,
+    /// How long to measure, in milliseconds
+    #[arg(long)]
+    pub milliseconds: u64,
+    /// Keep to the last processor
+    #[arg(long)]
+    pub pinned: bool,
+}
+
+fn scenario(text: &str) -> Result<Scenario, serde_json::Error> {
+    serde_json::from_str(text)
+}
+
+/// What came of a cell.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Outcome {
+    /// How long it was measured, in seconds.
+    pub seconds: f64,
+    /// Frames that arrived. Of those there and back, or of ping-pong, frames that came back.
+    pub frames: u64,
+    /// What the back-end used.
+    pub used: Usage,
+    /// Kicks.
+    pub kicks: u64,
+    /// Calls that the driver took.
+    pub calls: u64,
+    /// Frames' times in nanoseconds, in ascending order, where they are measured.
+    pub times: Vec<u64>,
+}
+
+/// Drives, and writes the [`Outcome`] to `output` as JSON: `null` if the back-end cannot do the scenario.
+///
+/// # Errors
+/// If the back-end does what it must not.
+pub fn run(arguments: &Arguments, output: OwnedFd) -> Result<()> {
+    if arguments.pinned {
+        take_processor()?;
+    }
+    // The kernel may else let a sleep of microseconds take 50 µs longer.
+    nix::sys::prctl::set_timerslack(1)?;
+    let outcome = measure(arguments)?;
+    let mut output = std::fs::File::from(output);
+    Ok(output.write_all(&serde_json::to_vec(&outcome)?)?)
+}
+
+fn measure(arguments: &Arguments) -> Result<Option<Outcome>> {
+    let scenario = arguments.scenario;
+    let guest = match &arguments.socket {
+        Some(socket) => match Guest::connect(socket, &scenario)? {
+            Some(guest) => Some(guest),
+            None => return Ok(None),
+        },
+        None => None,
+    };
+    wait_interface(&arguments.tap)?;
+    let mut load = Load::new(scenario, guest, &arguments.tap)?;
+    load.run_for(WARM_UP)?;
+    load.restart();
+    let before = (Usage::of(arguments.pid)?, load.counters()?, Instant::now());
+    load.run_for(Duration::from_millis(arguments.milliseconds))?;
+    let used = Usage::of(arguments.pid)?.since(before.0);
+    let seconds = before.2.elapsed().as_secs_f64();
+    let after = load.counters()?;
+    let mut outcome = load.outcome;
+    outcome.times.sort_unstable();
+    // What the TAP has counted is what its owner did, whatever the guest knows of it.
+    outcome.frames = match scenario.traffic {
+        Traffic::Transmit | Traffic::ThereAndBack => after.rx_packets - before.1.rx_packets,
+        Traffic::Receive if load.guest.is_none() => after.tx_packets - before.1.tx_packets,
+        _ => outcome.frames,
+    };
+    Ok(Some(Outcome { seconds, used, ..outcome }))
+}
+
+/// Waits for a TAP that the back-end makes, and sets it up.
+fn wait_interface(tap: &str) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    while !netns::exists(tap) {
+        ensure!(Instant::now() < deadline, "{tap} is not there");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    netns::set_up(tap)?;
+    netns::wait_running(tap)
+}
+
+struct Load {
+    scenario: Scenario,
+    guest: Option<Guest>,
+    network: PacketSocket,
+    burst: Burst,
+    tap: String,
+    began: Instant,
+    /// When the next burst is due, in nanoseconds.
+    due: u64,
+    outcome: Outcome,
+}
+
+impl Load {
+    fn new(scenario: Scenario, guest: Option<Guest>, tap: &str) -> Result<Self> {
+        let burst = match scenario.traffic {
+            Traffic::Paced { burst, .. } => usize::try_from(burst)?,
+            Traffic::PingPong => 1,
+            _ => BURST,
+        };
+        let mut load = Self {
+            scenario,
+            guest,
+            network: PacketSocket::open(tap)?,
+            burst: Burst::new(burst, scenario.frame),
+            tap: tap.to_owned(),
+            began: Instant::now(),
+            due: 0,
+            outcome: Outcome::default(),
+        };
+        // All frames that the guest sends are the same.
+        let (header, bytes) = frame(scenario.frame);
+        let bytes = [&header.encode()[..], &bytes].concat();
+        for pair in load.guest.iter_mut().flat_map(|guest| &mut guest.pairs) {
+            let mut heads = Vec::new();
+            while let Some(head) = pair.transmit.take() {
+                pair.transmit.buffer(head).write(0, &bytes);
+                heads.push(head);
+            }
+            heads.into_iter().for_each(|head| pair.transmit.release(head));
+        }
+        Ok(load)
+    }
+
+    fn restart(&mut self) {
+        self.outcome = Outcome::default();
+        for pair in self.guest.iter_mut().flat_map(|guest| &mut guest.pairs) {
+            pair.receive.kicks = 0;
+            pair.transmit.kicks = 0;
+        }
+    }
+
+    fn counters(&self) -> Result<netns::Counters> {
+        netns::counters(&self.tap)
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    fn run_for(&mut self, time: Duration) -> Result<()> {
+        let end = Instant::now() + time;
+        let mut progress = (Instant::now(), 0);
+        while Instant::now() < end {
+            match (self.scenario.traffic, self.guest.is_some()) {
+                (Traffic::Transmit, true) => self.transmit(end)?,
+                // The TAP without virtio sends by itself.
+                (_, false) if self.scenario.traffic == Traffic::Transmit => {
+                    std::thread::sleep(end.saturating_duration_since(Instant::now()));
+                }
+                (Traffic::Receive | Traffic::ThereAndBack, _) => self.receive()?,
+                (Traffic::PingPong, _) => self.ping_pong()?,
+                (Traffic::Paced { rate, burst }, _) => self.paced(rate, burst, end)?,
+                (Traffic::Transmit, false) => bail!("no guest"),
+            }
+            if self.outcome.frames > progress.1 {
+                progress = (Instant::now(), self.outcome.frames);
+            }
+            ensure!(self.guest.is_none() || progress.0.elapsed() < PATIENCE, "the back-end moves nothing");
+        }
+        let pairs = self.guest.iter().flat_map(|guest| &guest.pairs);
+        self.outcome.kicks = pairs.map(|pair| pair.receive.kicks + pair.transmit.kicks).sum();
+        Ok(())
+    }
+
+    /// Guest to TAP: keeps the transmit rings full.
+    fn transmit(&mut self, end: Instant) -> Result<()> {
+        let Some(guest) = &mut self.guest else { return Ok(()) };
+        let mut any = false;
+        for pair in &mut guest.pairs {
+            while let Some((head, _)) = pair.transmit.pop() {
+                pair.transmit.release(head);
+                self.outcome.frames += 1;
+                any = true;
+            }
+            loop {
+                let mut added = 0;
+                while added < BATCH
+                    && let Some(head) = pair.transmit.take()
+                {
+                    pair.transmit.add(head);
+                    added += 1;
+                }
+                pair.transmit.publish()?;
+                if added < BATCH {
+                    break;
+                }
+            }
+            if !any {
+                pair.transmit.disable_calls();
+            }
+        }
+        if !any && self.scenario.sleeps {
+            self.sleep(|pair| [false, true].map(|transmit| (transmit, pair)), Some(end))?;
+        }
+        Ok(())
+    }
+
+    /// TAP to guest, and back if the scenario says so.
+    fn receive(&mut self) -> Result<()> {
+        self.burst.send(self.network.as_fd(), BURST)?;
+        self.take_received()?;
+        Ok(())
+    }
+
+    /// Takes what the guest has received, and sends it back where that is the scenario. Returns whether there was any.
+    fn take_received(&mut self) -> Result<bool> {
+        let now = self.now();
+        let Some(guest) = &mut self.guest else { return Ok(false) };
+        let (back, timed) = match self.scenario.traffic {
+            Traffic::ThereAndBack | Traffic::PingPong => (true, false),
+            Traffic::Paced { .. } => (false, true),
+            _ => (false, false),
+        };
+        let mut any = false;
+        for pair in &mut guest.pairs {
+            let Pair { receive, transmit } = pair;
+            if back {
+                while let Some((head, _)) = transmit.pop() {
+                    transmit.release(head);
+                }
+            }
+            let mut pieces = 0;
+            while let Some((head, length)) = receive.pop() {
+                if pieces == 0 {
+                    let buffer = receive.buffer(head);
+                    let mut number = [0; 2];
+                    if guest.mergeable {
+                        buffer.read(HEADER - 2, &mut number);
+                    }
+                    pieces = u16::from_le_bytes(number).max(1);
+                    self.outcome.frames += 1;
+                    if timed {
+                        let mut stamp = [0; 8];
+                        buffer.read(HEADER + STAMP, &mut stamp);
+                        self.outcome.times.push(now.saturating_sub(u64::from_le_bytes(stamp)));
+                    }
+                    if back && let Some(reply) = transmit.take() {
+                        let mut bytes = [0; 64];
+                        buffer.read(HEADER, &mut bytes[..(length - HEADER).min(64)]);
+                        transmit.buffer(reply).write(HEADER, &bytes);
+                        transmit.add(reply);
+                    }
+                    any = true;
+                }
+                pieces -= 1;
+                receive.add(head);
+            }
+            if back {
+                transmit.publish()?;
+                transmit.disable_calls();
+            }
+            receive.publish()?;
+            receive.disable_calls();
+        }
+        Ok(any)
+    }
+
+    /// One frame there and back.
+    fn ping_pong(&mut self) -> Result<()> {
+        let began = Instant::now();
+        let overdue = began + PATIENCE;
+        self.burst.send(self.network.as_fd(), 1)?;
+        while !self.take_received()? {
+            if self.scenario.sleeps {
+                self.sleep(|pair| [(false, pair)], Some(overdue))?;
+            }
+            ensure!(Instant::now() < overdue, "a frame does not arrive in the guest");
+        }
+        while self.network.try_receive()?.is_none() {
+            if self.scenario.sleeps {
+                let mut fds = [PollFd::new(self.network.as_fd(), PollFlags::POLLIN)];
+                nix::poll::ppoll(&mut fds, Some(TimeSpec::from_duration(PATIENCE)), None)?;
+            }
+            ensure!(Instant::now() < overdue, "a frame does not come back");
+        }
+        self.outcome.times.push(u64::try_from(began.elapsed().as_nanos())?);
+        Ok(())
+    }
+
+    /// TAP to guest: what is due now.
+    fn paced(&mut self, rate: u32, burst: u32, end: Instant) -> Result<()> {
+        let interval = 1_000_000_000 * u64::from(burst) / u64::from(rate);
+        let now = self.now();
+        // What could not be sent in time is not made up for.
+        self.due = self.due.max(now.saturating_sub(interval));
+        if self.due <= now {
+            let burst = usize::try_from(burst)?;
+            (0..burst).for_each(|nth| self.burst.stamp(nth, now));
+            self.burst.send(self.network.as_fd(), burst)?;
+            self.due += interval;
+        }
+        if !self.take_received()? && self.scenario.sleeps {
+            let due = self.began + Duration::from_nanos(self.due);
+            self.sleep(|pair| [(false, pair)], Some(due.min(end)))?;
+        }
+        Ok(())
+    }
+
+    /// Sleeps until the device calls, as a guest does, or until `end`. `rings` has the rings to be woken by: of a pair its
+    /// transmit ring (`true`), or its receive ring.
+    fn sleep<const N: usize>(
+        &mut self,
+        rings: impl for<'a> Fn(&'a Pair) -> [(bool, &'a Pair); N],
+        end: Option<Instant>,
+    ) -> Result<()> {
+        let Some(guest) = &self.guest else { return Ok(()) };
+        let rings = guest.pairs.iter().flat_map(rings);
+        let rings: Vec<_> =
+            rings.map(|(transmit, pair)| if transmit { &pair.transmit } else { &pair.receive }).collect();
+        if rings.iter().any(|ring| ring.enable_calls()) {
+            return Ok(());
+        }
+        let mut fds: Vec<_> =
+            rings.iter().map(|ring| PollFd::new(ring.call.as_fd(), PollFlags::POLLIN)).collect();
+        let left = end.map(|end| TimeSpec::from_duration(end.saturating_duration_since(Instant::now())));
+        nix::poll::ppoll(&mut fds, left, None).context("wait for a call")?;
+        for ring in rings {
+            self.outcome.calls += ring.take_calls()?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,249 @@
+//! The measured part of the page on performance.
+
+use std::fmt::Write as _;
+
+use super::load::Outcome;
+use super::run::Cell;
+use super::scenario::Scenario;
+use crate::bench::page::Machine;
+
+/// The back-end that all others are compared with: the first one.
+const OWN: &str = "Baton";
+/// How a TAP without virtio is called.
+const BARE: &str = "bare TAP";
+
+/// Median, least and most of a cell's rounds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Spread {
+    /// The median.
+    pub median: f64,
+    /// The least.
+    pub least: f64,
+    /// The most.
+    pub most: f64,
+}
+
+impl Spread {
+    /// Of these values. `None` without any.
+    pub fn of(values: impl IntoIterator<Item = f64>) -> Option<Self> {
+        let mut values: Vec<_> = values.into_iter().collect();
+        values.sort_by(f64::total_cmp);
+        let (least, most) = (*values.first()?, *values.last()?);
+        let middle = values.len() / 2;
+        let median = if values.len().is_multiple_of(2) {
+            values[middle - 1].midpoint(values[middle])
+        } else {
+            values[middle]
+        };
+        Some(Self { median, least, most })
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "figures with three digits")]
+impl Outcome {
+    /// Work a second: thousand frames, or gigabits where frames are large.
+    pub fn rate(&self, scenario: &Scenario) -> f64 {
+        self.work(scenario) / self.seconds
+    }
+
+    /// Work for a second of the back-end's processor time.
+    pub fn efficiency(&self, scenario: &Scenario) -> f64 {
+        self.work(scenario) / (self.used.cpu.max(1) as f64 / 1e9)
+    }
+
+    fn work(&self, scenario: &Scenario) -> f64 {
+        if scenario.is_large() {
+            (self.frames * scenario.frame as u64 * 8) as f64 / 1e9
+        } else {
+            self.frames as f64 / 1e3
+        }
+    }
+
+    /// Processor time in percent of one processor.
+    pub fn load(&self) -> f64 {
+        self.used.cpu as f64 / 1e7 / self.seconds
+    }
+
+    /// Processor time a frame, in microseconds.
+    pub fn cpu_per_frame(&self) -> f64 {
+        self.used.cpu as f64 / 1e3 / self.frames.max(1) as f64
+    }
+
+    /// A quantile of the frames' times, in microseconds.
+    pub fn time(&self, of_thousand: usize) -> f64 {
+        let rank = (self.times.len() * of_thousand).div_ceil(1000).saturating_sub(1);
+        self.times.get(rank).copied().unwrap_or_default() as f64 / 1e3
+    }
+
+    fn per_thousand(&self, count: u64) -> f64 {
+        count as f64 * 1e3 / self.frames.max(1) as f64
+    }
+}
+
+impl Cell {
+    /// What `value` gives for each round.
+    pub fn spread(&self, value: impl Fn(&Outcome) -> f64) -> Option<Spread> {
+        Spread::of(self.outcomes.iter().map(value))
+    }
+}
+
+/// The measured part, in Markdown. `plots` are the names of pictures.
+pub fn text(machine: &Machine, cells: &[Cell], rounds: usize, milliseconds: u64, plots: &[&str]) -> String {
+    let mut text = String::new();
+    // Writing to a string does not fail.
+    let _ = write(&mut text, machine, cells, rounds, milliseconds, plots);
+    text
+}
+
+fn write(
+    text: &mut String,
+    machine: &Machine,
+    cells: &[Cell],
+    rounds: usize,
+    milliseconds: u64,
+    plots: &[&str],
+) -> std::fmt::Result {
+    let Machine { processors, kernel, load } = machine;
+    writeln!(
+        text,
+        "Measured on {processors}, Linux {kernel}, load {load} before it began: {rounds} rounds of"
+    )?;
+    writeln!(
+        text,
+        "{milliseconds} ms a cell. Each figure is the median, and in brackets the least and the most.\n"
+    )?;
+    for plot in plots {
+        writeln!(text, "![{plot}]({plot})\n")?;
+    }
+    let rows = rows(cells);
+    writeln!(text, "### Work for a second of the back-end's processor time\n")?;
+    writeln!(text, "Thousand frames, or gigabits for frames of 64 KiB.\n")?;
+    let flood = |scenario: &Scenario| !scenario.is_ping_pong();
+    compared(text, &rows, flood, |scenario, outcome| outcome.efficiency(scenario))?;
+    writeln!(text, "\n### Work a second\n")?;
+    writeln!(text, "Thousand frames, or gigabits for frames of 64 KiB.\n")?;
+    let flood = |scenario: &Scenario| !scenario.is_ping_pong() && !scenario.is_paced();
+    compared(text, &rows, flood, |scenario, outcome| outcome.rate(scenario))?;
+    writeln!(text, "\n### Frames' times\n")?;
+    writeln!(text, "Microseconds, of a round trip where the row says ping-pong, else of one way.\n")?;
+    writeln!(text, "| | back-end | p50 | p99 | p99.9 | processor, µs a frame | processor, % |")?;
+    writeln!(text, "|---|---|---|---|---|---|---|")?;
+    for (scenario, row) in rows.iter().filter(|(scenario, _)| scenario.is_ping_pong() || scenario.is_paced())
+    {
+        for cell in row.iter().filter(|cell| !cell.outcomes.is_empty()) {
+            write!(text, "| {} | {} |", scenario.name(), cell.peer)?;
+            for of_thousand in [500, 990, 999] {
+                write!(text, " {} |", figure(cell.spread(|outcome| outcome.time(of_thousand))))?;
+            }
+            let per_frame = figure(cell.spread(Outcome::cpu_per_frame));
+            writeln!(text, " {per_frame} | {} |", figure(cell.spread(Outcome::load)))?;
+        }
+    }
+    writeln!(text, "\n### What the back-end does for a thousand frames\n")?;
+    writeln!(
+        text,
+        "Reads and writes are system calls of the back-end; sleeps are waits of its threads. Medians.\n"
+    )?;
+    writeln!(text, "| | back-end | reads and writes | sleeps | kicks | calls |")?;
+    writeln!(text, "|---|---|---|---|---|---|")?;
+    for (scenario, row) in &rows {
+        for cell in row.iter().filter(|cell| !cell.outcomes.is_empty() && !cell.peer.starts_with(BARE)) {
+            write!(text, "| {} | {} |", scenario.name(), cell.peer)?;
+            let counts: [fn(&Outcome) -> u64; 4] = [
+                |outcome| outcome.used.transfers,
+                |outcome| outcome.used.sleeps,
+                |outcome| outcome.kicks,
+                |outcome| outcome.calls,
+            ];
+            for count in counts {
+                let value = cell.spread(|outcome| outcome.per_thousand(count(outcome)));
+                write!(text, " {} |", value.map_or_else(String::new, |value| digits(value.median)))?;
+            }
+            writeln!(text)?;
+        }
+    }
+    Ok(())
+}
+
+/// The cells of each scenario.
+fn rows(cells: &[Cell]) -> Vec<(Scenario, Vec<&Cell>)> {
+    let mut rows: Vec<(Scenario, Vec<&Cell>)> = Vec::new();
+    for cell in cells {
+        match rows.iter_mut().find(|(scenario, _)| *scenario == cell.scenario) {
+            Some((_, row)) => row.push(cell),
+            None => rows.push((cell.scenario, vec![cell])),
+        }
+    }
+    rows
+}
+
+/// A table of one value: a column for each back-end, then how the first one stands against the best and the limit.
+fn compared(
+    text: &mut String,
+    rows: &[(Scenario, Vec<&Cell>)],
+    wanted: impl Fn(&Scenario) -> bool,
+    value: impl Fn(&Scenario, &Outcome) -> f64,
+) -> std::fmt::Result {
+    let Some((_, first)) = rows.first() else { return Ok(()) };
+    let names: Vec<_> = first.iter().map(|cell| cell.peer.as_str()).collect();
+    writeln!(text, "| | {} | {OWN} / best other | {OWN} / {BARE} |", names.join(" | "))?;
+    writeln!(text, "|---|{}---|---|", "---|".repeat(names.len()))?;
+    for (scenario, row) in rows.iter().filter(|(scenario, _)| wanted(scenario)) {
+        write!(text, "| {} |", scenario.name())?;
+        let spreads: Vec<_> =
+            row.iter().map(|cell| cell.spread(|outcome| value(scenario, outcome))).collect();
+        for spread in &spreads {
+            write!(text, " {} |", figure(*spread))?;
+        }
+        let median = |wanted: &dyn Fn(&str) -> bool| {
+            let medians = row.iter().zip(&spreads).filter(|(cell, _)| wanted(&cell.peer));
+            medians.filter_map(|(_, spread)| Some((*spread)?.median)).max_by(f64::total_cmp)
+        };
+        let own = median(&|name| name == OWN);
+        let best = median(&|name| !name.starts_with(OWN) && !name.starts_with(BARE));
+        let bare = median(&|name| name == BARE);
+        for other in [best, bare] {
+            let ratio = own.zip(other).map_or_else(String::new, |(own, other)| format!("{:.2}", own / other));
+            write!(text, " {ratio} |")?;
+        }
+        writeln!(text)?;
+    }
+    Ok(())
+}
+
+fn figure(spread: Option<Spread>) -> String {
+    match spread {
+        None => "—".to_owned(),
+        Some(Spread { median, least, most }) => {
+            format!("{} ({}–{})", digits(median), digits(least), digits(most))
+        }
+    }
+}
+
+/// With three digits, or all that are before the point.
+fn digits(value: f64) -> String {
+    match value {
+        value if value >= 100.0 => format!("{value:.0}"),
+        value if value >= 10.0 => format!("{value:.1}"),
+        value => format!("{value:.2}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_in_the_middle() {
+        let spread = Spread::of([3.0, 1.0, 2.0, 10.0]);
+        assert_eq!(spread, Some(Spread { median: 2.5, least: 1.0, most: 10.0 }));
+        assert_eq!(Spread::of([]), None);
+        assert_eq!(figure(spread), "2.50 (1.00–10.0)");
+    }
+
+    #[test]
+    fn quantiles_are_of_sorted_times() {
+        let outcome = Outcome { times: (1..=1000).map(|time| time * 1000).collect(), ..Outcome::default() };
+        assert_eq!([500, 990, 999, 1000].map(|of| outcome.time(of)), [500.0, 990.0, 999.0, 1000.0]);
+    }
+}

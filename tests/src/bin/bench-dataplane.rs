@@ -1,0 +1,122 @@
+//! `bench-dataplane`: how many frames back-ends move, what these cost, and how long they take.
+#![expect(unsafe_code, reason = "takes a descriptor that it was started with")]
+
+use std::fs;
+use std::io::{self, Write};
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Result, ensure};
+use baton_tests::bench::cell::leave_processor;
+use baton_tests::bench::dataplane::peer::Peer;
+use baton_tests::bench::dataplane::run::{self, Settings};
+use baton_tests::bench::dataplane::{bare, load, plot, report, scenario};
+use baton_tests::bench::page::{self, Machine};
+use clap::{Parser, Subcommand};
+
+/// How often each cell is measured.
+const ROUNDS: usize = 5;
+/// For how long, in milliseconds.
+const MILLISECONDS: u64 = 1000;
+/// The same for a quick run, which shows that all works, and measures nothing.
+const QUICK: u64 = 50;
+
+/// Measure how many frames back-ends move, what these cost, and how long they take
+#[derive(Debug, Parser)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Option<Command>,
+    /// A little of everything, to see that it works
+    #[arg(long)]
+    quick: bool,
+    /// The folder of performance.md, dataplane.svg, dataplane-latency.svg and dataplane.json
+    #[arg(long, default_value = "docs")]
+    output: PathBuf,
+    /// Another back-end to compare with: `NAME: PROGRAM ARGUMENT…`, with {sock}, {tap} and {pairs} among the arguments
+    #[arg(long, value_name = "PEER")]
+    peer: Vec<Peer>,
+    /// Measure only back-ends whose name contains this, and write no page
+    #[arg(long, value_name = "TEXT")]
+    only: Vec<String>,
+    /// Measure only scenarios whose name contains this, and write no page
+    #[arg(long, value_name = "TEXT")]
+    scenario: Vec<String>,
+    /// Rounds
+    #[arg(long)]
+    rounds: Option<usize>,
+    /// Milliseconds a cell
+    #[arg(long)]
+    milliseconds: Option<u64>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Be the load
+    #[command(hide = true)]
+    Load {
+        /// Where the outcome goes
+        #[arg(long)]
+        output: RawFd,
+        #[command(flatten)]
+        arguments: load::Arguments,
+    },
+    /// Be a TAP without virtio
+    #[command(hide = true)]
+    Bare(bare::Arguments),
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let result = match &arguments.command {
+        Some(Command::Load { output, arguments }) => {
+            // SAFETY: whoever started this process has given it the descriptor.
+            load::run(arguments, unsafe { OwnedFd::from_raw_fd(*output) })
+        }
+        Some(Command::Bare(arguments)) => bare::run(arguments),
+        None => measure(&arguments),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench-dataplane: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn measure(arguments: &Arguments) -> Result<()> {
+    let machine = Machine::this()?;
+    let contained = |parts: &[String], name: &str| {
+        parts.is_empty() || parts.iter().any(|part| name.contains(part.as_str()))
+    };
+    let mut peers = Peer::standard()?;
+    peers.extend(arguments.peer.iter().cloned());
+    peers.retain(|peer| contained(&arguments.only, &peer.name));
+    let mut scenarios = scenario::ALL.to_vec();
+    scenarios.retain(|scenario| contained(&arguments.scenario, &scenario.name()));
+    ensure!(!peers.is_empty() && !scenarios.is_empty(), "nothing to measure");
+    let settings = Settings {
+        rounds: arguments.rounds.unwrap_or(if arguments.quick { 1 } else { ROUNDS }),
+        milliseconds: arguments.milliseconds.unwrap_or(if arguments.quick { QUICK } else { MILLISECONDS }),
+        pinned: !arguments.quick,
+    };
+    if settings.pinned {
+        leave_processor()?;
+    }
+    let say = |text: &str| Ok(writeln!(io::stderr().lock(), "{text}")?);
+    let cells = run::run(&scenarios, &peers, settings, say)?;
+    let plots = ["dataplane.svg", "dataplane-latency.svg"];
+    let text = report::text(&machine, &cells, settings.rounds, settings.milliseconds, &plots);
+    writeln!(io::stdout().lock(), "{text}")?;
+    if !arguments.only.is_empty() || !arguments.scenario.is_empty() {
+        return Ok(());
+    }
+    fs::create_dir_all(&arguments.output)?;
+    plot::bars(&arguments.output.join(plots[0]), &cells)?;
+    plot::times(&arguments.output.join(plots[1]), &cells)?;
+    // Every single time is not for keeping.
+    let cells: Vec<_> = cells.into_iter().map(run::Cell::summarised).collect();
+    fs::write(arguments.output.join("dataplane.json"), serde_json::to_vec_pretty(&cells)?)?;
+    page::update(&arguments.output.join("performance.md"), &text)
+}
