@@ -1,5 +1,5 @@
-//! Lists of a peer's that are read no further than they can be of use: of a longer one as much is kept as shows that it
-//! is too long, so that it can be refused by name and takes no memory.
+//! Bounded deserialisation of a peer's lists: at most one element beyond the limit is kept. The extra element lets the
+//! check refuse the list by name; the rest takes no memory.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -7,7 +7,7 @@ use std::marker::PhantomData;
 use serde::de::{IgnoredAny, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
-/// Reads a list, of which the first `MOST` and one more are kept.
+/// Deserialises a list and keeps its first `MOST + 1` elements.
 pub(crate) fn list<'de, const MOST: usize, T, D>(deserializer: D) -> Result<Vec<T>, D::Error>
 where
     T: Deserialize<'de>,
@@ -48,7 +48,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_that_is_too_long_is_cut_to_one_too_many() {
+    fn overlong_list_is_truncated_to_one_element_over_the_limit() {
         for (sent, kept) in [(0, 0), (3, 3), (4, 4), (1000, 4)] {
             let text = serde_json::json!({ "numbers": vec![7; sent], "after": true }).to_string();
             let body: Body = serde_json::from_str(&text).unwrap();

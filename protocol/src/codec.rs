@@ -1,28 +1,28 @@
-//! How a message is laid out: a fixed header that can be read without the body, then the body in MessagePack with
-//! field names. All numbers of the header are little endian.
+//! The layout of a message: a fixed header that can be read without the body, then the body in MessagePack with field
+//! names. All header fields are little endian.
 //!
 //! ```text
-//!   0  magic           u32   which protocol
-//!   4  newest          u16   the sender's newest version, in which this is written
-//!   6  oldest          u16   the oldest version that the sender understands
-//!   8  kind            u16   which message
+//!   0  magic           u32   identifies the protocol
+//!   4  newest          u16   the sender's newest version, in which the message is written
+//!   6  oldest          u16   the oldest version that the sender reads
+//!   8  kind            u16   identifies the message
 //!  10  flags           u16   0
-//!  12  length          u32   bytes of body
+//!  12  length          u32   length of the body, in bytes
 //!  16  body
 //! ```
-//! A reader skips the fields that it does not know and has a default for those that came later than the oldest
-//! version, so either side may be the newer one. Unknown kinds are errors. A body is bounded by its protocol before
-//! anything is allocated for it, and everything in it takes its memory from there.
+//! A reader skips unknown fields and has defaults for fields that were added after the oldest version, so either side
+//! may be the newer one. An unknown kind is an error. The length is checked against the protocol's limit before
+//! anything is allocated for the body, which bounds the memory that decoding takes.
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::version::{VersionError, Versions};
 
-/// Bytes of a header.
+/// Length of a header, in bytes.
 pub const HEADER: usize = 16;
 
-/// How deep the values of a body may be nested. Messages need a few levels.
+/// The deepest nesting of values in a body. Messages need a few levels.
 const MAX_DEPTH: usize = 32;
 
 /// One of Baton's protocols.
@@ -30,104 +30,106 @@ const MAX_DEPTH: usize = 32;
 pub struct Protocol {
     /// The first four bytes of each packet.
     pub magic: [u8; 4],
-    /// What this build speaks.
+    /// The versions that this build supports.
     pub versions: Versions,
     /// The longest body, in bytes.
     pub max_body: usize,
 }
 
-/// A packet's header, checked.
+/// A checked packet header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
-    /// What the sender speaks.
+    /// The versions that the sender supports.
     pub versions: Versions,
-    /// Which message.
+    /// The message's kind.
     pub kind: u16,
-    /// Bytes of body.
+    /// Length of the body, in bytes.
     pub length: usize,
 }
 
-/// Why bytes are no message, or a message cannot become bytes.
+/// Why a message cannot be decoded or encoded.
 #[derive(Debug, thiserror::Error)]
 pub enum CodecError {
-    /// Fewer bytes than a header has, or than the header says.
-    #[error("a message ends after {got} bytes of {needed}")]
+    /// The packet is shorter than a header, or than its header says.
+    #[error("truncated message: {got} of {needed} bytes")]
     Truncated {
-        /// How many there are.
+        /// The packet's length.
         got: usize,
-        /// How many there should be.
+        /// The expected length.
         needed: usize,
     },
-    /// Not this protocol.
-    #[error("this is no message of this protocol: it begins with {0:02x?}")]
+    /// The packet belongs to another protocol.
+    #[error("not a message of this protocol: it begins with {0:02x?}")]
     Magic([u8; 4]),
-    /// No common version.
+    /// The sender has no version in common with this build.
     #[error(transparent)]
     Version(#[from] VersionError),
-    /// A flag that no version so far knows.
-    #[error("a message has unknown flags: {0:#06x}")]
+    /// The header has a flag that no version defines.
+    #[error("unknown message flags {0:#06x}")]
     Flags(u16),
-    /// More than the protocol allows.
-    #[error("a message's body has {length} bytes, more than {max}")]
+    /// The body is longer than the protocol allows.
+    #[error("message body has {length} bytes, the limit is {max}")]
     TooLong {
-        /// What it has.
+        /// The body's length.
         length: usize,
-        /// What is allowed.
+        /// The protocol's limit.
         max: usize,
     },
-    /// Bytes after the body.
-    #[error("{0} bytes follow a message")]
+    /// Bytes follow the body.
+    #[error("{0} trailing bytes after a message")]
     Surplus(usize),
-    /// A kind that this version does not know.
-    #[error("unknown message {0}")]
+    /// This version does not know the kind.
+    #[error("unknown message kind {0}")]
     Kind(u16),
-    /// The body makes no sense.
-    #[error("the body of message {kind} makes no sense")]
+    /// The body cannot be decoded.
+    #[error("cannot decode the body of message kind {kind}")]
     Body {
-        /// Which message.
+        /// The message's kind.
         kind: u16,
-        /// What is wrong.
+        /// Why not.
         #[source]
         source: rmp_serde::decode::Error,
     },
-    /// The body cannot be written.
-    #[error("cannot write the body of message {kind}")]
+    /// The body cannot be encoded.
+    #[error("cannot encode the body of message kind {kind}")]
     Write {
-        /// Which message.
+        /// The message's kind.
         kind: u16,
-        /// Why.
+        /// Why not.
         #[source]
         source: rmp_serde::encode::Error,
     },
 }
 
-/// All messages of a protocol, made by [`messages!`](crate::messages).
+/// The messages of a protocol, implemented by [`messages!`](crate::messages).
 pub trait Message: Sized {
-    /// Which protocol.
+    /// The protocol.
     const PROTOCOL: Protocol;
 
-    /// The header's word for this message.
+    /// Returns the header's `kind` for this message.
     fn kind(&self) -> u16;
 
-    /// The packet's name, for logs and errors.
+    /// Returns the message's name, for logs and errors.
     fn name(&self) -> &'static str;
 
-    /// The whole packet: header and body.
+    /// Encodes the whole packet, header and body.
     ///
     /// # Errors
-    /// [`CodecError::TooLong`] and [`CodecError::Write`].
+    /// Returns [`CodecError::TooLong`] if the body exceeds the protocol's limit, and [`CodecError::Write`] if it cannot
+    /// be serialised.
     fn encode(&self) -> Result<Vec<u8>, CodecError>;
 
-    /// The message of `kind` with this body.
+    /// Decodes the body of a message of this `kind`.
     ///
     /// # Errors
-    /// [`CodecError::Kind`], [`CodecError::Body`] and [`CodecError::Surplus`].
+    /// Returns [`CodecError::Kind`] for an unknown kind, [`CodecError::Body`] for an invalid body and
+    /// [`CodecError::Surplus`] for trailing bytes.
     fn from_body(kind: u16, body: &[u8]) -> Result<Self, CodecError>;
 
-    /// The message in a whole packet.
+    /// Decodes a whole packet.
     ///
     /// # Errors
-    /// [`CodecError`].
+    /// Returns a [`CodecError`] if header or body is invalid, or the packet has another length than its header says.
     fn decode(packet: &[u8]) -> Result<Self, CodecError> {
         let header = Header::parse(Self::PROTOCOL, packet)?;
         let body = &packet[HEADER..];
@@ -142,10 +144,10 @@ pub trait Message: Sized {
 }
 
 impl Header {
-    /// Reads and checks the header at the start of `bytes`; the body need not be there yet.
+    /// Decodes and checks the header at the start of `bytes`, which need not contain the body yet.
     ///
     /// # Errors
-    /// [`CodecError`], but for those of a body.
+    /// Returns a [`CodecError`] if the header is incomplete or invalid.
     pub fn parse(protocol: Protocol, bytes: &[u8]) -> Result<Self, CodecError> {
         let truncated = || CodecError::Truncated { got: bytes.len(), needed: HEADER };
         let (magic, rest) = bytes.split_first_chunk::<4>().ok_or_else(truncated)?;
@@ -169,10 +171,11 @@ impl Header {
     }
 }
 
-/// The packet of one message.
+/// Encodes the packet of one message.
 ///
 /// # Errors
-/// [`CodecError::TooLong`] and [`CodecError::Write`].
+/// Returns [`CodecError::TooLong`] if the body exceeds the protocol's limit, and [`CodecError::Write`] if it cannot be
+/// serialised.
 pub fn encode<T: Serialize>(protocol: Protocol, kind: u16, body: &T) -> Result<Vec<u8>, CodecError> {
     let body = rmp_serde::to_vec_named(body).map_err(|source| CodecError::Write { kind, source })?;
     let too_long = || CodecError::TooLong { length: body.len(), max: protocol.max_body };
@@ -191,10 +194,10 @@ pub fn encode<T: Serialize>(protocol: Protocol, kind: u16, body: &T) -> Result<V
     Ok(packet)
 }
 
-/// The value that `body` is, to its last byte.
+/// Decodes a value that occupies all of `body`.
 ///
 /// # Errors
-/// [`CodecError::Body`] and [`CodecError::Surplus`].
+/// Returns [`CodecError::Body`] if `body` is invalid, and [`CodecError::Surplus`] if bytes follow the value.
 pub fn decode_body<T: DeserializeOwned>(kind: u16, body: &[u8]) -> Result<T, CodecError> {
     let mut rest = body;
     let mut reader = rmp_serde::Deserializer::new(&mut rest);
@@ -203,7 +206,7 @@ pub fn decode_body<T: DeserializeOwned>(kind: u16, body: &[u8]) -> Result<T, Cod
     if rest.is_empty() { Ok(value) } else { Err(CodecError::Surplus(rest.len())) }
 }
 
-/// Defines the messages of a protocol: an enum with one struct in each variant, and the header's word for each.
+/// Defines the messages of a protocol: an enum with one body struct per variant, and each variant's kind and name.
 ///
 /// ```
 /// use baton_protocol::codec::{Message, Protocol};
@@ -216,10 +219,10 @@ pub fn decode_body<T: DeserializeOwned>(kind: u16, body: &[u8]) -> Result<T, Cod
 ///     Protocol { magic: *b"EXMP", versions: Versions { oldest: 1, newest: 1 }, max_body: 1024 };
 ///
 /// baton_protocol::messages! {
-///     /// What is said.
+///     /// The example's messages.
 ///     #[derive(Debug, PartialEq)]
 ///     pub enum Said: PROTOCOL {
-///         /// The first word.
+///         /// The first message.
 ///         Hello(Hello) = 1 "HELLO",
 ///     }
 /// }

@@ -1,8 +1,8 @@
-//! The control socket's protocol: newline-delimited JSON over a Unix stream socket, one request a line, one
-//! reply a line.
+//! The control socket's protocol: newline-delimited JSON over a Unix stream socket, one request or reply per line.
 //!
-//! A request is an object with a `command`: `{"command":"status"}`. A reply is the command's own object, or
-//! `{"error":"…"}`. Commands and fields may be added; a reader ignores the fields that it does not know.
+//! A request is an object with a `command`: `{"command":"status"}`. A reply is an object specific to the command, or
+//! `{"error":"…"}`. Later versions may add commands and fields. A client ignores unknown fields of a reply; a request
+//! with an unknown field is refused.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -12,106 +12,107 @@ use serde::{Deserialize, Serialize};
 use crate::handover::session::report::Report;
 use crate::reasons::Reason;
 
-/// The longest request or reply, in bytes, without its newline.
+/// The longest request or reply, in bytes, without the newline.
 pub const MAX_LINE: usize = 64 * 1024;
 
-/// What a client asks of a back-end or of a VMM.
+/// A client's request to a back-end or a VMM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Request {
-    /// What the process is and does: [`BackendStatus`] or [`VmmStatus`].
+    /// Returns the process's status: [`BackendStatus`] or [`VmmStatus`].
     Status,
-    /// A back-end's counters: [`BackendStats`].
+    /// Returns a back-end's counters: [`BackendStats`].
     Stats,
     /// Stops a VM's vCPUs: [`Done`].
     Pause,
-    /// Lets a paused VM run: [`Done`].
+    /// Resumes a paused VM: [`Done`].
     Resume,
-    /// Hands a back-end's session over to another one: [`SessionReport`]; or its device: [`HandoverReply`].
+    /// Hands a back-end's session ([`SessionReport`]) or device ([`HandoverReply`]) over to another back-end.
     Handover {
-        /// Where the other one waits (`--incoming-fds`); nothing with `cancel`.
+        /// The target's socket (`--incoming-fds`); absent with `cancel`.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         path: Option<String>,
-        /// When the front-end has stopped all rings.
+        /// Hand the device over once the front-end has stopped all rings.
         #[serde(default, rename = "on-suspend", skip_serializing_if = "is_false")]
         on_suspend: bool,
-        /// Only find out whether it could be done.
+        /// Only check whether the hand-over is possible.
         #[serde(default, rename = "dry-run", skip_serializing_if = "is_false")]
         dry_run: bool,
-        /// End the hand-over that is under way instead.
+        /// Cancel the hand-over that is under way instead.
         #[serde(default, skip_serializing_if = "is_false")]
         cancel: bool,
     },
-    /// Moves a VM to another VMM on this host, which waits for it at `path`: [`MigrationReport`].
+    /// Moves a VM to the VMM on this host that waits at `path`: [`MigrationReport`].
     Migrate {
         /// The target's socket (`--incoming`).
         path: PathBuf,
-        /// Whether the TAPs move along, of the devices that want it.
+        /// Also move the TAPs of the devices that have `local-migration=on`.
         #[serde(default)]
         local: bool,
-        /// Only to find out whether it could.
+        /// Only check whether the VM can move.
         #[serde(default, rename = "dry-run")]
         dry_run: bool,
     },
-    /// Ends the process with exit code 0: [`Done`], sent before it ends.
+    /// Ends the process with exit code 0. [`Done`] is sent first.
     Quit,
 }
 
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
 fn is_false(value: &bool) -> bool {
     !value
 }
 
-/// The answer to [`Request::Handover`]: `{"result":"armed"}`. A refusal names every reason.
+/// The reply to [`Request::Handover`]: `{"result":"armed"}`. A refusal names every reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HandoverReply {
-    /// What was done.
+    /// The result.
     pub result: HandoverResult,
 }
 
 impl HandoverReply {
-    /// It will be offered.
+    /// The device will be offered.
     pub const ARMED: Self = Self { result: HandoverResult::Armed };
-    /// It could be.
+    /// The hand-over is possible.
     pub const POSSIBLE: Self = Self { result: HandoverResult::Possible };
-    /// It will not be.
+    /// The hand-over was cancelled.
     pub const CANCELLED: Self = Self { result: HandoverResult::Cancelled };
 }
 
-/// The word in [`HandoverReply`].
+/// The result in a [`HandoverReply`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum HandoverResult {
-    /// The device is offered when all rings are stopped.
+    /// The source offers the device once all rings are stopped.
     Armed,
-    /// The target would take it.
+    /// The target would accept the hand-over.
     Possible,
-    /// The device stays.
+    /// The hand-over was cancelled; the source keeps what it has.
     Cancelled,
 }
 
-/// How a hand-over of a running session ended. All but [`Self::Completed`] leave the session as it was.
+/// The outcome of the hand-over of a running session. Every outcome but [`Self::Completed`] leaves the session as it
+/// was.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "result", rename_all = "kebab-case")]
 pub enum SessionReport {
-    /// The session is the target's.
+    /// The target owns the session.
     Completed {
-        /// For how long nobody served, in microseconds.
+        /// The blackout, in microseconds.
         blackout_us: u64,
-        /// What each phase took, in microseconds.
+        /// The duration of each phase, in microseconds.
         phases: BTreeMap<String, u64>,
     },
-    /// The session is the source's, and goes on.
+    /// The source owns the session and continues it.
     RolledBack {
-        /// How far it was: `greet`, `check`, `stage`, `freeze` or `commit`.
+        /// The phase that failed: `greet`, `check`, `stage`, `freeze` or `commit`.
         phase: String,
-        /// What happened.
+        /// Why it failed.
         reason: String,
     },
 }
 
 impl SessionReport {
-    /// The session is the target's.
+    /// Reports a completed hand-over.
     pub fn completed(report: Report) -> Self {
         let Report { blackout_us, phases } = report;
         let phases = phases.into_iter().map(|(phase, took)| (phase.to_owned(), took));
@@ -119,48 +120,48 @@ impl SessionReport {
     }
 }
 
-/// How a hand-over of a back-end's device stands.
+/// The status of a back-end's hand-over.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HandoverStatus {
-    /// Where it stands.
+    /// The state of the hand-over.
     pub state: HandoverState,
-    /// The other side, as far as it has a name.
+    /// The peer, as far as its name is known.
     pub peer: String,
-    /// How often the device was offered so far.
+    /// The number of offers so far.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub epoch: Option<u64>,
-    /// Why it failed.
+    /// Why the hand-over failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }
 
-/// Where a hand-over stands.
+/// The state of a hand-over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum HandoverState {
-    /// Both sides find out whether it can be done.
+    /// The source and the target check whether the hand-over is possible.
     Checking,
-    /// The source will offer the device.
+    /// The source will offer the device once all rings are stopped.
     Armed,
-    /// The target makes everything ready for a session that runs on.
+    /// The target sets up the session while the source still serves.
     Staging,
-    /// The source has offered it.
+    /// The source has offered the device or session.
     Offered,
-    /// The target has it.
+    /// The target owns the device or session.
     HandedOver,
-    /// The device is the source's, by the operator's wish.
+    /// The operator cancelled; the source is the owner.
     Cancelled,
-    /// It could be done; nothing else was asked.
+    /// A dry run: the hand-over is possible.
     Possible,
-    /// The device is the source's.
+    /// The hand-over failed; the source is the owner.
     Failed,
-    /// The target would take the device.
+    /// The target is ready for an offer.
     Ready,
-    /// The target holds the device, and has not taken it.
+    /// The target holds the device or session and has not taken it.
     Adopted,
 }
 
-/// The answer to a command that gives nothing back: `{"result":"done"}`.
+/// The reply to a command that returns no data: `{"result":"done"}`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Done {
     /// Always [`DoneResult::Done`].
@@ -172,7 +173,7 @@ impl Done {
     pub const DONE: Self = Self { result: DoneResult::Done };
 }
 
-/// The word in [`Done`].
+/// The result in [`Done`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DoneResult {
@@ -180,7 +181,7 @@ pub enum DoneResult {
     Done,
 }
 
-/// The answer to a command that was not carried out: `{"error":"…"}`.
+/// The reply to a command that failed or was refused: `{"error":"…"}`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refusal {
     /// One line for the operator.
@@ -191,27 +192,27 @@ pub struct Refusal {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Frontend {
-    /// A session is under way.
+    /// The connection is open.
     Connected,
-    /// None is.
+    /// There is no connection.
     Disconnected,
 }
 
-/// What a back-end is doing.
+/// The state of a back-end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum BackendState {
-    /// No front-end is connected.
+    /// No front-end is connected, or the back-end has no TAP.
     Waiting,
-    /// A front-end is connected.
+    /// A front-end is connected, and the back-end has its TAP.
     Serving,
-    /// The device is offered to another back-end; nobody uses the TAP.
+    /// Another back-end is staging the session, or the device or session is offered to it.
     HandingOver,
-    /// The device is another back-end's.
+    /// Another back-end owns the device.
     HandedOver,
 }
 
-/// Who moves the frames.
+/// What moves the frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Datapath {
@@ -230,22 +231,22 @@ impl std::fmt::Display for Datapath {
     }
 }
 
-/// A back-end's answer to [`Request::Status`].
+/// A back-end's reply to [`Request::Status`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BackendStatus {
-    /// What it is doing.
+    /// The state of the back-end.
     pub state: BackendState,
     /// The TAP's interface name; empty while the back-end has none.
     pub tap: String,
-    /// How many queue pairs the device has; how many the front-end has set up while that is not known.
+    /// The device's number of queue pairs. While that is unknown, the number that the front-end has set up.
     pub queue_pairs: u16,
-    /// The virtio features that the front-end acknowledged, in hexadecimal with `0x`; `0x0` before it did.
+    /// The virtio features that the front-end acknowledged, in hexadecimal with `0x`; `0x0` before `SET_FEATURES`.
     pub features: String,
     /// The vhost-user protocol features that the front-end acknowledged, in hexadecimal with `0x`.
     pub protocol_features: String,
     /// Whether a front-end is connected.
     pub frontend: Frontend,
-    /// Who moves the frames.
+    /// What moves the frames.
     pub datapath: Datapath,
     /// Every vring, in the order of the device's virtqueues.
     pub vrings: Vec<VringStatus>,
@@ -257,22 +258,22 @@ pub struct BackendStatus {
 /// One vring of a [`BackendStatus`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VringStatus {
-    /// Kicked since it was set up, and not stopped since.
+    /// Whether the vring is started (vhost-user: "Ring states").
     pub started: bool,
-    /// `SET_VRING_ENABLE` (vhost-user: "Ring states").
+    /// Whether the vring is enabled (vhost-user: "Ring states").
     pub enabled: bool,
-    /// How many descriptors the front-end gave it; 0 before it did.
+    /// The number of descriptors; 0 before `SET_VRING_NUM`.
     pub size: u16,
 }
 
-/// A back-end's answer to [`Request::Stats`].
+/// A back-end's reply to [`Request::Stats`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BackendStats {
     /// Every queue pair, in order.
     pub queue_pairs: Vec<QueuePairStats>,
 }
 
-/// The counters of one queue pair since the process started; they run on across sessions.
+/// The counters of one queue pair. They continue across sessions and hand-overs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueuePairStats {
     /// TAP to guest.
@@ -281,73 +282,72 @@ pub struct QueuePairStats {
     pub tx: DirectionStats,
 }
 
-/// The counters of one direction of a queue pair. Those that are known only to whom moves the frames are absent where
-/// that is the kernel.
+/// The counters of one direction of a queue pair. With the kernel's datapath, the counters that only the kernel could
+/// keep are absent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DirectionStats {
     /// Frames delivered.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub frames: Option<u64>,
-    /// Their bytes, without the virtio-net header.
+    /// Bytes delivered, without the virtio-net headers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bytes: Option<u64>,
-    /// Frames larger than a standard Ethernet frame (1518 bytes): segmentation left to the other side.
+    /// Frames larger than a standard Ethernet frame (1518 bytes), whose segmentation is left to the receiver.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub large_frames: Option<u64>,
     /// The largest frame so far, in bytes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub largest_frame: Option<u64>,
-    /// Frames given up: the guest's buffer too small, the TAP's refusal, an invalid descriptor chain.
+    /// Frames dropped: the guest's buffer is too small, the TAP rejects the frame, or the descriptor chain is invalid.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dropped: Option<u64>,
-    /// Frames discarded because the vring is started but disabled: the back-end itself does that, whoever moves the
-    /// others.
+    /// Frames discarded because the vring is started but disabled. The back-end discards them with either datapath.
     pub discarded: u64,
-    /// Notifications from the front-end.
+    /// Notifications from the driver.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kicks: Option<u64>,
-    /// Notifications to the front-end.
+    /// Notifications to the driver.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub calls: Option<u64>,
 }
 
-/// What a VMM is doing.
+/// The state of a VMM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum VmmState {
     /// The vCPUs run.
     Running,
-    /// The vCPUs stand still.
+    /// The vCPUs are stopped.
     Paused,
-    /// The VM is being moved to another VMM, and still this one's.
+    /// A migration to another VMM is under way; this VMM still owns the VM.
     Migrating,
-    /// The VM is another VMM's.
+    /// Another VMM owns the VM.
     Postmigrate,
-    /// The VM has yet to come.
+    /// The VMM waits for a VM.
     Incoming,
 }
 
-/// How a migration ended. All but [`Self::Completed`] and [`Self::Possible`] leave the VM as it was.
+/// The outcome of a migration. Every outcome but [`Self::Completed`] leaves the VM as it was.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "result", rename_all = "kebab-case")]
 pub enum MigrationReport {
-    /// The VM is the target's.
+    /// The target owns the VM.
     Completed {
-        /// How long it stood still, in microseconds.
+        /// How long the VM was stopped, in microseconds.
         pause_us: u64,
-        /// How long what took.
+        /// The duration of each phase.
         phases: MigrationPhases,
     },
-    /// The VM is the source's, and goes on.
+    /// The source owns the VM and continues it.
     RolledBack {
-        /// What was being done: `hello`, `prepare`, `stop`, `restore` or `commit`.
+        /// The phase that failed: `hello`, `prepare`, `stop`, `restore` or `commit`.
         phase: String,
-        /// What happened.
+        /// Why it failed.
         reason: String,
     },
-    /// The VM could move.
+    /// A dry run: the VM can move.
     Possible,
-    /// The VM cannot move.
+    /// A dry run: the VM cannot move.
     Refused {
         /// All reasons.
         reasons: Vec<Reason>,
@@ -355,43 +355,43 @@ pub enum MigrationReport {
 }
 
 impl MigrationReport {
-    /// Whether what was asked for was done.
+    /// Returns whether the request succeeded.
     pub fn is_success(&self) -> bool {
         matches!(self, Self::Completed { .. } | Self::Possible)
     }
 }
 
-/// How long the phases of a migration took, in microseconds. The VM stands still in all but the first.
+/// The durations of a migration's phases, in microseconds. The VM is stopped in all but the first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MigrationPhases {
-    /// The target got guest memory and was made ready.
+    /// The target receives guest memory and prepares.
     pub prepare_us: u64,
-    /// The vCPUs stopped.
+    /// The vCPUs stop.
     pub stop_vcpus_us: u64,
-    /// The back-ends left the rings.
+    /// The back-ends stop the rings.
     pub stop_rings_us: u64,
-    /// The back-ends of local devices offered their TAPs.
+    /// The back-ends of local devices offer their TAPs.
     pub device_state_us: u64,
-    /// The VM's state was taken.
+    /// The source saves the VM's state.
     pub save_us: u64,
-    /// The state was sent, and restored at the target.
+    /// The source sends the state and the target restores it.
     pub restore_us: u64,
-    /// The VM was offered, taken and started.
+    /// The source offers the VM, and the target takes and starts it.
     pub start_us: u64,
 }
 
-/// A VMM's answer to [`Request::Status`].
+/// A VMM's reply to [`Request::Status`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmmStatus {
-    /// What it is doing.
+    /// The state of the VMM.
     pub state: VmmState,
-    /// How many vCPUs the VM has.
+    /// The number of vCPUs.
     pub cpus: u8,
     /// Guest memory, in bytes.
     pub memory: u64,
     /// Every network device, in the order of the command line.
     pub net: Vec<NetStatus>,
-    /// How the last attempt to move this VM away ended, if there was one.
+    /// The outcome of the last attempt to move this VM away, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub migration: Option<MigrationReport>,
 }
@@ -399,13 +399,13 @@ pub struct VmmStatus {
 /// One network device of a [`VmmStatus`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetStatus {
-    /// The vhost-user socket's path.
+    /// The path of the vhost-user socket.
     pub socket: String,
-    /// Whether its back-end's connection is open.
+    /// Whether the connection to the back-end is open.
     pub backend: Frontend,
-    /// How many queue pairs the device has.
+    /// The device's number of queue pairs.
     pub queue_pairs: u16,
-    /// How many of them the guest's driver uses.
+    /// The number of queue pairs that the guest's driver uses.
     pub active_queue_pairs: u16,
     /// The virtio features that the guest acknowledged, in hexadecimal with `0x`.
     pub features: String,
@@ -416,14 +416,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_request_is_an_object_with_a_command() {
+    fn request_is_an_object_with_a_command() {
         let status: Request = serde_json::from_str(r#"{"command":"status"}"#).unwrap();
         assert_eq!(status, Request::Status);
         assert_eq!(serde_json::to_string(&Request::Quit).unwrap(), r#"{"command":"quit"}"#);
     }
 
     #[test]
-    fn a_hand_over_reads_as_documented() {
+    fn handover_request_and_reply_have_the_documented_form() {
         let request = Request::Handover {
             path: Some("/run/b".to_owned()),
             on_suspend: true,
@@ -437,7 +437,7 @@ mod tests {
     }
 
     #[test]
-    fn a_migration_is_asked_for_by_its_path() {
+    fn migrate_options_default_to_false() {
         let text = r#"{"command":"migrate","path":"/run/b"}"#;
         let request: Request = serde_json::from_str(text).unwrap();
         assert_eq!(request, Request::Migrate { path: "/run/b".into(), local: false, dry_run: false });
@@ -447,7 +447,7 @@ mod tests {
     }
 
     #[test]
-    fn migrations_end_as_documented() {
+    fn migration_report_has_the_documented_form() {
         let rolled_back =
             MigrationReport::RolledBack { phase: "restore".to_owned(), reason: "gone".to_owned() };
         assert_eq!(
@@ -464,12 +464,12 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_command_is_refused() {
+    fn unknown_command_is_refused() {
         serde_json::from_str::<Request>(r#"{"command":"dance"}"#).unwrap_err();
     }
 
     #[test]
-    fn a_counter_that_nobody_has_is_absent() {
+    fn unknown_counter_is_absent() {
         let unknown = DirectionStats { discarded: 7, ..DirectionStats::default() };
         let text = serde_json::to_string(&unknown).unwrap();
         assert_eq!(text, r#"{"discarded":7}"#);
@@ -479,7 +479,7 @@ mod tests {
     }
 
     #[test]
-    fn datapaths_read_as_documented() {
+    fn datapath_has_the_documented_form() {
         for (datapath, text) in
             [(Datapath::Userspace, r#""userspace""#), (Datapath::VhostNet, r#""vhost-net""#)]
         {
@@ -488,7 +488,7 @@ mod tests {
     }
 
     #[test]
-    fn done_reads_as_documented() {
+    fn done_reply_has_the_documented_form() {
         assert_eq!(serde_json::to_string(&Done::DONE).unwrap(), r#"{"result":"done"}"#);
     }
 }

@@ -1,12 +1,12 @@
-//! Why a hand-over or a migration is over, with the source as the owner.
+//! Why a hand-over or a migration ended with the source as the owner.
 
 use crate::reasons::Reasons;
 
-/// The reason. Its text is for the operator.
+/// Why a hand-over or a migration ended. The text is for the operator.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum EndReason {
-    /// The source only asked, and the target agreed.
-    #[error("the target would take it")]
+    /// A dry run: the target agreed.
+    #[error("the target would accept the hand-over")]
     Possible,
     /// The target refused.
     #[error("the target refuses: {0}")]
@@ -14,31 +14,31 @@ pub enum EndReason {
     /// The connection to the target ended.
     #[error("the target closed the connection")]
     Closed,
-    /// The target's process ended.
+    /// The target process died.
     #[error("the target died")]
     Dead,
-    /// The target's process ended after it had taken the session, and the source has it again.
-    #[error("the target died after it had taken the session; the source has taken it back")]
+    /// The target process died after it took the session, and the source took the session back.
+    #[error("the target died after taking the session; the source took it back")]
     Survived,
-    /// No answer came in time.
+    /// The target did not answer in time.
     #[error("the target does not answer")]
     Silent,
-    /// The target sent a message that the source did not wait for.
+    /// The target sent a message that the source did not expect in its state.
     #[error("the target sent {0} at the wrong time")]
     Wrong(&'static str),
-    /// The target sent that it is the owner, and the ownership word says that it is not.
-    #[error("the target said that it had taken over, but had not")]
+    /// The target claimed to be the owner, but the ownership word contradicts it.
+    #[error("the target claims to have taken over, but the ownership word says otherwise")]
     Untrue,
-    /// The ownership word has a value that no word has, or that it cannot have now.
+    /// The ownership word has an invalid value, or one that it cannot have in this state.
     #[error("unexpected ownership word")]
     Meaningless,
-    /// The front-end left before it asked whether the device's state was saved.
-    #[error("the front-end left before it asked whether the device's state was saved")]
+    /// The front-end disconnected before `CHECK_DEVICE_STATE`.
+    #[error("the front-end disconnected without checking the saved device state (CHECK_DEVICE_STATE)")]
     Unasked,
     /// The source failed.
     #[error("{0}")]
     Failed(String),
-    /// The operator cancelled it.
+    /// The operator cancelled the hand-over.
     #[error("cancelled")]
     Cancelled,
 }

@@ -1,74 +1,75 @@
-//! Which descriptors a message brings. The manifest is in its body: the descriptors' names, in their order. The
-//! receiver claims each by name; what is missing, surplus or claimed by nobody is an error with that name, and what
-//! was not claimed is closed by being dropped.
+//! The descriptors of a message. The body contains a manifest: the descriptors' names, in order. The receiver claims
+//! each descriptor by name. A missing or unclaimed descriptor is an error that names it; unclaimed descriptors are
+//! dropped and thus closed.
 //!
-//! Where there are more than one message can bring, they come in several: [`NamedFds::packets`] and [`NamedFds::join`].
+//! Descriptors that do not fit one message are spread over several: [`NamedFds::packets`] and [`NamedFds::join`].
 //!
-//! Generic over the descriptor, so that nothing here opens or closes anything.
+//! Generic over the descriptor type: nothing here opens or closes a descriptor.
 
 use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
-/// The most descriptors that a message may bring (`SCM_MAX_FD` of Linux).
+/// The most descriptors that one message can carry (Linux: `SCM_MAX_FD`).
 pub const MAX_FDS: usize = 253;
 
 /// The longest name, in bytes.
 const MAX_NAME: usize = 32;
 
-/// The names of a message's descriptors, in their order. Untrusted until [`FdManifest::pair`] has checked them.
+/// The names of a message's descriptors, in order. Untrusted until [`FdManifest::pair`] has checked them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct FdManifest(Vec<String>);
 
-/// What is wrong with a message's descriptors.
+/// Why a message's descriptors are invalid.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ManifestError {
-    /// More descriptors than names, or fewer.
-    #[error("a message names {named} descriptors and brings {came}")]
+    /// The number of descriptors differs from the number of names.
+    #[error("message names {named} descriptors but carries {came}")]
     Count {
         /// Names in the manifest.
         named: usize,
-        /// Descriptors that came.
+        /// Descriptors received.
         came: usize,
     },
-    /// More than a message can bring.
-    #[error("a message names {0} descriptors, more than {MAX_FDS}")]
+    /// The message names more descriptors than one message can carry.
+    #[error("message names {0} descriptors, the limit is {MAX_FDS}")]
     TooMany(usize),
-    /// A name that is no name.
-    #[error("a descriptor's name is empty, too long or no plain text: {0:?}")]
+    /// A name is invalid.
+    #[error("invalid descriptor name {0:?}: empty, too long or not plain ASCII")]
     Name(String),
-    /// A name comes twice.
+    /// A name occurs twice.
     #[error("descriptor {0} is named twice")]
     Twice(String),
-    /// A descriptor that is needed did not come.
+    /// A required descriptor is missing.
     #[error("descriptor {0} is missing")]
     Missing(String),
-    /// A descriptor came that nobody wants.
-    #[error("descriptor {0} was not claimed")]
+    /// The receiver has no use for a descriptor.
+    #[error("unexpected descriptor {0}")]
     Unclaimed(String),
 }
 
 impl FdManifest {
-    /// A manifest of these names.
+    /// Creates a manifest of these names.
     pub fn new(names: impl IntoIterator<Item = String>) -> Self {
         Self(names.into_iter().collect())
     }
 
-    /// How many descriptors it names.
+    /// Returns the number of names.
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// Whether it names none.
+    /// Returns whether the manifest is empty.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Gives each descriptor its name.
+    /// Checks the names and pairs each with its descriptor.
     ///
     /// # Errors
-    /// [`ManifestError`], and the descriptors are dropped.
+    /// Returns a [`ManifestError`] if a name is invalid or their number differs from that of `fds`. All descriptors are
+    /// dropped.
     pub fn pair<F>(self, fds: Vec<F>) -> Result<NamedFds<F>, ManifestError> {
         if self.len() > MAX_FDS {
             return Err(ManifestError::TooMany(self.len()));
@@ -90,11 +91,11 @@ impl FdManifest {
     }
 }
 
-/// Descriptors that came with a message, to be claimed.
+/// Named descriptors, to be sent or to be claimed by the receiver.
 #[derive(Debug)]
 pub struct NamedFds<F>(Vec<(String, F)>);
 
-/// Collects descriptors and their names for a message to be sent.
+/// Collects named descriptors for sending.
 impl<F> FromIterator<(String, F)> for NamedFds<F> {
     fn from_iter<I: IntoIterator<Item = (String, F)>>(named: I) -> Self {
         Self(named.into_iter().collect())
@@ -102,13 +103,13 @@ impl<F> FromIterator<(String, F)> for NamedFds<F> {
 }
 
 impl<F> NamedFds<F> {
-    /// The manifest and the descriptors, in the same order, for sending.
+    /// Splits into the manifest and the descriptors, in the same order, for sending.
     pub fn unzip(self) -> (FdManifest, Vec<F>) {
         let (names, fds) = self.0.into_iter().unzip();
         (FdManifest(names), fds)
     }
 
-    /// In as many parts as messages are needed: at least one, none with more than [`MAX_FDS`].
+    /// Splits into one part per message: at least one part, each of at most [`MAX_FDS`] descriptors.
     pub fn packets(self) -> Vec<Self> {
         let mut rest = self.0.into_iter();
         let mut packets = vec![Self(rest.by_ref().take(MAX_FDS).collect())];
@@ -118,20 +119,20 @@ impl<F> NamedFds<F> {
         packets
     }
 
-    /// How many there are.
+    /// Returns the number of descriptors.
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// Whether there are none.
+    /// Returns whether there are no descriptors.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// These and those of a further message.
+    /// Adds the descriptors of another message.
     ///
     /// # Errors
-    /// [`ManifestError::Twice`], and all are dropped.
+    /// Returns [`ManifestError::Twice`] if a name occurs in both. All descriptors are dropped.
     pub fn join(mut self, more: Self) -> Result<Self, ManifestError> {
         let own: BTreeSet<&str> = self.0.iter().map(|(name, _)| name.as_str()).collect();
         if let Some((name, _)) = more.0.iter().find(|(name, _)| own.contains(name.as_str())) {
@@ -141,7 +142,7 @@ impl<F> NamedFds<F> {
         Ok(self)
     }
 
-    /// Takes the descriptor of this name, if it came.
+    /// Takes the descriptor of this name, if there is one.
     pub fn claim_optional(&mut self, name: &str) -> Option<F> {
         let at = self.0.iter().position(|(own, _)| own == name)?;
         Some(self.0.remove(at).1)
@@ -150,15 +151,15 @@ impl<F> NamedFds<F> {
     /// Takes the descriptor of this name.
     ///
     /// # Errors
-    /// [`ManifestError::Missing`].
+    /// Returns [`ManifestError::Missing`] if there is none.
     pub fn claim(&mut self, name: &str) -> Result<F, ManifestError> {
         self.claim_optional(name).ok_or_else(|| ManifestError::Missing(name.to_owned()))
     }
 
-    /// To be called when all has been claimed.
+    /// Checks that every descriptor was claimed.
     ///
     /// # Errors
-    /// [`ManifestError::Unclaimed`] with the first that was not; it is dropped with all others that were not.
+    /// Returns [`ManifestError::Unclaimed`] with the first unclaimed name. All unclaimed descriptors are dropped.
     pub fn finish(self) -> Result<(), ManifestError> {
         match self.0.into_iter().next() {
             None => Ok(()),
@@ -176,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn descriptors_are_claimed_by_name_whatever_their_order() {
+    fn descriptors_are_claimed_by_name_in_any_order() {
         let mut fds = manifest(&["tap/1", "ownership", "tap/0"]).pair(vec![11, 20, 10]).unwrap();
         assert_eq!(fds.claim("tap/0"), Ok(10));
         assert_eq!(fds.claim("tap/1"), Ok(11));
@@ -186,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn many_descriptors_come_in_several_messages() {
+    fn many_descriptors_are_spread_over_several_messages() {
         let named = |count: usize| (0..count).map(|fd| (format!("kick/{fd}"), fd)).collect::<NamedFds<_>>();
         let lengths = |count| named(count).packets().iter().map(NamedFds::len).collect::<Vec<_>>();
         assert_eq!(lengths(0), [0]);
@@ -202,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_or_surplus_is_named() {
+    fn error_names_the_missing_or_unclaimed_descriptor() {
         let mut fds = manifest(&["tap/0", "spare"]).pair(vec![1, 2]).unwrap();
         assert_eq!(fds.claim("ownership"), Err(ManifestError::Missing("ownership".to_owned())));
         fds.claim("tap/0").unwrap();
@@ -210,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn names_and_descriptors_must_be_as_many() {
+    fn number_of_names_and_descriptors_must_match() {
         for fds in [vec![], vec![1], vec![1, 2, 3]] {
             let came = fds.len();
             let error = manifest(&["a", "b"]).pair(fds).unwrap_err();
@@ -219,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn bad_names_are_refused() {
+    fn invalid_names_are_refused() {
         for names in [&["a", "a"][..], &[""], &["a b"], &["a\n"], &["é"], &["x".repeat(33).as_str()]] {
             manifest(names).pair(vec![0; names.len()]).unwrap_err();
         }
@@ -229,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refused_message_drops_all_of_its_descriptors() {
+    fn refused_message_drops_all_its_descriptors() {
         let fd = std::sync::Arc::new(());
         manifest(&["a"]).pair(vec![fd.clone(), fd.clone()]).unwrap_err();
         manifest(&["a", "b"]).pair(vec![fd.clone(), fd.clone()]).unwrap().finish().unwrap_err();

@@ -1,9 +1,9 @@
-//! What Baton's programs say to each other: types and their encodings, with no I/O, no clock and no `unsafe`.
+//! The protocols between Baton's programs: types, encodings and state machines, with no I/O, no clock and no `unsafe`.
 //!
-//! [`control`] is the control socket's protocol (DESIGN: "Command lines"), spoken by `batonctl` and by scripts.
-//! What one process hands to another travels in packets: [`codec`] lays them out, [`version`] says who understands
-//! whom, [`fd_manifest`] names their descriptors, and [`ownership`] has the word that says who owns what is handed over.
-//! [`handover`] moves a device or a session from one back-end to another, [`migration`] a VM from one VMM to another.
+//! [`control`] is the control socket's protocol, used by `batonctl` and scripts. Processes hand over state in packets:
+//! [`codec`] defines their layout, [`version`] negotiates the protocol version, [`fd_manifest`] names the descriptors,
+//! and [`ownership`] defines the word that decides which process owns what is handed over. [`handover`] moves a device
+//! or a session between two back-ends, [`migration`] moves a VM between two VMMs.
 #![forbid(unsafe_code)]
 
 mod bounded;

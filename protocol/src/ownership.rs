@@ -1,5 +1,6 @@
-//! The values of the word that says who owns what is handed over. It lies in memory shared by source and target, and
-//! changes by compare-and-swap only: whoever's swap wins owns, whatever was or was not said.
+//! The values of the ownership word, which decides which process owns what is handed over. The word lies in memory that
+//! source and target share, and only changes by compare-and-swap: the process whose swap wins is the owner, whatever
+//! messages were sent or lost.
 //!
 //! ```text
 //!              offer (epoch + 1)              take           settle
@@ -10,92 +11,93 @@
 //!     │  └──────────── abort ───────┴────▶ Aborted ◀╌╌╌╌╌╌
 //!     └───────── take back ─────────┘
 //! ```
-//! Each offer has an epoch of its own, so who heard of an old one cannot take a later one. `Target` and `Aborted` are
-//! final as long as both live: the next hand-over has a word of its own. What is dashed is for the one whose peer is
-//! *proven* dead, by a pidfd: a connection that has ended, or silence, proves nothing.
+//! Each offer has a new epoch, so a target that reads an old offer cannot take a later one. `Target` and `Aborted` are
+//! final while both processes live: the next hand-over uses a new word. The dashed transitions are for a survivor,
+//! whose peer is *proven* dead by a pidfd. A closed connection or silence proves nothing.
 //!
-//! A target settles before it does what makes the source's knowledge old: before it hears the front-end of a session
-//! it has taken. From then on there is nothing to survive with. A device on its own, which has no session, is not
-//! settled.
+//! A target settles before it makes the source's knowledge stale, that is, before it reads from the front-end of a
+//! session that it has taken. From then on the source cannot take the session back. A device that is handed over
+//! without a session is never settled.
 
-/// Who owns.
+/// The owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Owner {
     /// The source.
     Source,
-    /// Neither yet: the first that takes it. Nobody uses it meanwhile.
+    /// Undecided: the process whose swap wins. Neither process uses what is offered.
     Offered,
-    /// The target, for good while it lives.
+    /// The target, as long as it lives.
     Target,
-    /// The source, for good.
+    /// The source, finally.
     Aborted,
-    /// The target, for good: what the source still knows is old.
+    /// The target, finally: the source's knowledge is stale.
     Settled,
 }
 
 impl Owner {
-    /// Whether the target has it. The source obeys this even where nothing was offered: there must not be two owners.
+    /// Returns whether the target is the owner. The source obeys this even if it offered nothing: there must never be
+    /// two owners.
     pub fn is_target(self) -> bool {
         matches!(self, Self::Target | Self::Settled)
     }
 }
 
-/// How a compare-and-swap of the word ended.
+/// The outcome of a compare-and-swap of the word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SwapOutcome {
-    /// The word is what it was to become.
+    /// The word has the new value.
     Won,
-    /// The other process was faster: the word is this.
+    /// The other process was faster: the word has this value.
     Lost(Word),
-    /// The word has a value that no word has. It gives nothing to the target, whose own swap fails as well.
+    /// The word is invalid. The target cannot own anything then, because its swap fails as well.
     Meaningless,
 }
 
-/// A swap did not win.
+/// A swap that must win did not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("unexpected ownership word")]
 pub struct NotSwapped(pub SwapOutcome);
 
 impl SwapOutcome {
-    /// For a swap that has no way to lose.
+    /// Checks a swap that the other process cannot win.
     ///
     /// # Errors
-    /// [`NotSwapped`].
+    /// Returns [`NotSwapped`] unless the swap won.
     pub fn must_win(self) -> Result<(), NotSwapped> {
         if self == Self::Won { Ok(()) } else { Err(NotSwapped(self)) }
     }
 }
 
-/// What an offer is worth when the target reads it.
+/// The state of an offer when the target reads it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Offered {
-    /// It stands.
+    /// The offer is open.
     Stands,
-    /// The source took it back before the target read it. That is no fault: a later offer counts.
+    /// The source withdrew the offer before the target read it. This is not an error: a later offer may follow.
     Withdrawn,
-    /// The word cannot be this after such an offer.
+    /// The word cannot have this value after such an offer.
     Impossible,
 }
 
-/// Who owns, and how often it was offered.
+/// The ownership word: the owner, and the number of offers so far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Word {
     /// The number of the last offer, less than 2^56; 0 before the first.
     pub epoch: u64,
-    /// Who owns.
+    /// The owner.
     pub owner: Owner,
 }
 
-/// The shared word has a value that has no meaning.
+/// The shared word has an invalid value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the ownership word has no meaning: {0:#x}")]
+#[error("invalid ownership word {0:#x}")]
 pub struct WordError(pub u64);
 
 impl Word {
-    /// Before the first offer.
+    /// The word before the first offer.
     pub const INITIAL: Self = Self { epoch: 0, owner: Owner::Source };
 
-    /// How it lies in memory.
+    /// Encodes the word as it is stored in shared memory.
     pub fn to_bits(self) -> u64 {
         let owner = match self.owner {
             Owner::Source => 0,
@@ -107,10 +109,10 @@ impl Word {
         self.epoch << 8 | owner
     }
 
-    /// What lies in memory.
+    /// Decodes a word from shared memory.
     ///
     /// # Errors
-    /// [`WordError`].
+    /// Returns [`WordError`] if `bits` name no owner.
     pub fn from_bits(bits: u64) -> Result<Self, WordError> {
         let owner = match bits & 0xff {
             0 => Owner::Source,
@@ -123,45 +125,45 @@ impl Word {
         Ok(Self { epoch: bits >> 8, owner })
     }
 
-    /// The source offers it. `None` where it is not the source's to offer.
+    /// Returns the word after the source offers. `None` if the source is not the owner or the epochs are exhausted.
     pub fn offered(self) -> Option<Self> {
         let epoch = self.epoch + 1;
         (self.owner == Owner::Source && epoch < 1 << 56).then_some(Self { epoch, owner: Owner::Offered })
     }
 
-    /// The target takes what is offered. `None` where it is not offered.
+    /// Returns the word after the target takes an offer. `None` if there is no offer.
     pub fn taken(self) -> Option<Self> {
         self.out_of_offer(Owner::Target)
     }
 
-    /// The source takes back what it offered, and may offer it again. `None` where it is not offered.
+    /// Returns the word after the source withdraws its offer; it may offer again. `None` if there is no offer.
     pub fn taken_back(self) -> Option<Self> {
         self.out_of_offer(Owner::Source)
     }
 
-    /// The source ends the hand-over: nothing can be offered or taken any more. `None` where it is over already.
+    /// Returns the word after the source aborts: no further offer or take is possible. `None` if the word is final.
     pub fn aborted(self) -> Option<Self> {
         matches!(self.owner, Owner::Source | Owner::Offered).then_some(Self { owner: Owner::Aborted, ..self })
     }
 
-    /// The target makes it final that it has taken it. `None` where it has not.
+    /// Returns the word after the target settles its take. `None` if it has taken nothing.
     pub fn settled(self) -> Option<Self> {
         (self.owner == Owner::Target).then_some(Self { owner: Owner::Settled, ..self })
     }
 
-    /// The target takes what a dead source has not given up. `None` where the source gave nothing, or not to it. Legal
-    /// only on proof that the source is dead, and for a target that holds all there is to take.
+    /// Returns the word after the target takes over from a dead source. `None` if the word is final. Only legal if the
+    /// source is proven dead and the target holds everything.
     pub fn survived_by_target(self) -> Option<Self> {
         matches!(self.owner, Owner::Source | Owner::Offered).then_some(Self { owner: Owner::Target, ..self })
     }
 
-    /// The source takes back what a dead target had taken. `None` where that took nothing. Legal only on proof that the
-    /// target is dead, and for a source that holds everything still.
+    /// Returns the word after the source takes back what a dead target took. `None` if the target took nothing or has
+    /// settled. Only legal if the target is proven dead and the source still holds everything.
     pub fn survived_by_source(self) -> Option<Self> {
         (self.owner == Owner::Target).then_some(Self { owner: Owner::Aborted, ..self })
     }
 
-    /// What the offer `epoch` is worth while the word is this. A message may be read late, the word is always current.
+    /// Judges offer `epoch` against the current word. The target may read a message late; the word is always current.
     pub fn judge_offer(self, epoch: u64) -> Offered {
         match self.owner {
             Owner::Offered if self.epoch == epoch => Offered::Stands,
@@ -183,7 +185,7 @@ mod tests {
     const OWNERS: [Owner; 5] = [Owner::Source, Owner::Offered, Owner::Target, Owner::Aborted, Owner::Settled];
 
     #[test]
-    fn every_word_survives_its_bits() {
+    fn word_round_trips_through_its_bits() {
         for owner in OWNERS {
             for epoch in [0, 1, (1 << 56) - 1] {
                 let word = Word { epoch, owner };
@@ -195,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_final_stays_while_both_live() {
+    fn final_word_permits_no_transition_while_both_live() {
         for owner in [Owner::Target, Owner::Aborted, Owner::Settled] {
             let word = Word { epoch: 3, owner };
             assert_eq!([word.offered(), word.taken(), word.taken_back(), word.aborted()], [None; 4]);
@@ -203,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn a_survivor_takes_what_the_dead_one_had() {
+    fn survivor_takes_over_from_the_dead_peer() {
         let after = |owner| Word { epoch: 3, owner };
         let target = OWNERS.map(|owner| after(owner).survived_by_target().map(|word| word.owner));
         assert_eq!(target, [Some(Owner::Target), Some(Owner::Target), None, None, None]);
@@ -216,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn an_offer_that_is_older_than_the_word_was_withdrawn() {
+    fn offer_older_than_the_word_counts_as_withdrawn() {
         let judged = |epoch| OWNERS.map(|owner| Word { epoch: 3, owner }.judge_offer(epoch));
         use super::Offered::{Impossible, Stands, Withdrawn};
         assert_eq!(judged(2), [Withdrawn, Withdrawn, Impossible, Withdrawn, Impossible]);
@@ -225,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_is_offered_is_taken_and_each_offer_is_another() {
+    fn only_an_offer_can_be_taken_and_each_offer_has_a_new_epoch() {
         let first = Word::INITIAL.offered().unwrap();
         assert_eq!((first.epoch, first.owner), (1, Owner::Offered));
         assert_eq!(first.offered(), None);

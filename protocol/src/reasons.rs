@@ -1,11 +1,11 @@
-//! Why something cannot be done, as it is said to a peer: reasons with names that stay, for scripts and for the
-//! operator's manual, and a text that may change.
+//! Reasons for a refusal, as they are sent to a peer. Each has a stable name, for scripts and the operator's manual,
+//! and a text that may change.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// The most reasons that are kept of what a peer sent.
+/// The most reasons that are kept from a peer.
 const MAX_REASONS: usize = 64;
 /// The longest name or text that is kept, in characters.
 const MAX_TEXT: usize = 512;
@@ -13,19 +13,19 @@ const MAX_TEXT: usize = 512;
 /// One reason.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reason {
-    /// Stays the same in every version.
+    /// The name, which is the same in every version.
     pub name: String,
-    /// For the operator.
+    /// The text for the operator.
     pub text: String,
 }
 
-/// All reasons.
+/// All reasons for one refusal.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Reasons(pub Vec<Reason>);
 
 impl Reasons {
-    /// Of whatever has names and texts.
+    /// Collects refusals.
     pub fn of<R>(refusals: impl IntoIterator<Item = R>) -> Self
     where
         R: Into<Reason>,
@@ -33,10 +33,10 @@ impl Reasons {
         Self(refusals.into_iter().map(Into::into).collect())
     }
 
-    /// Whether there is any refusal.
+    /// Succeeds if there are no refusals.
     ///
     /// # Errors
-    /// All of them.
+    /// Returns all `refusals` if there are any.
     pub fn none_of<R>(refusals: Vec<R>) -> Result<(), Self>
     where
         R: Into<Reason>,
@@ -44,7 +44,7 @@ impl Reasons {
         if refusals.is_empty() { Ok(()) } else { Err(Self::of(refusals)) }
     }
 
-    /// What a peer sent, cut to a size that can be shown.
+    /// Makes a peer's reasons safe to show: limits their number and length and removes control characters.
     #[must_use]
     pub fn bounded(mut self) -> Self {
         self.0.truncate(MAX_REASONS);
@@ -81,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn all_reasons_are_listed_with_their_names() {
+    fn display_lists_every_reason_with_its_name() {
         let reasons = Reasons::of([reason("a", "first"), reason("b", "second")]);
         assert_eq!(reasons.to_string(), "a: first; b: second");
         assert_eq!(Reasons::default().to_string(), "no reason given");
@@ -90,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peers_reasons_are_bounded_and_plain() {
+    fn peer_reasons_are_bounded_and_stripped_of_control_characters() {
         let reasons = Reasons(vec![reason("x\n\u{1b}[31m", &"y".repeat(10_000)); 1000]).bounded();
         assert_eq!(reasons.0.len(), MAX_REASONS);
         assert_eq!(reasons.0[0].name, "x[31m");

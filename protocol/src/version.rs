@@ -1,34 +1,37 @@
-//! Which versions of a protocol two processes have in common.
+//! Negotiates a protocol version between two processes.
 //!
-//! Every packet says what its sender speaks and the oldest that it still understands, so either side can refuse the
-//! other by name before it looks at a body.
+//! Every packet header carries its sender's newest and oldest supported version, so either side can refuse the other
+//! by name before it parses a body.
 
 use serde::{Deserialize, Serialize};
 
-/// The versions that a process speaks: `oldest` up to `newest`.
+/// The versions that a process supports, `oldest..=newest`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Versions {
-    /// The oldest that it understands.
+    /// The oldest version that the process reads.
     pub oldest: u16,
-    /// The newest, which it writes.
+    /// The newest version, in which the process writes.
     pub newest: u16,
 }
 
 /// Two processes have no version in common.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the peer speaks versions {} to {} of the protocol, this program {} to {}", peer.oldest, peer.newest, own.oldest, own.newest)]
+#[error(
+    "no common protocol version: the peer supports {} to {}, this program {} to {}",
+    peer.oldest, peer.newest, own.oldest, own.newest
+)]
 pub struct VersionError {
-    /// This process'.
+    /// This process's versions.
     pub own: Versions,
-    /// The peer's.
+    /// The peer's versions.
     pub peer: Versions,
 }
 
 impl Versions {
-    /// The newest version that both speak.
+    /// Returns the newest version that both processes support.
     ///
     /// # Errors
-    /// [`VersionError`] if there is none.
+    /// Returns [`VersionError`] if they have no version in common.
     pub fn common(self, peer: Self) -> Result<u16, VersionError> {
         let newest = self.newest.min(peer.newest);
         if newest < self.oldest || newest < peer.oldest {
@@ -43,7 +46,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_newest_that_both_speak_is_chosen() {
+    fn newest_common_version_is_chosen() {
         let old = Versions { oldest: 1, newest: 2 };
         let new = Versions { oldest: 2, newest: 5 };
         assert_eq!(old.common(new), Ok(2));
@@ -52,7 +55,7 @@ mod tests {
     }
 
     #[test]
-    fn none_in_common_is_an_error_on_both_sides() {
+    fn both_sides_reject_a_peer_without_a_common_version() {
         let old = Versions { oldest: 1, newest: 2 };
         let new = Versions { oldest: 3, newest: 5 };
         old.common(new).unwrap_err();

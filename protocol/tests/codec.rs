@@ -1,4 +1,4 @@
-//! The layout of packets, and what becomes of bytes that are none.
+//! The layout of packets, and the errors for invalid ones.
 
 use baton_protocol::codec::{CodecError, HEADER, Header, Message, Protocol};
 use baton_protocol::version::Versions;
@@ -15,7 +15,7 @@ struct Point {
     names: Vec<String>,
 }
 
-/// A later version's point: one field more, one that is gone.
+/// A later version's point, with an added and a removed field.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct LaterPoint {
     later: Vec<Option<Point>>,
@@ -41,11 +41,11 @@ baton_protocol::messages! {
 }
 
 fn packet() -> Vec<u8> {
-    Said::Point(Point { x: 300, names: vec!["a".to_owned()] }).encode().expect("a short message")
+    Said::Point(Point { x: 300, names: vec!["a".to_owned()] }).encode().expect("the message is short")
 }
 
 #[test]
-fn a_packet_is_laid_out_as_documented() {
+fn packet_has_the_documented_layout() {
     let packet = packet();
     assert_eq!(&packet[..HEADER], b"TEST\x03\0\x02\0\x01\0\0\0\x0f\0\0\0");
     assert_eq!(&packet[HEADER..], b"\x82\xa1x\xcd\x01\x2c\xa5names\x91\xa1a");
@@ -53,20 +53,20 @@ fn a_packet_is_laid_out_as_documented() {
 }
 
 #[test]
-fn the_header_is_read_without_the_body() {
+fn header_is_read_without_the_body() {
     let header = Header::parse(PROTOCOL, &packet()[..HEADER]).unwrap();
     assert_eq!(header, Header { versions: PROTOCOL.versions, kind: 1, length: 15 });
 }
 
 #[test]
-fn unknown_fields_are_skipped_and_absent_ones_default() {
+fn unknown_fields_are_skipped_and_absent_ones_get_defaults() {
     let nested = Some(Point { x: 1, names: vec!["deep".to_owned()] });
     let later = LaterSaid::Point(LaterPoint { later: vec![nested, None], x: 5 }).encode().unwrap();
     assert_eq!(Said::decode(&later).unwrap(), Said::Point(Point { x: 5, names: vec![] }));
 }
 
 #[test]
-fn a_packet_with_one_thing_wrong_is_refused_for_that() {
+fn invalid_packet_is_refused_with_the_matching_error() {
     fn refusal(change: impl FnOnce(&mut Vec<u8>)) -> CodecError {
         let mut packet = packet();
         change(&mut packet);
@@ -82,19 +82,19 @@ fn a_packet_with_one_thing_wrong_is_refused_for_that() {
     assert!(matches!(refusal(|packet| packet.push(0)), CodecError::Surplus(1)));
     assert!(matches!(refusal(|packet| packet.truncate(HEADER - 1)), CodecError::Truncated { .. }));
     assert!(matches!(refusal(|packet| packet[HEADER] = 0xc0), CodecError::Body { .. }));
-    // One entry fewer: the rest is left over.
+    // The map announces one entry fewer, so bytes are left over.
     assert!(matches!(refusal(|packet| packet[HEADER] = 0x81), CodecError::Surplus(_)));
 }
 
 #[test]
-fn a_message_longer_than_the_protocol_allows_is_not_written() {
+fn message_over_the_protocol_limit_is_not_encoded() {
     let error = Said::Point(Point { x: 0, names: vec!["x".repeat(256)] }).encode().unwrap_err();
     assert!(matches!(error, CodecError::TooLong { .. }), "{error}");
 }
 
 #[test]
-fn nesting_is_bounded() {
-    // A skipped field that is nested as deep as the body is long.
+fn nesting_depth_is_limited() {
+    // The unknown field `d` is nested as deep as the body is long.
     let mut body = b"\x82\xa1x\0\xa1d".to_vec();
     body.extend(std::iter::repeat_n(0x91, 200));
     body.push(0xc0);
@@ -104,13 +104,13 @@ fn nesting_is_bounded() {
 
 proptest! {
     #[test]
-    fn any_bytes_are_a_message_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+    fn arbitrary_bytes_do_not_panic_the_decoder(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
         let _ = Said::decode(&bytes);
         let _ = Said::from_body(1, &bytes);
     }
 
     #[test]
-    fn damaged_packets_are_messages_or_errors(
+    fn damaged_packets_do_not_panic_the_decoder(
         damage in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4),
         length in 0usize..40,
     ) {
@@ -124,7 +124,7 @@ proptest! {
     }
 
     #[test]
-    fn what_is_written_is_read(x: u64, names in proptest::collection::vec("[a-z]{0,8}", 0..8)) {
+    fn message_round_trips(x: u64, names in proptest::collection::vec("[a-z]{0,8}", 0..8)) {
         let said = Said::Point(Point { x, names });
         prop_assert_eq!(Said::decode(&said.encode().unwrap()).unwrap(), said);
     }

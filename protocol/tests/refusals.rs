@@ -1,4 +1,4 @@
-//! Every reason against a hand-over and against a migration, by its name and text: one field is broken at a time.
+//! The name and text of every refusal of a hand-over and of a migration. Each case breaks one field.
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use baton_protocol::handover::device::validate::{Capabilities, CheckedDevice, check_without_tap};
@@ -42,7 +42,7 @@ fn capabilities() -> Capabilities {
     }
 }
 
-/// What is said of a device and a place for it, one of which was changed.
+/// Returns the refusal of a device after `change` broke the device or the target.
 fn device_refusal(change: impl FnOnce(&mut DeviceState, &mut Capabilities)) -> String {
     let (mut device, mut target) = (device(), capabilities());
     change(&mut device, &mut target);
@@ -50,17 +50,17 @@ fn device_refusal(change: impl FnOnce(&mut DeviceState, &mut Capabilities)) -> S
 }
 
 #[test]
-fn a_device_that_fits_is_taken() {
+fn matching_device_is_accepted() {
     assert_eq!(CheckedDevice::try_from((device(), &capabilities())).unwrap().state(), &device());
 }
 
 #[test]
-fn what_is_wrong_with_a_device_is_said_by_name() {
+fn device_refusal_has_the_expected_name_and_text() {
     let frame = |offset, length| Some(FrameExtent { offset, length });
     let cells = [
         (
             device_refusal(|device, _| device.queue_pairs.clear()),
-            "queue-pair-range: the source has 0 queue pairs; 1 to 128",
+            "queue-pair-range: the source has 0 queue pairs; the valid range is 1 to 128",
         ),
         (
             device_refusal(|_, target| target.queue_pairs = Some(3)),
@@ -72,11 +72,11 @@ fn what_is_wrong_with_a_device_is_said_by_name() {
         ),
         (
             device_refusal(|_, target| target.vhost_fds = Some(1)),
-            "vhost-fds: the source has 2 queue pairs, the target's --vhost-fds 1",
+            "vhost-fds: the source has 2 queue pairs, but the target's --vhost-fds lists 1",
         ),
         (
             device_refusal(|device, _| device.features = 0x18),
-            "features: negotiated features 0x18 are not the target's;",
+            "features: the target does not support the negotiated features 0x18;",
         ),
         (
             device_refusal(|_, target| target.acknowledged = 0x20),
@@ -84,7 +84,7 @@ fn what_is_wrong_with_a_device_is_said_by_name() {
         ),
         (
             device_refusal(|device, _| device.protocol_features = 8),
-            "protocol-features: negotiated protocol features 0x8 are not",
+            "protocol-features: the target does not support the negotiated protocol features 0x8;",
         ),
         (
             device_refusal(|device, _| device.queue_pairs[1].using_vnet_hdr = false),
@@ -94,11 +94,11 @@ fn what_is_wrong_with_a_device_is_said_by_name() {
             device_refusal(|device, _| {
                 device.queue_pairs.iter_mut().for_each(|pair| pair.host_vnet_hdr_len = 20);
             }),
-            "header-size: queue pair 0 has a virtio-net header of 20 bytes; 10 or 12",
+            "header-size: queue pair 0 has a virtio-net header of 20 bytes; it must have 10 or 12",
         ),
         (
             device_refusal(|device, _| device.queue_pairs[1].has_ufo = true),
-            "mixed-queues: queue pair 1 says something else",
+            "mixed-queues: queue pair 1 describes the TAP differently",
         ),
         (device_refusal(|device, _| device.queue_pairs[1].has_uso = true), "mixed-queues: queue pair 1"),
         (device_refusal(|device, _| device.queue_pairs[1].has_tunnel = true), "mixed-queues: queue pair 1"),
@@ -106,7 +106,7 @@ fn what_is_wrong_with_a_device_is_said_by_name() {
             device_refusal(|device, _| device.queue_pairs[1].host_vnet_hdr_len = 10),
             "mixed-queues: queue pair 1",
         ),
-        (device_refusal(|device, _| device.tap.clear()), "tap-name: the TAP's name is not possible: \"\""),
+        (device_refusal(|device, _| device.tap.clear()), "tap-name: invalid TAP name \"\""),
         (device_refusal(|device, _| device.tap = "a/b".to_owned()), "tap-name: "),
         (device_refusal(|device, _| device.tap = "a".repeat(16)), "tap-name: "),
         (
@@ -114,10 +114,10 @@ fn what_is_wrong_with_a_device_is_said_by_name() {
             "mac: the guest's MAC address is not a unicast address",
         ),
         (device_refusal(|device, _| device.mac = Some([0; 6])), "mac: "),
-        (device_refusal(|device, _| device.mtu = Some(67)), "mtu: an MTU of 67 is not possible"),
+        (device_refusal(|device, _| device.mtu = Some(67)), "mtu: MTU 67 is below 68"),
         (
             device_refusal(|device, _| device.downscript = Some("down".to_owned())),
-            "downscript: the downscript \"down\" has no absolute path",
+            "downscript: the path of downscript \"down\" is not absolute",
         ),
         (
             device_refusal(|_, target| target.same_user = false),
@@ -128,7 +128,7 @@ fn what_is_wrong_with_a_device_is_said_by_name() {
                 device.downscript_place = Some(Place::default());
                 target.place = None;
             }),
-            "downscript-place: the downscript \"/etc/down\" would run in a place that it cannot compare",
+            "downscript-place: the downscript \"/etc/down\" would run in a place that the target cannot compare",
         ),
         (
             device_refusal(|device, _| device.downscript_place = Some(Place::default())),
@@ -155,18 +155,18 @@ fn what_is_wrong_with_a_device_is_said_by_name() {
         ),
     ];
     for (said, expected) in cells {
-        assert!(said.starts_with(expected), "{said} instead of {expected}");
-        assert!(!said.contains("; and "), "more than that: {said}");
+        assert!(said.starts_with(expected), "expected {expected:?}, got {said:?}");
+        assert!(!said.contains("; and "), "more than one reason: {said}");
     }
 }
 
 #[test]
-fn all_that_is_wrong_is_said_at_once() {
+fn refusal_lists_all_reasons() {
     let broken = DeviceState { tap: String::new(), mtu: Some(1), features: 0x18, ..device() };
     let reasons = CheckedDevice::try_from((broken.clone(), &capabilities())).unwrap_err();
     let names: Vec<_> = reasons.0.iter().map(|reason| reason.name.as_str()).collect();
     assert_eq!(names, ["features", "tap-name", "mtu"]);
-    // Without the TAP only what the front-end has negotiated counts.
+    // Without a TAP only the negotiated virtio features are checked.
     let reasons = check_without_tap(&broken, capabilities().features).unwrap_err();
     assert_eq!(reasons.0.iter().map(|reason| reason.name.as_str()).collect::<Vec<_>>(), ["features"]);
 }
@@ -186,7 +186,7 @@ fn machine() -> MachineFacts {
     MachineFacts { cpus: 2, memory: 1 << 29, moves_tsc: true, nested: false, net: vec![net()] }
 }
 
-/// What is said of a VM and a place for it, one of which was changed.
+/// Returns the refusal of a VM after `change` broke the source or the target.
 fn machine_refusal(change: impl FnOnce(&mut MachineFacts, &mut MachineFacts)) -> String {
     let (mut source, mut target) = (machine(), machine());
     change(&mut source, &mut target);
@@ -194,7 +194,7 @@ fn machine_refusal(change: impl FnOnce(&mut MachineFacts, &mut MachineFacts)) ->
 }
 
 #[test]
-fn what_is_wrong_with_a_vm_is_said_by_name() {
+fn vm_refusal_has_the_expected_name_and_text() {
     assert_eq!(judge(&machine(), &machine()), []);
     let cells = [
         (
@@ -207,13 +207,10 @@ fn what_is_wrong_with_a_vm_is_said_by_name() {
         ),
         (
             machine_refusal(|source, _| source.moves_tsc = false),
-            "tsc: the source's KVM cannot move time stamp counters",
+            "tsc: the source's KVM cannot migrate the time stamp counter",
         ),
         (machine_refusal(|_, target| target.moves_tsc = false), "tsc: the target's KVM cannot"),
-        (
-            machine_refusal(|source, _| source.nested = true),
-            "nested: the guest uses the processor's virtualisation itself",
-        ),
+        (machine_refusal(|source, _| source.nested = true), "nested: the guest uses hardware virtualisation"),
         (
             machine_refusal(|_, target| target.net.push(net())),
             "devices: the VM has 1 network devices, the target 2;",
@@ -252,13 +249,13 @@ fn what_is_wrong_with_a_vm_is_said_by_name() {
         ),
         (
             machine_refusal(|_, target| target.net[0].mac = Some([2, 0, 0, 0, 0, 2])),
-            "mac: network device 0 has another MAC address",
+            "mac: network device 0 has a different MAC address",
         ),
     ];
     for (said, expected) in cells {
-        assert!(said.starts_with(expected), "{said} instead of {expected}");
+        assert!(said.starts_with(expected), "expected {expected:?}, got {said:?}");
     }
-    // A target that was given no address takes any, and a device that does not move needs no device state.
+    // A target without a configured MAC address accepts any. A device that does not move needs no device state.
     let mut target = machine();
     target.net[0].mac = None;
     assert_eq!(judge(&machine(), &target), []);
@@ -289,7 +286,7 @@ fn state_refusal(change: impl FnOnce(&mut VmState)) -> String {
 }
 
 #[test]
-fn a_state_that_is_not_possible_is_refused() {
+fn invalid_vm_state_is_refused() {
     assert_eq!(*CheckedState::new(state(), &machine()).unwrap(), state());
     fn driver(state: &mut VmState) -> &mut DriverState {
         state.net[0].driver.as_mut().unwrap()
@@ -298,9 +295,9 @@ fn a_state_that_is_not_possible_is_refused() {
         (state_refusal(|state| state.vcpus.truncate(1)), "1 vCPUs instead of 2"),
         (
             state_refusal(|state| state.vcpus[1].cpuid = vec![Default::default(); 257]),
-            "vCPU 1 has too many registers",
+            "vCPU 1 has too many MSRs or CPUID entries",
         ),
-        (state_refusal(|state| state.serial.input = vec![0; 65]), "more serial input than a 16550 holds"),
+        (state_refusal(|state| state.serial.input = vec![0; 65]), "more serial input than the port can hold"),
         (state_refusal(|state| state.net.clear()), "0 network devices instead of 1"),
         (
             state_refusal(|state| state.net[0].identity.queue_pairs = 1),
@@ -312,26 +309,32 @@ fn a_state_that_is_not_possible_is_refused() {
         ),
         (
             state_refusal(|state| state.net[0].transport.queues[2].size = 100),
-            "network device 0: a virtqueue of 100 descriptors",
+            "network device 0: invalid virtqueue size 100",
         ),
         (
             state_refusal(|state| state.net[0].transport.driver_features = 8),
-            "network device 0: features that were not offered",
+            "network device 0: the driver acknowledged features that were not offered",
         ),
         (
             state_refusal(|state| driver(state).active_queue_pairs = 3),
-            "network device 0: 3 active queue pairs of 2",
+            "network device 0: 3 active queue pairs, not 1 to 2",
         ),
-        (state_refusal(|state| driver(state).bases[3].index = 4), "network device 0: a base of virtqueue 4"),
-        (state_refusal(|state| driver(state).bases[3].index = 2), "network device 0: a base of virtqueue 2"),
+        (
+            state_refusal(|state| driver(state).bases[3].index = 4),
+            "network device 0: invalid or duplicate base of virtqueue 4",
+        ),
+        (
+            state_refusal(|state| driver(state).bases[3].index = 2),
+            "network device 0: invalid or duplicate base of virtqueue 2",
+        ),
     ];
     for (said, expected) in cells {
-        assert_eq!(said, format!("state: the VM's state is not possible: {expected}"));
+        assert_eq!(said, format!("state: invalid VM state: {expected}"));
     }
 }
 
 #[test]
-fn reasons_that_only_the_programs_can_have_keep_their_names() {
+fn refusals_from_outside_the_checks_have_the_expected_name_and_text() {
     let text = || "why".to_owned();
     let all = [
         (Refusal::Ram(text()), "ram", "guest memory: why"),
@@ -341,10 +344,10 @@ fn reasons_that_only_the_programs_can_have_keep_their_names() {
         (
             Refusal::Tap { device: 1, error: text() },
             "tap",
-            "the target's back-end of network device 1 takes no TAP: why; start it with --incoming-fds and without a \
-             TAP of its own",
+            "the target's back-end of network device 1 cannot take over the TAP: why; start it with --incoming-fds \
+             and without a TAP of its own",
         ),
-        (Refusal::Busy, "busy", "the target waits for no VM"),
+        (Refusal::Busy, "busy", "the target is not waiting for a VM"),
         (Refusal::User(text()), "user", "why"),
     ];
     for (refusal, name, said) in all {

@@ -1,15 +1,15 @@
-//! Hand-overs between two back-ends on one host: of a stopped *device*, or of a running *session*.
+//! Hand-overs between two back-ends on one host: of a *device* whose rings are stopped, or of a running *session*.
 //!
-//! [`wire`] has what they say to each other. [`prologue`] is how both begin; then [`device`] or [`session`] goes on.
-//! Each has two state machines, the source's and the target's, and the checks of what the source says. The [ownership word](crate::ownership) decides who owns
-//! what is handed over; no message does.
+//! [`wire`] defines the messages. Every hand-over begins with [`prologue`] and continues with [`device`] or
+//! [`session`]. Each of these has two state machines, the source's and the target's, and the checks of the source's
+//! messages. The [ownership word](crate::ownership) decides which process owns what is handed over; no message does.
 
 pub mod device;
 pub mod prologue;
 pub mod session;
 pub mod wire;
 
-/// How far the hand-over of a session was when it ended.
+/// The phase in which the hand-over of a session ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
     /// Until the target's HELLO.
@@ -25,7 +25,7 @@ pub enum Phase {
 }
 
 impl Phase {
-    /// Its name, which the operator's report has.
+    /// Returns the phase's name in the operator's report.
     pub fn name(self) -> &'static str {
         match self {
             Self::Greet => "greet",

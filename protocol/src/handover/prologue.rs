@@ -1,12 +1,12 @@
-//! How every hand-over begins: HELLO both ways, PREPARE, READY. Nothing is handed over yet and no word is shared, so any
-//! failure ends the hand-over, and nothing else.
+//! The prologue of every hand-over: HELLO both ways, PREPARE, READY. Nothing is handed over yet and no ownership word
+//! is shared, so a failure has no effect beyond ending the hand-over.
 //!
 //! ```text
 //!   source   Greeting ─HELLO─▶ Checking ─READY─▶ agreed
 //!   target   Fresh ─HELLO─▶ Greeted ─PREPARE: judged, READY─▶ agreed
 //! ```
-//! In each state the peer may take [`PATIENCE`]. HELLO says what is to be handed over ([`Purpose`]); from READY on the
-//! machines of that purpose go on.
+//! In each state the peer has [`PATIENCE`] to answer. HELLO says what is to be handed over ([`Purpose`]). After READY
+//! the state machines for that purpose take over.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ use crate::end_reason::EndReason;
 use crate::reasons::Reasons;
 use crate::version::VersionError;
 
-/// How long the peer may take for each answer.
+/// How long each side waits for an answer.
 pub const PATIENCE: Duration = Duration::from_secs(2);
 
 /// What is handed over.
@@ -31,7 +31,7 @@ pub enum Purpose {
 }
 
 impl Purpose {
-    /// The word in [`Hello::purpose`].
+    /// Returns the name in [`Hello::purpose`].
     pub fn name(self) -> &'static str {
         match self {
             Self::Device => "device",
@@ -39,33 +39,33 @@ impl Purpose {
         }
     }
 
-    /// The purpose with this name.
+    /// Returns the purpose with this name.
     pub fn of(name: &str) -> Option<Self> {
         [Self::Device, Self::Session].into_iter().find(|purpose| purpose.name() == name)
     }
 }
 
-/// What happens to a source that has not agreed with its target yet.
+/// An event for a source in the prologue.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SourceEvent {
     /// A message arrived.
     Message(Message),
-    /// The connection ended, or brought something that is not a message.
+    /// The connection ended, or the peer sent an invalid message.
     Closed,
-    /// The target's process ended. Comes after its last message.
+    /// The target process died. Follows its last message.
     Dead,
-    /// Time passed.
+    /// Time has passed.
     Time,
     /// The operator cancelled.
     Cancel,
 }
 
-/// A source that has not agreed with its target yet.
+/// A source in the prologue.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SourcePrologue {
     /// HELLO is sent.
     Greeting {
-        /// Only to find out whether the target would take it.
+        /// Only check whether the target would accept the hand-over.
         dry_run: bool,
         /// When to give up.
         deadline: Duration,
@@ -74,43 +74,43 @@ pub enum SourcePrologue {
     Checking {
         /// As in `Greeting`.
         dry_run: bool,
-        /// The target wants the source to send instances of vhost-net.
+        /// The target asks for vhost-net instances.
         wants_vhost: bool,
         /// When to give up.
         deadline: Duration,
     },
-    /// The target is ready to take it.
+    /// The target is ready.
     Agreed {
         /// As in `Checking`.
         wants_vhost: bool,
     },
-    /// It is over.
+    /// The hand-over has ended.
     Ended {
-        /// How far it was.
+        /// The phase in which it ended.
         phase: Phase,
-        /// Why.
+        /// Why it ended.
         reason: EndReason,
     },
 }
 
-/// What a source does, in this order.
+/// An action of a source. Actions are carried out in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SourceAction {
-    /// Send device and session as they are now in a PREPARE.
+    /// Send PREPARE with the current state of the device and the session.
     Prepare,
     /// Close the connection.
     Close,
 }
 
 impl SourcePrologue {
-    /// Begins on a fresh connection, with the HELLO to send.
+    /// Starts on a new connection. Returns the state and the HELLO to send.
     pub fn begin(purpose: Purpose, program: &str, dry_run: bool, now: Duration) -> (Self, Message) {
         let purpose = purpose.name().to_owned();
         let hello = Hello { purpose, program: program.to_owned(), dry_run, wants_vhost: false };
         (Self::Greeting { dry_run, deadline: now + PATIENCE }, Message::Hello(hello))
     }
 
-    /// When [`SourceEvent::Time`] matters.
+    /// Returns when [`SourceEvent::Time`] is due, if ever.
     pub fn deadline(&self) -> Option<Duration> {
         match self {
             Self::Greeting { deadline, .. } | Self::Checking { deadline, .. } => Some(*deadline),
@@ -118,7 +118,7 @@ impl SourcePrologue {
         }
     }
 
-    /// The next state, and what to do. `now` is the time of the event.
+    /// Returns the next state and the actions to carry out. `now` is the time of the event.
     #[must_use]
     pub fn step(self, event: SourceEvent, now: Duration) -> (Self, Vec<SourceAction>) {
         match (self, event) {
@@ -138,7 +138,7 @@ impl SourcePrologue {
         }
     }
 
-    /// Everything but the answer that it waits for.
+    /// Handles every event but the expected answer.
     fn other(self, event: SourceEvent, now: Duration) -> (Self, Vec<SourceAction>) {
         let phase = if matches!(self, Self::Greeting { .. }) { Phase::Greet } else { Phase::Check };
         let reason = match event {
@@ -157,7 +157,7 @@ impl SourcePrologue {
     }
 }
 
-/// What it means that the target sent this instead of what the source waits for.
+/// Returns the end reason for an unexpected message from the target.
 pub(super) fn unexpected(message: Message) -> EndReason {
     match message {
         Message::Refuse(refuse) => EndReason::Refused(refuse.reasons.bounded()),
@@ -165,73 +165,73 @@ pub(super) fn unexpected(message: Message) -> EndReason {
     }
 }
 
-/// What happens to a target that has not agreed with a source yet.
+/// An event for a target in the prologue.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TargetEvent {
     /// A message arrived.
     Message(Message),
-    /// The connection ended, or brought something that is not a message.
+    /// The connection ended, or the peer sent an invalid message.
     Closed,
-    /// A message arrived in a version that this build does not understand.
+    /// A message arrived from a peer with no version in common.
     Stranger(VersionError),
-    /// The source's process ended. Comes after its last message.
+    /// The source process died. Follows its last message.
     Dead,
-    /// Time passed.
+    /// Time has passed.
     Time,
     /// The answer to [`TargetAction::Judge`].
     Judged(Result<(), Reasons>),
 }
 
-/// What a target says of itself in its HELLO.
+/// What a target reports about itself in its HELLO.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Introduction {
     /// Program and version, for the log.
     pub program: String,
-    /// The target uses vhost-net and may not open it: a source of a session sends the instances.
+    /// The target uses vhost-net but may not open it: the source of a session provides the instances.
     pub wants_vhost: bool,
 }
 
-/// A target that has not agreed with a source yet.
+/// A target in the prologue.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TargetPrologue {
     /// A source has connected.
     Fresh {
-        /// What the target answers.
+        /// The contents of the target's HELLO.
         own: Introduction,
         /// When to give up.
         deadline: Duration,
     },
     /// HELLO is answered.
     Greeted {
-        /// What the source wants to hand over.
+        /// What is to be handed over.
         purpose: Purpose,
         /// When to give up.
         deadline: Duration,
     },
     /// READY is sent.
     Agreed(Purpose),
-    /// Nothing more comes of this connection.
+    /// This hand-over has ended.
     Ended,
 }
 
-/// What a target does, in this order.
+/// An action of a target. Actions are carried out in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TargetAction {
-    /// Judge whether the target would take this, and report with [`TargetEvent::Judged`].
+    /// Check whether the target can take what PREPARE describes, then report [`TargetEvent::Judged`].
     Judge(Purpose, Prepare),
-    /// Send this.
+    /// Send this message.
     Send(Message),
     /// Close the connection.
     Close,
 }
 
 impl TargetPrologue {
-    /// Begins on a fresh connection.
+    /// Starts on a new connection.
     pub fn begin(own: Introduction, now: Duration) -> Self {
         Self::Fresh { own, deadline: now + PATIENCE }
     }
 
-    /// When [`TargetEvent::Time`] matters.
+    /// Returns when [`TargetEvent::Time`] is due, if ever.
     pub fn deadline(&self) -> Option<Duration> {
         match self {
             Self::Fresh { deadline, .. } | Self::Greeted { deadline, .. } => Some(*deadline),
@@ -239,7 +239,7 @@ impl TargetPrologue {
         }
     }
 
-    /// The next state, and what to do. `now` is the time of the event.
+    /// Returns the next state and the actions to carry out. `now` is the time of the event.
     #[must_use]
     pub fn step(self, event: TargetEvent, now: Duration) -> (Self, Vec<TargetAction>) {
         match (self, event) {

@@ -1,36 +1,36 @@
-//! What both sides must agree about before a VM moves. Plain and untrusted.
+//! The properties that the source and the target compare before a VM moves. Plain, untrusted data.
 
 use serde::{Deserialize, Serialize};
 
-/// A VM, or the place for one.
+/// The properties of a VM, or of the empty VM at the target.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineFacts {
-    /// How many vCPUs.
+    /// The number of vCPUs.
     pub cpus: u8,
     /// Guest memory, in bytes.
     pub memory: u64,
-    /// Whether the host's KVM lets time stamp counters move.
+    /// Whether KVM can migrate the time stamp counter.
     pub moves_tsc: bool,
-    /// Whether the guest uses the processor's virtualisation itself, as it does for guests of its own.
+    /// Whether the guest uses hardware virtualisation (SVM or VMX), as it does for nested VMs.
     #[serde(default)]
     pub nested: bool,
     /// The network devices, in the order of the command line.
     pub net: Vec<NetFacts>,
 }
 
-/// A network device, or the place for one.
+/// The properties of a network device, or of its counterpart at the target.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetFacts {
-    /// How many queue pairs.
+    /// The number of queue pairs.
     pub queue_pairs: u16,
-    /// Whether its TAP moves with it. At the source this is so only in a local migration.
+    /// Whether the TAP moves with the device. At the source, only in a local migration.
     pub local: bool,
-    /// Whether its back-end can give or take device state.
+    /// Whether the back-end can save or load device state.
     pub device_state: bool,
-    /// Whether its back-end is connected.
+    /// Whether the back-end is connected.
     pub connected: bool,
-    /// The features that the driver has acknowledged, or that the back-end there offers.
+    /// Source: the features that the driver has acknowledged. Target: the features that the back-end offers.
     pub features: u64,
-    /// The guest's MAC address, or the one that was asked for.
+    /// Source: the guest's MAC address. Target: the configured MAC address (`mac=`), if any.
     pub mac: Option<[u8; 6]>,
 }

@@ -2,12 +2,12 @@
 //!
 //! ```text
 //!   source                                        target
-//!     HELLO    what the VM is ─▶
+//!     HELLO    the VM's properties ─▶
 //!         ◀─ HELLO, or REFUSE with all reasons
-//!     PREPARE  guest memory, ownership word ─▶    KVM and the back-ends get the memory, and hear of the rings
+//!     PREPARE  guest memory, ownership word ─▶    KVM and the back-ends map the memory; the back-ends set up the rings
 //!         ◀─ PREPARED, or REFUSE
 //!   ── vCPUs and rings are stopped, local devices are saved ──
-//!     STATE    all the rest of the VM ─▶          vCPUs, devices; rings get their places, and are not started
+//!     STATE    the rest of the VM's state ─▶      vCPUs and devices are restored; rings get their bases
 //!         ◀─ READY, or REFUSE
 //!   ── the word is offered: the commit point ──
 //!     COMMIT ─▶                                   the word is taken; rings and vCPUs start
@@ -23,22 +23,22 @@ use crate::fd_manifest::FdManifest;
 use crate::reasons::Reasons;
 use crate::version::Versions;
 
-/// What this build speaks.
+/// The migration protocol of this build.
 pub const PROTOCOL: Protocol =
     Protocol { magic: *b"BATM", versions: Versions { oldest: 1, newest: 1 }, max_body: 4 << 20 };
 
-/// This program, as it names itself to its peer.
+/// This program's name and version, as sent to the peer.
 pub const PROGRAM: &str = concat!("baton-vmm ", env!("CARGO_PKG_VERSION"));
 
 /// The ownership word's memfd.
 pub const OWNERSHIP_FD: &str = "ownership";
 
-/// A region of guest memory.
+/// Returns the name of a guest memory region's memfd.
 pub fn ram_fd(region: usize) -> String {
     format!("ram/{region}")
 }
 
-/// The target's end of the socket between the back-ends of a local device.
+/// Returns the name of the target's end of the socket pair between the back-ends of a local device.
 pub fn device_fd(device: usize) -> String {
     format!("device/{device}")
 }
@@ -46,42 +46,42 @@ pub fn device_fd(device: usize) -> String {
 /// The source's first message.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
-    /// Which program says so, and its version: for the log.
+    /// The sender's program and version, for the log.
     #[serde(default)]
     pub program: String,
-    /// Only to find out whether it could be done: nothing will move.
+    /// Only check whether the VM can move: nothing will move.
     #[serde(default)]
     pub dry_run: bool,
-    /// Whether the TAPs of the devices that want it move along.
+    /// Also move the TAPs of the devices that have `local-migration=on`.
     pub local: bool,
-    /// What would move.
+    /// The VM's properties.
     pub machine: MachineFacts,
 }
 
-/// The target would take it.
+/// The target accepts the VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Welcome {
-    /// Which program says so, and its version: for the log.
+    /// The sender's program and version, for the log.
     #[serde(default)]
     pub program: String,
 }
 
-/// It cannot be done, or could not be done.
+/// The target refuses the migration, or failed to carry out its part.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refuse {
-    /// Why not.
+    /// All reasons.
     pub reasons: Reasons,
 }
 
-/// What takes time, and is done while the VM runs.
+/// The slow preparations, made while the VM runs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Prepare {
-    /// Where the regions of guest memory lie, in the order of their descriptors.
+    /// The regions of guest memory, in the order of their descriptors.
     pub ram: Vec<RamRegion>,
     /// The descriptors.
     pub fds: FdManifest,
-    /// What the driver of each network device has started, if it has: the target's back-ends can be told of it before
-    /// the VM stands still. What STATE says is what counts.
+    /// What the driver of each network device has set up, if anything. The target sets up its back-ends from it before
+    /// the VM stops. STATE has precedence.
     #[serde(default)]
     pub net: Vec<Option<Outline>>,
 }
@@ -89,40 +89,40 @@ pub struct Prepare {
 /// A region of guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RamRegion {
-    /// Its guest address.
+    /// The guest address.
     pub start: u64,
-    /// Its length in bytes: all of its file.
+    /// The length in bytes, which is that of the whole file.
     pub length: u64,
 }
 
-/// Done; the VM can be stopped.
+/// The target is prepared; the VM can be stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Prepared {}
 
-/// The VM, which stands still.
+/// The state of the stopped VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
-    /// Whether it ran.
+    /// Whether the VM was running.
     pub running: bool,
-    /// What it is.
+    /// The VM's state.
     pub vm: VmState,
 }
 
-/// All is restored; what is left cannot fail.
+/// Everything is restored; the remaining steps cannot fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ready {}
 
 /// The word offers the VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Commit {
-    /// Of the ownership word.
+    /// The epoch of the ownership word.
     pub epoch: u64,
 }
 
 /// The target has taken the VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Active {
-    /// Whether it runs there; else it waits to be resumed.
+    /// Whether the VM runs; otherwise it is paused.
     pub running: bool,
 }
 
@@ -130,9 +130,9 @@ crate::messages! {
     /// A message.
     #[derive(Clone, Debug, PartialEq, Eq)]
     pub enum Message: PROTOCOL {
-        /// HELLO, the source's.
+        /// The source's HELLO.
         Hello(Hello) = 1 "HELLO",
-        /// HELLO, the target's.
+        /// The target's HELLO.
         Welcome(Welcome) = 2 "HELLO",
         /// REFUSE.
         Refuse(Refuse) = 3 "REFUSE",

@@ -1,18 +1,18 @@
-//! How a VM moves from one VMM to another on the same host (DESIGN: "Local VM migration").
+//! Moves a VM to another VMM on the same host.
 //!
-//! Both ends are connected by a Unix stream socket. Who owns the VM is said by the [ownership word](crate::ownership),
-//! never by a message:
+//! A Unix stream socket connects the source and the target. The [ownership word](crate::ownership) decides which VMM
+//! owns the VM; no message does:
 //!
 //! | state (source / target) | the VM | the peer is gone, silent, or refuses |
 //! |---|---|---|
-//! | greeting / greeted | runs at the source | source: goes on; target: waits again |
+//! | greeting / greeted | runs at the source | source: continues; target: waits again |
 //! | preparing / prepared | runs at the source | the same |
-//! | stopping, restoring / ready | stands still, is the source's | the same; the source's devices run again first |
-//! | offered / ready | stands still, is the first one's that swaps the word | the swap decides |
-//! | completed / active | is the target's | nothing |
+//! | stopping, restoring / ready | is stopped, owned by the source | the same, after the source has restarted its devices |
+//! | offered / ready | is stopped, owned by the VMM whose swap wins | the swap decides |
+//! | completed / active | is owned by the target | nothing |
 //!
-//! [`state`] is the VM as it travels, [`facts`] what is said of it before anything moves, [`refusal`] has the reasons
-//! why it cannot, [`validate`] judges both, [`message`] has the messages, [`source`] and [`target`] the two ends.
+//! [`message`] defines the messages, [`facts`] the properties of the VM that are compared first, and [`state`] the VM's
+//! state. [`validate`] checks both, with the reasons in [`refusal`]. [`source`] and [`target`] are the state machines.
 
 pub mod facts;
 pub mod message;

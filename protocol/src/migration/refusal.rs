@@ -1,120 +1,126 @@
-//! Why a VM cannot move: reasons with names that stay, for scripts and for the operator's manual.
+//! Why a VM cannot move. Each reason has a stable name, for scripts and the operator's manual.
 
 use thiserror::Error;
 
 use crate::reasons::Reason;
 
-/// One reason. The text says what to do where that is not plain.
+/// One reason. The text says what the operator can do, unless that is obvious.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum Refusal {
-    /// The target's VM is not of the same size.
+    /// The target has another number of vCPUs.
     #[error(
         "the VM has {source_cpus} vCPUs, the target {target}; start the target with --cpus={source_cpus}"
     )]
     Cpus {
-        /// The source's.
+        /// The source's number.
         source_cpus: u8,
-        /// The target's.
+        /// The target's number.
         target: u8,
     },
-    /// The target's VM is not of the same size.
+    /// The target has another size of memory.
     #[error(
         "the VM has {source_bytes} bytes of memory, the target {target}; start the target with --memory={source_bytes}"
     )]
     Memory {
-        /// The source's.
+        /// The source's size, in bytes.
         source_bytes: u64,
-        /// The target's.
+        /// The target's size, in bytes.
         target: u64,
     },
-    /// The target has other devices.
+    /// The target has another number of network devices.
     #[error(
         "the VM has {source_devices} network devices, the target {target}; give the target the same --net options"
     )]
     Devices {
-        /// The source's.
+        /// The source's number.
         source_devices: usize,
-        /// The target's.
+        /// The target's number.
         target: usize,
     },
-    /// A device of another kind.
+    /// The target's device has another number of queue pairs.
     #[error(
-        "network device {device} has {source_pairs} queue pairs, the target's {target}; give the target's queue-pairs={source_pairs}"
+        "network device {device} has {source_pairs} queue pairs, the target's {target}; set queue-pairs={source_pairs} \
+         at the target"
     )]
     QueuePairs {
-        /// Which device.
+        /// The device's index.
         device: usize,
-        /// The source's.
+        /// The source's number.
         source_pairs: u16,
-        /// The target's.
+        /// The target's number.
         target: u16,
     },
-    /// Whether the TAP moves along is not the same on both sides.
+    /// `local-migration` differs between the two sides.
     #[error(
-        "network device {device} has local-migration={}, the target's {}; give both the same", on_off(*source_local), on_off(!*source_local)
+        "network device {device} has local-migration={}, the target's {}; use the same value on both sides",
+        on_off(*source_local),
+        on_off(!*source_local)
     )]
     LocalMigration {
-        /// Which device.
+        /// The device's index.
         device: usize,
-        /// The source's.
+        /// The source's value.
         source_local: bool,
     },
-    /// A back-end that cannot give or take the TAP.
+    /// A back-end cannot hand over or take the TAP.
     #[error(
-        "the {side}'s back-end of network device {device} does not offer device state (DEVICE_STATE); start baton-backend of this version there, or set local-migration=off"
+        "the {side}'s back-end of network device {device} does not offer device state (DEVICE_STATE); start a \
+         baton-backend of this version there, or set local-migration=off"
     )]
     DeviceState {
-        /// Which device.
+        /// The device's index.
         device: usize,
-        /// Whose.
+        /// `source` or `target`.
         side: &'static str,
     },
-    /// A back-end is not there.
+    /// A back-end is not connected.
     #[error("the {side}'s back-end of network device {device} is not connected; start it first")]
     Backend {
-        /// Which device.
+        /// The device's index.
         device: usize,
-        /// Whose.
+        /// `source` or `target`.
         side: &'static str,
     },
-    /// The guest uses what the target's back-end cannot.
+    /// The guest uses features that the target's back-end does not offer.
     #[error(
-        "the guest uses the features {missing:#x} of network device {device}, which the target's back-end does not offer; start one with the same options and datapath"
+        "the guest uses the features {missing:#x} of network device {device}, which the target's back-end does not \
+         offer; start a back-end with the same options and datapath"
     )]
     Features {
-        /// Which device.
+        /// The device's index.
         device: usize,
-        /// Which features.
+        /// The missing features.
         missing: u64,
     },
-    /// The target was told another address.
-    #[error("network device {device} has another MAC address than the target's; leave the target's mac= out")]
+    /// The target is configured with another MAC address.
+    #[error("network device {device} has a different MAC address at the target; omit mac= there")]
     Mac {
-        /// Which device.
+        /// The device's index.
         device: usize,
     },
     /// KVM is too old.
-    #[error("the {side}'s KVM cannot move time stamp counters; Linux 5.16 can")]
+    #[error("the {side}'s KVM cannot migrate the time stamp counter; use Linux 5.16 or later")]
     Tsc {
-        /// Whose.
+        /// `source` or `target`.
         side: &'static str,
     },
-    /// A guest with guests of its own, whose state is not moved.
+    /// The guest runs nested VMs, whose state is not migrated.
     #[error(
-        "the guest uses the processor's virtualisation itself (SVM or VMX); end the guest's own VMs and unload its KVM"
+        "the guest uses hardware virtualisation (SVM or VMX); shut down its nested VMs and unload its KVM modules"
     )]
     Nested,
-    /// A back-end that has a TAP.
+    /// The target's back-end cannot take the TAP, usually because it has one.
     #[error(
-        "the target's back-end of network device {device} takes no TAP: {error}; start it with --incoming-fds and without a TAP of its own"
+        "the target's back-end of network device {device} cannot take over the TAP: {error}; start it with \
+         --incoming-fds and without a TAP of its own"
     )]
     Tap {
-        /// Which device.
+        /// The device's index.
         device: usize,
-        /// What was heard of it.
+        /// The back-end's error.
         error: String,
     },
-    /// Guest memory that is not what it should be.
+    /// The guest memory received is invalid.
     #[error("guest memory: {0}")]
     Ram(String),
     /// The descriptors are not those that the message needs.
@@ -123,16 +129,16 @@ pub enum Refusal {
     /// The ownership word cannot be used.
     #[error("{0}")]
     Ownership(String),
-    /// A state that contradicts itself or what was agreed.
-    #[error("the VM's state is not possible: {0}")]
+    /// The VM's state contradicts itself or the agreed properties.
+    #[error("invalid VM state: {0}")]
     State(String),
-    /// The target cannot do its part.
+    /// The target failed to carry out its part.
     #[error("the target failed: {0}")]
     Target(String),
     /// The target does not wait for a VM any more.
-    #[error("the target waits for no VM")]
+    #[error("the target is not waiting for a VM")]
     Busy,
-    /// The peer is another user's.
+    /// The peer runs as a user that may not migrate to the target.
     #[error("{0}")]
     User(String),
 }
@@ -142,7 +148,7 @@ fn on_off(on: bool) -> &'static str {
 }
 
 impl Refusal {
-    /// The name, which stays the same whatever becomes of the text.
+    /// Returns the reason's name, which is the same in every version.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Cpus { .. } => "cpus",

@@ -1,14 +1,14 @@
-//! The end that has the VM.
+//! The source of a VM's migration.
 //!
 //! ```text
 //! Greeting ─HELLO─▶ Preparing ─PREPARED─▶ Stopping ─stopped─▶ Restoring ─READY─▶ Offered ─swap lost─▶ Completed
 //!     └────────┬────────┘                     └───────┬───────────┘                │
-//!              │ REFUSE, end, time                    │ the VM runs on             │ swap won: the VM runs on
+//!              │ REFUSE, end, time                    │ the VM resumes             │ swap won: the VM resumes
 //!              ▼                                      ▼                            ▼
 //!            Ended ◀──────────────────────────────────┴────────────────────────────┘
 //! ```
-//! The commit point is the swap that offers the word ([`Action::Offer`]). Every way out of `Offered` is a swap of the
-//! word, too: whether it worked, and nothing else, says whose the VM is.
+//! The commit point is the swap that offers the VM ([`Action::Offer`]). The source leaves `Offered` only by another
+//! swap of the word, whose outcome alone decides which VMM owns the VM.
 
 use std::time::Duration;
 
@@ -17,69 +17,69 @@ use crate::codec::Message as _;
 use crate::end_reason::EndReason;
 use crate::ownership::{SwapOutcome, Word};
 
-/// How long the target may take for its HELLO.
+/// How long the source waits for the target's HELLO.
 pub const GREETING_PATIENCE: Duration = Duration::from_secs(5);
-/// How long the target may take to prepare. The VM runs.
+/// How long the target may take to prepare, while the VM runs.
 pub const PREPARING_PATIENCE: Duration = Duration::from_secs(60);
-/// How long the target may take for each answer while the VM stands still.
+/// How long the target may take for each answer while the VM is stopped.
 pub const STOPPED_PATIENCE: Duration = Duration::from_secs(10);
 
-/// What happens to a source.
+/// An event for a source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// A message arrived.
     Message(Message),
-    /// The connection ended, or brought something that is not a message.
+    /// The connection ended, or the peer sent an invalid message.
     Closed,
-    /// Time passed.
+    /// Time has passed.
     Time,
-    /// How [`Action::Stop`] ended: the VM stands still, and its state has been sent.
+    /// The answer to [`Action::Stop`]: the VM is stopped, and its state has been sent.
     Stopped,
     /// The source failed.
     Failed(String),
-    /// How [`Action::Withdraw`] ended.
+    /// The outcome of [`Action::Withdraw`].
     Swapped(SwapOutcome),
 }
 
-/// What to do, in this order.
+/// An action of a source. Actions are carried out in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Send this.
+    /// Send this message.
     Send(Message),
     /// Send PREPARE with its descriptors.
     Prepare,
-    /// Stop the VM, and send its state.
+    /// Stop the VM and send its state.
     Stop,
-    /// The commit point: swap the word from [`Word::INITIAL`] to this one.
+    /// The commit point: swap the word from [`Word::INITIAL`] to this value.
     Offer(Word),
-    /// Change the word by compare-and-swap, and report with [`Event::Swapped`].
+    /// Change the word by compare-and-swap, then report [`Event::Swapped`].
     Withdraw {
-        /// What it must be.
+        /// The expected value.
         from: Word,
-        /// What it is to be.
+        /// The new value.
         to: Word,
     },
-    /// Let the VM, which was stopped, go on as it did before.
+    /// Resume the stopped VM as it was before.
     Resume,
 }
 
-/// Where a migration was when it came to its end.
+/// The phase in which a migration ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
-    /// The target was asked.
+    /// The source waits for the target's HELLO.
     Greeting,
-    /// The target got guest memory.
+    /// The target prepares.
     Preparing,
-    /// The VM was being stopped.
+    /// The source stops the VM.
     Stopping,
-    /// The target got the VM's state.
+    /// The target restores the VM's state.
     Restoring,
-    /// The VM was the first one's that takes it.
+    /// The VM is offered.
     Committing,
 }
 
 impl Phase {
-    /// Its name, which stays.
+    /// Returns the phase's stable name.
     pub fn name(self) -> &'static str {
         match self {
             Self::Greeting => "hello",
@@ -91,12 +91,12 @@ impl Phase {
     }
 }
 
-/// A source.
+/// The state of a source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
     /// HELLO was sent.
     Greeting {
-        /// Only to find out whether the target would take the VM.
+        /// Only check whether the target would accept the VM.
         dry_run: bool,
         /// When to give up.
         deadline: Duration,
@@ -119,30 +119,30 @@ pub enum Source {
         word: Word,
         /// When to give up.
         deadline: Duration,
-        /// Why it is being withdrawn, while it is.
+        /// Why the offer is being withdrawn, if it is.
         withdrawing: Option<EndReason>,
     },
-    /// The target would take the VM; nothing else was asked.
+    /// A dry run: the target would accept the VM.
     Possible,
-    /// The VM is the target's.
+    /// The target owns the VM.
     Completed,
-    /// The VM is the source's.
+    /// The source owns the VM.
     Ended {
-        /// Where it failed.
+        /// The phase in which the migration ended.
         phase: Phase,
-        /// Why.
+        /// Why it ended.
         reason: EndReason,
     },
 }
 
 impl Source {
-    /// Begins on a fresh connection.
+    /// Starts on a new connection.
     pub fn begin(hello: Hello, now: Duration) -> (Self, Vec<Action>) {
         let state = Self::Greeting { dry_run: hello.dry_run, deadline: now + GREETING_PATIENCE };
         (state, vec![Action::Send(Message::Hello(hello))])
     }
 
-    /// When [`Event::Time`] matters; `None` where the target has nothing to answer.
+    /// Returns when [`Event::Time`] is due; `None` while the source waits for no answer.
     pub fn deadline(&self) -> Option<Duration> {
         match self {
             Self::Greeting { deadline, .. }
@@ -153,12 +153,12 @@ impl Source {
         }
     }
 
-    /// Whether it is over.
+    /// Returns whether the migration is over.
     pub fn is_over(&self) -> bool {
         matches!(self, Self::Possible | Self::Completed | Self::Ended { .. })
     }
 
-    /// The next state, and what to do. `now` is the time of the event.
+    /// Returns the next state and the actions to carry out. `now` is the time of the event.
     #[must_use]
     pub fn step(self, event: Event, now: Duration) -> (Self, Vec<Action>) {
         if event == Event::Time && self.deadline().is_none_or(|deadline| now < deadline) {
@@ -186,12 +186,12 @@ impl Source {
             {
                 (Self::Completed, Vec::new())
             }
-            // If the swap failed and the word is not the target's, the target cannot have taken the VM.
+            // If the swap failed but the target is not the owner, the target cannot have taken the VM.
             (Self::Offered { withdrawing: Some(reason), .. }, Event::Swapped(outcome)) => {
                 let reason = if outcome == SwapOutcome::Won { reason } else { EndReason::Meaningless };
                 (Self::Ended { phase: Phase::Committing, reason }, vec![Action::Resume])
             }
-            // A late message changes nothing.
+            // A late event changes nothing.
             (state @ (Self::Offered { .. } | Self::Possible | Self::Completed | Self::Ended { .. }), _) => {
                 (state, Vec::new())
             }
@@ -209,12 +209,12 @@ impl Source {
                 let state = Self::Offered { word, deadline: now + STOPPED_PATIENCE, withdrawing: None };
                 (state, vec![Action::Offer(word), commit])
             }
-            // The first offer of a word is always possible.
+            // Unreachable: the first offer of a word is always possible.
             None => Self::end(Phase::Restoring, Event::Closed, &[Action::Resume]),
         }
     }
 
-    /// Whatever happens to an offer, the word says what it means.
+    /// Withdraws the offer on any event; the outcome of the swap decides.
     fn withdraw(word: Word, deadline: Duration, event: Event) -> (Self, Vec<Action>) {
         let reason = match event {
             Event::Message(Message::Active(_)) => EndReason::Untrue,
@@ -229,7 +229,7 @@ impl Source {
     }
 }
 
-/// Why an event that the state does not wait for ends the migration.
+/// Returns why an unexpected event ends the migration.
 fn why(event: Event) -> EndReason {
     match event {
         Event::Message(Message::Refuse(refuse)) => EndReason::Refused(refuse.reasons.bounded()),

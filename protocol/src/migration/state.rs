@@ -1,7 +1,7 @@
-//! A VM's state as it travels: everything but guest memory, which moves as file descriptors.
+//! The wire state of a VM: everything but guest memory, which moves as file descriptors.
 //!
-//! Plain data, which nobody has checked. What the processor and the interrupt controllers hold travels in the kernel's
-//! own structures, which are ABI ([`Opaque`]): whoever gives them to KVM checks their sizes first.
+//! Plain, untrusted data. The state of the processors and the interrupt controllers is sent in the kernel's structures,
+//! which are ABI ([`Opaque`]). The target must check their sizes before it passes them to KVM.
 
 use std::fmt;
 
@@ -48,7 +48,7 @@ impl<'de> Visitor<'de> for OpaqueVisitor {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut sequence: A) -> Result<Opaque, A::Error> {
-        // As many as there are, not as many as are said to be.
+        // Grows with the elements present; the announced length is untrusted.
         let mut bytes = Vec::new();
         while let Some(byte) = sequence.next_element()? {
             bytes.push(byte);
@@ -57,12 +57,12 @@ impl<'de> Visitor<'de> for OpaqueVisitor {
     }
 }
 
-/// A whole VM that stands still.
+/// A stopped VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmState {
     /// The vCPUs, in the order of their ids.
     pub vcpus: Vec<VcpuState>,
-    /// What the VM has besides: interrupt controllers, timer, clock.
+    /// The interrupt controllers, the timer and the clock.
     pub platform: PlatformState,
     /// The serial port.
     pub serial: SerialState,
@@ -73,9 +73,9 @@ pub struct VmState {
 /// One vCPU.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VcpuState {
-    /// What its CPUID says: each a `kvm_cpuid_entry2`.
+    /// The CPUID entries, each a `kvm_cpuid_entry2`.
     pub cpuid: Vec<Opaque>,
-    /// Whether it runs, halts or waits for another (`kvm_mp_state`).
+    /// Whether the vCPU is running, halted or waiting for a start-up IPI (`kvm_mp_state`).
     pub run_state: Opaque,
     /// `kvm_regs`.
     pub registers: Opaque,
@@ -91,20 +91,21 @@ pub struct VcpuState {
     pub local_apic: Opaque,
     /// `kvm_vcpu_events`.
     pub events: Opaque,
-    /// All that KVM names, but for the time stamp counter.
+    /// All MSRs that KVM lists, except the time stamp counter.
     pub msrs: Vec<Msr>,
-    /// How fast its time stamp counter runs.
+    /// The frequency of the time stamp counter, in kHz.
     pub tsc_khz: u32,
-    /// What its time stamp counter is ahead of the host's, modulo 2⁶⁴: both VMMs are on one host.
+    /// The offset of the time stamp counter from the host's, modulo 2⁶⁴. Valid at the target because both VMMs run on
+    /// one host.
     pub tsc_offset: u64,
 }
 
 /// A model-specific register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Msr {
-    /// Its number.
+    /// The register's number.
     pub index: u32,
-    /// What it holds.
+    /// The register's value.
     pub value: u64,
 }
 
@@ -123,16 +124,16 @@ pub struct PlatformState {
     pub clock: Clock,
 }
 
-/// When it was how late in the guest.
+/// The guest's clock and the host time at which it was read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Clock {
     /// The guest's kvmclock, in nanoseconds.
     pub guest: u64,
-    /// The host's `CLOCK_BOOTTIME` at that time, in nanoseconds.
+    /// The host's `CLOCK_BOOTTIME`, in nanoseconds.
     pub host: u64,
 }
 
-/// A 16550.
+/// A 16550 UART.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SerialState {
     /// Divisor latch, low byte.
@@ -153,24 +154,24 @@ pub struct SerialState {
     pub modem_status: u8,
     /// Scratch register.
     pub scratch: u8,
-    /// What the guest has not read yet.
+    /// Input that the guest has not read yet.
     pub input: Vec<u8>,
 }
 
 /// One network device.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetState {
-    /// What its guest was offered.
+    /// What the device offers to the guest.
     pub identity: NetIdentity,
-    /// Its virtio-mmio registers.
+    /// The virtio-mmio registers.
     pub transport: TransportState,
-    /// Whether its driver is asked to announce its addresses.
+    /// Whether the driver is asked to announce its addresses.
     pub announce: bool,
-    /// What its driver has started, if it has.
+    /// What the driver has started, if anything.
     pub driver: Option<DriverState>,
 }
 
-/// What a guest is offered.
+/// What a network device offers to the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetIdentity {
     /// The virtio features.
@@ -179,7 +180,7 @@ pub struct NetIdentity {
     pub mac: [u8; 6],
     /// The MTU, or 0.
     pub mtu: u16,
-    /// How many queue pairs the device has.
+    /// The number of queue pairs.
     pub queue_pairs: u16,
 }
 
@@ -198,20 +199,20 @@ pub struct TransportState {
     pub queue_select: u32,
     /// Every virtqueue.
     pub queues: Vec<QueueState>,
-    /// A change of the configuration that the driver has not acknowledged.
+    /// The driver has not acknowledged a configuration change yet.
     pub config_pending: bool,
-    /// How often the configuration has changed.
+    /// The number of configuration changes.
     pub config_generation: u32,
-    /// The device waits for its reset.
+    /// The device needs a reset by the driver.
     pub needs_reset: bool,
 }
 
-/// What a driver has told about a virtqueue.
+/// A virtqueue as the driver set it up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueState {
-    /// How many descriptors it has.
+    /// The number of descriptors.
     pub size: u16,
-    /// Whether the driver uses it.
+    /// Whether the driver has made the virtqueue ready (`QueueReady`).
     pub ready: bool,
     /// The descriptor table's guest address.
     pub descriptor_table: u64,
@@ -224,36 +225,36 @@ pub struct QueueState {
 /// What a network driver has started.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DriverState {
-    /// How many queue pairs it uses.
+    /// The number of queue pairs that the driver uses.
     pub active_queue_pairs: u16,
-    /// For each data virtqueue that is ready, in their order: the next available index.
+    /// The base of each ready data virtqueue, in order.
     pub bases: Vec<RingBase>,
-    /// How far the control virtqueue is, if it is served.
+    /// The position in the control virtqueue, if it is served.
     pub control: Option<ControlState>,
 }
 
-/// What a network driver has started, as far as it stays the same while the driver runs. A driver that resets the
-/// device may change all of it at any time.
+/// The part of a network driver's set-up that stays the same while the driver runs. A driver that resets the device may
+/// change all of it at any time.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Outline {
     /// The features that the driver has acknowledged.
     pub features: u64,
-    /// How many queue pairs it uses.
+    /// The number of queue pairs that the driver uses.
     pub active_queue_pairs: u16,
     /// The data virtqueues.
     pub queues: Vec<QueueState>,
 }
 
-/// How far a data virtqueue is.
+/// The position in a data virtqueue.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RingBase {
-    /// The virtqueue.
+    /// The virtqueue's index.
     pub index: u16,
     /// The next available index to be processed.
     pub base: u16,
 }
 
-/// How far the control virtqueue is.
+/// The position in the control virtqueue.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ControlState {
     /// The next available index to be processed.

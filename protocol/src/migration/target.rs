@@ -1,4 +1,4 @@
-//! The end that waits for a VM.
+//! The target of a VM's migration.
 //!
 //! ```text
 //! Waiting ─HELLO─▶ Greeted ─PREPARE─▶ Prepared ─STATE─▶ Ready ─COMMIT, the connection's end, time: swap won─▶ Active
@@ -6,9 +6,9 @@
 //!                             ▼ end, time, failure, refusal, swap lost
 //!                           Ended
 //! ```
-//! The source may die or hang between its offer and its COMMIT. So a target that is ready tries to take the VM at the
-//! connection's end, too, and when nothing comes: if it was not offered, or was withdrawn, the swap fails. A source that
-//! goes on later finds the VM taken, or nobody there, and has it again.
+//! The source may die or hang between its offer and its COMMIT. So a ready target also tries to take the VM when the
+//! connection ends or the source is silent: if the VM is not offered, or the offer was withdrawn, the swap fails. A
+//! source that continues later finds out by its own swap: it either lost the VM or keeps it.
 
 use std::time::Duration;
 
@@ -18,49 +18,49 @@ use crate::codec::Message as _;
 use crate::ownership::{SwapOutcome, Word};
 use crate::reasons::Reasons;
 
-/// How long a source may take for its HELLO, so that a silent one does not keep others out.
+/// How long the target waits for HELLO, so that a silent source does not keep others out.
 pub const GREETING_PATIENCE: Duration = Duration::from_secs(5);
 
-/// What happens to a target.
+/// An event for a target.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// A message arrived.
     Message(Message),
-    /// The connection ended, or brought something that is not a message.
+    /// The connection ended, or the peer sent an invalid message.
     Closed,
-    /// Time passed.
+    /// Time has passed.
     Time,
     /// The last action succeeded.
     Done,
-    /// The last action failed, for these reasons.
+    /// The last action failed for these reasons.
     Failed(Reasons),
-    /// How [`Action::Take`] ended.
+    /// The outcome of [`Action::Take`].
     Swapped(SwapOutcome),
 }
 
-/// What to do, in this order.
+/// An action of a target. Actions are carried out in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Send this.
+    /// Send this message.
     Send(Message),
-    /// Judge whether the VM fits, and say so.
+    /// Check whether the VM fits, then report [`Event::Done`] or [`Event::Failed`].
     Judge(Hello),
-    /// Take guest memory and the ownership word, and say how that went.
+    /// Set up guest memory and the ownership word, then report [`Event::Done`] or [`Event::Failed`].
     Prepare(Prepare),
-    /// Restore the VM, and say how that went.
+    /// Restore the VM, then report [`Event::Done`] or [`Event::Failed`].
     Restore(Box<State>),
-    /// Change the word by compare-and-swap, and report with [`Event::Swapped`].
+    /// Change the word by compare-and-swap, then report [`Event::Swapped`].
     Take {
-        /// What it must be.
+        /// The expected value.
         from: Word,
-        /// What it is to be.
+        /// The new value.
         to: Word,
     },
-    /// Let the VM run, unless it is to be paused, and then send ACTIVE.
+    /// Start the VM, unless it is to be paused, then send ACTIVE.
     Activate,
 }
 
-/// What a target that has asked for something waits for.
+/// The action that a busy target waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Busy {
     /// [`Action::Judge`].
@@ -73,7 +73,7 @@ pub enum Busy {
     Taking,
 }
 
-/// A target.
+/// The state of a target.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target {
     /// A source has connected.
@@ -83,44 +83,44 @@ pub enum Target {
     },
     /// HELLO was answered.
     Greeted {
-        /// Which program the source is.
+        /// The source's program and version.
         program: String,
         /// When to give up.
         deadline: Duration,
     },
-    /// Guest memory is there.
+    /// Guest memory is set up.
     Prepared {
         /// When to give up.
         deadline: Duration,
     },
-    /// All is there; only the word says no yet.
+    /// The VM is restored, and the target waits for the offer.
     Ready {
         /// When to try to take the VM without a COMMIT.
         deadline: Duration,
     },
-    /// Something is being done.
+    /// An action is under way.
     Busy {
-        /// What.
+        /// The action.
         with: Busy,
-        /// Which program the source is, and whether it only asks.
+        /// While judging: the source's program, and whether this is a dry run.
         hello: Option<(String, bool)>,
     },
-    /// The VM is this side's.
+    /// The target owns the VM.
     Active,
-    /// It came to nothing.
+    /// The migration has ended without the VM.
     Ended {
-        /// Why.
+        /// Why it ended.
         why: String,
     },
 }
 
 impl Target {
-    /// Begins on a fresh connection.
+    /// Starts on a new connection.
     pub fn begin(now: Duration) -> Self {
         Self::Waiting { deadline: now + GREETING_PATIENCE }
     }
 
-    /// When [`Event::Time`] matters; `None` where the source has nothing to send.
+    /// Returns when [`Event::Time`] is due; `None` while the target waits for no message.
     pub fn deadline(&self) -> Option<Duration> {
         match self {
             Self::Waiting { deadline }
@@ -131,12 +131,12 @@ impl Target {
         }
     }
 
-    /// Whether it is over.
+    /// Returns whether the migration is over.
     pub fn is_over(&self) -> bool {
         matches!(self, Self::Active | Self::Ended { .. })
     }
 
-    /// The next state, and what to do. `now` is the time of the event.
+    /// Returns the next state and the actions to carry out. `now` is the time of the event.
     #[must_use]
     pub fn step(self, event: Event, now: Duration) -> (Self, Vec<Action>) {
         if event == Event::Time && self.deadline().is_none_or(|deadline| now < deadline) {
@@ -161,7 +161,7 @@ impl Target {
             (_, Event::Message(message)) => {
                 Self::end(format!("the source sent {} at the wrong time", message.name()))
             }
-            (_, Event::Time) => Self::end("the source says nothing".to_owned()),
+            (_, Event::Time) => Self::end("the source does not answer".to_owned()),
             (_, _) => Self::end("the source closed the connection".to_owned()),
         }
     }
@@ -174,7 +174,7 @@ impl Target {
         let offered = Word::INITIAL.offered();
         match offered.and_then(|from| Some((from, from.taken()?))) {
             Some((from, to)) => Self::busy(Busy::Taking, Action::Take { from, to }),
-            // The first offer of a word can always be taken.
+            // Unreachable: the first offer of a word can always be taken.
             None => Self::end("the ownership word cannot be taken".to_owned()),
         }
     }
@@ -190,7 +190,7 @@ impl Target {
                 let welcome = Welcome { program: PROGRAM.to_owned() };
                 let (program, dry_run) = hello.unwrap_or_default();
                 let next = if dry_run {
-                    Self::Ended { why: format!("{program} has only asked") }
+                    Self::Ended { why: format!("dry run by {program}") }
                 } else {
                     Self::Greeted { program, deadline: now + PREPARING_PATIENCE }
                 };
@@ -206,7 +206,7 @@ impl Target {
             }
             (Busy::Taking, Event::Swapped(SwapOutcome::Won)) => (Self::Active, vec![Action::Activate]),
             (Busy::Taking, Event::Swapped(SwapOutcome::Lost(_) | SwapOutcome::Meaningless)) => {
-                Self::end("the source has not offered the VM, or has it again".to_owned())
+                Self::end("the source did not offer the VM, or withdrew the offer".to_owned())
             }
             (_, Event::Failed(reasons)) => {
                 let why = reasons.to_string();
@@ -221,7 +221,7 @@ impl Target {
     }
 }
 
-/// What is sent after [`Action::Activate`].
+/// Returns the ACTIVE to send after [`Action::Activate`].
 pub fn active(running: bool) -> Message {
     Message::Active(Active { running })
 }

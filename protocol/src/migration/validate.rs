@@ -1,4 +1,4 @@
-//! Judges what another VMM says. All reasons are collected, not only the first.
+//! Checks the properties and the state of another VMM's VM. A failed check reports all reasons, not just the first.
 
 use std::collections::BTreeSet;
 
@@ -9,14 +9,14 @@ use crate::reasons::Reasons;
 
 /// The largest virtqueue (Virtio 1.2, section 2.7).
 const MAX_QUEUE: u16 = 32768;
-/// The input that a 16550 of ours holds.
+/// The most unread input of the serial port, in bytes.
 const SERIAL_INPUT: usize = 64;
 /// The most model-specific registers of a vCPU.
 const MAX_MSRS: usize = 4096;
-/// The most entries that a CPUID has.
+/// The most CPUID entries of a vCPU.
 const MAX_CPUID: usize = 256;
 
-/// Why the VM `source` cannot move to the place `target`.
+/// Returns all reasons why the VM `source` cannot move to `target`.
 pub fn judge(source: &MachineFacts, target: &MachineFacts) -> Vec<Refusal> {
     let mut refusals = Vec::new();
     if source.cpus != target.cpus {
@@ -69,16 +69,16 @@ fn judge_device(device: usize, source: &NetFacts, target: &NetFacts, refusals: &
     }
 }
 
-/// A state that fits a machine, and whose parts fit each other. What only KVM or guest memory can tell is not known
-/// yet.
+/// A VM state that matches a machine and is consistent in itself. Checks that need KVM or guest memory are still to
+/// come.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CheckedState(VmState);
 
 impl CheckedState {
-    /// Checks a state for the machine `facts`.
+    /// Checks a state against the machine's `facts`.
     ///
     /// # Errors
-    /// All reasons why it is not possible.
+    /// Returns all reasons why the state is invalid.
     pub fn new(state: VmState, facts: &MachineFacts) -> Result<Self, Reasons> {
         let mut refusals = Vec::new();
         let mut refuse = |text: String| refusals.push(Refusal::State(text));
@@ -87,11 +87,11 @@ impl CheckedState {
         }
         for (id, vcpu) in state.vcpus.iter().enumerate() {
             if vcpu.msrs.len() > MAX_MSRS || vcpu.cpuid.len() > MAX_CPUID {
-                refuse(format!("vCPU {id} has too many registers"));
+                refuse(format!("vCPU {id} has too many MSRs or CPUID entries"));
             }
         }
         if state.serial.input.len() > SERIAL_INPUT {
-            refuse("more serial input than a 16550 holds".to_owned());
+            refuse("more serial input than the port can hold".to_owned());
         }
         if state.net.len() != facts.net.len() {
             refuse(format!("{} network devices instead of {}", state.net.len(), facts.net.len()));
@@ -124,19 +124,19 @@ fn check_device(state: &NetState, facts: &NetFacts) -> Result<(), String> {
         return Err(format!("{} virtqueues for {pairs} queue pairs", queues.len()));
     }
     if let Some(queue) = queues.iter().find(|queue| queue.ready && !is_size(queue.size)) {
-        return Err(format!("a virtqueue of {} descriptors", queue.size));
+        return Err(format!("invalid virtqueue size {}", queue.size));
     }
     if state.transport.driver_features & !state.identity.features != 0 && state.driver.is_some() {
-        return Err("features that were not offered".to_owned());
+        return Err("the driver acknowledged features that were not offered".to_owned());
     }
     let Some(driver) = &state.driver else { return Ok(()) };
     if !(1..=pairs).contains(&driver.active_queue_pairs) {
-        return Err(format!("{} active queue pairs of {pairs}", driver.active_queue_pairs));
+        return Err(format!("{} active queue pairs, not 1 to {pairs}", driver.active_queue_pairs));
     }
     let mut seen = BTreeSet::new();
     for base in &driver.bases {
         if base.index >= pairs * 2 || !seen.insert(base.index) {
-            return Err(format!("a base of virtqueue {}", base.index));
+            return Err(format!("invalid or duplicate base of virtqueue {}", base.index));
         }
     }
     Ok(())

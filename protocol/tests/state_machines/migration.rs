@@ -1,6 +1,7 @@
-//! Source and target over a link that loses, repeats and cuts messages, with either end killed or hanging at any time:
-//! the VM never runs at both, and where both ends live never at neither. Each end does one thing at a time, and each
-//! message arrives as late as a test likes, whatever the word is by then.
+//! The source and the target of a VM's migration, over a link that loses and repeats messages. Either end may be
+//! killed, and the source may hang, at any time. The VM never runs at both ends and, if both live, ends up running at
+//! one. Each end performs one action at a time, and each message arrives as late as a test wants, independently of the
+//! word.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -17,11 +18,12 @@ use baton_protocol::ownership::{Owner, SwapOutcome, Word};
 use baton_protocol::reasons::Reasons;
 use proptest::prelude::*;
 
-/// What a test does to the two ends and to the link between them.
+/// An operation on the two ends or the link between them.
 #[derive(Clone, Copy, Debug)]
 enum Operation {
-    /// It does the next of what it is to do.
+    /// The source performs its next action.
     SourceActs,
+    /// The target performs its next action.
     TargetActs,
     DeliverToTarget,
     DeliverToSource,
@@ -32,10 +34,11 @@ enum Operation {
     Disconnect,
     KillSource,
     KillTarget,
-    /// From now on it does nothing.
+    /// The source hangs from now on.
     SourceHangs,
-    /// What is asked of this end next fails.
+    /// The source's next action fails.
     SourceFails,
+    /// The target's next action fails.
     TargetFails,
 }
 
@@ -58,7 +61,7 @@ fn operations() -> impl Strategy<Value = Operation> {
     ]
 }
 
-/// Both ends, and what they share.
+/// Both ends and the state that they share.
 struct World {
     source: Option<Source>,
     source_todo: VecDeque<source::Action>,
@@ -74,7 +77,7 @@ struct World {
     source_fails: bool,
     target_fails: bool,
     source_hangs: bool,
-    /// The word has a value without a meaning.
+    /// The word is invalid.
     garbage: bool,
 }
 
@@ -113,7 +116,7 @@ impl World {
         SwapOutcome::Won
     }
 
-    /// Over the wire, as bytes.
+    /// Sends a message, encoded and decoded.
     fn send(queue: &mut VecDeque<Message>, message: &Message) {
         queue.push_back(Message::decode(&message.encode().unwrap()).unwrap());
     }
@@ -126,7 +129,7 @@ impl World {
         self.source_ends();
     }
 
-    /// One that is over closes the connection.
+    /// Closes the connection if the source is done.
     fn source_ends(&mut self) {
         if self.source_todo.is_empty() && self.source.as_ref().is_some_and(Source::is_over) {
             self.connected = false;
@@ -143,7 +146,7 @@ impl World {
             }
             source::Action::Withdraw { from, to } => Some(source::Event::Swapped(self.swap(from, to))),
             source::Action::Offer(word) => {
-                assert!(!self.source_runs, "offered while it runs");
+                assert!(!self.source_runs, "the source offers a running VM");
                 let result = self.swap(Word::INITIAL, word);
                 (result != SwapOutcome::Won).then(|| source::Event::Failed("the word".to_owned()))
             }
@@ -170,7 +173,7 @@ impl World {
             }
         };
         match event {
-            // What was to follow is of no use any more.
+            // The event replaces the remaining actions.
             Some(event) => self.source_steps(event),
             None => self.source_ends(),
         }
@@ -203,22 +206,22 @@ impl World {
         self.target_steps(event);
     }
 
-    /// Does a operation, and lets both ends do all that they are to do.
+    /// Performs an operation, then all actions of both ends.
     fn step(&mut self, operation: Operation) {
-        self.do_deed(operation);
+        self.apply(operation);
         while !self.target_todo.is_empty() || !self.source_todo.is_empty() && !self.source_hangs {
-            self.do_deed(Operation::SourceActs);
-            self.do_deed(Operation::TargetActs);
+            self.apply(Operation::SourceActs);
+            self.apply(Operation::TargetActs);
         }
     }
 
-    fn do_deed(&mut self, operation: Operation) {
+    fn apply(&mut self, operation: Operation) {
         match operation {
             Operation::DeliverToSource | Operation::SourceTimeout | Operation::SourceActs
                 if self.source_hangs => {}
             Operation::SourceActs => self.source_acts(),
             Operation::TargetActs => self.target_acts(),
-            // Whoever has something to do does not look at the connection, or at the time.
+            // An end with pending actions checks neither the connection nor its deadline.
             Operation::DeliverToTarget | Operation::TargetTimeout if !self.target_todo.is_empty() => {}
             Operation::DeliverToSource | Operation::SourceTimeout if !self.source_todo.is_empty() => {}
             Operation::DeliverToTarget => match self.to_target.pop_front() {
@@ -271,7 +274,7 @@ impl World {
     }
 
     fn check(&self) {
-        assert!(!(self.source_runs && self.target_runs), "it runs at both");
+        assert!(!(self.source_runs && self.target_runs), "the VM runs at both ends");
         if self.garbage {
             return;
         }
@@ -290,12 +293,12 @@ impl World {
         }
     }
 
-    /// Lets both ends come to their end by time alone.
+    /// Lets both ends finish by timeouts alone, then checks the end state.
     fn finish(&mut self) {
         self.connected &= self.source_hangs;
         let hangs = self.source_hangs;
         while !self.target_todo.is_empty() {
-            self.do_deed(Operation::TargetActs);
+            self.apply(Operation::TargetActs);
         }
         let orphaned = (hangs || self.source.is_none())
             && matches!(self.target, Some(Target::Ready { .. }))
@@ -307,9 +310,9 @@ impl World {
             self.step(Operation::DeliverToSource);
             self.step(Operation::SourceTimeout);
         }
-        // And a source that hangs or was killed after its offer leaves it to a target that is ready for it.
-        assert!(!orphaned || self.target_runs, "the target did not take what was offered to it");
-        // One that hung finds out later.
+        // A ready target takes the VM of a source that hangs or died after its offer.
+        assert!(!orphaned || self.target_runs, "the target did not take the offered VM");
+        // A source that hung learns the outcome later.
         self.source_hangs = false;
         for _ in 0..40 {
             self.step(Operation::DeliverToSource);
@@ -321,11 +324,11 @@ impl World {
             assert!(source.is_over(), "{source:?}");
         }
         if source_lives && target_lives {
-            assert!(self.source_runs || self.target_runs, "it runs at neither");
+            assert!(self.source_runs || self.target_runs, "the VM runs at neither end");
         }
-        // A target that was killed after it had taken the VM takes it along.
+        // A target that is killed after it took the VM takes the VM with it.
         if source_lives && (self.garbage || self.word.owner != Owner::Target) {
-            assert!(self.source_runs, "the source has the VM, and it stands still");
+            assert!(self.source_runs, "the source owns the VM but does not run it");
         }
     }
 }
@@ -334,20 +337,23 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 20_000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn never_two_and_never_none(dry_run in prop::bool::weighted(0.05), operations in prop::collection::vec(operations(), 0..80)) {
+    fn vm_never_has_two_owners_and_is_never_lost(
+        dry_run in prop::bool::weighted(0.05),
+        operations in prop::collection::vec(operations(), 0..80),
+    ) {
         let mut world = World::new(dry_run);
         for operation in operations {
-            world.do_deed(operation);
+            world.apply(operation);
         }
         world.finish();
     }
 
-    /// Neither end fails, ends or gives up: however late each message is read, the VM moves.
+    /// If neither end fails, dies or gives up, the VM moves however late each message is read.
     #[test]
-    fn after_late_deliveries_alone_it_moves(operations in prop::collection::vec(late(), 0..60)) {
+    fn late_messages_alone_do_not_prevent_the_migration(operations in prop::collection::vec(late(), 0..60)) {
         let mut world = World::new(false);
         for operation in operations {
-            world.do_deed(operation);
+            world.apply(operation);
         }
         for _ in 0..10 {
             world.step(Operation::DeliverToTarget);
@@ -357,14 +363,14 @@ proptest! {
         assert!(world.target_runs && !world.source_runs);
     }
 
-    /// With the target's patience at its end, too: then whoever's swap comes first has it, and both know.
+    /// With timeouts as well, the first swap wins, and both ends learn the outcome.
     #[test]
-    fn after_late_deliveries_and_time_alone_both_know_whose_it_is(
+    fn both_ends_agree_on_the_owner_after_late_messages_and_timeouts(
         operations in prop::collection::vec(prop_oneof![8 => late(), 1 => Just(Operation::TargetTimeout), 1 => Just(Operation::SourceTimeout)], 0..80),
     ) {
         let mut world = World::new(false);
         for operation in operations {
-            world.do_deed(operation);
+            world.apply(operation);
         }
         world.finish();
         let completed = world.source == Some(Source::Completed);
@@ -373,7 +379,7 @@ proptest! {
     }
 }
 
-/// What honest ends do, and messages that take their time.
+/// Operations of well-behaved ends, with late messages.
 fn late() -> impl Strategy<Value = Operation> {
     prop_oneof![
         Just(Operation::SourceActs),
@@ -384,7 +390,7 @@ fn late() -> impl Strategy<Value = Operation> {
 }
 
 #[test]
-fn undisturbed_it_moves() {
+fn undisturbed_migration_completes() {
     let mut world = World::new(false);
     for _ in 0..10 {
         world.step(Operation::DeliverToTarget);
@@ -395,7 +401,7 @@ fn undisturbed_it_moves() {
 }
 
 #[test]
-fn a_dry_run_stops_nothing() {
+fn dry_run_does_not_stop_the_vm() {
     let mut world = World::new(true);
     for _ in 0..10 {
         world.step(Operation::DeliverToTarget);
@@ -405,7 +411,8 @@ fn a_dry_run_stops_nothing() {
     assert_eq!(world.source, Some(Source::Possible));
 }
 
-/// As far as the target being ready; `offered`: the source, too, but its COMMIT is lost with it.
+/// Returns a world in which the target is ready, the source hangs, and the target has timed out. With `offered`, the
+/// source has offered the VM, but its COMMIT is lost.
 fn hanging(offered: bool) -> World {
     let mut world = World::new(false);
     while !matches!(world.target, Some(Target::Ready { .. })) {
@@ -421,7 +428,7 @@ fn hanging(offered: bool) -> World {
 }
 
 #[test]
-fn a_source_that_hangs_after_its_offer_leaves_the_vm_to_its_target() {
+fn target_takes_the_vm_when_the_source_hangs_after_its_offer() {
     let mut world = hanging(true);
     assert!(world.target_runs);
     world.source_hangs = false;
@@ -430,7 +437,7 @@ fn a_source_that_hangs_after_its_offer_leaves_the_vm_to_its_target() {
 }
 
 #[test]
-fn a_source_that_hangs_before_its_offer_has_the_vm_when_it_goes_on() {
+fn source_keeps_the_vm_when_it_hangs_before_its_offer() {
     let mut world = hanging(false);
     assert!(matches!(world.target, Some(Target::Ended { .. })) && !world.target_runs);
     world.source_hangs = false;
@@ -439,14 +446,14 @@ fn a_source_that_hangs_before_its_offer_has_the_vm_when_it_goes_on() {
 }
 
 #[test]
-fn a_word_without_a_meaning_leaves_the_vm_to_the_source() {
+fn invalid_word_leaves_the_vm_to_the_source() {
     for steps in 0..12 {
         let mut world = World::new(false);
         for _ in 0..steps {
             world.step(Operation::DeliverToTarget);
             world.step(Operation::DeliverToSource);
         }
-        // Afterwards the VM is the target's already.
+        // The target already owns the VM from here on.
         if world.word.owner == Owner::Target {
             return;
         }
@@ -464,11 +471,11 @@ fn a_word_without_a_meaning_leaves_the_vm_to_the_source() {
 }
 
 #[test]
-fn a_word_that_says_the_target_is_obeyed_and_no_other() {
+fn source_gives_up_the_vm_only_to_a_word_that_names_the_target() {
     for owner in [Owner::Source, Owner::Offered, Owner::Target, Owner::Aborted, Owner::Settled] {
         let mut world = offered();
         world.word = Word { epoch: 7, owner };
-        // Not by operations, each of which checks the word.
+        // Bypasses `apply`, which checks the word after each operation.
         world.source_steps(source::Event::Closed);
         while !world.source_todo.is_empty() {
             world.source_acts();
@@ -478,7 +485,7 @@ fn a_word_that_says_the_target_is_obeyed_and_no_other() {
     }
 }
 
-/// The source's COMMIT is on its way.
+/// Returns a world in which the source has offered the VM and its COMMIT is in transit.
 fn offered() -> World {
     let mut world = World::new(false);
     while world.word.owner != Owner::Offered {
@@ -489,7 +496,7 @@ fn offered() -> World {
 }
 
 #[test]
-fn a_commit_that_is_read_after_the_vm_was_withdrawn_starts_nothing() {
+fn commit_read_after_the_offer_was_withdrawn_starts_nothing() {
     let mut world = offered();
     world.step(Operation::SourceTimeout);
     assert!(world.source_runs);

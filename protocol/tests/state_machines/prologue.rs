@@ -1,5 +1,5 @@
-//! HELLO, PREPARE, READY, of a device and of a session: over a link that loses, repeats and cuts messages, with either
-//! end refusing, dying or silent.
+//! The prologue of device and session hand-overs, over a link that loses, repeats and truncates messages. Either end
+//! may refuse, die or fall silent.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -18,7 +18,7 @@ use baton_protocol::handover::wire::session::SessionState;
 use baton_protocol::version::Versions;
 use proptest::prelude::*;
 
-/// What happens next. `true` is the way to the target.
+/// A step of a test. `true` is the direction to the target.
 #[derive(Clone, Copy, Debug)]
 enum Step {
     Deliver(bool),
@@ -147,7 +147,7 @@ impl World {
         if to_target { &mut self.to_target } else { &mut self.to_source }
     }
 
-    /// Delivers everything, then lets time pass until neither waits for anything.
+    /// Delivers everything, then lets time pass until neither end has a deadline.
     fn finish(&mut self) {
         for _ in 0..8 {
             while !self.to_target.is_empty() || !self.to_source.is_empty() {
@@ -167,7 +167,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
 
     #[test]
-    fn a_source_agrees_only_with_a_target_that_has_agreed(
+    fn source_agrees_only_after_the_target_has_agreed(
         purpose in purposes(),
         dry_run: bool,
         steps in proptest::collection::vec(steps(), 0..30),
@@ -185,11 +185,11 @@ proptest! {
 }
 
 #[test]
-fn undisturbed_both_agree() {
+fn both_ends_agree_if_undisturbed() {
     for purpose in [Purpose::Device, Purpose::Session] {
         let mut world = World::new(purpose, false);
         world.finish();
-        // Only a source of a session can give instances of vhost-net.
+        // Only the source of a session can provide vhost-net instances.
         let wants_vhost = purpose == Purpose::Session;
         assert_eq!(world.source, SourcePrologue::Agreed { wants_vhost });
         assert_eq!(world.target, TargetPrologue::Agreed(purpose));
@@ -198,7 +198,7 @@ fn undisturbed_both_agree() {
 }
 
 #[test]
-fn a_dry_run_ends_when_the_target_agrees() {
+fn dry_run_ends_when_the_target_agrees() {
     let mut world = World::new(Purpose::Session, true);
     world.finish();
     assert_eq!(world.source, SourcePrologue::Ended { phase: Phase::Check, reason: EndReason::Possible });
@@ -214,7 +214,7 @@ fn each_end_gives_up_after_two_seconds_of_silence() {
             world.deliver(turn % 2 == 0);
         }
         if matches!(world.source, SourcePrologue::Agreed { .. }) {
-            panic!("it has agreed after {delivered} messages");
+            panic!("the source agreed after {delivered} messages");
         }
         world.to_target.clear();
         world.to_source.clear();
@@ -228,7 +228,7 @@ fn each_end_gives_up_after_two_seconds_of_silence() {
 }
 
 #[test]
-fn the_phase_and_the_reason_say_where_it_ended_and_why() {
+fn end_reports_its_phase_and_reason() {
     type Case = (SourceEvent, EndReason);
     let cases: [Case; 5] = [
         (SourceEvent::Closed, EndReason::Closed),
@@ -259,7 +259,7 @@ fn refusal() -> SourceEvent {
     SourceEvent::Message(Message::Refuse(baton_protocol::handover::wire::message::Refuse { reasons }))
 }
 
-/// The name of the reason that a target gives for its refusal of this.
+/// Returns the name of the reason with which a target refuses after these events.
 fn refused(events: &[TargetEvent]) -> String {
     let own = Introduction { program: String::new(), wants_vhost: false };
     let mut target = TargetPrologue::begin(own, Duration::ZERO);
@@ -277,7 +277,7 @@ fn refused(events: &[TargetEvent]) -> String {
 }
 
 #[test]
-fn a_target_names_the_reason_for_its_refusal() {
+fn target_names_the_reason_for_its_refusal() {
     let hello = |purpose: &str| {
         let (purpose, program) = (purpose.to_owned(), String::new());
         TargetEvent::Message(Message::Hello(Hello { purpose, program, dry_run: false, wants_vhost: false }))

@@ -1,4 +1,4 @@
-//! The end that has the device and offers it, once the [prologue](crate::handover::prologue) has agreed.
+//! The source of a device's hand-over, after the [prologue](crate::handover::prologue).
 //!
 //! ```text
 //!   Armed ─all rings stopped─▶ Offered ─swap lost─▶ HandedOver
@@ -6,30 +6,30 @@
 //!    │ └──own ring: swap won────┘ │
 //!    └─REFUSE, end, cancel─▶ Ended ◀─REFUSE, end, cancel: swap won
 //! ```
-//! Every way out of `Offered` is a swap of the ownership word; no message before it decides anything. If the swap
-//! fails, the device is the target's only if the word says so: a word without a meaning leaves it to the source.
+//! The source leaves `Offered` only by a swap of the ownership word; no earlier message decides anything. If the swap
+//! fails, the target owns the device only if the word says so: an invalid word leaves the device to the source.
 
 use crate::end_reason::EndReason;
 use crate::handover::prologue::unexpected;
 use crate::handover::wire::message::{Message, OfOffer};
 use crate::ownership::{Owner, SwapOutcome, Word};
 
-/// What happens to a source.
+/// An event for a source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// A message arrived.
     Message(Message),
-    /// The connection ended, or brought something that is not a message.
+    /// The connection ended, or the peer sent an invalid message.
     Closed,
     /// All rings are stopped.
     Suspended,
     /// One of the source's rings is about to start.
     RingStarting,
-    /// How [`Action::Swap`] ended.
+    /// The outcome of [`Action::Swap`].
     Swapped(SwapOutcome),
-    /// The source's front-end left.
+    /// The source's front-end disconnected.
     FrontendLeft {
-        /// Its VM may have moved. A front-end that moves the device's state itself has been told that it is saved.
+        /// The VM may have moved. A front-end that moves the device state itself has been told that it is saved.
         moved: bool,
     },
     /// A front-end connected.
@@ -38,74 +38,74 @@ pub enum Event {
     Cancel,
 }
 
-/// What to do, in this order.
+/// An action of a source. Actions are carried out in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Put the TAP aside, make the word this, and send both in an OFFER.
+    /// Put the TAP aside, set the word to this value, and send both in an OFFER.
     Offer(Word),
-    /// Change the word by compare-and-swap, and report with [`Event::Swapped`].
+    /// Change the word by compare-and-swap, then report [`Event::Swapped`].
     Swap {
-        /// What it must be.
+        /// The expected value.
         from: Word,
-        /// What it is to be.
+        /// The new value.
         to: Word,
     },
     /// Use the TAP again.
     Resume,
-    /// Close the TAP: it is the target's.
+    /// Close the TAP: the target owns it.
     Release,
-    /// Send this.
+    /// Send this message.
     Send(Message),
     /// Close the connection.
     Close,
 }
 
-/// A source.
+/// The state of a source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
-    /// The device will be offered.
+    /// The source will offer the device when all rings are stopped.
     Armed {
-        /// The ownership word, the source's.
+        /// The ownership word, owned by the source.
         word: Word,
     },
-    /// It is offered.
+    /// The device is offered.
     Offered {
         /// The ownership word, offered.
         word: Word,
         /// The target has confirmed that it holds the device.
         adopted: bool,
-        /// The front-end has gone since.
+        /// The front-end has disconnected since.
         left: bool,
-        /// Why the word is being swapped, while it is.
+        /// Why a swap is under way, if one is.
         swapping: Option<Swapping>,
     },
-    /// It is the target's.
+    /// The target owns the device.
     HandedOver,
-    /// It is the source's for good.
+    /// The source is the final owner.
     Ended(EndReason),
 }
 
 /// Why a source swaps the word.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Swapping {
-    /// To go on serving, and offer it again.
+    /// To serve again, and to offer the device again later.
     TakeBack,
-    /// To go on serving.
+    /// To serve again, and to end the hand-over.
     Abort(EndReason),
 }
 
 impl Source {
-    /// The prologue agreed: the device is offered when all rings have stopped.
+    /// Starts after the prologue: the source will offer the device when all rings are stopped.
     pub fn armed() -> Self {
         Self::Armed { word: Word::INITIAL }
     }
 
-    /// Offers at once, over the socket that the front-end gave. All rings are stopped.
+    /// Offers the device immediately, over the front-end's device-state socket. All rings are stopped.
     pub fn offering() -> (Self, Vec<Action>) {
         Self::offer(Word::INITIAL)
     }
 
-    /// Whether the process may end once no front-end is connected: another one has, or holds, the device.
+    /// Returns whether the process may end once no front-end is connected, because the target owns or holds the device.
     pub fn is_done(&self) -> bool {
         match self {
             Self::HandedOver => true,
@@ -114,7 +114,7 @@ impl Source {
         }
     }
 
-    /// The next state, and what to do.
+    /// Returns the next state and the actions to carry out.
     #[must_use]
     pub fn step(self, event: Event) -> (Self, Vec<Action>) {
         match self {
@@ -128,7 +128,7 @@ impl Source {
     fn from_armed(word: Word, event: Event) -> (Self, Vec<Action>) {
         match event {
             Event::Suspended => Self::offer(word),
-            // Of an offer that was withdrawn meanwhile.
+            // This is about an offer that was withdrawn meanwhile.
             Event::Message(Message::Adopted(_)) => (Self::Armed { word }, Vec::new()),
             Event::Message(message) => Self::end(unexpected(message)),
             Event::Closed => Self::end(EndReason::Closed),
@@ -196,7 +196,7 @@ impl Source {
                 (Self::Ended(reason), vec![Action::Resume, Action::Close])
             }
             (SwapOutcome::Lost(now), _) if now.owner.is_target() => (Self::HandedOver, vec![Action::Release]),
-            // The target cannot have taken it.
+            // The target cannot have taken the device.
             (SwapOutcome::Lost(_) | SwapOutcome::Meaningless, _) => {
                 (Self::Ended(EndReason::Meaningless), vec![Action::Resume, Action::Close])
             }

@@ -1,73 +1,73 @@
-//! The end that waits for a device, once the [prologue](crate::handover::prologue) has agreed.
+//! The target of a device's hand-over, after the [prologue](crate::handover::prologue).
 //!
 //! ```text
 //!   Ready ─OFFER─▶ Adopting ─claimed─▶ Adopted ─own ring: swap won─▶ Taken
 //!     ▲ │             │                 │ │ │
-//!     │ └──────┬──────┴──refused────────┼─┼─┘ end, bad message: Adopted without a link while the offer stands,
+//!     │ └──────┬──────┴──refused────────┼─┼─┘ end, bad message: Adopted without a link while the offer is open,
 //!     │        ▼                        │ │   else Ended
 //!     │      Ended ◀────────────────────┘ │
 //!     └────swap lost, RETRACT─────────────┘
 //! ```
-//! Generic over the adopted device `D`, which comes back in every way out: in [`Action::Release`] or in
-//! [`Action::Activate`].
+//! Generic over the adopted device `D`. Every exit returns it, in [`Action::Release`] or [`Action::Activate`].
 
 use crate::handover::wire::message::{Message, OfOffer, Offer, Refuse};
 use crate::ownership::{SwapOutcome, Word};
 use crate::reasons::Reasons;
 
-/// What happens to a target.
+/// An event for a target.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event<D> {
     /// A message arrived.
     Message(Message),
-    /// The connection ended, or brought something that is not a message.
+    /// The connection ended, or the peer sent an invalid message.
     Closed,
     /// The answer to [`Action::Adopt`].
     Adoption(Result<(Word, D), Reasons>),
-    /// The answer to [`Action::Adopt`] if the source took the offer back before the target read it: nothing is kept.
+    /// The answer to [`Action::Adopt`] if the source withdrew the offer before the target read it: nothing is kept.
     Withdrawn,
-    /// The front-end that brought the offer left.
+    /// The front-end that brought the offer disconnected.
     FrontendLeft,
-    /// One of the target's rings has started, and needs the device.
+    /// One of the target's rings starts and needs the device.
     RingStarting,
-    /// How [`Action::Swap`] ended.
+    /// The outcome of [`Action::Swap`].
     Swapped(SwapOutcome),
-    /// The answer to [`Action::Look`].
+    /// The answer to [`Action::Look`]; `None` if the word is invalid.
     Seen(Option<Word>),
 }
 
-/// What to do, in this order.
+/// An action of a target. Actions are carried out in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action<D> {
-    /// Check and keep what is offered, without touching it; then report [`Event::Adoption`] or [`Event::Withdrawn`].
+    /// Check the offered device and keep it without touching it, then report [`Event::Adoption`] or
+    /// [`Event::Withdrawn`].
     Adopt(Offer),
-    /// Change the word by compare-and-swap, and report with [`Event::Swapped`].
+    /// Change the word by compare-and-swap, then report [`Event::Swapped`].
     Swap {
-        /// What it must be.
+        /// The expected value.
         from: Word,
-        /// What it is to be.
+        /// The new value.
         to: Word,
     },
-    /// Look at the word, and report with [`Event::Seen`].
+    /// Read the word, then report [`Event::Seen`].
     Look,
-    /// Use the device: it is the target's.
+    /// Use the device: the target owns it.
     Activate(D),
-    /// Close the device's descriptors: it is the source's.
+    /// Close the device's descriptors: the source owns it.
     Release(D),
-    /// Send this.
+    /// Send this message.
     Send(Message),
     /// Close the connection.
     Close,
 }
 
-/// A target.
+/// The state of a target.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target<D> {
-    /// The source may offer the device.
+    /// The target waits for an offer.
     Ready,
-    /// An offer is being checked.
+    /// The target checks an offer.
     Adopting,
-    /// The device is here, untouched.
+    /// The target holds the device and has not touched it.
     Adopted {
         /// The ownership word, offered.
         word: Word,
@@ -78,22 +78,22 @@ pub enum Target<D> {
     },
     /// The target owns the device.
     Taken,
-    /// Nothing more comes of this connection.
+    /// The hand-over has ended without the device.
     Ended,
 }
 
-/// The next state, and what to do.
+/// The next state and the actions to carry out.
 pub type Step<D> = (Target<D>, Vec<Action<D>>);
 
 impl<D> Target<D> {
-    /// The next state, and what to do.
+    /// Returns the next state and the actions to carry out.
     #[must_use]
     pub fn step(self, event: Event<D>) -> Step<D> {
         match (self, event) {
             (Self::Ready, Event::Message(Message::Offer(offer))) => {
                 (Self::Adopting, vec![Action::Adopt(offer)])
             }
-            // The source took back an offer that never arrived here, or that the target let go already.
+            // The source withdrew an offer that never arrived here, or that the target has already dropped.
             (Self::Ready, Event::Message(Message::Retract(_))) => (Self::Ready, Vec::new()),
             (Self::Adopting, Event::Adoption(Ok((word, device)))) => {
                 let adopted = Message::Adopted(OfOffer { epoch: word.epoch });
@@ -102,7 +102,7 @@ impl<D> Target<D> {
             (Self::Adopting, Event::Adoption(Err(reasons))) => {
                 (Self::Ended, vec![Action::Send(Message::Refuse(Refuse { reasons })), Action::Close])
             }
-            // The offer is older than the word. That is no refusal: the source stays armed and offers again.
+            // The offer is older than the word. This is not a refusal: the source stays armed and offers again.
             (Self::Adopting, Event::Withdrawn) => (Self::Ready, Vec::new()),
             (Self::Adopted { word, device, linked }, event) => Self::adopted(word, device, linked, event),
             (Self::Ready | Self::Adopting, Event::Message(_) | Event::Closed) => {
@@ -130,13 +130,13 @@ impl<D> Target<D> {
             Event::Message(Message::Retract(of)) if of.epoch == word.epoch => {
                 (Self::Ready, vec![Action::Release(device)])
             }
-            // Of an earlier offer.
+            // This is about an earlier offer.
             Event::Message(Message::Retract(_)) => (adopted(device, linked), Vec::new()),
-            // The source took the last one back, whether or not its RETRACT arrived.
+            // The source withdrew the last offer, whether or not its RETRACT arrived.
             Event::Message(Message::Offer(offer)) if offer.epoch > word.epoch => {
                 (Self::Adopting, vec![Action::Release(device), Action::Adopt(offer)])
             }
-            // The source is gone; its offer may stand.
+            // The source is gone, but its offer may still be open.
             Event::Message(_) | Event::Closed => (adopted(device, false), vec![Action::Close, Action::Look]),
             Event::Seen(Some(now)) if now == word => (adopted(device, linked), Vec::new()),
             Event::Seen(_) | Event::FrontendLeft => {

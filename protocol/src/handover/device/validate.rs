@@ -1,51 +1,51 @@
-//! From what a source says to what a target may act on. [`CheckedDevice`] can be had here only, and every reason
-//! against it is given, not just the first.
+//! Checks a source's device before the target acts on it. Only this module constructs [`CheckedDevice`]. A failed check
+//! reports all reasons, not just the first.
 
 use crate::handover::wire::device::{DeviceState, FrameExtent, MAX_QUEUE_PAIRS, Place, QueuePairState};
 use crate::handover::wire::refusal::Refusal;
 use crate::reasons::Reasons;
 
-/// The largest frame with its header: 64 KiB of IP, an Ethernet header, a VLAN tag.
+/// The largest frame with its header, in bytes: the header, an IP packet, an Ethernet header and a VLAN tag.
 pub(crate) const MAX_FRAME: u32 = 10 + 65535 + 14 + 4;
-/// The header before a frame in hand.
+/// Length of the virtio-net header before a frame in hand, in bytes.
 pub(crate) const FRAME_HEADER: u32 = 10;
 /// The longest name of an interface.
 const MAX_NAME: usize = 15;
 /// The smallest MTU of IPv4.
 const MIN_MTU: u16 = 68;
 
-/// What a target can take.
+/// What a target supports.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Capabilities {
-    /// `--queue-pairs`, if it was given.
+    /// The required number of queue pairs (`--queue-pairs`), if any.
     pub queue_pairs: Option<usize>,
-    /// How many `--vhost-fds` there are, if any.
+    /// The number of `--vhost-fds`, if given.
     pub vhost_fds: Option<usize>,
-    /// The virtio features that it has.
+    /// The virtio features that the target supports with this device.
     pub features: u64,
-    /// The vhost-user protocol features that it has.
+    /// The vhost-user protocol features that the target supports.
     pub protocol_features: u64,
-    /// What its own front-end has acknowledged so far.
+    /// The virtio features that the target's own front-end has acknowledged.
     pub acknowledged: u64,
-    /// How many queue pairs its own front-end has set up so far.
+    /// The number of queue pairs that the target's own front-end has set up.
     pub set_up_pairs: usize,
     /// The source runs as the same user.
     pub same_user: bool,
-    /// Where it runs a script, if it can tell.
+    /// Where the target runs scripts, if it can tell.
     pub place: Option<Place>,
 }
 
-/// A device that the target can take, if its descriptors are what they should be.
+/// A device that the target can take, provided that its descriptors are valid.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CheckedDevice(DeviceState);
 
 impl CheckedDevice {
-    /// What the source said.
+    /// Returns the device state.
     pub fn state(&self) -> &DeviceState {
         &self.0
     }
 
-    /// Each frame in hand, with its queue pair. No two share bytes of the file.
+    /// Returns each frame in hand with its queue pair. The frames do not overlap.
     pub fn frames(&self) -> impl Iterator<Item = (usize, FrameExtent)> {
         let pairs = self.0.queue_pairs.iter().enumerate();
         pairs.filter_map(|(pair, state)| state.frame_in_hand.map(|extent| (pair, extent)))
@@ -61,11 +61,11 @@ impl TryFrom<(DeviceState, &Capabilities)> for CheckedDevice {
     }
 }
 
-/// Checks device state that came without descriptors, against what the target offers its own front-end. What belongs to
-/// the source's TAP, its queues and its connection is not the target's business: its own front-end negotiates these.
+/// Checks device state without descriptors against the features that the target offers its own front-end. The state of
+/// the source's TAP, queues and connection is irrelevant: the target's front-end negotiates its own.
 ///
 /// # Errors
-/// All [`Reasons`].
+/// Returns a refusal if the source's front-end acknowledged features that the target does not offer.
 pub fn check_without_tap(device: &DeviceState, offered: u64) -> Result<(), Reasons> {
     let lacking = device.features & !offered;
     Reasons::none_of(if lacking == 0 { Vec::new() } else { vec![Refusal::Features(lacking)] })
@@ -107,10 +107,10 @@ fn refusals(device: &DeviceState, target: &Capabilities) -> Vec<Refusal> {
     refusals
 }
 
-/// Why a script would not do for the source in the target's place what it does in the source's.
+/// Returns the difference between two places because of which a script could act on another TAP or be another program.
 fn difference(source: Place, target: Option<Place>) -> Option<&'static str> {
     match target {
-        None => Some("a place that it cannot compare with the source's"),
+        None => Some("a place that the target cannot compare with the source's"),
         Some(target) if target.net != source.net => Some("another network namespace"),
         Some(target) if target.mnt != source.mnt => Some("another mount namespace"),
         Some(target) if target.root != source.root => Some("another root directory"),
@@ -151,7 +151,7 @@ fn check_queues(pairs: &[QueuePairState], refusals: &mut Vec<Refusal>) {
             refusals.push(Refusal::VnetHdr(pair));
         }
         let length = state.host_vnet_hdr_len;
-        // The others must agree with the first.
+        // Only the first pair is checked here; the others must agree with it.
         if pair == 0 && !matches!(length, 10 | 12) {
             refusals.push(Refusal::HeaderSize { pair, length });
         }

@@ -1,34 +1,36 @@
-//! How a back-end gives a running session to another one: the front-end's connection, its memory and rings, and the
-//! device, with the front-end none the wiser (DESIGN: "The handover protocol").
+//! Hands a running session over to another back-end: the front-end's connection, memory, rings and the device. The
+//! front-end does not notice.
 //!
-//! Who owns the session is said by the [ownership word](crate::ownership), never by a message. **The commit** is the
-//! target's swap from `Offered` to `Target`. Before it the source owns, and any failure makes it go on, by a swap to
-//! `Aborted`; after it the target owns, unless it is *proven* dead before it has settled.
+//! The [ownership word](crate::ownership) decides which back-end owns the session; no message does. **The commit** is
+//! the target's swap from `Offered` to `Target`. Before the commit the source is the owner, and on any failure it swaps
+//! the word to `Aborted` and continues. After the commit the target is the owner, unless it is *proven* dead before it
+//! has settled.
 //!
-//! | state | the peer is proven dead | the end of the connection, garbage, a wrong message | time |
+//! | state | the peer is proven dead | the connection ends, or a message is invalid or unexpected | timeout |
 //! |---|---|---|---|
-//! | source: prologue | ended, never stopped | the same | the same, after 2 s |
-//! | source: staging | the word to `Aborted`, goes on | the same | the same, after 10 s |
-//! | source: freezing | the word from `Source` to `Aborted`, goes on | the same | the same, 500 ms from the freeze on |
-//! | source: committed | the word from `Offered` to `Aborted`: won: goes on; lost: from `Target` to `Aborted`: goes on where the used rings say | won: goes on; lost: lost | the same, 500 ms from the freeze on |
-//! | source: lost | from `Target` to `Aborted`: goes on where the used rings say; settled: handed over | stays still until the target settles or dies | looks at the word every 100 ms |
-//! | target: prologue, ready, gathering | waits for another | the same | the same, after 2 s |
-//! | target: staging | takes it when all is there | goes on, then as staged | it is its own work |
-//! | target: staged | the word from `Source` or `Offered` to `Target`: takes it, where the used rings say; aborted: drops it | keeps it until the word is aborted, looks every 100 ms | drops it after 30 s |
+//! | source: prologue | ends; the rings never stopped | the same | the same, after 2 s |
+//! | source: staging | swaps to `Aborted`, continues | the same | the same, after 10 s |
+//! | source: freezing | swaps from `Source` to `Aborted`, continues | the same | the same, 500 ms after the freeze began |
+//! | source: committed | swaps from `Offered` to `Aborted`; if it wins, continues; if it loses, swaps from `Target` to `Aborted` and continues from the used indices | if the first swap wins, continues; if it loses, becomes lost | the same, 500 ms after the freeze began |
+//! | source: lost | swaps from `Target` to `Aborted` and continues from the used indices; if the word is settled, the session is handed over | waits until the target settles or dies | reads the word every 100 ms |
+//! | target: prologue, ready, gathering | waits for another source | the same | the same, after 2 s |
+//! | target: staging | finishes staging, then takes the session | finishes staging, then as in staged | none: staging is the target's own work |
+//! | target: staged | swaps from `Source` or `Offered` to `Target` and continues from the used indices; if the word is aborted, drops the session | keeps the session until the word is aborted; reads the word every 100 ms | drops the session after 30 s |
 //! | target: starting, active | nothing | nothing | nothing |
 //!
-//! What makes it whole:
-//! - The front-end's messages stay in its socket from before STAGE is made until the word is aborted or settled. So what
-//!   was staged stays true, for the target as for whoever survives, and no message is heard by two or by none.
-//! - Before a target hears the front-end, it settles the word: from then on nobody can survive with what the source
-//!   knows, which grows old. It says ACTIVE before that, and the source goes when the word is settled, whether it has
-//!   heard ACTIVE or not: so a target that dies before ACTIVE has not taken the session along.
-//! - Who is stopped and goes on later asks the word first: the source's every way out is a swap, and its rings stand
-//!   still since before the word offered them. A target that sleeps through the time of the source loses its swap.
-//! - Events come in the order: what the peer said, its death, the end of the connection, time.
+//! Invariants:
+//! - The front-end's messages stay in its socket from before STAGE is built until the word is aborted or settled. So
+//!   the staged state stays valid for the target and for a survivor, and every message is read exactly once.
+//! - A target settles the word before it reads from the front-end, because the source's state is stale from then on. It
+//!   sends ACTIVE before it settles. The source releases the session when the word is settled, with or without ACTIVE.
+//!   So the session survives a target that dies before it settles.
+//! - A process that was stopped consults the word first when it continues: the source ends the hand-over only by a
+//!   swap, and its rings are stopped before the word offers them. A target that sleeps beyond the source's timeout
+//!   loses its swap.
+//! - Events arrive in this order: the peer's messages, its death, the end of the connection, timeouts.
 //!
-//! [`source`] and [`target`] are the two ends, [`validate`] checks what the source says
-//! ([`SessionState`](super::wire::session::SessionState)), [`report`] says how long it took.
+//! [`source`] and [`target`] are the state machines, [`validate`] checks the source's
+//! [`SessionState`](super::wire::session::SessionState), and [`report`] measures the hand-over.
 
 pub mod report;
 pub mod source;

@@ -1,21 +1,21 @@
-//! How long a hand-over took, by phase. Both ends say when they did what by the same clock.
+//! The duration of a hand-over by phase. Both ends take their time stamps from the same clock.
 
 use std::time::Duration;
 
 use crate::handover::wire::session::{FreezeTimes, TakeTimes};
 
-/// The phases, in their order, and for how long nobody served.
+/// The durations of the phases, in order, and of the blackout.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {
-    /// From the first ring that stopped to all that run.
+    /// From the start of the freeze until all rings run again, in microseconds.
     pub blackout_us: u64,
-    /// What each phase took, in microseconds.
+    /// The duration of each phase, in microseconds.
     pub phases: Vec<(&'static str, u64)>,
 }
 
 impl Report {
-    /// Of the freeze: `stop` until all rings are stopped, `commit` until COMMIT is sent, `pass` until it is there,
-    /// `take` until the word is swapped, `start` until all rings run.
+    /// Computes the phases of the blackout: `stop` until all rings are stopped, `commit` until COMMIT is sent, `pass`
+    /// until the target receives it, `take` until the word is swapped, `start` until all rings run.
     pub fn of_freeze(freeze: &FreezeTimes, take: &TakeTimes) -> Self {
         let marks = [
             ("stop", freeze.freeze, freeze.stopped),
@@ -24,7 +24,7 @@ impl Report {
             ("take", take.received, take.taken),
             ("start", take.taken, take.running),
         ];
-        // The peer's word: it may be nonsense.
+        // The peer's time stamps are untrusted.
         let took = |from: u64, to: u64| to.saturating_sub(from) / 1000;
         Self {
             blackout_us: took(freeze.freeze, take.running),
@@ -32,7 +32,7 @@ impl Report {
         }
     }
 
-    /// With what came before it: `check` until the target was ready, `stage` until it held everything.
+    /// Prepends the phases before the freeze: `check` until the target is ready, `stage` until the session is staged.
     #[must_use]
     pub fn after(mut self, check: Duration, stage: Duration) -> Self {
         let took = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
@@ -41,7 +41,7 @@ impl Report {
     }
 }
 
-/// A time as it travels.
+/// Converts a time to nanoseconds, as it is sent.
 pub fn nanoseconds(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
@@ -51,7 +51,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_phases_of_the_freeze_add_up_to_the_blackout() {
+    fn freeze_phases_add_up_to_the_blackout() {
         let freeze = FreezeTimes { freeze: 1_000_000, stopped: 1_040_000, sent: 1_050_000 };
         let take = TakeTimes { received: 1_070_000, taken: 1_071_000, running: 1_100_000 };
         let report =
@@ -69,7 +69,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peers_nonsense_is_no_time() {
+    fn invalid_peer_times_yield_a_zero_blackout() {
         let freeze = FreezeTimes { freeze: u64::MAX, ..FreezeTimes::default() };
         assert_eq!(Report::of_freeze(&freeze, &TakeTimes::default()).blackout_us, 0);
     }

@@ -1,4 +1,4 @@
-//! The end that serves, and hands its session over, once the [prologue](crate::handover::prologue) has agreed.
+//! The source of a session's hand-over, after the [prologue](crate::handover::prologue).
 //!
 //! ```text
 //!   Staging ─STAGED─▶ Freezing ─all stopped─▶ Offering ─swap won─▶ Committed
@@ -9,10 +9,10 @@
 //!     ▲                            │ swap lost, the word is the target's            ▲
 //!     └── the target is dead ───── Lost ────── the word is settled ─────────────────┘
 //! ```
-//! Every way out is a swap of the ownership word, made before anything else is done; no message before it decides
-//! anything. So a source that was stopped at any place, and runs on later, does what the word says. In `Lost` it stays
-//! still and keeps everything: if the target dies before it has settled, the source goes on with what the used rings
-//! say.
+//! The source ends the hand-over only by a swap of the ownership word, made before anything else is done; no earlier
+//! message decides anything. So a source that was stopped in any state and continues later obeys the word. In `Lost` it
+//! keeps everything and serves nothing: if the target dies before it settles, the source continues from the used
+//! indices.
 
 use std::time::Duration;
 
@@ -24,83 +24,83 @@ use crate::handover::wire::message::Message;
 use crate::handover::wire::session::{FreezeTimes, TakeTimes};
 use crate::ownership::{Owner, SwapOutcome, Word};
 
-/// How long the target may take to map and set up everything.
+/// How long the target may take to stage the session.
 pub const STAGING_PATIENCE: Duration = Duration::from_secs(10);
-/// How long nobody may serve before the source goes on, if the target has not taken the session.
+/// How long after the freeze began the source continues if the target has not taken the session.
 pub const FREEZE_PATIENCE: Duration = Duration::from_millis(500);
-/// How often the word is looked at where nothing else tells of it.
+/// How often the word is polled while no message announces a change.
 pub const LOOK: Duration = Duration::from_millis(100);
-/// How soon the word is looked at once the target has said that it runs: it settles next.
+/// How soon the word is polled after ACTIVE: the target settles next.
 const SOON: Duration = Duration::from_millis(1);
 
-/// What happens to a source. Only what the answer to an [`Action`] is depends on the order: [`Event::Swapped`] and
-/// [`Event::Seen`] come at once, before any other.
+/// An event for a source. [`Event::Swapped`] and [`Event::Seen`] answer their [`Action`] immediately, before any other
+/// event. All other answers may come later.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// A message arrived.
     Message(Message),
-    /// The connection ended, brought something that is not a message, or could not take one.
+    /// The connection ended, the peer sent an invalid message, or a message could not be sent.
     Closed,
-    /// The target is proven dead: its pidfd is readable. Comes after what it said before.
+    /// The target is proven dead: its pidfd is readable. Follows its last message.
     Dead,
     /// Time has passed.
     Time,
-    /// All rings are stopped, and in nobody's hands.
+    /// All rings are stopped, and no worker holds one.
     Frozen,
-    /// COMMIT went out.
+    /// COMMIT was sent.
     Sent,
-    /// How [`Action::Swap`] ended.
+    /// The outcome of [`Action::Swap`].
     Swapped(SwapOutcome),
-    /// The answer to [`Action::Look`].
+    /// The answer to [`Action::Look`]; `None` if the word is invalid.
     Seen(Option<Word>),
-    /// This end cannot do what it is to do.
+    /// The source failed to carry out an action.
     Failed(String),
     /// The operator cancelled.
     Cancel,
 }
 
-/// What is to be done, in this order.
+/// An action of a source. Actions are carried out in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Leave the front-end's messages in its socket from now on, and hand out nothing else that changes the session.
+    /// Leave the front-end's messages in its socket from now on, and permit no other change of the session.
     Hold,
-    /// Send device, session and descriptors in a STAGE and as many DESCRIPTORS as are needed.
+    /// Send the device, the session and the descriptors in a STAGE and as many DESCRIPTORS as are needed.
     Stage {
-        /// With an instance of vhost-net for each queue pair.
+        /// Include a vhost-net instance per queue pair.
         vhost: bool,
     },
-    /// Stop all rings; then [`Event::Frozen`].
+    /// Stop all rings; then report [`Event::Frozen`].
     Freeze,
-    /// Send what has changed since STAGE in a COMMIT; then [`Event::Sent`].
+    /// Send the changes since STAGE in a COMMIT; then report [`Event::Sent`].
     Commit {
         /// The ownership word, offered.
         word: Word,
-        /// When the source did what so far.
+        /// The source's time stamps so far.
         times: FreezeTimes,
     },
-    /// Change the word by compare-and-swap; then [`Event::Swapped`].
+    /// Change the word by compare-and-swap; then report [`Event::Swapped`].
     Swap {
-        /// What it must be.
+        /// The expected value.
         from: Word,
-        /// What it is to be.
+        /// The new value.
         to: Word,
     },
-    /// Look at the word; then [`Event::Seen`].
+    /// Read the word; then report [`Event::Seen`].
     Look,
-    /// Go on as if nothing had been: rings run that were stopped, the front-end is heard.
+    /// Continue unchanged: restart the stopped rings and read from the front-end again.
     Resume,
-    /// Likewise, but another process may have worked on the rings: go on where the used rings say, without the frames
-    /// in hand.
+    /// Like [`Self::Resume`], but the target may have worked on the rings: continue from the used indices and drop the
+    /// frames in hand.
     Recover,
-    /// It is the target's: close everything, remove nothing, run nothing.
+    /// The target owns the session: close all descriptors, but remove no file and run no script.
     Release,
-    /// Send this.
+    /// Send this message.
     Send(Message),
     /// Close the connection.
     Close,
 }
 
-/// When what happened, by `CLOCK_MONOTONIC`.
+/// Time stamps of the source, by `CLOCK_MONOTONIC`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Marks {
     began: Duration,
@@ -112,96 +112,95 @@ pub struct Marks {
 /// Why the word is being swapped.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Cause {
-    /// It is over.
+    /// The hand-over ends for this reason.
     End(EndReason),
-    /// The target says that it has taken the session.
+    /// The target claims to have taken the session.
     Active(TakeTimes),
 }
 
-/// A source.
+/// The state of a source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
     /// STAGE was sent; the rings run.
     Staging {
-        /// When what happened.
+        /// The time stamps so far.
         marks: Marks,
         /// When to give up.
         deadline: Duration,
     },
     /// The rings are being stopped.
     Freezing {
-        /// When what happened.
+        /// The time stamps so far.
         marks: Marks,
         /// When to give up.
         deadline: Duration,
     },
-    /// They are, and the word is being swapped so that it offers the session.
+    /// All rings are stopped, and the swap that offers the session is under way.
     Offering {
-        /// When what happened.
+        /// The time stamps so far.
         marks: Marks,
         /// When to give up.
         deadline: Duration,
-        /// What the word is to be.
+        /// The new value of the word.
         word: Word,
     },
-    /// COMMIT was sent.
+    /// The session is offered, and COMMIT is sent.
     Committed {
-        /// When what happened.
+        /// The time stamps so far.
         marks: Marks,
         /// When to give up.
         deadline: Duration,
         /// The word, offered.
         word: Word,
     },
-    /// The word is being swapped so that the session is the source's for good.
+    /// The swap that makes the source the final owner is under way.
     Leaving {
-        /// When what happened.
+        /// The time stamps so far.
         marks: Marks,
-        /// How far it was.
+        /// The phase in which the hand-over ends.
         phase: Phase,
-        /// Why.
+        /// Why the source swaps the word.
         cause: Cause,
     },
-    /// The word says that the session is the target's.
+    /// The word says that the target owns the session.
     Lost {
-        /// When what happened.
+        /// The time stamps so far.
         marks: Marks,
-        /// The word, the target's.
+        /// The word, owned by the target.
         word: Word,
-        /// The target says that it runs.
+        /// The target's time stamps, if ACTIVE has arrived.
         active: Option<TakeTimes>,
-        /// When to look at the word.
+        /// When to read the word next.
         look: Duration,
     },
-    /// The target is dead, and the word is being swapped so that the session is the source's again.
+    /// The target is dead, and the swap that takes the session back is under way.
     Surviving {
-        /// When what happened.
+        /// The time stamps so far.
         marks: Marks,
     },
-    /// It is the target's, for good.
+    /// The target is the final owner. The report is missing if ACTIVE did not arrive.
     HandedOver(Option<Report>),
-    /// It is the source's, for good.
+    /// The source is the final owner.
     Ended {
-        /// How far it was.
+        /// The phase in which the hand-over ended.
         phase: Phase,
-        /// Why.
+        /// Why it ended.
         reason: EndReason,
     },
 }
 
-/// The next state and what is to be done.
+/// The next state and the actions to carry out.
 pub type Step = (Source, Vec<Action>);
 
 impl Source {
-    /// The prologue, which began at `began`, agreed: stages the session, with vhost-net instances if the target wants
-    /// them.
+    /// Stages the session after the prologue, which began at `began`. `vhost` adds vhost-net instances for the target.
     pub fn staging(vhost: bool, began: Duration, now: Duration) -> Step {
         let marks = Marks { began, ready: now, ..Marks::default() };
         let state = Self::Staging { marks, deadline: now + STAGING_PATIENCE };
         (state, vec![Action::Hold, Action::Stage { vhost }])
     }
 
-    /// When [`Event::Time`] will matter.
+    /// Returns when [`Event::Time`] is due, if ever.
     pub fn deadline(&self) -> Option<Duration> {
         match self {
             Self::Staging { deadline, .. }
@@ -213,8 +212,8 @@ impl Source {
         }
     }
 
-    /// What follows from `event`; `now` is `CLOCK_MONOTONIC`, read for this event. There is nothing that cannot follow:
-    /// what the target must not say ends the hand-over like its silence.
+    /// Returns the next state and the actions to carry out. `now` is `CLOCK_MONOTONIC`, read for this event. Accepts
+    /// every event in every state: an unexpected message ends the hand-over as a timeout does.
     pub fn step(self, event: Event, now: Duration) -> Step {
         match self {
             Self::Staging { marks, deadline } => Self::staged(marks, deadline, event, now),
@@ -227,18 +226,18 @@ impl Source {
             },
             Self::Lost { marks, word, active, look } => Self::lost(marks, word, active, look, &event, now),
             Self::Surviving { marks } => match event {
-                // It settled before it died: nobody knows any more what the front-end said to it.
+                // The target settled before it died: what the front-end sent to it is lost.
                 Event::Swapped(SwapOutcome::Lost(Word { owner: Owner::Settled, .. })) => {
                     Self::hand_over(marks, None)
                 }
-                // There is nobody else.
+                // The target is dead, so the source is the only possible owner.
                 Event::Swapped(_) => {
                     let state = Self::Ended { phase: Phase::Commit, reason: EndReason::Survived };
                     (state, vec![Action::Recover, Action::Close])
                 }
                 _ => (Self::Surviving { marks }, Vec::new()),
             },
-            // A late word changes nothing.
+            // A late event changes nothing.
             Self::HandedOver(_) | Self::Ended { .. } => (self, Vec::new()),
         }
     }
@@ -299,7 +298,7 @@ impl Source {
         Self::leave(marks, Phase::Commit, word, cause)
     }
 
-    /// The session is to be the source's for good, if the target has not taken it.
+    /// Tries to make the source the final owner; fails if the target has taken the session.
     fn leave(marks: Marks, phase: Phase, from: Word, cause: Cause) -> Step {
         let swap = from.aborted().map(|to| Action::Swap { from, to });
         (Self::Leaving { marks, phase, cause }, swap.into_iter().collect())
@@ -314,7 +313,7 @@ impl Source {
             (SwapOutcome::Lost(word @ Word { owner: Owner::Target, .. }), cause) => {
                 Self::lose(marks, phase, &cause, word, now)
             }
-            // The target cannot have taken it.
+            // The target cannot have taken the session.
             (outcome, cause) => {
                 let reason = match cause {
                     _ if outcome != SwapOutcome::Won => EndReason::Meaningless,
@@ -327,7 +326,7 @@ impl Source {
     }
 
     fn lose(marks: Marks, phase: Phase, cause: &Cause, word: Word, now: Duration) -> Step {
-        // A target that took what was not offered is obeyed all the same: there must not be two.
+        // Stops the rings if the target took a session that was not offered: there must never be two owners.
         let freeze = (phase == Phase::Stage).then_some(Action::Freeze);
         if *cause == Cause::End(EndReason::Dead) {
             let (state, swap) = Self::survive(marks, word);
@@ -375,7 +374,7 @@ impl Source {
     }
 }
 
-/// Why an event that the state does not wait for ends the hand-over, if it does.
+/// Returns why an unexpected event ends the hand-over, or `None` if it does not.
 fn end(event: Event, deadline: Duration, now: Duration) -> Option<EndReason> {
     match event {
         Event::Message(message) => Some(unexpected(message)),

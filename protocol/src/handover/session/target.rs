@@ -1,4 +1,4 @@
-//! The end that waits for a session, once the [prologue](crate::handover::prologue) has agreed.
+//! The target of a session's hand-over, after the [prologue](crate::handover::prologue).
 //!
 //! ```text
 //!   Ready ─STAGE─▶ Gathering ─all descriptors─▶ Staging ─all there─▶ Staged
@@ -8,12 +8,12 @@
 //!           Ended ◀── swap lost, the word aborted, 30 s: drops all ───┘ │
 //!                              Active ◀── settled ── Starting ◀─ swap won
 //! ```
-//! From `Staged` on it holds everything there is to take and has touched nothing. If the source is proven dead, it takes
-//! the session as its survivor, with what the used rings say. A connection that ends proves nothing: the target keeps
-//! what it has until the word or the clock says to drop it. It hears the front-end when the word is settled, not before.
+//! In `Staged` the target holds everything and has touched nothing. If the source is proven dead, the target takes the
+//! session and continues from the used indices. A closed connection proves nothing: the target keeps the staged session
+//! until the word is aborted or 30 s have passed. It reads from the front-end only after the word is settled.
 //!
-//! Generic over descriptors `F` and over what was made of them, `D`, which is given back in every way out:
-//! [`Action::Release`], [`Action::Activate`] or [`Action::Recover`]. Descriptors that are of no use are dropped.
+//! Generic over the descriptors `F` and the staged device `D`. Every exit returns the device, in [`Action::Release`],
+//! [`Action::Activate`] or [`Action::Recover`]. Unused descriptors are dropped.
 
 use std::time::Duration;
 
@@ -28,20 +28,20 @@ use crate::handover::wire::session::{FreezeTimes, TakeTimes};
 use crate::ownership::{Owner, SwapOutcome, Word};
 use crate::reasons::Reasons;
 
-/// How long everything is held for a source that does not go on.
+/// How long the target holds a staged session for a source that does not continue.
 pub const HOLDING: Duration = Duration::from_secs(30);
-/// The most packets that bring descriptors after STAGE: for 128 pairs and 509 regions 6 are needed.
+/// The most DESCRIPTORS packets after STAGE: 128 pairs and 509 regions need 6.
 const MAX_MORE: u16 = 8;
-/// How often a survivor tries to change the word of the dead.
+/// How many times a survivor retries a lost swap.
 const TRIES: u8 = 3;
 
-/// What happens to a target. [`Event::Swapped`] and [`Event::Seen`] come at once after their [`Action`], before any
-/// other; where the source is dead, [`Event::Dead`] comes after what it said before, and before [`Event::Time`].
+/// An event for a target. [`Event::Swapped`] and [`Event::Seen`] answer their [`Action`] immediately, before any other
+/// event. [`Event::Dead`] follows the source's last message and precedes [`Event::Time`].
 #[derive(Debug)]
 pub enum Event<F, D> {
     /// A message arrived, with these descriptors.
     Message(Message, Vec<F>),
-    /// The connection ended, brought something that is not a message, or could not take one.
+    /// The connection ended, the peer sent an invalid message, or a message could not be sent.
     Closed,
     /// The source is proven dead: its pidfd is readable.
     Dead,
@@ -49,40 +49,41 @@ pub enum Event<F, D> {
     Time,
     /// The answer to [`Action::Stage`].
     Staged(Result<(D, Shape), Reasons>),
-    /// How [`Action::Swap`] ended.
+    /// The outcome of [`Action::Swap`].
     Swapped(SwapOutcome),
-    /// The answer to [`Action::Look`].
+    /// The answer to [`Action::Look`]; `None` if the word is invalid.
     Seen(Option<Word>),
     /// The answer to [`Action::Activate`] and [`Action::Recover`]: all rings run.
     Activated,
 }
 
-/// What is to be done, in this order.
+/// An action of a target. Actions are carried out in order.
 #[derive(Debug)]
 pub enum Action<F, D> {
-    /// Check this, claim all descriptors, and make everything ready without touching it; then [`Event::Staged`].
+    /// Check the session, claim all descriptors and set up everything without touching it; then report
+    /// [`Event::Staged`].
     Stage(Box<Stage>, NamedFds<F>),
-    /// Change the word by compare-and-swap; then [`Event::Swapped`].
+    /// Change the word by compare-and-swap; then report [`Event::Swapped`].
     Swap {
-        /// What it must be.
+        /// The expected value.
         from: Word,
-        /// What it is to be.
+        /// The new value.
         to: Word,
     },
-    /// Look at the word; then [`Event::Seen`].
+    /// Read the word; then report [`Event::Seen`].
     Look,
-    /// The session is the target's: have its rings run from where COMMIT says, look at each once and signal each call
-    /// once; then [`Event::Activated`]. The front-end is not heard yet.
+    /// The target owns the session: start its rings at COMMIT's indices, process each once and signal each call once;
+    /// then report [`Event::Activated`]. Do not read from the front-end yet.
     Activate(D, Box<CheckedCommit>),
-    /// Likewise, without COMMIT: from where the used rings say.
+    /// Like [`Self::Activate`] without a COMMIT: start the rings at the used indices.
     Recover(D),
-    /// Hear the front-end.
+    /// Read from the front-end.
     Listen,
-    /// Close and unmap everything: it is the source's.
+    /// The source owns the session: close and unmap everything.
     Release(D),
-    /// The word says that the source has the session, whatever it believes: stop the rings at once, and end.
+    /// The word unexpectedly says that the source owns the session: stop the rings immediately and end.
     Abandon,
-    /// Send this.
+    /// Send this message.
     Send(Message),
     /// Close the connection.
     Close,
@@ -93,85 +94,85 @@ pub enum Action<F, D> {
 pub enum Taken {
     /// The source committed it.
     Committed(Report),
-    /// The source is dead.
+    /// The source died.
     Survived,
 }
 
-/// A target.
+/// The state of a target.
 #[derive(Debug)]
 pub enum Target<F, D> {
-    /// The source may stage the session.
+    /// The target waits for STAGE.
     Ready {
         /// When to give up.
         deadline: Duration,
     },
-    /// More descriptors are on their way.
+    /// The target waits for more DESCRIPTORS.
     Gathering {
-        /// What they belong to.
+        /// The STAGE that they belong to.
         stage: Box<Stage>,
-        /// Those that are here.
+        /// The descriptors received so far.
         fds: NamedFds<F>,
         /// When to give up.
         deadline: Duration,
     },
-    /// Everything is being made ready.
+    /// The session is being staged.
     Staging {
-        /// The source is still there to talk to.
+        /// The connection to the source is open.
         linked: bool,
-        /// It is proven dead.
+        /// The source is proven dead.
         dead: bool,
     },
-    /// Everything is here, untouched.
+    /// The session is staged and untouched.
     Staged(Staged<D>),
-    /// The word is being swapped.
+    /// The swap that takes the session is under way.
     Taking {
-        /// What is to be taken.
+        /// The staged device.
         device: D,
-        /// What the source said at last, if it did, and when that was here.
+        /// COMMIT and when it arrived; `None` for a survivor.
         commit: Option<(Box<CheckedCommit>, Duration)>,
-        /// What the word is to be.
+        /// The new value of the word.
         word: Word,
-        /// How often it may still be tried.
+        /// How many more times a lost swap is retried.
         tries: u8,
     },
-    /// The session is ours, and its rings begin to run; then it is settled.
+    /// The target owns the session: its rings start, then the word is settled.
     Starting {
-        /// The word, ours.
+        /// The word, owned by the target.
         word: Word,
-        /// When what happened, if the source committed.
+        /// Both ends' time stamps, if the source committed.
         times: Option<(FreezeTimes, TakeTimes)>,
     },
-    /// The session is ours, and runs.
+    /// The target owns the session and serves it.
     Active(Taken),
-    /// Nothing will come of this connection.
+    /// The hand-over has ended without the session.
     Ended,
 }
 
-/// What a target holds that has touched nothing.
+/// A staged session, which the target has not touched.
 #[derive(Debug)]
 pub struct Staged<D> {
     device: D,
     shape: Shape,
-    /// The source is still there to talk to.
+    /// The connection to the source is open.
     linked: bool,
-    /// It is proven dead.
+    /// The source is proven dead.
     dead: bool,
-    /// When to drop it.
+    /// When to drop the session.
     deadline: Duration,
-    /// When to look at the word, where nobody tells of it.
+    /// When to read the word next while the connection is closed.
     look: Duration,
 }
 
-/// The next state and what is to be done.
+/// The next state and the actions to carry out.
 pub type Step<F, D> = (Target<F, D>, Vec<Action<F, D>>);
 
 impl<F, D> Target<F, D> {
-    /// The prologue agreed: the source may stage the session.
+    /// Waits for STAGE after the prologue.
     pub fn ready(now: Duration) -> Self {
         Self::Ready { deadline: now + PATIENCE }
     }
 
-    /// When [`Event::Time`] will matter.
+    /// Returns when [`Event::Time`] is due, if ever.
     pub fn deadline(&self) -> Option<Duration> {
         match self {
             Self::Ready { deadline } | Self::Gathering { deadline, .. } => Some(*deadline),
@@ -181,7 +182,8 @@ impl<F, D> Target<F, D> {
         }
     }
 
-    /// What follows from `event`; `now` is `CLOCK_MONOTONIC`, read for this event. There is nothing that cannot follow: what the source must not say ends the connection.
+    /// Returns the next state and the actions to carry out. `now` is `CLOCK_MONOTONIC`, read for this event. Accepts
+    /// every event in every state: an unexpected message ends the connection.
     pub fn step(self, event: Event<F, D>, now: Duration) -> Step<F, D> {
         match (self, event) {
             (Self::Ready { .. }, Event::Message(Message::Stage(mut stage), fds)) => {
@@ -233,7 +235,7 @@ impl<F, D> Target<F, D> {
         (Self::Ended, vec![Action::Send(Message::Refuse(Refuse { reasons })), Action::Close])
     }
 
-    /// What is the same while nothing is held that could be taken.
+    /// Handles unexpected events before anything is staged.
     fn before(self, event: &Event<F, D>, now: Duration) -> Step<F, D> {
         let over = match event {
             Event::Message(..) | Event::Closed | Event::Dead => true,
@@ -256,7 +258,7 @@ impl<F, D> Target<F, D> {
             Event::Message(..) | Event::Closed => {
                 (Self::Staging { linked: false, dead }, vec![Action::Close])
             }
-            // It cannot be talked to either.
+            // The connection is useless without the source.
             Event::Dead => (Self::Staging { linked: false, dead: true }, vec![Action::Close]),
             _ => (Self::Staging { linked, dead }, Vec::new()),
         }
@@ -283,7 +285,7 @@ impl<F, D> Target<F, D> {
         }
     }
 
-    /// The source is dead: takes what it has not given to itself for good.
+    /// Takes the session from a dead source, unless the word is final.
     fn survive(device: D, from: Word, tries: u8) -> Step<F, D> {
         match from.survived_by_target() {
             Some(to) => {
@@ -307,7 +309,7 @@ impl<F, D> Target<F, D> {
 }
 
 impl<D> Staged<D> {
-    /// What it holds.
+    /// Returns the staged device.
     pub fn device(&self) -> &D {
         &self.device
     }
@@ -328,7 +330,7 @@ impl<D> Staged<D> {
                 self.look = now + LOOK;
                 (Target::Staged(self), Vec::new())
             }
-            // Whatever it is, it is not ours.
+            // The word is final or invalid, and this target has not taken the session.
             Event::Seen(_) => (Target::Ended, vec![Action::Release(self.device), Action::Close]),
             Event::Time if now >= self.deadline => {
                 (Target::Ended, vec![Action::Release(self.device), Action::Close])
@@ -338,7 +340,7 @@ impl<D> Staged<D> {
         }
     }
 
-    /// The commit: from the swap that follows on, the session is the target's.
+    /// Handles COMMIT. The swap that follows is the commit point: if it wins, the target owns the session.
     fn commit<F>(mut self, commit: Commit, now: Duration) -> Step<F, D> {
         let from = Word { epoch: commit.epoch, owner: Owner::Offered };
         match (CheckedCommit::try_from((commit, &self.shape)), from.taken()) {

@@ -1,5 +1,5 @@
-//! From what a source says of its session to what a target may act on. [`CheckedSession`] and [`CheckedCommit`] can be
-//! had here only, and every reason against them is given, not just the first.
+//! Checks a source's session and COMMIT before the target acts on them. Only this module constructs [`CheckedSession`]
+//! and [`CheckedCommit`]. A failed check reports all reasons, not just the first.
 
 use crate::handover::device::validate::{self, CheckedDevice, FRAME_HEADER, MAX_FRAME};
 use crate::handover::wire::device::DeviceState;
@@ -20,18 +20,18 @@ const MAX_PATH: usize = 107;
 const MAX_SIZE: u16 = 32768;
 const _: () = assert!(MAX_FRAME <= FRAME_SLOT, "a slot has room for every frame");
 
-/// What a target can take.
+/// What a target supports.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Capabilities {
-    /// Of the device.
+    /// What it supports for the device.
     pub device: validate::Capabilities,
     /// The most memory regions.
     pub max_regions: usize,
-    /// It has a front-end of its own.
+    /// The target already serves a front-end.
     pub has_frontend: bool,
 }
 
-/// A session that the target can take, if its descriptors are what they should be.
+/// A session that the target can take, provided that its descriptors are valid.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CheckedSession {
     device: CheckedDevice,
@@ -39,17 +39,17 @@ pub struct CheckedSession {
 }
 
 impl CheckedSession {
-    /// The device.
+    /// Returns the device.
     pub fn device(&self) -> &CheckedDevice {
         &self.device
     }
 
-    /// The session.
+    /// Returns the session.
     pub fn session(&self) -> &SessionState {
         &self.session
     }
 
-    /// What a COMMIT has to go with.
+    /// Returns what a COMMIT must match.
     pub fn shape(&self) -> Shape {
         let set_up = |vring: &VringState| vring.kick != KickState::None;
         Shape {
@@ -96,7 +96,7 @@ fn check(device: &DeviceState, session: &SessionState, target: &Capabilities, re
     }
     let possible = |offset: u64, size: u64| size != 0 && offset.checked_add(size).is_some();
     if session.log.is_some_and(|log| !possible(log.offset, log.size)) {
-        refusals.push(Refusal::Region("log of changed pages"));
+        refusals.push(Refusal::Region("dirty log"));
     }
     if session.inflight.is_some_and(|inflight| !possible(inflight.offset, inflight.size)) {
         refusals.push(Refusal::Region("inflight region"));
@@ -110,14 +110,14 @@ fn check_endpoint(endpoint: &EndpointState) -> Result<(), &'static str> {
     let needs_path = match endpoint.kind {
         EndpointKind::Listening | EndpointKind::Client => true,
         EndpointKind::None | EndpointKind::Listener => false,
-        EndpointKind::Other => return Err("it is of a later version"),
+        EndpointKind::Other => return Err("unknown kind, from a later version"),
     };
     match &endpoint.path {
         Some(path) if !path.starts_with('/') || path.len() > MAX_PATH || path.contains('\0') => {
-            Err("its path is not absolute, or too long")
+            Err("its path is invalid: not absolute, too long or with a NUL byte")
         }
-        None if needs_path => Err("it has no path"),
-        Some(_) if !needs_path => Err("it has a path that it cannot have"),
+        None if needs_path => Err("its path is missing"),
+        Some(_) if !needs_path => Err("an endpoint of its kind has no path"),
         _ => Ok(()),
     }
 }
@@ -154,7 +154,7 @@ fn check_vring(index: usize, vring: &VringState, regions: &[RegionState], refusa
     if vring.started && vring.kick == KickState::None {
         refusals.push(Refusal::VringStarted(index));
     }
-    // Before it is set up whole, its memory may not be there.
+    // The memory of a vring that is not fully set up may not be shared yet.
     let (Some(size), Some(addresses)) = (vring.size, vring.addresses) else { return };
     let count = u64::from(size);
     let rings = [
@@ -174,8 +174,8 @@ fn check_vring(index: usize, vring: &VringState, regions: &[RegionState], refusa
     }
 }
 
-/// The names of all descriptors of a session, in the order in which they are sent: those that [`SessionState`] speaks
-/// of, the TAP's, and where `vhost` is true one of vhost-net for each pair.
+/// Returns the names of all descriptors of a session, in the order in which they are sent: those that the
+/// [`SessionState`] implies, the TAP's, and one vhost-net instance per queue pair if `vhost`.
 pub fn fd_names(device: &DeviceState, session: &SessionState, vhost: bool) -> Vec<String> {
     let one = |is_there: bool, name: &str| is_there.then(|| name.to_owned());
     let listens = matches!(session.endpoint.kind, EndpointKind::Listening | EndpointKind::Listener);
@@ -198,25 +198,25 @@ pub fn fd_names(device: &DeviceState, session: &SessionState, vhost: bool) -> Ve
     names
 }
 
-/// What is known of a session that a COMMIT has to go with.
+/// The properties of a staged session that its COMMIT must match.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Shape {
     pairs: usize,
-    /// For each vring.
+    /// Whether the kick of each vring is set.
     set_up: Vec<bool>,
 }
 
-/// A COMMIT that goes with its session.
+/// A COMMIT that matches its session.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CheckedCommit(Commit);
 
 impl CheckedCommit {
-    /// What the source said.
+    /// Returns the message.
     pub fn commit(&self) -> &Commit {
         &self.0
     }
 
-    /// Each frame in hand: its pair, where in the file `frames` it begins, and its length.
+    /// Returns each frame in hand: its queue pair, its offset in the file `frames`, and its length with the header.
     pub fn frames(&self) -> impl Iterator<Item = (usize, u64, u32)> {
         let slots = (0u64..).step_by(FRAME_SLOT as usize);
         let pairs = self.0.pairs.iter().enumerate().zip(slots);
@@ -230,13 +230,13 @@ impl TryFrom<(Commit, &Shape)> for CheckedCommit {
     fn try_from((commit, shape): (Commit, &Shape)) -> Result<Self, Reasons> {
         let mut refusals = Vec::new();
         if Word::INITIAL.offered().is_none_or(|word| word.epoch != commit.epoch) {
-            refusals.push(Refusal::Commit("its epoch is another"));
+            refusals.push(Refusal::Commit("wrong epoch"));
         }
         if commit.pairs.len() != shape.pairs {
-            refusals.push(Refusal::Commit("it has another number of queue pairs"));
+            refusals.push(Refusal::Commit("wrong number of queue pairs"));
         }
         if commit.vrings.len() != shape.set_up.len() {
-            refusals.push(Refusal::Commit("it has another number of vrings"));
+            refusals.push(Refusal::Commit("wrong number of vrings"));
         }
         let frames = FRAME_HEADER + 1..=MAX_FRAME;
         for (pair, now) in commit.pairs.iter().enumerate().take(shape.pairs) {

@@ -5,32 +5,32 @@
 //!   source                                   target
 //!     HELLO    what is to be handed over ─▶
 //!         ◀─ HELLO, or REFUSE with all reasons
-//!     PREPARE  the device as it is now ─▶
+//!     PREPARE  the current state of the device ─▶
 //!         ◀─ READY, or REFUSE                       armed
 //!   ── all rings of the source are stopped ──
-//!     OFFER    the device, its descriptors ─▶
+//!     OFFER    the device and its descriptors ─▶
 //!         ◀─ ADOPTED, or REFUSE
 //!   ── a ring of the target starts: the word is swapped ──
 //!         ◀─ TAKEN
 //!   ── or a ring of the source starts: the word is swapped back ──
 //!     RETRACT ─▶                                    armed
 //! ```
-//! For a front-end that asks for device state, the OFFER comes first, with a `link` for the answers; over a pipe, a
-//! file or a stream socket the device goes as DEVICE, without descriptors.
+//! When a front-end asks for device state, the OFFER is the first packet and carries a `link` for the answers. Over a
+//! pipe, a file or a stream socket the source sends DEVICE instead, without descriptors.
 //!
 //! A session:
 //! ```text
 //!   source                                   target
 //!     HELLO    what is to be handed over ─▶
 //!         ◀─ HELLO, or REFUSE with all reasons
-//!     PREPARE  device and session as they are now ─▶
+//!     PREPARE  the current state of device and session ─▶
 //!         ◀─ READY, or REFUSE
 //!   ── the front-end's messages stay in its socket ──
-//!     STAGE    both, and the first of their descriptors ─▶
-//!     DESCRIPTORS  more of them, in as many packets as STAGE says ─▶
-//!         ◀─ STAGED, or REFUSE                      holds all, has touched nothing
+//!     STAGE    device and session, and the first descriptors ─▶
+//!     DESCRIPTORS  more descriptors, in as many packets as STAGE says ─▶
+//!         ◀─ STAGED, or REFUSE                      holds everything, has touched nothing
 //!   ── all rings of the source are stopped, the word offers the session ──
-//!     COMMIT   what has changed since STAGE ─▶
+//!     COMMIT   the changes since STAGE ─▶
 //!   ── the target's swap ──
 //!         ◀─ ACTIVE
 //! ```
@@ -45,57 +45,57 @@ use crate::fd_manifest::FdManifest;
 use crate::reasons::Reasons;
 use crate::version::Versions;
 
-/// What this build speaks.
+/// The hand-over protocol of this build.
 pub const PROTOCOL: Protocol =
     Protocol { magic: *b"BATH", versions: Versions { oldest: 1, newest: 1 }, max_body: MAX_BODY };
 
-/// The longest body. With its header it fits into a Unix socket's send buffer, which is 212,992 bytes if nobody has
-/// changed that.
+/// The longest body, in bytes. With its header it fits a Unix socket's default send buffer of 212,992 bytes.
 const MAX_BODY: usize = 192 * 1024;
 
-/// The descriptor of a TAP's queue.
+/// Returns the name of a TAP queue's descriptor.
 pub fn tap_fd(pair: usize) -> String {
     format!("tap/{pair}")
 }
 
-/// The file of a memory region.
+/// Returns the name of a memory region's file.
 pub fn memory_fd(region: usize) -> String {
     format!("memory/{region}")
 }
 
-/// A vring's kick.
+/// Returns the name of a vring's kick descriptor.
 pub fn kick_fd(vring: usize) -> String {
     format!("kick/{vring}")
 }
 
-/// A vring's call.
+/// Returns the name of a vring's call descriptor.
 pub fn call_fd(vring: usize) -> String {
     format!("call/{vring}")
 }
 
-/// A vring's error descriptor.
+/// Returns the name of a vring's error descriptor.
 pub fn error_fd(vring: usize) -> String {
     format!("error/{vring}")
 }
 
-/// An instance of vhost-net for a queue pair, in nobody's use.
+/// Returns the name of a queue pair's vhost-net instance, which has no owner yet.
 pub fn vhost_fd(pair: usize) -> String {
     format!("vhost/{pair}")
 }
 
 /// The front-end's connection.
 pub const FRONTEND_FD: &str = "frontend";
-/// The socket that front-ends connect to.
+/// The listening socket.
 pub const LISTENER_FD: &str = "listener";
-/// The file of the log of changed pages.
+/// The file of the dirty log.
 pub const LOG_FD: &str = "log";
 /// The file of the inflight region.
 pub const INFLIGHT_FD: &str = "inflight";
 /// The ownership word's memfd.
 pub const OWNERSHIP_FD: &str = "ownership";
-/// The memfd of the frames in hand: of a device if there are any, of a session with room for all.
+/// The memfd of the frames in hand. A device brings it only if there are any; a session always does, with one
+/// [`FRAME_SLOT`](super::session::FRAME_SLOT) per queue pair.
 pub const FRAMES_FD: &str = "frames";
-/// A socket for the answers to an offer that came over another one.
+/// A socket for the answers to an offer that is sent over another socket.
 pub const LINK_FD: &str = "link";
 
 /// The first packet each way.
@@ -103,91 +103,91 @@ pub const LINK_FD: &str = "link";
 pub struct Hello {
     /// What is to be handed over: the name of a [`Purpose`](crate::handover::prologue::Purpose).
     pub purpose: String,
-    /// Which program says so, and its version: for the log.
+    /// The sender's program and version, for the log.
     #[serde(default)]
     pub program: String,
-    /// Only to find out whether it could be done: nothing will be offered.
+    /// Only check whether the hand-over is possible: nothing will be offered.
     #[serde(default)]
     pub dry_run: bool,
-    /// The target wants vhost-net and may not open it: the source is to give it an instance for each queue pair.
+    /// The target uses vhost-net but may not open it: the source provides an instance per queue pair.
     #[serde(default, skip_serializing_if = "is_default")]
     pub wants_vhost: bool,
 }
 
-/// The device as it is, to be judged.
+/// The current state, for the target to check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Prepare {
-    /// What would be handed over now.
+    /// The device.
     pub device: DeviceState,
-    /// The session with it, if that is what is handed over.
+    /// The session, if a session is handed over.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub session: Option<Box<SessionState>>,
 }
 
-/// The target would take it.
+/// The target accepts what PREPARE describes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReadyToTake {}
 
-/// The target would not, or will not, take it.
+/// The target refuses the hand-over.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refuse {
-    /// Why not.
+    /// All reasons.
     pub reasons: Reasons,
 }
 
-/// The device and its descriptors. Nobody uses it from here on, until one takes it.
+/// The device and its descriptors. Neither process uses the device until one takes it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Offer {
-    /// Of the ownership word.
+    /// The epoch of the ownership word.
     pub epoch: u64,
-    /// What is offered.
+    /// The device.
     pub device: DeviceState,
     /// Its descriptors.
     pub fds: FdManifest,
 }
 
-/// A word about one offer.
+/// The offer that a message is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OfOffer {
-    /// Which one.
+    /// The offer's epoch.
     pub epoch: u64,
 }
 
-/// The device without descriptors, for a front-end that moves it with the VM to a back-end with a TAP of its own.
+/// The device without descriptors, for a front-end that moves it with the VM to a back-end that has its own TAP.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StateOnly {
-    /// What it is.
+    /// The device.
     pub device: DeviceState,
 }
 
-/// Device and session, which run on, with the first of their descriptors.
+/// The device and the session, which still run, with the first descriptors.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stage {
-    /// What is handed over: but for counters, frames in hand and what else COMMIT says.
+    /// The device, without counters, frames in hand and other values that COMMIT carries.
     pub device: DeviceState,
-    /// The session with it, likewise.
+    /// The session, without the values that COMMIT carries.
     pub session: SessionState,
-    /// In how many packets [`Descriptors`] follow.
+    /// The number of [`Descriptors`] packets that follow.
     pub more: u16,
     /// The first descriptors.
     pub fds: FdManifest,
 }
 
-/// More of the descriptors.
+/// More descriptors.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Descriptors {
-    /// Which.
+    /// The descriptors of this packet.
     pub fds: FdManifest,
 }
 
-/// The target holds all, and has touched nothing.
+/// The target holds everything, and has touched nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StagedAll {}
 
-/// What has changed since STAGE. Nobody uses the device until the word says who does.
+/// The changes since STAGE. Neither process uses the device until the word decides.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Commit {
-    /// Of the ownership word.
+    /// The epoch of the ownership word.
     pub epoch: u64,
     /// Each vring of STAGE, in the same order.
     #[serde(deserialize_with = "bounded::list::<MAX_VRINGS, _, _>")]
@@ -195,17 +195,17 @@ pub struct Commit {
     /// Each queue pair of STAGE, in the same order.
     #[serde(deserialize_with = "bounded::list::<MAX_QUEUE_PAIRS, _, _>")]
     pub pairs: Vec<PairNow>,
-    /// When the source did what.
+    /// The source's time stamps.
     #[serde(default)]
     pub times: FreezeTimes,
 }
 
-/// The session is the target's, and runs.
+/// The target owns and runs the session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Active {
-    /// Of the ownership word.
+    /// The epoch of the ownership word.
     pub epoch: u64,
-    /// When the target did what.
+    /// The target's time stamps.
     #[serde(default)]
     pub times: TakeTimes,
 }

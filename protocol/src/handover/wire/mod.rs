@@ -1,7 +1,7 @@
-//! What source and target say to each other. All of it is untrusted until a check has accepted it.
+//! The wire format of hand-overs. All of it is untrusted until it has been checked.
 //!
-//! [`message`] has the packets, [`device`] and [`session`] the state that they carry, [`refusal`] the reasons against a
-//! hand-over.
+//! [`message`] defines the packets, [`device`] and [`session`] the state that they carry, and [`refusal`] the reasons
+//! for a refusal.
 
 pub mod device;
 pub mod message;

@@ -1,37 +1,40 @@
-//! Why a device cannot be handed over: reasons with names that stay, for scripts and for the operator's manual.
+//! Why a device or a session cannot be handed over. Each reason has a stable name, for scripts and the operator's
+//! manual.
 
 use crate::fd_manifest::ManifestError;
 use crate::reasons::{Reason, Reasons};
 use crate::version::VersionError;
 
-/// One reason. The text says what to do where that is not plain.
+/// One reason. The text says what the operator can do, unless that is obvious.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    /// The target has a TAP.
-    #[error("the target has a TAP already and cannot receive another; start one with --incoming-fds")]
+    /// The target already has a TAP.
+    #[error("the target already has a TAP and cannot receive another; start a target with --incoming-fds")]
     AlreadyInitialised,
     /// The target is busy with another source.
     #[error("the target is in another hand-over")]
     Busy,
-    /// The source wants to give something that this target does not take.
-    #[error("the target cannot take a {0}")]
+    /// The target does not know what is to be handed over.
+    #[error("the target cannot take over a {0:?}")]
     Purpose(String),
-    /// No queue pair, or more than a device can have.
-    #[error("the source has {0} queue pairs; 1 to 128 are possible")]
+    /// The source has no queue pair, or more than a device can have.
+    #[error("the source has {0} queue pairs; the valid range is 1 to 128")]
     QueuePairRange(usize),
-    /// The target was started for another number.
+    /// The target has another number of queue pairs.
     #[error(
-        "the source has {source_pairs} queue pairs, the target {target}; give it the same --queue-pairs, or none"
+        "the source has {source_pairs} queue pairs, the target {target}; start the target with the same --queue-pairs, \
+         or without the option"
     )]
     QueuePairs {
-        /// The source's.
+        /// The source's number.
         source_pairs: usize,
-        /// The target's.
+        /// The target's number.
         target: usize,
     },
-    /// There is not one vhost-net for each pair.
+    /// The number of `--vhost-fds` differs from that of queue pairs.
     #[error(
-        "the source has {source_pairs} queue pairs, the target's --vhost-fds {fds} descriptors; give it one for each"
+        "the source has {source_pairs} queue pairs, but the target's --vhost-fds lists {fds} descriptors; pass one per \
+         queue pair"
     )]
     VhostFds {
         /// The source's queue pairs.
@@ -42,51 +45,52 @@ pub enum Refusal {
     /// The target cannot open vhost-net.
     #[error("the target cannot use vhost-net: {0}")]
     VhostNet(String),
-    /// Features were negotiated that the target does not have.
+    /// The target does not support all negotiated virtio features.
     #[error(
-        "negotiated features {0:#x} are not the target's; use a target with the same datapath and version"
+        "the target does not support the negotiated features {0:#x}; use a target with the same datapath and version"
     )]
     Features(u64),
     /// The target's own front-end acknowledged features that the device does not have.
     #[error("the target's front-end acknowledged features {0:#x}, which the device does not have")]
     FrontEndFeatures(u64),
-    /// Protocol features were negotiated that the target does not have.
+    /// The target does not support all negotiated protocol features.
     #[error(
-        "negotiated protocol features {0:#x} are not the target's; use a target with the same datapath and version"
+        "the target does not support the negotiated protocol features {0:#x}; use a target with the same datapath and \
+         version"
     )]
     ProtocolFeatures(u64),
-    /// A queue without headers.
+    /// The TAP queue does not use virtio-net headers.
     #[error("queue pair {0} has no virtio-net header")]
     VnetHdr(usize),
-    /// A header of another size.
-    #[error("queue pair {pair} has a virtio-net header of {length} bytes; 10 or 12 are possible")]
+    /// The virtio-net header has an unsupported size.
+    #[error("queue pair {pair} has a virtio-net header of {length} bytes; it must have 10 or 12")]
     HeaderSize {
-        /// The pair.
+        /// The queue pair.
         pair: usize,
-        /// Its header's length.
+        /// The length of its header, in bytes.
         length: u16,
     },
-    /// Queues of one TAP that do not agree about it.
-    #[error("queue pair {0} says something else of the TAP than the first one")]
+    /// A queue pair describes the TAP differently from queue pair 0.
+    #[error("queue pair {0} describes the TAP differently from queue pair 0")]
     Mixed(usize),
-    /// A name that no interface has.
-    #[error("the TAP's name is not possible: {0:?}")]
+    /// The TAP's name is not a valid interface name.
+    #[error("invalid TAP name {0:?}")]
     TapName(String),
-    /// A MAC address of a group, or all zeroes.
+    /// The MAC address is a group address or zero.
     #[error("the guest's MAC address is not a unicast address")]
     Mac,
-    /// Less than IPv4 needs.
-    #[error("an MTU of {0} is not possible")]
+    /// The MTU is less than IPv4 needs.
+    #[error("MTU {0} is below 68, the minimum for IPv4")]
     Mtu(u16),
-    /// Not an absolute path.
-    #[error("the downscript {0:?} has no absolute path")]
+    /// The downscript's path is relative.
+    #[error("the path of downscript {0:?} is not absolute")]
     Downscript(String),
-    /// Of another user.
+    /// The source runs as another user, or as an unknown one.
     #[error(
-        "the downscript {0:?} comes from another user, and would not be run; start the source with --downscript=no"
+        "the downscript {0:?} comes from another user and would not be run; start the source with --downscript=no"
     )]
     DownscriptUser(String),
-    /// Of a process in another namespace.
+    /// The target runs in another namespace or under another root directory.
     #[error(
         "the downscript {path:?} would run in {difference}; run the target where the source runs, or start the source \
          with --downscript=no"
@@ -94,100 +98,101 @@ pub enum Refusal {
     DownscriptPlace {
         /// The script.
         path: String,
-        /// What is not the source's.
+        /// The place where it would run.
         difference: &'static str,
     },
-    /// A frame that does not lie in the file of frames, or is none.
-    #[error("the frame in hand of queue pair {0} is not where the source says")]
+    /// A frame in hand has an invalid length, or overlaps another one.
+    #[error("the frame in hand of queue pair {0} has an invalid length or offset")]
     FrameInHand(usize),
-    /// The descriptors are not those that are needed.
-    #[error("the descriptors are not those of this device: {0}")]
+    /// A message's descriptors are not the required ones.
+    #[error("wrong descriptors: {0}")]
     Descriptors(#[from] ManifestError),
-    /// A descriptor is not what the state says.
+    /// A TAP descriptor or the frames in hand do not match the device state.
     #[error("{0}")]
     Tap(String),
     /// The ownership word cannot be used, or does not offer the device.
     #[error("{0}")]
     Ownership(String),
-    /// No version of the protocol in common.
+    /// The source and the target have no protocol version in common.
     #[error(transparent)]
     Version(#[from] VersionError),
-    /// The target serves somebody already.
-    #[error("the target has a front-end of its own and cannot take another's session; start one without")]
+    /// The target already serves a front-end.
+    #[error("the target already has a front-end and cannot take another session; start a target without one")]
     FrontEnd,
-    /// A source that hands over a session, and says nothing of one.
-    #[error("the source says nothing of its session")]
+    /// The source hands over a session, but its PREPARE has none.
+    #[error("the source did not describe its session")]
     NoSession,
-    /// Front-ends would come in a way that the target does not know, or from nowhere.
-    #[error("the target cannot take over where front-ends come from: {0}")]
+    /// The endpoint is of an unknown kind or has an invalid path.
+    #[error("the target cannot take over the endpoint: {0}")]
     Endpoint(String),
-    /// Not two for each queue pair.
-    #[error("the session has {vrings} vrings, which are not those of {pairs} queue pairs")]
+    /// The session does not have two vrings per queue pair.
+    #[error("the session has {vrings} vrings for {pairs} queue pairs; it must have two per pair")]
     Vrings {
         /// The session's vrings.
         vrings: usize,
         /// The device's queue pairs.
         pairs: usize,
     },
-    /// More memory regions than the target's datapath takes.
+    /// The session has more memory regions than the target's datapath supports.
     #[error(
-        "the front-end shares {regions} memory regions, the target takes {max}; use a target without --vhost, or raise max_mem_regions of the module vhost"
+        "the front-end shares {regions} memory regions, but the target supports {max}; use a target without --vhost, \
+         or raise max_mem_regions of the vhost module"
     )]
     MemoryRegions {
-        /// The session's.
+        /// The session's number.
         regions: usize,
-        /// The target's.
+        /// The target's limit.
         max: usize,
     },
-    /// A region that is empty, wraps around or overlaps another one.
+    /// A memory region is empty, wraps around or overlaps another one.
     #[error("memory region {0} is empty, wraps around or overlaps another one")]
     MemoryRegion(usize),
-    /// A log or an inflight region that cannot be.
-    #[error("the {0} wraps around or is empty")]
+    /// The dirty log or the inflight region is empty or wraps around.
+    #[error("the {0} is empty or wraps around")]
     Region(&'static str),
-    /// Not a power of two, or too large.
-    #[error("vring {vring} has {size} descriptors; a power of two up to 32768 is possible")]
+    /// The vring's size is not a power of two, or too large.
+    #[error("vring {vring} has {size} descriptors; the number must be a power of two, at most 32768")]
     VringSize {
-        /// Which vring.
+        /// The vring.
         vring: usize,
         /// Its size.
         size: u16,
     },
-    /// Rings that do not lie where rings can, or not in shared memory.
-    #[error("the rings of vring {0} are not aligned or not in shared memory")]
+    /// The rings are misaligned, or not in shared memory.
+    #[error("the rings of vring {0} are misaligned or not in shared memory")]
     VringAddress(usize),
-    /// Its notifications come in a way that the target does not know.
-    #[error("vring {0} is kicked in a way that the target does not know")]
+    /// The target does not know the vring's kind of kick.
+    #[error("vring {0} has a kind of kick that the target does not know")]
     VringKick(usize),
-    /// It runs without being set up.
-    #[error("vring {0} was started and is not set up")]
+    /// The vring is started without a kick.
+    #[error("vring {0} is started but not set up")]
     VringStarted(usize),
-    /// What is said at last does not go with what was said before.
-    #[error("what the source says at last is not of this session: {0}")]
+    /// The COMMIT does not match the staged session.
+    #[error("COMMIT does not match the staged session: {0}")]
     Commit(&'static str),
-    /// The target could not make anything of it.
+    /// The target failed to set something up.
     #[error("the target cannot use {what}: {text}")]
     Unusable {
-        /// Of what.
-        what: &'static str,
-        /// Why.
-        text: String,
-    },
-    /// The source could not give it.
-    #[error("the source cannot give {what}: {text}")]
-    Source {
-        /// What.
+        /// What it cannot use.
         what: &'static str,
         /// Why not.
         text: String,
     },
-    /// The peer is another user's.
+    /// The source failed to hand something over.
+    #[error("the source cannot hand over {what}: {text}")]
+    Source {
+        /// What it cannot hand over.
+        what: &'static str,
+        /// Why not.
+        text: String,
+    },
+    /// The peer runs as a user that may not hand over here.
     #[error("{0}")]
     User(String),
 }
 
 impl Refusal {
-    /// The name, which stays the same whatever becomes of the text.
+    /// Returns the reason's name, which is the same in every version.
     pub fn name(&self) -> &'static str {
         match self {
             Self::AlreadyInitialised => "already-initialised",

@@ -1,7 +1,8 @@
-//! What a back-end says of its session with a front-end. Untrusted and of no effect:
-//! [`validate`](crate::handover::session::validate) checks it. The features that were negotiated are the device's ([`super::device::DeviceState`]).
+//! The wire state of a session. Untrusted until [`validate`](crate::handover::session::validate) has checked it. The
+//! negotiated features are part of the [`DeviceState`](super::device::DeviceState).
 //!
-//! Fields may be added, with a default; none may change its meaning. What has its default is not written.
+//! Later versions may add fields with a default; no field may change its meaning. Most fields are omitted while they
+//! have their default.
 
 use serde::{Deserialize, Serialize};
 
@@ -13,34 +14,34 @@ use crate::bounded;
 pub const MAX_REGIONS: usize = 509;
 /// The most vrings of a session.
 pub const MAX_VRINGS: usize = 2 * MAX_QUEUE_PAIRS;
-/// The most counters of a direction that are read.
+/// The most counters that are read per direction.
 const MAX_COUNTERS: usize = 64;
 
-/// Room for one frame in hand in the file `frames`, in bytes: pair *n*'s begins at *n* times that. A virtio-net header
-/// of 10 bytes, then the frame; no page belongs to two pairs.
+/// Size of one slot in the file `frames`, in bytes; queue pair *n* has slot *n*. A slot holds a virtio-net header of 10
+/// bytes, then the frame in hand. No page belongs to two slots.
 pub const FRAME_SLOT: u32 = 17 * 4096;
 
-/// Whether a field need not be written.
+/// Returns whether a field can be omitted.
 pub(crate) fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
 
-/// A session, or what there is of one, without its descriptors.
+/// A session without its descriptors. Any part of it may not be set up yet.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SessionState {
     /// The front-end, if one is connected.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub frontend: Option<FrontendState>,
-    /// Where front-ends come from.
+    /// The endpoint.
     pub endpoint: EndpointState,
-    /// The shared memory, by guest address.
+    /// The shared memory regions, by guest address.
     #[serde(skip_serializing_if = "Vec::is_empty", deserialize_with = "bounded::list::<MAX_REGIONS, _, _>")]
     pub regions: Vec<RegionState>,
-    /// The log of changed pages (`SET_LOG_BASE`).
+    /// The dirty log (`SET_LOG_BASE`).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub log: Option<LogState>,
-    /// The region in which chains are noted (`SET_INFLIGHT_FD`).
+    /// The inflight region (`SET_INFLIGHT_FD`).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub inflight: Option<InflightState>,
     /// The vrings: 2n receives, 2n + 1 transmits.
@@ -52,56 +53,56 @@ pub struct SessionState {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct FrontendState {
-    /// It has said something.
+    /// The front-end has sent at least one message.
     pub begun: bool,
-    /// Whether the transfer of device state succeeded that it asked for last (`SET_DEVICE_STATE_FD`), until it asks
-    /// (`CHECK_DEVICE_STATE`).
+    /// Whether the last transfer of device state (`SET_DEVICE_STATE_FD`) succeeded. `None` if there was none, or after
+    /// `CHECK_DEVICE_STATE`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device_state_moved: Option<bool>,
 }
 
-/// Where front-ends come from.
+/// An endpoint: how front-ends connect.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct EndpointState {
-    /// In which way.
+    /// The kind of endpoint.
     pub kind: EndpointKind,
-    /// The socket's absolute path, for those that have one.
+    /// The socket's absolute path, if the kind has one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<String>,
 }
 
-/// In which way front-ends come, as far as this version knows.
+/// The kind of an endpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum EndpointKind {
-    /// No other one will come.
+    /// No further front-end can connect.
     #[default]
     None,
-    /// They connect to a path; the last owner unlinks it.
+    /// The back-end listens at a path, which the last owner unlinks.
     Listening,
-    /// They connect to an inherited socket.
+    /// The back-end listens on an inherited socket.
     Listener,
-    /// They are connected to, at a path.
+    /// The back-end connects to the front-end at a path.
     Client,
-    /// In another one, of a later version.
+    /// A kind of a later version.
     #[serde(other)]
     Other,
 }
 
-/// A memory region, as the front-end described it; sizes and offsets in bytes.
+/// A memory region as the front-end described it. Sizes and offsets are in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RegionState {
     /// Guest physical address.
     pub guest_address: u64,
     /// Length.
     pub size: u64,
-    /// Address in the front-end's own address space.
+    /// Address in the front-end's address space.
     pub user_address: u64,
-    /// Offset of the region's start in its file.
+    /// Offset of the region in its file.
     #[serde(default, skip_serializing_if = "is_default")]
     pub file_offset: u64,
-    /// How often it was shared.
+    /// How often the front-end has shared the region. QEMU before 8.0 adds and removes it once per queue pair.
     #[serde(default = "once", skip_serializing_if = "is_once")]
     pub count: u32,
 }
@@ -115,29 +116,29 @@ fn is_once(count: &u32) -> bool {
     *count == once()
 }
 
-/// Where the log of changed pages lies in its file, in bytes.
+/// The position of the dirty log in its file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LogState {
-    /// Its start.
+    /// Offset in the file, in bytes.
     pub offset: u64,
-    /// Its length.
+    /// Length, in bytes.
     pub size: u64,
 }
 
-/// Where the inflight region lies in its file, and what for.
+/// The position of the inflight region in its file, and its layout.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InflightState {
-    /// Its start, in bytes.
+    /// Offset in the file, in bytes.
     pub offset: u64,
-    /// Its length, in bytes.
+    /// Length, in bytes.
     pub size: u64,
-    /// For how many vrings.
+    /// Number of vrings.
     pub queues: u16,
-    /// For how many descriptors of each.
+    /// Number of descriptors per vring.
     pub entries: u16,
 }
 
-/// A vring, whole or not.
+/// A vring. Any part of it may not be set up yet.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct VringState {
@@ -147,48 +148,48 @@ pub struct VringState {
     /// `SET_VRING_ADDR`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub addresses: Option<AddressesState>,
-    /// `SET_VRING_ADDR` with `VRING_F_LOG`: the guest address under which writes to the used ring are noted.
+    /// `SET_VRING_ADDR` with `VHOST_VRING_F_LOG`: the guest address at which writes to the used ring are logged.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub log_used: Option<u64>,
-    /// The next available index, if the vring does not run: one that runs has it said by COMMIT.
+    /// The next available index of a stopped vring. COMMIT carries it for a running one.
     #[serde(skip_serializing_if = "is_default")]
     pub base: u16,
-    /// It is the front-end's word, who may be behind.
+    /// `base` is not this session's own position, so the used index may take precedence.
     #[serde(skip_serializing_if = "is_default")]
     pub base_is_given: bool,
     /// `SET_VRING_KICK`.
     #[serde(skip_serializing_if = "is_default")]
     pub kick: KickState,
-    /// `SET_VRING_CALL` came with a descriptor.
+    /// `SET_VRING_CALL` carried a descriptor.
     #[serde(skip_serializing_if = "is_default")]
     pub call: bool,
-    /// `SET_VRING_ERR` came with a descriptor.
+    /// `SET_VRING_ERR` carried a descriptor.
     #[serde(skip_serializing_if = "is_default")]
     pub error: bool,
     /// `SET_VRING_ENABLE`.
     #[serde(skip_serializing_if = "is_default")]
     pub enabled: bool,
-    /// It ran before it was stopped, and the front-end has not given it another place since.
+    /// The vring ran before it was stopped, and the front-end has not set another base since.
     #[serde(skip_serializing_if = "is_default")]
     pub resumes: bool,
-    /// It has been enabled in this session.
+    /// The vring has been enabled in this session.
     #[serde(skip_serializing_if = "is_default")]
     pub was_enabled: bool,
-    /// It is started, and was enabled in this session.
+    /// The vring is started, and has been enabled in this session.
     #[serde(skip_serializing_if = "is_default")]
     pub started: bool,
-    /// What the guest wrote made no sense.
+    /// The driver wrote invalid data to the ring, which is not served until the front-end stops it.
     #[serde(skip_serializing_if = "is_default")]
     pub broken: bool,
-    /// Disabled while the first receive ring was.
+    /// The front-end is pausing this receive vring: it was stopped, or was disabled while vring 0 was disabled.
     #[serde(skip_serializing_if = "is_default")]
     pub paused: bool,
-    /// Its call is to be signalled, whatever there is to tell.
+    /// A call is due: it must be signalled even if nothing new was used.
     #[serde(skip_serializing_if = "is_default")]
     pub call_due: bool,
 }
 
-/// Where the three rings lie, in the front-end's own address space.
+/// The addresses of a vring's parts in the front-end's address space.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AddressesState {
     /// Descriptor table.
@@ -199,47 +200,47 @@ pub struct AddressesState {
     pub used: u64,
 }
 
-/// Where a vring's notifications come from, as far as this version knows.
+/// The source of a vring's kicks (`SET_VRING_KICK`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum KickState {
-    /// It was not set up, or is stopped.
+    /// The vring is not set up, or is stopped.
     #[default]
     None,
-    /// Nowhere: the ring is polled.
+    /// None: the vring is polled.
     Polled,
     /// An eventfd.
     Fd,
-    /// Somewhere else, in a later version.
+    /// A kind of a later version.
     #[serde(other)]
     Other,
 }
 
-/// What of a vring changes while it runs, as it is now that it does not.
+/// The part of a vring that changes while it runs, after it was stopped.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct VringNow {
     /// The next available index.
     pub base: u16,
-    /// It is the front-end's word, who may be behind.
+    /// `base` is not this session's own position, so the used index may take precedence.
     #[serde(skip_serializing_if = "is_default")]
     pub base_is_given: bool,
-    /// It is started, and was enabled in this session.
+    /// The vring is started, and has been enabled in this session.
     #[serde(skip_serializing_if = "is_default")]
     pub started: bool,
-    /// What the guest wrote made no sense.
+    /// The driver wrote invalid data to the ring, which is not served until the front-end stops it.
     #[serde(skip_serializing_if = "is_default")]
     pub broken: bool,
-    /// Its call is to be signalled, whatever there is to tell.
+    /// A call is due: it must be signalled even if nothing new was used.
     #[serde(skip_serializing_if = "is_default")]
     pub call_due: bool,
 }
 
-/// What of a queue pair changes while it runs, as it is now that it does not.
+/// The part of a queue pair that changes while it runs, after it was stopped.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct PairNow {
-    /// Length of the frame in hand with its header, which lies in the pair's [`FRAME_SLOT`].
+    /// Length of the frame in hand and its header, in bytes. The frame lies in the pair's [`FRAME_SLOT`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub frame: Option<u32>,
     /// TAP to guest.
@@ -248,8 +249,8 @@ pub struct PairNow {
     pub tx: Counters,
 }
 
-/// [`DirectionCounters`] without their names: frames, bytes, large frames, the largest frame, dropped, discarded,
-/// kicks, calls. Those that are missing are 0; later versions add theirs behind.
+/// [`DirectionCounters`] without field names: frames, bytes, large frames, the largest frame, dropped, discarded,
+/// kicks, calls. Missing counters are 0. Later versions append theirs.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Counters(#[serde(deserialize_with = "bounded::list::<MAX_COUNTERS, _, _>")] pub Vec<u64>);
@@ -286,26 +287,26 @@ impl From<&Counters> for DirectionCounters {
     }
 }
 
-/// When the source did what, in nanoseconds of `CLOCK_MONOTONIC`, which is one for both ends.
+/// The source's time stamps, in nanoseconds of `CLOCK_MONOTONIC`, which both ends share.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct FreezeTimes {
-    /// It began to stop its rings.
+    /// The freeze began.
     pub freeze: u64,
-    /// All were stopped.
+    /// All rings were stopped.
     pub stopped: u64,
-    /// COMMIT went out.
+    /// COMMIT was sent.
     pub sent: u64,
 }
 
-/// When the target did what, in nanoseconds of `CLOCK_MONOTONIC`.
+/// The target's time stamps, in nanoseconds of `CLOCK_MONOTONIC`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct TakeTimes {
-    /// COMMIT was there.
+    /// COMMIT was received.
     pub received: u64,
-    /// The word was the target's.
+    /// The target's swap had won.
     pub taken: u64,
-    /// Its rings ran.
+    /// All rings ran.
     pub running: u64,
 }

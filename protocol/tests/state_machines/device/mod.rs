@@ -1,5 +1,5 @@
-//! The source and the target of a device's hand-over, from the end of the prologue on. The ownership word changes at once;
-//! each message arrives as late as a test wants.
+//! The source and the target of a device's hand-over, after the prologue. The ownership word changes immediately; each
+//! message arrives as late as a test wants.
 
 mod world;
 
@@ -35,7 +35,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 4000, ..ProptestConfig::default() })]
 
     #[test]
-    fn never_two_owners_and_never_none(operations in proptest::collection::vec(operations(), 0..80)) {
+    fn device_never_has_two_owners_and_is_never_lost(operations in proptest::collection::vec(operations(), 0..80)) {
         let mut world = World::new();
         for operation in operations {
             world.act(operation);
@@ -43,10 +43,10 @@ proptest! {
         world.check_not_lost();
     }
 
-    /// Neither end refuses, fails or ends: however late each message is read, the source stays armed, and its next stop
-    /// hands the device over.
+    /// If neither end refuses, fails or dies, the source stays armed however late each message is read, and hands the
+    /// device over the next time its rings stop.
     #[test]
-    fn after_late_deliveries_alone_an_armed_hand_over_goes_through(operations in proptest::collection::vec(late(), 0..80)) {
+    fn late_messages_alone_do_not_prevent_an_armed_handover(operations in proptest::collection::vec(late(), 0..80)) {
         let mut world = World::new();
         for operation in operations {
             world.act(operation);
@@ -67,7 +67,7 @@ proptest! {
     }
 }
 
-/// What honest ends do, and messages that take their time.
+/// Operations of well-behaved ends, with late messages.
 fn late() -> impl Strategy<Value = Operation> {
     prop_oneof![
         4 => Just(Operation::DeliverToTarget),
@@ -90,7 +90,7 @@ fn offered() -> World {
 }
 
 #[test]
-fn the_targets_first_ring_takes_the_device() {
+fn target_takes_the_device_when_its_first_ring_starts() {
     let mut world = offered();
     world.act(Operation::TargetRing);
     assert!(world.target_uses);
@@ -100,11 +100,11 @@ fn the_targets_first_ring_takes_the_device() {
 }
 
 #[test]
-fn the_sources_own_ring_takes_it_back_and_it_can_be_offered_again() {
+fn source_takes_the_device_back_for_its_own_ring_and_offers_it_again() {
     let mut world = offered();
     world.act(Operation::SourceRing);
     assert!(world.source_uses);
-    // A ring of the target's that starts before it hears of that gets nothing.
+    // A ring of the target that starts before the RETRACT arrives does not get the device.
     world.act(Operation::TargetRing);
     assert_eq!(world.target, Some(Target::Ready));
     world.act(Operation::TargetRingStops);
@@ -117,7 +117,7 @@ fn the_sources_own_ring_takes_it_back_and_it_can_be_offered_again() {
 }
 
 #[test]
-fn a_ring_that_started_before_the_offer_takes_it_when_it_comes() {
+fn ring_started_before_the_offer_takes_the_device_when_it_is_offered() {
     let mut world = World::new();
     world.act(Operation::TargetRing);
     world.act(Operation::Suspend);
@@ -126,7 +126,7 @@ fn a_ring_that_started_before_the_offer_takes_it_when_it_comes() {
 }
 
 #[test]
-fn a_source_that_ends_while_it_offers_leaves_the_device_to_the_target() {
+fn target_keeps_the_offered_device_when_the_source_ends() {
     let mut world = offered();
     world.act(Operation::FrontendLeaves { moved: true });
     assert!(world.source.as_ref().unwrap().is_done());
@@ -138,7 +138,7 @@ fn a_source_that_ends_while_it_offers_leaves_the_device_to_the_target() {
 }
 
 #[test]
-fn a_front_end_that_left_too_early_leaves_the_device_to_the_source() {
+fn source_takes_back_when_front_end_leaves_without_checking_device_state() {
     let mut world = offered();
     world.act(Operation::FrontendLeaves { moved: false });
     assert!(world.source_uses);
@@ -148,7 +148,7 @@ fn a_front_end_that_left_too_early_leaves_the_device_to_the_source() {
 }
 
 #[test]
-fn a_target_that_dies_leaves_the_device_to_the_source() {
+fn source_takes_back_when_the_target_dies() {
     let mut world = offered();
     world.act(Operation::KillTarget);
     world.act(Operation::DeliverToSource);
@@ -157,7 +157,7 @@ fn a_target_that_dies_leaves_the_device_to_the_source() {
 }
 
 #[test]
-fn a_cancelled_offer_cannot_be_taken() {
+fn cancelled_offer_cannot_be_taken() {
     let mut world = offered();
     world.act(Operation::Cancel);
     assert!(world.source_uses);
@@ -167,7 +167,7 @@ fn a_cancelled_offer_cannot_be_taken() {
 }
 
 #[test]
-fn a_refused_offer_goes_back() {
+fn source_takes_back_a_refused_offer() {
     let mut world = World::new();
     world.act(Operation::Unwilling);
     world.act(Operation::Suspend);
@@ -177,7 +177,7 @@ fn a_refused_offer_goes_back() {
 }
 
 #[test]
-fn an_offer_that_is_read_after_it_was_taken_back_ends_nothing() {
+fn withdrawn_offer_that_is_read_late_does_not_end_the_handover() {
     let mut world = World::new();
     world.act(Operation::Suspend);
     world.act(Operation::SourceRing);
@@ -188,7 +188,7 @@ fn an_offer_that_is_read_after_it_was_taken_back_ends_nothing() {
 }
 
 #[test]
-fn the_last_of_several_offers_counts_when_all_are_read_late() {
+fn last_offer_counts_when_several_are_read_late() {
     let mut world = World::new();
     for _ in 0..3 {
         world.act(Operation::Suspend);
@@ -203,7 +203,7 @@ fn the_last_of_several_offers_counts_when_all_are_read_late() {
 }
 
 #[test]
-fn an_offer_that_cannot_have_been_made_is_refused() {
+fn offer_that_contradicts_the_word_is_refused() {
     for word in [
         Word { epoch: 0, owner: Owner::Source },
         Word { epoch: 0, owner: Owner::Offered },
@@ -220,7 +220,7 @@ fn an_offer_that_cannot_have_been_made_is_refused() {
 }
 
 #[test]
-fn a_word_without_a_meaning_leaves_the_device_to_the_source() {
+fn invalid_word_leaves_the_device_to_the_source() {
     let ends = [
         Operation::SourceRing,
         Operation::Cancel,
@@ -244,7 +244,7 @@ fn a_word_without_a_meaning_leaves_the_device_to_the_source() {
 }
 
 #[test]
-fn a_word_that_says_the_target_is_obeyed_and_no_other() {
+fn source_gives_up_the_device_only_to_a_word_that_names_the_target() {
     let scribbles = [Owner::Source, Owner::Offered, Owner::Target, Owner::Aborted, Owner::Settled];
     for owner in scribbles {
         let mut world = offered();

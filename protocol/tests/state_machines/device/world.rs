@@ -1,4 +1,4 @@
-//! A source and a target of a device's hand-over, with the messages, the ownership word and the front-end between them.
+//! A simulated world of a device's hand-over: the source, the target, the messages between them and the ownership word.
 
 use std::collections::VecDeque;
 
@@ -11,7 +11,7 @@ use baton_protocol::handover::wire::message::{Message, Offer};
 use baton_protocol::handover::wire::refusal::Refusal;
 use baton_protocol::ownership::{Offered, Owner, SwapOutcome, Word};
 
-/// What a test does to the two ends and to the link between them.
+/// An operation on the two ends or the link between them. `true` is the direction to the target.
 #[derive(Clone, Copy, Debug)]
 pub enum Operation {
     DeliverToTarget,
@@ -32,7 +32,7 @@ pub enum Operation {
     Unwilling,
 }
 
-/// A device in the target's hands. One that is neither released, activated nor kept is a leak.
+/// A device that the target has adopted. One that is neither released, activated nor kept is a leak.
 pub type Token = u32;
 
 #[derive(Debug)]
@@ -46,14 +46,14 @@ pub struct World {
     pub willing: bool,
     pub to_target: VecDeque<Vec<u8>>,
     pub to_source: VecDeque<Vec<u8>>,
-    /// The connection is open between the two ends.
+    /// The connection between the two ends is open.
     pub linked: bool,
-    /// The source, and the target, have not closed their end or seen the other closed.
+    /// The source has neither closed its end nor seen the peer's closed. Likewise `target_open`.
     pub source_open: bool,
     pub target_open: bool,
-    /// The word has a value without a meaning.
+    /// The word is invalid.
     pub garbage: bool,
-    /// A test changed the word.
+    /// A test overwrote the word.
     pub scribbled: bool,
     pub made: u32,
     pub gone: u32,
@@ -120,7 +120,7 @@ impl World {
         for action in actions {
             match action {
                 source::Action::Offer(word) => {
-                    assert!(self.source_uses, "offers what it does not have");
+                    assert!(self.source_uses, "the source offers a device that it does not have");
                     self.source_uses = false;
                     let before = Word { epoch: word.epoch - 1, owner: Owner::Source };
                     if self.swap(before, word) != SwapOutcome::Won {
@@ -191,13 +191,13 @@ impl World {
         }
     }
 
-    /// The source hears no more. The target hears what the source has said, and then of the end.
+    /// Closes the source's end. The target still receives the messages in transit, and then sees the end.
     pub fn close_source(&mut self) {
         (self.linked, self.source_open) = (false, false);
         self.to_source.clear();
     }
 
-    /// The same the other way round.
+    /// Closes the target's end, likewise.
     pub fn close_target(&mut self) {
         (self.linked, self.target_open) = (false, false);
         self.to_target.clear();
@@ -225,7 +225,7 @@ impl World {
         }
     }
 
-    /// Delivers all that is on its way, and what follows from it.
+    /// Delivers all messages in transit, including those sent in response.
     pub fn deliver_all(&mut self) {
         while !self.to_target.is_empty()
             || !self.to_source.is_empty()
@@ -258,7 +258,6 @@ impl World {
                 let packet = self.queue(way).pop_front();
                 self.queue(way).extend(packet);
             }
-            // A source whose rings run is not suspended twice.
             Operation::Suspend => self.tell_source(source::Event::Suspended),
             Operation::SourceRing => self.tell_source(source::Event::RingStarting),
             Operation::TargetRing => {
@@ -294,22 +293,22 @@ impl World {
             assert!(!self.source_uses || matches!(self.word.owner, Owner::Source | Owner::Aborted));
         }
         let kept = u32::from(matches!(self.target, Some(Target::Adopted { .. })));
-        // While an event is under way, its state is nowhere.
+        // The state is absent while an event is processed.
         if self.target.is_some() {
-            assert_eq!(self.made, self.gone + kept, "a device was lost");
+            assert_eq!(self.made, self.gone + kept, "a device leaked");
         }
     }
 
-    /// Whoever is left gets a ring: then somebody owns the device.
+    /// Starts a ring at the end that is left, and checks that the device has an owner.
     pub fn check_not_lost(&mut self) {
         self.deliver_all();
         let taken = self.word.owner == Owner::Target;
         if self.source.is_some() {
             self.tell_source(source::Event::RingStarting);
-            assert!(self.source_uses || taken, "the source lives, and nobody has the device: {self:?}");
+            assert!(self.source_uses || taken, "the source lives, but the device has no owner: {self:?}");
         } else if matches!(self.target, Some(Target::Adopted { .. })) && self.word.owner == Owner::Offered {
             self.tell_target(target::Event::RingStarting);
-            assert!(self.target_uses, "the target held what was offered, and did not get it: {self:?}");
+            assert!(self.target_uses, "the target did not take the device that it adopted: {self:?}");
         }
     }
 }

@@ -1,6 +1,6 @@
-//! The source and the target of a live session. Either end is killed or stopped between any two of its actions. There are
-//! never two owners, and in the end there is one, if a process lives that can be. No message of the front-end is read twice,
-//! out of order, or by a process with an outdated session; no descriptor leaks.
+//! The source and the target of a session's hand-over. Either end may be killed or stopped between any two of its
+//! actions. There are never two owners, and in the end there is one if a process lives that can own the session. No
+//! message of the front-end is read twice, out of order, or by a process with a stale session. No descriptor leaks.
 
 mod properties;
 mod versions;
@@ -18,7 +18,7 @@ use baton_protocol::handover::wire::message::{Message, Stage};
 use baton_protocol::ownership::{Owner, Word};
 use world::{End, Operation, World};
 
-/// Runs hand-overs that `disturb` interrupts after each number of steps; returns the worlds at their ends.
+/// Runs one hand-over per possible step and calls `disturb` after that step. Returns the finished worlds.
 fn disturbed_everywhere(disturb: impl Fn(&mut World)) -> Vec<World> {
     let mut ended = Vec::new();
     for steps in 0..200 {
@@ -31,11 +31,11 @@ fn disturbed_everywhere(disturb: impl Fn(&mut World)) -> Vec<World> {
             return ended;
         }
     }
-    panic!("it does not end");
+    panic!("the hand-over does not end");
 }
 
 #[test]
-fn undisturbed_it_is_handed_over_and_reported() {
+fn undisturbed_handover_completes_with_a_report() {
     let mut world = World::new(false);
     while world.undisturbed() {}
     let Some(Source::HandedOver(Some(report))) = world.source.state() else { panic!("{world:?}") };
@@ -51,7 +51,7 @@ fn undisturbed_it_is_handed_over_and_reported() {
 }
 
 #[test]
-fn a_dry_run_ends_before_anything_is_stopped_or_held() {
+fn dry_run_stops_and_holds_nothing() {
     let mut world = World::new(true);
     while world.undisturbed() {
         assert!(world.source.runs && world.source.listens);
@@ -63,7 +63,7 @@ fn a_dry_run_ends_before_anything_is_stopped_or_held() {
 }
 
 #[test]
-fn a_target_killed_anywhere_leaves_the_session_to_the_source() {
+fn source_keeps_the_session_when_target_is_killed_before_it_settles() {
     for world in disturbed_everywhere(|world| world.act(Operation::Kill(End::Target))) {
         let settled = world.word.owner == Owner::Settled;
         assert_eq!(world.source.runs, !settled, "{world:?}");
@@ -71,17 +71,20 @@ fn a_target_killed_anywhere_leaves_the_session_to_the_source() {
 }
 
 #[test]
-fn a_source_killed_anywhere_leaves_the_session_to_a_target_that_holds_it() {
+fn staged_target_survives_a_source_killed_at_any_step() {
     let ended = disturbed_everywhere(|world| world.act(Operation::Kill(End::Source)));
     let survived =
         ended.iter().filter(|world| matches!(world.target.state(), Some(Target::Active(Taken::Survived))));
     assert!(survived.count() > 5);
     let first = ended.iter().position(|world| world.target.runs).unwrap();
-    assert!(ended[first..].iter().all(|world| world.target.runs), "later it survives, too");
+    assert!(
+        ended[first..].iter().all(|world| world.target.runs),
+        "once staged, the target survives at every later step"
+    );
 }
 
 #[test]
-fn a_source_that_sleeps_anywhere_serves_on_or_finds_it_handed_over() {
+fn exactly_one_end_serves_after_the_source_sleeps_at_any_step() {
     let ended = disturbed_everywhere(|world| {
         world.act(Operation::Stop(End::Source));
         for _ in 0..400 {
@@ -96,7 +99,7 @@ fn a_source_that_sleeps_anywhere_serves_on_or_finds_it_handed_over() {
 }
 
 #[test]
-fn a_target_that_sleeps_anywhere_loses_or_has_taken_it() {
+fn exactly_one_end_serves_after_the_target_sleeps_at_any_step() {
     let ended = disturbed_everywhere(|world| {
         world.act(Operation::Stop(End::Target));
         for _ in 0..400 {
@@ -111,7 +114,7 @@ fn a_target_that_sleeps_anywhere_loses_or_has_taken_it() {
 }
 
 #[test]
-fn each_rollback_has_its_phase_and_reason() {
+fn rollback_reports_its_phase_and_reason() {
     let until = |reached: fn(&Source) -> bool| {
         let mut world = World::new(false);
         world.until_source(reached);
@@ -140,7 +143,7 @@ fn each_rollback_has_its_phase_and_reason() {
 }
 
 #[test]
-fn silence_is_endured_for_as_long_as_is_said() {
+fn source_waits_ten_seconds_for_staging() {
     type Case = (fn(&Source) -> bool, u64);
     let cases: [Case; 1] = [(|state| matches!(state, Source::Staging { .. }), 10_000)];
     for (reached, patience) in cases {
@@ -156,7 +159,7 @@ fn silence_is_endured_for_as_long_as_is_said() {
 }
 
 #[test]
-fn a_target_holds_the_session_for_half_a_minute() {
+fn target_holds_a_staged_session_for_thirty_seconds() {
     let mut world = World::new(false);
     world.until_source(|state| matches!(state, Source::Freezing { .. }));
     world.act(Operation::Stop(End::Source));
@@ -171,7 +174,7 @@ fn a_target_holds_the_session_for_half_a_minute() {
 }
 
 #[test]
-fn a_target_that_says_too_early_that_it_runs_does_not_get_the_session() {
+fn premature_active_does_not_give_the_target_the_session() {
     let mut world = World::new(false);
     world.until_source(|state| matches!(state, Source::Committed { .. }));
     world.act(Operation::Stop(End::Target));
@@ -184,7 +187,7 @@ fn a_target_that_says_too_early_that_it_runs_does_not_get_the_session() {
 }
 
 #[test]
-fn a_bad_commit_is_refused_and_the_source_goes_on() {
+fn source_continues_after_the_target_refuses_its_commit() {
     let mut world = World::new(false);
     world.act(Operation::BadCommit);
     while world.undisturbed() {}
@@ -199,7 +202,7 @@ fn a_bad_commit_is_refused_and_the_source_goes_on() {
 }
 
 #[test]
-fn what_a_peer_scribbles_into_the_word_makes_no_second_owner() {
+fn overwritten_word_does_not_create_a_second_owner() {
     let scribbles = [Owner::Source, Owner::Offered, Owner::Target, Owner::Aborted, Owner::Settled];
     for owner in scribbles {
         for steps in 0..80 {
@@ -207,7 +210,7 @@ fn what_a_peer_scribbles_into_the_word_makes_no_second_owner() {
             for _ in 0..steps {
                 world.undisturbed();
             }
-            // What was taken or aborted already is not offered any more.
+            // Only scribble while the session can still be taken.
             if !matches!(world.word.owner, Owner::Source | Owner::Offered) {
                 break;
             }
@@ -225,7 +228,7 @@ fn what_a_peer_scribbles_into_the_word_makes_no_second_owner() {
 }
 
 #[test]
-fn a_target_waits_two_seconds_for_what_must_come_next() {
+fn target_waits_two_seconds_for_stage_and_descriptors() {
     type Reached = fn(&Target<world::Fd, world::Held>) -> bool;
     let cases: [Reached; 2] =
         [|state| matches!(state, Target::Ready { .. }), |state| matches!(state, Target::Gathering { .. })];
@@ -242,7 +245,7 @@ fn a_target_waits_two_seconds_for_what_must_come_next() {
 }
 
 #[test]
-fn what_cannot_be_staged_is_refused_by_name() {
+fn target_names_its_reason_for_refusing_to_stage() {
     let mut world = World::new(false);
     world.until_target(|state| matches!(state, Target::Gathering { .. }));
     world.act(Operation::Unwilling);
@@ -257,7 +260,7 @@ fn what_cannot_be_staged_is_refused_by_name() {
 }
 
 #[test]
-fn descriptors_without_end_or_without_names_are_refused() {
+fn too_many_or_unnamed_descriptors_are_refused() {
     let cases: [fn(&mut Stage); 2] = [|stage| stage.more = 9, |stage| stage.fds = FdManifest::default()];
     for change in cases {
         let mut world = World::new(false);
@@ -279,7 +282,7 @@ fn descriptors_without_end_or_without_names_are_refused() {
 }
 
 #[test]
-fn proof_of_death_is_enough_to_survive() {
+fn target_takes_the_session_on_proof_of_the_sources_death() {
     for staging in [true, false] {
         let mut world = World::new(false);
         if staging {
@@ -297,13 +300,16 @@ fn proof_of_death_is_enough_to_survive() {
 }
 
 #[test]
-fn an_aborted_session_is_dropped_soon_after() {
+fn target_drops_an_aborted_session_within_100_ms() {
     let mut world = World::new(false);
     world.until_target(|state| matches!(state, Target::Staged(_)));
     world.act(Operation::Disconnect);
     world.act(Operation::SeeEnd(End::Target));
     world.target_acts();
-    assert!(matches!(world.target.state(), Some(Target::Staged(_))), "it is not known yet");
+    assert!(
+        matches!(world.target.state(), Some(Target::Staged(_))),
+        "the target does not know of the abort yet"
+    );
     world.act(Operation::Stop(End::Target));
     while world.undisturbed() {}
     assert_eq!(world.word.owner, Owner::Aborted);
@@ -313,7 +319,7 @@ fn an_aborted_session_is_dropped_soon_after() {
     world.finish();
 }
 
-/// The target has taken the session, and the source does not hear of it.
+/// Returns a world in which the target has taken the session and the source only learns this from the word.
 fn lost() -> World {
     let mut world = World::new(false);
     world.until_target(|state| matches!(state, Target::Starting { .. }));
@@ -325,7 +331,7 @@ fn lost() -> World {
     world
 }
 
-/// It has, and hears the front-end.
+/// Lets the target settle and read from the front-end.
 fn settle(world: &mut World) {
     world.act(Operation::Act(End::Target));
     world.target_acts();
@@ -335,7 +341,7 @@ fn settle(world: &mut World) {
 }
 
 #[test]
-fn a_source_that_lost_takes_back_only_what_was_not_settled() {
+fn lost_source_takes_back_only_an_unsettled_session() {
     for settled in [false, true] {
         let mut world = lost();
         if settled {
@@ -350,7 +356,7 @@ fn a_source_that_lost_takes_back_only_what_was_not_settled() {
 }
 
 #[test]
-fn a_source_that_lost_learns_from_the_word_that_it_may_go() {
+fn lost_source_learns_from_the_word_that_the_session_is_handed_over() {
     let mut world = lost();
     world.source_after(5_000);
     assert!(matches!(world.source.state(), Some(Source::Lost { .. })));
@@ -361,7 +367,7 @@ fn a_source_that_lost_learns_from_the_word_that_it_may_go() {
 }
 
 #[test]
-fn a_word_that_says_the_other_is_obeyed_even_if_it_cannot_be() {
+fn both_ends_stop_when_the_word_unexpectedly_names_the_peer() {
     let mut world = World::new(false);
     world.until_source(|state| matches!(state, Source::Staging { .. }));
     world.scribbled = true;
@@ -381,7 +387,7 @@ fn a_word_that_says_the_other_is_obeyed_even_if_it_cannot_be() {
 }
 
 #[test]
-fn every_state_knows_its_deadline() {
+fn every_deadline_is_in_the_next_thirty_seconds() {
     let mut world = World::new(false);
     loop {
         for deadline in [world.source.deadline(), world.target.deadline()].into_iter().flatten() {

@@ -1,4 +1,4 @@
-//! Whatever happens in whatever order, a session never has two owners, and at the end has one.
+//! Property tests: a session never has two owners and ends with one, whatever happens in whatever order.
 
 use baton_protocol::handover::session::source::Source;
 use baton_protocol::handover::session::target::Target;
@@ -40,7 +40,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 6000, ..ProptestConfig::default() })]
 
     #[test]
-    fn one_owner_always(operations in proptest::collection::vec(operations(), 0..160)) {
+    fn session_always_has_at_most_one_owner(operations in proptest::collection::vec(operations(), 0..160)) {
         let mut world = World::new(false);
         for operation in operations {
             world.act(operation);
@@ -48,9 +48,9 @@ proptest! {
         world.finish();
     }
 
-    /// Neither end fails, ends or gives up: however late each message is read, the session is handed over.
+    /// If neither end fails, dies or gives up, the session is handed over however late each message is read.
     #[test]
-    fn after_late_deliveries_alone_it_is_handed_over(operations in proptest::collection::vec(late(), 0..160)) {
+    fn late_messages_alone_do_not_prevent_the_handover(operations in proptest::collection::vec(late(), 0..160)) {
         let mut world = World::new(false);
         for operation in operations {
             world.act(operation);
@@ -63,9 +63,12 @@ proptest! {
         assert!(matches!(world.target.state(), Some(Target::Active(_))), "{world:?}");
     }
 
-    /// From each place of an undisturbed hand-over on, one after the other.
+    /// Disturbs the hand-over after `steps` undisturbed steps.
     #[test]
-    fn one_owner_from_everywhere(steps in 0..80usize, operations in proptest::collection::vec(operations(), 0..40)) {
+    fn session_has_at_most_one_owner_after_any_step(
+        steps in 0..80usize,
+        operations in proptest::collection::vec(operations(), 0..40),
+    ) {
         let mut world = World::new(false);
         for _ in 0..steps {
             world.undisturbed();
@@ -77,7 +80,7 @@ proptest! {
     }
 }
 
-/// What honest ends and their front-end do, and messages that take their time.
+/// Operations of well-behaved ends and their front-end, with late messages.
 fn late() -> impl Strategy<Value = Operation> {
     prop_oneof![
         8 => ends().prop_map(Operation::Act),

@@ -1,4 +1,4 @@
-//! Hand-overs between this version and the next one, and recordings of whole hand-overs of each version so far.
+//! Hand-overs between this version and a simulated next one, and replays of recorded hand-overs of every version.
 
 use std::path::{Path, PathBuf};
 
@@ -13,7 +13,7 @@ use baton_protocol::ownership::Word;
 use super::world::{End, Operation, World};
 
 #[test]
-fn the_next_version_hands_over_to_this_one_and_back() {
+fn handover_between_this_and_the_next_version_succeeds() {
     for next in [End::Source, End::Target] {
         let mut world = World::new(false);
         world.next = Some(next);
@@ -25,7 +25,7 @@ fn the_next_version_hands_over_to_this_one_and_back() {
 }
 
 #[test]
-fn the_next_version_is_refused_by_name_and_refuses_so() {
+fn refusal_between_this_and_the_next_version_keeps_its_name() {
     for next in [End::Source, End::Target] {
         let mut world = World::new(false);
         world.next = Some(next);
@@ -44,9 +44,9 @@ fn recording(version: u16) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/session-v{version}-whole.bin"))
 }
 
-/// Every packet of a hand-over, one after the other, with the length of each in front.
+/// The recording holds every packet of a hand-over, each preceded by its length.
 #[test]
-fn a_whole_hand_over_is_written_as_it_was() {
+fn handover_packets_match_the_recording() {
     let mut world = World::new(false);
     while world.undisturbed() {}
     let with_length = |packet: &Vec<u8>| {
@@ -62,7 +62,7 @@ fn a_whole_hand_over_is_written_as_it_was() {
 }
 
 #[test]
-fn a_hand_over_with_each_version_so_far_goes_as_it_went() {
+fn recorded_handover_of_every_version_replays() {
     for version in PROTOCOL.versions.oldest..=PROTOCOL.versions.newest {
         let whole = std::fs::read(recording(version)).unwrap();
         let mut rest = &whole[..];
@@ -71,7 +71,7 @@ fn a_hand_over_with_each_version_so_far_goes_as_it_went() {
         while let Some((length, packets)) = rest.split_first_chunk::<4>() {
             let (packet, others) = packets.split_at(usize::try_from(u32::from_le_bytes(*length)).unwrap());
             rest = others;
-            // Who said it, and what it did to the word before.
+            // The sender, and the word that it set before it sent the packet.
             let (from, word) = match Message::decode(packet).unwrap() {
                 Message::Hello(hello) if hello.program == "source" => (End::Source, None),
                 Message::Prepare(_) | Message::Stage(_) | Message::Descriptors(_) => (End::Source, None),

@@ -1,4 +1,4 @@
-//! Runs a world up to a state of the source or the target, and checks the invariants of each step and of the end.
+//! Runs a world to a state of the source or the target, and checks the invariants after each step and at the end.
 
 use std::rc::Rc;
 
@@ -12,7 +12,7 @@ use baton_protocol::ownership::Owner;
 use super::{End, Operation, STEP, SessionTarget, World};
 
 impl World {
-    /// Takes the next step of an undisturbed hand-over; returns whether there was one.
+    /// Takes the next step of an undisturbed hand-over. Returns whether there was one.
     pub fn undisturbed(&mut self) -> bool {
         self.now += STEP;
         let ends = [End::Source, End::Target];
@@ -54,21 +54,21 @@ impl World {
         }
     }
 
-    /// Lets this many milliseconds pass and the target look at the clock.
+    /// Lets this many milliseconds pass, then lets the target check its deadline.
     pub fn target_after(&mut self, time: u64) {
         self.act(Operation::Pass(time));
         self.act(Operation::Clock(End::Target));
         self.target_acts();
     }
 
-    /// Lets this many milliseconds pass and the source look at the clock.
+    /// Lets this many milliseconds pass, then lets the source check its deadline.
     pub fn source_after(&mut self, time: u64) {
         self.act(Operation::Pass(time));
         self.act(Operation::Clock(End::Source));
         self.source_acts();
     }
 
-    /// Delivers a recorded packet of the other process, and performs the actions that follow.
+    /// Delivers a recorded packet of the peer, and performs the actions that follow.
     pub fn replay(&mut self, end: End, packet: &[u8]) {
         let message = Message::decode(packet).unwrap();
         let fds = match &message {
@@ -83,7 +83,7 @@ impl World {
         while self.perform(end) {}
     }
 
-    /// Lets both processes run undisturbed until all deadlines are past, and checks the end.
+    /// Lets both processes run undisturbed until all deadlines have passed, then checks the end state.
     pub fn finish(&mut self) {
         for end in [End::Source, End::Target] {
             self.act(Operation::Continue(end));
@@ -105,13 +105,16 @@ impl World {
         match (self.source.alive, self.target.alive) {
             (true, false) if handed_over => assert_eq!(owners, 0),
             (true, true) if active => {
-                assert!(handed_over, "the source waits for nothing: {self:?}");
+                assert!(handed_over, "the source did not release the session: {self:?}");
                 assert!(self.target.runs);
             }
-            (true, _) => assert_eq!(owners, 1, "the source lives, and nobody has it: {self:?}"),
+            (true, _) => assert_eq!(owners, 1, "the source lives, so there must be one owner: {self:?}"),
             (false, true) => {
-                assert!(active || ended, "the target goes on waiting: {self:?}");
-                assert!(self.target.runs || !self.must_survive, "the target could take it: {self:?}");
+                assert!(active || ended, "the target still waits: {self:?}");
+                assert!(
+                    self.target.runs || !self.must_survive,
+                    "the target did not take the session: {self:?}"
+                );
             }
             (false, false) => assert_eq!(owners, 0),
         }
@@ -120,20 +123,20 @@ impl World {
         self.source.inbox.clear();
         self.target.inbox.clear();
         let fds = Rc::strong_count(&self.fd) - 1;
-        assert_eq!(fds > 0, self.target.runs, "descriptors are left, or lost: {self:?}");
+        assert_eq!(fds > 0, self.target.runs, "descriptors leaked or lost: {self:?}");
     }
 
     pub(super) fn check(&self) {
         let (source, target) = (&self.source, &self.target);
         assert!(!(source.runs && target.runs), "two owners: {self:?}");
-        assert!(!(source.listens && target.listens), "two hear the front-end: {self:?}");
+        assert!(!(source.listens && target.listens), "both ends read from the front-end: {self:?}");
         if !self.scribbled {
             let owner = self.word.owner;
             assert!(!target.runs || matches!(owner, Owner::Target | Owner::Settled), "{self:?}");
             assert!(!target.listens || owner == Owner::Settled, "{self:?}");
             assert!(!source.runs || matches!(owner, Owner::Source | Owner::Aborted), "{self:?}");
             let over = source.prologue.is_none() && !matches!(source.state, Some(Source::Staging { .. }));
-            // Else a survivor could take what is old by then.
+            // Otherwise a survivor could take a stale session.
             assert!(!source.listens || !over || owner == Owner::Aborted, "{self:?}");
         }
     }

@@ -47,7 +47,7 @@ impl World {
             source::Event::Dead => SourceEvent::Dead,
             source::Event::Time => SourceEvent::Time,
             source::Event::Cancel => SourceEvent::Cancel,
-            // It has nothing to do yet that could fail.
+            // No action of the prologue can fail.
             _ => return self.source.prologue = Some(prologue),
         };
         let (prologue, actions) = prologue.step(event, self.now);
@@ -77,7 +77,7 @@ impl World {
             target::Event::Closed => TargetEvent::Closed,
             target::Event::Dead => TargetEvent::Dead,
             target::Event::Time => TargetEvent::Time,
-            other => panic!("{other:?} before both have agreed"),
+            other => panic!("{other:?} in the prologue"),
         };
         let (mut prologue, actions) = prologue.step(event, self.now);
         let mut todo = VecDeque::from(actions);
@@ -139,12 +139,12 @@ impl World {
                 self.tell_source(source::Event::Sent);
             }
             source::Action::Swap { from, to } => {
-                assert!(self.source.todo.is_empty(), "nothing is done before it is known who owns");
+                assert!(self.source.todo.is_empty(), "the outcome must be known before the next action");
                 let result = self.swap(from, to);
                 self.tell_source(source::Event::Swapped(result));
             }
             source::Action::Look => {
-                assert!(self.source.todo.is_empty(), "nothing is done before it is known who owns");
+                assert!(self.source.todo.is_empty(), "the outcome must be known before the next action");
                 let word = self.word;
                 self.tell_source(source::Event::Seen(Some(word)));
             }
@@ -158,7 +158,7 @@ impl World {
         }
     }
 
-    /// In three packets.
+    /// Sends STAGE, with the descriptors in three packets.
     fn stage(&mut self) {
         let (device, session) = (device(), session(self.source.knows));
         let names = fd_names(&device, &session, true);
@@ -185,12 +185,12 @@ impl World {
                 self.target.pending = Some(target::Event::Staged(made));
             }
             target::Action::Swap { from, to } => {
-                assert!(self.target.todo.is_empty(), "nothing is done before it is known who owns");
+                assert!(self.target.todo.is_empty(), "the outcome must be known before the next action");
                 let result = self.swap(from, to);
                 self.tell_target(target::Event::Swapped(result));
             }
             target::Action::Look => {
-                assert!(self.target.todo.is_empty(), "nothing is done before it is known who owns");
+                assert!(self.target.todo.is_empty(), "the outcome must be known before the next action");
                 let word = self.word;
                 self.tell_target(target::Event::Seen(Some(word)));
             }

@@ -1,4 +1,4 @@
-//! Two back-ends, a front-end and what is between them, one step at a time.
+//! A simulated world of two back-ends, a front-end and the link between them, advanced one step at a time.
 
 mod checks;
 mod ends;
@@ -17,10 +17,10 @@ use baton_protocol::handover::wire::message::{Message, Stage};
 use baton_protocol::ownership::{Owner, SwapOutcome, Word};
 pub use party::{End, Operation, Party};
 
-/// What each step takes.
+/// The duration of each step.
 const STEP: Duration = Duration::from_micros(10);
 
-/// A descriptor: as many are open as there are clones.
+/// A descriptor. Its reference count is the number of open descriptors.
 pub type Fd = Rc<()>;
 
 /// A staged session.
@@ -51,30 +51,30 @@ impl TargetParty {
     }
 }
 
-/// Everything.
+/// Both back-ends, the front-end and everything that they share.
 #[derive(Debug)]
 pub struct World {
-    /// Until the source has sent it.
+    /// The HELLO that the source has yet to send.
     hello: Option<Message>,
     pub word: Word,
-    /// The word is not what the two made of it.
+    /// A test overwrote the word.
     pub scribbled: bool,
     pub now: Duration,
     pub source: SourceParty,
     pub target: TargetParty,
-    /// Every packet that was sent.
+    /// Every packet sent so far.
     pub sent: Vec<Vec<u8>>,
     target_device: Option<Held>,
     linked: bool,
-    /// How much the front-end has said, and how much of it was heard.
+    /// The number of messages that the front-end has sent, and how many of them were read.
     said: u64,
     heard: u64,
     fd: Fd,
     willing: bool,
     bad_commit: bool,
-    /// Which of the two is a build of the next version.
+    /// The end that runs the next version.
     pub next: Option<End>,
-    /// The source died when the target had everything.
+    /// The source died after the target had staged the session, so the target must take it.
     must_survive: bool,
 }
 
@@ -126,7 +126,7 @@ impl World {
         SwapOutcome::Lost(self.word)
     }
 
-    /// Changes the STAGE that is on its way.
+    /// Changes the STAGE in transit.
     pub fn change_stage(&mut self, change: fn(&mut Stage)) {
         let (packet, _) = self.target.inbox.front_mut().unwrap();
         let Ok(Message::Stage(mut stage)) = Message::decode(packet) else { panic!("no STAGE") };
@@ -188,7 +188,7 @@ impl World {
         true
     }
 
-    /// Whether the process of `end` is no more.
+    /// Returns whether the process of `end` is gone.
     fn is_gone(&self, end: End) -> bool {
         match end {
             End::Source => {
@@ -238,7 +238,7 @@ impl World {
         true
     }
 
-    /// Death is seen before the time.
+    /// An end sees the death of its peer before a timeout.
     fn clock(&mut self, end: End) {
         if self.see_death(end) {
             return;
@@ -278,7 +278,7 @@ impl World {
         }
     }
 
-    /// Does it, if it can be done.
+    /// Carries out the operation, if possible.
     pub fn act(&mut self, operation: Operation) {
         self.now += STEP;
         match operation {

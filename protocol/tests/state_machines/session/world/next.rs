@@ -1,4 +1,4 @@
-//! A build of the next version: its packets have more fields, everywhere, and it reads those of this version.
+//! A simulated next version, which adds fields to every structure and reads the packets of this version.
 
 use baton_protocol::codec::{self, HEADER, Message as _, Protocol};
 use baton_protocol::handover::wire::message::{
@@ -13,7 +13,7 @@ const NEXT: Protocol = Protocol {
     ..PROTOCOL
 };
 
-/// A body with a field that came later, of which this version knows nothing.
+/// A body with an additional field that this version does not know.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Later<T> {
     #[serde(flatten)]
@@ -37,7 +37,7 @@ baton_protocol::messages! {
     }
 }
 
-/// How the next version writes it.
+/// Encodes a message as the next version does.
 pub fn write(message: &Message) -> Vec<u8> {
     fn later<T: Clone>(known: &T) -> Later<T> {
         Later { known: known.clone(), later: Some(7) }
@@ -52,7 +52,7 @@ pub fn write(message: &Message) -> Vec<u8> {
         Message::Staged(body) => Next::Staged(later(body)),
         Message::Commit(body) => Next::Commit(later(body)),
         Message::Active(body) => Next::Active(later(body)),
-        other => panic!("{} is not of a session", other.name()),
+        other => panic!("{} does not belong to a session's hand-over", other.name()),
     };
     let packet = next.encode().unwrap();
     let mut body: Value = rmp_serde::from_slice(&packet[HEADER..]).unwrap();
@@ -60,7 +60,7 @@ pub fn write(message: &Message) -> Vec<u8> {
     codec::encode(NEXT, next.kind(), &body).unwrap()
 }
 
-/// To each structure, however deep.
+/// Adds a field to every structure, at any depth.
 fn add_fields(value: &mut Value) {
     match value {
         Value::Object(fields) => {
@@ -72,10 +72,10 @@ fn add_fields(value: &mut Value) {
     }
 }
 
-/// How the next version reads what this one wrote.
+/// Decodes a packet of this version as the next version does.
 pub fn read(packet: &[u8]) -> Option<Message> {
     fn known<T>(body: Later<T>) -> T {
-        assert_eq!(body.later, None, "this version writes nothing of the kind");
+        assert_eq!(body.later, None, "this version does not know the field");
         body.known
     }
     Some(match Next::decode(packet).ok()? {

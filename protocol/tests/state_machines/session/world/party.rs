@@ -1,61 +1,61 @@
-//! The operations of a test, and one of the two processes.
+//! The operations of a test, and the state of one of the two processes.
 
 use std::collections::VecDeque;
 use std::fmt::Debug;
 
 use super::Fd;
 
-/// What a test does to one of the two processes, the front-end or the link.
+/// An operation on one of the two processes, the front-end or the link.
 #[derive(Clone, Copy, Debug)]
 pub enum Operation {
-    /// It does the next of what it is to do.
+    /// The end performs its next action.
     Act(End),
-    /// It receives the next packet.
+    /// The end receives its next packet.
     Deliver(End),
-    /// Its next packet is lost.
+    /// The end's next packet is lost.
     Lose(End),
-    /// Its next packet comes again, after all others.
+    /// The end's next packet is repeated after all others.
     Repeat(End),
-    /// Its next packet is cut.
+    /// The end's next packet is truncated.
     Cut(End, u8),
-    /// Its next packet comes after all others.
+    /// The end's next packet is delayed until after all others.
     Later(End),
-    /// The front-end says something.
+    /// The front-end sends a message.
     FrontendSays,
-    /// It hears what the front-end said, if it listens.
+    /// The end reads a message from the front-end, if it listens.
     Hear(End),
-    /// So many milliseconds pass.
+    /// This many milliseconds pass.
     Pass(u64),
-    /// It looks at the clock.
+    /// The end checks its deadline.
     Clock(End),
     /// The connection ends.
     Disconnect,
-    /// It sees that the connection has ended.
+    /// The end sees that the connection has ended.
     SeeEnd(End),
-    /// It is killed.
+    /// The end is killed.
     Kill(End),
-    /// It sees that the other one is dead.
+    /// The end sees that its peer is dead.
     SeeDeath(End),
-    /// It does nothing any more,
+    /// The end is stopped, as by SIGSTOP.
     Stop(End),
-    /// until it goes on.
+    /// The end continues.
     Continue(End),
     /// The operator cancels.
     Cancel,
-    /// The source cannot go on.
+    /// The source fails to carry out an action.
     Fail,
     /// The target refuses from now on.
     Unwilling,
-    /// The source's COMMIT will be of another session.
+    /// The source's COMMIT will not match its session.
     BadCommit,
 }
 
-/// Which of the two.
+/// One of the two processes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// The one that serves.
+    /// The source.
     Source,
-    /// The one that waits.
+    /// The target.
     Target,
 }
 
@@ -69,24 +69,24 @@ impl End {
 #[derive(Debug)]
 pub struct Party<P, S, A, E> {
     pub(super) alive: bool,
-    /// Until it has agreed with the other one, or has not.
+    /// The state of the prologue, until both have agreed.
     pub(super) prologue: Option<P>,
-    /// From then on.
+    /// The state after the prologue.
     pub(super) state: Option<S>,
-    /// What it is to do.
+    /// Pending actions.
     pub(super) todo: VecDeque<A>,
-    /// What comes of what it has done.
+    /// The event that results from the last action.
     pub(super) pending: Option<E>,
     pub(super) inbox: VecDeque<(Vec<u8>, Vec<Fd>)>,
     pub(super) stopped: bool,
-    /// It has closed the connection, or seen its end.
+    /// The process has closed the connection, or seen its end.
     pub(super) closed: bool,
     pub(super) saw_death: bool,
-    /// Its rings run.
+    /// The process's rings run.
     pub runs: bool,
-    /// It hears the front-end.
+    /// The process reads from the front-end.
     pub listens: bool,
-    /// How much it knows of what the front-end said.
+    /// The number of front-end messages that the process's session state includes.
     pub(super) knows: u64,
 }
 
@@ -108,17 +108,17 @@ impl<P, S: Debug, A, E> Party<P, S, A, E> {
         }
     }
 
-    /// How far it is with the other one, before they have agreed.
+    /// Returns the state of the prologue, until both have agreed.
     pub fn prologue(&self) -> Option<&P> {
         self.prologue.as_ref()
     }
 
-    /// How far it is since they have agreed.
+    /// Returns the state after the prologue.
     pub fn state(&self) -> Option<&S> {
         self.state.as_ref()
     }
 
-    /// Whether its event loop waits for something.
+    /// Returns whether the process's event loop waits for an event.
     pub(super) fn waits(&self) -> bool {
         self.alive && !self.stopped && self.todo.is_empty()
     }
@@ -138,11 +138,11 @@ impl<P, S: Debug, A, E> Party<P, S, A, E> {
     }
 
     pub(super) fn hear(&mut self, heard: &mut u64, said: u64) -> bool {
-        // Even between any two things that it does.
+        // This may happen between any two actions.
         if !self.alive || self.stopped || !self.listens || *heard == said {
             return false;
         }
-        assert_eq!(self.knows, *heard, "hears the front-end with old knowledge");
+        assert_eq!(self.knows, *heard, "reads from the front-end with stale state");
         *heard += 1;
         self.knows = *heard;
         true
