@@ -1,5 +1,5 @@
-//! Listening Unix sockets with a path: bound so that only the owner may connect, never over a socket in use, and
-//! unlinked only by the process that owns the file.
+//! Listening Unix sockets with a path. Only the owner may connect, a socket in use is not replaced, and only the
+//! process that owns the file unlinks it.
 //!
 //! A [`BoundSocket`] owns the listener and its file, unless another process has replaced the file. Both can move to
 //! another process, which [adopts](BoundSocket::adopt) the socket and [takes](BoundSocket::own_file) the file that this
@@ -24,26 +24,26 @@ use crate::retry::retry_while_in_use;
 /// Why a socket was not bound. Every message names the path.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
-    /// A process listens there.
-    #[error("{}: another process is listening on this socket; end it or choose another path", path.display())]
+    /// A process listens at the path.
+    #[error("{}: another process is listening on this socket; stop it or choose another path", path.display())]
     InUse {
-        /// The path asked for.
+        /// The requested path.
         path: PathBuf,
     },
-    /// A file of another kind is there.
+    /// The path is not a socket.
     #[error("{}: exists and is not a socket; remove it or choose another path", path.display())]
     NotASocket {
-        /// The path asked for.
+        /// The requested path.
         path: PathBuf,
     },
     /// The path does not fit into a socket address (`sun_path`, 107 bytes).
-    #[error("{}: longer than a socket's path may be (107 bytes); choose a shorter one", path.display())]
+    #[error("{}: the path is longer than 107 bytes; choose a shorter one", path.display())]
     TooLong {
-        /// The path asked for.
+        /// The requested path.
         path: PathBuf,
     },
-    /// The descriptor is not the socket bound there.
-    #[error("{}: the socket that came is not the one that listens there", path.display())]
+    /// The descriptor is not the socket bound to the path.
+    #[error("{}: the received socket does not listen on this path", path.display())]
     NotBound {
         /// The path.
         path: PathBuf,
@@ -51,11 +51,11 @@ pub enum BindError {
     /// A system call failed.
     #[error("{}: cannot {step}", path.display())]
     Io {
-        /// The path asked for.
+        /// The requested path.
         path: PathBuf,
-        /// What was being done.
+        /// What failed.
         step: &'static str,
-        /// The system's answer.
+        /// The error of the system call.
         source: io::Error,
     },
 }
@@ -73,36 +73,37 @@ pub struct BoundSocket {
 }
 
 impl BoundSocket {
-    /// Binds `path` for packets (`SOCK_SEQPACKET`) and listens, as [`Self::bind`] does for a stream.
+    /// Like [`Self::bind`], for packets (`SOCK_SEQPACKET`).
     ///
     /// # Errors
-    /// Those of [`Self::bind`].
+    /// Same as [`Self::bind`].
     pub fn bind_packets(path: &Path) -> Result<Self, BindError> {
         Self::bind_as(path, SockType::SeqPacket)
     }
 
-    /// Binds `path` and listens. The file has mode 0600 from its first instant, the descriptor is close-on-exec.
+    /// Binds a stream socket to `path` and listens. The file is created with mode 0600, and the descriptor is
+    /// close-on-exec. Replaces a stale socket file, and waits up to a second for one in use to become free
+    /// ([`retry_while_in_use`]).
     ///
     /// # Errors
-    /// A socket file is replaced only if no process listens on it; if one does for longer than a second
-    /// ([`retry_while_in_use`]), or if the file is not a socket, that is an error.
+    /// Returns an error if a process still listens on the path, if the path is not a socket, or if a system call fails.
     pub fn bind(path: &Path) -> Result<Self, BindError> {
         Self::bind_as(path, SockType::Stream)
     }
 
-    /// Binds `path` as [`Self::bind`] does, but does not wait for a socket in use to become free.
+    /// Like [`Self::bind`], but does not wait for a socket in use to become free.
     ///
     /// # Errors
-    /// Those of [`Self::bind`].
+    /// Same as [`Self::bind`].
     pub fn bind_at_once(path: &Path) -> Result<Self, BindError> {
         Self::try_bind(path, SockType::Stream)
     }
 
-    /// Binds `path` in place of a socket on which another process may listen. A client reaches one of the two at any
-    /// time. The other process' socket has no file afterwards.
+    /// Like [`Self::bind`], but replaces a socket on which another process may listen. A client can connect to one of
+    /// the two at any time. The other process' socket has no file afterwards.
     ///
     /// # Errors
-    /// Those of [`Self::bind`]; the file that was there stays.
+    /// Returns an error if the path is not a socket, or if a system call fails. The existing file is kept.
     pub fn bind_over(path: &Path) -> Result<Self, BindError> {
         let failed = |step, source: io::Error| BindError::Io { path: path.to_owned(), step, source };
         let path = std::path::absolute(path).map_err(|error| failed("resolve the path", error))?;
@@ -113,17 +114,17 @@ impl BoundSocket {
         let mut beside = path.clone();
         beside.set_file_name(format!(".baton-{}", std::process::id()));
         let mut bound = Self::bind_as(&beside, SockType::Stream)?;
-        // The file keeps its identity.
-        std::fs::rename(&beside, &path).map_err(|error| failed("take the socket's place", error))?;
+        // A renamed file keeps its inode, so `bound.identity` stays valid.
+        std::fs::rename(&beside, &path).map_err(|error| failed("replace the socket", error))?;
         bound.path = path;
         Ok(bound)
     }
 
-    /// Takes over a listening socket that another process bound to `path`. That process owns the file until
+    /// Adopts a listening socket that another process bound to `path`. That process owns the file until
     /// [`Self::own_file`].
     ///
     /// # Errors
-    /// [`BindError::NotBound`] if the descriptor is not a socket that listens there.
+    /// Returns [`BindError::NotBound`] if the descriptor is not a socket that listens on `path`.
     pub fn adopt(listener: OwnedFd, path: &Path) -> Result<Self, BindError> {
         let not_bound = || BindError::NotBound { path: path.to_owned() };
         let listens = getsockopt(&listener, sockopt::AcceptConn) == Ok(true);
@@ -134,17 +135,17 @@ impl BoundSocket {
         Ok(Self { listener: UnixListener::from(listener), path: path.to_owned(), identity: None })
     }
 
-    /// Takes the file over: it will be unlinked with this socket.
+    /// Takes ownership of the file, which is then unlinked with this socket.
     ///
     /// # Errors
-    /// If the file cannot be inspected; then it will stay.
+    /// Returns an error if the file cannot be inspected. It is then not unlinked.
     pub fn own_file(&mut self) -> Result<(), BindError> {
-        let failed = |source| BindError::Io { path: self.path.clone(), step: "look at the socket", source };
+        let failed = |source| BindError::Io { path: self.path.clone(), step: "inspect the socket", source };
         self.identity = identity_of(&self.path).map_err(failed)?;
         Ok(())
     }
 
-    /// Leaves the file to the other process that has the socket.
+    /// Leaves the file to another process that has the socket. It is then not unlinked with this one.
     pub fn leave_file(&mut self) {
         self.identity = None;
     }
@@ -162,29 +163,28 @@ impl BoundSocket {
 
         let fd = socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC, None)
             .map_err(|errno| failed("create a socket", errno.into()))?;
-        // bind(2) creates the file with the socket's own mode, less the umask: there is no moment at which it is
-        // open to others.
+        // bind(2) creates the file with the mode of the socket, less the umask. So other users can never connect.
         fchmod(&fd, Mode::S_IRUSR | Mode::S_IWUSR).map_err(|errno| failed("set the mode", errno.into()))?;
         bind(fd.as_raw_fd(), &address).map_err(|errno| failed("bind the socket", errno.into()))?;
         let mut bound = Self { listener: UnixListener::from(fd), path, identity: None };
-        bound.identity = identity_of(&bound.path).map_err(|error| failed("look at the socket", error))?;
+        bound.identity = identity_of(&bound.path).map_err(|error| failed("inspect the socket", error))?;
         listen(&bound.listener, Backlog::MAXCONN).map_err(|errno| failed("listen", errno.into()))?;
         Ok(bound)
     }
 
-    /// The listening socket, in blocking mode until the caller changes that.
+    /// Returns the listening socket, which is in blocking mode unless the caller changes that.
     pub fn listener(&self) -> &UnixListener {
         &self.listener
     }
 
-    /// The socket's absolute path.
+    /// Returns the absolute path of the socket.
     pub fn path(&self) -> &Path {
         &self.path
     }
 }
 
 impl Drop for BoundSocket {
-    /// Unlinks the file if it is still this socket's. The open socket keeps its inode from being reused.
+    /// Unlinks the file if it still belongs to this socket. While the socket is open, its inode is not reused.
     fn drop(&mut self) {
         if self.identity.is_none() || identity_of(&self.path).ok().flatten() != self.identity {
             return;
@@ -195,7 +195,7 @@ impl Drop for BoundSocket {
     }
 }
 
-/// The identity of the file at `path`, without following a symbolic link; `None` if there is none.
+/// Returns the identity of the file at `path`, without following a symbolic link, or `None` if there is no file.
 fn identity_of(path: &Path) -> io::Result<Option<Identity>> {
     match std::fs::symlink_metadata(path) {
         Ok(metadata) => Ok(Some((metadata.dev(), metadata.ino()))),
@@ -210,7 +210,7 @@ fn remove_stale(path: &Path) -> Result<(), BindError> {
     let metadata = match std::fs::symlink_metadata(path) {
         Ok(metadata) => metadata,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(failed("look at the path", error)),
+        Err(error) => return Err(failed("inspect the path", error)),
     };
     if !metadata.file_type().is_socket() {
         return Err(BindError::NotASocket { path: path.to_owned() });
@@ -222,16 +222,16 @@ fn remove_stale(path: &Path) -> Result<(), BindError> {
     match error.raw_os_error().map(Errno::from_raw) {
         Some(Errno::ECONNREFUSED) => {}
         Some(Errno::ENOENT) => return Ok(()),
-        // The listener's backlog is full, or it listens for packets.
+        // EAGAIN: the listener's backlog is full. EPROTOTYPE: it listens for packets.
         Some(Errno::EAGAIN | Errno::EPROTOTYPE) => return Err(BindError::InUse { path: path.to_owned() }),
-        _ => return Err(failed("find out whether the socket there is in use", error)),
+        _ => return Err(failed("determine whether the socket is in use", error)),
     }
 
-    // Another process may have replaced it since.
-    match identity_of(path).map_err(|error| failed("look at the path", error))? {
+    // Another process may have replaced the file since.
+    match identity_of(path).map_err(|error| failed("inspect the path", error))? {
         None => Ok(()),
         Some(identity) if identity == (metadata.dev(), metadata.ino()) => {
-            std::fs::remove_file(path).map_err(|error| failed("remove the unused socket there", error))
+            std::fs::remove_file(path).map_err(|error| failed("remove the stale socket", error))
         }
         Some(_) => Err(BindError::InUse { path: path.to_owned() }),
     }
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn the_file_is_for_its_owner_alone() {
+    fn only_the_owner_may_connect() {
         let (_directory, path) = scratch();
         let socket = BoundSocket::bind(&path).unwrap();
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o600);
@@ -288,11 +288,11 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_that_is_about_to_close_is_waited_for() {
+    fn bind_waits_for_a_socket_that_is_about_to_close() {
         let (_directory, path) = scratch();
         let dying = UnixListener::bind(&path).unwrap();
         let end = std::thread::spawn(move || {
-            // The first look at it.
+            // Closes the listener after the first probe of `bind`.
             dying.accept().unwrap();
         });
         BoundSocket::bind(&path).unwrap();
@@ -303,13 +303,13 @@ mod tests {
     }
 
     #[test]
-    fn a_live_socket_for_packets_is_refused_and_a_stale_one_replaced() {
+    fn a_live_packet_socket_is_refused_and_a_stale_one_is_replaced() {
         let (_directory, path) = scratch();
         let mut live = BoundSocket::bind_packets(&path).unwrap();
         for error in [BoundSocket::bind(&path).unwrap_err(), BoundSocket::bind_packets(&path).unwrap_err()] {
             assert!(matches!(error, BindError::InUse { .. }), "{error}");
         }
-        // Closed, but for its file.
+        // Closes the socket and leaves its file behind.
         live.identity = None;
         drop(live);
         assert!(path.exists());
@@ -355,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_and_its_file_move_to_another_owner() {
+    fn a_socket_and_its_file_can_move_to_another_owner() {
         let (_directory, path) = scratch();
         let mut first = BoundSocket::bind(&path).unwrap();
         let twin = || OwnedFd::from(first.listener().try_clone().unwrap());
@@ -389,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_reaches_the_socket_that_replaced_another() {
+    fn clients_connect_to_a_socket_that_replaced_another() {
         let (directory, path) = scratch();
         let first = BoundSocket::bind(&path).unwrap();
         let second = BoundSocket::bind_over(&path).unwrap();
@@ -400,7 +400,7 @@ mod tests {
         assert!(path.exists());
         drop(second);
         assert!(!path.exists());
-        // Also where there is nobody.
+        // Also works if there is no socket to replace.
         drop(BoundSocket::bind_over(&path).unwrap());
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
         std::fs::write(&path, "precious").unwrap();
@@ -417,7 +417,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_directory_is_named() {
+    fn an_error_for_a_missing_directory_names_the_path() {
         let (directory, _) = scratch();
         let path = directory.path().join("none").join("socket");
         let error = BoundSocket::bind(&path).unwrap_err();

@@ -1,4 +1,4 @@
-//! Connecting to a Unix socket without waiting for its listener.
+//! Connects to a Unix socket without waiting for its listener.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -7,10 +7,10 @@ use std::path::Path;
 
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr, socket};
 
-/// Connects to the socket of type `kind` at `path`. Calls on the connection may wait.
+/// Connects to the socket of type `kind` at `path`. The returned socket is in blocking mode.
 ///
 /// # Errors
-/// The system's; [`io::ErrorKind::WouldBlock`] if the listener's backlog is full.
+/// Returns the error of `connect(2)`: [`io::ErrorKind::WouldBlock`] if the listener's backlog is full.
 pub fn connect(path: &Path, kind: SockType) -> io::Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket = socket(AddressFamily::Unix, kind, flags, None)?;

@@ -1,5 +1,6 @@
-//! What Baton processes share: [socket files](bound_socket), [messages](message_socket) with descriptors, the [`peer`]'s identity,
-//! [sealed memfds](sealed_memfd), and the [`ownership`] word of a hand-over, which both processes have mapped.
+//! Inter-process building blocks: [socket files](bound_socket), [messages](message_socket) that carry descriptors, the
+//! identity of a [`peer`], [sealed memfds](sealed_memfd), and the [`ownership`] word of a hand-over, which both
+//! processes map.
 
 pub mod bound_socket;
 pub mod connect;

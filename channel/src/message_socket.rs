@@ -1,8 +1,8 @@
-//! Messages and their descriptors on a connected Unix socket: one message per packet on `SOCK_SEQPACKET`, one after the
-//! other on `SOCK_STREAM`, which VMMs use among themselves.
+//! Sends and receives messages with their descriptors on a connected Unix socket: one message per packet on
+//! `SOCK_SEQPACKET`, or consecutive messages on `SOCK_STREAM`, which VMMs use with each other.
 //!
-//! No call waits longer than its caller says, and none changes the flags of the open file, which other processes may
-//! share. A message is received whole, or its descriptors are closed.
+//! No call waits longer than its caller allows. None changes the flags of the open file description, which other
+//! processes may share. A message is either received whole, or its descriptors are closed.
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -25,19 +25,19 @@ use crate::scm;
 /// Why a message was not sent or received.
 #[derive(Debug, thiserror::Error)]
 pub enum ChannelError {
-    /// It is not such a socket.
-    #[error("the descriptor is no Unix socket for packets or a stream")]
+    /// The descriptor is not a socket of a supported type.
+    #[error("not a Unix socket of type SOCK_SEQPACKET or SOCK_STREAM")]
     NotUnix,
-    /// No process listens there, or this one may not connect.
+    /// No process listens at the path, or this process may not connect.
     #[error("cannot connect to {}", path.display())]
     Connect {
         /// The socket's path.
         path: std::path::PathBuf,
-        /// The system's error.
+        /// The error of `connect(2)`.
         #[source]
         source: io::Error,
     },
-    /// The peer closed the connection, or died.
+    /// The peer closed the connection or died.
     #[error("the peer closed the connection")]
     Closed,
     /// The peer sent nothing, or read nothing, in time.
@@ -46,11 +46,11 @@ pub enum ChannelError {
     /// The packet is not a message.
     #[error(transparent)]
     Codec(#[from] CodecError),
-    /// The kernel dropped descriptors that exceeded this process' limit.
-    #[error("not all descriptors of a message could be taken: raise the limit of open files")]
+    /// The kernel dropped descriptors that exceeded this process' limit of open files.
+    #[error("cannot receive all descriptors of a message; raise the limit of open files")]
     FdsLost,
-    /// The message has more descriptors than are allowed.
-    #[error("a message brings more than {MAX_FDS} descriptors")]
+    /// The message has more than [`MAX_FDS`] descriptors.
+    #[error("a message has more than {MAX_FDS} descriptors")]
     TooManyFds,
     /// A system call failed.
     #[error("the connection failed")]
@@ -67,7 +67,7 @@ impl From<Errno> for ChannelError {
     }
 }
 
-/// A message and the descriptors that came with it.
+/// A received message and its descriptors.
 #[derive(Debug)]
 pub struct Packet<M> {
     /// The message.
@@ -81,7 +81,7 @@ pub struct Packet<M> {
 pub struct MessageSocket {
     socket: OwnedFd,
     stream: bool,
-    /// Receives packets. It is kept because its pages fault when they are first written.
+    /// Receives packets. Kept between calls, because the first write to each of its pages faults.
     buffer: Mutex<Vec<u8>>,
 }
 
@@ -120,17 +120,17 @@ impl MessageSocket {
     /// Creates a connected pair of packet sockets.
     ///
     /// # Errors
-    /// [`ChannelError::Io`].
+    /// Returns [`ChannelError::Io`] if the sockets cannot be created.
     pub fn pair() -> Result<(Self, Self), ChannelError> {
         let flags = SockFlag::SOCK_CLOEXEC;
         let (here, there) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
         Ok((Self::new(here, false), Self::new(there, false)))
     }
 
-    /// Connects to the packet socket at `path`, without waiting for a peer that does not accept.
+    /// Connects to the packet socket at `path`, without waiting if the listener's backlog is full.
     ///
     /// # Errors
-    /// [`ChannelError::Connect`].
+    /// Returns [`ChannelError::Connect`] if `connect(2)` fails.
     pub fn connect(path: &std::path::Path) -> Result<Self, ChannelError> {
         match connect(path, SockType::SeqPacket) {
             Ok(socket) => Ok(Self::new(socket, false)),
@@ -138,15 +138,15 @@ impl MessageSocket {
         }
     }
 
-    /// Whether messages follow one another in a stream rather than each in a packet.
+    /// Returns whether this is a stream socket rather than a packet socket.
     pub fn is_stream(&self) -> bool {
         self.stream
     }
 
-    /// Sends a message with descriptors, waiting for room for no longer than `patience`.
+    /// Sends a message with descriptors. Waits at most `patience` for room in the socket's buffer.
     ///
     /// # Errors
-    /// [`ChannelError`]. After one on a stream, part of the message may have gone out.
+    /// Returns an error if the message cannot be sent in time. On a stream, part of it may have been sent.
     pub fn send<M: Message>(
         &self,
         message: &M,
@@ -156,11 +156,11 @@ impl MessageSocket {
         self.send_as(message, fds, None, patience)
     }
 
-    /// Sends as [`Self::send`] does, with this process' credentials: the kernel vouches for the sender, whichever
-    /// process connected the socket.
+    /// Like [`Self::send`], with this process' credentials: the kernel attests the sender, whichever process connected
+    /// the socket.
     ///
     /// # Errors
-    /// As [`Self::send`].
+    /// Same as [`Self::send`].
     pub fn send_with_credentials<M: Message>(
         &self,
         message: &M,
@@ -200,17 +200,18 @@ impl MessageSocket {
         Ok(())
     }
 
-    /// Ends sending: the peer receives what was sent before, then the end. This end can still receive.
+    /// Shuts down sending: the peer receives all messages sent so far, then the end of the stream. This end can still
+    /// receive.
     pub fn shutdown_write(&self) {
         // Fails only if the peer has closed its end.
         let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Write);
     }
 
-    /// Receives a message, waiting no longer than `patience`: not at all if that is zero.
+    /// Receives a message, waiting for at most `patience`. Does not wait if that is zero.
     ///
     /// # Errors
-    /// [`ChannelError`]. After one other than [`ChannelError::Timeout`] the connection is of no more use, and after
-    /// any on a stream.
+    /// Returns an error if no valid message arrives in time. The connection is then unusable, except after
+    /// [`ChannelError::Timeout`] on a packet socket.
     pub fn receive<M: Message>(&self, patience: Duration) -> Result<Packet<M>, ChannelError> {
         let deadline = Instant::now() + patience;
         if self.stream {
@@ -220,20 +221,21 @@ impl MessageSocket {
         }
     }
 
-    /// Has the kernel attach the sender's credentials to every packet sent from now on (`SO_PASSCRED`).
+    /// Makes the kernel attach the sender's credentials to every packet that the peer sends from now on
+    /// (`SO_PASSCRED`).
     ///
     /// # Errors
-    /// [`ChannelError::Io`].
+    /// Returns [`ChannelError::Io`] if `setsockopt(2)` fails.
     pub fn enable_credentials(&self) -> Result<(), ChannelError> {
         Ok(setsockopt(&self.socket, sockopt::PassCred, &true)?)
     }
 
-    /// Receives a packet and its sender, which is known if it sent its credentials ([`Self::send_with_credentials`]) or
-    /// if this end [asked for them](Self::enable_credentials) before. `SO_PEERCRED` names only the process that
-    /// connected the socket.
+    /// Receives a packet and its sender. The sender is known if it sent its credentials
+    /// ([`Self::send_with_credentials`]), or if this end had [enabled them](Self::enable_credentials) when the packet
+    /// was sent. `SO_PEERCRED` names only the process that connected the socket.
     ///
     /// # Errors
-    /// As [`Self::receive`]; [`ChannelError::NotUnix`] for a stream.
+    /// Same as [`Self::receive`]. Returns [`ChannelError::NotUnix`] on a stream socket.
     pub fn receive_with_credentials<M: Message>(
         &self,
         patience: Duration,
@@ -243,7 +245,7 @@ impl MessageSocket {
         }
         self.enable_credentials()?;
         let (packet, sender) = self.receive_packet(Instant::now() + patience)?;
-        // Process id 0: sent without credentials, or from outside this process' namespace. The user id is void then.
+        // Process id 0: sent without credentials, or from outside this process' namespace. The user id is then invalid.
         Ok((packet, sender.filter(|sender| sender.pid != 0)))
     }
 
@@ -251,7 +253,7 @@ impl MessageSocket {
         &self,
         deadline: Instant,
     ) -> Result<(Packet<M>, Option<Peer>), ChannelError> {
-        // One byte more than is allowed reveals a packet that is too long.
+        // One byte more than the limit, to detect a packet that is too long.
         let longest = HEADER + M::PROTOCOL.max_body + 1;
         let mut buffer = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
         if buffer.len() < longest {
@@ -300,7 +302,8 @@ impl MessageSocket {
                 Ok(received) if received.length == 0 => return Err(ChannelError::Closed),
                 Ok(received) => return Ok(received),
                 Err(error) => match error.kind() {
-                    // Reported once if the peer closed its end with data unread. What it sent before is still there.
+                    // ECONNRESET is reported once if the peer closed its end without reading everything. The messages
+                    // that it sent before can still be received.
                     io::ErrorKind::ConnectionReset | io::ErrorKind::Interrupted => {}
                     io::ErrorKind::WouldBlock => self.wait(PollFlags::POLLIN, deadline)?,
                     _ => return Err(error.into()),
@@ -309,14 +312,14 @@ impl MessageSocket {
         }
     }
 
-    /// Waits until the socket is ready.
+    /// Waits until the socket is ready for `events`.
     fn wait(&self, events: PollFlags, deadline: Instant) -> Result<(), ChannelError> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(ChannelError::Timeout);
             }
-            // Rounded up: a wait that ends early would spin.
+            // Rounded up, because a wait that ends early would spin.
             let timeout = PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
             match poll(&mut [PollFd::new(self.as_fd(), events)], timeout) {
                 Ok(0) | Err(Errno::EINTR) => {}

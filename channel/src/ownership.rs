@@ -1,6 +1,6 @@
 //! The ownership word, in memory that the source and the target of a hand-over both map: a sealed memfd of one page.
 //! [`baton_protocol::ownership`] defines its values and their transitions.
-#![expect(unsafe_code, reason = "maps a memfd and gives out a reference to its first word")]
+#![expect(unsafe_code, reason = "maps a memfd and returns a reference to its first word")]
 
 use std::fs::File;
 use std::io;
@@ -23,7 +23,7 @@ pub enum OwnershipError {
     /// A system call failed.
     #[error("cannot set up the ownership word")]
     System(#[from] io::Error),
-    /// The received file is not such a memfd.
+    /// The received descriptor is not a sealed memfd of one page.
     #[error(transparent)]
     Memfd(#[from] SealedMemfdError),
 }
@@ -35,7 +35,7 @@ pub struct SharedWord {
     file: OwnedFd,
 }
 
-// SAFETY: the page stays mapped as long as this lives, and is used through an atomic only.
+// SAFETY: the page stays mapped for the lifetime of this struct, and is accessed only through an atomic.
 unsafe impl Send for SharedWord {}
 // SAFETY: as above.
 unsafe impl Sync for SharedWord {}
@@ -44,7 +44,7 @@ impl SharedWord {
     /// Creates a word with the value [`Word::INITIAL`].
     ///
     /// # Errors
-    /// [`OwnershipError::System`].
+    /// Returns [`OwnershipError::System`] if the memfd cannot be created or mapped.
     pub fn create() -> Result<Self, OwnershipError> {
         Self::map(sealed_memfd::create("baton-ownership", SIZE.get() as u64)?)
     }
@@ -52,35 +52,36 @@ impl SharedWord {
     /// Maps the word in a memfd that the peer sent.
     ///
     /// # Errors
-    /// [`OwnershipError`]; the descriptor is closed.
+    /// Returns an error if the descriptor is not a sealed memfd of one page, or cannot be mapped. The descriptor is
+    /// closed.
     pub fn from_fd(file: OwnedFd) -> Result<Self, OwnershipError> {
-        Self::map(sealed_memfd::adopt(file, "the ownership word's file", SIZE.get() as u64)?)
+        Self::map(sealed_memfd::adopt(file, "the ownership word's memfd", SIZE.get() as u64)?)
     }
 
     fn map(file: File) -> Result<Self, OwnershipError> {
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // The page must not fault at the first swap, for which the guest waits.
+        // Populated now: the guest is stopped during the first swap, which must not fault.
         let flags = MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE;
-        // SAFETY: a new mapping, wherever there is room.
+        // SAFETY: creates a new mapping at an address that the kernel chooses.
         let page = unsafe { mmap(None, SIZE, access, flags, &file, 0) };
         Ok(Self { page: page.map_err(io::Error::from)?.cast(), file: file.into() })
     }
 
     fn word(&self) -> &AtomicU64 {
-        // SAFETY: the page is mapped and aligned, its file sealed against shrinking; both processes use it as an
-        // atomic only, and any bits are a valid u64.
+        // SAFETY: the page is mapped and aligned, and its memfd is sealed against shrinking. Both processes access it
+        // only as an atomic, and any bit pattern is a valid u64.
         unsafe { self.page.as_ref() }
     }
 
     /// Reads the word.
     ///
     /// # Errors
-    /// [`WordError`].
+    /// Returns [`WordError`] if the value is not a valid word.
     pub fn load(&self) -> Result<Word, WordError> {
         Word::from_bits(self.word().load(Ordering::SeqCst))
     }
 
-    /// Changes the word from `expected` to `new`. Of two swaps from the same value exactly one wins.
+    /// Changes the word from `expected` to `new`. Exactly one of two concurrent swaps from the same value wins.
     pub fn swap(&self, expected: Word, new: Word) -> SwapOutcome {
         let result = self.word().compare_exchange(
             expected.to_bits(),
@@ -104,7 +105,7 @@ impl AsFd for SharedWord {
 
 impl Drop for SharedWord {
     fn drop(&mut self) {
-        // SAFETY: the mapping is this struct's own, and no reference into it outlives the struct.
+        // SAFETY: this struct owns the mapping, and no reference into it outlives the struct.
         let unmapped = unsafe { munmap(self.page.cast(), SIZE.get()) };
         debug_assert!(unmapped.is_ok(), "munmap: {unmapped:?}");
     }
@@ -121,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn both_processes_see_one_word_and_one_swap_wins() {
+    fn both_processes_share_the_word_and_one_swap_wins() {
         let source = SharedWord::create().unwrap();
         let target = twin(&source);
         assert_eq!(target.load(), Ok(Word::INITIAL));
@@ -133,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn of_two_threads_exactly_one_takes_each_offer() {
+    fn exactly_one_of_two_concurrent_swaps_wins() {
         let source = SharedWord::create().unwrap();
         let target = twin(&source);
         let mut word = Word::INITIAL;
@@ -153,16 +154,16 @@ mod tests {
             assert_ne!(taken == SwapOutcome::Won, back == SwapOutcome::Won);
             let now = source.load().unwrap();
             assert_eq!(now.owner == Owner::Target, taken == SwapOutcome::Won);
-            // Back to the source for the next round.
+            // The source owns it again in the next round.
             word = Word { owner: Owner::Source, ..now };
             source.word().store(word.to_bits(), Ordering::SeqCst);
         }
     }
 
     #[test]
-    fn another_file_is_refused() {
+    fn a_memfd_of_another_size_is_refused() {
         let error = SharedWord::from_fd(sealed_memfd::create("test", 8192).unwrap().into()).unwrap_err();
-        assert_eq!(error.to_string(), "the ownership word's file has 8192 bytes instead of 4096");
+        assert_eq!(error.to_string(), "the ownership word's memfd is 8192 bytes long, expected 4096");
     }
 
     #[test]

@@ -1,6 +1,6 @@
-//! Whether only root, or the user that root chose, can have bound a socket at a path.
+//! Decides whether only root, or a user that root chose, can have bound a socket at a path.
 //!
-//! A process of root gives guest memory and TAPs to a listener of any user, because the operator names its path. Where
+//! A process of root sends guest memory and TAPs to a listener of any user, because the operator names its path. Where
 //! any user can create that path, as in `/tmp`, the path proves nothing about the listener.
 
 use std::fs::Metadata;
@@ -10,18 +10,18 @@ use std::path::{Path, PathBuf};
 
 /// Mode bits that let users other than the owner create files in a directory.
 const WRITABLE_BY_OTHERS: u32 = 0o022;
-/// Mode bit: only a file's owner, or the directory's, may remove or replace the file.
+/// Mode bit: only the owner of a file or of the directory may remove or replace the file.
 const STICKY: u32 = 0o1000;
 
-/// A component of `path` that user `user` may have created without root's consent; `None` if there is none.
+/// Returns a component of `path` that `user` may have created without root's consent, or `None` if there is none.
 ///
-/// Root consents to a component that it owns, in a directory where no other user can replace it, and to one that
-/// belongs to `user`, in a directory that only root can write. Below the latter `user` may create anything.
+/// Root consents to a component that root owns, in a directory where no other user can replace it, and to one that
+/// `user` owns, in a directory that only root can write. In a directory of its own, `user` may create anything.
 ///
 /// # Errors
-/// What resolving the path fails with.
+/// Returns an error if the path cannot be resolved.
 pub(crate) fn untrusted_component(path: &Path, user: u32) -> io::Result<Option<PathBuf>> {
-    // The path as given, with its symbolic links, and as resolved.
+    // Both the path as given, with its symbolic links, and the resolved path must be trusted.
     for path in [std::path::absolute(path)?, path.canonicalize()?] {
         if let Some(component) = untrusted_in(&path, user)? {
             return Ok(Some(component));
@@ -37,7 +37,7 @@ fn untrusted_in(path: &Path, user: u32) -> io::Result<Option<PathBuf>> {
         let [directory, component] = [pair[0], pair[1]];
         let owner = component.symlink_metadata()?.uid();
         let directory = directory.metadata()?;
-        // Root consented to the directory of `user`, so to everything in it.
+        // Root consented to this directory of `user`, and so to everything in it.
         if directory.uid() == user && owner == user {
             continue;
         }
@@ -74,7 +74,7 @@ mod tests {
             return;
         }
         let base = tempfile::tempdir().unwrap();
-        // The mode of the upper directory, the owner of the socket's directory in it, and the socket's owner.
+        // The mode of the upper directory, the owners of the socket's directory in it and of the socket.
         for (mode, directory_owner, socket_owner, trusted) in [
             (0o755, 0, 0, true),
             (0o755, 0, USER, true),

@@ -1,6 +1,7 @@
-//! The process at the other end of a Unix socket: its user, which decides whether it is trusted, and its end.
+//! The process at the other end of a Unix socket: its user, which decides whether this process trusts it, and whether
+//! it has exited.
 //!
-//! Only a descriptor of the process, a [`PeerProcess`], proves that the peer has exited. A closed connection does not.
+//! Only a [`PeerProcess`], a pidfd, proves that the peer has exited. A closed connection does not.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -17,7 +18,7 @@ use crate::path_trust::untrusted_component;
 /// Why a peer is not trusted.
 #[derive(Debug, thiserror::Error)]
 pub enum PeerError {
-    /// It runs as a user from which this process accepts nothing.
+    /// It runs as a user that may not hand over to this process.
     #[error("the peer runs as user {peer}; only user {own} and root may hand over here")]
     UntrustedSource {
         /// The peer's user.
@@ -25,32 +26,32 @@ pub enum PeerError {
         /// This process' user.
         own: u32,
     },
-    /// It runs as a user to which this process gives nothing.
-    #[error("the peer runs as user {peer}; user {own} gives nothing but to itself and root")]
+    /// It runs as a user to which this process may not hand over.
+    #[error("the peer runs as user {peer}; user {own} may hand over only to itself and root")]
     UntrustedTarget {
         /// The peer's user.
         peer: u32,
         /// This process' user.
         own: u32,
     },
-    /// It runs as another user, at a path that any user could have created.
+    /// It runs as another user, and may have created the path without root's consent.
     #[error(
-        "the peer runs as user {peer} and may have taken {} without root's doing; use a folder that only root or that \
-         user may write, in folders that only root may write",
+        "the peer runs as user {peer} and may have created {} without root's consent; use a directory that only root \
+         or this user can write, in directories that only root can write",
         component.display()
     )]
     UntrustedPath {
         /// The peer's user.
         peer: u32,
-        /// The part of the path that any user could have created.
+        /// The part of the path that the peer's user may have created.
         component: PathBuf,
     },
-    /// The system does not tell who the peer is.
-    #[error("cannot find out who the peer is")]
+    /// The peer's user, or the owners of its path, cannot be determined.
+    #[error("cannot determine whether the peer may be trusted")]
     System(#[from] io::Error),
 }
 
-/// The process at the other end, as it was when it connected or began to listen.
+/// The process at the other end, as of when it connected or began to listen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Peer {
     /// Its process id in this process' namespace; 0 if it has none there.
@@ -60,29 +61,30 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// The process at the other end of `socket` (`SO_PEERCRED`).
+    /// Returns the process at the other end of `socket` (`SO_PEERCRED`).
     ///
     /// # Errors
-    /// What `getsockopt(2)` fails with.
+    /// Returns the error of `getsockopt(2)`.
     pub fn of(socket: &impl AsFd) -> io::Result<Self> {
         let credentials = getsockopt(socket, sockopt::PeerCredentials)?;
         Ok(Self { pid: credentials.pid(), uid: credentials.uid() })
     }
 
-    /// Whether it runs as the same user as this process.
+    /// Returns whether it runs as the same user as this process.
     pub fn same_user(self) -> bool {
         self.uid == geteuid().as_raw()
     }
 
-    /// Whether it runs as the same user as this process, or as root.
+    /// Returns whether it runs as the same user as this process, or as root.
     pub fn same_user_or_root(self) -> bool {
         self.same_user() || Uid::from_raw(self.uid).is_root()
     }
 
-    /// The process at the other end, from which this process may accept descriptors: of the same user, or of root.
+    /// Returns the process at the other end if this process may accept descriptors from it: if it runs as the same user
+    /// or as root.
     ///
     /// # Errors
-    /// [`PeerError`].
+    /// Returns [`PeerError::UntrustedSource`] for any other user.
     pub fn trusted(socket: &impl AsFd) -> Result<Self, PeerError> {
         let peer = Self::of(socket)?;
         if peer.same_user_or_root() {
@@ -92,11 +94,12 @@ impl Peer {
         }
     }
 
-    /// The process that listens at `path`, to which `socket` is connected, and to which this process may give
-    /// descriptors: of the same user or of root, and for root also of a user whose path root consented to.
+    /// Returns the process that listens at `path`, to which `socket` is connected, if this process may send it
+    /// descriptors: if it runs as the same user or as root. A process of root also trusts a user whose `path` root
+    /// consented to.
     ///
     /// # Errors
-    /// [`PeerError`].
+    /// Returns [`PeerError::UntrustedTarget`] or [`PeerError::UntrustedPath`] for any other user.
     pub fn trusted_at(socket: &impl AsFd, path: &Path) -> Result<Self, PeerError> {
         match Self::trusted(socket) {
             Err(PeerError::UntrustedSource { peer, .. }) if geteuid().is_root() => {
@@ -111,19 +114,19 @@ impl Peer {
     }
 }
 
-/// A descriptor of the process at the other end (pidfd), readable once that has exited.
+/// A pidfd of the process at the other end, readable once the process has exited.
 #[derive(Debug)]
 pub struct PeerProcess(OwnedFd);
 
 impl PeerProcess {
-    /// The process at the other end of `socket`, as it was when it connected or began to listen.
+    /// Opens the process at the other end of `socket`, as of when it connected or began to listen.
     ///
     /// # Errors
-    /// The system's; [`io::ErrorKind::NotFound`] if it has exited, or has no id in this process' namespace.
+    /// Returns [`io::ErrorKind::NotFound`] if the peer has exited, or has no id in this process' namespace.
     pub fn of(socket: &impl AsFd) -> io::Result<Self> {
         match getsockopt(socket, sockopt::PeerPidfd) {
             Ok(pidfd) => Ok(Self(pidfd)),
-            // Linux before 6.5 has no such option.
+            // Linux before 6.5 does not have SO_PEERPIDFD.
             Err(Errno::ENOPROTOOPT) => Self::by_pid(socket),
             Err(Errno::ESRCH) => Err(io::ErrorKind::NotFound.into()),
             Err(errno) => Err(errno.into()),
@@ -136,7 +139,7 @@ impl PeerProcess {
             rustix::io::Errno::SRCH => io::ErrorKind::NotFound.into(),
             other => io::Error::from(other),
         })?;
-        // If the peer still holds its end, its process id was not reused before the call above.
+        // If the peer still holds its end, its process id was not reused before pidfd_open(2).
         let mut fds = [PollFd::new(socket.as_fd(), PollFlags::empty())];
         match poll(&mut fds, PollTimeout::ZERO)? {
             0 => Ok(Self(pidfd)),
@@ -144,7 +147,7 @@ impl PeerProcess {
         }
     }
 
-    /// Whether the process has exited.
+    /// Returns whether the process has exited.
     pub fn has_exited(&self) -> bool {
         let mut fds = [PollFd::new(self.as_fd(), PollFlags::POLLIN)];
         poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
@@ -193,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_no_socket_has_no_peer() {
+    fn a_file_that_is_not_a_socket_has_no_peer() {
         let error = Peer::trusted(&tempfile::tempfile().unwrap()).unwrap_err();
         assert!(matches!(error, PeerError::System(_)), "{error}");
     }

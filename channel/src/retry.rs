@@ -1,5 +1,5 @@
-//! Waits until a process that was killed is gone: the kernel takes a moment to close its files, and until then its TAP
-//! and its sockets are in use.
+//! Retries while a killed process is still being torn down: its TAP and its sockets stay in use until the kernel has
+//! closed its files.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 /// How long the kernel may take to close a killed process' files.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// How long to wait between attempts: the kernel does not signal that a TAP or a listener becomes free.
+/// How long to wait between attempts. The kernel does not notify of a TAP or a listener that becomes free.
 const INTERVAL: Duration = Duration::from_millis(10);
 
-/// Makes an `attempt`, and repeats it for up to a second while it fails because something is `in_use`.
+/// Calls `attempt`, and repeats it for up to a second while it fails with an error for which `in_use` is true.
 ///
 /// # Errors
-/// That of the last attempt.
+/// Returns the error of the last attempt.
 pub fn retry_while_in_use<T, E>(
     mut attempt: impl FnMut() -> Result<T, E>,
     in_use: impl Fn(&E) -> bool,

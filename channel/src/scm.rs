@@ -1,8 +1,8 @@
 //! One `recvmsg(2)` with its descriptors and the sender's credentials.
 //!
-//! Written out because no library does both. When the limit of open files is reached, the kernel delivers some
-//! descriptors and drops the rest (`MSG_CTRUNC`): nix then returns no control message, so the delivered ones leak.
-//! rustix declares the sender's process id as non-zero, but the kernel may give 0: reading it is undefined behaviour.
+//! Hand-written because neither nix nor rustix gets both right. At the limit of open files, the kernel delivers some
+//! descriptors and drops the rest (`MSG_CTRUNC`): nix then returns no control message and leaks the delivered ones.
+//! rustix declares the sender's process id as non-zero, but the kernel may set it to 0, which is undefined behaviour.
 #![expect(unsafe_code, reason = "recvmsg and its control messages")]
 
 use std::io;
@@ -15,30 +15,30 @@ use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::peer::Peer;
 
-/// Room for the control messages of [`MAX_FDS`] descriptors and of credentials, in words so that it is aligned.
+/// Length of the buffer for the control messages of [`MAX_FDS`] descriptors and of credentials, in words for alignment.
 const CONTROL: usize = (size_of::<libc::cmsghdr>() + MAX_FDS * size_of::<RawFd>()).div_ceil(8)
     + (size_of::<libc::cmsghdr>() + size_of::<libc::ucred>()).div_ceil(8)
     + 1;
 
-/// What one `recvmsg(2)` gave.
+/// The result of one `recvmsg(2)`.
 #[derive(Debug)]
 pub struct Received {
-    /// Bytes written to the buffer; 0 at the end.
+    /// Bytes written to the buffer; 0 at the end of the stream.
     pub length: usize,
     /// The descriptors, close-on-exec.
     pub fds: Vec<OwnedFd>,
-    /// The sender of these bytes by the kernel's word, where the socket asks for it (`SO_PASSCRED`).
+    /// The sender of these bytes as attested by the kernel, if the socket has `SO_PASSCRED` set.
     pub sender: Option<Peer>,
-    /// Some descriptors were cut off.
+    /// The kernel dropped some descriptors (`MSG_CTRUNC`).
     pub fds_lost: bool,
-    /// Some bytes of a packet were cut off.
+    /// The packet is longer than the buffer (`MSG_TRUNC`).
     pub bytes_lost: bool,
 }
 
-/// Receives what is there, without waiting.
+/// Receives a packet, or the bytes that have arrived on a stream, without blocking.
 ///
 /// # Errors
-/// What `recvmsg(2)` fails with, `WouldBlock` if nothing is there.
+/// Returns the error of `recvmsg(2)`: `WouldBlock` if nothing has arrived.
 pub fn receive(socket: &impl AsFd, buffer: &mut [u8]) -> io::Result<Received> {
     let mut control = [0u64; CONTROL];
     let mut vector = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
@@ -49,7 +49,7 @@ pub fn receive(socket: &impl AsFd, buffer: &mut [u8]) -> io::Result<Received> {
     header.msg_control = control.as_mut_ptr().cast();
     header.msg_controllen = size_of_val(&control);
     let flags = libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT;
-    // SAFETY: the header points to a buffer and a control buffer of the lengths that it says, alive and ours.
+    // SAFETY: the header points to a live buffer and a live control buffer, of the lengths that it states.
     let length = unsafe { libc::recvmsg(socket.as_fd().as_raw_fd(), &raw mut header, flags) };
     let length = usize::try_from(length).map_err(|_| io::Error::last_os_error())?;
     let mut fds = Vec::new();
@@ -68,10 +68,9 @@ pub fn receive(socket: &impl AsFd, buffer: &mut [u8]) -> io::Result<Received> {
                 let place = unsafe { data.add(at * size_of::<RawFd>()) };
                 // SAFETY: the kernel has written a descriptor there.
                 let fd = unsafe { ptr::read_unaligned(place.cast::<RawFd>()) };
-                // SAFETY: just received, and nobody else has its number.
+                // SAFETY: the descriptor was just received, and nothing else owns it.
                 let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-                // The last close of a TCP socket waits for what it has not sent, for as long as its owner says. Fails
-                // for all that is no socket.
+                // A TCP socket with SO_LINGER could block this process when it is closed. Fails for other files.
                 let _ = setsockopt(&fd, sockopt::Linger, &libc::linger { l_onoff: 0, l_linger: 0 });
                 fds.push(fd);
             }
@@ -80,7 +79,7 @@ pub fn receive(socket: &impl AsFd, buffer: &mut [u8]) -> io::Result<Received> {
             // SAFETY: as above.
             let data = unsafe { libc::CMSG_DATA(next) };
             if message.cmsg_len.saturating_sub(data.addr() - next.addr()) >= size_of::<libc::ucred>() {
-                // SAFETY: the control message is long enough for what the kernel has written there.
+                // SAFETY: the control message is long enough for the `ucred` that the kernel has written there.
                 let credentials = unsafe { ptr::read_unaligned(data.cast::<libc::ucred>()) };
                 sender = Some(Peer { pid: credentials.pid, uid: credentials.uid });
             }

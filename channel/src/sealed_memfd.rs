@@ -1,5 +1,5 @@
-//! Memfds that one process makes and another one uses as well: sealed, so that neither can take the contents from under
-//! the other.
+//! Sealed memfds, which one process creates and shares with another. The seals keep either process from resizing the
+//! memory that the other one has mapped.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -8,45 +8,45 @@ use std::os::fd::OwnedFd;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-/// The size is fixed, and no process can add a seal against writing.
+/// Fixes the size, and prevents further seals, such as one against writing.
 const FIXED_SIZE: SealFlag =
     SealFlag::F_SEAL_SHRINK.union(SealFlag::F_SEAL_GROW).union(SealFlag::F_SEAL_SEAL);
-/// The contents are fixed, too.
+/// Fixes the contents as well.
 const READ_ONLY: SealFlag = FIXED_SIZE.union(SealFlag::F_SEAL_WRITE);
 
-/// Why a received memfd cannot be used. `what` names it.
+/// Why a received memfd cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum SealedMemfdError {
-    /// It is not a memfd, or lacks seals.
+    /// It is not a memfd, or lacks a seal.
     #[error("{what} is not sealed")]
     NotSealed {
-        /// Its name.
+        /// What the memfd holds.
         what: &'static str,
     },
-    /// Its size is not the one agreed on.
-    #[error("{what} has {size} bytes instead of {needed}")]
+    /// Its size is not the expected one.
+    #[error("{what} is {size} bytes long, expected {needed}")]
     Size {
-        /// Its name.
+        /// What the memfd holds.
         what: &'static str,
         /// Its size.
         size: u64,
-        /// The size agreed on.
+        /// The expected size.
         needed: u64,
     },
     /// Its size cannot be read.
-    #[error("cannot use {what}")]
+    #[error("cannot read the size of {what}")]
     System {
-        /// Its name.
+        /// What the memfd holds.
         what: &'static str,
-        /// The system's error.
+        /// The error of `fstat(2)`.
         source: io::Error,
     },
 }
 
-/// Creates a memfd of `size` zero bytes. Its size is fixed.
+/// Creates a memfd of `size` zero bytes, whose size cannot change.
 ///
 /// # Errors
-/// The system's.
+/// Returns an error if a system call fails.
 pub fn create(name: &str, size: u64) -> io::Result<File> {
     let file = create_unsealed(name)?;
     file.set_len(size)?;
@@ -54,10 +54,10 @@ pub fn create(name: &str, size: u64) -> io::Result<File> {
     Ok(file)
 }
 
-/// Creates a memfd with `contents`, which are fixed.
+/// Creates a memfd with `contents`, which cannot change.
 ///
 /// # Errors
-/// The system's.
+/// Returns an error if a system call fails.
 pub fn create_read_only(name: &str, contents: &[u8]) -> io::Result<File> {
     let mut file = create_unsealed(name)?;
     file.write_all(contents)?;
@@ -69,26 +69,27 @@ fn create_unsealed(name: &str) -> io::Result<File> {
     Ok(memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?.into())
 }
 
-/// Takes `what` that another process [created](create) with `size` bytes.
+/// Accepts a memfd of `size` bytes that another process [created](create). `what` names its contents in errors.
 ///
 /// # Errors
-/// [`SealedMemfdError`]; the descriptor is closed.
+/// Returns an error if the size is not fixed or not `size`. The descriptor is closed.
 pub fn adopt(file: OwnedFd, what: &'static str, size: u64) -> Result<File, SealedMemfdError> {
     let file = check_seals(file, what, FIXED_SIZE)?;
     let found = file.metadata().map_err(|source| SealedMemfdError::System { what, source })?.len();
     if found == size { Ok(file) } else { Err(SealedMemfdError::Size { what, size: found, needed: size }) }
 }
 
-/// Takes `what` that another process [created](create_read_only) with contents of any length.
+/// Accepts a memfd of any length that another process [created](create_read_only). `what` names its contents in
+/// errors.
 ///
 /// # Errors
-/// [`SealedMemfdError::NotSealed`]; the descriptor is closed.
+/// Returns [`SealedMemfdError::NotSealed`] if the contents are not fixed. The descriptor is closed.
 pub fn adopt_read_only(file: OwnedFd, what: &'static str) -> Result<File, SealedMemfdError> {
     check_seals(file, what, READ_ONLY)
 }
 
 fn check_seals(file: OwnedFd, what: &'static str, needed: SealFlag) -> Result<File, SealedMemfdError> {
-    // Fails for a file that cannot have seals.
+    // Fails for a file that does not support seals.
     let seals = fcntl(&file, FcntlArg::F_GET_SEALS).unwrap_or_default();
     if !SealFlag::from_bits_truncate(seals).contains(needed) {
         return Err(SealedMemfdError::NotSealed { what });
@@ -133,9 +134,9 @@ mod tests {
     }
 
     #[test]
-    fn files_of_another_kind_or_size_are_refused() {
+    fn files_of_another_kind_or_size_or_without_seals_are_refused() {
         let error = adopted(create("test", 8192).unwrap()).unwrap_err();
-        assert_eq!(error.to_string(), "the file has 8192 bytes instead of 4096");
+        assert_eq!(error.to_string(), "the file is 8192 bytes long, expected 4096");
         let unsealed = create_unsealed("test").unwrap();
         unsealed.set_len(4096).unwrap();
         let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();

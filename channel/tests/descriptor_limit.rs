@@ -1,5 +1,5 @@
-//! Descriptors that exceed the limit of open files (`MSG_CTRUNC`). The test lowers its process' limit, so it is alone in
-//! this file.
+//! Receives descriptors that exceed the limit of open files (`MSG_CTRUNC`). The test lowers the limit of its process,
+//! so it is the only one in this file.
 #![expect(clippy::unwrap_used, reason = "this is a test")]
 
 use std::fs::File;
@@ -21,7 +21,7 @@ fn send(socket: &MessageSocket, fds: &[BorrowedFd<'_>]) {
     sendmsg::<()>(socket, &[IoSlice::new(b"x")], &rights, MsgFlags::empty(), None).unwrap();
 }
 
-/// Lets this process open `more` descriptors while `action` runs.
+/// Runs `action` with a limit that lets this process open `more` descriptors.
 fn with_room_for<T>(more: u64, action: impl FnOnce() -> T) -> T {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     let next = File::open("/").unwrap().as_raw_fd();
@@ -31,7 +31,7 @@ fn with_room_for<T>(more: u64, action: impl FnOnce() -> T) -> T {
     result
 }
 
-/// How many descriptors of `file` this process has.
+/// Returns how many descriptors of `file` this process has open.
 fn count(file: &File) -> usize {
     let inode = file.metadata().unwrap().ino();
     let open = std::fs::read_dir("/proc/self/fd").unwrap();
@@ -41,7 +41,7 @@ fn count(file: &File) -> usize {
 }
 
 #[test]
-fn descriptors_beyond_the_limit_are_reported_and_the_others_closed() {
+fn descriptors_beyond_the_limit_are_reported_and_the_others_are_closed() {
     let (here, there) = MessageSocket::pair().unwrap();
     let file = tempfile::tempfile().unwrap();
 

@@ -1,4 +1,4 @@
-//! A client of a control socket: one request, one reply, in turn.
+//! A client of a control socket: sends a request, then waits for its reply.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -10,18 +10,18 @@ use baton_protocol::control::{MAX_LINE, Request};
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// No process listens on the socket, or this user may not connect.
-    #[error("{}: cannot connect; is the process running, with this --control-socket?", path.display())]
+    #[error("cannot connect to {} (is a process running with this --control-socket?)", path.display())]
     Connect {
-        /// The control socket's path.
+        /// The path of the control socket.
         path: PathBuf,
-        /// The system's error.
+        /// The error of `connect(2)`.
         source: io::Error,
     },
     /// The connection failed.
     #[error("the control connection failed")]
     Io(#[from] io::Error),
-    /// The process closed the connection before it answered.
-    #[error("the process closed the control connection without an answer")]
+    /// The process closed the connection before it replied.
+    #[error("the process closed the control connection without a reply")]
     Closed,
     /// The reply is longer than [`MAX_LINE`].
     #[error("the reply is longer than {MAX_LINE} bytes")]
@@ -44,7 +44,7 @@ impl ControlClient {
     /// Connects to the process that serves `path`.
     ///
     /// # Errors
-    /// [`ClientError::Connect`], naming the path.
+    /// Returns [`ClientError::Connect`] if `connect(2)` fails.
     pub fn connect(path: &Path) -> Result<Self, ClientError> {
         match UnixStream::connect(path) {
             Ok(stream) => Ok(Self { stream: BufReader::new(stream) }),
@@ -55,7 +55,7 @@ impl ControlClient {
     /// Sends `request` and waits for the reply, without a time limit.
     ///
     /// # Errors
-    /// [`ClientError::Refused`] for the reply `{"error":…}`; the others if there is no valid reply.
+    /// Returns [`ClientError::Refused`] for the reply `{"error":…}`, or another error if there is no valid reply.
     pub fn call(&mut self, request: &Request) -> Result<serde_json::Value, ClientError> {
         let mut line = serde_json::to_vec(request)?;
         line.push(b'\n');
@@ -81,7 +81,7 @@ mod tests {
 
     use super::*;
 
-    /// The result of a call to a server that sends `reply` and closes the connection.
+    /// Calls a server that sends `reply` and closes the connection.
     fn answered_with(reply: Vec<u8>) -> Result<serde_json::Value, ClientError> {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("control");
@@ -98,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reply_is_a_json_object() {
+    fn a_json_object_is_returned_as_the_reply() {
         assert_eq!(answered_with(b"{\"a\":1}\n".to_vec()).unwrap(), serde_json::json!({"a": 1}));
     }
 
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_without_a_process_is_an_error_that_names_the_path() {
+    fn a_failed_connection_is_an_error_that_names_the_path() {
         let error = ControlClient::connect(Path::new("/nonexistent/control")).unwrap_err();
         assert!(error.to_string().contains("/nonexistent/control"), "{error}");
     }

@@ -1,9 +1,9 @@
-//! An error and its causes on one line, as logs and replies give them.
+//! Formats an error and its causes on one line, for logs and replies.
 
 use std::error::Error;
 use std::iter::successors;
 
-/// Joins the messages of `error` and of its sources by `: `, outermost first.
+/// Joins the messages of `error` and its sources with `: `, outermost first.
 pub fn error_chain(error: &dyn Error) -> String {
     let messages: Vec<_> =
         successors(Some(error), |&error| error.source()).map(ToString::to_string).collect();

@@ -1,4 +1,4 @@
-//! The control socket: its server, its client, and what `batonctl` prints.
+//! The control socket: its server, its client, and the output format of `batonctl`. Also the rate limits for logs.
 
 pub mod client;
 mod error_chain;

@@ -4,10 +4,8 @@ use std::fmt::Write;
 
 use serde_json::{Map, Value};
 
-/// Formats a reply's fields: first the plain ones, one per line, then each list as a table with a row per item. An item
-/// that consists of objects has a row for each of them.
-///
-/// Every line ends in a newline.
+/// Formats the fields of a reply: first the plain ones, one per line, then each list as a table with a row for each
+/// item. An item that consists of objects has a row for each of them. Every line ends in a newline.
 pub fn listing(reply: &Value) -> String {
     let Value::Object(fields) = reply else { return format!("{}\n", scalar(reply)) };
     let (lists, plain): (Vec<_>, Vec<_>) = fields.iter().partition(|(_, value)| is_list_of_objects(value));
@@ -31,7 +29,7 @@ fn is_list_of_objects(value: &Value) -> bool {
     matches!(value, Value::Array(items) if items.iter().all(Value::is_object))
 }
 
-/// A value in one cell.
+/// Formats a value for one cell.
 fn scalar(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
@@ -41,7 +39,7 @@ fn scalar(value: &Value) -> String {
     }
 }
 
-/// The table of a list: a header, and each item's rows, numbered.
+/// Formats a list as a table: a header row, then the numbered rows of each item.
 fn table(items: &[Value]) -> String {
     let mut rows: Vec<(String, &Map<String, Value>)> = Vec::new();
     for (number, item) in items.iter().enumerate() {
@@ -74,14 +72,14 @@ fn table(items: &[Value]) -> String {
     aligned(cells, Alignment::Right)
 }
 
-/// Where the cells behind the first column stand.
+/// The alignment of all columns but the first.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Alignment {
     Left,
     Right,
 }
 
-/// Pads every column to its widest cell; the first column stands left.
+/// Pads every column to its widest cell. The first column is aligned left.
 fn aligned(rows: Vec<Vec<String>>, alignment: Alignment) -> String {
     let mut widths: Vec<usize> = Vec::new();
     for row in &rows {
@@ -118,7 +116,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_status_is_listed_with_its_vrings() {
+    fn a_status_lists_its_vrings_in_a_table() {
         let status = BackendStatus {
             state: BackendState::Serving,
             tap: "tap0".to_owned(),
@@ -182,7 +180,7 @@ queue_pairs:
     }
 
     #[test]
-    fn statistics_that_nobody_has_are_not_listed() {
+    fn absent_statistics_have_no_column() {
         let tx = DirectionStats { discarded: 7, ..DirectionStats::default() };
         let stats = BackendStats { queue_pairs: vec![QueuePairStats { rx: DirectionStats::default(), tx }] };
         let expected = "

@@ -1,15 +1,15 @@
-//! Rate limits for log messages that a peer can cause. Each message has a limit of its own, so that a flood of one
-//! message suppresses no other one.
+//! Rate limits for log messages that a peer can trigger. Each message has its own limit, so a flood of one message does
+//! not suppress the others.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How often one message is logged in a [`WINDOW`].
+/// How often a message is logged within a [`WINDOW`].
 const MESSAGES: u32 = 20;
-/// How long a window is.
+/// The period after which the count starts again.
 const WINDOW: Duration = Duration::from_secs(10);
 
-/// The limit of one message.
+/// The rate limit of one message.
 #[derive(Debug)]
 pub struct Limit(Mutex<State>);
 
@@ -20,7 +20,7 @@ struct State {
     left_out: u64,
 }
 
-/// Logs a message at `$level` as the macros of `tracing` do, within a limit that belongs to this call of the macro.
+/// Logs a message at `$level` like the macros of `tracing`, at a limited rate. Each invocation has its own limit.
 /// The field `left_out` counts the messages that were suppressed before this one.
 #[macro_export]
 macro_rules! limited {
@@ -39,12 +39,12 @@ impl Default for Limit {
 }
 
 impl Limit {
-    /// A limit under which nothing was logged yet.
+    /// Creates a limit with nothing logged yet.
     pub const fn new() -> Self {
         Self(Mutex::new(State { since: None, logged: 0, left_out: 0 }))
     }
 
-    /// Whether the message may be logged now; if so, how often it was suppressed since it was last logged.
+    /// Returns how often the message was suppressed since it was last logged, or `None` if it must be suppressed now.
     pub fn allow(&self) -> Option<u64> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).allow(Instant::now())
     }
@@ -86,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flood_of_one_message_suppresses_no_other() {
+    fn a_flood_of_one_message_does_not_suppress_another() {
         let log = Arc::new(tempfile::tempfile().unwrap());
         let subscriber = tracing_subscriber::fmt().with_writer(Arc::clone(&log)).finish();
         tracing::subscriber::with_default(subscriber, || {

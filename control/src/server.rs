@@ -1,9 +1,8 @@
-//! The server of a control socket: one thread accepts clients, and a thread for each client reads its requests and
-//! writes the replies.
+//! The server of a control socket. One thread accepts clients, and a thread for each client reads its requests and
+//! writes the replies, so a client that is silent, reads no replies or waits for a slow request does not delay others.
 //!
-//! So a client that is silent, reads no replies, or waits for a slow request holds up no other one. What a client can
-//! make the server hold is bounded: one line and one reply. At most [`MAX_CLIENTS`] are connected; a new one takes the
-//! place of the one that has been silent for longest.
+//! The server buffers at most one request and one reply for a client. At most [`MAX_CLIENTS`] are connected. A further
+//! client replaces the one that has been silent for longest.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
@@ -20,13 +19,13 @@ use nix::sys::socket::{self, MsgFlags, send};
 use crate::limited;
 use crate::reply::Outcome;
 
-/// How many clients may be connected at once.
+/// The maximum number of connected clients.
 pub const MAX_CLIENTS: usize = 16;
 
-/// How long [`ControlServer::stop`] waits for clients to take the replies to the requests that they have made.
+/// How long [`ControlServer::stop`] waits for clients to read the replies to requests that they have made.
 const FLUSH_TIME: Duration = Duration::from_secs(1);
 
-/// How long the listener is left alone after a client could not be accepted.
+/// How long to wait after a client could not be accepted.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// A running control server.
@@ -38,10 +37,10 @@ pub struct ControlServer {
 }
 
 impl ControlServer {
-    /// Starts the server. `handler` answers a request on its client's thread, so it may wait for another one.
+    /// Starts the server. `handler` runs on the client's thread, so it may block.
     ///
     /// # Errors
-    /// If the thread that accepts clients cannot be created.
+    /// Returns an error if the thread that accepts clients cannot be created.
     pub fn start<H>(socket: BoundSocket, handler: H) -> io::Result<Self>
     where
         H: Fn(Request) -> Outcome + Send + Sync + 'static,
@@ -57,8 +56,8 @@ impl ControlServer {
         Ok(Self { socket, clients, acceptor: Some(acceptor) })
     }
 
-    /// Stops serving once the replies to the requests already made have gone out, and unlinks the socket. Dropping does
-    /// the same.
+    /// Stops the server and unlinks the socket. First gives clients up to a second to read the replies to requests that
+    /// they have made. Dropping the server does the same.
     pub fn stop(self) {
         drop(self);
     }
@@ -68,19 +67,19 @@ impl Drop for ControlServer {
     fn drop(&mut self) {
         self.clients.lock().stopping = true;
         self.clients.changed.notify_all();
-        // Wakes the acceptor, whose accept(2) fails from now on.
+        // Wakes the acceptor: accept(2) fails from now on.
         if let Err(errno) = socket::shutdown(self.socket.listener().as_raw_fd(), socket::Shutdown::Both) {
             tracing::error!(%errno, "cannot stop the control server");
             return;
         }
         if self.acceptor.take().is_some_and(|acceptor| acceptor.join().is_err()) {
-            tracing::error!("the control server had panicked");
+            tracing::error!("the control server's thread panicked");
         }
         self.clients.flush();
     }
 }
 
-/// What the thread that accepts clients owns.
+/// The thread that accepts clients.
 struct Acceptor<H> {
     socket: Arc<BoundSocket>,
     clients: Arc<Clients>,
@@ -99,14 +98,14 @@ where
             }
             if let Err(error) = accepted.and_then(|(stream, _)| self.serve(stream)) {
                 limited!(warn, %error, "cannot accept a control client");
-                // Frees a descriptor.
+                // Frees a descriptor: this process may have reached its limit.
                 self.clients.lock().drop_silent();
                 sleep(ACCEPT_PAUSE);
             }
         }
     }
 
-    /// Serves a client on a thread of its own.
+    /// Starts a thread that serves a client.
     fn serve(&self, stream: UnixStream) -> io::Result<()> {
         let stream = Arc::new(stream);
         if !self.clients.admit(&stream) {
@@ -116,7 +115,7 @@ where
         let served = Arc::clone(&stream);
         let thread = Builder::new().name("control-client".to_owned()).spawn(move || {
             if let Err(error) = serve(&clients, &served, &*handler) {
-                tracing::debug!(%error, "a control client is gone");
+                tracing::debug!(%error, "control connection failed");
             }
             clients.leave(&served);
         });
@@ -124,11 +123,11 @@ where
     }
 }
 
-/// The clients that are connected.
+/// The connected clients.
 #[derive(Debug, Default)]
 struct Clients {
     list: Mutex<List>,
-    /// Signalled when a client is answered or leaves, and when the server stops.
+    /// Signalled when a client's request begins or ends, when a client leaves, and when the server stops.
     changed: Condvar,
 }
 
@@ -141,18 +140,18 @@ struct List {
 #[derive(Debug)]
 struct Client {
     stream: Arc<UnixStream>,
-    /// When it connected, made its last request, or was answered.
+    /// When the client connected, made its last request, or got its last reply.
     active: Instant,
-    /// The handler has its request.
+    /// Whether the handler is working on a request of the client.
     waiting: bool,
 }
 
 impl List {
-    /// Disconnects the client that has been silent for longest. `false` if there is none that waits for no answer.
+    /// Disconnects the client that has been silent for longest. Returns `false` if all clients wait for a reply.
     fn drop_silent(&mut self) -> bool {
         let silent = self.clients.iter().enumerate().filter(|(_, client)| !client.waiting);
         let Some((index, _)) = silent.min_by_key(|(_, client)| client.active) else { return false };
-        // Ends the reads and writes of its thread.
+        // Makes the reads and writes of its thread fail.
         let _ = self.clients.remove(index).stream.shutdown(Shutdown::Both);
         true
     }
@@ -167,7 +166,7 @@ impl Clients {
         self.list.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a client in, as soon as there is room. `false` if the server stops.
+    /// Adds a client as soon as there is room. Returns `false` if the server is stopping.
     fn admit(&self, stream: &Arc<UnixStream>) -> bool {
         let full = |list: &mut List| !list.stopping && !list.make_room();
         let mut list = self.changed.wait_while(self.lock(), full).unwrap_or_else(PoisonError::into_inner);
@@ -178,7 +177,8 @@ impl Clients {
         admitted
     }
 
-    /// Notes that a client waits for an answer, or no longer. `false` if its next request is not to be served.
+    /// Records whether a client waits for a reply. Returns `false` if the client is disconnected or the server is
+    /// stopping, so its next request must not be served.
     fn set_waiting(&self, stream: &Arc<UnixStream>, waiting: bool) -> bool {
         let mut list = self.lock();
         let stopping = list.stopping;
@@ -195,11 +195,11 @@ impl Clients {
         self.changed.notify_all();
     }
 
-    /// Gives the clients [`FLUSH_TIME`] to take the replies to the requests that they have made.
+    /// Gives the clients [`FLUSH_TIME`] to read the replies to requests that they have made, then disconnects them.
     fn flush(&self) {
         let list = self.lock();
         for client in &list.clients {
-            // Wakes a thread that waits for a request. A client that is gone already cannot be shut down.
+            // Wakes a thread that waits for a request. Fails if the client has already disconnected.
             let _ = client.stream.shutdown(Shutdown::Read);
         }
         let connected = |list: &mut List| !list.clients.is_empty();
@@ -211,7 +211,7 @@ impl Clients {
     }
 }
 
-/// Serves one client until it leaves, is dropped, or the server stops.
+/// Serves a client until it leaves or is disconnected, or the server stops.
 fn serve<H>(clients: &Clients, stream: &Arc<UnixStream>, handler: &H) -> io::Result<()>
 where
     H: Fn(Request) -> Outcome,
@@ -220,7 +220,7 @@ where
     let mut line = Vec::new();
     loop {
         line.clear();
-        // One byte more than is allowed: a newline, or too long a line. The last line need not end in a newline.
+        // One byte more than the limit: either the newline, or the line is too long. The last line needs no newline.
         let limit = u64::try_from(MAX_LINE + 1).unwrap_or(u64::MAX);
         input.by_ref().take(limit).read_until(b'\n', &mut line)?;
         if line.is_empty() || !clients.set_waiting(stream, true) {
@@ -229,15 +229,15 @@ where
         let request = line.strip_suffix(b"\n").unwrap_or(&line);
         let too_long = request.len() > MAX_LINE;
         let outcome = if too_long {
-            Err(refusal(format!("a request may have at most {MAX_LINE} bytes")))
+            Err(refusal(format!("a request must be at most {MAX_LINE} bytes long")))
         } else {
             match serde_json::from_slice(request) {
                 Ok(request) => handler(request),
-                Err(error) => Err(refusal(format!("not a request: {error}"))),
+                Err(error) => Err(refusal(format!("invalid request: {error}"))),
             }
         };
         let reply = encoded(&outcome);
-        // What the socket takes at once goes out before this client may have to make room for another one.
+        // Sends without blocking as much as possible while `waiting` keeps this client from being replaced.
         let sent =
             send(stream.as_raw_fd(), &reply, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL).unwrap_or(0);
         clients.set_waiting(stream, false);
@@ -248,7 +248,7 @@ where
     }
 }
 
-/// An outcome as it is sent, with its newline.
+/// Encodes an outcome as a line, with its newline.
 fn encoded(outcome: &Outcome) -> Vec<u8> {
     let encoded = match outcome {
         Ok(value) => serde_json::to_vec(value),
@@ -258,7 +258,7 @@ fn encoded(outcome: &Outcome) -> Vec<u8> {
         Ok(reply) if reply.len() <= MAX_LINE => reply,
         Ok(_) => br#"{"error":"the reply is too long"}"#.to_vec(),
         Err(error) => {
-            tracing::error!(%error, "a control reply cannot be encoded");
+            tracing::error!(%error, "cannot encode a control reply");
             br#"{"error":"the reply cannot be encoded"}"#.to_vec()
         }
     };

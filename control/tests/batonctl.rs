@@ -1,4 +1,4 @@
-//! `batonctl` as a user runs it.
+//! Tests of `batonctl` on its command line.
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use std::path::Path;
@@ -13,7 +13,7 @@ fn served(directory: &Path) -> ControlServer {
     let socket = BoundSocket::bind(&directory.join("control")).unwrap();
     ControlServer::start(socket, |request| match request {
         Request::Status => Ok(json!({"state": "waiting", "vrings": [{"size": 256, "started": true}]})),
-        // As it was asked, to be looked at.
+        // Returns the request, for the tests to inspect.
         Request::Handover { .. } => Ok(serde_json::to_value(request).unwrap()),
         Request::Quit => Ok(serde_json::to_value(Done::DONE).unwrap()),
         _ => Err(Refusal { error: "a back-end cannot do this".to_owned() }),
@@ -45,7 +45,7 @@ fn a_reply_is_printed_for_people_or_as_json() {
 }
 
 #[test]
-fn a_hand_over_is_asked_for_with_an_absolute_path() {
+fn a_hand_over_request_has_an_absolute_path() {
     let directory = tempfile::tempdir().unwrap();
     let _server = served(directory.path());
     let place = directory.path().canonicalize().unwrap().join("next");
@@ -62,7 +62,7 @@ fn a_hand_over_is_asked_for_with_an_absolute_path() {
 }
 
 #[test]
-fn a_refusal_is_one_line_and_exit_code_1() {
+fn a_refusal_is_reported_in_one_line_with_exit_code_1() {
     let directory = tempfile::tempdir().unwrap();
     let _server = served(directory.path());
     let output = batonctl(directory.path(), &["control", "pause"]);
@@ -70,16 +70,16 @@ fn a_refusal_is_one_line_and_exit_code_1() {
 }
 
 #[test]
-fn nobody_there_is_one_line_and_exit_code_1() {
+fn a_failed_connection_is_reported_in_one_line_with_exit_code_1() {
     let directory = tempfile::tempdir().unwrap();
     let output = batonctl(directory.path(), &["control", "status"]);
-    let line = "batonctl: control: cannot connect; is the process running, with this --control-socket?: \
+    let line = "batonctl: cannot connect to control (is a process running with this --control-socket?): \
                 No such file or directory (os error 2)\n";
     assert_output(&output, 1, "", line);
 }
 
 #[test]
-fn wrong_usage_is_exit_code_2() {
+fn an_invalid_command_line_has_exit_code_2() {
     let directory = tempfile::tempdir().unwrap();
     for arguments in
         [&["control"] as &[&str], &["control", "dance"], &["status"], &[], &["control", "handover"]]

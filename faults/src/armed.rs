@@ -1,4 +1,4 @@
-//! The build with fault points: what was ordered, and how it is done.
+//! The build with fault points: parses the requested faults and injects them.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,43 +14,43 @@ use thiserror::Error;
 
 use crate::{Batch, Point};
 
-/// The variable that says what is to happen where.
+/// The environment variable that lists the faults.
 const FAULTS: &str = "BATON_FAULT";
-/// The variable that says how much shorter everybody's patience is.
+/// The environment variable with the divisor of all timeouts.
 const HURRY: &str = "BATON_HURRY";
 
-/// What is ordered makes no sense.
+/// An environment variable is invalid.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum SpecError {
-    /// Not `name:action`.
-    #[error("{FAULTS}: {0:?} is not name:action")]
+    /// An entry is not of the form `name:action`.
+    #[error("{FAULTS}: {0:?} is not of the form name:action")]
     Form(String),
-    /// No such fault point.
-    #[error("{FAULTS}: there is no fault point {0:?}")]
+    /// The fault point does not exist.
+    #[error("{FAULTS}: unknown fault point {0:?}")]
     Point(String),
-    /// No such action.
-    #[error("{FAULTS}: there is no action {0:?}, only kill, stop, fail, nofile, receiving and sending")]
+    /// The action does not exist.
+    #[error("{FAULTS}: unknown action {0:?}; use kill, stop, fail, nofile, receiving or sending")]
     Action(String),
-    /// Nothing can fail there.
-    #[error("{FAULTS}: nothing can fail at {0:?}")]
+    /// The fault point cannot return an error.
+    #[error("{FAULTS}: fault point {0:?} cannot fail")]
     Fails(&'static str),
-    /// Not a number above 0.
-    #[error("{HURRY}: {0:?} is not a number above 0")]
+    /// The divisor is not a positive number.
+    #[error("{HURRY}: {0:?} is not a positive number")]
     Hurry(String),
 }
 
-/// What happens at a point.
+/// The fault that happens at a point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Action {
     /// The process kills itself.
     Kill,
-    /// It stops until somebody continues it.
+    /// The process stops until it is continued.
     Stop,
-    /// An error is returned.
+    /// The point returns an error.
     Fail,
-    /// No descriptor can be had any more.
+    /// The process cannot open further descriptors.
     NoFile,
-    /// Nothing more happens there until the process kills itself in the middle of such a batch.
+    /// The thread waits at the point until the process kills itself in the middle of such a batch.
     In(Batch),
 }
 
@@ -69,27 +69,27 @@ impl Action {
     }
 }
 
-/// What is ordered.
+/// The requested faults.
 #[derive(Debug)]
 struct Orders {
     faults: Mutex<Vec<(Point, Action)>>,
     hurry: u32,
 }
 
-/// Whether the process is to die in the middle of a batch of received and of sent frames.
+/// Whether the process must die in the middle of the next batch of received, and of sent frames.
 static DOOMED: [AtomicBool; 2] = [AtomicBool::new(false), AtomicBool::new(false)];
 
 static ORDERS: OnceLock<Orders> = OnceLock::new();
 
-/// Reads what is ordered. Without that nothing happens anywhere.
+/// Reads the environment variables. No fault happens before this is called.
 ///
 /// # Errors
-/// [`SpecError`].
+/// Returns an error if a variable is invalid.
 pub fn arm() -> Result<(), SpecError> {
     let variable = |name| std::env::var(name).unwrap_or_default();
     let orders =
         Orders { faults: Mutex::new(parse(&variable(FAULTS))?), hurry: parse_hurry(&variable(HURRY))? };
-    // Whoever arms twice has armed.
+    // Fails if the process is already armed, which is harmless.
     let _ = ORDERS.set(orders);
     Ok(())
 }
@@ -116,21 +116,21 @@ fn parse_hurry(text: &str) -> Result<u32, SpecError> {
     }
 }
 
-/// How long to wait where `patience` is meant.
+/// Returns the timeout to use instead of `patience`: shorter if `BATON_HURRY` is set.
 pub fn patience(patience: Duration) -> Duration {
     ORDERS.get().map_or(patience, |orders| patience / orders.hurry)
 }
 
-/// A place where nothing can fail any more.
+/// Marks a fault point where no error can be returned.
 pub fn pass(point: Point) {
-    // No failure can be ordered there.
+    // `parse` rejects the action `fail` at such a point.
     let _ = self::point(point);
 }
 
-/// A place where an error can be returned.
+/// Marks a fault point where an error can be returned.
 ///
 /// # Errors
-/// The one that is ordered.
+/// Returns an error if the action `fail` is requested at this point.
 pub fn point(point: Point) -> io::Result<()> {
     let Some(orders) = ORDERS.get() else { return Ok(()) };
     let ordered = {
@@ -141,7 +141,7 @@ pub fn point(point: Point) -> io::Result<()> {
     let Some(action) = ordered else { return Ok(()) };
     eprintln!("fault point {}: {}", point.name(), action.name());
     match action {
-        // To this thread: sent to the process, another one might be the first to stop, and this one go on meanwhile.
+        // raise(3) signals this thread. A signal to the process could let this thread continue for a moment.
         Action::Kill => Ok(raise(Signal::SIGKILL)?),
         Action::Stop => Ok(raise(Signal::SIGSTOP)?),
         Action::Fail => Err(io::Error::other(format!("fault point {}", point.name()))),
@@ -162,15 +162,15 @@ fn doomed(batch: Batch) -> &'static AtomicBool {
     }
 }
 
-/// A worker is in the middle of this.
+/// Marks that a worker is in the middle of a batch. Kills the process if a fault requests that.
 pub fn batch(batch: Batch) {
     if doomed(batch).load(Ordering::Relaxed) {
-        // Only a process without a number to send signals to would go on.
+        // Cannot fail: a process may always signal itself.
         let _ = raise(Signal::SIGKILL);
     }
 }
 
-/// Lowers the limit to the lowest number that is free: those above it stay open.
+/// Lowers the limit of open files to the lowest free number. Descriptors above it stay open.
 fn use_up_descriptors() -> Result<(), Errno> {
     use std::os::fd::AsRawFd;
     let free = open("/dev/null", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())?;
@@ -185,7 +185,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_ordered_is_understood_in_its_order() {
+    fn faults_are_parsed_in_order() {
         assert_eq!(parse("").unwrap(), []);
         assert_eq!(
             parse("target-vmm/taken:kill,source-vmm/saved:fail").unwrap(),
@@ -194,12 +194,12 @@ mod tests {
     }
 
     #[test]
-    fn what_makes_no_sense_is_refused_by_name() {
+    fn invalid_faults_are_rejected_with_their_names() {
         let refused = |text| parse(text).unwrap_err().to_string();
-        assert!(refused("source-vmm/saved").contains("\"source-vmm/saved\" is not name:action"));
-        assert!(refused("source-vmm/lost:kill").contains("no fault point \"source-vmm/lost\""));
-        assert!(refused("source-vmm/saved:explode").contains("no action \"explode\""));
-        assert!(refused("target-vmm/taken:fail").contains("nothing can fail at \"target-vmm/taken\""));
+        assert!(refused("source-vmm/saved").contains("\"source-vmm/saved\" is not of the form name:action"));
+        assert!(refused("source-vmm/lost:kill").contains("unknown fault point \"source-vmm/lost\""));
+        assert!(refused("source-vmm/saved:explode").contains("unknown action \"explode\""));
+        assert!(refused("target-vmm/taken:fail").contains("fault point \"target-vmm/taken\" cannot fail"));
         assert!(parse_hurry("0").is_err() && parse_hurry("x").is_err());
         assert_eq!((parse_hurry(""), parse_hurry("10")), (Ok(1), Ok(10)));
     }

@@ -1,16 +1,18 @@
-//! Fault points: named places in the programs where tests have a process die, hang, fail or run out of descriptors.
+//! Fault points: named places in the programs where tests make a process die, hang, fail or run out of descriptors.
 //!
-//! A program calls [`point`] or [`pass`] wherever a state of it begins that a peer, or whoever comes after it, must be
-//! able to cope with. Without the feature `fault-points` these are empty, and what is shipped has no trace of them.
-//! With it, a program that has called `arm` does what `BATON_FAULT` says:
+//! A program calls [`point`] or [`pass`] wherever it enters a state that a peer or a successor must be able to recover
+//! from. Without the feature `fault-points` these functions are empty, and the programs contain no trace of them. With
+//! it, a program that has called `arm` injects the faults that `BATON_FAULT` lists:
 //!
 //! ```text
 //! BATON_FAULT=target-vmm/restored:kill,target-vmm/greeted:fail
 //! ```
-//! Each of them happens once, at the first time that its place is reached; of several for one place the first one. A
-//! line on standard error says so before. `BATON_HURRY=N` makes everybody's patience N times shorter. Where frames are
-//! moved there is a [`batch`] of them as large as it gets: whoever is told to die `receiving` or `sending` at a place
-//! goes no further there, and dies in the middle of the next batch.
+//! Each fault happens once, when the program first reaches its point. If a point is listed several times, each visit
+//! takes the next fault. A line on standard error announces each fault. `BATON_HURRY=N` divides all timeouts by N.
+//!
+//! The workers call [`batch`] when the frames of a batch have moved but their chains are not yet published as used.
+//! With the action `receiving` or `sending`, the thread that reaches the point waits there, and the process dies in the
+//! next such batch.
 
 #[cfg(feature = "fault-points")]
 mod armed;
@@ -21,27 +23,27 @@ pub use list::{Batch, Party, Point};
 #[cfg(feature = "fault-points")]
 pub use armed::{SpecError, arm, batch, pass, patience, point};
 
-/// A place where an error can be returned.
+/// Marks a fault point where an error can be returned.
 ///
 /// # Errors
-/// None: there are no fault points in this build.
+/// Never returns an error: this build has no fault points.
 #[cfg(not(feature = "fault-points"))]
 #[inline(always)]
 pub fn point(_: Point) -> std::io::Result<()> {
     Ok(())
 }
 
-/// A place where nothing can fail any more.
+/// Marks a fault point where no error can be returned.
 #[cfg(not(feature = "fault-points"))]
 #[inline(always)]
 pub fn pass(_: Point) {}
 
-/// A worker is in the middle of this.
+/// Marks that a worker is in the middle of a batch.
 #[cfg(not(feature = "fault-points"))]
 #[inline(always)]
 pub fn batch(_: Batch) {}
 
-/// How long to wait where `patience` is meant.
+/// Returns the timeout to use instead of `patience`: in this build, `patience` itself.
 #[cfg(not(feature = "fault-points"))]
 #[inline(always)]
 pub fn patience(patience: std::time::Duration) -> std::time::Duration {

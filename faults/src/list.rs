@@ -1,28 +1,28 @@
-//! All fault points.
+//! The list of all fault points.
 
-/// Who has a fault point.
+/// The process that has a fault point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Party {
-    /// The VMM that gives a VM away.
+    /// The VMM that a VM migrates from.
     SourceVmm,
-    /// The VMM that takes it.
+    /// The VMM that a VM migrates to.
     TargetVmm,
-    /// The back-end that gives a device away.
+    /// The back-end that hands over a device.
     SourceBackend,
-    /// The back-end that takes it.
+    /// The back-end that takes over a device.
     TargetBackend,
-    /// The back-end that gives a running session away.
+    /// The back-end that hands over a running session.
     SourceSession,
-    /// The back-end that takes it.
+    /// The back-end that takes over a running session.
     TargetSession,
 }
 
-/// What a worker is in the middle of.
+/// The kind of batch that a worker is in the middle of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Batch {
-    /// Frames are in the guest's memory, and it was not told of them.
+    /// Received frames are in guest memory, but not published as used.
     Received,
-    /// Frames have gone out, and the guest was not told.
+    /// Frames have been sent to the network, but their chains are not published as used.
     Sent,
 }
 
@@ -35,24 +35,24 @@ macro_rules! points {
         }
 
         impl Point {
-            /// All of them, in the order in which they are reached.
+            /// All fault points, in the order in which a process reaches them.
             pub const ALL: &[Self] = &[$($(Self::$point,)*)*];
 
-            /// Its name in `BATON_FAULT`.
+            /// Returns its name in `BATON_FAULT`.
             pub fn name(self) -> &'static str {
                 match self {
                     $($(Self::$point => concat!($prefix, "/", $name),)*)*
                 }
             }
 
-            /// Who comes by.
+            /// Returns the process that reaches it.
             pub fn party(self) -> Party {
                 match self {
                     $($(Self::$point => Party::$party,)*)*
                 }
             }
 
-            /// Whether something can fail there.
+            /// Returns whether an error can be returned there.
             pub fn fails(self) -> bool {
                 match self {
                     $($(Self::$point => points!(@ $($fails)?),)*)*
@@ -66,123 +66,123 @@ macro_rules! points {
 
 points! {
     SourceVmm "source-vmm" {
-        /// Connected to the target, and nothing was said.
+        /// The source has connected to the target, and no message was sent.
         SourceVmmConnected = "connected", fails;
-        /// The target would take the VM.
+        /// The target would accept the VM.
         SourceVmmGreeted = "greeted", fails;
-        /// The target is prepared; the VM runs.
+        /// The target is prepared, and the VM runs.
         SourceVmmPrepared = "prepared", fails;
-        /// The vCPUs stand still.
+        /// The vCPUs are stopped.
         SourceVmmVcpusStopped = "vcpus-stopped", fails;
-        /// The rings, too.
+        /// The rings are stopped as well.
         SourceVmmRingsStopped = "rings-stopped", fails;
-        /// The back-ends have offered the TAPs that go along.
+        /// The back-ends have offered the TAPs that move along.
         SourceVmmDevicesOffered = "devices-offered", fails;
-        /// The VM's state is known, and not sent.
+        /// The source has saved the state of the VM, but not sent it.
         SourceVmmSaved = "saved", fails;
-        /// It was sent.
+        /// The source has sent the state.
         SourceVmmStateSent = "state-sent", fails;
-        /// The target has all; nothing is committed.
+        /// The target has received everything, and nothing is committed.
         SourceVmmReady = "ready", fails;
-        /// The word is offered: the commit point is passed, and COMMIT was not sent.
+        /// The source has swapped the ownership word to offered, which is the commit point, but not sent COMMIT.
         SourceVmmOffered = "offered", fails;
-        /// COMMIT was sent.
+        /// The source has sent COMMIT.
         SourceVmmCommitSent = "commit-sent";
-        /// The VM is known to be the target's.
+        /// The source knows that the target owns the VM.
         SourceVmmCompleted = "completed";
     }
     TargetVmm "target-vmm" {
         /// A source has connected.
         TargetVmmConnected = "connected", fails;
-        /// The source's VM would fit; the source was not told.
+        /// The target would accept the VM, but has not told the source.
         TargetVmmGreeted = "greeted", fails;
-        /// Guest memory is shared with KVM and the back-ends; the source was not told.
+        /// The target has shared guest memory with KVM and the back-ends, but not told the source.
         TargetVmmPrepared = "prepared", fails;
-        /// The VM's state has come.
+        /// The target has received the state of the VM.
         TargetVmmStateReceived = "state-received", fails;
-        /// The back-ends have adopted the TAPs that came along.
+        /// The back-ends have adopted the TAPs that moved along.
         TargetVmmDevicesAdopted = "devices-adopted", fails;
-        /// All is restored; the source was not told.
+        /// The target has restored everything, but not told the source.
         TargetVmmRestored = "restored", fails;
-        /// COMMIT has come; the word is still only offered.
+        /// The target has received COMMIT, but not taken the ownership word.
         TargetVmmCommitting = "committing", fails;
-        /// The VM is taken, and stands still.
+        /// The target owns the VM, which is still stopped.
         TargetVmmTaken = "taken";
-        /// It runs; the source was not told.
+        /// The VM runs, but the target has not told the source.
         TargetVmmResumed = "resumed";
     }
     SourceBackend "source-backend" {
-        /// The front-end has asked for the device's state.
+        /// The front-end has requested the state of the device.
         SourceBackendSaving = "saving", fails;
-        /// The TAP is put aside, and the word still the source's.
+        /// The source has stopped using the TAP, but the ownership word still says source.
         SourceBackendTapAside = "tap-aside";
-        /// The word is offered; nothing was sent.
+        /// The source has swapped the ownership word to offered, but sent nothing.
         SourceBackendOffered = "offered", fails;
-        /// The offer was sent; the front-end was not told.
+        /// The source has sent the offer, but not told the front-end.
         SourceBackendOfferSent = "offer-sent";
-        /// The target holds the TAP.
+        /// The target has adopted the TAP.
         SourceBackendAdopted = "adopted";
-        /// The TAP is the target's, and still open here.
+        /// The target owns the TAP, which the source still has open.
         SourceBackendHandedOver = "handed-over";
     }
     TargetBackend "target-backend" {
-        /// The front-end gives the device's state.
+        /// The front-end is about to send the state of the device.
         TargetBackendLoading = "loading", fails;
-        /// The offer has come, and was not looked at.
+        /// The target has received the offer, but not checked it.
         TargetBackendOfferReceived = "offer-received", fails;
-        /// The TAP is held, untouched; nobody was told.
+        /// The target has adopted the TAP without changing it, and not told the source or the front-end.
         TargetBackendAdopted = "adopted";
-        /// A ring has started; the word is still only offered.
+        /// The front-end has started a ring, but the target has not taken the ownership word.
         TargetBackendTaking = "taking";
-        /// The TAP is taken, and not used.
+        /// The target owns the TAP, but does not use it yet.
         TargetBackendTaken = "taken";
-        /// It is used; the source was not told.
+        /// The target uses the TAP, but has not told the source.
         TargetBackendActive = "active";
     }
     SourceSession "source-session" {
-        /// Connected to the target, of which nothing is known.
+        /// The source has connected to the target, and received nothing.
         SourceSessionConnected = "connected", fails;
-        /// The target has answered, and was not told of the session.
+        /// The target has answered HELLO, and the source has not described the session.
         SourceSessionGreeted = "greeted";
-        /// The target would take the session, of which nothing was staged; the front-end is left alone.
+        /// The target would accept the session. Nothing is staged, and the source no longer hears the front-end.
         SourceSessionReady = "ready", fails;
-        /// STAGE was sent, and of the descriptors only the first packet.
+        /// The source has sent STAGE, with only the first packet of descriptors.
         SourceSessionStageSent = "stage-sent";
-        /// The target has all; the rings run.
+        /// The target has staged everything, and the rings still run.
         SourceSessionStaged = "staged";
-        /// The rings are stopped; the word is still the source's.
+        /// The source has stopped the rings, but the ownership word still says source.
         SourceSessionFrozen = "frozen", fails;
-        /// The word is offered; COMMIT was not sent.
+        /// The source has swapped the ownership word to offered, but not sent COMMIT.
         SourceSessionOffered = "offered";
-        /// COMMIT was sent.
+        /// The source has sent COMMIT.
         SourceSessionCommitSent = "commit-sent";
-        /// The session is known to be the target's, and still open here.
+        /// The source knows that the target owns the session, but still has it open.
         SourceSessionHandedOver = "handed-over";
-        /// It is closed; whoever asked was not told.
+        /// The source has closed the session, but not replied to the operator.
         SourceSessionReleased = "released";
     }
     TargetSession "target-session" {
-        /// A source has said hello, and nothing is known of it.
+        /// The target has received HELLO, but not checked it.
         TargetSessionArrived = "arrived", fails;
-        /// The session could be taken; the source was not told.
+        /// The target would accept the session, but has not told the source.
         TargetSessionJudged = "judged";
-        /// STAGE has come, and more descriptors are on their way.
+        /// The target has received STAGE, and more descriptors follow.
         TargetSessionGathering = "gathering";
-        /// All descriptors are here; nothing was made of them.
+        /// The target has received all descriptors, but not used them.
         TargetSessionGathered = "gathered", fails;
-        /// Everything is ready, untouched; the source was not told.
+        /// The target has staged everything without changing it, and not told the source.
         TargetSessionStaged = "staged";
-        /// The source was told.
+        /// The target has told the source that everything is staged.
         TargetSessionStagedSent = "staged-sent";
-        /// The session is to be taken; the word is not the target's yet.
+        /// The target is about to take the ownership word.
         TargetSessionTaking = "taking";
-        /// The word is the target's; no ring runs.
+        /// The target owns the session, but no ring runs.
         TargetSessionTaken = "taken";
-        /// The rings run; the source was not told.
+        /// The rings run, but the target has not told the source.
         TargetSessionRunning = "running";
-        /// The source was told; the word is not settled.
+        /// The target has told the source, but not settled the ownership word.
         TargetSessionActiveSent = "active-sent";
-        /// The word is settled; the front-end was not heard.
+        /// The target has settled the ownership word, but not yet read from the front-end's socket.
         TargetSessionSettled = "settled";
     }
 }
@@ -194,7 +194,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_name_is_its_own_and_in_the_map() {
+    fn every_name_is_unique_and_in_the_architecture_document() {
         let names: HashSet<_> = Point::ALL.iter().map(|point| point.name()).collect();
         assert_eq!(names.len(), Point::ALL.len());
         let map = include_str!("../../ARCHITECTURE.md");

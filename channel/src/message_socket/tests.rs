@@ -1,4 +1,4 @@
-//! Messages with descriptors between two ends of a socket, sound and unsound ones.
+//! Valid and invalid messages with descriptors between the two ends of a socket.
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
@@ -37,7 +37,7 @@ fn pairs() -> [(MessageSocket, MessageSocket); 2] {
     [MessageSocket::pair().unwrap(), (here, there)]
 }
 
-/// How many descriptors this process holds of what `fd` is.
+/// Returns how many descriptors of the file with this inode number this process has open.
 fn holders(inode: u64) -> usize {
     use std::os::unix::fs::MetadataExt;
     let open = std::fs::read_dir("/proc/self/fd").unwrap();
@@ -68,7 +68,7 @@ fn messages_arrive_whole_and_in_order_with_their_descriptors() {
 }
 
 #[test]
-fn a_sender_is_known_if_it_or_the_receiver_asked_for_credentials() {
+fn the_sender_is_known_if_either_end_enabled_credentials() {
     let (here, there) = MessageSocket::pair().unwrap();
     let file = tempfile::tempfile().unwrap();
     let all = vec![file.as_fd(); MAX_FDS];
@@ -80,7 +80,7 @@ fn a_sender_is_known_if_it_or_the_receiver_asked_for_credentials() {
     assert_eq!((packet.message, packet.fds.len()), (said("with"), MAX_FDS));
     let own = i32::try_from(std::process::id()).unwrap();
     assert_eq!(sender.unwrap().pid, own);
-    // The receiver has asked by now.
+    // The receiver has enabled credentials by now.
     here.send(&said("noted"), &[], LONG).unwrap();
     let (packet, sender) = there.receive_with_credentials::<Said>(LONG).unwrap();
     assert_eq!((packet.message, sender.unwrap().pid), (said("noted"), own));
@@ -180,7 +180,7 @@ fn a_packet_that_is_too_long_is_refused() {
 }
 
 #[test]
-fn the_most_descriptors_fit_and_more_do_not() {
+fn a_message_carries_at_most_the_maximum_of_descriptors() {
     for (here, there) in pairs() {
         let file = tempfile::tempfile().unwrap();
         let mut fds = vec![file.as_fd(); MAX_FDS];
@@ -193,7 +193,7 @@ fn the_most_descriptors_fit_and_more_do_not() {
 }
 
 #[test]
-fn other_descriptors_are_refused() {
+fn only_unix_packet_and_stream_sockets_are_accepted() {
     let (read, _write) = nix::unistd::pipe().unwrap();
     let datagram = std::os::unix::net::UnixDatagram::unbound().unwrap();
     let network = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();

@@ -1,4 +1,4 @@
-//! The control server: its clients, their limits, and its end.
+//! Tests of the control server: its clients, their limits, and its shutdown.
 
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, channel};
@@ -10,7 +10,7 @@ use super::*;
 use crate::client::{ClientError, ControlClient};
 use crate::reply::Reply;
 
-/// Answers `status`, and a long `stats`; refuses the rest.
+/// Answers `status`, `stats` with a long reply and `pause` with one that is too long. Refuses other requests.
 fn handler(request: Request) -> Outcome {
     match request {
         Request::Status => Ok(json!({"state": "waiting"})),
@@ -36,13 +36,13 @@ fn exchange(path: &Path, request: &[u8]) -> String {
 }
 
 #[test]
-fn a_request_is_answered_in_one_line() {
+fn a_reply_is_one_line() {
     let (_directory, path, _server) = started();
     assert_eq!(exchange(&path, b"{\"command\":\"status\"}\n"), "{\"state\":\"waiting\"}\n");
 }
 
 #[test]
-fn a_bad_line_is_answered_and_the_next_one_served() {
+fn an_invalid_request_gets_an_error_and_the_next_one_is_served() {
     let (_directory, path, _server) = started();
     let mut stream = UnixStream::connect(&path).unwrap();
     stream.write_all(b"nonsense\n{\"command\":\"dance\"}\n\xff\n{\"command\":\"status\"}\n").unwrap();
@@ -56,7 +56,7 @@ fn a_bad_line_is_answered_and_the_next_one_served() {
 }
 
 #[test]
-fn an_over_long_line_is_refused_and_the_next_one_served() {
+fn a_request_that_is_too_long_gets_an_error_and_the_next_one_is_served() {
     let (_directory, path, _server) = started();
     let mut request = vec![b'x'; MAX_LINE + 1];
     request.extend_from_slice(b"\n{\"command\":\"status\"}\n");
@@ -70,13 +70,13 @@ fn an_over_long_line_is_refused_and_the_next_one_served() {
 }
 
 #[test]
-fn a_reply_that_would_be_too_long_is_an_error() {
+fn a_reply_that_is_too_long_is_replaced_by_an_error() {
     let (_directory, path, _server) = started();
     assert_eq!(exchange(&path, b"{\"command\":\"pause\"}\n"), "{\"error\":\"the reply is too long\"}\n");
 }
 
 #[test]
-fn a_silent_client_does_not_hold_up_others() {
+fn a_silent_client_does_not_delay_others() {
     let (_directory, path, _server) = started();
     let mut silent = UnixStream::connect(&path).unwrap();
     silent.write_all(b"{\"comm").unwrap();
@@ -86,7 +86,7 @@ fn a_silent_client_does_not_hold_up_others() {
         assert_eq!(first.call(&Request::Status).unwrap()["state"], "waiting");
         assert_eq!(second.call(&Request::Status).unwrap()["state"], "waiting");
     }
-    // And it is still being listened to.
+    // The server still serves the silent client.
     silent.write_all(b"and\":\"status\"}\n").unwrap();
     let mut reply = String::new();
     BufReader::new(silent).read_line(&mut reply).unwrap();
@@ -94,11 +94,11 @@ fn a_silent_client_does_not_hold_up_others() {
 }
 
 #[test]
-fn a_client_that_reads_nothing_does_not_hold_up_others() {
+fn a_client_that_reads_no_replies_does_not_delay_others() {
     let (_directory, path, _server) = started();
     let greedy = UnixStream::connect(&path).unwrap();
     greedy.set_nonblocking(true).unwrap();
-    // Until neither side's buffers take any more: the server has stopped reading.
+    // Fills the buffers of both directions: the server has then stopped reading.
     let mut refused = 0;
     while refused < 3 {
         match nix::unistd::write(&greedy, b"{\"command\":\"stats\"}\n") {
@@ -114,17 +114,17 @@ fn a_client_that_reads_nothing_does_not_hold_up_others() {
 }
 
 #[test]
-fn the_most_silent_client_makes_room() {
+fn a_further_client_replaces_the_one_that_was_silent_for_longest() {
     let (_directory, path, _server) = started();
     let mut silent: Vec<_> = (0..=MAX_CLIENTS).map(|_| UnixStream::connect(&path).unwrap()).collect();
-    // The last of these took the first one's place.
+    // The last client replaced the first one.
     let mut end = [0];
     assert_eq!(silent[0].read(&mut end).unwrap(), 0);
     assert_eq!(exchange(&path, b"{\"command\":\"status\"}\n"), "{\"state\":\"waiting\"}\n");
     assert_eq!(silent[1].read(&mut end).unwrap(), 0);
 }
 
-/// A server that has `pause` answered by whoever receives its reply.
+/// Starts a server that does not answer `pause`, but passes its [`Reply`] to the returned receiver.
 fn started_with_slow_pause(directory: &tempfile::TempDir) -> (PathBuf, ControlServer, Receiver<Reply>) {
     let path = directory.path().join("control");
     let (pauses, pending) = channel();
@@ -141,13 +141,13 @@ fn started_with_slow_pause(directory: &tempfile::TempDir) -> (PathBuf, ControlSe
 }
 
 #[test]
-fn a_slow_request_does_not_hold_up_other_clients() {
+fn a_slow_request_does_not_delay_other_clients() {
     let directory = tempfile::tempdir().unwrap();
     let (path, server, pending) = started_with_slow_pause(&directory);
     let mut patient = BufReader::new(UnixStream::connect(&path).unwrap());
     patient.get_mut().write_all(b"{\"command\":\"pause\"}\n{\"command\":\"status\"}\n").unwrap();
     let reply = pending.recv().unwrap();
-    // A client that waits for an answer does not make room for others.
+    // A client that waits for a reply is not replaced by another one.
     let others: Vec<_> = (0..MAX_CLIENTS).map(|_| ControlClient::connect(&path).unwrap()).collect();
     for mut other in others.into_iter().rev().take(MAX_CLIENTS - 1) {
         other.call(&Request::Status).unwrap();
@@ -159,13 +159,13 @@ fn a_slow_request_does_not_hold_up_other_clients() {
     }
     assert_eq!(lines, ["{\"done\":true}\n", "{\"state\":\"waiting\"}\n"]);
 
-    // A reply that is dropped refuses the request.
+    // Dropping the reply refuses the request.
     patient.get_mut().write_all(b"{\"command\":\"pause\"}\n{\"command\":\"pause\"}\n").unwrap();
     drop(pending.recv().unwrap());
     let mut line = String::new();
     patient.read_line(&mut line).unwrap();
     assert_eq!(line, "{\"error\":\"unanswered\"}\n");
-    // One that is sent just before the server stops reaches its client.
+    // A reply that is sent just before the server stops reaches its client.
     pending.recv().unwrap().send(Ok(json!({"last": true})));
     server.stop();
     line.clear();
@@ -174,7 +174,7 @@ fn a_slow_request_does_not_hold_up_other_clients() {
 }
 
 #[test]
-fn a_new_client_waits_while_all_others_wait_for_answers() {
+fn a_further_client_waits_while_all_others_wait_for_replies() {
     let directory = tempfile::tempdir().unwrap();
     let (path, server, pending) = started_with_slow_pause(&directory);
     let pause = || {
@@ -201,7 +201,7 @@ fn a_new_client_waits_while_all_others_wait_for_answers() {
 }
 
 #[test]
-fn a_refusal_reaches_the_client_as_such() {
+fn a_refusal_reaches_the_client() {
     let (_directory, path, _server) = started();
     let error = ControlClient::connect(&path).unwrap().call(&Request::Resume).unwrap_err();
     assert!(
@@ -211,10 +211,10 @@ fn a_refusal_reaches_the_client_as_such() {
 }
 
 #[test]
-fn stopping_flushes_what_was_answered_and_removes_the_socket() {
+fn stopping_flushes_replies_and_removes_the_socket() {
     let (_directory, path, server) = started();
     let mut stream = UnixStream::connect(&path).unwrap();
-    // More replies than the socket's buffers hold: the server is soon in the middle of one.
+    // More replies than the socket's buffers hold, so the server blocks in the middle of one.
     stream.write_all(&b"{\"command\":\"stats\"}\n".repeat(100)).unwrap();
     sleep(Duration::from_millis(50));
     let mut reader = BufReader::new(stream);
@@ -224,6 +224,6 @@ fn stopping_flushes_what_was_answered_and_removes_the_socket() {
     let mut rest = String::new();
     reader.read_to_string(&mut rest).unwrap();
     stopper.join().unwrap();
-    assert!(rest.is_empty() || rest.ends_with('\n'), "a reply was cut off");
+    assert!(rest.is_empty() || rest.ends_with('\n'), "a reply is truncated");
     assert!(!path.exists());
 }
