@@ -2,7 +2,7 @@
 
 use crate::device::DeviceConfig;
 
-/// The most that a front-end may ask for (vhost-user: "Virtio device config space").
+/// The largest configuration space (vhost-user: "Virtio device config space"), in bytes.
 const SIZE: usize = 256;
 /// `VIRTIO_NET_S_LINK_UP`.
 const LINK_UP: u16 = 1;
@@ -11,8 +11,8 @@ const SPEED_UNKNOWN: u32 = u32::MAX;
 /// Unknown duplex mode.
 const DUPLEX_UNKNOWN: u8 = 0xff;
 
-/// `size` bytes from `offset` of the configuration space; `None` beyond its end. Fields that the device does not
-/// have read as 0.
+/// Returns `size` bytes of the configuration space from `offset` on, or `None` if they go beyond its end. Fields that
+/// the device does not have read as 0.
 pub fn read(config: &DeviceConfig, pairs: u16, offset: u32, size: u32) -> Option<Vec<u8>> {
     let mut space = Vec::with_capacity(SIZE);
     space.extend(config.mac.unwrap_or_default());
@@ -32,7 +32,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn fields_lie_where_the_specification_puts_them() {
+    fn fields_are_at_the_offsets_of_the_specification() {
         let config =
             DeviceConfig { mac: Some([2, 0, 0, 0, 0, 1]), mtu: Some(9000), ..DeviceConfig::default() };
         let space = read(&config, 4, 0, 12).unwrap();
@@ -41,7 +41,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_beyond_the_end() {
+    fn reading_beyond_the_end_is_refused() {
         let config = DeviceConfig::default();
         assert!(read(&config, 1, 0, 256).is_some());
         assert!(read(&config, 1, 1, 256).is_none());

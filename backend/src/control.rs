@@ -1,4 +1,4 @@
-//! The control socket's side of the back-end: requests come from its clients' threads, answers from the event loop.
+//! Control requests: client threads of the control socket send them, and the event loop answers them.
 
 use std::path::Path;
 
@@ -12,24 +12,24 @@ use baton_protocol::control::{
 use crate::device::Device;
 use crate::event_channel::EventSender;
 
-/// What a request comes to.
+/// The answer to a request.
 pub type Answer = Outcome;
 
 /// A request and its reply.
 #[derive(Debug)]
 pub struct Call {
-    /// What is asked.
+    /// The request.
     pub request: Request,
     reply: Reply,
 }
 
 impl Call {
-    /// Answers it.
+    /// Sends the answer.
     pub fn answer(self, answer: Answer) {
         self.reply.send(answer);
     }
 
-    /// Whether it only asks what could be done.
+    /// Returns whether the request is a hand-over's dry run.
     pub fn is_dry_run(&self) -> bool {
         matches!(self.request, Request::Handover { dry_run: true, .. })
     }
@@ -38,34 +38,36 @@ impl Call {
 /// Why there is no control socket.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
-    /// Its path cannot be bound.
+    /// The path cannot be bound.
     #[error(transparent)]
     Bind(#[from] BindError),
-    /// Its thread cannot be made.
+    /// The thread cannot be created.
     #[error("cannot serve the control socket")]
     Start(#[source] std::io::Error),
 }
 
-/// Serves the control socket at `path`; requests go to `calls`.
+/// Serves a control socket at `path` and sends its requests to `calls`.
 ///
 /// # Errors
-/// [`ControlError`].
+/// Returns an error if the path cannot be bound or the thread cannot be created.
 pub fn start(path: &Path, calls: EventSender<Call>) -> Result<ControlServer, ControlError> {
     serve(BoundSocket::bind(path)?, calls)
 }
 
-/// Serves the control socket at `path` as [`start`] does, unless another process serves one there.
+/// Like [`start`], but fails at once if another process listens at `path`.
 ///
 /// # Errors
-/// [`ControlError`].
+/// Returns an error if the path is in use or cannot be bound, or if the thread cannot be created.
 pub fn start_if_free(path: &Path, calls: EventSender<Call>) -> Result<ControlServer, ControlError> {
     serve(BoundSocket::bind_at_once(path)?, calls)
 }
 
-/// Serves a control socket in the place of another process'; who connects reaches one or the other at any time.
+/// Replaces the control socket that another process serves at `path`. A client that connects always reaches one of the
+/// two processes.
 ///
 /// # Errors
-/// [`ControlError`]; the other process' socket stays then.
+/// Returns an error if the new socket cannot be bound, which leaves the other process' socket in place, or if the
+/// thread cannot be created.
 pub fn take_place(path: &Path, calls: EventSender<Call>) -> Result<ControlServer, ControlError> {
     serve(BoundSocket::bind_over(path)?, calls)
 }
@@ -79,17 +81,17 @@ fn serve(socket: BoundSocket, calls: EventSender<Call>) -> Result<ControlServer,
     .map_err(ControlError::Start)
 }
 
-/// A refusal in so many words.
+/// Creates a refusal with this text.
 pub fn refusal(error: impl Into<String>) -> Refusal {
     Refusal { error: error.into() }
 }
 
-/// An answer from a serialisable value.
+/// Creates an answer from a serialisable value.
 pub fn answer(value: &impl serde::Serialize) -> Answer {
     serde_json::to_value(value).map_err(|error| refusal(error.to_string()))
 }
 
-/// The answer to [`Request::Status`].
+/// Creates the answer to [`Request::Status`].
 pub fn status(device: &Device, handover: Option<HandoverStatus>, connected: bool) -> BackendStatus {
     let session = device.session();
     let state = match (handover.as_ref().map(|handover| handover.state), device.tap(), connected) {
@@ -98,7 +100,7 @@ pub fn status(device: &Device, handover: Option<HandoverStatus>, connected: bool
         (_, Some(_), true) => BackendState::Serving,
         _ => BackendState::Waiting,
     };
-    // Without a TAP it is not known how many pairs there will be.
+    // Until a TAP arrives, the final number of pairs is unknown.
     let pairs = if device.tap().is_some() { device.pairs() } else { device.set_up_pairs() };
     let vrings = session
         .vrings
@@ -123,7 +125,7 @@ pub fn status(device: &Device, handover: Option<HandoverStatus>, connected: bool
     }
 }
 
-/// The answer to [`Request::Stats`].
+/// Creates the answer to [`Request::Stats`].
 pub fn stats(device: &Device) -> BackendStats {
     let counters = device.counters().iter();
     BackendStats { queue_pairs: counters.map(|pair| pair.snapshot(device.datapath())).collect() }

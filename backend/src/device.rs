@@ -1,13 +1,13 @@
 //! The network device: its TAP, its workers, and the state of the session that drives it.
 //!
-//! All state that a front-end sets is in [`SessionState`], plain and movable; the device makes the dataplane follow
-//! it. Every change goes through [`Device::change`]: the pairs it concerns are parked, their vrings taken out and
-//! their places noted, the state changed, and what is set up whole is put back in and resumed. So no worker ever
-//! sees a change, and an answer to the front-end is given after its effect. Changes that come together cost a pair one
-//! stop and one start: between [`Device::hold`] and [`Device::release`] the pairs concerned stay parked.
+//! [`SessionState`] has everything that a front-end sets, as plain, movable data, and the device makes the dataplane
+//! follow it. Every change goes through [`Device::change`]: it parks the pairs concerned, takes their vrings out and
+//! records their positions, changes the state, puts the vrings that are set up completely back in, and resumes the
+//! pairs. So no worker ever sees a change, and the front-end is answered after a change has taken effect. Changes that
+//! arrive together stop and start a pair once: between [`Device::hold`] and [`Device::release`] the pairs stay parked.
 //!
-//! The TAP is here while this process owns it. Without it, before it was handed over or while it is offered to another
-//! process, everything else is as usual, and the rings wait.
+//! The device has the TAP while this process owns it. Without the TAP, before a hand-over or while it is offered to
+//! another process, everything else works as usual, and the rings wait.
 
 mod freeze;
 mod handover;
@@ -42,7 +42,7 @@ use crate::vring_setup::{Surroundings, VringSetup};
 pub use freeze::Frozen;
 use stage::{Staged, Surplus};
 
-/// What the operator decided about the device. It travels with the device.
+/// The operator's configuration of the device. It is handed over with the device.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeviceConfig {
     /// The guest's MAC address.
@@ -51,27 +51,27 @@ pub struct DeviceConfig {
     pub mtu: Option<u16>,
     /// The TAP's send buffer in bytes.
     pub sndbuf: Option<u32>,
-    /// The program that the last owner of the TAP runs at the end, by its absolute path.
+    /// Absolute path of the program that the last owner of the TAP runs when it ends.
     pub downscript: Option<PathBuf>,
-    /// How long a worker looks for work before it waits.
+    /// How long a worker busy-polls before it sleeps.
     pub poll: Duration,
 }
 
-/// Who moves the frames.
+/// Whether the workers or the kernel's vhost-net move the frames, and where its instances come from.
 #[derive(Debug)]
 pub enum Vhost {
-    /// The workers.
+    /// The workers move the frames.
     None,
-    /// The kernel; for each queue pair an instance is opened when it is known how many there are. One is, to see what
-    /// it can do.
+    /// vhost-net, with one instance opened to learn its features. The others are opened when the number of queue pairs
+    /// is known.
     Open(VhostNet),
-    /// The kernel, with an instance for each queue pair.
+    /// vhost-net, with an instance for each queue pair.
     Given(Vec<VhostNet>),
-    /// The kernel, with instances that come with a session: this process may open none.
+    /// vhost-net, with instances that arrive with a session. This process may not open any.
     Coming,
 }
 
-/// The whole state of a session, as the front-end set it.
+/// The whole state of a session, as set by the front-end.
 #[derive(Debug, Default)]
 pub struct SessionState {
     /// Virtio features (`SET_FEATURES`).
@@ -80,24 +80,24 @@ pub struct SessionState {
     pub protocol_features: u64,
     /// Shared memory.
     pub memory: Arc<GuestMemory>,
-    /// `SET_LOG_BASE`: where to note what was written, while [`Self::active_log`] gives it.
+    /// The log of changed pages (`SET_LOG_BASE`), used while [`Self::active_log`] returns it.
     pub log: Option<Arc<DirtyLog>>,
-    /// `SET_INFLIGHT_FD`: where to note which chains were taken.
+    /// The inflight region (`SET_INFLIGHT_FD`).
     pub inflight: Option<Arc<InflightRegion>>,
-    /// The vrings: 2n receives, 2n + 1 transmits.
+    /// The vrings: vring 2n receives, vring 2n + 1 transmits.
     pub vrings: Vec<VringSetup>,
 }
 
 impl SessionState {
-    /// The log, if the front-end wants to know of what is written now (`LOG_ALL`).
+    /// Returns the log, if the front-end has enabled logging (`LOG_ALL`).
     pub fn active_log(&self) -> Option<&Arc<DirtyLog>> {
         self.log.as_ref().filter(|_| self.features.has(LOG_ALL))
     }
 
-    /// Checks that a log covers the memory, if these are to be a session's features, memory and log.
+    /// Checks that `log` covers `memory`, if `features` enable logging.
     ///
     /// # Errors
-    /// [`LogError::TooSmall`].
+    /// Returns [`LogError::TooSmall`] if the log does not cover all memory.
     pub fn check_log(
         features: Features,
         memory: &GuestMemory,
@@ -117,40 +117,40 @@ impl SessionState {
     }
 }
 
-/// Why a change was refused.
+/// Why a change failed.
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
-    /// A vring does not fit the memory.
+    /// A vring cannot be mapped.
     #[error(transparent)]
     Layout(#[from] LayoutError),
-    /// The TAP would not.
+    /// A TAP setting failed.
     #[error(transparent)]
     Tap(#[from] TapError),
-    /// A thread, an epoll instance or the like could not be had.
-    #[error("the dataplane of queue pair {pair} cannot go on")]
+    /// A system call for the dataplane of a pair failed, for example to create a thread or an epoll instance.
+    #[error("the dataplane of queue pair {pair} failed")]
     Dataplane {
         /// The pair.
         pair: usize,
-        /// Why.
+        /// The reason.
         #[source]
         source: std::io::Error,
     },
-    /// A worker thread died.
-    #[error("the worker of queue pair {0} is dead")]
+    /// A worker thread died or does not park.
+    #[error("the worker of queue pair {0} died or does not stop")]
     Dead(usize),
 }
 
 /// The device.
 #[derive(Debug)]
 pub struct Device {
-    // Declared first: the workers end before the TAP is closed.
+    // Declared first, so that the workers end before the TAP is closed.
     workers: Vec<Worker>,
     counters: Vec<Arc<PairCounters>>,
     datapath: Datapath,
     tap: Option<Tap>,
-    /// How many queue pairs it has, or could have.
+    /// The number of queue pairs, or the maximum while the number is unknown.
     pairs: usize,
-    /// What the datapath can do of what is offered.
+    /// The features that the datapath supports.
     mask: Features,
     offer: Features,
     config: DeviceConfig,
@@ -158,20 +158,20 @@ pub struct Device {
     session: SessionState,
     /// Whether pairs stay parked after a change.
     held: bool,
-    /// When to detach the queues of pairs that are enabled and were not set up.
+    /// When to detach the queues of pairs that are enabled but not set up.
     queues_settle: Option<Instant>,
-    /// Ready for a session that comes from another process; its state is in `session` already.
+    /// A session of another process, staged here. `session` already has its state.
     staged: Option<Staged>,
-    /// Of no more use.
+    /// Workers that the device no longer needs.
     surplus: Surplus,
 }
 
 impl Device {
-    /// A device on `tap`, or without one for now, with `pairs` queue pairs or up to as many. `failures` hears of its
-    /// workers.
+    /// Creates a device with `pairs` queue pairs on `tap`. Without a TAP, `pairs` is the maximum. Workers report to
+    /// `failures`.
     ///
     /// # Errors
-    /// [`DeviceError::Dataplane`].
+    /// Returns [`DeviceError::Dataplane`] if a worker cannot be created, or an error of [`Self::use_tap`].
     pub fn new(
         tap: Option<Tap>,
         pairs: usize,
@@ -217,49 +217,49 @@ impl Device {
             surplus: Surplus::default(),
         };
         device.session = device.new_session();
-        // Before there is a TAP everything is offered that one could do; what is negotiated arrives with it.
+        // Without a TAP, offer everything that a TAP may support. The negotiated features arrive with the TAP.
         let superset = Offer { mac: true, mtu: true, ufo: true, uso: true };
         device.offer = Features(superset.features().0 & mask.0);
         if let Some(tap) = tap {
             device.offer = device.offer_with(&device.config, tap.has_ufo(), tap.has_uso());
             device.use_tap(tap)?;
-            // Nobody has begun anything that goes on.
+            // Discard what `use_tap` set up; no session exists yet.
             device.session = device.new_session();
         }
         Ok(device)
     }
 
-    /// What the device offers.
+    /// Returns the features that the device offers.
     pub fn offer(&self) -> Features {
         self.offer
     }
 
-    /// Whether front-ends are offered to move device state (`--device-state`).
+    /// Returns whether the device offers front-ends the transfer of device state (`--device-state`).
     pub fn offers_device_state(&self) -> bool {
         self.offers_device_state
     }
 
-    /// Has front-ends offered to move device state, or not.
+    /// Sets whether the device offers front-ends the transfer of device state.
     pub fn set_offers_device_state(&mut self, offers: bool) {
         self.offers_device_state = offers;
     }
 
-    /// What the operator decided.
+    /// Returns the operator's configuration.
     pub fn config(&self) -> &DeviceConfig {
         &self.config
     }
 
-    /// How many queue pairs it has, 1 to 128; how many it could have, as long as that is not known.
+    /// Returns the number of queue pairs, 1 to 128, or the maximum while the number is unknown.
     pub fn pairs(&self) -> usize {
         self.pairs
     }
 
-    /// Who moves the frames.
+    /// Returns the datapath.
     pub fn datapath(&self) -> Datapath {
         self.datapath
     }
 
-    /// How many memory regions it can use.
+    /// Returns how many memory regions the datapath supports.
     pub fn max_regions(&self) -> usize {
         match self.datapath {
             Datapath::Userspace => MAX_REGIONS,
@@ -267,17 +267,17 @@ impl Device {
         }
     }
 
-    /// The TAP, while this process owns it.
+    /// Returns the TAP, while this process owns it.
     pub fn tap(&self) -> Option<&Tap> {
         self.tap.as_ref()
     }
 
-    /// The counters of each pair.
+    /// Returns the counters of each pair.
     pub fn counters(&self) -> &[Arc<PairCounters>] {
         &self.counters
     }
 
-    /// The session's state. Of a ring that runs, `base` is not up to date.
+    /// Returns the session's state. The `base` of a running ring is not up to date.
     pub fn session(&self) -> &SessionState {
         &self.session
     }
@@ -287,10 +287,10 @@ impl Device {
         SessionState { vrings, ..SessionState::default() }
     }
 
-    /// Ends the session: every ring stops, the memory is unmapped, the descriptors are closed.
+    /// Ends the session: stops every ring, unmaps the memory and closes the descriptors.
     ///
     /// # Errors
-    /// [`DeviceError::Dead`], and [`DeviceError::Tap`] if its settings cannot be put back.
+    /// Returns an error of [`Self::change`], or [`DeviceError::Tap`] if the TAP's settings cannot be reset.
     pub fn end_session(&mut self) -> Result<(), DeviceError> {
         let empty = self.new_session();
         self.queues_settle = None;
@@ -302,12 +302,13 @@ impl Device {
         self.set_tap_features(Features::default())
     }
 
-    /// Changes the session's state with the pairs in `pairs` parked.
+    /// Changes the session's state while the pairs in `pairs` are parked.
     ///
-    /// A vring that the change makes impossible to map does not run until it is set up anew.
+    /// A vring that cannot be mapped after the change does not run until the front-end sets it up again.
     ///
     /// # Errors
-    /// [`DeviceError::Dataplane`] and [`DeviceError::Dead`], after which the session cannot go on.
+    /// Returns [`DeviceError::Dataplane`] if a pair cannot be set up again, or [`DeviceError::Dead`] if a worker does
+    /// not park. The session cannot continue after either.
     pub fn change<T>(
         &mut self,
         pairs: impl std::ops::RangeBounds<usize>,
@@ -315,7 +316,7 @@ impl Device {
     ) -> Result<T, DeviceError> {
         let all = 0..self.workers.len();
         let concerned: Vec<usize> = all.filter(|pair| pairs.contains(pair)).collect();
-        // All stop at the same time.
+        // Close all gates first, so that the workers stop at the same time.
         for &pair in &concerned {
             self.workers[pair].close();
         }
@@ -334,7 +335,7 @@ impl Device {
         Ok(result)
     }
 
-    /// Makes a parked pair follow the session's state and resumes it.
+    /// Sets up a parked pair according to the session's state and resumes it.
     fn put_back(&mut self, pair: usize) -> Result<(), DeviceError> {
         let failed = |source| DeviceError::Dataplane { pair, source };
         self.settle_pair(pair)?;
@@ -346,7 +347,7 @@ impl Device {
         for (side, vring) in sides(pair) {
             match vrings[vring].activate(vring, surroundings) {
                 Ok(Some(mut ring)) => {
-                    // Without the TAP nothing was completed; when there is one, all are called.
+                    // Without a TAP nothing was completed, and `use_tap` makes all calls due.
                     ring.call_due &= self.tap.is_some();
                     worker.put_ring(side, ring).map_err(failed)?;
                 }
@@ -360,7 +361,7 @@ impl Device {
         if self.held { Ok(()) } else { self.workers[pair].resume().map_err(failed) }
     }
 
-    /// Stops a ring (`GET_VRING_BASE`), and gives the index from which on its chains have not been taken.
+    /// Stops a ring (`GET_VRING_BASE`), and returns the available index of the first chain that was not taken.
     ///
     /// # Errors
     /// As for [`Self::change`].
@@ -372,11 +373,11 @@ impl Device {
         })
     }
 
-    /// Enables or disables a ring (`SET_VRING_ENABLE`). What the driver has made available in a transmit ring by then is
-    /// sent first, so that a front-end that pauses its VM like this (Cloud Hypervisor does) loses nothing.
+    /// Enables or disables a ring (`SET_VRING_ENABLE`). Before it disables a transmit ring, it sends the chains that
+    /// the driver has made available: a front-end that pauses its VM this way (Cloud Hypervisor) must lose no frame.
     ///
     /// # Errors
-    /// As for [`Self::change`], and [`DeviceError::Tap`].
+    /// As for [`Self::change`], and [`DeviceError::Tap`] if a queue cannot be attached or detached.
     pub fn set_enabled(&mut self, vring: usize, enabled: bool) -> Result<(), DeviceError> {
         let pair = vring / 2;
         if !enabled && vring == 2 * pair + 1 {
@@ -386,15 +387,15 @@ impl Device {
         self.follow_pairs()
     }
 
-    /// From now on pairs stay parked after a change.
+    /// Keeps pairs parked after a change, until [`Self::release`].
     pub fn hold(&mut self) {
         self.held = true;
     }
 
-    /// Lets all pairs go that are parked, and from now on each after its change.
+    /// Resumes all parked pairs. From now on each pair resumes after a change.
     ///
     /// # Errors
-    /// [`DeviceError::Dataplane`].
+    /// Returns [`DeviceError::Dataplane`] if a pair cannot be resumed.
     pub fn release(&mut self) -> Result<(), DeviceError> {
         if std::mem::take(&mut self.held) {
             self.resume_all()?;
@@ -402,7 +403,7 @@ impl Device {
         Ok(())
     }
 
-    /// Makes a parked pair follow what was negotiated.
+    /// Applies the negotiated features to a pair.
     fn settle_pair(&mut self, pair: usize) -> Result<(), DeviceError> {
         let header = self.header_size();
         let features = self.session.features;
@@ -419,23 +420,24 @@ impl Device {
         Ok(())
     }
 
-    /// Length of the virtio-net header that was negotiated.
+    /// Returns the negotiated length of the virtio-net header.
     fn header_size(&self) -> usize {
         header_size(self.session.features)
     }
 
-    /// Takes the features that the front-end accepted; the TAP follows.
+    /// Sets the features that the front-end acknowledged, and adjusts the TAP.
     ///
     /// # Errors
-    /// [`DeviceError::Tap`], and all is as before; the others as for [`Self::change`].
+    /// Returns [`DeviceError::Tap`] if the TAP refuses a setting, and keeps the previous features. Otherwise as for
+    /// [`Self::change`].
     pub fn set_features(&mut self, features: Features) -> Result<(), DeviceError> {
-        // The workers are parked from before the TAP changes until after.
+        // The workers stay parked while the TAP changes.
         let before = self.session.features;
         self.park_all()?;
         let mut result = self.set_tap_features(features);
         let features = if result.is_ok() { features } else { before };
         if result.is_err() {
-            // Part of it may have been done.
+            // Undo a partial change.
             result = self.set_tap_features(before).and(result);
         }
         self.change(.., |session| session.features = features)?;
@@ -446,7 +448,7 @@ impl Device {
         self.park_each(|_| Ok(()))
     }
 
-    /// Parks all workers, which stop at the same time, and does something with each pair.
+    /// Parks all workers, which stop at the same time, and calls `action` with each pair.
     fn park_each(
         &mut self,
         mut action: impl FnMut(&mut QueuePair) -> std::io::Result<()>,
@@ -467,17 +469,17 @@ impl Device {
     }
 }
 
-/// The vrings of a pair.
+/// Returns the vrings of a pair.
 fn sides(pair: usize) -> [(Side, usize); 2] {
     [(Side::Rx, 2 * pair), (Side::Tx, 2 * pair + 1)]
 }
 
-/// Length of the virtio-net header that goes with these features.
+/// Returns the length of the virtio-net header with these features.
 fn header_size(features: Features) -> usize {
     if features.long_header() { net_header::LONG } else { net_header::SHORT }
 }
 
-/// What the guest can take, from the features that it accepted.
+/// Returns the offloads that the guest accepts, from the negotiated features.
 fn offloads(features: Features) -> Offloads {
     if !features.has(virtio_net::VIRTIO_NET_F_GUEST_CSUM) {
         return Offloads::default();

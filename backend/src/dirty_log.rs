@@ -1,8 +1,8 @@
-//! The log of changed pages that a front-end keeps while it migrates its guest (vhost-user: "Migration"): one bit a
+//! The log of changed pages that a front-end keeps while it migrates its guest (vhost-user: "Migration"): one bit per
 //! page of guest memory, in memory that the front-end shares.
 //!
-//! The front-end takes bits out and copies their pages at any time. So a bit is set after its page was written and
-//! before the guest can learn of it, and always: a bit that is seen set may be one that is just being taken out.
+//! The front-end clears bits and copies their pages at any time. So a bit is set after its page was written and before
+//! the guest can learn of the write. It is set even if it is already set: the front-end may be about to clear it.
 #![expect(unsafe_code, reason = "sets bits in memory that the front-end shares")]
 
 use std::fs::File;
@@ -12,21 +12,21 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use crate::memory::GuestMemory;
 use crate::shared_mapping::{MappingError, SharedMapping};
 
-/// What one bit stands for (`VHOST_LOG_PAGE`).
+/// Bytes of guest memory per bit (`VHOST_LOG_PAGE`).
 pub const PAGE: u64 = 0x1000;
 
-/// Why a log was not accepted, or memory beside it.
+/// Why a log, or memory together with a log, was not accepted.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
-    /// The kernel would write beyond it, and we would lose pages.
+    /// The log does not cover all memory: vhost-net would write beyond it, and the worker would lose pages.
     #[error("the log of changed pages ends at guest address {log_end:#x}, memory at {memory_end:#x}")]
     TooSmall {
         /// The first guest address without a bit.
         log_end: u64,
-        /// The first guest address behind all memory.
+        /// The first guest address after all memory.
         memory_end: u64,
     },
-    /// It cannot be mapped.
+    /// The log cannot be mapped.
     #[error("cannot map the log of changed pages")]
     Mapping(#[from] MappingError),
 }
@@ -41,7 +41,7 @@ impl DirtyLog {
     /// Maps a log (`SET_LOG_BASE`): `size` bytes at `offset` of `file`.
     ///
     /// # Errors
-    /// [`LogError::Mapping`].
+    /// Returns [`LogError::Mapping`] if the file is too short or cannot be mapped.
     pub fn new(file: File, offset: u64, size: u64) -> Result<Self, LogError> {
         Ok(Self { mapping: SharedMapping::new(file, offset, size)? })
     }
@@ -49,43 +49,43 @@ impl DirtyLog {
     /// Checks that there is a bit for every page of `memory`.
     ///
     /// # Errors
-    /// [`LogError::TooSmall`].
+    /// Returns [`LogError::TooSmall`] if there is not.
     pub fn check_covers(&self, memory: &GuestMemory) -> Result<(), LogError> {
         let (log_end, memory_end) = (self.end(), memory.end());
         if log_end < memory_end { Err(LogError::TooSmall { log_end, memory_end }) } else { Ok(()) }
     }
 
-    /// Whether there is a bit for each of `length` bytes from guest address `address` on.
+    /// Returns whether there is a bit for each of `length` bytes from guest address `address` on.
     pub fn covers(&self, address: u64, length: u64) -> bool {
         address.checked_add(length).is_some_and(|end| end <= self.end())
     }
 
-    /// The first guest address without a bit.
+    /// Returns the first guest address without a bit.
     fn end(&self) -> u64 {
         (self.length() as u64).saturating_mul(8 * PAGE)
     }
 
-    /// Where the log is mapped.
+    /// Returns the start of the mapping.
     pub fn start(&self) -> *mut u8 {
         self.mapping.start()
     }
 
-    /// Its length in bytes.
+    /// Returns the length of the log in bytes.
     pub fn length(&self) -> usize {
         self.mapping.length()
     }
 
-    /// The file that it is in.
+    /// Returns the file that contains the log.
     pub fn file(&self) -> &File {
         self.mapping.file()
     }
 
-    /// Where it lies in the file: offset and size in bytes.
+    /// Returns offset and size of the log in the file, in bytes.
     pub fn place(&self) -> (u64, u64) {
         (self.mapping.offset(), self.mapping.length() as u64)
     }
 
-    /// Notes that `length` bytes from guest address `address` on were written. What has no bit is left out.
+    /// Marks `length` bytes from guest address `address` on as written. Ignores pages without a bit.
     pub fn mark(&self, address: u64, length: usize) {
         let Some(beyond) = (length as u64).checked_sub(1) else { return };
         let last = address.saturating_add(beyond).min(self.end() - 1) / PAGE;
@@ -96,37 +96,37 @@ impl DirtyLog {
             let pointer = unsafe { self.start().add(byte) };
             // SAFETY: within the mapping; shared with the front-end, hence atomic.
             let byte = unsafe { AtomicU8::from_ptr(pointer) };
-            // After the page itself; whoever takes the bit out sees what was written.
+            // Release: a front-end that clears the bit sees what was written to the page.
             byte.fetch_or(1 << (page % 8), Ordering::Release);
         }
     }
 }
 
-/// Where a vring's writes are noted.
+/// The log as a vring uses it.
 #[derive(Clone, Debug)]
 pub struct RingLog {
     /// The log.
     pub log: Arc<DirtyLog>,
-    /// Where the log has the used ring (`SET_VRING_ADDR`: a guest address of the front-end's choice); `None` where
-    /// writes to it are not noted (no `VRING_F_LOG`).
+    /// The guest address at which writes to the used ring are marked (`SET_VRING_ADDR`; the front-end chooses it).
+    /// `None` if they are not (no `VRING_F_LOG`).
     pub used: Option<u64>,
 }
 
 impl RingLog {
-    /// Notes that `length` bytes at the host pointer `pointer`, which is in one of `memory`'s regions, were written.
+    /// Marks `length` bytes at the host pointer `pointer` as written. The pointer is in one of `memory`'s regions.
     pub fn buffer(&self, memory: &GuestMemory, pointer: *const u8, length: usize) {
         if let Some(address) = memory.guest_address(pointer) {
             self.log.mark(address, length);
         }
     }
 
-    /// Where the log has a used ring of `length` bytes, if writes to it are noted and there are bits for them all: the
-    /// kernel, which does not look, must not be told of another place.
+    /// Returns the guest address at which writes to a used ring of `length` bytes are marked, if the log covers it all.
+    /// The kernel does not check that, and must not get another address.
     pub fn covered_used_ring(&self, length: usize) -> Option<u64> {
         self.used.filter(|address| self.log.covers(*address, length as u64))
     }
 
-    /// Notes that `length` bytes at `offset` in the used ring were written.
+    /// Marks `length` bytes at `offset` in the used ring as written.
     pub fn used_ring(&self, offset: usize, length: usize) {
         if let Some(used) = self.used {
             self.log.mark(used.saturating_add(offset as u64), length);
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn every_page_that_is_touched_is_marked_and_no_other() {
+    fn exactly_the_touched_pages_are_marked() {
         for (address, length, pages) in [
             (0, 1, vec![0]),
             (0xfff, 1, vec![0]),
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_marked_stays_marked() {
+    fn marked_pages_stay_marked() {
         let (file, log) = log(0, 1);
         log.mark(0x1000, 1);
         log.mark(0x3000, 1);
@@ -181,7 +181,7 @@ mod tests {
 
     #[test]
     fn nothing_is_marked_beyond_the_log() {
-        // The file has more behind the log, and the mapping ends with the log's page.
+        // The file continues to the end of the log's page, so a bit beyond the log would show.
         let (file, log) = log(0x1000, 2);
         file.set_len(0x2000).unwrap();
         log.mark(0xf000, 0x1_0000);
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_has_a_bit_for_every_page_or_is_too_small() {
+    fn log_without_a_bit_for_every_page_is_too_small() {
         let (_file, log) = log(0, 2);
         let memory = |size| {
             let file = tempfile::tempfile().unwrap();
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_that_is_not_in_its_file_is_refused() {
+    fn log_outside_its_file_is_refused() {
         let refused = |offset, size| {
             let file = tempfile::tempfile().unwrap();
             file.set_len(0x2000).unwrap();

@@ -1,8 +1,8 @@
-//! From the front-end's messages to the device: one method each, as the `vhost` crate's request handler calls them.
+//! Applies the front-end's messages to the device: the `vhost` crate's request handler calls one method per message.
 //!
-//! A method that returns an error has changed nothing; the crate sends the negative acknowledgement if one was asked
-//! for, after the method's effect or refusal either way. [`Dispatch::take_rejection`] then tells the session that
-//! the error was ours, and the connection as sound as before.
+//! A method that returns an error has changed nothing. After the method, the crate sends the acknowledgement, positive
+//! or negative, if the front-end asked for one. [`Dispatch::take_rejection`] tells the session that the error came from
+//! a method, and that the connection is still usable.
 
 mod rejection;
 
@@ -33,30 +33,30 @@ use crate::vring::{self, LayoutError, RingAddresses, Vring, VringLayout};
 
 pub use rejection::Rejection;
 
-/// The handler of one front-end's messages.
+/// The message handler of one front-end.
 #[derive(Debug)]
 pub struct Dispatch {
     backend: SharedBackend,
-    /// The front-end runs as this process' user or root.
+    /// The front-end runs as the same user or as root.
     trusted: bool,
-    /// While the crate's handler is brought to a session's state, requests have no effect: the device has that state.
+    /// The crate's handler is being brought to the negotiated state. Requests have no effect on the device.
     priming: AtomicBool,
     rejection: Mutex<Option<Rejection>>,
 }
 
-/// What a front-end is offered: what the device can do and the operator permits.
+/// Returns the protocol features to offer: those that the device supports and the operator permits.
 fn permitted_offer(device: &Device) -> VhostUserProtocolFeatures {
     let offer = protocol_offer(device.datapath());
     if device.offers_device_state() { offer } else { offer - VhostUserProtocolFeatures::DEVICE_STATE }
 }
 
 impl Dispatch {
-    /// A handler whose requests have no effect until [`Self::serve`].
+    /// Creates a handler whose requests have no effect until [`Self::serve`].
     pub fn new(backend: SharedBackend, trusted: bool) -> Self {
         Self { backend, trusted, priming: AtomicBool::new(true), rejection: Mutex::default() }
     }
 
-    /// From now on requests have their effect.
+    /// Applies requests to the device from now on.
     pub fn serve(&self) {
         self.priming.store(false, Ordering::Relaxed);
     }
@@ -65,7 +65,7 @@ impl Dispatch {
         self.priming.load(Ordering::Relaxed)
     }
 
-    /// Why the last request was rejected, if it was.
+    /// Returns why the last request was rejected, if it was.
     pub fn take_rejection(&self) -> Option<Rejection> {
         self.noted().take()
     }
@@ -74,7 +74,7 @@ impl Dispatch {
         self.rejection.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs a request, and notes why it is rejected.
+    /// Runs a request, and records why it is rejected.
     fn request<T>(&self, action: impl FnOnce(&mut Device) -> std::result::Result<T, Rejection>) -> Result<T> {
         let result = action(&mut self.backend.lock().device);
         self.note(result)
@@ -88,7 +88,7 @@ impl Dispatch {
         })
     }
 
-    /// Runs a request about device state, if the front-end may make one: the crate does not look.
+    /// Runs a request about device state if the front-end negotiated `DEVICE_STATE`, which the crate does not check.
     fn on_device_state<T>(
         &self,
         action: impl FnOnce(&mut Backend) -> std::result::Result<T, DeviceStateError>,
@@ -107,7 +107,7 @@ impl Dispatch {
     }
 }
 
-/// That a request is for something that the device offers: the crate does not always look.
+/// Checks that the device offers the feature that a request needs. The crate does not always check it.
 fn check_offered(
     device: &Device,
     feature: VhostUserProtocolFeatures,
@@ -116,13 +116,13 @@ fn check_offered(
     if permitted_offer(device).contains(feature) { Ok(()) } else { Err(Rejection::NotOffered(name)) }
 }
 
-/// The index of a vring, if the device has it.
+/// Checks that the device has this vring and returns its index.
 fn vring_index(device: &Device, index: u32) -> std::result::Result<usize, Rejection> {
     let vrings = device.session().vrings.len().min(2 * device.pairs());
     usize::try_from(index).ok().filter(|index| *index < vrings).ok_or(Rejection::Index(index))
 }
 
-/// The same for a vring that must not run.
+/// Like [`vring_index`], for a vring that must be stopped.
 fn stopped_vring(device: &Device, index: u32) -> std::result::Result<usize, Rejection> {
     let index = vring_index(device, index)?;
     if device.session().vrings[index].kick.is_some() { Err(Rejection::Running(index)) } else { Ok(index) }
@@ -157,7 +157,7 @@ impl VhostUserBackendReqHandler for Dispatch {
     }
 
     fn reset_owner(&self) -> Result<()> {
-        // "Should be interpreted as a connection termination" or ignored; disabling the rings does what both want.
+        // Deprecated: the specification recommends that back-ends ignore it, or disable all rings.
         self.request(|device| {
             (0..device.session().vrings.len()).try_for_each(|vring| device.set_enabled(vring, false))?;
             Ok(())
@@ -195,7 +195,7 @@ impl VhostUserBackendReqHandler for Dispatch {
             if excess.fundamental() != Features::default() {
                 return Err(Rejection::Features(excess.0));
             }
-            // A front-end that serves more by itself may name it here.
+            // Drop features that were not offered: a front-end may implement them itself.
             let accepted = Features(features & offer.0);
             let session = device.session();
             SessionState::check_log(accepted, &session.memory, session.log.as_deref())?;
@@ -306,7 +306,7 @@ impl VhostUserBackendReqHandler for Dispatch {
             device.change(vring / 2..=vring / 2, |session| {
                 let vring = &mut session.vrings[vring];
                 vring.call = call;
-                // What was completed before may have gone to the old descriptor, unseen.
+                // A call for completed chains may have gone to the old descriptor, unnoticed.
                 vring.call_due = vring.started && vring.was_enabled;
             })?;
             Ok(())
@@ -341,7 +341,7 @@ impl VhostUserBackendReqHandler for Dispatch {
     }
 
     fn get_queue_num(&self) -> Result<u64> {
-        // Cloud Hypervisor compares this with the number of vrings, QEMU with that of pairs.
+        // Cloud Hypervisor compares this with the number of vrings, QEMU with the number of queue pairs.
         self.request(|device| Ok(2 * device.pairs() as u64))
     }
 
@@ -355,7 +355,7 @@ impl VhostUserBackendReqHandler for Dispatch {
     fn get_config(&self, offset: u32, size: u32, _: VhostUserConfigFlags) -> Result<Vec<u8>> {
         let device = &self.backend.lock().device;
         let pairs = u16::try_from(device.pairs()).unwrap_or(u16::MAX);
-        // Not noted as a rejection: the crate answers with a length of 0.
+        // Not recorded as a rejection: the crate answers with a length of 0.
         config_space::read(device.config(), pairs, offset, size).ok_or(Error::InvalidParam)
     }
 
@@ -425,7 +425,7 @@ impl VhostUserBackendReqHandler for Dispatch {
         _: VhostTransferStatePhase,
         file: File,
     ) -> Result<Option<File>> {
-        // There is one phase only so far: the device is stopped.
+        // The specification has only one phase so far: the device is stopped.
         self.on_device_state(|Backend { device, handovers }| match direction {
             VhostTransferStateDirection::SAVE => handovers.save_device_state(device, file, self.trusted),
             VhostTransferStateDirection::LOAD => handovers.load_device_state(device, file, self.trusted),

@@ -1,6 +1,6 @@
-//! Where front-ends come from: a listening socket, a front-end that listens, or an inherited socket. It may go on to
-//! another process, with the session.
-#![expect(unsafe_code, reason = "owns what accept4(2) gives")]
+//! The source of front-end connections: a listening socket, a front-end that listens, or an inherited socket. A
+//! hand-over of the session moves the endpoint to another process.
+#![expect(unsafe_code, reason = "takes ownership of the descriptor that accept4(2) returns")]
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -21,46 +21,46 @@ use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags, TimerSetTimeFlags};
 use crate::dataplane::interrupt;
 use crate::inherited;
 
-/// How long after an attempt to connect the next one comes at the earliest.
+/// The shortest time between two attempts to connect.
 const REDIAL: Duration = Duration::from_millis(100);
 
-/// Why there is no endpoint.
+/// Why an endpoint cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum EndpointError {
     /// The socket's path cannot be bound.
     #[error(transparent)]
     Bind(#[from] BindError),
-    /// Another process gives none that can be used.
-    #[error("descriptor listener is no Unix stream socket that listens")]
+    /// Another process handed over an unusable listener.
+    #[error("descriptor listener is not a listening Unix stream socket")]
     Listener,
-    /// Not a socket that can be used.
-    #[error("--fd={0} is no Unix stream socket that is connected or listens")]
+    /// The inherited descriptor is not a usable socket.
+    #[error("--fd={0} is not a connected or listening Unix stream socket")]
     Inherited(RawFd),
-    /// The system would not.
+    /// A system call failed.
     #[error("cannot set up the front-end's socket")]
     System(#[from] io::Error),
 }
 
-/// Where front-ends come from.
+/// The source of front-end connections.
 #[derive(Debug)]
 pub enum Endpoint {
-    /// Nowhere: there will be what another process hands over.
+    /// No endpoint: another process hands one over with its session, or has taken this one.
     Nowhere,
     /// `--socket-path`.
     Listening(BoundSocket),
     /// `--fd`, listening.
     InheritedListener(UnixListener),
-    /// `--fd`, connected; it is gone once used.
+    /// `--fd`, connected. `None` once it is used.
     InheritedConnection(Option<UnixStream>),
     /// `--socket-path` with `--client`.
     Client {
         /// Where the front-end listens.
         path: PathBuf,
-        /// Runs while there is no connection.
+        /// Expires when the next attempt to connect is due.
         redial: TimerFd,
-        /// When the last attempt was made. A front-end that ends each connection at once must not keep us busy.
+        /// When the last attempt was made. Limits the rate with a front-end that closes each connection at once.
         dialled: Option<Instant>,
-        /// Whether the log says that nobody is there.
+        /// Whether the current failure to connect is logged.
         told: bool,
     },
 }
@@ -69,19 +69,19 @@ impl Endpoint {
     /// Listens on `path`.
     ///
     /// # Errors
-    /// [`EndpointError`].
+    /// Returns an error if `path` cannot be bound.
     pub fn listen(path: &Path) -> Result<Self, EndpointError> {
         let socket = BoundSocket::bind(path)?;
         socket.listener().set_nonblocking(true)?;
         Ok(Self::Listening(socket))
     }
 
-    /// Connects to `path`, again and again.
+    /// Connects to `path`, and reconnects whenever the connection ends.
     ///
     /// # Errors
-    /// [`EndpointError::System`].
+    /// Returns an error if the path cannot be made absolute or the timer cannot be created.
     pub fn client(path: PathBuf) -> Result<Self, EndpointError> {
-        // It may mean something else to another process.
+        // A relative path could mean another file to the process that takes the endpoint over.
         let path = std::path::absolute(path)?;
         let redial =
             TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC)
@@ -89,10 +89,10 @@ impl Endpoint {
         Ok(Self::Client { path, redial, dialled: None, told: false })
     }
 
-    /// Uses an inherited socket.
+    /// Uses the inherited socket `fd`.
     ///
     /// # Errors
-    /// [`EndpointError::Inherited`].
+    /// Returns an error if `fd` is not a connected or listening Unix stream socket.
     pub fn inherited(fd: RawFd) -> Result<Self, EndpointError> {
         let refused = || EndpointError::Inherited(fd);
         let socket: OwnedFd = inherited::claim(fd).ok_or_else(refused)?;
@@ -107,11 +107,12 @@ impl Endpoint {
         Ok(Self::InheritedConnection(Some(UnixStream::from(socket))))
     }
 
-    /// What another process says of its endpoint, with the listening socket if there is one. What it has in the file
-    /// system stays its own until [`Self::own`].
+    /// Creates an endpoint from another process' description and its listening socket, if it has one. The other process
+    /// owns the socket file until [`Self::own`].
     ///
     /// # Errors
-    /// [`EndpointError`].
+    /// Returns an error if a listening endpoint comes without a listener, or with a socket that does not listen at its
+    /// path.
     pub fn adopt(state: &EndpointState, fd: Option<OwnedFd>) -> Result<Self, EndpointError> {
         let listener = |fd: Option<OwnedFd>| fd.ok_or(EndpointError::Listener);
         let path = PathBuf::from(state.path.as_deref().unwrap_or_default());
@@ -129,7 +130,7 @@ impl Endpoint {
         }
     }
 
-    /// What another process has to know of it.
+    /// Returns a description for the process that takes the endpoint over.
     pub fn state(&self) -> EndpointState {
         let path = |path: &Path| Some(path.to_string_lossy().into_owned());
         match self {
@@ -144,7 +145,7 @@ impl Endpoint {
         }
     }
 
-    /// The listening socket, if there is one.
+    /// Returns the listening socket, if there is one.
     pub fn listener(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Listening(socket) => Some(socket.listener().as_fd()),
@@ -153,23 +154,24 @@ impl Endpoint {
         }
     }
 
-    /// From now on what it has in the file system goes with it.
+    /// Takes ownership of the socket file: it is removed when the endpoint is dropped.
     pub fn own(&mut self) {
         if let Self::Listening(socket) = self
             && let Err(error) = socket.own_file()
         {
-            tracing::warn!(%error, "the front-end's socket will stay when this process ends");
+            tracing::warn!(%error, "cannot take over the front-end's socket file; it remains when this process ends");
         }
     }
 
-    /// Leaves what it has in the file system to another process.
+    /// Leaves the socket file to another process.
     pub fn leave(&mut self) {
         if let Self::Listening(socket) = self {
             socket.leave_file();
         }
     }
 
-    /// What becomes readable when it is worth calling [`Self::next_frontend`] again; `None` when there will never be more.
+    /// Returns the descriptor that becomes readable when [`Self::next_frontend`] should be called again, or `None` if
+    /// no further front-end can come.
     pub fn source(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Listening(socket) => Some(socket.listener().as_fd()),
@@ -179,10 +181,11 @@ impl Endpoint {
         }
     }
 
-    /// The next front-end's connection, if there is one now.
+    /// Returns the next front-end's connection, if one is available now.
     ///
     /// # Errors
-    /// What the system says, if it is not just that nobody is there.
+    /// Returns an error if accept4(2) fails for a reason other than that no front-end waits, or if the timer cannot be
+    /// set.
     pub fn next_frontend(&mut self) -> io::Result<Option<UnixStream>> {
         match self {
             Self::Listening(socket) => accept(socket.listener()),
@@ -206,7 +209,7 @@ impl Endpoint {
                     }
                     Err(error) => {
                         if !*told {
-                            limited!(info, path = %path.display(), %error, "no front-end listens yet");
+                            limited!(info, path = %path.display(), %error, "cannot connect to the front-end, retrying");
                             *told = true;
                         }
                         redial.set(Expiration::OneShot(REDIAL.into()), TimerSetTimeFlags::empty())?;
@@ -218,12 +221,12 @@ impl Endpoint {
     }
 }
 
-/// Whether this is a Unix stream socket that is connected, or was.
+/// Returns whether this is a Unix stream socket with a peer address.
 pub fn is_connection(socket: &OwnedFd) -> bool {
     is_unix_stream(socket) && getpeername::<UnixAddr>(socket.as_raw_fd()).is_ok()
 }
 
-/// Whether this is a Unix stream socket that listens.
+/// Returns whether this is a listening Unix stream socket.
 fn listens(socket: &OwnedFd) -> bool {
     is_unix_stream(socket) && getsockopt(socket, sockopt::AcceptConn) == Ok(true)
 }
@@ -233,8 +236,8 @@ fn is_unix_stream(socket: &OwnedFd) -> bool {
         && getsockname::<UnixAddr>(socket.as_raw_fd()).is_ok()
 }
 
-/// `O_NONBLOCK` is shared with every process that the socket came from or went to, and one of those may take the
-/// connection first: whatever they do, this does not wait.
+/// Accepts a connection without blocking. `O_NONBLOCK` alone does not ensure that: every process that holds the socket
+/// can clear the flag, or accept the connection first.
 fn accept(listener: &UnixListener) -> io::Result<Option<UnixStream>> {
     listener.set_nonblocking(true)?;
     match interrupt::bounded(|| accept_once(listener)) {
@@ -248,10 +251,10 @@ fn accept(listener: &UnixListener) -> io::Result<Option<UnixStream>> {
     }
 }
 
-/// As `UnixListener::accept`, which goes on after an interrupt.
+/// Like `UnixListener::accept`, but returns `EINTR` when a signal interrupts it.
 fn accept_once(listener: &UnixListener) -> io::Result<UnixStream> {
     let fd = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC)?;
-    // SAFETY: the kernel has just given it, to nobody else.
+    // SAFETY: accept4(2) just created `fd`, and it has no other owner.
     Ok(UnixStream::from(unsafe { OwnedFd::from_raw_fd(fd) }))
 }
 
@@ -263,7 +266,7 @@ mod tests {
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
     #[test]
-    fn an_endpoint_goes_on_and_its_file_with_it() {
+    fn adopted_endpoint_owns_the_socket_file() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         let mut first = Endpoint::listen(&path).unwrap();
@@ -271,7 +274,7 @@ mod tests {
             let listener = endpoint.listener().map(|fd| fd.try_clone_to_owned().unwrap());
             Endpoint::adopt(&endpoint.state(), listener).unwrap()
         };
-        // Not taken.
+        // Dropped without `own`.
         drop(twin(&first));
         assert!(path.exists());
         let mut second = twin(&first);
@@ -289,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_there_is_not_waited_for_though_a_peer_clears_the_flag() {
+    fn accept_does_not_block_although_peer_clears_o_nonblock() {
         let directory = tempfile::tempdir().unwrap();
         let mut endpoint = Endpoint::listen(&directory.path().join("socket")).unwrap();
         let peer = UnixListener::from(endpoint.listener().unwrap().try_clone_to_owned().unwrap());
@@ -308,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn a_front_end_that_ends_each_connection_at_once_is_not_dialled_at_once() {
+    fn front_end_that_closes_each_connection_is_redialled_after_a_delay() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         let _listener = UnixListener::bind(&path).unwrap();

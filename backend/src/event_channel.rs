@@ -1,4 +1,4 @@
-//! A channel whose receiver epoll can wait for.
+//! A channel whose receiving end can be watched with epoll.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -27,10 +27,10 @@ pub struct EventReceiver<T> {
     eventfd: Arc<EventFd>,
 }
 
-/// A new channel.
+/// Creates a channel.
 ///
 /// # Errors
-/// What `eventfd(2)` fails with.
+/// Returns an error if `eventfd(2)` fails.
 pub fn event_channel<T>() -> io::Result<(EventSender<T>, EventReceiver<T>)> {
     let eventfd = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
     let (sender, receiver) = channel();
@@ -38,10 +38,10 @@ pub fn event_channel<T>() -> io::Result<(EventSender<T>, EventReceiver<T>)> {
 }
 
 impl<T> EventSender<T> {
-    /// Sends a message. Returns false if the receiver is gone.
+    /// Sends a message. Returns `false` if the receiver is gone.
     pub fn send(&self, message: T) -> bool {
         let sent = self.sender.send(message).is_ok();
-        // Fails only when the counter is full, and then the receiver is awake.
+        // Fails only if the counter is full; the receiver is awake then.
         let _ = self.eventfd.write(1);
         sent
     }
@@ -52,7 +52,8 @@ impl<T> EventReceiver<T> {
     pub fn take(&self) -> Option<T> {
         let message = self.receiver.try_recv().ok();
         if message.is_none() {
-            // Fails when the counter is zero already. A message that came since the first look signals again.
+            // Fails if the counter is zero already. A message sent before this read is received below; a later one
+            // signals again.
             let _ = self.eventfd.read();
             return self.receiver.try_recv().ok();
         }

@@ -1,4 +1,4 @@
-//! An owned epoll instance over the `epoll` crate, which deals in raw descriptors.
+//! An owned epoll instance, a wrapper around the `epoll` crate, which uses raw descriptors.
 #![expect(unsafe_code, reason = "takes ownership of the descriptor that epoll_create1 returns")]
 
 use std::io;
@@ -30,49 +30,49 @@ impl AsFd for Epoll {
 }
 
 impl Epoll {
-    /// A new instance, close-on-exec.
+    /// Creates an instance, close-on-exec.
     ///
     /// # Errors
-    /// What `epoll_create1(2)` fails with.
+    /// Returns an error if `epoll_create1(2)` fails.
     pub fn new() -> io::Result<Self> {
         let fd = epoll::create(true)?;
-        // SAFETY: `fd` was just created and nobody else has it.
+        // SAFETY: `fd` was just created and has no other owner.
         Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
-    /// Watches `fd`; `token` comes back with its events.
+    /// Watches `fd`. [`Self::wait`] returns `token` with its events.
     ///
     /// # Errors
-    /// What `epoll_ctl(2)` fails with, `EPERM` for a file that cannot be polled.
+    /// Returns an error if `epoll_ctl(2)` fails: `EPERM` for a file that cannot be polled.
     pub fn add(&self, fd: &impl AsFd, events: Events, token: u64) -> io::Result<()> {
         let event = epoll::Event::new(events, token);
         epoll::ctl(self.0.as_raw_fd(), epoll::ControlOptions::EPOLL_CTL_ADD, fd.as_fd().as_raw_fd(), event)
     }
 
-    /// Looks at `fd` anew: what it is ready for now comes back, although its edge may have passed.
+    /// Re-arms `fd`: [`Self::wait`] reports what `fd` is ready for now, even if it already reported that edge.
     ///
     /// # Errors
-    /// What `epoll_ctl(2)` fails with, `ENOENT` where it is not watched.
+    /// Returns an error if `epoll_ctl(2)` fails: `ENOENT` if `fd` is not watched.
     pub fn rearm(&self, fd: &impl AsFd, events: Events, token: u64) -> io::Result<()> {
         let event = epoll::Event::new(events, token);
         epoll::ctl(self.0.as_raw_fd(), epoll::ControlOptions::EPOLL_CTL_MOD, fd.as_fd().as_raw_fd(), event)
     }
 
-    /// Stops watching `fd`. To be called before it is closed: a registration follows the open file description,
-    /// which another process may hold, too.
+    /// Stops watching `fd`. Call this before closing `fd`: a registration belongs to the open file description, which
+    /// another process may still hold.
     ///
     /// # Errors
-    /// What `epoll_ctl(2)` fails with, `ENOENT` where it was not watched.
+    /// Returns an error if `epoll_ctl(2)` fails: `ENOENT` if `fd` is not watched.
     pub fn remove(&self, fd: &impl AsFd) -> io::Result<()> {
         let event = epoll::Event::new(Events::empty(), 0);
         epoll::ctl(self.0.as_raw_fd(), epoll::ControlOptions::EPOLL_CTL_DEL, fd.as_fd().as_raw_fd(), event)
     }
 
-    /// Waits for events and gives their tokens with them; none after `timeout` milliseconds (−1: for ever) or when
-    /// a signal came.
+    /// Waits for events and returns them with their tokens. Returns none after `timeout` milliseconds (−1: no limit) or
+    /// when a signal interrupts the wait.
     ///
     /// # Errors
-    /// What `epoll_wait(2)` fails with, but for `EINTR`.
+    /// Returns an error if `epoll_wait(2)` fails, except with `EINTR`.
     pub fn wait<'a, const N: usize>(
         &self,
         timeout: i32,
@@ -87,25 +87,25 @@ impl Epoll {
     }
 }
 
-/// Something with a descriptor that an epoll instance watches as long as this lives.
+/// A value with a descriptor, which an epoll instance watches until this is dropped.
 #[derive(Debug)]
 pub struct Watched<T: AsFd> {
     inner: T,
-    /// `None` once nothing is watched any more.
+    /// `None` after [`Self::ignore`].
     epoll: Option<Arc<Epoll>>,
 }
 
 impl<T: AsFd> Watched<T> {
-    /// Watches `inner` for something to read; `token` comes back.
+    /// Watches `inner` for input. [`Epoll::wait`] returns `token` with its events.
     ///
     /// # Errors
-    /// What `epoll_ctl(2)` fails with.
+    /// Returns an error if `epoll_ctl(2)` fails.
     pub fn new(inner: T, epoll: &Arc<Epoll>, token: u64) -> io::Result<Self> {
         epoll.add(&inner, Events::EPOLLIN, token)?;
         Ok(Self { inner, epoll: Some(Arc::clone(epoll)) })
     }
 
-    /// Stops watching it; it stays open.
+    /// Stops watching the value, which stays open.
     pub fn ignore(&mut self) {
         if let Some(epoll) = self.epoll.take()
             && let Err(error) = epoll.remove(&self.inner)

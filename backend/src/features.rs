@@ -6,14 +6,14 @@ use virtio_bindings::{virtio_config, virtio_net, virtio_ring};
 
 /// `VHOST_USER_F_PROTOCOL_FEATURES`.
 pub const PROTOCOL_FEATURES: u32 = 30;
-/// `VHOST_F_LOG_ALL`: the front-end wants to know of every page that is written.
+/// `VHOST_F_LOG_ALL`: the front-end logs every page that is written.
 pub const LOG_ALL: u32 = 26;
-/// `VIRTIO_F_ACCESS_PLATFORM`: addresses would need translation, which is not offered.
+/// `VIRTIO_F_ACCESS_PLATFORM`: addresses need translation. Not offered.
 const ACCESS_PLATFORM: u32 = virtio_config::VIRTIO_F_ACCESS_PLATFORM;
-/// `VIRTIO_F_RING_PACKED`: another ring layout, which is not offered.
+/// `VIRTIO_F_RING_PACKED`: another ring layout. Not offered.
 const RING_PACKED: u32 = virtio_config::VIRTIO_F_RING_PACKED;
 
-/// What decides how rings, descriptors and headers are laid out.
+/// The features that change the layout of rings, descriptors or headers, or the meaning of addresses.
 const FUNDAMENTAL: [u32; 7] = [
     ACCESS_PLATFORM,
     RING_PACKED,
@@ -25,7 +25,7 @@ const FUNDAMENTAL: [u32; 7] = [
     virtio_net::VIRTIO_NET_F_HASH_REPORT,
 ];
 
-/// The vhost-user protocol features of a device. `REPLY_ACK` is the `vhost` crate's own, and always offered.
+/// Returns the vhost-user protocol features of a device. The `vhost` crate implements `REPLY_ACK` and always offers it.
 pub fn protocol_offer(datapath: Datapath) -> VhostUserProtocolFeatures {
     let offer = VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::LOG_SHMFD
@@ -46,52 +46,52 @@ pub fn protocol_offer(datapath: Datapath) -> VhostUserProtocolFeatures {
 pub struct Features(pub u64);
 
 impl Features {
-    /// Whether feature `bit` is in the set.
+    /// Returns whether feature `bit` is in the set.
     #[inline]
     pub const fn has(self, bit: u32) -> bool {
         self.0 & (1 << bit) != 0
     }
 
-    /// The set with the features in `bits`, too.
+    /// Returns the set with the features in `bits` added.
     #[must_use]
     pub fn with(self, bits: &[u32]) -> Self {
         Self(bits.iter().fold(self.0, |set, bit| set | 1 << bit))
     }
 
-    /// The set without feature `bit`.
+    /// Returns the set without feature `bit`.
     #[must_use]
     pub fn without(self, bit: u32) -> Self {
         Self(self.0 & !(1 << bit))
     }
 
-    /// Whether the virtio-net header has its `num_buffers`.
+    /// Returns whether the virtio-net header has `num_buffers`.
     pub fn long_header(self) -> bool {
         self.has(virtio_config::VIRTIO_F_VERSION_1) || self.has(virtio_net::VIRTIO_NET_F_MRG_RXBUF)
     }
 
-    /// The features in this set which change the layout of rings, descriptors or headers, or what addresses mean. A
-    /// driver that has them cannot be served without: unlike the rest they cannot be left out of a peer's choice.
+    /// Returns the features in this set that change the layout of rings, descriptors or headers, or the meaning of
+    /// addresses. Unlike other features they cannot be masked out: a driver that uses them cannot be served without.
     #[must_use]
     pub fn fundamental(self) -> Self {
         Self(FUNDAMENTAL.iter().fold(0, |set, bit| set | self.0 & 1 << bit))
     }
 }
 
-/// What decides which features a device has, beyond what every device has.
+/// What determines which features a device offers in addition to those of every device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Offer {
     /// `--mac` was given.
     pub mac: bool,
     /// `--mtu` was given.
     pub mtu: bool,
-    /// The TAP does UDP fragmentation offload.
+    /// The TAP supports UDP fragmentation offload.
     pub ufo: bool,
-    /// The TAP does UDP segmentation offload.
+    /// The TAP supports UDP segmentation offload.
     pub uso: bool,
 }
 
 impl Offer {
-    /// The features of the device.
+    /// Returns the features that the device offers.
     pub fn features(self) -> Features {
         let mut features = Features::default().with(&[
             PROTOCOL_FEATURES,

@@ -1,16 +1,17 @@
-//! The region in which a back-end notes which descriptor chains it has, so that the next one knows after a crash
-//! (vhost-user: "Inflight I/O tracking", split virtqueues). The front-end keeps it, and may write anything to it.
+//! The inflight region, in which a back-end records the descriptor chains that it has taken, for the next back-end
+//! after a crash (vhost-user: "Inflight I/O tracking", split virtqueues). The front-end keeps the region and may write
+//! anything to it.
 //!
-//! Completion is in order and a chain is ours only within a batch, so what we leave behind is always a part of what
-//! is available, which the used index tells as well. Another back-end may have left chains out of order; they are
-//! *resubmitted*: taken before what else is available. A region that makes no sense is begun anew.
+//! Completion is in order, and Baton holds chains only within a batch. So the chains that it leaves in flight are
+//! always the next available ones, which the used index tells as well. Another back-end may leave chains out of order:
+//! they are *resubmitted*, that is, taken before the other available chains. An invalid region is reset.
 //!
 //! ```text
 //!   for each chain:    counter, inflight = 1, next = last_batch_head, last_batch_head = head
 //!   for a whole batch: used ring's idx; then inflight = 0 for each chain; then used_idx = idx
 //! ```
-//! A kill between any two of these stores is repaired by [`InflightQueue::recover`].
-#![expect(unsafe_code, reason = "notes chains in memory that the front-end shares")]
+//! [`InflightQueue::recover`] repairs the region after a crash between any two of these stores.
+#![expect(unsafe_code, reason = "records chains in memory that the front-end shares")]
 
 use std::fs::File;
 use std::io;
@@ -31,51 +32,51 @@ const STATE: usize = 16;
 /// Each queue's part begins at a multiple of this.
 const ALIGNMENT: u64 = 64;
 
-/// Why a region was not accepted.
+/// Why a region cannot be created or was not accepted.
 #[derive(Debug, thiserror::Error)]
 pub enum InflightError {
-    /// It has no room for what it is to hold.
-    #[error("an inflight region of {size} bytes for {queues} queues of {entries}, which need {needed}")]
+    /// The region is too small for its queues.
+    #[error("inflight region has {size} bytes, but {queues} queues of {entries} descriptors need {needed}")]
     TooSmall {
-        /// Its size.
+        /// The size of the region.
         size: u64,
         /// The number of queues.
         queues: u16,
-        /// The descriptors of each.
+        /// The number of descriptors of each queue.
         entries: u16,
-        /// What they need.
+        /// The size that they need.
         needed: u64,
     },
-    /// It cannot be mapped.
+    /// The region cannot be mapped.
     #[error("cannot map the inflight region")]
     Mapping(#[from] MappingError),
-    /// It cannot be made.
-    #[error("cannot make an inflight region")]
+    /// The region cannot be created.
+    #[error("cannot create an inflight region")]
     Create(#[source] io::Error),
 }
 
-/// The bytes of one queue's part.
+/// Returns the size of one queue's part in bytes.
 fn part(entries: u16) -> u64 {
     ((HEADER + STATE * usize::from(entries)) as u64).next_multiple_of(ALIGNMENT)
 }
 
-/// The bytes of a whole region.
+/// Returns the size of a whole region in bytes.
 fn whole(queues: u16, entries: u16) -> u64 {
     // At most 2^16 times 2^20 bytes.
     u64::from(queues) * part(entries)
 }
 
-/// Makes a region for a front-end to keep (`GET_INFLIGHT_FD`): a file that cannot change its size, and that size.
+/// Creates a region for a front-end to keep (`GET_INFLIGHT_FD`). Returns a file of fixed size, and that size.
 ///
 /// # Errors
-/// [`InflightError::Create`].
+/// Returns [`InflightError::Create`] if the file cannot be created.
 pub fn create(queues: u16, entries: u16) -> Result<(File, u64), InflightError> {
     let size = whole(queues, entries);
     let file = sealed_memfd::create("inflight", size).map_err(InflightError::Create)?;
     Ok((file, size))
 }
 
-/// A region that the front-end gave (`SET_INFLIGHT_FD`).
+/// A region from the front-end (`SET_INFLIGHT_FD`).
 #[derive(Debug)]
 pub struct InflightRegion {
     mapping: SharedMapping,
@@ -87,7 +88,8 @@ impl InflightRegion {
     /// Maps a region of `size` bytes at `offset` of `file`, for `queues` queues of `entries` descriptors.
     ///
     /// # Errors
-    /// [`InflightError`].
+    /// Returns [`InflightError::TooSmall`] if the queues do not fit, or [`InflightError::Mapping`] if the region cannot
+    /// be mapped.
     pub fn new(file: File, offset: u64, size: u64, queues: u16, entries: u16) -> Result<Self, InflightError> {
         let needed = whole(queues, entries);
         if size < needed {
@@ -96,32 +98,32 @@ impl InflightRegion {
         Ok(Self { mapping: SharedMapping::new(file, offset, needed)?, queues, entries })
     }
 
-    /// The file that it is in.
+    /// Returns the file that contains the region.
     pub fn file(&self) -> &File {
         self.mapping.file()
     }
 
-    /// Where it lies in the file: offset and size in bytes.
+    /// Returns offset and size of the region in the file, in bytes.
     pub fn place(&self) -> (u64, u64) {
         (self.mapping.offset(), self.mapping.length() as u64)
     }
 
-    /// For how many queues, and for how many descriptors of each.
+    /// Returns the number of queues, and of descriptors per queue.
     pub fn shape(&self) -> (u16, u16) {
         (self.queues, self.entries)
     }
 }
 
-/// What a region says of a queue that cannot be.
+/// Why a queue's part of a region is invalid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 enum Nonsense {
-    #[error("its version is {0}")]
+    #[error("unknown version {0}")]
     Version(u16),
-    #[error("its used index {noted} is not of a ring whose used index is {used}")]
+    #[error("recorded used index {noted} does not match the ring's used index {used}")]
     UsedIndex { noted: u16, used: u16 },
-    #[error("its last batch is no list of {0} chains")]
+    #[error("last batch is not a list of {0} chains")]
     Batch(u16),
-    #[error("it has {inflight} chains, where {available} were made available")]
+    #[error("{inflight} chains in flight, but only {available} are available")]
     TooMany { inflight: usize, available: u16 },
 }
 
@@ -130,22 +132,22 @@ enum Nonsense {
 pub struct InflightQueue {
     _region: Arc<InflightRegion>,
     start: *mut u8,
-    /// Chains that the vring can have.
+    /// Number of descriptors of the vring.
     entries: u16,
-    /// For `desc_num`.
+    /// Number of descriptors of the part, for the field `desc_num`.
     desc_num: u16,
     /// The counter of the next chain.
     counter: u64,
-    /// Completed and not published.
+    /// Chains that are completed but not published.
     batch: Vec<u16>,
 }
 
-// SAFETY: the pointer is into the region's mapping, which it keeps; all access is atomic.
+// SAFETY: the pointer is into the mapping that `_region` keeps; all access is atomic.
 unsafe impl Send for InflightQueue {}
 
 impl InflightQueue {
-    /// The part of vring `index`, which has `size` descriptors. `None` where the region has no room for it: the
-    /// front-end did not ask for that, and completion in order does without.
+    /// Returns the part of vring `index`, which has `size` descriptors, or `None` if the region has no room for it.
+    /// Then the front-end did not ask for tracking, and completion in order works without.
     pub fn new(region: &Arc<InflightRegion>, index: usize, size: u16) -> Option<Self> {
         if index >= usize::from(region.queues) || size > region.entries {
             return None;
@@ -163,8 +165,9 @@ impl InflightQueue {
         })
     }
 
-    /// Makes the part agree with the ring, whose used and available index are these. Gives the heads of the chains
-    /// that were taken and not completed, in the order in which they were taken.
+    /// Brings the part up to date with the ring, whose used and available indices are `used` and `available`. Returns
+    /// the heads of the chains that were taken and not completed, in the order in which they were taken. Resets an
+    /// invalid part.
     pub fn recover(&mut self, used: u16, available: u16) -> Vec<u16> {
         self.batch.clear();
         self.counter = 0;
@@ -177,17 +180,17 @@ impl InflightQueue {
             Ok(Some(leftovers)) => return leftovers,
             Ok(None) => {}
             Err(nonsense) => {
-                limited!(warn, %nonsense, "inflight region ignored, and begun anew");
+                limited!(warn, %nonsense, "invalid inflight region ignored and reset");
             }
         }
         self.begin(used);
         Vec::new()
     }
 
-    /// Repairs the last batch, and finds what is in flight.
+    /// Repairs the last batch, and returns the chains in flight.
     fn leftovers(&mut self, used: u16, available: u16) -> Result<Vec<u16>, Nonsense> {
         let noted = self.used_idx().load(Ordering::Relaxed);
-        // What was published before the part was brought up to date.
+        // The chains of the last batch, if it was published but not yet recorded as such.
         let count = used.wrapping_sub(noted);
         if count > self.entries {
             return Err(Nonsense::UsedIndex { noted, used });
@@ -222,7 +225,7 @@ impl InflightQueue {
         Ok(leftovers.into_iter().map(|(_, head)| head).collect())
     }
 
-    /// Begins anew, with nothing in flight.
+    /// Resets the part, with nothing in flight.
     fn begin(&self, used: u16) {
         for head in 0..self.desc_num {
             self.inflight(head).store(0, Ordering::Relaxed);
@@ -234,8 +237,8 @@ impl InflightQueue {
         self.version().store(VERSION, Ordering::Release);
     }
 
-    /// Notes that the chain at `head`, below the vring's size, is given back with the next batch. One that was
-    /// resubmitted is in flight already, and keeps its place in the order.
+    /// Records that the chain at `head`, which is less than the vring's size, is in the used ring and part of the next
+    /// batch. A resubmitted chain is in flight already and keeps its counter.
     #[inline]
     pub fn complete(&mut self, head: u16, resubmitted: bool) {
         if head >= self.entries {
@@ -255,7 +258,7 @@ impl InflightQueue {
         self.batch.push(head);
     }
 
-    /// Notes that the batch was published: the guest can see the used index `used`.
+    /// Records that the batch was published: the guest can see the used index `used`.
     #[inline]
     pub fn published(&mut self, used: u16) {
         for &head in &self.batch {
@@ -267,14 +270,14 @@ impl InflightQueue {
         step();
     }
 
-    /// A number at `offset` of the part.
+    /// Returns the number at `offset` of the part.
     #[inline]
     fn field<T>(&self, offset: usize) -> &T {
         debug_assert!(offset + size_of::<T>() <= HEADER + STATE * usize::from(self.desc_num));
         // SAFETY: within the part, as every caller's offset is.
         let pointer = unsafe { self.start.add(offset) }.cast::<T>();
-        // SAFETY: within the mapping that `_region` keeps; aligned, as the part is and the layout's numbers are; only
-        // used with atomics, for which every value is valid, since the front-end shares it.
+        // SAFETY: within the mapping that `_region` keeps; aligned, as the part and all numbers in it are; `T` is only
+        // an atomic, for which every value is valid, since the front-end shares the memory.
         unsafe { &*pointer }
     }
 
@@ -303,7 +306,7 @@ impl InflightQueue {
     }
 }
 
-/// Called after each store that the next back-end may see: where tests have this one killed.
+/// Called after each store that the next back-end may see. Tests simulate a crash here.
 #[cfg(not(test))]
 #[inline]
 pub fn step() {}

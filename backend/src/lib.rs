@@ -1,7 +1,7 @@
 //! Baton's back-end: a vhost-user virtio-net device whose dataplane and TAP live in this process.
 //!
-//! [`server`] waits for everything; [`endpoint`] gives front-ends, [`session`] their messages, [`dispatch`] serves
-//! these by changing the [`device`]; its [`dataplane`] moves the frames between guest [`memory`] and the [`tap`].
+//! [`server`] runs the event loop. [`endpoint`] provides front-ends, [`session`] reads their messages, and [`dispatch`]
+//! applies each message to the [`device`], whose [`dataplane`] moves frames between guest [`memory`] and the [`tap`].
 
 pub mod args;
 

@@ -1,4 +1,4 @@
-//! The back-end program: reads the command line, opens everything, serves, cleans up.
+//! The back-end program: parses the command line, opens the TAP and the sockets, serves until told to end, cleans up.
 
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -35,14 +35,14 @@ pub(crate) fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // Nobody is left to tell if standard error is closed.
+            // If standard error is closed, the error cannot be reported.
             let _ = writeln!(io::stderr(), "baton-backend: {error:#}");
             ExitCode::FAILURE
         }
     }
 }
 
-/// One line on stderr and exit code 2; help and version as clap prints them.
+/// Prints a usage error as one line and returns exit code 2. Prints help and version as clap does.
 fn usage(error: &clap::Error) -> ExitCode {
     if !error.use_stderr() {
         let _ = error.print();
@@ -59,13 +59,13 @@ fn usage(error: &clap::Error) -> ExitCode {
 }
 
 fn serve(args: &Args) -> Result<()> {
-    // Inherited descriptors first: nothing of our own can then have their numbers.
+    // Before this process opens a descriptor that could get the same number.
     let inherited = args.fd.map(Endpoint::inherited).transpose()?;
     let vhost = vhost(args)?;
     let tap = match (&args.tap, &args.tap_fds) {
         (_, Some(fds)) => Some(Tap::from_fds(fds)?),
         (Some(name), None) => Some(Tap::open(name, args.queue_pairs.unwrap_or(1))?),
-        // --incoming-fds, or the command line would have been refused.
+        // `args::parse` allows this only with --incoming-fds.
         (None, None) => None,
     };
     if let (Some(tap), Some(sndbuf)) = (&tap, args.sndbuf) {
@@ -76,14 +76,14 @@ fn serve(args: &Args) -> Result<()> {
     }
     log_to_stderr(&args.log_level);
     raise_descriptor_limit();
-    let signals = server::signals().context("cannot take signals")?;
-    let (sender, calls) = event_channel().context("cannot make a channel")?;
+    let signals = server::signals().context("cannot set up signal handling")?;
+    let (sender, calls) = event_channel().context("cannot create an event channel")?;
     let control = control_socket(args, sender)?;
     let endpoint = match (inherited, &args.socket_path) {
         (Some(endpoint), _) => endpoint,
         (None, Some(path)) if args.client => Endpoint::client(path.clone())?,
         (None, Some(path)) => Endpoint::listen(path)?,
-        // --incoming-fds, or the command line would have been refused.
+        // `args::parse` allows this only with --incoming-fds.
         (None, None) => Endpoint::Nowhere,
     };
     let poll = args.poll_us.map(|poll| Duration::from_micros(u64::from(poll)));
@@ -98,15 +98,15 @@ fn serve(args: &Args) -> Result<()> {
     if let (Some(script), Some(tap)) = (&args.script.0, &tap) {
         script::run("--script", script, &tap.name())?;
     }
-    // The script may set it.
+    // Checked after --script, which may set the TAP's MTU.
     if let (Some(tap), Some(mtu)) = (&tap, args.mtu)
-        && let Some(of_tap) = tap.mtu()
-        && of_tap < i32::from(mtu)
+        && let Some(tap_mtu) = tap.mtu()
+        && tap_mtu < i32::from(mtu)
     {
         let name = tap.name();
         tracing::warn!(
-            "the guest's MTU of {mtu} (--mtu) is larger than the {of_tap} of TAP {name}: the network may drop the \
-             guest's larger frames; set both alike"
+            "guest MTU {mtu} (--mtu) is larger than MTU {tap_mtu} of TAP {name}: the network may drop larger frames \
+             from the guest; set both to the same value"
         );
     }
     let config = DeviceConfig {
@@ -116,7 +116,7 @@ fn serve(args: &Args) -> Result<()> {
         downscript: absolute(&args.downscript)?,
         poll: poll.unwrap_or_default(),
     };
-    let (sender, failures) = event_channel().context("cannot make a channel")?;
+    let (sender, failures) = event_channel().context("cannot create an event channel")?;
     let name = tap.as_ref().map(Tap::name);
     let mut device = Device::new(tap, args.pairs(), vhost, config, &sender)?;
     device.set_offers_device_state(args.device_state != Some(DeviceState::Off));
@@ -134,7 +134,7 @@ fn serve(args: &Args) -> Result<()> {
     after
 }
 
-/// The control socket; or the path of one that comes with the device.
+/// Serves the control socket. With --incoming-fds, another process may serve it until this one takes the device.
 fn control_socket(args: &Args, calls: EventSender<Call>) -> Result<ControlSocket> {
     let Some(path) = &args.control_socket else { return Ok(ControlSocket::None) };
     if args.incoming_fds.is_none() {
@@ -147,7 +147,7 @@ fn control_socket(args: &Args, calls: EventSender<Call>) -> Result<ControlSocket
     }
 }
 
-/// A vhost-net for each queue pair, if the kernel is to move the frames.
+/// Opens the vhost-net instances, one for each queue pair, if the kernel is to move the frames.
 fn vhost(args: &Args) -> Result<Vhost, VhostNetError> {
     let pairs_known = args.incoming_fds.is_none() || args.queue_pairs.is_some();
     if let Some(fds) = &args.vhost_fds {
@@ -172,10 +172,11 @@ fn vhost(args: &Args) -> Result<Vhost, VhostNetError> {
     Ok(Vhost::Given(std::iter::once(Ok(first)).chain(others).collect::<Result<_, _>>()?))
 }
 
-/// The script by a path that means the same to another process.
+/// Returns the script's absolute path, which another process can resolve.
 fn absolute(script: &Script) -> Result<Option<PathBuf>> {
     let path = script.0.as_deref();
-    path.map(|path| std::path::absolute(path).context("--downscript: no such path")).transpose()
+    path.map(|path| std::path::absolute(path).context("--downscript: cannot make the path absolute"))
+        .transpose()
 }
 
 fn log_to_stderr(level: &str) {
@@ -183,16 +184,17 @@ fn log_to_stderr(level: &str) {
         .with_writer(io::stderr)
         .with_ansi(false)
         .with_target(false)
-        // clap has checked the word.
+        // clap has validated the level.
         .with_max_level(level.parse().unwrap_or(tracing::level_filters::LevelFilter::INFO))
         .init();
 }
 
-/// Every vring and memory region takes descriptors; the soft limit is for programs that use select(2).
+/// Raises the soft limit of open descriptors, which is meant for programs that use select(2), to the hard limit: every
+/// vring and memory region needs descriptors.
 fn raise_descriptor_limit() {
     let raised = getrlimit(Resource::RLIMIT_NOFILE)
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
     if let Err(error) = raised {
-        tracing::warn!(%error, "cannot raise the limit of open descriptors");
+        tracing::warn!(%error, "cannot raise the limit of open files");
     }
 }

@@ -1,8 +1,8 @@
-//! Guest memory as the front-end shares it: an immutable table of mapped regions (vhost-user: "Memory region
+//! Guest memory that the front-end shares: an immutable table of mapped regions (vhost-user: "Memory region
 //! description").
 //!
-//! A change of the table makes a new [`GuestMemory`] that shares the mappings it keeps; whoever still uses the old
-//! table keeps its mappings alive. Peers' addresses become host pointers here and nowhere else.
+//! A change of the table creates a new [`GuestMemory`], which shares the mappings of the regions that stay. Users of
+//! the old table keep its mappings alive. This is the only place that turns peers' addresses into host pointers.
 #![expect(unsafe_code, reason = "turns guest addresses into pointers within a mapping")]
 
 use std::fs::File;
@@ -15,7 +15,7 @@ use crate::shared_mapping::{MappingError, SharedMapping};
 use crate::sigbus::MAX_REGIONS;
 use crate::yielding::yield_if_due;
 
-/// Where a region lies, as the front-end describes it; sizes and offsets in bytes.
+/// A region as the front-end describes it. Sizes and offsets are in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RegionLayout {
     /// Guest physical address.
@@ -34,24 +34,24 @@ pub enum MemoryError {
     /// An address plus its size overflows.
     #[error("memory region at guest address {0:#x} wraps around")]
     Wraps(u64),
-    /// It shares guest or user addresses with another region.
+    /// The region shares guest or user addresses with another region.
     #[error("memory region at guest address {0:#x} overlaps another one")]
     Overlaps(u64),
-    /// More than [`MAX_REGIONS`].
+    /// The table has more than [`MAX_REGIONS`] regions.
     #[error("more than {MAX_REGIONS} memory regions")]
     TooMany,
-    /// No region has this layout.
+    /// The table has no such region.
     #[error("no memory region at guest address {0:#x} has that size and user address")]
     Unknown(u64),
     /// The file cannot be inspected.
     #[error("cannot inspect the file of a memory region")]
     Inspect(#[source] std::io::Error),
     /// The file cannot be mapped.
-    #[error("cannot share the memory region at guest address {guest_address:#x}")]
+    #[error("cannot map the memory region at guest address {guest_address:#x}")]
     Mapping {
         /// The region's guest physical address.
         guest_address: u64,
-        /// Why not.
+        /// The reason.
         #[source]
         source: MappingError,
     },
@@ -81,14 +81,14 @@ impl Region {
             || cross(self.layout.user_address, other.layout.user_address)
     }
 
-    /// Whether `file` is what the region maps.
+    /// Returns whether the region maps `file`.
     fn is_of(&self, file: &File) -> Result<bool, MemoryError> {
         let own = self.mapping.file().metadata().map_err(MemoryError::Inspect)?;
         let other = file.metadata().map_err(MemoryError::Inspect)?;
         Ok((own.dev(), own.ino()) == (other.dev(), other.ino()))
     }
 
-    /// The host pointer `offset` bytes into the region, and how many bytes follow.
+    /// Returns the host pointer at `offset` bytes into the region, and how many bytes follow.
     #[inline]
     fn at(&self, offset: u64) -> Option<(*mut u8, usize)> {
         if offset >= self.layout.size {
@@ -105,7 +105,7 @@ impl Region {
 #[derive(Clone, Debug)]
 struct Entry {
     region: Arc<Region>,
-    /// How often it was shared: QEMU before 8.0 adds, and removes, every region once for each queue pair.
+    /// How often the region was added: QEMU before 8.0 adds and removes every region once per queue pair.
     count: u32,
 }
 
@@ -119,7 +119,7 @@ impl GuestMemory {
     /// Maps a whole table (`SET_MEM_TABLE`).
     ///
     /// # Errors
-    /// Any [`MemoryError`]; nothing stays mapped then.
+    /// Returns a [`MemoryError`] if a region is invalid or cannot be mapped. No region stays mapped then.
     pub fn map(regions: impl IntoIterator<Item = (RegionLayout, File)>) -> Result<Self, MemoryError> {
         let mut memory = Self::default();
         for (layout, file) in regions {
@@ -128,10 +128,10 @@ impl GuestMemory {
         Ok(memory)
     }
 
-    /// Maps a table whose regions are there so many times, as [`Self::files`] gave it elsewhere.
+    /// Maps a table from the output of [`Self::files`] in another process: layout, count and file of each region.
     ///
     /// # Errors
-    /// Any [`MemoryError`]; nothing stays mapped then.
+    /// As for [`Self::map`].
     pub fn map_counted(
         regions: impl IntoIterator<Item = (RegionLayout, u32, File)>,
     ) -> Result<Self, MemoryError> {
@@ -143,12 +143,13 @@ impl GuestMemory {
         Ok(memory)
     }
 
-    /// Every region by guest address: where it lies, how often it was shared, and its file.
+    /// Returns all regions by guest address: layout, how often the region was added, and file.
     pub fn files(&self) -> impl Iterator<Item = (RegionLayout, u32, &File)> {
         self.entries.iter().map(|entry| (entry.region.layout, entry.count, entry.region.mapping.file()))
     }
 
-    /// Has the pages of `length` bytes at `pointer`, which [`Self::resolve_user`] has given, there for writing.
+    /// Prefaults the pages of `length` bytes at `pointer` for writing. [`Self::resolve`] or [`Self::resolve_user`] must
+    /// have returned the pointer.
     pub fn prefault(&self, pointer: *mut u8, length: usize) {
         for Entry { region, .. } in &self.entries {
             region.mapping.prefault(pointer, length);
@@ -156,11 +157,11 @@ impl GuestMemory {
         yield_if_due();
     }
 
-    /// This table with one more region (`ADD_MEM_REG`). One that is there already, of the same file, is there once
-    /// more: to be removed as often as it was added.
+    /// Returns this table with one more region (`ADD_MEM_REG`). A region with the same layout and file as an existing
+    /// one increases its count: it must be removed as often as it was added.
     ///
     /// # Errors
-    /// Any [`MemoryError`]; this table is unchanged.
+    /// Returns a [`MemoryError`] if the region is invalid or cannot be mapped.
     pub fn with(&self, layout: RegionLayout, file: File) -> Result<Self, MemoryError> {
         let mut memory = self.clone();
         if let Some(entry) = memory.entries.iter_mut().find(|entry| entry.region.layout == layout)
@@ -173,11 +174,11 @@ impl GuestMemory {
         Ok(memory)
     }
 
-    /// This table without the region that has the guest address, user address and size of `layout`
-    /// (`REM_MEM_REG`: the file offset says nothing).
+    /// Returns this table without the region that has the guest address, user address and size of `layout`
+    /// (`REM_MEM_REG`, which ignores the file offset).
     ///
     /// # Errors
-    /// [`MemoryError::Unknown`] where there is none.
+    /// Returns [`MemoryError::Unknown`] if there is no such region.
     pub fn without(&self, layout: RegionLayout) -> Result<Self, MemoryError> {
         let same = |entry: &Entry| {
             let own = entry.region.layout;
@@ -206,12 +207,12 @@ impl GuestMemory {
         Ok(place)
     }
 
-    /// How many regions there are.
+    /// Returns the number of regions.
     pub fn regions(&self) -> usize {
         self.entries.len()
     }
 
-    /// The regions for the kernel's vhost, whose user addresses are this program's.
+    /// Returns the regions for the kernel's vhost. Their user addresses are those of this process.
     pub fn vhost_regions(&self) -> impl Iterator<Item = VhostUserMemoryRegionInfo> {
         self.entries.iter().map(|Entry { region, .. }| VhostUserMemoryRegionInfo {
             guest_phys_addr: region.layout.guest_address,
@@ -221,14 +222,14 @@ impl GuestMemory {
         })
     }
 
-    /// Whether no memory was shared yet.
+    /// Returns whether the table has no regions.
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
 
-    /// Where guest address `address` is mapped, and how many bytes follow in the same region.
+    /// Returns the host pointer of guest address `address`, and how many bytes follow in the same region.
     ///
-    /// `hint` is a region's index to look at first; it is set to the one that was found.
+    /// `hint` is the index of the region to try first. It is set to the index of the region that was found.
     #[inline]
     pub fn resolve(&self, address: u64, hint: &mut usize) -> Option<(*mut u8, usize)> {
         if let Some(Entry { region, .. }) = self.entries.get(*hint)
@@ -244,7 +245,7 @@ impl GuestMemory {
         Some(found)
     }
 
-    /// The guest address of what is mapped at `pointer`, which [`Self::resolve`] has given.
+    /// Returns the guest address of `pointer`, which [`Self::resolve`] has returned.
     pub fn guest_address(&self, pointer: *const u8) -> Option<u64> {
         self.entries.iter().find_map(|Entry { region, .. }| {
             let offset = (pointer as usize).wrapping_sub(region.mapping.start() as usize);
@@ -252,13 +253,13 @@ impl GuestMemory {
         })
     }
 
-    /// The first guest address behind all regions; 0 where there are none.
+    /// Returns the first guest address after all regions, or 0 without regions.
     pub fn end(&self) -> u64 {
-        // Sorted, and none overlaps another.
+        // The regions are sorted and do not overlap.
         self.entries.last().map_or(0, |Entry { region, .. }| region.layout.guest_address + region.layout.size)
     }
 
-    /// Where `length` bytes at the front-end's address `address` are mapped, if one region holds them all.
+    /// Returns the host pointer of the front-end's address `address`, if one region holds `length` bytes from there on.
     pub fn resolve_user(&self, address: u64, length: usize) -> Option<*mut u8> {
         self.entries.iter().find_map(|Entry { region, .. }| {
             let (pointer, rest) = region.at(address.wrapping_sub(region.layout.user_address))?;
@@ -283,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_resolve_within_their_region_only() {
+    fn addresses_resolve_only_within_their_region() {
         let memory = GuestMemory::map([
             (layout(0x10_0000, 0x7000_0000), file(0x1000)),
             (layout(0x1000, 0x6000_0000), file(0x1000)),
@@ -304,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pointer_has_the_guest_address_that_it_was_resolved_from() {
+    fn guest_address_inverts_resolve() {
         assert_eq!(GuestMemory::default().end(), 0);
         let memory =
             GuestMemory::map([(layout(0x10_0000, 0), file(0x1000)), (layout(0x1000, 0x1000), file(0x1000))])
@@ -318,17 +319,17 @@ mod tests {
     }
 
     #[test]
-    fn what_the_peer_wrote_is_seen() {
+    fn resolved_pointer_reads_data_of_the_file() {
         let mut shared = file(0x1000);
         shared.write_all(b"hello").unwrap();
         let memory = GuestMemory::map([(layout(0, 0x1000), shared)]).unwrap();
         let (pointer, _) = memory.resolve(4, &mut 0).unwrap();
-        // SAFETY: `resolve` gave a pointer to at least one byte.
+        // SAFETY: `resolve` returned a pointer to at least one byte.
         assert_eq!(unsafe { pointer.read_volatile() }, b'o');
     }
 
     #[test]
-    fn bad_regions_are_refused() {
+    fn invalid_regions_are_refused() {
         let base = GuestMemory::map([(layout(0x1000, 0x1000), file(0x1000))]).unwrap();
         let refused = |layout, file| base.with(layout, file).unwrap_err();
         assert!(matches!(refused(layout(0x1800, 0x9000), file(0x1000)), MemoryError::Overlaps(0x1800)));
@@ -346,12 +347,12 @@ mod tests {
         assert!(matches!(unmappable(unaligned, 0x2000), MappingError::Map(_)));
         assert!(matches!(base.without(layout(0x1000, 0x2000)), Err(MemoryError::Unknown(0x1000))));
         assert!(base.without(layout(0x1000, 0x1000)).unwrap().is_empty());
-        // The same place, but another file.
+        // The same layout, but another file.
         assert!(matches!(refused(layout(0x1000, 0x1000), file(0x1000)), MemoryError::Overlaps(_)));
     }
 
     #[test]
-    fn a_table_is_the_same_where_its_files_were_given() {
+    fn table_mapped_from_files_of_another_is_equal() {
         let shared = file(0x3000);
         let regions = [
             (
@@ -370,7 +371,7 @@ mod tests {
         assert_eq!(plain(&again), plain(&memory));
         let (ours, theirs) = (0x10_0123, 0x7000_0123);
         let (pointer, _) = memory.resolve(ours, &mut 0).unwrap();
-        // SAFETY: `resolve` gave a pointer to at least one byte.
+        // SAFETY: `resolve` returned a pointer to at least one byte.
         unsafe { pointer.write_volatile(7) };
         let pointer = again.resolve_user(theirs, 1).unwrap();
         again.prefault(pointer, 0x10);
@@ -379,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn a_region_goes_when_it_was_removed_as_often_as_added() {
+    fn region_is_unmapped_when_removed_as_often_as_added() {
         let shared = file(0x1000);
         let again = shared.try_clone().unwrap();
         let once = GuestMemory::map([(layout(0, 0), shared)]).unwrap();

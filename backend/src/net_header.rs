@@ -1,5 +1,5 @@
-//! `struct virtio_net_hdr` (virtio 1.2 §5.1.6), as the TAP writes and reads it: 10 bytes, and 12 with the number of
-//! buffers where `VIRTIO_F_VERSION_1` or `VIRTIO_NET_F_MRG_RXBUF` was negotiated.
+//! `struct virtio_net_hdr` (virtio 1.2 §5.1.6), as the TAP writes and reads it: 10 bytes, or 12 with `num_buffers` if
+//! `VIRTIO_F_VERSION_1` or `VIRTIO_NET_F_MRG_RXBUF` was negotiated.
 
 use virtio_bindings::virtio_net;
 
@@ -7,15 +7,15 @@ use crate::features::Features;
 
 /// Length without `num_buffers`.
 pub const SHORT: usize = 10;
-/// Length with it.
+/// Length with `num_buffers`.
 pub const LONG: usize = 12;
-/// Where `flags` lies.
+/// Offset of `flags`.
 pub const FLAGS: usize = 0;
-/// Where `gso_type` lies.
+/// Offset of `gso_type`.
 pub const GSO_TYPE: usize = 1;
-/// Where `hdr_len` lies.
+/// Offset of `hdr_len`.
 const HDR_LEN: usize = 2;
-/// Where `num_buffers` lies.
+/// Offset of `num_buffers`.
 pub const NUM_BUFFERS: usize = 10;
 
 /// `VIRTIO_NET_HDR_F_NEEDS_CSUM`.
@@ -31,8 +31,8 @@ const GSO_UDP_L4: u8 = 5;
 /// `VIRTIO_NET_HDR_GSO_ECN`, with one of the others.
 const GSO_ECN: u8 = 0x80;
 
-/// Clears an `hdr_len` beyond the end of `frame`, which begins with its header of `header` bytes. It is a hint that a
-/// device must not rely on (virtio 1.3 §5.1.6.2), but the kernel's TAP refuses such a frame. Gives whether it did.
+/// Clears an `hdr_len` beyond the end of `frame`, which begins with a header of `header` bytes. Returns whether it did.
+/// A device must not rely on `hdr_len` (virtio 1.3 §5.1.6.2), but the kernel's TAP refuses such a frame.
 pub fn mend_length(frame: &mut [u8], header: usize) -> bool {
     let length = frame.len().saturating_sub(header);
     let Some(field) = frame.get_mut(HDR_LEN..HDR_LEN + 2) else { return false };
@@ -43,7 +43,7 @@ pub fn mend_length(frame: &mut [u8], header: usize) -> bool {
     beyond
 }
 
-/// Which headers the guest can take, from the features it accepted.
+/// The headers that the guest accepts, from the negotiated features.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Accepted {
     checksum: bool,
@@ -54,14 +54,14 @@ pub struct Accepted {
     uso: bool,
 }
 
-/// What is to be done with a frame for the guest.
+/// What to do with a frame for the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It is as the guest wants it.
+    /// Deliver it unchanged.
     Pass,
-    /// It is, once `flags` is 0 (virtio 1.2 §5.1.6.4.1: without `GUEST_CSUM` no flag may be set).
+    /// Deliver it with `flags` 0 (virtio 1.2 §5.1.6.4.1: without `GUEST_CSUM` no flag may be set).
     ClearFlags,
-    /// It was queued when other offloads were on, and the guest could not read it.
+    /// Drop it: it was queued while other offloads were on, and the guest cannot read it.
     Drop,
 }
 
@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_guest_without_offloads_gets_neither_flags_nor_segments() {
+    fn guest_without_offloads_gets_neither_flags_nor_segments() {
         let none = Accepted::default();
         assert_eq!(none.judge(0, 0), Verdict::Pass);
         assert_eq!(none.judge(2, 0), Verdict::ClearFlags);

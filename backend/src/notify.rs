@@ -1,7 +1,7 @@
 //! The eventfds of a vring (vhost-user: `SET_VRING_KICK`, `SET_VRING_CALL`, `SET_VRING_ERR`).
 //!
-//! They belong to the front-end, which shares their file description and so their flags and their counter. Only
-//! eventfds are accepted: a write to anything else could block for ever or raise a signal.
+//! The front-end owns them and shares the open file, so it can change flags and counter. Only eventfds are accepted: a
+//! write to anything else could block for ever or raise a signal.
 
 use std::fs::File;
 use std::io;
@@ -11,13 +11,13 @@ use std::sync::Arc;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-/// Why a descriptor is of no use for notifications.
+/// Why a descriptor cannot be used for notifications.
 #[derive(Debug, thiserror::Error)]
 pub enum NotifierError {
-    /// It is something else.
+    /// The descriptor is not an eventfd.
     #[error("the descriptor for notifications is not an eventfd")]
     NotEventfd,
-    /// It could not be looked at.
+    /// The descriptor cannot be inspected.
     #[error("cannot inspect the descriptor for notifications")]
     Inspect(#[source] io::Error),
 }
@@ -47,14 +47,14 @@ impl AsFd for Notifier {
 }
 
 impl Notifier {
-    /// Whether [`Self::notify`] would return at once.
+    /// Returns whether [`Self::notify`] would return at once.
     pub fn has_room(&self) -> bool {
         let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLOUT)];
         poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
-    /// Adds one to the counter. Where the counter is full the reader has been notified already: then the write fails, or,
-    /// in blocking mode, waits until the reader comes or a signal interrupts it (eventfd takes no `RWF_NOWAIT`).
+    /// Adds one to the counter. If the counter is full, the reader has been notified already: the write fails, or in
+    /// blocking mode waits until a read or a signal (an eventfd does not support `RWF_NOWAIT`).
     #[inline]
     pub fn notify(&self) {
         let _ = nix::unistd::write(&self.0, &1u64.to_ne_bytes());
@@ -80,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn an_interrupt_ends_the_wait_for_a_full_counter_and_leaves_it_full() {
+    fn interrupt_ends_the_wait_for_a_full_counter_and_leaves_it_full() {
         let file = eventfd(0);
         nix::unistd::write(&file, &(u64::MAX - 1).to_ne_bytes()).unwrap();
         let notifier = Notifier::try_from(file).unwrap();

@@ -10,21 +10,21 @@ use std::process::{Command, ExitStatus};
 use baton_protocol::handover::wire::device::Place;
 use nix::sys::signal::SigSet;
 
-/// Why a script did not do its work.
+/// Why a script failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ScriptError {
-    /// It could not be started.
-    #[error("{option}: cannot run {path}; it must be an executable file", path = .path.display())]
+    /// The program could not be started.
+    #[error("{option}: cannot run {path}; use the path of an executable file", path = .path.display())]
     Start {
         /// `--script` or `--downscript`.
         option: &'static str,
         /// The program.
         path: PathBuf,
-        /// Why.
+        /// The system's error.
         #[source]
         source: io::Error,
     },
-    /// It failed.
+    /// The program failed.
     #[error("{option}: {path} {tap} failed with {status}", path = .path.display())]
     Failed {
         /// `--script` or `--downscript`.
@@ -33,16 +33,16 @@ pub enum ScriptError {
         path: PathBuf,
         /// The TAP.
         tap: String,
-        /// How it ended.
+        /// Its exit status.
         status: ExitStatus,
     },
 }
 
-/// Runs the program at `path` with the TAP's name and waits for it. Signals end it as usual, though they are blocked
-/// in this process.
+/// Runs the program at `path` with the TAP's name and waits for it. No signal is blocked in the program, although this
+/// process blocks some.
 ///
 /// # Errors
-/// [`ScriptError`].
+/// Returns an error if the program cannot be started or fails.
 pub fn run(option: &'static str, path: &Path, tap: &str) -> Result<(), ScriptError> {
     let mut command = Command::new(path);
     command.arg(tap);
@@ -57,7 +57,8 @@ pub fn run(option: &'static str, path: &Path, tap: &str) -> Result<(), ScriptErr
     }
 }
 
-/// Where this process runs a script. `None` where `/proc` does not tell.
+/// Returns the namespaces and the root directory in which this process runs a script, or `None` if `/proc` does not
+/// show them.
 pub fn place() -> Option<Place> {
     let inode = |path: &str| std::fs::metadata(path).ok().map(|metadata| metadata.ino());
     let root = std::fs::metadata("/").ok()?;
@@ -82,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn it_gets_the_name_and_its_failure_is_told() {
+    fn script_gets_tap_name_and_its_failure_is_reported() {
         let path = script("test \"$1\" = tap7");
         run("--script", &path, "tap7").unwrap();
         let error = run("--script", &path, "tap8").unwrap_err();
@@ -91,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn signals_that_are_blocked_here_are_not_blocked_there() {
+    fn script_does_not_inherit_blocked_signals() {
         let mut set = SigSet::empty();
         set.add(Signal::SIGTERM);
         set.thread_block().unwrap();

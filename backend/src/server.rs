@@ -1,5 +1,5 @@
-//! The event loop: one thread that waits for front-ends, their messages, control requests and signals, and never
-//! touches a frame.
+//! The event loop: one thread that handles front-ends, their messages, hand-overs, control requests and signals. It
+//! never moves a frame.
 
 pub mod control_socket;
 mod front_end;
@@ -38,46 +38,47 @@ const ALARM: u64 = 5;
 const RESTED: u64 = 6;
 const HANDOVER: u64 = 7;
 
-/// Why the back-end ended when it should not.
+/// Why the back-end failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
-    /// The device is of no more use.
+    /// The device failed.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// A worker thread ended.
+    /// A worker thread failed.
     #[error("the worker of queue pair {pair} failed")]
     Worker {
         /// The queue pair.
         pair: u16,
-        /// Why.
+        /// The worker's error.
         #[source]
         source: io::Error,
     },
-    /// The system would not.
+    /// A system call failed.
     #[error("the event loop failed")]
     System(#[from] io::Error),
 }
 
-/// The back-end as a whole.
+/// The whole back-end.
 #[derive(Debug)]
 pub struct Server {
     epoll: Arc<Epoll>,
-    // Declared before the control server: its clients' threads wait for answers until the receiver is gone.
+    // Dropped before the control server, whose client threads wait for answers until the receiver is gone.
     calls: EventReceiver<Call>,
     failures: EventReceiver<WorkerFailure>,
     signals: SignalFd,
     front: Front,
     backend: SharedBackend,
-    /// Memory of the session was truncated.
+    /// The front-end truncated the session's memory.
     memory_truncated: bool,
     /// Whether to end, with exit code 0.
     ending: bool,
 }
 
-/// Blocks the signals that end the process, in this thread and those it makes; they come through the event loop.
+/// Blocks SIGTERM and SIGINT in this thread and the threads that it creates. Returns the descriptor on which the event
+/// loop receives them.
 ///
 /// # Errors
-/// What `pthread_sigmask(3)` or `signalfd(2)` fails with.
+/// Returns an error if `pthread_sigmask(3)` or `signalfd(2)` fails.
 pub fn signals() -> io::Result<SignalFd> {
     let mut set = SigSet::empty();
     set.add(Signal::SIGTERM);
@@ -87,10 +88,10 @@ pub fn signals() -> io::Result<SignalFd> {
 }
 
 impl Server {
-    /// A server of `device` for the front-ends that come from `endpoint`.
+    /// Creates a server of `device` for the front-ends of `endpoint`.
     ///
     /// # Errors
-    /// [`ServerError::System`].
+    /// Returns an error if a descriptor cannot be created or watched.
     pub fn new(
         device: Device,
         handovers: Handovers,
@@ -111,10 +112,10 @@ impl Server {
         Ok(Self { epoll, calls, failures, signals, front, backend, memory_truncated: false, ending: false })
     }
 
-    /// Serves until told to end. Gives, besides how it ended, what is to be run then by whoever owned the TAP last.
+    /// Serves until told to end. Returns the result, and the downscript to run if this process owned the TAP last.
     pub fn run(mut self) -> (Result<(), ServerError>, Option<FinalScript>) {
         let served = self.serve();
-        // However that ended: whose the session is must be said before anything is cleaned up for its last owner.
+        // Even after an error, settle who owns the session before the cleanup, which only the last owner may do.
         let handed_over = {
             let Backend { device, handovers } = &mut *self.backend.lock();
             handovers.end_session(device, &mut self.front)
@@ -154,7 +155,7 @@ impl Server {
                     HANDOVER => {
                         let Backend { device, handovers } = &mut *self.backend.lock();
                         handovers.progress(device, &mut self.front)?;
-                        // A message may have waited for a transfer's end.
+                        // A CHECK_DEVICE_STATE may have waited for the end of a transfer.
                         look = true;
                     }
                     RESTED => self.front.on_rested()?,
@@ -165,15 +166,15 @@ impl Server {
                 return Err(error.into());
             }
             if held && !self.front.held {
-                // Nothing tells again of what came meanwhile.
+                // Events that arrived while the session was held are not reported again.
                 look = true;
                 self.front.accept()?;
                 self.end_truncated_session()?;
             }
-            // The connection may have spoken at the same time.
+            // If the connection is contested, read it first: a message may have arrived at the same time.
             progress = if look || contested { self.hear()? } else { Progress::Waiting };
             if contested && let Some(what) = self.front.gives_way()? {
-                limited!(info, "dropped a connection that {what}: another front-end waits");
+                limited!(info, "dropped a connection that {what}: another front-end is waiting");
                 self.end_session(Departure::CutOff)?;
                 self.front.accept()?;
             }
@@ -195,7 +196,7 @@ impl Server {
         Ok(())
     }
 
-    /// For how many milliseconds to wait for an event.
+    /// Returns how long to wait for an event, in milliseconds; −1 means no limit.
     fn timeout(&self) -> i32 {
         let due = self.backend.lock().device.queues_settle().filter(|_| !self.front.held);
         let left = due.map(|due| due.saturating_duration_since(Instant::now()));
@@ -204,7 +205,7 @@ impl Server {
         })
     }
 
-    /// Serves the front-end's messages.
+    /// Handles the front-end's messages, unless a hand-over holds the session.
     fn hear(&mut self) -> Result<Progress, ServerError> {
         if self.front.held {
             return Ok(Progress::Waiting);
@@ -226,12 +227,12 @@ impl Server {
         }
     }
 
-    /// The front-end has left, or has to.
+    /// Ends the session for the reason `end`. Then accepts the next front-end, or ends the process if none can come.
     fn disconnect(&mut self, end: SessionEnd) -> Result<(), ServerError> {
         let begun = self.front.session.as_ref().is_some_and(Session::begun);
         let departure = end.departure();
         match end {
-            SessionEnd::Left if !begun => tracing::debug!("a connection was closed without a word"),
+            SessionEnd::Left if !begun => tracing::debug!("connection closed before its first message"),
             SessionEnd::Left => limited!(info, "front-end disconnected"),
             SessionEnd::Device(Rejection::Device(error @ DeviceError::Dead(_))) => return Err(error.into()),
             end => {
@@ -248,13 +249,13 @@ impl Server {
 
     fn end_session(&mut self, departure: Departure) -> Result<(), ServerError> {
         if let Some(session) = &self.front.session {
-            // First the rings, then the connection: a front-end that sees it closed finds nothing running.
+            // Stop the rings before closing the connection: once the front-end sees it closed, no ring runs.
             let Backend { device, handovers } = &mut *self.backend.lock();
             device.end_session()?;
             if session.begun() {
                 handovers.frontend_left(device, departure)?;
             }
-            // With the workers parked and the memory gone: a fault of this session's must not end the next one.
+            // The workers are parked and the memory is unmapped. A truncation in this session must not end the next.
             sigbus::take_truncation();
             self.memory_truncated = false;
         }
@@ -263,7 +264,7 @@ impl Server {
 
     fn on_signal(&mut self) -> Result<(), ServerError> {
         if let Some(signal) = self.signals.read_signal().map_err(io::Error::from)? {
-            tracing::info!(signal = signal.ssi_signo, "ending on a signal");
+            tracing::info!(signal = signal.ssi_signo, "received a signal, ending");
             self.ending = true;
         }
         Ok(())
@@ -277,7 +278,7 @@ impl Server {
                 Request::Status => control::answer(&control::status(device, handovers.status(), connected)),
                 Request::Handover { cancel: true, .. } => handovers.cancel(device, &mut self.front)?,
                 Request::Handover { path: None, .. } => {
-                    Err(control::refusal("say where the other back-end waits: its --incoming-fds"))
+                    Err(control::refusal("no path given: use the --incoming-fds path of the other back-end"))
                 }
                 Request::Handover { path: Some(path), on_suspend, .. } => {
                     let purpose = if *on_suspend { Purpose::Device } else { Purpose::Session };
@@ -291,7 +292,7 @@ impl Server {
                     control::answer(&Done::DONE)
                 }
                 Request::Pause | Request::Resume | Request::Migrate { .. } => {
-                    Err(control::refusal("this is a back-end: only a VMM is paused, resumed and migrated"))
+                    Err(control::refusal("this is a back-end: only a VMM can pause, resume and migrate"))
                 }
             };
             call.answer(answer);
@@ -309,15 +310,15 @@ impl Server {
     fn on_alarm(&mut self) -> Result<(), ServerError> {
         self.memory_truncated |= sigbus::take_truncation();
         if self.memory_truncated && self.front.session.is_some() {
-            // The target must not go on with it.
+            // The target must not take a session with truncated memory.
             let Backend { device, handovers } = &mut *self.backend.lock();
             handovers.cancel_session(device, &mut self.front)?;
         }
         self.end_truncated_session()
     }
 
-    /// Ends the session whose memory was truncated, if there is one. One that is the target's now is left alone: there
-    /// it will be found out, too.
+    /// Ends the session if its memory was truncated. Leaves a session alone that a hand-over holds: it may be the
+    /// target's, which notices the truncation, too.
     fn end_truncated_session(&mut self) -> Result<(), ServerError> {
         if self.front.held {
             return Ok(());

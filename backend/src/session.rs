@@ -1,8 +1,8 @@
-//! One front-end's connection: it begins when the connection is made and ends when either side leaves.
+//! The session on one front-end connection, which ends when either side closes the connection.
 //!
-//! The `vhost` crate's request handler reads and answers the messages. It is given one only when that is there whole
-//! and when the front-end's socket has room for the answer (`session/wire.rs`). Nothing is kept between messages: what
-//! is not handled yet stays in the front-end's socket, and another process can go on with it.
+//! The `vhost` crate's request handler reads and answers the messages. `session/wire.rs` passes it one message at a
+//! time, once the message is complete and the front-end's socket has room for the answer. Nothing is kept between
+//! messages: those that are not handled yet stay in the front-end's socket, where another process can read them.
 #![expect(unsafe_code, reason = "borrows the handler's socket")]
 
 mod wire;
@@ -26,59 +26,59 @@ use crate::handover::session::Negotiated;
 use crate::shared::SharedBackend;
 use wire::{HEADER, Header, NEED_REPLY, Wire};
 
-/// Messages handled before other events get their turn.
+/// How many messages are handled before the event loop handles other events.
 const TURN: u32 = 64;
-/// How long messages are handled before other events get their turn; a message that has begun is not interrupted.
+/// How long messages are handled before the event loop handles other events. A message is not interrupted.
 const TURN_TIME: Duration = Duration::from_millis(5);
 
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
 pub enum SessionEnd {
     /// The front-end closed the connection between two messages.
-    #[error("the front-end left")]
+    #[error("the front-end closed the connection")]
     Left,
     /// The front-end closed the connection within a message.
-    #[error("the front-end left in the middle of a message")]
+    #[error("the front-end closed the connection in the middle of a message")]
     Truncated,
-    /// Descriptors came with the bytes in the middle of a header.
-    #[error("descriptors came in the middle of a message's header")]
+    /// Descriptors arrived in the middle of a header.
+    #[error("descriptors arrived in the middle of a message header")]
     Scattered,
-    /// The limit of open files, or more than any message has.
-    #[error("not all descriptors of a message could be taken")]
+    /// The process reached its limit of open files, or the message has too many descriptors.
+    #[error("cannot receive all descriptors of a message")]
     Descriptors,
-    /// A target that came to nothing can still read from the connection.
-    #[error("another process has read from the front-end's connection")]
+    /// Another process that holds the socket, such as the target of a failed hand-over, read from it.
+    #[error("another process read from the front-end's connection")]
     Robbed,
-    /// A message that this protocol does not have.
+    /// The message is longer than any message of the protocol.
     #[error("message {request} of {size} bytes is too long")]
     Oversized {
         /// The message's type.
         request: u32,
-        /// Length of its body.
+        /// The length of its body, in bytes.
         size: u32,
     },
-    /// The crate could not make sense of a message.
+    /// The `vhost` crate cannot handle the message.
     #[error("cannot serve message {request}")]
     Protocol {
         /// The message's type.
         request: u32,
-        /// What the crate says.
+        /// The crate's error.
         #[source]
         source: VhostError,
     },
-    /// A request for an answer that cannot be given.
+    /// The request was rejected, and its answer cannot express that.
     #[error("cannot answer message {request}")]
     Unanswerable {
         /// The message's type.
         request: u32,
-        /// Why not.
+        /// Why the request was rejected.
         #[source]
         source: Rejection,
     },
-    /// The device could not follow.
+    /// The device failed.
     #[error("the device failed")]
     Device(#[source] Rejection),
-    /// The front-end truncated a file that it shares as memory.
+    /// The front-end truncated a file of guest memory.
     #[error("the front-end truncated the memory that it shares")]
     MemoryTruncated,
     /// The socket failed.
@@ -87,7 +87,7 @@ pub enum SessionEnd {
 }
 
 impl SessionEnd {
-    /// Whether the front-end has gone by itself.
+    /// Returns whether the front-end left or was cut off.
     pub fn departure(&self) -> Departure {
         match self {
             Self::Left | Self::Truncated | Self::Socket(_) => Departure::Left,
@@ -96,16 +96,16 @@ impl SessionEnd {
     }
 }
 
-/// What the session waits for.
+/// What the session waits for next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
     /// An event on the socket.
     Waiting,
-    /// Nothing: there is more to do.
+    /// Nothing: more messages may be available.
     More,
 }
 
-/// What the front-end has said of itself.
+/// The negotiation messages that the front-end has sent.
 #[derive(Clone, Copy, Debug, Default)]
 struct Said {
     owner: bool,
@@ -130,7 +130,7 @@ pub struct Session {
     handler: BackendReqHandler<Dispatch>,
     dispatch: Arc<Dispatch>,
     backend: SharedBackend,
-    /// Whether a message was seen: a connection that is closed without one is no session.
+    /// Whether a message has arrived. A connection without a message is not a session yet.
     begun: bool,
     said: Said,
     since: Instant,
@@ -152,19 +152,19 @@ impl AsFd for Session {
 }
 
 impl Session {
-    /// A session on a connected socket.
+    /// Creates a session on a connected socket.
     ///
     /// # Errors
-    /// What preparing the crate's handler fails with.
+    /// Returns an error if the `vhost` crate's handler cannot be prepared.
     pub fn new(socket: &impl AsFd, backend: &SharedBackend) -> io::Result<Self> {
         Self::negotiated(socket, backend, Negotiated::default())
     }
 
-    /// A session on a connected socket, of which another process has had the beginning. Nothing of the back-end is used
+    /// Creates a session on a connected socket that another process has served until now. Does not use the back-end
     /// before the first message.
     ///
     /// # Errors
-    /// What preparing the crate's handler fails with.
+    /// Returns an error if the `vhost` crate's handler cannot be prepared.
     pub fn negotiated(
         socket: &impl AsFd,
         backend: &SharedBackend,
@@ -177,43 +177,43 @@ impl Session {
         dispatch.serve();
         let wire = Wire::new(socket.as_fd().try_clone_to_owned()?, ours);
         wire.discard_answers()?;
-        // Another process has judged how far the front-end has come.
+        // A session from another process counts as negotiated: its earlier messages are not known here.
         let said = Said { features: negotiated.begun, ..Said::default() };
         let (begun, since) = (negotiated.begun, Instant::now());
         Ok(Self { wire, handler, dispatch, backend: backend.clone(), begun, said, since })
     }
 
-    /// Ends the connection, whoever else holds its socket.
+    /// Ends the connection, whether or not another process holds its socket.
     pub fn close(self) {
         self.wire.close();
     }
 
-    /// Whether the front-end has said anything.
+    /// Returns whether the front-end has sent a message.
     pub fn begun(&self) -> bool {
         self.begun
     }
 
-    /// Whether the front-end has negotiated: then it may be silent for as long as its guest is. QEMU is between
-    /// `SET_OWNER` with the protocol features, which it sends at its start, and `SET_FEATURES` of the guest's driver.
+    /// Returns whether the front-end has negotiated, after which it may stay silent. QEMU sends `SET_OWNER` and the
+    /// protocol features when it starts, and `SET_FEATURES` only when the guest's driver starts.
     pub fn is_negotiated(&self) -> bool {
         self.said.features || self.said.owner && self.said.protocol_features
     }
 
-    /// How long this process has had the connection.
+    /// Returns how long this process has had the connection.
     pub fn age(&self) -> Duration {
         self.since.elapsed()
     }
 
-    /// Handles the messages that are there whole.
+    /// Handles the complete messages that have arrived.
     ///
     /// # Errors
-    /// [`SessionEnd`]: nothing more will come of this connection.
+    /// Returns why the session ended; the connection must be closed.
     pub fn progress(&mut self) -> Result<Progress, SessionEnd> {
         let turn = Instant::now();
         for _ in 0..TURN {
             let Some(header) = self.next_message()? else { return Ok(Progress::Waiting) };
             self.begun = true;
-            // A pair is stopped at most once for all of them; the event loop lets it go.
+            // Stop each pair at most once for all messages; the event loop releases them afterwards.
             self.backend.lock().device.hold();
             self.handle(&header)?;
             if turn.elapsed() >= TURN_TIME {
@@ -223,10 +223,10 @@ impl Session {
         Ok(Progress::More)
     }
 
-    /// The header of the next message, if that is there whole and an answer could be sent.
+    /// Returns the header of the next message if it is complete and its answer can be sent.
     fn next_message(&self) -> Result<Option<Header>, SessionEnd> {
         let Some(header) = self.wire.next()? else { return Ok(None) };
-        // Its answer says how the transfer ended, and the session waits for nothing else meanwhile.
+        // The answer reports how the transfer ended, so the message stays in the socket until then.
         if header.request == FrontendReq::CHECK_DEVICE_STATE as u32
             && self.backend.lock().handovers.is_transferring()
         {
@@ -257,7 +257,7 @@ impl Session {
                 self.said.note(name);
             }
             (Err(source), None) => {
-                // The crate acknowledges what its methods refuse, and some of what it refuses itself.
+                // The crate acknowledges requests that its methods refuse, and some that it refuses itself.
                 if matches!(answered, Ok(false)) {
                     self.refuse(header);
                 }
@@ -267,20 +267,20 @@ impl Session {
         answered.map(drop)
     }
 
-    /// Sends the negative acknowledgement that the crate leaves out for what it does not understand.
+    /// Sends the negative acknowledgement that the crate omits for a message it does not understand.
     fn refuse(&self, header: &Header) {
         let negotiated = self.backend.lock().device.session().protocol_features
             & vhost::vhost_user::VhostUserProtocolFeatures::REPLY_ACK.bits()
             != 0;
         if negotiated && header.flags & NEED_REPLY != 0 && !header.has_answer() {
-            // The connection ends in any case.
+            // If this fails, the connection ends anyway.
             let _ = self.wire.refuse(header.request);
         }
     }
 }
 
-/// Brings a fresh handler to the state of a session; and to one in which `SET_VRING_ENABLE` is served before
-/// `SET_FEATURES`, as QEMU sends it.
+/// Brings a new handler to the negotiated state. Without negotiated features, acknowledges `PROTOCOL_FEATURES`, so that
+/// the handler serves `SET_VRING_ENABLE` before `SET_FEATURES`, which is the order in which QEMU sends them.
 fn prime(
     handler: &mut BackendReqHandler<Dispatch>,
     socket: &UnixStream,

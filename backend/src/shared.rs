@@ -1,11 +1,11 @@
-//! The device and its hand-overs, which the event loop and the front-end's message handler both use, one at a time.
+//! The device and its hand-overs. The event loop and the front-end's message handler use them in turn.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::device::Device;
 use crate::handover::Handovers;
 
-/// What messages, hand-overs and the operator work on.
+/// The state that front-end messages, hand-overs and control requests act on.
 #[derive(Debug)]
 pub struct Backend {
     /// The device.
@@ -14,17 +14,17 @@ pub struct Backend {
     pub handovers: Handovers,
 }
 
-/// A [`Backend`] with several owners in one thread: the `vhost` crate's handler has one of its own.
+/// A [`Backend`] with several owners in one thread: the `vhost` crate's handler needs its own reference.
 #[derive(Clone, Debug)]
 pub struct SharedBackend(Arc<Mutex<Backend>>);
 
 impl SharedBackend {
-    /// Shares it.
+    /// Shares a device and its hand-overs.
     pub fn new(device: Device, handovers: Handovers) -> Self {
         Self(Arc::new(Mutex::new(Backend { device, handovers })))
     }
 
-    /// Gives access until the guard is dropped. No message is handled meanwhile.
+    /// Locks the back-end. No message can be handled until the guard is dropped.
     pub fn lock(&self) -> MutexGuard<'_, Backend> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -1,7 +1,7 @@
-//! A part of a front-end's file, mapped for reading and writing: guest memory, the log of changed pages, the
-//! inflight region. Every mapping is known to [`crate::sigbus`], so a file that its owner truncates costs the
-//! session, not the process.
-#![expect(unsafe_code, reason = "a mapping may be shared by threads, and is made ready for use")]
+//! A part of a front-end's file, mapped for reading and writing: guest memory, the log of changed pages, the inflight
+//! region. [`crate::sigbus`] watches every mapping, so a file that its owner truncates ends the session, not the
+//! process.
+#![expect(unsafe_code, reason = "a mapping may be shared by threads, and is prefaulted")]
 
 use std::fs::File;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -19,29 +19,29 @@ const PAGE: usize = 0x1000;
 /// Why a part of a file cannot be mapped.
 #[derive(Debug, thiserror::Error)]
 pub enum MappingError {
-    /// No bytes, or more than there are addresses.
-    #[error("{size} bytes at offset {offset:#x} of a file cannot be mapped")]
+    /// The length is 0 or too large.
+    #[error("cannot map {size} bytes at offset {offset:#x} of a file")]
     Size {
         /// Offset in the file.
         offset: u64,
         /// Length.
         size: u64,
     },
-    /// The file ends before.
-    #[error("{needed} bytes are needed of a file that has {size}")]
+    /// The file is too short.
+    #[error("file has {size} bytes, but {needed} are needed")]
     BeyondFile {
         /// Offset plus length.
         needed: u64,
         /// Length of the file.
         size: u64,
     },
-    /// More mappings than are ever needed.
+    /// No slot is left to watch the mapping.
     #[error("too many mappings")]
     TooMany,
     /// The file cannot be inspected.
     #[error("cannot inspect the file")]
     Inspect(#[source] std::io::Error),
-    /// The system would not.
+    /// The kernel refuses the mapping.
     #[error("cannot map the file")]
     Map(#[source] MmapRegionError),
 }
@@ -50,9 +50,9 @@ pub enum MappingError {
 #[derive(Debug)]
 pub struct SharedMapping {
     start: *mut u8,
-    // Declared before the mapping: the watch ends before the address range can be used for something else.
+    // Declared before the mapping, so that the watch ends before the address range can be reused.
     _watch: sigbus::Watch,
-    /// Whole pages of the file: `length` may end within its last one.
+    /// Whole pages of the file. `length` may end within the last one.
     _mapping: MmapRegion,
     length: usize,
     file: Arc<File>,
@@ -61,14 +61,14 @@ pub struct SharedMapping {
 
 // SAFETY: the pointer is into `_mapping`, which lives as long as this and may be used from any thread.
 unsafe impl Send for SharedMapping {}
-// SAFETY: as above; all access to what it points to is volatile, atomic or done by the kernel.
+// SAFETY: as above; all accesses to the memory are volatile, atomic or done by the kernel.
 unsafe impl Sync for SharedMapping {}
 
 impl SharedMapping {
     /// Maps `size` bytes at `offset` of `file`.
     ///
     /// # Errors
-    /// [`MappingError`]; nothing stays mapped then.
+    /// Returns a [`MappingError`] if the file is too short or cannot be mapped.
     pub fn new(file: File, offset: u64, size: u64) -> Result<Self, MappingError> {
         let impossible = || MappingError::Size { offset, size };
         let needed = offset.checked_add(size).ok_or_else(impossible)?;
@@ -77,12 +77,12 @@ impl SharedMapping {
             return Err(impossible());
         }
         let metadata = file.metadata().map_err(MappingError::Inspect)?;
-        // A device (persistent memory, say) has no length of its own; its driver checks the range.
+        // A device, such as persistent memory, has no file length. Its driver checks the range.
         if !metadata.file_type().is_char_device() && metadata.size() < needed {
             return Err(MappingError::BeyondFile { needed, size: metadata.size() });
         }
-        // For huge pages the kernel rounds the length of a new mapping up, but neither replaces nor removes a part of
-        // such a page (mmap(2), "Huge page (Huge TLB) mappings").
+        // For huge pages the kernel rounds up the length of a new mapping, but it cannot replace or unmap a part of a
+        // huge page (mmap(2), "Huge page (Huge TLB) mappings").
         let whole = length.checked_next_multiple_of(page_size(&file)?).ok_or_else(impossible)?;
         let file = Arc::new(file);
         let place = FileOffset::from_arc(Arc::clone(&file), offset);
@@ -92,44 +92,45 @@ impl SharedMapping {
         Ok(Self { start, _watch: watch, _mapping: mapping, length, file, offset })
     }
 
-    /// Where the mapping begins.
+    /// Returns the start of the mapping.
     #[inline]
     pub fn start(&self) -> *mut u8 {
         self.start
     }
 
-    /// How many bytes were asked for.
+    /// Returns the requested length in bytes.
     #[inline]
     pub fn length(&self) -> usize {
         self.length
     }
 
-    /// What is mapped.
+    /// Returns the mapped file.
     pub fn file(&self) -> &File {
         &self.file
     }
 
-    /// Where in the file the mapping begins.
+    /// Returns the offset of the mapping in the file.
     pub fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// Has the pages of `length` bytes at `start` there for writing, which does not change them: the first touch of a
-    /// page takes time. Does nothing where that is not possible, and for what is not all of this mapping.
+    /// Prefaults the pages of `length` bytes at `start` for writing, without changing them. Does nothing if the kernel
+    /// does not support that, or if the range is not within this mapping.
     pub fn prefault(&self, start: *mut u8, length: usize) {
         let offset = (start as usize).wrapping_sub(self.start as usize);
         if offset.checked_add(length).is_none_or(|end| end > self.length()) {
             return;
         }
         let first = offset & !(PAGE - 1);
-        // SAFETY: within the mapping, as was checked.
+        // SAFETY: within the mapping, as checked above.
         let page = unsafe { self.start.add(first) };
-        // SAFETY: pages of our own mapping, whose contents stay; a file that ends before is an error, not a signal.
+        // SAFETY: pages of our own mapping, whose contents stay. A truncated file causes an error, not a signal.
         unsafe { libc::madvise(page.cast(), offset + length - first, libc::MADV_POPULATE_WRITE) };
     }
 }
 
-/// The size of the pages that a mapping of `file` consists of; 1 where the kernel rounds by itself.
+/// Returns the granularity for the length of a mapping of `file`: the huge page size, or 1 if the kernel rounds the
+/// length itself.
 fn page_size(file: &File) -> Result<usize, MappingError> {
     let filesystem = fstatfs(file).map_err(|errno| MappingError::Inspect(errno.into()))?;
     if filesystem.filesystem_type() != HUGETLBFS_MAGIC {
@@ -148,7 +149,7 @@ mod tests {
     const HUGE: u64 = 2 << 20;
     const HUGE_PAGES: &str = "/proc/sys/vm/nr_hugepages";
 
-    /// A few huge pages, reserved for a test if the machine has none.
+    /// At least 8 huge pages, which a test reserves if the machine has fewer.
     struct HugePages(Option<String>);
 
     impl HugePages {
@@ -180,7 +181,7 @@ mod tests {
         }
     }
 
-    /// How many mappings of `file` this process has.
+    /// Returns how many mappings of `file` this process has.
     fn mappings(file: &File) -> usize {
         let inode = format!(" {} ", file.metadata().unwrap().ino());
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
@@ -188,10 +189,10 @@ mod tests {
     }
 
     #[test]
-    fn parts_of_huge_pages_are_unmapped_and_survive_a_truncated_file() {
+    fn partial_huge_page_mappings_are_unmapped_and_survive_truncation() {
         let Some((_pages, file)) = HugePages::reserve().and_then(|pages| Some((pages, HugePages::file(2)?)))
         else {
-            eprintln!("left out: this machine gives no huge pages");
+            eprintln!("skipped: no huge pages on this machine");
             return;
         };
         sigbus::install().unwrap();
@@ -202,7 +203,7 @@ mod tests {
                 assert_eq!(mappings(&file), 1);
                 drop(mapping);
             }
-            assert_eq!(mappings(&file), 0, "{size:#x} bytes stay mapped");
+            assert_eq!(mappings(&file), 0, "mapping of {size:#x} bytes was not unmapped");
         }
         let mapping = SharedMapping::new(file.try_clone().unwrap(), 0, HUGE + 0x1000).unwrap();
         file.set_len(0).unwrap();

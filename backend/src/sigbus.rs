@@ -1,8 +1,8 @@
-//! A front-end that truncates a file after sharing it makes every access beyond the new end raise `SIGBUS`. The
-//! handler here puts zeroed private memory in place of the whole mapping, so the access succeeds and the thread
-//! goes on, and tells the event loop, which ends the session. A `SIGBUS` anywhere else ends the process as ever.
+//! Survives a front-end that truncates a file after sharing it, which makes accesses beyond the new end raise `SIGBUS`.
+//! The handler replaces the whole mapping with zeroed private memory, so that the access succeeds and the thread
+//! continues, and notifies the event loop, which ends the session. Any other `SIGBUS` still ends the process.
 //!
-//! The table of watched ranges is static and lock-free, for the handler may run at any instruction.
+//! The table of watched ranges is static and lock-free, since the handler may run at any instruction.
 #![expect(unsafe_code, reason = "installs a signal handler that replaces mappings")]
 
 use std::io;
@@ -13,10 +13,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
-/// How many regions a front-end may share (`GET_MAX_MEM_SLOTS`); what QEMU's own back-end library takes.
+/// How many regions a front-end may share (`GET_MAX_MEM_SLOTS`): as many as with QEMU's back-end library.
 pub const MAX_REGIONS: usize = 509;
 
-/// Two whole tables, two logs and two inflight regions may be mapped at once, while one replaces the other.
+/// While one session state replaces another, two whole tables, two logs and two inflight regions may be mapped.
 const SLOTS: usize = 2 * (MAX_REGIONS + 3);
 
 struct Slot {
@@ -32,14 +32,14 @@ static WATCHED: [Slot; SLOTS] = [const {
 static STRUCK: AtomicBool = AtomicBool::new(false);
 static ALARM: OnceLock<OwnedFd> = OnceLock::new();
 
-/// A range of addresses whose `SIGBUS` is survived, for as long as this lives.
+/// A watched address range. While this value lives, the process survives a `SIGBUS` in the range.
 #[derive(Debug)]
 pub struct Watch {
     slot: usize,
 }
 
 impl Watch {
-    /// Watches `length` bytes at `start`, a mapping of its own. `None` when there is no slot left.
+    /// Watches `length` bytes at `start`, which must be a whole mapping. Returns `None` if no slot is left.
     pub fn new(start: usize, length: usize) -> Option<Self> {
         let slot = WATCHED.iter().position(|slot| !slot.taken.swap(true, Ordering::Acquire))?;
         WATCHED[slot].length.store(length, Ordering::Release);
@@ -55,10 +55,10 @@ impl Drop for Watch {
     }
 }
 
-/// Installs the handler and gives the eventfd that becomes readable when it had to act.
+/// Installs the handler and returns the eventfd that becomes readable when the handler replaces a mapping.
 ///
 /// # Errors
-/// What `eventfd(2)` or `sigaction(2)` fails with.
+/// Returns the error of `eventfd(2)` or `sigaction(2)`.
 pub fn install() -> io::Result<BorrowedFd<'static>> {
     let alarm = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
     let alarm = ALARM.get_or_init(|| OwnedFd::from(alarm));
@@ -72,11 +72,11 @@ pub fn install() -> io::Result<BorrowedFd<'static>> {
     Ok(std::os::fd::AsFd::as_fd(alarm))
 }
 
-/// Whether a mapping was replaced since the last call.
+/// Returns whether a mapping was replaced since the last call.
 pub fn take_truncation() -> bool {
     if let Some(alarm) = ALARM.get() {
         let mut count = [0; 8];
-        // Empties the counter; it is non-blocking, and its value says nothing.
+        // Reset the counter. The eventfd is non-blocking, and its value does not matter.
         let _ = nix::unistd::read(alarm, &mut count);
     }
     STRUCK.swap(false, Ordering::AcqRel)
@@ -84,7 +84,7 @@ pub fn take_truncation() -> bool {
 
 extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     let errno = nix::errno::Errno::last_raw();
-    // SAFETY: with SA_SIGINFO the kernel gives a valid siginfo_t.
+    // SAFETY: with SA_SIGINFO the kernel passes a valid siginfo_t.
     let info = unsafe { &*info };
     // SAFETY: SIGBUS carries an address.
     let address = unsafe { info.si_addr() } as usize;
@@ -105,10 +105,10 @@ extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc
     nix::errno::Errno::set_raw(errno);
 }
 
-/// Puts zeroed private memory at the range; false if the kernel would not.
+/// Maps zeroed private memory over the range. Returns `false` if the kernel refuses.
 fn replace(start: usize, length: usize) -> bool {
-    // SAFETY: the range is exactly one of our own mappings of guest memory, to which there are only raw pointers;
-    // replacing it leaves them valid.
+    // SAFETY: the range is exactly one of our own mappings of shared memory. Only raw pointers point into it, and they
+    // stay valid.
     let mapped = unsafe {
         libc::mmap(
             start as *mut libc::c_void,
@@ -122,7 +122,7 @@ fn replace(start: usize, length: usize) -> bool {
     mapped != libc::MAP_FAILED
 }
 
-/// Lets the faulting instruction run again without a handler, which ends the process with `SIGBUS`.
+/// Restores the default action, so that the faulting instruction runs again and ends the process with `SIGBUS`.
 fn die() {
     let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
     // SAFETY: restoring the default action is async-signal-safe.
@@ -134,7 +134,7 @@ mod tests {
     use crate::memory::{GuestMemory, RegionLayout};
 
     #[test]
-    fn an_access_beyond_a_truncated_file_is_survived_and_reported() {
+    fn access_beyond_a_truncated_file_is_survived_and_reported() {
         super::install().unwrap();
         let file = tempfile::tempfile().unwrap();
         file.set_len(0x4000).unwrap();

@@ -1,8 +1,8 @@
-//! The TAP: one file a queue pair, its offloads and its header size (Linux: `Documentation/networking/tuntap.rst`).
+//! The TAP: one file per queue pair, offloads and header size (Linux: `Documentation/networking/tuntap.rst`).
 //!
-//! Baton sets no address and no link state, and a TAP that it creates goes with its last holder. Offloads and header
-//! size belong to the device and `O_NONBLOCK` to the open file, so whoever holds them, too, sees every change. A macvtap
-//! keeps the header size with the queue (Linux: `drivers/net/tap.c`), so every setting is made on every queue of one.
+//! Baton sets no address and no link state, and a TAP that it creates disappears with its last holder. Offloads and
+//! header size belong to the device, and `O_NONBLOCK` to the open file, so a change affects every process that shares
+//! them. A macvtap has a header size per queue (Linux: `drivers/net/tap.c`), so settings are made on all its queues.
 #![expect(unsafe_code, reason = "TAP ioctls, and reads and writes through I/O vectors")]
 
 use std::fs::File;
@@ -23,14 +23,14 @@ mod shared;
 pub use error::TapError;
 pub use queue::{Received, Sent, TapQueue};
 
-/// The largest frame that a TAP gives, header excluded: 64 KiB of IP, an Ethernet header, a VLAN tag.
+/// The largest frame that a TAP delivers, header excluded: 64 KiB of IP, an Ethernet header, a VLAN tag.
 pub const MAX_FRAME: usize = 65535 + 14 + 4;
 
-/// The smallest send buffer of use. The kernel tells of room when it holds less than half of it, and counts two bytes
-/// while it says so (`sock_wfree`, `sock_writeable`): with less it never does.
+/// The smallest usable send buffer. The kernel reports room when less than half of the buffer is in use, and counts two
+/// bytes as in use at that moment (`sock_wfree`, `sock_writeable`). With a smaller buffer it never reports room.
 pub const SMALLEST_SNDBUF: u32 = 6;
 
-/// `TUN_F_*`: what the reader of a TAP can take.
+/// `TUN_F_*`: the offloads that the reader of a TAP accepts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Offloads(u32);
 
@@ -45,10 +45,10 @@ impl Offloads {
     pub const ECN: Self = Self(0x08);
     /// `TUN_F_UFO`.
     pub const UFO: Self = Self(0x10);
-    /// `TUN_F_USO4` and `TUN_F_USO6`, which go together only.
+    /// `TUN_F_USO4` and `TUN_F_USO6`. The kernel accepts only both together.
     pub const USO: Self = Self(0x60);
 
-    /// Both.
+    /// Returns the union of both sets.
     #[must_use]
     pub const fn and(self, other: Self) -> Self {
         Self(self.0 | other.0)
@@ -66,7 +66,7 @@ pub struct Tap {
     uso: bool,
     offloads: Option<Offloads>,
     header_size: Option<usize>,
-    /// This process has attached to the TAP by its name, so no opener has set filters that must stay.
+    /// This process has attached to the TAP by name, so there are no filters of an opener to preserve.
     filters_are_ours: bool,
     shared: Option<shared::Shared>,
 }
@@ -98,17 +98,18 @@ impl Tap {
         Ok(tap)
     }
 
-    /// Whether the kernel gives frames to the queue of `pair`.
+    /// Returns whether the queue of `pair` is attached: the kernel delivers frames to it.
     pub fn is_attached(&self, pair: usize) -> bool {
         self.attached[pair]
     }
 
-    /// The length of the virtio-net header that was set.
+    /// Returns the length of the virtio-net header, if it was set.
     pub fn header_size(&self) -> Option<usize> {
         self.header_size
     }
 
-    /// The interface's name, which may change while it is in use; the last one known if the interface is gone.
+    /// Returns the interface's current name, or its initial name if it was deleted. An interface may be renamed while
+    /// it is in use.
     pub fn name(&self) -> String {
         let mut request = empty_request();
         // SAFETY: TUNGETIFF fills an ifreq.
@@ -118,44 +119,44 @@ impl Tap {
         }
     }
 
-    /// The interface's MTU, if the interface is in this network namespace.
+    /// Returns the interface's MTU, if the interface is in this network namespace.
     pub fn mtu(&self) -> Option<i32> {
         interface::mtu(&self.queues[0].file, &self.name())
     }
 
-    /// The queue of pair `pair`.
+    /// Returns the queue of pair `pair`.
     pub fn queue(&self, pair: usize) -> &Arc<TapQueue> {
         &self.queues[pair]
     }
 
-    /// How many queues it has.
+    /// Returns the number of queues.
     pub fn pairs(&self) -> usize {
         self.queues.len()
     }
 
-    /// Whether this kernel's TAP does UDP fragmentation offload.
+    /// Returns whether this kernel's TAP supports UDP fragmentation offload.
     pub fn has_ufo(&self) -> bool {
         self.ufo
     }
 
-    /// Whether this kernel's TAP does UDP segmentation offload.
+    /// Returns whether this kernel's TAP supports UDP segmentation offload.
     pub fn has_uso(&self) -> bool {
         self.uso
     }
 
-    /// Knows what another process has set.
+    /// Records the settings that another process has made.
     pub fn settled(&mut self, header_size: usize, offloads: Offloads) {
         self.header_size = Some(header_size);
         self.offloads = Some(offloads);
     }
 
-    /// Sets again all that this process has set, and that another one may have changed since it holds the descriptors,
-    /// too. All is tried.
+    /// Restores all settings, since another process that shares the descriptors may have changed them. Tries every
+    /// setting, even after an error.
     ///
     /// # Errors
-    /// The first [`TapError`].
+    /// Returns the first [`TapError`].
     pub fn restore(&mut self, sndbuf: Option<u32>) -> Result<(), TapError> {
-        // First: a detached queue does not get the device's send buffer.
+        // Attach queues first: a detached queue does not get the device's send buffer.
         let queues = self.restore_attached();
         let header = self.header_size.take().map_or(Ok(()), |size| self.set_header_size(size));
         let offloads = self.offloads.take().map_or(Ok(()), |offloads| self.set_offloads(offloads));
@@ -168,7 +169,7 @@ impl Tap {
 
     fn restore_attached(&self) -> Result<(), TapError> {
         for (queue, &attached) in self.queues.iter().zip(&self.attached).filter(|_| self.multi_queue) {
-            // A macvtap does not tell, and takes the same again.
+            // A macvtap does not report whether a queue is attached, so always set its state.
             if queue.macvtap || queue.is_attached().is_ok_and(|is| is != attached) {
                 queue.set_attached(attached).map_err(|source| TapError::Ioctl {
                     name: self.name.clone(),
@@ -180,10 +181,10 @@ impl Tap {
         Ok(())
     }
 
-    /// Sets what the guest can take (`TUNSETOFFLOAD`).
+    /// Sets the offloads that the guest accepts (`TUNSETOFFLOAD`).
     ///
     /// # Errors
-    /// [`TapError::Ioctl`]; the kernel refuses offloads that it does not know.
+    /// Returns [`TapError::Ioctl`] if the kernel refuses them, as it does for offloads that it does not know.
     pub fn set_offloads(&mut self, offloads: Offloads) -> Result<(), TapError> {
         if self.offloads == Some(offloads) {
             return Ok(());
@@ -201,7 +202,7 @@ impl Tap {
     /// Sets the length of the virtio-net header before each frame, 10 or 12 bytes (`TUNSETVNETHDRSZ`).
     ///
     /// # Errors
-    /// [`TapError::Ioctl`].
+    /// Returns [`TapError::Ioctl`] if the kernel refuses it, or [`TapError::HeaderSize`] if a queue has another length.
     pub fn set_header_size(&mut self, size: usize) -> Result<(), TapError> {
         if self.header_size == Some(size) {
             return Ok(());
@@ -226,7 +227,7 @@ impl Tap {
     /// Limits how many bytes may be on their way into the network (`TUNSETSNDBUF`); 0 is no limit.
     ///
     /// # Errors
-    /// [`TapError::Ioctl`].
+    /// Returns [`TapError::Ioctl`] if the ioctl fails.
     pub fn set_sndbuf(&self, bytes: u32) -> Result<(), TapError> {
         let bytes = i32::try_from(bytes).ok().filter(|bytes| *bytes != 0).unwrap_or(i32::MAX);
         for queue in &self.queues {
@@ -237,12 +238,12 @@ impl Tap {
         Ok(())
     }
 
-    /// Checks that no queue has a send buffer that stays full for good once it is full ([`SMALLEST_SNDBUF`]).
+    /// Checks that no queue has a send buffer that would stay full for ever once it is full ([`SMALLEST_SNDBUF`]).
     ///
     /// # Errors
-    /// [`TapError::Sndbuf`], [`TapError::Ioctl`].
+    /// Returns [`TapError::Sndbuf`] if one has, or [`TapError::Ioctl`] if the size cannot be read.
     pub fn check_sndbuf(&self) -> Result<(), TapError> {
-        // A macvtap does not tell.
+        // A macvtap does not report the size.
         for (pair, queue) in self.queues.iter().enumerate().filter(|(_, queue)| !queue.macvtap) {
             let mut bytes: libc::c_int = 0;
             // SAFETY: TUNGETSNDBUF fills an int.
@@ -255,11 +256,11 @@ impl Tap {
         Ok(())
     }
 
-    /// Lets the kernel deliver frames to pair `pair` or not (`TUNSETQUEUE`). Detaching drops the frames that are
-    /// queued there. Of a single-queue TAP nothing is ever detached, nor is pair 0.
+    /// Attaches or detaches the queue of `pair` (`TUNSETQUEUE`): the kernel delivers frames to attached queues only.
+    /// Detaching drops the frames in the queue. Never detaches pair 0 or the queue of a single-queue TAP.
     ///
     /// # Errors
-    /// [`TapError::Ioctl`].
+    /// Returns [`TapError::Ioctl`] if the ioctl fails.
     pub fn set_attached(&mut self, pair: usize, attached: bool) -> Result<(), TapError> {
         let keep = pair == 0 && !attached;
         if self.attached[pair] == attached || keep || !self.multi_queue {
@@ -274,7 +275,7 @@ impl Tap {
         Ok(())
     }
 
-    /// The queues to make a setting on for it to hold on all.
+    /// Returns the queues on which to make a setting for it to apply to all queues.
     fn settable(&self) -> &[Arc<TapQueue>] {
         let per_queue = self.queues.iter().any(|queue| queue.macvtap);
         if per_queue { &self.queues } else { &self.queues[..1] }
@@ -285,7 +286,7 @@ impl Tap {
     }
 }
 
-/// Whether a file is a macvtap's, or an ipvtap's: of the two kinds of device only the driver of TAPs makes TUNs, too.
+/// Returns whether a file belongs to a macvtap or an ipvtap: their driver does not support TUNs, that of TAPs does.
 fn is_macvtap(file: &impl AsRawFd) -> bool {
     let mut features: libc::c_uint = 0;
     // SAFETY: TUNGETFEATURES fills an int; any other file answers ENOTTY or the like.
@@ -298,7 +299,7 @@ fn empty_request() -> libc::ifreq {
     unsafe { mem::zeroed() }
 }
 
-/// `IFF_*` as the 16 bits that an ifreq holds.
+/// Converts `IFF_*` flags to the 16 bits that an ifreq holds.
 fn flags_word(flags: libc::c_int) -> libc::c_short {
     u16::try_from(flags).unwrap_or_default().cast_signed()
 }

@@ -1,9 +1,9 @@
-//! The kernel's datapath: one vhost-net instance a queue pair, which moves the frames between a TAP's queue and the
-//! vrings by itself (Linux: `drivers/vhost/net.c`).
+//! The kernel's datapath: one vhost-net instance per queue pair moves the frames between a TAP's queue and the vrings
+//! (Linux: `drivers/vhost/net.c`).
 //!
-//! The kernel works in the address space of the process that owns the instance. So while a ring runs, the memory it
-//! was told of stays mapped, and nothing about it changes: whoever wants a change stops the ring first, which gives
-//! its place back, and starts it anew. An instance has an owner, and with it a kernel thread, only during a session.
+//! The kernel works in the address space of the process that owns the instance. So while a ring runs, its memory stays
+//! mapped and none of its settings change: a change requires a stop, which returns the ring's position, and a start.
+//! An instance has an owner, and thus a kernel thread, only during a session.
 
 mod ioctl;
 
@@ -32,11 +32,11 @@ use crate::tap::TapQueue;
 use crate::vring::Vring;
 
 const DEVICE: &str = "/dev/vhost-net";
-/// Where the kernel says how many memory regions it takes.
+/// The kernel's limit for memory regions.
 const MAX_REGIONS: &str = "/sys/module/vhost/parameters/max_mem_regions";
-/// What it takes unless it says otherwise.
+/// The kernel's default limit.
 const USUAL_MAX_REGIONS: usize = 64;
-/// The features that whoever moves the frames must know of; the TAP and the guest settle the others.
+/// The features that the datapath must support. The others concern only the TAP and the guest.
 const RING_FEATURES: [u32; 6] = [
     LOG_ALL,
     VIRTIO_NET_F_MRG_RXBUF,
@@ -46,64 +46,64 @@ const RING_FEATURES: [u32; 6] = [
     VIRTIO_F_IN_ORDER,
 ];
 
-/// Why there is no vhost-net.
+/// Why vhost-net cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum VhostNetError {
     /// The device cannot be opened.
     #[error("cannot open {DEVICE}{hint}")]
     Open {
-        /// What to do.
+        /// The likely reason, and what to do.
         hint: &'static str,
-        /// The kernel's word.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
-    /// Not open, given twice, or one of the standard three.
+    /// Not open, given twice, or a standard descriptor.
     #[error("--vhost-fds: descriptor {0} is not open, or was given twice")]
     NotOpen(RawFd),
-    /// Something else.
+    /// Not a vhost-net descriptor.
     #[error("--vhost-fds: descriptor {0} is not an open {DEVICE}")]
     NotVhostNet(RawFd),
-    /// Somebody has made it his.
-    #[error("--vhost-fds: descriptor {0} has an owner already; open {DEVICE} anew for each back-end")]
+    /// Another process owns the instance.
+    #[error("--vhost-fds: descriptor {0} has an owner already; open {DEVICE} separately for each back-end")]
     Owned(RawFd),
-    /// It cannot be asked.
+    /// An ioctl failed.
     #[error("{DEVICE}: {operation} failed")]
     Ioctl {
-        /// Which request.
+        /// The ioctl.
         operation: &'static str,
-        /// The kernel's word.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
 }
 
-/// One instance of vhost-net: a queue pair of the kernel's.
+/// One instance of vhost-net, which serves one queue pair.
 #[derive(Debug)]
 pub struct VhostNet {
     kernel: Kernel,
-    /// What the kernel can do.
+    /// The features that the kernel supports.
     features: Features,
     owned: bool,
-    /// What the kernel reads and writes while a ring runs.
+    /// Memory and log that the kernel accesses while a ring runs.
     mapped: Option<(Arc<GuestMemory>, Option<Arc<DirtyLog>>)>,
     running: [bool; 2],
-    /// Rings that the kernel has been told of, but for where they are.
+    /// Rings whose settings the kernel has, except for their position.
     prepared: [bool; 2],
 }
 
-/// What a ring is started with, beside the ring itself.
+/// What the kernel needs to start a ring, besides the ring itself.
 #[derive(Clone, Copy, Debug)]
 pub struct Start<'a> {
-    /// What the front-end acknowledged.
+    /// The features that the front-end acknowledged.
     pub features: Features,
     /// The TAP's queue.
     pub tap: &'a TapQueue,
-    /// The driver's notifications.
+    /// The driver's kick.
     pub kick: &'a Notifier,
-    /// Where errors of the driver's are told.
+    /// Signalled when the ring fails.
     pub error: Option<&'a Notifier>,
-    /// How long to look for work before waiting for it.
+    /// How long to busy-poll before sleeping.
     pub poll: Duration,
 }
 
@@ -111,15 +111,16 @@ impl VhostNet {
     /// Opens an instance.
     ///
     /// # Errors
-    /// [`VhostNetError::Open`], [`VhostNetError::Ioctl`].
+    /// Returns [`VhostNetError::Open`] if the device cannot be opened, or [`VhostNetError::Ioctl`] if its features
+    /// cannot be read.
     pub fn open() -> Result<Self, VhostNetError> {
         Self::from_file(open()?)
     }
 
-    /// An instance that another process opened for this one.
+    /// Wraps an instance that another process opened for this one.
     ///
     /// # Errors
-    /// [`VhostNetError::Ioctl`] where it is none.
+    /// Returns [`VhostNetError::Ioctl`] if `fd` is not a vhost device.
     pub fn from_fd(fd: OwnedFd) -> Result<Self, VhostNetError> {
         Self::from_file(File::from(fd))
     }
@@ -133,24 +134,24 @@ impl VhostNet {
         Ok(Self::new(kernel, features))
     }
 
-    /// Takes over the descriptors that the parent process opened, one a queue pair.
+    /// Takes ownership of descriptors that the parent process opened, one per queue pair.
     ///
     /// # Errors
-    /// [`VhostNetError`], naming the descriptor.
+    /// Returns a [`VhostNetError`] if a descriptor is not an unowned vhost-net instance.
     pub fn from_fds(fds: &[RawFd]) -> Result<Vec<Self>, VhostNetError> {
         let mut instances = Vec::new();
         for (position, &fd) in fds.iter().enumerate() {
             let twice = fds[..position].contains(&fd);
             let owned = if twice { None } else { claim(fd) }.ok_or(VhostNetError::NotOpen(fd))?;
             let kernel = Kernel::from(File::from(owned));
-            // Of the vhost devices only this one has mergeable buffers.
+            // vhost-net is the only vhost device with mergeable buffers.
             let features = kernel
                 .get_features()
                 .ok()
                 .filter(|features| features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0)
                 .ok_or(VhostNetError::NotVhostNet(fd))?;
             let mut instance = Self::new(kernel, features);
-            // Now rather than when the first ring starts.
+            // Find out now, rather than when the first ring starts, whether the instance has an owner.
             instance.own().map_err(|source| match source.raw_os_error() {
                 Some(libc::EBUSY) => VhostNetError::Owned(fd),
                 _ => VhostNetError::Ioctl { operation: "VHOST_SET_OWNER", source },
@@ -174,27 +175,27 @@ impl VhostNet {
         }
     }
 
-    /// What of `offer` can be offered if the kernel moves the frames.
+    /// Returns `offer` without the features that the kernel does not support.
     #[must_use]
     pub fn masked(&self, offer: Features) -> Features {
         let lacking = RING_FEATURES.into_iter().filter(|bit| !self.features.has(*bit));
         lacking.fold(offer, Features::without)
     }
 
-    /// Whether the kernel has the ring of `side`.
+    /// Returns whether the kernel has the ring of `side`.
     pub fn runs(&self, side: Side) -> bool {
         self.running[slot(side)]
     }
 
-    /// Gives a ring to the kernel, from its next available buffer on. It must not be running.
+    /// Hands a ring to the kernel, which continues at its next available index. The ring must not be running.
     ///
     /// # Errors
-    /// The kernel's. The ring does not run then.
+    /// Returns the kernel's error if it refuses the ring, which then does not run.
     pub fn start(&mut self, side: Side, vring: &Vring, start: &Start<'_>) -> io::Result<()> {
         let result = self.try_start(side, vring, start);
         self.running[slot(side)] = result.is_ok();
         if result.is_err() {
-            // What it has already.
+            // The kernel may have some of its eventfds already.
             self.forget(side);
         }
         result
@@ -208,11 +209,11 @@ impl VhostNet {
         self.kernel.set_backend(number(side), Some(start.tap.as_fd()))
     }
 
-    /// Tells the kernel all of a ring but where it is, so that [`Self::start`] with the same takes no time. The kernel
-    /// touches nothing meanwhile.
+    /// Gives the kernel all settings of a ring except for its position, so that [`Self::start`] with the same arguments
+    /// is fast. The kernel does not touch the ring until then.
     ///
     /// # Errors
-    /// The kernel's.
+    /// Returns the kernel's error if it refuses a setting.
     pub fn prepare(&mut self, side: Side, vring: &Vring, start: &Start<'_>) -> io::Result<()> {
         let result = self.describe(side, vring, start);
         self.prepared[slot(side)] = result.is_ok();
@@ -222,7 +223,7 @@ impl VhostNet {
         result
     }
 
-    /// The ring of [`Self::prepare`] is not as it was.
+    /// Discards the settings of [`Self::prepare`], because the ring changes.
     pub fn unprepare(&mut self, side: Side) {
         if self.prepared[slot(side)] {
             self.forget(side);
@@ -251,7 +252,8 @@ impl VhostNet {
         self.kernel.set_busy_loop(ring, u32::try_from(start.poll.as_micros()).unwrap_or(u32::MAX))
     }
 
-    /// What both rings share. While one of them runs it is as the other needs it: a change stops both.
+    /// Sets what both rings share. If one ring runs or is prepared, the settings are right already: a change of them
+    /// stops both rings.
     fn configure(
         &mut self,
         features: Features,
@@ -270,7 +272,7 @@ impl VhostNet {
             Some(log) => {
                 self.kernel.set_log_base(log.start() as usize as u64, None).map_err(io_error)?;
             }
-            // Without a log the kernel would write to wherever the last one was.
+            // Without a log the kernel would write to the address of the last one.
             None => features = features.without(LOG_ALL),
         }
         self.kernel.set_features(features.0).map_err(io_error)
@@ -284,11 +286,11 @@ impl VhostNet {
         Ok(())
     }
 
-    /// Takes a ring back: gives the available index of the next buffer, all before it being used. From then on the
-    /// kernel has none of its descriptors.
+    /// Takes a ring back, and returns its next available index. All buffers before that are used. The kernel keeps none
+    /// of the ring's eventfds.
     ///
     /// # Errors
-    /// The kernel's; it cannot be said then who has the ring.
+    /// Returns the kernel's error. The kernel may still use the ring then.
     pub fn stop(&mut self, side: Side) -> io::Result<u16> {
         self.kernel.set_backend(number(side), None)?;
         self.running[slot(side)] = false;
@@ -298,7 +300,7 @@ impl VhostNet {
         u16::try_from(base).map_err(io::Error::other)
     }
 
-    /// Takes from the kernel what it had for a ring that does not run.
+    /// Disconnects the eventfds of a ring that does not run, and drops the memory if no ring needs it.
     fn forget(&mut self, side: Side) {
         self.prepared[slot(side)] = false;
         for wire in [Wire::Kick, Wire::Call, Wire::Error] {
@@ -311,10 +313,10 @@ impl VhostNet {
         }
     }
 
-    /// Gives the instance up, and with it the kernel's thread and all that it was told. No ring may run.
+    /// Gives up the ownership of the instance, which ends the kernel's thread and resets all settings. No ring may run.
     ///
     /// # Errors
-    /// The kernel's.
+    /// Returns the kernel's error if it refuses.
     pub fn release(&mut self) -> io::Result<()> {
         [Side::Rx, Side::Tx].into_iter().for_each(|side| self.unprepare(side));
         if self.owned {
@@ -325,20 +327,20 @@ impl VhostNet {
     }
 }
 
-/// Opens the device, in nobody's use: for this process, or for another one.
+/// Opens the device without becoming the owner of the instance: this process or another one may use it.
 ///
 /// # Errors
-/// [`VhostNetError::Open`].
+/// Returns [`VhostNetError::Open`] if the device cannot be opened.
 pub fn open() -> Result<File, VhostNetError> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC);
     options.open(DEVICE).map_err(|source| {
         let hint = match source.kind() {
             io::ErrorKind::NotFound => {
-                ": this kernel has none loaded; load the module vhost_net, or run without --vhost"
+                ": device does not exist; load the module vhost_net, or run without --vhost"
             }
             io::ErrorKind::PermissionDenied => {
-                ": not permitted; run as a user who may open it, or have --vhost-fds opened by one who may"
+                ": not permitted; run as a user with access to it, or pass open descriptors with --vhost-fds"
             }
             _ => "",
         };
@@ -346,7 +348,7 @@ pub fn open() -> Result<File, VhostNetError> {
     })
 }
 
-/// How many memory regions the kernel takes.
+/// Returns how many memory regions the kernel accepts.
 pub fn max_regions() -> usize {
     let said = std::fs::read_to_string(MAX_REGIONS).ok().and_then(|text| text.trim().parse().ok());
     said.unwrap_or(USUAL_MAX_REGIONS).min(vhost::VHOST_MAX_MEMORY_REGIONS)
@@ -359,7 +361,7 @@ fn slot(side: Side) -> usize {
     }
 }
 
-/// The kernel's number of a ring: as in virtio, receive is 0.
+/// Returns the kernel's number of a ring. As in virtio, receive is 0.
 fn number(side: Side) -> u32 {
     match side {
         Side::Rx => 0,

@@ -1,10 +1,10 @@
-//! One split virtqueue as the back-end sees it (virtio 1.2 §2.7): raw pointers into the mapped rings, cached once
-//! and valid as long as the [`GuestMemory`] that the vring holds.
+//! The device side of a split virtqueue (virtio 1.2 §2.7). A [`Vring`] caches raw pointers into the mapped rings, which
+//! are valid as long as the [`GuestMemory`] that it holds.
 //!
-//! The guest may write anything to the rings at any time. Every value is read once, checked, and only then used;
-//! what cannot be made sense of is a [`RingError`], after which the vring is not touched again until the front-end
-//! sets it up anew. Buffers are completed in the order in which they were made available (`VIRTIO_F_IN_ORDER`), so
-//! the used index alone says how far the device is.
+//! The guest may write anything to the rings at any time. Every value is read once, checked, and only then used. An
+//! invalid value is a [`RingError`], after which the vring is not used until the front-end sets it up again. Buffers
+//! are completed in the order in which they were made available (`VIRTIO_F_IN_ORDER`), so the used index alone gives
+//! the position of the device.
 #![expect(unsafe_code, reason = "reads and writes rings in memory that is shared with the guest")]
 
 mod layout;
@@ -25,17 +25,18 @@ const AVAIL_NO_INTERRUPT: u16 = 1;
 /// `VRING_USED_F_NO_NOTIFY`.
 const USED_NO_NOTIFY: u16 = 1;
 
-/// Where the used ring has its flags.
+/// Offset of the flags in the used ring.
 const USED_FLAGS: usize = 0;
-/// Where it has its index.
+/// Offset of the index in the used ring.
 const USED_INDEX: usize = 2;
-/// A descriptor as it lies in guest memory (virtio 1.2 §2.7.5).
+
+/// A descriptor as laid out in guest memory (virtio 1.2 §2.7.5).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Descriptor {
     /// Guest physical address of the buffer.
     pub address: u64,
-    /// Its length in bytes.
+    /// Length of the buffer in bytes.
     pub length: u32,
     /// `VIRTQ_DESC_F_*`.
     pub flags: u16,
@@ -43,22 +44,22 @@ pub struct Descriptor {
     pub next: u16,
 }
 
-/// What the guest wrote to a ring makes no sense; the vring is out of order until it is set up anew.
+/// An invalid value in a ring. The vring must not be used until the front-end sets it up again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RingError {
-    /// More buffers made available than the ring can hold.
+    /// The available index is more than the ring's size ahead.
     #[error("available index {available} is {distance} ahead of {next} in a vring of {size}")]
     AvailableIndex {
         /// The guest's index.
         available: u16,
-        /// The next one that the device expects.
+        /// The device's next available index.
         next: u16,
         /// The difference, modulo 2^16.
         distance: u16,
         /// The ring's size.
         size: u16,
     },
-    /// The available ring names a descriptor that does not exist.
+    /// The available ring has the index of a descriptor that does not exist.
     #[error("available ring names descriptor {head} in a vring of {size}")]
     Head {
         /// The index read.
@@ -68,7 +69,7 @@ pub enum RingError {
     },
 }
 
-/// The rings' pointers and the device's place in them.
+/// A mapped vring and the device's position in it.
 #[derive(Debug)]
 pub struct Vring {
     memory: Arc<GuestMemory>,
@@ -87,27 +88,27 @@ pub struct Vring {
     used_index: u16,
     /// The used index that the guest can see.
     published: u16,
-    /// The published used index at the last decision about a call; `None`: call in any case.
+    /// The published used index at the last decision about a call. With `None` the next decision is to call.
     decided: Option<u16>,
-    /// Whether the guest was last asked to notify; `None`: not known.
+    /// Whether the driver was last asked to kick; `None` if unknown.
     kicks_wanted: Option<bool>,
     call: Option<Notifier>,
-    /// Where writes are noted, while the front-end keeps a log.
+    /// The log of changed pages, while the front-end keeps one.
     log: Option<RingLog>,
-    /// Where chains are noted, where the front-end keeps a region for that.
+    /// The vring's part of the inflight region, if there is one.
     inflight: Option<InflightQueue>,
-    /// Chains that a back-end before us took and did not give back. They come in place of the next available ones.
+    /// Chains that a previous back-end took and did not complete. They are taken in place of the next available ones.
     resubmitted: VecDeque<u16>,
 }
 
-// SAFETY: the pointers are into mappings that `memory` keeps; they may be used from any thread, one at a time.
+// SAFETY: the pointers are into mappings that `memory` keeps; any thread may use them, one at a time.
 unsafe impl Send for Vring {}
 
 impl Vring {
-    /// Maps a vring. Its place is the used index found in memory until [`Self::set_next_available`] says otherwise.
+    /// Maps a vring. It continues at the used index in memory, unless [`Self::set_next_available`] sets another one.
     ///
     /// # Errors
-    /// [`LayoutError`].
+    /// Returns a [`LayoutError`] if the size is invalid, or a ring is misaligned or not in shared memory.
     pub fn new(
         layout: VringLayout,
         memory: Arc<GuestMemory>,
@@ -116,7 +117,7 @@ impl Vring {
         let VringLayout { size, addresses, event_idx, indirect } = layout;
         check_size(u32::from(size))?;
         let count = usize::from(size);
-        // Each with the event index that follows the ring.
+        // The lengths include the event index after each ring.
         let descriptors = locate(&memory, "descriptor", addresses.descriptors, 16, 16 * count)?;
         let available: *mut u16 =
             locate(&memory, "available", addresses.available, 2, available_length(count))?.cast();
@@ -145,8 +146,8 @@ impl Vring {
         Ok(vring)
     }
 
-    /// Begins anew where another process has worked on the ring since: its place is the used index found in memory until
-    /// [`Self::set_next_available`] says otherwise.
+    /// Resets the vring after another process has worked on it. It continues at the used index in memory, unless
+    /// [`Self::set_next_available`] sets another one.
     pub fn reread(&mut self) {
         let used_index = self.used_word(1).load(Ordering::Acquire);
         self.used_index = used_index;
@@ -158,7 +159,7 @@ impl Vring {
         self.set_next_available(used_index);
     }
 
-    /// Has the rings' pages there before they are used.
+    /// Prefaults the pages of the rings.
     pub fn prefault(&self) {
         let count = usize::from(self.size);
         self.memory.prefault(self.descriptors.cast_mut().cast(), 16 * count);
@@ -172,18 +173,18 @@ impl Vring {
         self.seen_available = index;
     }
 
-    /// Whether the driver can have made available all that lies between `index` and its available index.
+    /// Returns whether `index` fits: at most the ring's size lies between it and the driver's available index.
     pub fn fits(&self, index: u16) -> bool {
         self.available_word(1).load(Ordering::Acquire).wrapping_sub(index) <= self.size
     }
 
-    /// Has all writes noted in a log from now on, or no longer.
+    /// Sets or clears the log in which writes are marked from now on.
     pub fn set_log(&mut self, log: Option<RingLog>) {
         self.log = log;
     }
 
-    /// Has all chains noted in `inflight` from now on. What that says to have been in flight is taken first, from the
-    /// used index on; otherwise the next available index stays as it is.
+    /// Records all chains in `inflight` from now on. If it has chains in flight, they are taken first, and the vring
+    /// continues at the used index. Otherwise the next available index does not change.
     pub fn set_inflight(&mut self, mut inflight: InflightQueue) {
         let available = self.available_word(1).load(Ordering::Acquire);
         self.resubmitted = inflight.recover(self.published, available).into();
@@ -193,8 +194,8 @@ impl Vring {
         self.inflight = Some(inflight);
     }
 
-    /// The available index from which on the driver's chains have not been taken. Behind [`Self::next_available`]
-    /// there may be resubmitted ones; where these are the ring's own next ones, they are still available.
+    /// Returns the available index of the first chain that was not taken. Resubmitted chains count as taken, unless
+    /// they are the next chains of the available ring.
     pub fn base(&self) -> u16 {
         let in_order = (0..).zip(&self.resubmitted).all(|(nth, head)| self.available_head(nth) == *head);
         let resubmitted = if in_order { 0 } else { self.resubmitted.len() };
@@ -202,72 +203,72 @@ impl Vring {
         self.next_available.wrapping_add(u16::try_from(resubmitted).unwrap_or_default())
     }
 
-    /// Where writes are noted. Those to buffers are the caller's to note, before they are published.
+    /// Returns the log. The caller must mark writes to buffers before it publishes them.
     #[inline]
     pub fn log(&self) -> Option<&RingLog> {
         self.log.as_ref()
     }
 
-    /// The available index of the next buffer to take.
+    /// Returns the available index of the next buffer to take.
     pub fn next_available(&self) -> u16 {
         self.next_available
     }
 
-    /// The used index that the guest sees.
+    /// Returns the used index that the guest can see.
     pub fn published(&self) -> u16 {
         self.published
     }
 
-    /// Whether something was completed that the guest does not see.
+    /// Returns whether completed buffers have not been published yet.
     #[inline]
     pub fn is_ahead(&self) -> bool {
         self.published != self.used_index
     }
 
-    /// Length of the used ring in bytes, with the event index.
+    /// Returns the length of the used ring in bytes, event index included.
     pub fn used_length(&self) -> usize {
         used_length(usize::from(self.size))
     }
 
-    /// Number of descriptors.
+    /// Returns the number of descriptors.
     pub fn size(&self) -> u16 {
         self.size
     }
 
-    /// Whether `VIRTIO_F_INDIRECT_DESC` was negotiated.
+    /// Returns whether `VIRTIO_F_INDIRECT_DESC` was negotiated.
     pub fn indirect(&self) -> bool {
         self.indirect
     }
 
-    /// The memory that the rings lie in and the descriptors point to.
+    /// Returns the memory that contains the rings and the buffers.
     pub fn memory(&self) -> &GuestMemory {
         &self.memory
     }
 
-    /// The same, to be kept.
+    /// Returns the same memory as a reference that can be cloned.
     pub fn shared_memory(&self) -> &Arc<GuestMemory> {
         &self.memory
     }
 
-    /// Where descriptor table, available and used ring lie in this program's memory.
+    /// Returns the addresses of descriptor table, available ring and used ring in this process.
     pub fn host_addresses(&self) -> [u64; 3] {
         [self.descriptors as usize, self.available as usize, self.used as usize].map(|address| address as u64)
     }
 
-    /// The front-end's call descriptor.
+    /// Returns the front-end's call descriptor.
     pub fn call(&self) -> Option<&Notifier> {
         self.call.as_ref()
     }
 
-    /// The driver's available index now. Not checked: [`Self::available`] does that.
+    /// Reads the driver's available index, unchecked. [`Self::available`] checks it.
     pub fn available_index(&self) -> u16 {
         self.available_word(1).load(Ordering::Acquire)
     }
 
-    /// How many buffers are available from `next_available` + `taken` on.
+    /// Returns how many buffers are available from `next_available` + `taken` on.
     ///
     /// # Errors
-    /// [`RingError::AvailableIndex`].
+    /// Returns [`RingError::AvailableIndex`] if the driver's index is invalid.
     #[inline]
     pub fn available(&mut self, taken: u16) -> Result<u16, RingError> {
         let known = self.seen_available.wrapping_sub(self.next_available);
@@ -284,10 +285,10 @@ impl Vring {
         Ok(distance - taken)
     }
 
-    /// The head of the `nth` buffer from `next_available` on, which [`Self::available`] has said to be there.
+    /// Returns the head of the `nth` buffer from `next_available` on. [`Self::available`] must have counted it.
     ///
     /// # Errors
-    /// [`RingError::Head`].
+    /// Returns [`RingError::Head`] if there is no such descriptor.
     #[inline]
     pub fn head(&self, nth: u16) -> Result<u16, RingError> {
         let resubmitted = self.resubmitted.get(usize::from(nth));
@@ -295,14 +296,14 @@ impl Vring {
         if head < self.size { Ok(head) } else { Err(RingError::Head { head, size: self.size }) }
     }
 
-    /// What the available ring has at its `nth` place from `next_available` on.
+    /// Reads the `nth` entry of the available ring from `next_available` on.
     #[inline]
     fn available_head(&self, nth: u16) -> u16 {
         let slot = self.next_available.wrapping_add(nth) & self.mask;
         self.available_word(2 + usize::from(slot)).load(Ordering::Relaxed)
     }
 
-    /// Descriptor `index` of the table; `None` beyond it.
+    /// Reads descriptor `index` of the table. Returns `None` if `index` is beyond its end.
     #[inline]
     pub fn descriptor(&self, index: u16) -> Option<Descriptor> {
         if index >= self.size {
@@ -314,7 +315,7 @@ impl Vring {
         Some(unsafe { pointer.read_volatile() })
     }
 
-    /// Takes the next buffer and gives it back as used, `length` bytes written. The guest sees it after
+    /// Takes the next buffer and puts it into the used ring, with `length` bytes written. The guest sees it after
     /// [`Self::publish`].
     #[inline]
     pub fn complete(&mut self, head: u16, length: u32) {
@@ -332,7 +333,7 @@ impl Vring {
         self.next_available = self.next_available.wrapping_add(1);
     }
 
-    /// Lets the guest see all that was completed, and calls it if it wants that. Gives whether it was called.
+    /// Publishes all completed buffers, and calls the driver if it wants that. Returns whether it was called.
     #[inline]
     pub fn publish(&mut self) -> bool {
         if !self.is_ahead() {
@@ -348,7 +349,7 @@ impl Vring {
         if let Some(inflight) = &mut self.inflight {
             inflight.published(self.published);
         }
-        // The guest's wish must be read after it can see the index (virtio 1.2 §2.7.10).
+        // Read whether the driver wants a call only after it can see the index (virtio 1.2 §2.7.10).
         fence(Ordering::SeqCst);
         let wanted = if self.event_idx {
             let event = self.available_word(2 + usize::from(self.size)).load(Ordering::Relaxed);
@@ -362,7 +363,7 @@ impl Vring {
         wanted && self.call_guest()
     }
 
-    /// Notes the elements that were written since the last publication.
+    /// Marks the used elements written since the last publication.
     #[cold]
     fn log_elements(&self) {
         let count = self.used_index.wrapping_sub(self.published);
@@ -372,7 +373,7 @@ impl Vring {
         }
     }
 
-    /// Notes a write of `length` bytes at `offset` in the used ring.
+    /// Marks a write of `length` bytes at `offset` in the used ring.
     #[inline]
     fn log_used(&self, offset: usize, length: usize) {
         if let Some(log) = &self.log {
@@ -380,7 +381,7 @@ impl Vring {
         }
     }
 
-    /// Calls the guest whatever it wishes. Gives whether there is a call descriptor.
+    /// Calls the driver, whether or not it wants that. Returns whether there is a call descriptor.
     pub fn call_guest(&self) -> bool {
         self.call.as_ref().is_some_and(|call| {
             call.notify();
@@ -388,7 +389,7 @@ impl Vring {
         })
     }
 
-    /// Asks the guest not to notify of new buffers. With `EVENT_IDX` the event index is left behind, which does it.
+    /// Asks the driver not to kick. With `EVENT_IDX` it is enough not to advance the event index.
     #[inline]
     pub fn disable_kicks(&mut self) {
         if self.kicks_wanted != Some(false) {
@@ -400,11 +401,11 @@ impl Vring {
         }
     }
 
-    /// Asks the guest to notify of the next buffer, and looks once more: gives how many are available from
-    /// `next_available` + `taken` on after that.
+    /// Asks the driver to kick for the next buffer, checks again, and returns how many buffers are available from
+    /// `next_available` + `taken` on.
     ///
     /// # Errors
-    /// [`RingError::AvailableIndex`].
+    /// Returns [`RingError::AvailableIndex`] if the driver's index is invalid.
     pub fn enable_kicks(&mut self, taken: u16) -> Result<u16, RingError> {
         self.kicks_wanted = Some(true);
         if self.event_idx {
@@ -419,12 +420,12 @@ impl Vring {
             self.used_word(0).store(0, Ordering::Relaxed);
             self.log_used(USED_FLAGS, 2);
         }
-        // The wish must be visible before the index is read again (virtio 1.2 §2.7.10).
+        // The request must be visible before the index is read again (virtio 1.2 §2.7.10).
         fence(Ordering::SeqCst);
         self.available(taken)
     }
 
-    /// Flags (0), index (1), ring (2…) and event index (2 + size) of the available ring.
+    /// Returns a word of the available ring: flags (0), index (1), entries (2…) or event index (2 + size).
     #[inline]
     fn available_word(&self, word: usize) -> &AtomicU16 {
         debug_assert!(word <= 2 + usize::from(self.size));
@@ -434,7 +435,7 @@ impl Vring {
         unsafe { AtomicU16::from_ptr(pointer) }
     }
 
-    /// Flags (0) and index (1) of the used ring.
+    /// Returns a word of the used ring: flags (0) or index (1).
     #[inline]
     fn used_word(&self, word: usize) -> &AtomicU16 {
         debug_assert!(word < 2);

@@ -1,32 +1,33 @@
-//! What the front-end has said of one vring, whole or not, running or not: plain state that a session consists of.
+//! One vring as the front-end has set it up so far: plain data, part of the state of a session.
 //!
 //! ```text
-//!   incomplete ──SET_VRING_KICK, the rest being there──▶ started
+//!   incomplete ──SET_VRING_KICK, the rest being set────▶ started
 //!       ▲                                                   │
 //!       └───── GET_VRING_BASE, RESET_DEVICE, end of session─┘
 //! ```
-//! `enabled` is independent of all that (vhost-user: "Ring states"). What is available in a started ring is worked on at
-//! once, without waiting for a kick, as the specification's text of 2026 says and other back-ends always did: drivers of
-//! receive rings do not kick again, and one whose last device told it not to kick does not either.
+//! `enabled` is independent of this (vhost-user: "Ring states"). The device processes the available chains of a started
+//! ring at once, without waiting for a kick. The specification's text of 2026 says so, and other back-ends always did:
+//! drivers of receive rings do not kick again, nor do drivers that the last device told not to kick.
 //!
-//! # Where a ring goes on
+//! # Where a ring continues
 //!
-//! Completion is in order, so the used index in memory says how far the last device came, whoever that was. Front-ends
-//! disagree about the base of a ring in use: QEMU gives the used index, DPDK's virtio-user 0, Cloud Hypervisor the
-//! available index, and some give none. `B` is the base, `U` the used index, `A` the available index, all modulo 2^16. An
-//! index *fits* if the driver can have made available what lies between it and `A`: at most the ring's size.
+//! Completion is in order, so the used index in memory gives the position of the last device, whichever process that
+//! was. Front-ends disagree about the base of a ring in use: QEMU sends the used index, DPDK's virtio-user 0, Cloud
+//! Hypervisor the available index, and some send none. `B` is the base, `U` the used index, `A` the available index,
+//! all modulo 2^16. An index *fits* if at most the ring's size lies between it and `A`, so that the driver can have
+//! made that much available.
 //!
-//! | The base | and | the ring goes on from |
+//! | The base | and | the ring continues at |
 //! |---|---|---|
-//! | was this session's own place, the ring still set up | | `B` |
-//! | is the one at which this session stopped, given back | `B` fits, `U` is not 0 | `B` |
+//! | is this session's position, the ring still set up | | `B` |
+//! | is given: where this session stopped the ring | `B` fits, `U` is not 0 | `B` |
 //! | is given: ahead of `U`, behind it or equal | `U` fits, 0 or not | `U` |
-//! | is given | `U` does not fit: a fresh ring that begins elsewhere | `B` |
+//! | is given | `U` does not fit: a fresh ring that does not begin at 0 | `B` |
 //! | is not given | `U` fits | `U` |
-//! | is not given | `U` does not fit | `B`: the session's last place, else 0 |
-//! | whatever it is | the inflight region says that chains were left | `U`, those chains first |
+//! | is not given | `U` does not fit | `B`: the session's last position, else 0 |
+//! | is any | the inflight region has chains in flight | `U`, those chains first |
 //!
-//! A driver that resets its ring clears `U`, so the ring begins anew by the same rules.
+//! A driver that resets its ring clears `U`, so the same rules apply to a ring that starts over.
 
 use std::sync::Arc;
 
@@ -49,15 +50,14 @@ pub struct VringSetup {
     pub size: Option<u16>,
     /// `SET_VRING_ADDR`.
     pub addresses: Option<RingAddresses>,
-    /// `SET_VRING_ADDR` with `VRING_F_LOG`: the guest address under which writes to the used ring are noted.
+    /// `SET_VRING_ADDR` with `VRING_F_LOG`: the guest address at which writes to the used ring are marked in the log.
     pub log_used: Option<u64>,
-    /// `call` is to be signalled, whatever there is to tell. By the worker: an eventfd that the front-end has filled
-    /// blocks who writes to it.
+    /// A call is due. The worker makes it, since a write to an eventfd that the front-end has filled may block.
     pub call_due: bool,
-    /// The driver was called since the ring is started and enabled, or is about to be. What was completed before may be
-    /// unknown to it: the last call went to another descriptor, or was lost with the process that was to make it.
+    /// The driver has been called since the ring was started and enabled, or such a call is due. It may not know of
+    /// earlier completions: their call went to another descriptor, or was lost with the process that had to make it.
     pub called: bool,
-    /// `SET_VRING_BASE`, and where the ring stopped: the next available index.
+    /// The next available index: from `SET_VRING_BASE`, or where the ring stopped.
     pub base: u16,
     /// `SET_VRING_KICK`.
     pub kick: Option<Kick>,
@@ -67,46 +67,46 @@ pub struct VringSetup {
     pub error: Option<Notifier>,
     /// `SET_VRING_ENABLE`.
     pub enabled: bool,
-    /// Whether it ran before it was stopped, and the front-end has not given it another place since.
+    /// Whether the ring ran in this session before it was stopped, and the front-end has not set another base since.
     pub resumes: bool,
-    /// Whether it has been enabled in this session.
+    /// Whether the ring has been enabled in this session.
     pub was_enabled: bool,
-    /// Whether the ring is started: it was mapped since `kick` came.
+    /// Whether the ring is started: it has been mapped since the front-end sent `kick`.
     pub started: bool,
-    /// Whether `base` is the front-end's word rather than where this session was.
+    /// Whether the front-end sent `base`, rather than this session having recorded it.
     pub base_is_given: bool,
-    /// Whether `base` is where this session has the ring, which is set up since.
+    /// Whether `base` is this session's position in a ring that has been set up since.
     pub base_is_ours: bool,
-    /// What the guest wrote made no sense; nothing is done until the front-end stops the ring.
+    /// The driver wrote invalid values to the ring. It is not used until the front-end stops it.
     pub broken: bool,
-    /// Of a receive ring: stopped, or disabled while the first one was, so the front-end pauses, and will go on. Until the
-    /// ring is set up and enabled again its TAP queue keeps the frames that it has.
+    /// For a receive ring: it was stopped, or disabled while the first one was disabled, so the front-end is taken to
+    /// pause. The TAP queue keeps its frames until the ring is set up and enabled again, or disabled.
     pub paused: bool,
 }
 
-/// What all vrings of a session are mapped with.
+/// What is needed to map any vring of a session.
 #[derive(Clone, Copy, Debug)]
 pub struct Surroundings<'a> {
     /// Shared memory.
     pub memory: &'a Arc<GuestMemory>,
     /// Virtio features.
     pub features: Features,
-    /// Where writes are to be noted.
+    /// The log of changed pages.
     pub log: Option<&'a Arc<DirtyLog>>,
-    /// Where chains are to be noted.
+    /// The inflight region.
     pub inflight: Option<&'a Arc<InflightRegion>>,
 }
 
 impl VringSetup {
-    /// Whether everything is there that a ring needs to run.
+    /// Returns whether the ring has size, addresses and kick.
     pub fn is_set_up(&self) -> bool {
         self.size.is_some() && self.addresses.is_some() && self.kick.is_some()
     }
 
-    /// Maps the vring, if it is set up whole; it is number `index`.
+    /// Maps vring number `index`. Returns `None` if it is not set up completely.
     ///
     /// # Errors
-    /// [`LayoutError`] where size and addresses do not go with the memory.
+    /// Returns a [`LayoutError`] if its rings are misaligned or not in shared memory.
     pub fn activate(
         &mut self,
         index: usize,
@@ -137,8 +137,8 @@ impl VringSetup {
         Ok(Some(ring))
     }
 
-    /// Puts a mapped vring, of which nothing has been done since it was mapped or [read again](Vring::reread), where it
-    /// goes on.
+    /// Sets the position at which a mapped vring continues. The vring must not have been used since it was mapped or
+    /// [reread](Vring::reread).
     pub fn place(&mut self, index: usize, ring: &mut Ring, inflight: Option<&Arc<InflightRegion>>) {
         let vring = &mut ring.vring;
         if !self.base_is_ours {
@@ -155,7 +155,7 @@ impl VringSetup {
             vring.set_inflight(inflight);
         }
         self.started = true;
-        // Front-ends enable last: what the driver has made available until then is not to be discarded.
+        // Front-ends enable last: until then, do not discard what the driver has made available.
         self.was_enabled |= self.enabled;
         ring.held = !self.was_enabled;
         ring.enabled = self.enabled;
@@ -165,24 +165,25 @@ impl VringSetup {
         ring.call_due = std::mem::take(&mut self.call_due);
     }
 
-    /// Whether the used index has more weight than `base`, for a process that does not know [`Self::base_is_ours`].
+    /// Returns whether the used index takes precedence over `base`, for a process that does not know
+    /// [`Self::base_is_ours`].
     pub fn base_is_to_be_judged(&self) -> bool {
         self.base_is_given || self.kick.is_some() && !self.base_is_ours
     }
 
-    /// How it stands while no worker has it.
+    /// Returns the state of a ring that no worker has.
     pub fn now(&self) -> VringNow {
         VringNow {
             base: self.base,
             base_is_given: self.base_is_to_be_judged(),
-            // Earlier versions, if they are told so, discard what waits in a ring that was not enabled yet.
+            // Earlier versions discard the chains of a ring that they are told is started, even before it is enabled.
             started: self.started && self.was_enabled,
             broken: self.broken,
             call_due: self.call_due,
         }
     }
 
-    /// Makes it as another process says that it stands.
+    /// Sets the state that another process reports.
     pub fn set_now(&mut self, now: &VringNow) {
         let VringNow { base, base_is_given, started, broken, call_due } = *now;
         self.base = base;
@@ -193,7 +194,7 @@ impl VringSetup {
         self.call_due = call_due;
     }
 
-    /// Notes where a ring is that was taken out of its worker.
+    /// Records the position and state of a ring that was taken out of its worker.
     pub fn deactivate(&mut self, ring: &Ring) {
         self.base = ring.vring.base();
         self.base_is_given = false;
@@ -202,14 +203,14 @@ impl VringSetup {
         self.call_due |= ring.call_due;
     }
 
-    /// Notes that the ring cannot be mapped any more: it is not started, and its driver is called when it is again.
+    /// Records that the ring can no longer be mapped. It is not started, and its driver is called when it starts again.
     pub fn unmapped(&mut self) {
         self.started = false;
         self.called = false;
     }
 
-    /// Stops the ring (`GET_VRING_BASE`): its place is kept, its kick and call are dropped. `ran`: there was a TAP, so it
-    /// was worked on.
+    /// Stops the ring (`GET_VRING_BASE`): keeps its position and drops its kick and call. `ran` says whether there was
+    /// a TAP, so that a started ring ran.
     pub fn stop(&mut self, ran: bool) {
         let set_up = self.is_set_up();
         self.resumes |= self.started && ran;

@@ -1,4 +1,5 @@
-//! Descriptor chains of any kind over guest memory of any layout, against a plain reading of virtio 1.2 §2.7.5.
+//! Compares the descriptor walk with a plain implementation of virtio 1.2 §2.7.5, for arbitrary chains in guest memory
+//! of several regions.
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use std::fs::File;
@@ -11,8 +12,8 @@ use baton_backend::vring::{RingAddresses, Vring, VringLayout};
 use proptest::prelude::*;
 
 const PAGE: u64 = 0x1000;
-/// The regions' guest addresses and the pages of each: two adjoin, the third is apart. In the file, and in the
-/// front-end's own addresses, they follow each other the other way round.
+/// Guest address and number of pages of each region: two adjoin, the third is apart. In the file, and in the
+/// front-end's addresses, they follow each other in reverse order.
 const REGIONS: [(u64, u64); 3] = [(0, 4), (4 * PAGE, 3), (10 * PAGE, 2)];
 const FILE: u64 = 9 * PAGE;
 const SIZE: u16 = 16;
@@ -42,12 +43,12 @@ fn anywhere() -> impl Strategy<Value = u64> {
     prop_oneof![8 => 0..13 * PAGE, 1 => any::<u64>(), 1 => (0..64u64).prop_map(|rest| u64::MAX - rest)]
 }
 
-/// Near the place where two regions adjoin, too, and at any alignment.
+/// Generates addresses of indirect tables: often near the boundary of two regions, and of any alignment.
 fn table_address() -> impl Strategy<Value = u64> {
     prop_oneof![3 => 4 * PAGE - 300..4 * PAGE + 300, 1 => anywhere()]
 }
 
-/// Where a guest address lies in the file.
+/// Returns the offset of a guest address in the file.
 fn in_file(address: u64) -> Option<u64> {
     let mut offset = FILE;
     REGIONS.iter().find_map(|&(base, pages)| {
@@ -83,7 +84,7 @@ fn read(file: &File, at: u64) -> Result<Entry, ChainError> {
     })
 }
 
-/// The buffers of a chain, each as far as its region goes, as places in the file.
+/// Returns the buffers of a chain, split at region boundaries, as offsets and lengths in the file.
 fn reference(file: &File, head: u16, writable: bool, indirect: bool) -> Result<Vec<(u64, u64)>, ChainError> {
     let mut pieces = Vec::new();
     let (mut table, mut count, mut within) = (0, u32::from(SIZE), false);
@@ -129,7 +130,7 @@ fn reference(file: &File, head: u16, writable: bool, indirect: bool) -> Result<V
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
     #[test]
-    fn a_chain_is_its_buffers_or_refused(
+    fn chain_walk_matches_the_reference(
         entries in prop::collection::vec(entry(prop_oneof![anywhere(), table_address()]), usize::from(SIZE)),
         place in table_address(),
         table in prop::collection::vec(entry(anywhere()), 0..40),

@@ -1,12 +1,12 @@
-//! The gate between a worker's thread and its owner, under many orders of their steps (`shuttle`): no wake-up is lost, the
-//! pair is always with one of them, and every kick is served.
+//! Runs the gate between a worker's thread and its owner under many interleavings (`shuttle`): no wake-up is lost, the
+//! pair is always in exactly one place, and every kick is served.
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
 #[path = "../src/dataplane/gate.rs"]
 #[expect(dead_code, reason = "the model does not time out, and no thread of it fails")]
 mod gate;
 
-/// What the gate is made of here.
+/// The gate's primitives, instrumented by `shuttle`.
 mod sync {
     pub use shuttle::sync::atomic::{AtomicBool, Ordering};
     pub use shuttle::sync::{Condvar, Mutex, MutexGuard};
@@ -19,17 +19,17 @@ use shuttle::sync::Arc;
 use shuttle::thread;
 use sync::{Condvar, Mutex};
 
-/// How many orders are tried.
+/// The number of interleavings to try.
 const ORDERS: usize = 20_000;
-/// In each, at so many places another thread goes on.
+/// The number of preemptions in each.
 const PREEMPTIONS: usize = 4;
 
-/// What a thread waits for in epoll: kicks and the gate's wake, each told once.
+/// Models what a thread waits for in epoll: kicks and the gate's wake, each reported once.
 #[derive(Debug, Default)]
 struct Events {
     state: Mutex<Pending>,
     changed: Condvar,
-    /// The gate's wakes get lost.
+    /// Whether the gate's wakes are lost.
     loses: bool,
 }
 
@@ -69,10 +69,10 @@ impl Wake for Arc<Events> {
     }
 }
 
-/// A queue pair: how many kicks it has served.
+/// Models a queue pair: the number of kicks that it has served.
 type Pair = u32;
 
-/// The worker's thread, as `worker.rs` has it. It keeps a pair that the kernel works on while it waits.
+/// Models the worker's thread of `worker.rs`. It keeps a pair that the kernel works on while it waits.
 fn work(gate: &Gate<Pair, Arc<Events>>, events: &Events, in_kernel: bool) {
     let mut held = None;
     if !gate.listen() {
@@ -104,8 +104,8 @@ fn work(gate: &Gate<Pair, Arc<Events>>, events: &Events, in_kernel: bool) {
     }
 }
 
-/// The owner gives the pair twice and takes it back, the second time `idle`, while a kick comes at any time; then it looks
-/// itself.
+/// The owner gives the pair away and takes it back, twice; the second time as idle if `idle` is set. A kick may come at
+/// any time. At the end the owner looks for kicks itself.
 fn model(loses: bool, idle: bool, in_kernel: bool) {
     shuttle::check_pct(
         move || {
@@ -130,7 +130,7 @@ fn model(loses: bool, idle: bool, in_kernel: bool) {
                 pair = gate.take_back(Duration::MAX, |_| None).unwrap();
             }
             kicker.join().unwrap();
-            // As a pair that is resumed looks at everything once.
+            // A resumed pair looks for work once.
             pair += events.take_kicks();
             gate.end();
             worker.join().unwrap();
@@ -141,7 +141,7 @@ fn model(loses: bool, idle: bool, in_kernel: bool) {
     );
 }
 
-/// The thread alone, without an owner that takes the pair back, serves a kick that comes at any time.
+/// The thread serves a kick that comes at any time, without an owner that takes the pair back.
 fn served_by_the_thread(loses: bool) {
     shuttle::check_pct(
         move || {
@@ -172,28 +172,28 @@ fn served_by_the_thread(loses: bool) {
 }
 
 #[test]
-fn the_owner_always_gets_the_pair_back() {
+fn owner_always_gets_the_pair_back() {
     model(false, false, false);
 }
 
 #[test]
-fn the_owner_gets_back_a_pair_that_it_laid_down() {
+fn owner_gets_back_a_pair_that_it_laid_down() {
     model(false, true, false);
 }
 
 #[test]
-fn the_owner_gets_back_a_pair_that_the_kernel_works_on() {
+fn owner_gets_back_a_pair_that_the_kernel_works_on() {
     model(false, false, true);
 }
 
 #[test]
-fn the_thread_serves_a_kick_that_comes_at_any_time() {
+fn thread_serves_a_kick_that_comes_at_any_time() {
     served_by_the_thread(false);
 }
 
-/// That the model can fail.
+/// Checks that the model can fail.
 #[test]
 #[should_panic(expected = "deadlock")]
-fn a_lost_wake_up_is_found() {
+fn model_detects_a_lost_wake_up() {
     model(true, false, false);
 }

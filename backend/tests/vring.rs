@@ -1,4 +1,4 @@
-//! A vring against a model of its driver, which shares nothing with it but the memory: any order of steps, from any
+//! A vring against a model of its driver, which shares only the memory with it: any order of steps, from any start
 //! index, across the wrap of both indices.
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
@@ -17,13 +17,13 @@ const AVAILABLE: u64 = 0x4000;
 const USED: u64 = 0x8000;
 const MEMORY: u64 = 0x1_0000;
 
-/// The driver's side, by reads and writes of the memory's file.
+/// The driver, which reads and writes the memory's file.
 struct Driver {
     file: File,
     call: EventFd,
     size: u16,
     event_idx: bool,
-    /// Its available and used index, and the available index at the last decision about a kick.
+    /// The driver's available and used index, and the available index at the last decision about a kick.
     added: u16,
     popped: u16,
     decided: u16,
@@ -41,7 +41,7 @@ impl Driver {
         self.file.write_all_at(&value.to_le_bytes(), at).unwrap();
     }
 
-    /// Makes `count` buffers available. Whether it has to kick.
+    /// Makes `count` buffers available. Returns whether the driver must kick.
     fn add(&mut self, count: u16) -> bool {
         for _ in 0..count {
             let slot = self.added % self.size;
@@ -60,7 +60,7 @@ impl Driver {
         }
     }
 
-    /// Takes what was used, and checks that it is what comes next, in order.
+    /// Takes the used buffers back, and checks that they come in order.
     fn pop(&mut self) {
         let used = self.word(USED + 2);
         while self.popped != used {
@@ -74,7 +74,7 @@ impl Driver {
         }
     }
 
-    /// Asks for a call for whatever is used next, or for none.
+    /// Asks for a call for the next used buffer, or for no calls.
     fn want_calls(&self, wanted: bool) {
         if self.event_idx {
             let event = if wanted { self.popped } else { self.popped.wrapping_sub(1) };
@@ -130,13 +130,13 @@ fn pair(size: u16, start: u16, event_idx: bool) -> (Driver, Vring) {
 
 proptest! {
     #[test]
-    fn nothing_is_lost_and_nobody_waits_unheard(
+    fn no_buffer_and_no_notification_is_lost(
         (power, start, event_idx) in (0..7u32, prop_oneof![any::<u16>(), 65500..=65535u16], any::<bool>()),
         steps in prop::collection::vec(step(), 1..300),
     ) {
         let size = 1u16 << power;
         let (mut driver, mut vring) = pair(size, start, event_idx);
-        // Completed but not published; whether the device sleeps until a kick, and the driver until a call.
+        // Buffers completed but not published; whether the device sleeps until a kick, and the driver until a call.
         let mut completed = 0u16;
         let (mut device_sleeps, mut driver_sleeps) = (false, false);
         for step in steps {
@@ -146,7 +146,7 @@ proptest! {
                     let free = size - driver.added.wrapping_sub(driver.popped);
                     let kick = driver.add(count.min(free));
                     if device_sleeps && free > 0 {
-                        prop_assert!(kick, "the device is not told of new buffers");
+                        prop_assert!(kick, "no kick for new buffers");
                         device_sleeps = false;
                     }
                 }
@@ -170,9 +170,9 @@ proptest! {
                 Step::Publish => {
                     let called = vring.publish();
                     prop_assert_eq!(called, driver.call.read().is_ok());
-                    prop_assert!(completed > 0 || !called, "a call for nothing");
+                    prop_assert!(completed > 0 || !called, "call without used buffers");
                     if driver_sleeps && completed > 0 {
-                        prop_assert!(called, "the driver is not told of used buffers");
+                        prop_assert!(called, "no call for used buffers");
                         driver_sleeps = false;
                     }
                     completed = 0;
@@ -186,7 +186,7 @@ proptest! {
                     device_sleeps = false;
                 }
             }
-            // What is not published is not seen.
+            // The driver sees only published buffers.
             prop_assert_eq!(driver.word(USED + 2), vring.published());
         }
         vring.publish();
@@ -195,7 +195,7 @@ proptest! {
     }
 
     #[test]
-    fn an_available_index_that_is_impossible_is_refused(power in 0..7u32, start: u16, index: u16) {
+    fn invalid_available_index_is_refused(power in 0..7u32, start: u16, index: u16) {
         let size = 1u16 << power;
         let (driver, mut vring) = pair(size, start, false);
         driver.set_word(AVAILABLE + 2, index);

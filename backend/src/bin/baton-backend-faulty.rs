@@ -1,4 +1,4 @@
-//! `baton-backend` with its fault points, for tests: see `baton_faults`.
+//! `baton-backend` with its fault points enabled, for tests. See `baton_faults`.
 
 use std::process::ExitCode;
 

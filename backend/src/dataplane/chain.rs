@@ -1,5 +1,5 @@
-//! Descriptor chains as I/O vectors (virtio 1.2 §§2.7.5, 2.7.7): every buffer checked against guest memory, ready
-//! for `readv` and `writev`.
+//! Turns descriptor chains into I/O vectors for `readv` and `writev` (virtio 1.2 §§2.7.5, 2.7.7). Every buffer is
+//! checked against guest memory.
 #![expect(unsafe_code, reason = "reads indirect tables from guest memory")]
 
 use crate::memory::GuestMemory;
@@ -12,20 +12,20 @@ const WRITE: u16 = 2;
 /// `VIRTQ_DESC_F_INDIRECT`.
 const INDIRECT: u16 = 4;
 
-/// The most vectors that one system call takes (`IOV_MAX`).
+/// The most vectors that one system call accepts (`IOV_MAX`).
 pub const MAX_VECTORS: usize = 1024;
 
-/// The most descriptors of a chain, and the most vectors that it becomes: as many as the largest ring has (virtio 1.3
-/// §2.7.5.3.1: no chain is longer than the queue). Each buffer is one vector, unless it lies across memory regions.
+/// The most descriptors in a chain, and the most vectors that a chain turns into: the size of the largest ring (virtio
+/// 1.3 §2.7.5.3.1: no chain is longer than the queue). A buffer is one vector, unless it spans memory regions.
 pub const MAX_CHAIN: usize = MAX_SIZE as usize;
 
-/// How many bytes of a ring's buffers are made ready beforehand: enough for 1024 of 4 KiB.
+/// How many bytes of a ring's buffers are prefaulted: enough for 1024 buffers of 4 KiB.
 const PREFAULT: usize = 4 << 20;
 
 /// The size of a page.
 const PAGE: usize = 0x1000;
 
-/// Which way the guest's buffers go.
+/// The direction of the guest's buffers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
     /// The device reads them.
@@ -34,49 +34,49 @@ pub enum Direction {
     Writable,
 }
 
-/// What makes a chain unusable. It is the guest's mistake and costs only that chain.
+/// Why a chain is unusable. This is a driver error, and the back-end drops only that chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ChainError {
-    /// It goes on for longer than the table has descriptors.
-    #[error("a descriptor chain that loops")]
+    /// The chain has more descriptors than the table.
+    #[error("descriptor chain loops")]
     Loop,
-    /// `next` is beyond the table.
-    #[error("a descriptor beyond the table")]
+    /// `next` is beyond the end of the table.
+    #[error("descriptor index is beyond the end of the table")]
     Next,
-    /// A readable buffer where a writable one belongs, or the reverse.
-    #[error("a descriptor of the wrong direction")]
+    /// A readable buffer in a receive chain, or a writable one in a transmit chain.
+    #[error("descriptor has the wrong direction")]
     Direction,
-    /// An indirect table within another, with a continuation, of a bad size, or where none was negotiated.
-    #[error("an invalid indirect descriptor")]
+    /// A nested indirect table, one with `VIRTQ_DESC_F_NEXT`, one of a bad size, or one without negotiation.
+    #[error("invalid indirect descriptor")]
     Indirect,
     /// The buffer is not in guest memory.
-    #[error("a buffer outside of guest memory")]
+    #[error("buffer is outside guest memory")]
     Address,
-    /// More than [`MAX_CHAIN`] pieces, or 4 GiB.
-    #[error("a descriptor chain that is too long")]
+    /// The chain has more than [`MAX_CHAIN`] pieces, or 4 GiB or more.
+    #[error("descriptor chain is too long")]
     TooLong,
 }
 
-/// A growing list of I/O vectors, all of them into guest memory, or into buffers of the owner's.
+/// A growing list of I/O vectors, each of which points into guest memory or into a buffer that the list's owner keeps.
 #[derive(Debug, Default)]
 pub struct Vectors(pub Vec<libc::iovec>);
 
-// SAFETY: an iovec is a plain pointer and a length; what it points to is kept by the owner of the list.
+// SAFETY: an iovec is a plain pointer and a length; the owner of the list keeps the memory that it points to.
 unsafe impl Send for Vectors {}
 
 impl Vectors {
-    /// Has memory for as many as one system call takes there before they are used. The list must be empty.
+    /// Touches the memory for as many vectors as one system call accepts. The list must be empty.
     pub fn prefault(&mut self) {
         self.0.resize(MAX_VECTORS, libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 });
         self.0.clear();
     }
 }
 
-/// Appends the buffers of the chain that begins at `head` to `vectors` and gives their length in bytes.
-/// Empty buffers are left out.
+/// Appends the buffers of the chain that begins at `head` to `vectors` and returns their total length in bytes.
+/// Skips empty buffers. `hint` is the region to try first, as in [`GuestMemory::resolve`].
 ///
 /// # Errors
-/// [`ChainError`]; `vectors` is then as before.
+/// Returns a [`ChainError`] if the chain is malformed, and leaves `vectors` unchanged.
 #[inline]
 pub fn append(
     vring: &Vring,
@@ -96,8 +96,8 @@ pub fn append(
     Ok(length)
 }
 
-/// Has the pages of the buffers of a ring there before they are used: those that its descriptor table speaks of, up to
-/// 4 MiB. The driver may change the table meanwhile; nothing depends on what it says.
+/// Prefaults the buffers that a ring's descriptor table points to, up to 4 MiB. The driver may change the table
+/// meanwhile: this is only an optimisation.
 pub fn prefault(vring: &Vring) {
     let memory = vring.memory();
     let (mut hint, mut left) = (0, PREFAULT);
@@ -111,7 +111,7 @@ pub fn prefault(vring: &Vring) {
         }
     }
     pieces.sort_unstable();
-    // Those that touch each other are one: they are system calls.
+    // Merge adjacent pieces: each piece costs a system call.
     pieces.dedup_by(|next, piece| {
         let touch = next.0 <= (piece.0 + piece.1).next_multiple_of(PAGE);
         if touch {
@@ -176,23 +176,23 @@ impl Walk<'_> {
         Err(ChainError::Loop)
     }
 
-    /// Descriptor `index` of the indirect table at `table`, wherever regions begin and end.
+    /// Reads descriptor `index` of the indirect table at `table`. A descriptor may span memory regions.
     fn load(&mut self, table: u64, index: u32) -> Result<Descriptor, ChainError> {
         let address = table.checked_add(16 * u64::from(index)).ok_or(ChainError::Address)?;
         let (pointer, rest) = self.memory.resolve(address, self.hint).ok_or(ChainError::Address)?;
         let pointer = pointer.cast::<Descriptor>();
         if rest >= 16 && pointer.is_aligned() {
-            // SAFETY: 16 bytes of guest memory, aligned; every value is a descriptor.
+            // SAFETY: 16 bytes of guest memory, aligned; every bit pattern is a valid descriptor.
             return Ok(unsafe { pointer.read_volatile() });
         }
         let mut bytes = [0u8; 16];
         for (offset, byte) in (0u64..).zip(&mut bytes) {
             let address = address.checked_add(offset).ok_or(ChainError::Address)?;
             let (pointer, _) = self.memory.resolve(address, self.hint).ok_or(ChainError::Address)?;
-            // SAFETY: `resolve` gives a pointer to at least one byte.
+            // SAFETY: `resolve` returns a pointer to at least one byte.
             *byte = unsafe { pointer.read_volatile() };
         }
-        // SAFETY: 16 bytes; every value is a descriptor; the read allows any alignment.
+        // SAFETY: 16 bytes; every bit pattern is a valid descriptor; the read allows any alignment.
         Ok(unsafe { bytes.as_ptr().cast::<Descriptor>().read_unaligned() })
     }
 
@@ -213,7 +213,7 @@ impl Walk<'_> {
             }
             self.vectors.0.push(libc::iovec { iov_base: pointer.cast(), iov_len: length });
             rest -= length;
-            // Only the last region can end at the top of the address space, and then nothing follows.
+            // Only the last region can end at the top of the address space, and nothing follows it.
             address = address.wrapping_add(length as u64);
         }
         Ok(())

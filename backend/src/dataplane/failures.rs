@@ -1,15 +1,15 @@
-//! Failures of the workers, which the event loop receives.
+//! Failures that workers report to the event loop.
 
 use std::io;
 
 use crate::event_channel::EventSender;
 
-/// A worker cannot go on.
+/// A worker that cannot continue.
 #[derive(Debug)]
 pub struct WorkerFailure {
-    /// Its queue pair.
+    /// The worker's queue pair.
     pub pair: u16,
-    /// Why.
+    /// The reason.
     pub error: io::Error,
 }
 
@@ -22,15 +22,15 @@ pub struct Failures {
 }
 
 impl Failures {
-    /// For the worker of `pair`.
+    /// Creates the reporter for the worker of `pair`.
     pub fn new(sender: EventSender<WorkerFailure>, pair: u16) -> Self {
         Self { sender, pair }
     }
 
-    /// Tells the event loop that the worker cannot go on.
+    /// Reports to the event loop that the worker cannot continue.
     pub fn report(&self, error: &io::Error) {
         let error = io::Error::new(error.kind(), error.to_string());
-        // Without a receiver the process is ending.
+        // The receiver is gone only when the process is ending.
         let _ = self.sender.send(WorkerFailure { pair: self.pair, error });
     }
 }

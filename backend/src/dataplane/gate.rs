@@ -1,10 +1,12 @@
-//! The gate between a worker's thread and its owner: where the queue pair is, and how each wakes the other.
+//! The gate between a worker's thread and its owner. It tracks which of them has the queue pair, and lets each wake the
+//! other.
 //!
-//! The pair is with the owner, with the thread, or in the *slot* between them. Either may take it from there: the owner
-//! when it parks the worker, the thread when an event comes. A thread that finds the pair elsewhere falls asleep until the
-//! owner gives it something. `backend/tests/gate_model.rs` runs this file under many orders of its steps, so it uses the
-//! primitives of the module `sync` beside it, and is generic over the pair `P` and over what ends the thread's wait for
-//! events, `W`.
+//! The pair is with the owner, with the thread, or in the *slot* between them. Either side may take it from the slot:
+//! the owner to park the worker, the thread to handle an event. A thread that wakes up and does not find the pair there
+//! sleeps until the owner fills the slot.
+//!
+//! `backend/tests/gate_model.rs` runs this file under many interleavings. So the file takes its primitives from the
+//! sibling module `sync`, and is generic over the pair `P` and over `W`, which ends the thread's wait for events.
 
 use std::sync::PoisonError;
 use std::time::Duration;
@@ -17,31 +19,31 @@ pub trait Wake {
     fn wake(&self);
 }
 
-/// Where the pair is, as far as thread and owner share it.
+/// The slot between thread and owner.
 #[derive(Debug)]
 enum Slot<P> {
-    /// With the owner, or with the thread, which works.
+    /// The owner has the pair, or the thread has it and works.
     Empty,
-    /// For the thread to begin with.
+    /// The owner has given the pair to the thread, which starts with it.
     Run(P),
-    /// The thread waits for events, and goes on with it when one comes.
+    /// The thread waits for events and takes the pair back when one arrives.
     Waiting(P),
-    /// Given back by the thread.
+    /// The thread has given the pair back.
     Parked(P),
-    /// The thread is to end.
+    /// The owner has asked the thread to end.
     End,
-    /// The thread ended by itself, the pair lost.
+    /// The thread ended by itself, and the pair is lost.
     Dead,
 }
 
-/// What a thread without the pair does.
+/// What the thread does while it does not have the pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Thread {
-    /// It has not begun to listen, and ignores the events that each new registration brings.
+    /// It does not listen yet, and ignores the initial event of each new registration.
     Starting,
-    /// It waits for an event. Every event finds it so, or asleep.
+    /// It waits for an event.
     Listening,
-    /// An event came while the pair was elsewhere. It sees no other until the owner wakes it.
+    /// An event arrived while the pair was not in the slot. The thread sees no further event until the owner wakes it.
     Asleep,
 }
 
@@ -49,7 +51,7 @@ enum Thread {
 struct State<P> {
     slot: Slot<P>,
     thread: Thread,
-    /// The owner waits until the thread has begun, or listens.
+    /// The owner waits in [`Gate::wait_begun`] or [`Gate::wait_listening`].
     awaited: bool,
 }
 
@@ -58,15 +60,15 @@ struct State<P> {
 pub struct Gate<P, W> {
     closed: AtomicBool,
     state: Mutex<State<P>>,
-    /// For the owner: the slot has changed.
+    /// Wakes the owner: the slot or the thread's state has changed.
     changed: Condvar,
-    /// For the thread, which is asleep.
+    /// Wakes the thread while it is asleep.
     wanted: Condvar,
     wake: W,
 }
 
 impl<P, W: Wake> Gate<P, W> {
-    /// A closed gate; the pair is with the owner.
+    /// Creates a closed gate. The owner has the pair.
     pub fn new(wake: W) -> Self {
         let state = State { slot: Slot::Empty, thread: Thread::Starting, awaited: false };
         Self {
@@ -82,36 +84,36 @@ impl<P, W: Wake> Gate<P, W> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the thread is to park.
+    /// Returns whether the thread must park.
     pub fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Relaxed)
     }
 
     // The owner's side.
 
-    /// Opens the gate; the pair follows with [`Self::give`] or [`Self::lay_down`].
+    /// Opens the gate. The owner then passes the pair with [`Self::give`] or [`Self::lay_down`].
     pub fn open(&self) {
         self.closed.store(false, Ordering::Relaxed);
     }
 
-    /// Closes the gate: the thread stops at its next batch boundary. Does not wait for that.
+    /// Closes the gate, so that the thread stops at its next batch boundary. Does not wait for it to stop.
     pub fn close(&self) {
         if self.closed.swap(true, Ordering::Relaxed) {
             return;
         }
         if matches!(self.state().slot, Slot::Empty) {
-            // It works, or waits for what the kernel does.
+            // The thread works, or waits while the kernel works on its rings.
             self.wake.wake();
         }
     }
 
-    /// Gives the thread the pair to begin with.
+    /// Gives the pair to the thread and wakes it.
     pub fn give(&self, pair: P) {
         self.fill(Slot::Run(pair));
     }
 
-    /// Gives the thread a pair that has nothing to do, if it listens: then only an event makes it go on. Else as
-    /// [`Self::give`].
+    /// Puts a pair without work into the slot of a listening thread, which takes it at the next event. If the thread
+    /// does not listen, acts like [`Self::give`].
     pub fn lay_down(&self, pair: P) {
         let mut state = self.state();
         if state.thread == Thread::Listening {
@@ -139,15 +141,15 @@ impl<P, W: Wake> Gate<P, W> {
         }
     }
 
-    /// Makes a thread that waits for events look at its pair.
+    /// Makes a thread that waits for events take a turn with its pair.
     pub fn nudge(&self) {
         if matches!(self.state().slot, Slot::Waiting(_)) {
             self.wake.wake();
         }
     }
 
-    /// Takes the pair back; `None` if the thread ended by itself. Waits until the thread gives it back, and calls `late`
-    /// after each `pause` that it does not, which gives the next pause or, with `None`, gives up.
+    /// Closes the gate and waits until the thread gives the pair back. Calls `late` each time that `pause` elapses:
+    /// `late` returns the next pause, or `None` to give up. Returns `None` if the thread died or `late` gave up.
     pub fn take_back(
         &self,
         mut pause: Duration,
@@ -173,18 +175,18 @@ impl<P, W: Wake> Gate<P, W> {
         }
     }
 
-    /// Whether the thread waits for an event, and has seen none while the pair was with the owner.
+    /// Returns whether the thread waits for an event and has seen none while the owner had the pair.
     pub fn is_listening(&self) -> bool {
         self.state().thread == Thread::Listening
     }
 
-    /// Waits until the thread has begun with the pair that it was given, if it was woken for that. Each wait takes what
-    /// `left` gives, until that is `None`.
+    /// Waits until the thread has taken the pair that [`Self::give`] passed to it. Before each wait `left` returns the
+    /// timeout, or `None` to give up.
     pub fn wait_begun(&self, left: impl FnMut() -> Option<Duration>) {
         self.wait_while(left, |state| matches!(state.slot, Slot::Run(_)));
     }
 
-    /// Waits until the thread listens, or has done so. Otherwise as [`Self::wait_begun`].
+    /// Waits until the thread listens, or has listened before. `left` is as in [`Self::wait_begun`].
     pub fn wait_listening(&self, left: impl FnMut() -> Option<Duration>) {
         self.wait_while(left, |state| state.thread == Thread::Starting);
     }
@@ -200,7 +202,7 @@ impl<P, W: Wake> Gate<P, W> {
 
     // The thread's side.
 
-    /// Begins to listen. False if the thread is wanted already.
+    /// Begins to listen. Returns `false` if the owner has already filled the slot.
     pub fn listen(&self) -> bool {
         let mut state = self.state();
         state.thread = Thread::Listening;
@@ -210,12 +212,12 @@ impl<P, W: Wake> Gate<P, W> {
         matches!(state.slot, Slot::Empty)
     }
 
-    /// Lays the pair down while the thread waits for events: whichever comes first goes on with it.
+    /// Puts the pair into the slot while the thread waits for events. Thread or owner may take it from there.
     pub fn wait_with(&self, pair: P) {
         self.put_down(Slot::Waiting(pair));
     }
 
-    /// Gives the pair back.
+    /// Gives the pair back to the owner.
     pub fn park(&self, pair: P) {
         self.put_down(Slot::Parked(pair));
     }
@@ -227,14 +229,14 @@ impl<P, W: Wake> Gate<P, W> {
         }
     }
 
-    /// Reports that the thread cannot go on: the pair is lost.
+    /// Reports that the thread cannot continue. The pair is lost.
     pub fn die(&self) {
         self.state().slot = Slot::Dead;
         self.changed.notify_all();
     }
 
-    /// The pair, if it is the thread's to go on with, and whether the thread begins with it; else sleeps until it is, since
-    /// events concern the holder of the pair. `None`: the thread is to end.
+    /// Takes the pair from the slot, and returns it with whether it is a new start ([`Self::give`]). Sleeps while the
+    /// slot has no pair for the thread, since events concern only the holder. Returns `None` if the thread must end.
     pub fn pick_up(&self) -> Option<(P, bool)> {
         let mut state = self.state();
         loop {

@@ -1,8 +1,8 @@
-//! Interrupts a thread that a system call holds up.
+//! Interrupts a thread that is blocked in a system call.
 //!
-//! Flags such as `O_NONBLOCK` belong to the open file, so a peer that holds it, too, can make any read, write or accept
-//! block. The signal is `SIGNAL`, which does nothing by default; its handler does nothing either, but without
-//! `SA_RESTART` it ends a blocking call with `EINTR` (signal(7)).
+//! Flags such as `O_NONBLOCK` belong to the open file, so a peer that shares it can make any read, write or accept
+//! block. The signal is `SIGNAL`. Its handler does nothing, but since it is installed without `SA_RESTART`, the signal
+//! ends a blocking call with `EINTR` (signal(7)).
 #![expect(unsafe_code, reason = "installs a signal handler, and signals a thread")]
 
 use std::io;
@@ -17,18 +17,18 @@ use nix::sys::timer::{Expiration, Timer, TimerSetTimeFlags};
 use nix::time::ClockId;
 use nix::unistd::gettid;
 
-/// The signal. A program that ignores it loses nothing, and children start with its default, which is to ignore it.
+/// The signal. Its default action is to ignore it, so it is harmless in child processes.
 const SIGNAL: Signal = Signal::SIGURG;
 
-/// How long a call may block that should not. Repeated, for the first signal may come before the call.
+/// How long a call that should not block may block. The timer repeats: the first signal may arrive before the call.
 const INTERVAL: Duration = Duration::from_millis(10);
 
 extern "C" fn on_signal(_: libc::c_int) {}
 
-/// Installs the handler, once in a process.
+/// Installs the handler, once per process.
 ///
 /// # Errors
-/// What `sigaction(2)` fails with.
+/// Returns the error of `sigaction(2)`.
 pub fn install() -> io::Result<()> {
     static INSTALLED: OnceLock<Result<(), Errno>> = OnceLock::new();
     let installed = INSTALLED.get_or_init(|| {
@@ -39,24 +39,25 @@ pub fn install() -> io::Result<()> {
     Ok((*installed)?)
 }
 
-/// Lets the calling thread be interrupted, whatever it has inherited.
+/// Unblocks the signal for the calling thread, which may have inherited a mask that blocks it.
 pub fn allow() {
     let mut set = SigSet::empty();
     set.add(SIGNAL);
-    // Fails for no set of valid signals.
+    // Cannot fail for a set of valid signals.
     let _ = set.thread_unblock();
 }
 
-/// Ends the blocking call that `thread` is in. One that it is about to make is not, so a caller repeats this.
+/// Ends the system call that `thread` is blocked in. Does not affect a call that the thread is about to make, so the
+/// caller must repeat this.
 pub fn interrupt<T>(thread: &JoinHandle<T>) {
     // SAFETY: a thread that has not been joined has a valid id, even if it has ended.
     unsafe { libc::pthread_kill(thread.as_pthread_t(), SIGNAL as libc::c_int) };
 }
 
-/// Makes a call in this thread that should not block, and interrupts it every few milliseconds where it does.
+/// Runs `call`, which should not block, and interrupts it every few milliseconds if it does.
 ///
 /// # Errors
-/// What making a timer fails with, or the call itself: `EINTR` if it blocked.
+/// Returns an error if the timer cannot be created, or the error of `call`: `EINTR` if it blocked.
 pub fn bounded<T>(call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
     install()?;
     allow();

@@ -1,9 +1,10 @@
-//! The dataplane: one worker thread a queue pair, straight between guest memory and the TAP; or the kernel, and a
-//! worker for what it leaves to do ([`vhost`]).
+//! The dataplane: one worker thread per queue pair moves frames directly between guest memory and the TAP. With
+//! vhost-net the kernel moves them, and the worker does what the kernel cannot ([`vhost`]).
 //!
-//! [`worker`] owns the threads, [`gate`] is where they park; [`pair`] is what a worker works on, handed over whole whenever
-//! it parks; [`interrupt`] ends the call that one blocks in; [`rx`] and [`tx`] move the frames; [`buffers`] has the
-//! guest's receive buffers ready; [`chain`] makes I/O vectors of descriptor chains.
+//! [`worker`] owns the threads and [`gate`] is where they park. [`pair`] holds everything that a worker works on; the
+//! worker gives it back whole when it parks. [`interrupt`] ends a system call that blocks a worker. [`rx`] and [`tx`]
+//! move the frames. [`buffers`] keeps the guest's receive buffers ready, and [`chain`] turns descriptor chains into I/O
+//! vectors.
 
 pub mod buffers;
 pub mod chain;
@@ -17,13 +18,13 @@ pub mod tx;
 pub mod vhost;
 pub mod worker;
 
-/// What [`gate`] is made of.
+/// The synchronisation primitives of [`gate`]. Its model test substitutes others.
 mod sync {
     pub use std::sync::atomic::{AtomicBool, Ordering};
     pub use std::sync::{Condvar, Mutex, MutexGuard};
 }
 
-/// Frames after which a direction publishes what it completed.
+/// The most frames that a direction completes before it publishes them.
 const BATCH: u16 = 64;
 /// Frames after which the other direction gets its turn.
 const TURN_FRAMES: u32 = 256;
@@ -35,16 +36,16 @@ const TURN_BYTES: usize = 512 * 1024;
 pub enum Turn {
     /// There is more to do.
     More,
-    /// Something was done, and there is nothing more to do until an event comes.
+    /// The turn did some work, and there is nothing more to do until the next event.
     Done,
-    /// Nothing was to be done, nor is until an event comes.
+    /// There was nothing to do, and there is nothing to do until the next event.
     Idle,
     /// There is more to do once the TAP is writable.
     Full,
 }
 
 impl Turn {
-    /// A turn that ends for want of anything to do.
+    /// Returns how a turn ends that has run out of work.
     fn ended(worked: bool) -> Self {
         if worked { Self::Done } else { Self::Idle }
     }

@@ -1,6 +1,6 @@
-//! A vring within a queue pair: the mapped rings, its state, and its kick.
+//! A vring in a queue pair: the mapped rings, the state of the vring, and its kick.
 //!
-//! A ring is started while it is here (`SET_VRING_KICK`); started and enabled are independent (vhost-user: "Ring states").
+//! A vring in a pair is started (`SET_VRING_KICK`). Started and enabled are independent (vhost-user: "Ring states").
 
 use std::error::Error;
 
@@ -19,12 +19,12 @@ pub enum Side {
     Tx,
 }
 
-/// Where a vring's notifications come from (`SET_VRING_KICK`).
+/// How the driver notifies the device of new buffers (`SET_VRING_KICK`).
 #[derive(Clone, Debug)]
 pub enum Kick {
-    /// An eventfd.
+    /// By an eventfd.
     Eventfd(Notifier),
-    /// Nowhere: the ring is polled.
+    /// Not at all: the worker polls the ring.
     Polled,
 }
 
@@ -33,28 +33,29 @@ pub enum Kick {
 pub struct Ring {
     /// The mapped rings.
     pub vring: Vring,
-    /// Its kick.
+    /// The vring's kick.
     pub kick: Kick,
-    /// Signalled when the ring is out of order (`SET_VRING_ERR`).
+    /// Signalled when the ring fails (`SET_VRING_ERR`).
     pub error: Option<Notifier>,
-    /// The call descriptor is to be signalled in any case.
+    /// Whether a call is due: the worker must call the driver once, even if nothing was completed.
     pub call_due: bool,
-    /// The front-end has not enabled it on this connection yet: what waits in a transmit ring is not discarded.
+    /// The front-end has not enabled the ring on this connection yet. The worker leaves it alone: it does not even
+    /// discard the chains that are available in a transmit ring.
     pub held: bool,
     /// `SET_VRING_ENABLE`.
     pub enabled: bool,
-    /// What the guest wrote made no sense; it is not touched any more.
+    /// The driver wrote invalid values to the ring. The worker does not touch it any more.
     pub broken: bool,
 }
 
 impl Ring {
-    /// Whether it may be worked on at all.
+    /// Returns whether the worker may touch the ring.
     #[inline]
     pub fn runs(&self) -> bool {
         !self.held && !self.broken
     }
 
-    /// Lets the guest see all that was completed, which ends a batch of this kind. Gives whether it was called.
+    /// Publishes all completed chains, which ends a batch. Returns whether the driver was called.
     #[inline]
     pub fn publish(&mut self, batch: Batch) -> bool {
         if self.vring.is_ahead() {
@@ -63,10 +64,10 @@ impl Ring {
         self.vring.publish()
     }
 
-    /// Gives up the ring and tells the front-end.
+    /// Marks the ring as broken and signals the front-end.
     pub fn fail(&mut self, name: &'static str, pair: u16, error: &dyn Error) {
         self.broken = true;
-        limited!(warn, pair, vring = name, %error, "vring out of order until it is set up anew");
+        limited!(warn, pair, vring = name, %error, "vring failed: idle until the front-end sets it up again");
         if let Some(notifier) = &self.error {
             notifier.notify();
         }

@@ -1,6 +1,6 @@
-//! Guest to TAP. A batch of chains is turned into vectors first, then given to the TAP frame by frame, then
-//! published with one index update and at most one call.
-#![expect(unsafe_code, reason = "gives the kernel vectors into guest memory")]
+//! Guest to TAP. The worker turns a batch of chains into vectors, passes them to the TAP frame by frame, and publishes
+//! the batch with one index update and at most one call.
+#![expect(unsafe_code, reason = "passes vectors into guest memory to the kernel")]
 
 use baton_faults::Batch;
 
@@ -12,18 +12,18 @@ use crate::net_header;
 use crate::tap::{MAX_FRAME, Sent, TapQueue};
 use crate::vring::RingError;
 
-/// What a piece of a frame costs at least, in bytes.
+/// The minimum number of bytes that a piece of a frame counts for in a turn.
 const PIECE: usize = 64;
 
 /// A chain of the batch.
 #[derive(Clone, Copy, Debug)]
 struct Frame {
     head: u16,
-    /// Where its vectors begin.
+    /// Index of its first vector.
     first: usize,
-    /// Where they end.
+    /// Index after its last vector.
     end: usize,
-    /// Its bytes, header included; 0 for a chain that cannot be used.
+    /// Length in bytes, header included; 0 for an unusable chain.
     length: u32,
 }
 
@@ -37,26 +37,27 @@ pub struct Tx {
     batch: Vec<Frame>,
     vectors: Vectors,
     hint: usize,
-    /// The TAP's send buffer was full; to be tried again when it is writable.
+    /// The TAP's send buffer was full. The frame is sent again when the TAP is writable.
     full: bool,
-    /// A signal came before the TAP took the frame; to be tried again once the worker has looked at its gate.
+    /// A signal arrived before the TAP took the frame. The frame is sent again after the worker has checked its gate.
     interrupted: bool,
 }
 
 impl Tx {
-    /// The TAP became writable.
+    /// Notes that the TAP is writable. Returns whether a frame was waiting for that.
     pub fn writable(&mut self) -> bool {
         std::mem::take(&mut self.full)
     }
 
-    /// Has the memory that the first frames need there before they come.
+    /// Touches the memory that the first frames need.
     pub fn prefault(&mut self) {
         self.vectors.prefault();
         self.batch.resize(usize::from(BATCH), Frame { head: 0, first: 0, end: 0, length: 0 });
         self.batch.clear();
     }
 
-    /// Sends what the guest has made available, for one turn. Before it is idle it asks for kicks if `arm`.
+    /// Sends the chains that the driver has made available, for one turn. If `arm` is set, enables kicks before it
+    /// reports that there is nothing to do.
     pub fn run(&mut self, pair: u16, tap: &TapQueue, counters: &metrics::Direction, arm: bool) -> Turn {
         let Some(mut ring) = self.ring.take() else { return Turn::Idle };
         let turn = if !ring.runs() {
@@ -92,7 +93,7 @@ impl Tx {
             } else {
                 discard(ring, counters).map(|discarded| (discarded, 0))
             };
-            // What was completed before an error is the guest's all the same.
+            // Publish what was completed before an error.
             if ring.publish(Batch::Sent) {
                 counters.calls.add(1);
             }
@@ -109,7 +110,7 @@ impl Tx {
         Ok(Turn::More)
     }
 
-    /// Makes vectors of the next chains.
+    /// Turns the next chains into vectors.
     fn fill(&mut self, ring: &mut Ring) -> Result<(), RingError> {
         self.batch.clear();
         self.vectors.0.clear();
@@ -117,7 +118,7 @@ impl Tx {
         for nth in 0..count {
             let head = match ring.vring.head(nth) {
                 Ok(head) => head,
-                // The frames before it go out first.
+                // Send the frames before the error first.
                 Err(_) if nth > 0 => break,
                 Err(error) => return Err(error),
             };
@@ -143,7 +144,7 @@ impl Tx {
         Ok(())
     }
 
-    /// Gives the batch to the TAP; gives the frames and bytes that it is rid of.
+    /// Passes the batch to the TAP. Returns how many frames and bytes were sent or dropped.
     fn send(&mut self, ring: &mut Ring, tap: &TapQueue, counters: &metrics::Direction) -> (u32, usize) {
         let (mut frames, mut bytes) = (0, 0);
         for frame in &self.batch {
@@ -167,14 +168,15 @@ impl Tx {
             }
             ring.vring.complete(frame.head, 0);
             frames += 1;
-            // Many small pieces take long, too.
+            // A frame of many small pieces takes long, too.
             bytes += length.max(PIECE * (frame.end - frame.first));
         }
         (frames, bytes)
     }
 }
 
-/// Gives the TAP the frame in `vectors`. If the kernel calls it invalid, the header is mended, if that can be done.
+/// Sends the frame in `vectors`. If the kernel rejects it as invalid, repairs the header in a copy, if possible, and
+/// sends the copy.
 #[inline]
 fn send(vectors: &[libc::iovec], length: usize, header: usize, tap: &TapQueue) -> Sent {
     if vectors.len() > MAX_VECTORS {
@@ -182,8 +184,8 @@ fn send(vectors: &[libc::iovec], length: usize, header: usize, tap: &TapQueue) -
         net_header::mend_length(&mut frame, header);
         return send_copy(&frame, tap);
     }
-    // SAFETY: the vectors are guest memory that the ring's memory table keeps mapped; what the guest does to it
-    // meanwhile is the guest's frame.
+    // SAFETY: the vectors are guest memory that the ring's memory table keeps mapped. The guest may change it
+    // meanwhile, which affects only its own frame.
     match unsafe { tap.send(vectors) } {
         Sent::Invalid => {
             let Some(mut frame) = copied(vectors, length, header) else { return Sent::Invalid };
@@ -195,11 +197,11 @@ fn send(vectors: &[libc::iovec], length: usize, header: usize, tap: &TapQueue) -
 
 fn send_copy(frame: &[u8], tap: &TapQueue) -> Sent {
     let vector = libc::iovec { iov_base: frame.as_ptr().cast_mut().cast(), iov_len: frame.len() };
-    // SAFETY: the copy is ours, and is only read.
+    // SAFETY: the vector is our own copy, which the kernel only reads.
     unsafe { tap.send(&[vector]) }
 }
 
-/// A private copy of a frame of `length` bytes. `None`: no TAP takes one so long.
+/// Returns a private copy of a frame of `length` bytes, or `None` if that is longer than any TAP accepts.
 #[cold]
 fn copied(vectors: &[libc::iovec], length: usize, header: usize) -> Option<Vec<u8>> {
     if length > header + MAX_FRAME {
@@ -216,7 +218,7 @@ fn copied(vectors: &[libc::iovec], length: usize, header: usize) -> Option<Vec<u
     Some(frame)
 }
 
-/// Takes a batch of chains and gives them back unsent: the ring is started but disabled.
+/// Completes a batch of chains without sending them: the ring is started but disabled.
 fn discard(ring: &mut Ring, counters: &metrics::Direction) -> Result<u32, RingError> {
     let count = ring.vring.available(0)?.min(BATCH);
     for _ in 0..count {

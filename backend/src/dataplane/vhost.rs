@@ -1,12 +1,12 @@
 //! A queue pair whose frames the kernel moves ([`crate::vhost_net`]).
 //!
-//! The worker only does what the kernel cannot: it gives the kernel the rings that are started and enabled, discards
-//! what is available in a transmit ring that was enabled and is disabled, and notifies the kernel of rings without a
-//! kick. Nobody but the kernel touches a ring that it was given; when the worker parks it has taken all of them back.
+//! The worker does only what the kernel cannot. It hands the kernel the rings that are started and enabled, discards
+//! the available chains of a transmit ring that was enabled and is now disabled, and kicks the kernel for rings without
+//! a kick. Only the kernel touches a ring that it has. The worker takes all rings back before it parks.
 //!
 //! ```text
-//!   started ──enabled──▶ the kernel's ──park──▶ here, from the kernel's index on
-//!      └──disabled again, transmit──▶ discarded here
+//!   started ──enabled──▶ the kernel has it ──park──▶ the worker has it, at the kernel's index
+//!      └──disabled again, transmit──▶ the worker discards its chains
 //! ```
 
 use std::io;
@@ -25,25 +25,25 @@ use crate::notify::{Notifier, NotifierError};
 use crate::tap::TapQueue;
 use crate::vhost_net::{Start, VhostNet};
 
-/// How often to see whether the TAP is still there, in milliseconds: vhost-net does not tell.
+/// How often to check that the TAP still exists, in milliseconds. vhost-net does not report its deletion.
 pub(super) const TAP_WATCH: i32 = 1000;
 
 /// What a queue pair needs for the kernel to move its frames.
 #[derive(Debug)]
 pub struct KernelPath {
-    /// The kernel's side.
+    /// The vhost-net instance.
     pub vhost: VhostNet,
-    /// What the front-end acknowledged.
+    /// The features that the front-end acknowledged.
     pub features: Features,
-    /// The kick of rings that have none.
+    /// The kick for rings that have none.
     doorbell: Notifier,
 }
 
 impl KernelPath {
-    /// For the kernel's side `vhost`.
+    /// Creates the kernel path that uses `vhost`.
     ///
     /// # Errors
-    /// What `eventfd(2)` fails with.
+    /// Returns the error of `eventfd(2)`.
     pub fn new(vhost: VhostNet) -> io::Result<Self> {
         let eventfd = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         let doorbell = Notifier::try_from(std::fs::File::from(OwnedFd::from(eventfd)))
@@ -62,7 +62,7 @@ impl KernelPath {
     }
 }
 
-/// What the kernel starts a ring with.
+/// Returns what the kernel needs to start a ring.
 fn wiring<'a>(
     features: Features,
     doorbell: &'a Notifier,
@@ -78,10 +78,10 @@ fn wiring<'a>(
 }
 
 impl QueuePair {
-    /// Tells the kernel of the rings, which another process works on: it is to have them in no time later.
+    /// Describes the rings to the kernel while another process still works on them, so that starting them is fast.
     ///
     /// # Errors
-    /// The kernel's.
+    /// Returns the kernel's error if it rejects a ring.
     pub fn prepare_kernel(&mut self) -> io::Result<()> {
         let (Some(kernel), Some(tap)) = (&mut self.kernel, self.tap.clone()) else { return Ok(()) };
         for (side, ring) in [(Side::Rx, &self.rx.ring), (Side::Tx, &self.tx.ring)] {
@@ -92,7 +92,7 @@ impl QueuePair {
         Ok(())
     }
 
-    /// Has the kernel move frames, and does what it leaves to do.
+    /// Hands the rings to the kernel and does the rest of the work. Returns the timeout for [`QueuePair::turn`].
     pub(super) fn turn_of_kernel(&mut self, tap: &TapQueue) -> io::Result<i32> {
         self.give(Side::Rx, tap);
         self.give(Side::Tx, tap);
@@ -116,7 +116,7 @@ impl QueuePair {
         })
     }
 
-    /// Gives the kernel the ring of `side`, if it is to run and is not the kernel's already.
+    /// Hands the kernel the ring of `side`, if the ring is started and enabled and the kernel does not have it yet.
     fn give(&mut self, side: Side, tap: &TapQueue) {
         let (ring, name) = match side {
             Side::Rx => (&mut self.rx.ring, "receive"),
@@ -130,8 +130,8 @@ impl QueuePair {
             ring.fail(name, self.index, &error);
             return;
         }
-        tracing::debug!(pair = self.index, vring = name, "the kernel has the ring");
-        // Each of the driver's kicks would wake this thread, too.
+        tracing::debug!(pair = self.index, vring = name, "handed the ring to the kernel");
+        // Otherwise each kick would wake this thread, too.
         if let Kick::Eventfd(kick) = &ring.kick
             && let Err(error) = self.epoll.remove(kick)
         {
@@ -155,12 +155,12 @@ impl QueuePair {
         };
         match watched.and_then(|()| kernel.vhost.stop(side)) {
             Ok(base) => {
-                tracing::debug!(pair = self.index, ?side, base, "the kernel has given the ring back");
-                // The used index is the kernel's work, too.
+                tracing::debug!(pair = self.index, ?side, base, "took the ring back from the kernel");
+                // The kernel has advanced the used index, too.
                 ring.vring.reread();
                 ring.vring.set_next_available(base);
             }
-            // Who has the ring is not known, so the process must not go on.
+            // The kernel may still use the ring, so the process must end.
             Err(error) => failures.report(&error),
         }
     }

@@ -1,16 +1,17 @@
 //! A worker thread, and its owner's side of the [gate](super::gate) at which it parks.
 //!
-//! A queue pair is in exactly one place: with its [`Worker`]'s owner, or with the thread; or it lies between them while
-//! the thread waits for events, and whoever comes first has it. [`Worker::park`] gets it, at once from a thread that
-//! waits, at a batch boundary from one that works; so whoever holds the pair knows that nobody else reads the TAP's queue
-//! or touches a ring. The thread is made when it is first needed, or beforehand ([`Worker::make_thread`]).
+//! A queue pair is in exactly one place: with the owner of its [`Worker`], with the thread, or, while the thread waits
+//! for events, in the slot of the gate, where either can take it. [`Worker::park`] takes the pair back: at once from a
+//! thread that waits, at the next batch boundary from one that works. So the holder of the pair is the only one that
+//! reads the TAP's queue and touches the rings. The thread is created when it is first needed, or beforehand
+//! ([`Worker::make_thread`]).
 //!
 //! ```text
 //!   owner: Here(pair) ──resume──▶ Run(pair) ──thread wakes──▶ thread works ──nothing to do──▶ Waiting(pair)
 //!                                    │                          │   ▲──────────event────────────┘ │
 //!                                    │                     gate closed: Parked(pair)              │
 //!          Here(pair) ◀─park─────────┴──────────────────────────┴─────────────────────────────────┘
-//!                                 thread cannot go on ──▶ Parked(pair), reported to the event loop
+//!                                 turn fails ──▶ Parked(pair), reported to the event loop
 //! ```
 
 use std::io;
@@ -29,24 +30,24 @@ use crate::events::{Epoll, Events, Ready};
 use crate::notify::Notifier;
 use crate::tap::TapQueue;
 
-/// How long a worker may take to park before it is interrupted. Each interrupt ends one blocking call; the next one comes
-/// after twice as long, so that none starves a call that only takes its time.
+/// How long a worker may take to park before it is interrupted. Each interrupt ends one blocking call. The interval
+/// doubles each time, so that a call that is merely slow can complete.
 const PATIENCE: Duration = Duration::from_millis(1);
 
 /// The longest time between two interrupts.
 const LONGEST: Duration = Duration::from_millis(50);
 
-/// After how long a worker counts as lost: what holds it up is no call that a signal ends, but for example a page of
-/// guest memory that the front-end does not provide.
+/// How long a worker may take to park before it counts as lost. No signal ends what blocks it then, for example access
+/// to a page of guest memory that the front-end does not provide.
 const END_OF_PATIENCE: Duration = Duration::from_secs(10);
 
-/// What ends a worker's wait for events.
+/// Ends a worker's wait for events.
 #[derive(Debug)]
 struct Bell(EventFd);
 
 impl Wake for Bell {
     fn wake(&self) {
-        // Fails only when the counter is full, after 2^64 of them.
+        // Fails only when the counter is full, after 2^64 writes.
         let _ = self.0.write(1);
     }
 }
@@ -55,11 +56,11 @@ impl Wake for Bell {
 struct Shared {
     gate: Gate<Box<QueuePair>, Bell>,
     failures: Failures,
-    /// The pair's events, and the bell's.
+    /// The epoll instance for the events of the pair and the bell.
     events: Arc<Epoll>,
 }
 
-/// The thread's end if it panics: the owner must not wait for ever.
+/// Marks the gate as dead if the thread panics, so that the owner does not wait for ever.
 struct PanicGuard(Arc<Shared>);
 
 impl Drop for PanicGuard {
@@ -71,29 +72,29 @@ impl Drop for PanicGuard {
     }
 }
 
-/// A queue pair's worker, from its owner's side.
+/// The owner's side of a queue pair's worker.
 #[derive(Debug)]
 pub struct Worker {
-    /// The pair, unless the thread has it.
+    /// The pair, while the owner has it.
     here: Option<Box<QueuePair>>,
-    /// The TAP's queue that the thread may be blocked on, while it has the pair.
+    /// The TAP's queue that the thread may block on while it has the pair.
     tap: Option<Arc<TapQueue>>,
-    /// The thread has not given the pair back in time, and is not waited for any more.
+    /// The thread did not give the pair back in time. The owner does not wait for it any more.
     lost: bool,
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Worker {
-    /// A parked worker for `pair`; if its thread fails, `failures` is told.
+    /// Creates a parked worker for `pair`. The worker reports failures of its thread to `failures`.
     ///
     /// # Errors
-    /// What making an eventfd fails with.
+    /// Returns an error if the signal handler cannot be installed, or the eventfd cannot be created or watched.
     pub fn new(index: u16, pair: QueuePair, failures: EventSender<WorkerFailure>) -> io::Result<Self> {
         interrupt::install()?;
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         let events = pair.events();
-        // Told of each time that it is written to, and so never read.
+        // Edge-triggered: each write is an event, so the eventfd is never read.
         events.add(&wake, Events::EPOLLIN | Events::EPOLLET, WAKE)?;
         let failures = Failures::new(failures, index);
         let shared = Shared { gate: Gate::new(Bell(wake)), failures, events };
@@ -106,21 +107,21 @@ impl Worker {
         })
     }
 
-    /// Has the thread stop at its next batch boundary, without waiting for that: where several are to be parked, all
-    /// stop at the same time.
+    /// Tells the thread to stop at its next batch boundary, and does not wait. Closing several workers before parking
+    /// them makes all of them stop at the same time.
     pub fn close(&self) {
         if self.here.is_none() {
             self.shared.gate.close();
         }
     }
 
-    /// Stops the thread at a batch boundary and gives the pair, which stays here until [`Self::resume`]. `None` if the
-    /// thread died, which the event loop has been told, or does not stop.
+    /// Stops the thread at a batch boundary and returns the pair, which stays with the owner until [`Self::resume`].
+    /// Returns `None` if the thread has died, which it reports to the event loop, or if it does not stop.
     pub fn park(&mut self) -> Option<&mut QueuePair> {
         if self.here.is_none() && !self.lost {
             self.here = self.take_back(END_OF_PATIENCE);
             self.lost = self.here.is_none();
-            // A TAP that goes to another process has its descriptors closed with it.
+            // When the TAP goes to another process, no descriptor of it may stay open here.
             self.tap = None;
         }
         self.here.as_deref_mut()
@@ -138,8 +139,8 @@ impl Worker {
         })
     }
 
-    /// Ends the call that blocks the thread, if one does. A peer that shares the open file can make any call block: on a
-    /// full call or error eventfd, or on the TAP where the kernel takes no `RWF_NOWAIT`.
+    /// Ends the system call that the thread is blocked in, if any. A peer that shares the open file can make the thread
+    /// block: on a full call or error eventfd, or on the TAP if the kernel does not support `RWF_NOWAIT`.
     fn interrupt(&self) {
         if let Some(tap) = &self.tap {
             tap.set_nonblocking();
@@ -149,10 +150,10 @@ impl Worker {
         }
     }
 
-    /// Gives the pair to the thread, if there is anything to do for it.
+    /// Gives the pair to the thread, if it has a ring.
     ///
     /// # Errors
-    /// What making a thread fails with; the pair stays here.
+    /// Returns an error if the thread cannot be created. The pair stays with the owner.
     pub fn resume(&mut self) -> io::Result<()> {
         let Some(pair) = &self.here else { return Ok(()) };
         if !pair.has_rings() {
@@ -165,11 +166,11 @@ impl Worker {
         Ok(())
     }
 
-    /// The pair on its way to the thread.
+    /// Opens the gate and returns the pair for the thread.
     fn hand_out(&mut self) -> Option<Box<QueuePair>> {
         let pair = self.here.take()?;
         self.tap.clone_from(&pair.tap);
-        // A peer that held the TAP meanwhile may have cleared it.
+        // A peer that shares the TAP may have cleared the flag.
         if let Some(tap) = &self.tap {
             tap.set_nonblocking();
         }
@@ -177,17 +178,17 @@ impl Worker {
         Some(pair)
     }
 
-    /// Whether the thread waits for an event, and has heard none while the pair was here.
+    /// Returns whether the thread waits for an event and has seen none while the owner had the pair.
     pub fn listens(&self) -> bool {
         self.shared.gate.is_listening()
     }
 
-    /// As [`Self::resume`], for a pair whose TAP had nothing to read since [`Self::listens`] was true: where its rings have
-    /// nothing either, the thread is not woken until an event comes. Calls that are due wait as long, or until
+    /// Acts like [`Self::resume`] for a pair whose TAP has had nothing to read since [`Self::listens`] returned `true`.
+    /// If its rings have no work either, the thread sleeps until an event. Due calls wait for that, or for
     /// [`Self::nudge`].
     ///
     /// # Errors
-    /// Those of [`Self::resume`].
+    /// As for [`Self::resume`].
     pub fn resume_idle(&mut self) -> io::Result<()> {
         if !self.here.as_mut().is_some_and(|pair| pair.is_idle()) {
             return self.resume();
@@ -198,28 +199,28 @@ impl Worker {
         Ok(())
     }
 
-    /// Has the thread make the calls that are due.
+    /// Makes a thread that waits for events take a turn, in which it makes the due calls.
     pub fn nudge(&self) {
         self.shared.gate.nudge();
     }
 
-    /// Waits until the thread has begun with the pair that it was given, if it was woken for that. No longer than until
-    /// `deadline`.
+    /// Waits until the thread has taken the pair that [`Self::resume`] gave to it, until `deadline` at most.
     pub fn wait_begun(&self, deadline: Instant) {
         self.shared.gate.wait_begun(until(deadline));
     }
 
-    /// Waits until the thread, if there is one, [listens](Self::listens) or has done so. No longer than until `deadline`.
+    /// Waits until the thread, if there is one, [listens](Self::listens) or has listened before, until `deadline` at
+    /// most.
     pub fn wait_listens(&self, deadline: Instant) {
         if self.thread.is_some() {
             self.shared.gate.wait_listening(until(deadline));
         }
     }
 
-    /// Makes the thread, if there is none yet: it waits.
+    /// Creates the thread, if there is none yet. It waits for the pair.
     ///
     /// # Errors
-    /// What making a thread fails with.
+    /// Returns an error if the thread cannot be created.
     pub fn make_thread(&mut self) -> io::Result<()> {
         if self.thread.is_none() {
             let shared = Arc::clone(&self.shared);
@@ -237,7 +238,7 @@ impl Drop for Worker {
             && !self.lost
         {
             self.shared.gate.end();
-            // A panic was reported when it happened.
+            // The panic guard has already reported a panic.
             let _ = thread.join();
         }
     }
@@ -249,8 +250,8 @@ fn work(shared: &Arc<Shared>) {
     let gate = &shared.gate;
     let mut ready = Ready::<4>::default();
     let mut held: Option<Box<QueuePair>> = None;
-    // What there is to hear at first is not news: each new watch tells of kicks that came long ago. What makes the wait fail
-    // does so again, where it is seen to.
+    // Discard the initial events: each new registration reports old kicks. If this wait fails, so does the next one,
+    // which handles the error.
     drop(shared.events.wait(0, &mut ready));
     if !gate.listen() {
         match pick_up(gate) {
@@ -261,10 +262,10 @@ fn work(shared: &Arc<Shared>) {
     loop {
         let mut timeout = -1;
         if let Some(mut pair) = held.take() {
-            // Before any frame, so that whoever sees one has been called before; but a call that may take as long as the
-            // front-end likes comes after the frames.
+            // Make due calls before moving frames, so that a driver that sees a frame has been called. A call that may
+            // block, since the front-end filled its eventfd, comes after the frames.
             pair.make_calls(Notifier::has_room);
-            // It must not spin on what fails, nor end unseen: it gives the pair back, and the event loop was told.
+            // After a failure, which the turn reports to the event loop, the thread gives the pair back.
             let turn = if gate.is_closed() { None } else { pair.turn(&shared.failures) };
             pair.make_calls(|_| true);
             timeout = turn.unwrap_or(-1);
@@ -308,7 +309,7 @@ fn pick_up(gate: &Gate<Box<QueuePair>, Bell>) -> Option<Box<QueuePair>> {
     Some(pair)
 }
 
-/// How much time is left until `deadline`.
+/// Returns a function that returns the time left until `deadline`, or `None` after it.
 fn until(deadline: Instant) -> impl FnMut() -> Option<Duration> {
     move || Some(deadline.saturating_duration_since(Instant::now())).filter(|left| !left.is_zero())
 }
@@ -335,7 +336,7 @@ mod tests {
     /// `VIRTQ_DESC_F_WRITE`.
     const WRITABLE: u16 = 2;
 
-    /// A ring of 8 in memory of its own, with this many buffers available: descriptor 0 has 2048 bytes.
+    /// Creates a ring of 8 in its own memory, with `available` buffers available. Descriptor 0 has 2048 bytes.
     fn ring(kick: EventFd, available: u16) -> Ring {
         let memory = File::from(memfd_create("memory", MFdFlags::MFD_CLOEXEC).unwrap());
         memory.set_len(0x4000).unwrap();
@@ -367,9 +368,9 @@ mod tests {
         fcntl(file, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
     }
 
-    /// A worker that receives and whose TAP, a socket here, blocks whenever it is looked at: the peer never leaves the
-    /// flag alone.
-    fn parks_though_a_peer_clears_the_flag(as_queue: impl Fn(File) -> TapQueue) {
+    /// Parks a worker that receives from a TAP, here a socket, while a peer keeps clearing `O_NONBLOCK`, so that reads
+    /// may block.
+    fn check_parks_while_peer_clears_flag(as_queue: impl Fn(File) -> TapQueue) {
         for _ in 0..20 {
             let (near, _far) = UnixDatagram::pair().unwrap();
             let peer = near.try_clone().unwrap();
@@ -391,27 +392,27 @@ mod tests {
                 worker.wait_begun(Instant::now() + LONG);
                 let parked = worker.park().is_some();
                 end.store(true, Ordering::Relaxed);
-                assert!(parked, "the worker is held up");
+                assert!(parked, "the worker did not park");
             });
         }
     }
 
     #[test]
-    fn a_worker_parks_though_a_peer_clears_the_taps_flag() {
-        parks_though_a_peer_clears_the_flag(TapQueue::new);
+    fn worker_parks_while_peer_clears_nonblock_flag() {
+        check_parks_while_peer_clears_flag(TapQueue::new);
     }
 
     #[test]
-    fn a_worker_parks_though_a_peer_clears_the_taps_flag_on_a_kernel_without_nowait() {
-        parks_though_a_peer_clears_the_flag(|file| TapQueue::new(file).without_nowait());
+    fn worker_parks_while_peer_clears_nonblock_flag_without_rwf_nowait() {
+        check_parks_while_peer_clears_flag(|file| TapQueue::new(file).without_nowait());
     }
 
     #[test]
-    fn a_worker_that_nothing_interrupts_is_given_up() {
+    fn worker_that_does_not_park_is_given_up() {
         let (mailer, _news) = event_channel().unwrap();
         let pair = QueuePair::new(0, None, Arc::new(PairCounters::default()), Duration::ZERO).unwrap();
         let mut worker = Worker::new(0, pair, mailer).unwrap();
-        // As if a thread had it.
+        // As if a thread had the pair.
         worker.here = None;
         assert!(worker.take_back(PATIENCE).is_none());
         worker.lost = true;

@@ -1,5 +1,5 @@
-//! A device whose session goes to another process, from the side that has it: it stands still, with everything in its
-//! place, and then goes on as if nothing had been, or after another process has worked on its rings, or lets go.
+//! The source's side of a session's hand-over: the device freezes with all its rings mapped. Then it thaws (roll back),
+//! survives a target that has worked on the rings, or lets the session go.
 
 use std::io;
 use std::sync::Arc;
@@ -14,21 +14,22 @@ use crate::dataplane::worker::Worker;
 use crate::inflight::InflightRegion;
 use crate::vring_setup::VringSetup;
 
-/// What changes while a session runs, as it is now that it stands still.
+/// The part of a session's state that changes while the session runs, taken while it is frozen.
 #[derive(Debug)]
 pub struct Frozen {
-    /// Every vring.
+    /// All vrings.
     pub vrings: Vec<VringNow>,
-    /// Every queue pair, but for the frame in hand.
+    /// All queue pairs. Of a frame in hand it has only the length.
     pub pairs: Vec<PairNow>,
 }
 
 impl Device {
-    /// Stops everything: nobody reads the TAP or touches a ring until [`Self::thaw`], and nothing is put away for that.
-    /// Frames in hand go to `keep`, which gives their length.
+    /// Parks all workers, with their rings in place. This process does not read the TAP or touch a ring until
+    /// [`Self::thaw`] or [`Self::survive`]. Passes each frame in hand to `keep`, which returns its length.
     ///
     /// # Errors
-    /// [`DeviceError::Dead`], and [`DeviceError::Dataplane`] if a frame cannot be kept: all stand still then, too.
+    /// Returns [`DeviceError::Dead`] if a worker does not park, or the error of `keep` as [`DeviceError::Dataplane`].
+    /// In the latter case all workers are parked.
     pub fn freeze(
         &mut self,
         mut keep: impl FnMut(usize, &FrameInHand) -> io::Result<u32>,
@@ -38,7 +39,7 @@ impl Device {
             pairs: Vec::with_capacity(self.workers.len()),
         };
         let mut failed = None;
-        // Nor does what waits for its turn make anybody run.
+        // Cancel the deferred resume; nothing may restart a worker now.
         self.held = false;
         self.workers.iter().for_each(Worker::close);
         for (pair, worker) in self.workers.iter_mut().enumerate() {
@@ -49,7 +50,7 @@ impl Device {
             }
             let frame = parked.rx.in_hand.as_ref().map(|frame| keep(pair, frame)).transpose();
             let frame = frame.unwrap_or_else(|source| {
-                // The others have been told to stop, too, and go on only from there.
+                // Park the other workers, too: their gates are closed already.
                 failed.get_or_insert(DeviceError::Dataplane { pair, source });
                 None
             });
@@ -60,20 +61,21 @@ impl Device {
         failed.map_or(Ok(frozen), Err)
     }
 
-    /// Goes on where [`Self::freeze`] stopped.
+    /// Resumes after [`Self::freeze`] (roll back).
     ///
     /// # Errors
-    /// [`DeviceError::Dataplane`].
+    /// Returns [`DeviceError::Dataplane`] if a pair cannot be resumed.
     pub fn thaw(&mut self) -> Result<(), DeviceError> {
         self.restore_tap();
         self.resume_all()
     }
 
-    /// Goes on after [`Self::freeze`] and after another process, which is dead, has worked on the rings since. What it
-    /// had in hand is lost; the frame in hand here is its, too.
+    /// Resumes after [`Self::freeze`] when a target that has since died may have worked on the rings. The frames that
+    /// the target had in hand are lost. Our copies of the frames in hand are dropped: the target may have delivered
+    /// them.
     ///
     /// # Errors
-    /// [`DeviceError::Dead`], [`DeviceError::Dataplane`].
+    /// Returns [`DeviceError::Dead`] if a worker is lost, or [`DeviceError::Dataplane`] if a pair cannot be resumed.
     pub fn survive(&mut self) -> Result<(), DeviceError> {
         self.restore_tap();
         for (pair, worker) in self.workers.iter_mut().enumerate() {
@@ -91,10 +93,12 @@ impl Device {
         self.resume_all()
     }
 
-    /// Lets go of a session and a TAP that are another process' now: no watch is left on what both hold.
+    /// Drops a session and a TAP that another process owns now. Removes all epoll registrations of open files that both
+    /// processes share.
     ///
     /// # Errors
-    /// [`DeviceError::Dead`], [`DeviceError::Dataplane`].
+    /// Returns [`DeviceError::Dead`] if a worker is lost, or [`DeviceError::Dataplane`] if a registration or vhost-net
+    /// cannot be released.
     pub fn let_go(&mut self) -> Result<(), DeviceError> {
         let result = self.park_each(|parked| {
             for (side, _) in sides(0) {
@@ -104,25 +108,25 @@ impl Device {
             let released = parked.kernel.as_mut().map_or(Ok(()), |kernel| kernel.vhost.release());
             parked.detach().and(released)
         });
-        // Whatever became of that, they are not ours.
+        // Drop them even after an error: another process owns them.
         self.tap = None;
         self.session = self.new_session();
         result
     }
 
-    /// Notes how the TAP is, before another process gets its descriptors.
+    /// Records the TAP's settings before another process gets its descriptors.
     pub fn remember_tap(&mut self) {
         if let Some(tap) = &mut self.tap {
             tap.remember();
         }
     }
 
-    /// Undoes what a process that was given the TAP's descriptors may have done to the TAP.
+    /// Restores the settings of the TAP, which a process that shares its descriptors may have changed.
     pub(super) fn restore_tap(&mut self) {
         let Some(tap) = &mut self.tap else { return };
-        // The device goes on as well as it can. If the interface was deleted, that is seen by itself.
+        // Not fatal. A worker reports an interface that was deleted.
         if let Err(error) = tap.restore(self.config.sndbuf) {
-            limited!(warn, error = error_chain(&error), "the TAP's settings cannot be restored");
+            limited!(warn, error = error_chain(&error), "cannot restore the TAP's settings");
         }
     }
 
@@ -134,7 +138,7 @@ impl Device {
     }
 }
 
-/// How a ring stands that is not worked on.
+/// Returns the state of a parked ring.
 fn ring_now(ring: &Ring) -> VringNow {
     VringNow {
         base: ring.vring.base(),
@@ -145,7 +149,7 @@ fn ring_now(ring: &Ring) -> VringNow {
     }
 }
 
-/// Puts a ring where its used index says that whoever worked on it had come.
+/// Continues a ring at its used index, which says how far the last process that worked on it came.
 pub(super) fn place_by_used(
     index: usize,
     setup: &mut VringSetup,
@@ -153,7 +157,7 @@ pub(super) fn place_by_used(
     inflight: Option<&Arc<InflightRegion>>,
 ) {
     ring.vring.reread();
-    // Completion is in order. What the front-end has said of a ring that nobody has worked on yet stands.
+    // Completion is in order. A base that the front-end gave for a ring that has not run since stays.
     if !setup.base_is_given {
         setup.base = ring.vring.published();
     }

@@ -1,5 +1,5 @@
-//! What a device does when it changes its process: it is described, its TAP put aside and used again, and what a
-//! queue pair has in hand goes along.
+//! The device's part in a hand-over: its description, its vhost-net instances, setting the TAP aside and using it
+//! again, and the frames in hand.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,23 +18,24 @@ use crate::vhost_net::{VhostNet, VhostNetError};
 use crate::vring_setup::VringSetup;
 
 impl Device {
-    /// What a device with these properties offers.
+    /// Returns the features that a device with these properties offers.
     pub fn offer_with(&self, config: &DeviceConfig, ufo: bool, uso: bool) -> Features {
         let offer = Offer { mac: config.mac.is_some(), mtu: config.mtu.is_some(), ufo, uso };
         Features(offer.features().0 & self.mask.0)
     }
 
-    /// Takes another description: of the device that arrives, or the one from before when it does not.
+    /// Replaces the description of the device: by that of a device that arrives, or, if it does not, by the previous
+    /// one.
     pub fn describe(&mut self, config: DeviceConfig, offer: Features, pairs: usize) {
         self.config = config;
         self.offer = offer;
         self.pairs = pairs.min(self.workers.len());
     }
 
-    /// Gives the first pairs that have no vhost-net one each, if the kernel moves the frames.
+    /// Gives one instance to each of the first pairs that have none, if the kernel moves the frames.
     ///
     /// # Errors
-    /// [`VhostNetError::Open`] for want of an eventfd.
+    /// Returns [`VhostNetError::Open`] if an eventfd cannot be created.
     pub fn give_vhost(&mut self, instances: Vec<VhostNet>) -> Result<(), VhostNetError> {
         let mut instances = instances.into_iter();
         if self.datapath == Datapath::Userspace {
@@ -50,16 +51,17 @@ impl Device {
         Ok(())
     }
 
-    /// Has a vhost-net for each of the first `pairs` pairs, if the kernel moves the frames.
+    /// Opens a vhost-net instance for each of the first `pairs` pairs that have none, if the kernel moves the frames.
     ///
     /// # Errors
-    /// [`VhostNetError`], and [`VhostNetError::Open`] for want of an eventfd.
+    /// Returns a [`VhostNetError`] if an instance cannot be opened, and [`VhostNetError::Open`] also if an eventfd
+    /// cannot be created.
     pub fn open_vhost(&mut self, pairs: usize) -> Result<(), VhostNetError> {
         if self.datapath == Datapath::Userspace {
             return Ok(());
         }
         for worker in self.workers.iter_mut().take(pairs) {
-            // A dead worker is reported by itself.
+            // A dead worker reports itself.
             let Some(pair) = worker.park() else { return Ok(()) };
             if pair.kernel.is_none() {
                 let kernel = KernelPath::new(VhostNet::open()?);
@@ -69,22 +71,23 @@ impl Device {
         Ok(())
     }
 
-    /// How many pairs have a vhost-net: the first ones.
+    /// Returns how many pairs, counted from the first, have a vhost-net instance.
     pub fn vhosts(&mut self) -> usize {
         self.workers.iter_mut().filter_map(Worker::park).take_while(|pair| pair.kernel.is_some()).count()
     }
 
-    /// Closes those of all pairs but the first, which are in nobody's use.
+    /// Closes the instances of all pairs but the first `first`. They must not be in use.
     pub fn keep_vhosts(&mut self, first: usize) {
         for pair in self.workers.iter_mut().skip(first).filter_map(Worker::park) {
             pair.kernel = None;
         }
     }
 
-    /// Puts the TAP aside: no pair reads it or writes to it until [`Self::use_tap`].
+    /// Sets the TAP aside and returns it: no pair reads it or writes to it until [`Self::use_tap`].
     ///
     /// # Errors
-    /// [`DeviceError::Dead`], [`DeviceError::Dataplane`].
+    /// Returns [`DeviceError::Dataplane`] if a queue's epoll registration cannot be removed. Otherwise as for
+    /// [`Self::change`].
     pub fn set_tap_aside(&mut self) -> Result<Option<Tap>, DeviceError> {
         self.park_each(QueuePair::detach)?;
         limited!(info, "polling of the TAP is off");
@@ -94,11 +97,11 @@ impl Device {
         Ok(tap)
     }
 
-    /// Uses `tap`, which this process owns from now on: its settings follow the session, and every ring that runs is
-    /// looked at and its driver called once.
+    /// Takes ownership of `tap`: applies the session's settings to it, checks every running ring for work, and calls
+    /// every driver once.
     ///
     /// # Errors
-    /// [`DeviceError`].
+    /// Returns [`DeviceError::Tap`] if the TAP refuses a setting. Otherwise as for [`Self::change`].
     pub fn use_tap(&mut self, tap: Tap) -> Result<(), DeviceError> {
         let pairs = tap.pairs().min(self.workers.len());
         self.pairs = pairs;
@@ -107,7 +110,7 @@ impl Device {
         self.session.vrings.truncate(2 * pairs);
         self.park_all()?;
         for pair in 1..pairs {
-            // What the queue has is kept until the front-end has said what becomes of the pair.
+            // The queue keeps its frames until the front-end enables or disables the pair.
             let receive = &mut self.session.vrings[2 * pair];
             receive.paused |= tap.is_attached(pair) && !receive.enabled;
         }
@@ -120,7 +123,7 @@ impl Device {
         self.change(.., |session| {
             for vring in &mut session.vrings {
                 vring.call_due |= vring.started && vring.was_enabled;
-                // While there was no TAP another process may have worked on it.
+                // While the TAP was away another process may have worked on the ring.
                 vring.base_is_ours &= vring.resumes;
             }
         })?;
@@ -129,26 +132,26 @@ impl Device {
         Ok(())
     }
 
-    /// Whether a ring runs that needs a TAP, while there is none.
+    /// Returns whether a ring is started but the device has no TAP.
     pub fn wants_tap(&self) -> bool {
         self.tap.is_none() && self.session.vrings.iter().any(|vring| vring.started)
     }
 
-    /// Whether all rings are stopped (vhost-user: "suspended").
+    /// Returns whether all rings are stopped (vhost-user: "suspended").
     pub fn suspended(&self) -> bool {
         self.session.vrings.iter().all(|vring| vring.kick.is_none())
     }
 
-    /// How many queue pairs the front-end has set up so far.
+    /// Returns how many queue pairs the front-end has begun to set up.
     pub fn set_up_pairs(&self) -> usize {
         let used = |vring: &VringSetup| vring.size.is_some() || vring.kick.is_some();
         self.session.vrings.iter().rposition(used).map_or(0, |vring| vring / 2 + 1)
     }
 
-    /// The frames that were read from the TAP and not delivered yet, one a pair at most.
+    /// Returns a copy of the frame in hand of each pair.
     ///
     /// # Errors
-    /// [`DeviceError::Dead`], [`DeviceError::Dataplane`].
+    /// As for [`Self::change`].
     pub fn frames_in_hand(&mut self) -> Result<Vec<Option<FrameInHand>>, DeviceError> {
         let mut frames = Vec::new();
         self.park_each(|parked| {
@@ -159,10 +162,10 @@ impl Device {
         Ok(frames)
     }
 
-    /// Puts a frame into a pair's hand, to be delivered before any other; or takes it away.
+    /// Sets or clears the frame in hand of a pair, which is delivered before any other.
     ///
     /// # Errors
-    /// [`DeviceError::Dead`], [`DeviceError::Dataplane`].
+    /// As for [`Self::change`].
     pub fn set_frame_in_hand(&mut self, pair: usize, frame: Option<FrameInHand>) -> Result<(), DeviceError> {
         if let Some(worker) = self.workers.get_mut(pair) {
             worker.park().ok_or(DeviceError::Dead(pair))?.rx.in_hand = frame;
@@ -171,10 +174,10 @@ impl Device {
         Ok(())
     }
 
-    /// Has the workers look for work for so long before they wait.
+    /// Sets how long the workers busy-poll before they sleep.
     ///
     /// # Errors
-    /// [`DeviceError::Dead`], [`DeviceError::Dataplane`].
+    /// As for [`Self::change`].
     pub fn set_poll(&mut self, poll: Duration) -> Result<(), DeviceError> {
         self.park_each(|parked| {
             parked.set_poll(poll);

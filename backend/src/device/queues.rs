@@ -1,5 +1,5 @@
-//! Which of the TAP's queues are attached: the kernel spreads flows over all that are, and a detached one drops what it
-//! has.
+//! Decides which of the TAP's queues are attached. The kernel spreads flows over all attached queues, and a queue drops
+//! its frames when it is detached.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -7,27 +7,27 @@ use std::time::{Duration, Instant};
 use super::{Device, DeviceError};
 use crate::features::PROTOCOL_FEATURES;
 
-/// How long a pair that is enabled may take until it is set up, once the first one is. QEMU enables all pairs at first,
-/// and then sets up one after the other; frames that wait there meanwhile are neither lost nor overtaken.
+/// How long an enabled pair may take to be set up after the first pair. QEMU enables all pairs first and then sets up
+/// one after the other. Frames that wait in the queues meanwhile are neither lost nor reordered.
 const GRACE: Duration = Duration::from_secs(1);
 
 impl Device {
     /// Attaches the queues of the pairs whose receive ring is set up and enabled, and detaches those of the others.
     ///
-    /// Only once the first receive ring is set up and enabled: before that, and while a front-end that pauses has
-    /// stopped or disabled all rings, every queue keeps the frames that it has; and when it goes on, until it has started
-    /// and enabled again what it had paused. The queue of a pair that is enabled and not set up waits for
-    /// [`Self::settle_queues`].
+    /// Does nothing unless the first receive ring is set up and enabled. So all queues keep their frames before the
+    /// front-end has set up the device, and while it pauses, with all rings stopped or disabled. After a pause a queue
+    /// keeps its frames until the front-end has started and enabled its ring again, or disabled it. The queue of a pair
+    /// that is enabled but not set up waits for [`Self::settle_queues`].
     ///
     /// # Errors
-    /// [`DeviceError::Tap`].
+    /// Returns [`DeviceError::Tap`] if a queue cannot be attached or detached.
     pub fn follow_pairs(&mut self) -> Result<(), DeviceError> {
         let Some(tap) = &mut self.tap else { return Ok(()) };
         let first = &self.session.vrings[0];
         if !first.enabled || !first.is_set_up() {
             return Ok(());
         }
-        // Otherwise SET_FEATURES has enabled all, and there is but one pair: more are negotiated by protocol features.
+        // Without protocol features SET_FEATURES enables all rings, and the front-end has only one pair.
         let told = self.session.features.has(PROTOCOL_FEATURES);
         let mut late = false;
         for pair in 1..self.workers.len() {
@@ -44,16 +44,16 @@ impl Device {
         Ok(())
     }
 
-    /// When [`Self::settle_queues`] is due.
+    /// Returns when [`Self::settle_queues`] is due.
     pub fn queues_settle(&self) -> Option<Instant> {
         self.queues_settle
     }
 
-    /// Detaches, when that is due, the queues of pairs that were enabled and not set up. The first pair receives what they
-    /// have.
+    /// If it is due, detaches the queues of pairs that are enabled but not set up. The first pair receives their
+    /// frames.
     ///
     /// # Errors
-    /// [`DeviceError`].
+    /// Returns [`DeviceError::Tap`] if a queue cannot be detached. Otherwise as for [`Self::change`].
     pub fn settle_queues(&mut self) -> Result<(), DeviceError> {
         if self.queues_settle.is_none_or(|due| Instant::now() < due) {
             return Ok(());

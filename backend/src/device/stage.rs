@@ -1,5 +1,5 @@
-//! A device whose session comes from another process, from the side that is to have it: everything is made ready beside
-//! the process that works on it, and nothing of the device's is touched until the session is taken.
+//! The target's side of a session's hand-over: everything is set up while the source still serves, and no ring or TAP
+//! queue is touched until the session is taken.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -20,22 +20,22 @@ use crate::tap::Tap;
 use crate::vring_setup::{Surroundings, VringSetup};
 use crate::yielding::yield_if_due;
 
-/// How long to wait until threads that were just made listen.
+/// How long to wait for new threads to listen.
 const SETTLING: Duration = Duration::from_millis(50);
 
-/// How long to wait until the threads of a session that was taken have begun.
+/// How long to wait for the threads of a taken session to start.
 const MOMENT: Duration = Duration::from_millis(1);
 
-/// What a device has that is ready for a session.
+/// What a device with a staged session has in addition.
 #[derive(Debug)]
 pub(super) struct Staged {
     tap: Tap,
     before: Before,
-    /// Of the pairs that the device turns out not to have.
+    /// Workers and counters of pairs that the staged device does not have.
     surplus: Surplus,
 }
 
-/// How the device was described before.
+/// The description of the device before a session was staged.
 #[derive(Debug)]
 struct Before {
     config: DeviceConfig,
@@ -43,15 +43,15 @@ struct Before {
     pairs: usize,
 }
 
-/// Workers without work.
+/// Workers that are not needed, and their counters.
 pub(super) type Surplus = (Vec<Worker>, Vec<Arc<PairCounters>>);
 
 impl Device {
-    /// Makes everything ready for `session`, which another process serves with `tap`: its rings are mapped and in their
-    /// pairs, its descriptors watched, the threads there and waiting.
+    /// Stages `session`, which another process serves with `tap`: maps its rings and puts them into their pairs,
+    /// watches its descriptors, and creates the threads, which wait.
     ///
     /// # Errors
-    /// [`DeviceError`], and the device is as before.
+    /// Returns a [`DeviceError`] if anything cannot be set up, and leaves the device unchanged.
     pub fn stage(
         &mut self,
         session: SessionState,
@@ -82,7 +82,7 @@ impl Device {
             let Some(staged) = &self.staged else { return Ok(()) };
             let log = self.session.active_log();
             let SessionState { features, memory, vrings, .. } = &self.session;
-            // The region is the owner's: what is in flight is found in it when the session is taken.
+            // Only the owner uses the inflight region. It is read when the session is taken.
             let surroundings = Surroundings { memory, features: *features, log, inflight: None };
             let worker = &mut self.workers[pair];
             let parked = worker.park().ok_or(DeviceError::Dead(pair))?;
@@ -99,16 +99,17 @@ impl Device {
                 worker.make_thread().map_err(failed)?;
             }
         }
-        // A thread that listens need not be woken for nothing.
+        // A thread that listens can be resumed without waking it (`Worker::resume_idle`).
         let deadline = Instant::now() + SETTLING;
         self.workers.iter().for_each(|worker| worker.wait_listens(deadline));
         Ok(())
     }
 
-    /// Takes the session that was made ready: it is this process' from now on, and as `vrings` and `pairs` say.
+    /// Takes the staged session, whose current state is in `vrings`, `pairs` and `frames` (the frames in hand by pair).
+    /// This process owns the session from now on.
     ///
     /// # Errors
-    /// [`DeviceError::Dead`], [`DeviceError::Dataplane`].
+    /// Returns [`DeviceError::Dead`] if a worker is lost, or [`DeviceError::Dataplane`] if a pair cannot be resumed.
     pub fn take_over(
         &mut self,
         vrings: &[VringNow],
@@ -137,10 +138,10 @@ impl Device {
         })
     }
 
-    /// Takes the session that was made ready from a process that is dead, and said nothing of how far it was.
+    /// Takes the staged session from a source that died without sending its current state.
     ///
     /// # Errors
-    /// [`DeviceError::Dead`], [`DeviceError::Dataplane`].
+    /// As for [`Self::take_over`].
     pub fn inherit(&mut self) -> Result<(), DeviceError> {
         let inflight = self.session.inflight.clone();
         let inflight = inflight.as_ref();
@@ -151,7 +152,7 @@ impl Device {
         })
     }
 
-    /// Has each ring placed, and all workers begin.
+    /// Calls `place` for each ring, and starts all workers.
     fn take_rings(
         &mut self,
         mut place: impl FnMut(usize, &mut VringSetup, Option<&mut Ring>),
@@ -170,13 +171,13 @@ impl Device {
         }
         self.tap = Some(staged.tap);
         self.surplus = staged.surplus;
-        // They have the processor first, if there is but one; who was woken last begins last.
+        // On a single processor, let the threads run first. The thread that was woken last starts last.
         let deadline = Instant::now() + MOMENT;
         self.workers.iter().rev().for_each(|worker| worker.wait_begun(deadline));
         Ok(())
     }
 
-    /// Which pairs have nothing to read, as far as can be told before their threads are woken.
+    /// Returns for each pair whether its thread listens and its TAP queue has nothing to read.
     fn idle(&self, tap: &Tap) -> Vec<bool> {
         let mut idle: Vec<_> = self.workers.iter().map(Worker::listens).collect();
         let queues = (0..idle.len()).map(|pair| PollFd::new(tap.queue(pair).as_fd(), PollFlags::POLLIN));
@@ -188,8 +189,8 @@ impl Device {
         idle
     }
 
-    /// Does what was left for later when the session was taken: the calls of pairs that have had nothing to do yet, the
-    /// queues of pairs that are not set up, and the end of threads and descriptors that the session has no use for.
+    /// Does the work that taking a session defers: due calls of idle pairs, detaching the queues of pairs that are not
+    /// set up, and ending surplus workers.
     ///
     /// # Errors
     /// As for [`Self::follow_pairs`].
@@ -203,15 +204,16 @@ impl Device {
         self.follow_pairs()
     }
 
-    /// Whether a session is ready to be taken.
+    /// Returns whether a session is staged.
     pub fn is_staged(&self) -> bool {
         self.staged.is_some()
     }
 
-    /// Forgets the session that was made ready: the device is as before, and what came for it closed.
+    /// Drops the staged session: restores the previous description and closes everything that belongs to the session.
     ///
     /// # Errors
-    /// [`DeviceError::Dead`], [`DeviceError::Dataplane`].
+    /// Returns [`DeviceError::Dead`] if a worker is lost, or [`DeviceError::Dataplane`] if an epoll registration or
+    /// vhost-net cannot be released.
     pub fn unstage(&mut self) -> Result<(), DeviceError> {
         let Some(staged) = self.staged.take() else { return Ok(()) };
         self.park_each(|parked| {

@@ -1,4 +1,4 @@
-//! Why a request of the front-end is rejected.
+//! Reasons for rejecting a front-end's request.
 
 use crate::device::DeviceError;
 use crate::dirty_log::LogError;
@@ -12,53 +12,55 @@ use crate::vring::LayoutError;
 #[derive(Debug, thiserror::Error)]
 pub enum Rejection {
     /// The device has no such vring.
-    #[error("there is no vring {0}")]
+    #[error("the device has no vring {0}")]
     Index(u32),
     /// The vring must be stopped first.
-    #[error("vring {0} runs; stop it with GET_VRING_BASE first")]
+    #[error("vring {0} is started; stop it with GET_VRING_BASE first")]
     Running(usize),
-    /// A vring does not fit.
+    /// The layout of a vring is invalid.
     #[error(transparent)]
     Layout(#[from] LayoutError),
-    /// Memory that cannot be shared.
+    /// Guest memory cannot be mapped or changed.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// More memory regions than the kernel takes.
-    #[error("{regions} memory regions; the kernel's vhost takes {max} (max_mem_regions of the module vhost)")]
+    /// The kernel does not accept this many memory regions.
+    #[error(
+        "{regions} memory regions exceed the kernel's limit of {max}; raise max_mem_regions of the module vhost"
+    )]
     Regions {
-        /// How many there would be.
+        /// The number of regions after the request.
         regions: usize,
-        /// How many there may be.
+        /// The kernel's limit.
         max: usize,
     },
-    /// Not an eventfd.
+    /// The descriptor is not an eventfd.
     #[error(transparent)]
     Notifier(#[from] NotifierError),
-    /// A split vring's index has 16 bits.
+    /// The index of a split vring has 16 bits.
     #[error("vring base {0:#x} has more than 16 bits")]
     Base(u32),
-    /// Features that change the protocol or the rings and are not offered.
-    #[error("features {0:#x} are not offered")]
+    /// Features were acknowledged that change the protocol or the rings and were not offered.
+    #[error("features {0:#x} were not offered")]
     Features(u64),
-    /// A message for a protocol feature that is not offered.
+    /// The message needs a protocol feature that is not offered.
     #[error("{0} is not offered")]
     NotOffered(&'static str),
-    /// A message for a protocol feature that the front-end did not acknowledge.
+    /// The message needs a protocol feature that the front-end did not acknowledge.
     #[error("{0} was not negotiated")]
     NotNegotiated(&'static str),
-    /// No log that can be kept.
+    /// The dirty log is unusable.
     #[error(transparent)]
     Log(#[from] LogError),
-    /// No inflight region that can be kept.
+    /// The inflight region is unusable.
     #[error(transparent)]
     Inflight(#[from] InflightError),
-    /// Device state that cannot be moved.
+    /// Device state cannot be transferred.
     #[error(transparent)]
     DeviceState(#[from] DeviceStateError),
-    /// The configuration space cannot be written, or ends before.
-    #[error("no such part of the configuration space")]
+    /// The configuration space is read-only.
+    #[error("the configuration space is read-only")]
     Config,
-    /// The device could not follow.
+    /// The device failed, or refused the change.
     #[error(transparent)]
     Device(#[from] DeviceError),
 }

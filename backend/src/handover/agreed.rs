@@ -1,4 +1,4 @@
-//! What the [prologue](super::prologue) leaves to the role that goes on.
+//! What the [prologue](super::prologue) passes on to the next role.
 
 use std::time::Duration;
 
@@ -8,30 +8,30 @@ use baton_channel::peer::PeerProcess;
 use crate::control::Call;
 use crate::events::Watched;
 
-/// A target would take the device or the session.
+/// A target that has agreed to take the device or the session.
 #[derive(Debug)]
 pub struct AgreedTarget {
-    /// The connection to it.
+    /// The connection to the target.
     pub link: Option<Watched<MessageSocket>>,
-    /// Its process, if its death matters.
+    /// The target's process, which is watched for a session only.
     pub process: Option<Watched<PeerProcess>>,
-    /// Its path.
+    /// The target's path.
     pub peer: String,
-    /// The operator's request, which is not answered yet.
+    /// The operator's request, still unanswered.
     pub call: Option<Call>,
     /// When the hand-over began.
     pub began: Duration,
 }
 
-/// A source will give the device or the session.
+/// A source whose device or session this target has agreed to take.
 #[derive(Debug)]
 pub struct AgreedSource {
-    /// The connection to it.
+    /// The connection to the source.
     pub link: Option<Watched<MessageSocket>>,
-    /// Its process, if its death matters.
+    /// The source's process, which is watched for a session only.
     pub process: Option<Watched<PeerProcess>>,
-    /// Whether it runs as the same user.
+    /// Whether the source runs as the same user.
     pub same_user: bool,
-    /// How many instances of vhost-net there were before more were opened for a session.
+    /// How many vhost-net instances were open before the prologue opened more for a session.
     pub vhosts: Option<usize>,
 }

@@ -1,5 +1,5 @@
-//! Device state that the front-end moves (`SET_DEVICE_STATE_FD`, `CHECK_DEVICE_STATE`): over a socket for packets it is an
-//! offer of the device, over anything else the state alone.
+//! Device state that the front-end moves (`SET_DEVICE_STATE_FD`, `CHECK_DEVICE_STATE`). Over a `SOCK_SEQPACKET` socket
+//! this is an offer of the device with its TAP; over any other descriptor, only the state is transferred.
 
 use std::fs::File;
 
@@ -24,7 +24,7 @@ use crate::device::{Device, DeviceError};
 use crate::events::Watched;
 
 impl Handovers {
-    /// Whether a transfer of device state runs: [`Self::check_device_state`] must wait.
+    /// Returns whether a transfer of device state is running, for which [`Self::check_device_state`] must wait.
     pub fn is_transferring(&self) -> bool {
         self.transfer.is_running()
     }
@@ -36,7 +36,7 @@ impl Handovers {
         if self.is_transferring() { Err(DeviceStateError::UnderWay) } else { Ok(()) }
     }
 
-    /// Checks that this front-end, which runs as this process' user or root if `trusted`, may give what it gave.
+    /// Checks that the front-end may use this route. `trusted` says that it runs as the same user or as root.
     fn check_permitted(&self, route: &Route, trusted: bool) -> Result<(), DeviceStateError> {
         match (self.options.device_state, route) {
             (Some(Permission::Off), _) => Err(DeviceStateError::Off),
@@ -46,10 +46,10 @@ impl Handovers {
         }
     }
 
-    /// `SET_DEVICE_STATE_FD`, save.
+    /// Handles `SET_DEVICE_STATE_FD` in direction save.
     ///
     /// # Errors
-    /// [`DeviceStateError`]; the device is as before.
+    /// Returns an error if the transfer is not permitted or cannot begin. The device is unchanged.
     pub fn save_device_state(
         &mut self,
         device: &mut Device,
@@ -77,13 +77,13 @@ impl Handovers {
                 let offering = DeviceSource::offering(device, word, socket, link, theirs);
                 let (source, sent) = offering.map_err(|error| DeviceStateError::Failed(error.to_string()))?;
                 self.role = Role::DeviceSource(Box::new(source));
-                // If it could not be sent, the next attempt is welcome.
+                // If the offer could not be sent, this role ends so that the front-end can try again.
                 let ended = self.role.end();
                 self.note(ended);
                 let result = if sent {
                     Ok(())
                 } else {
-                    Err(DeviceStateError::Failed("the device state could not be sent".to_owned()))
+                    Err(DeviceStateError::Failed("cannot send the device state".to_owned()))
                 };
                 self.transfer = Transfer::Over(result);
             }
@@ -91,10 +91,10 @@ impl Handovers {
         Ok(())
     }
 
-    /// `SET_DEVICE_STATE_FD`, load.
+    /// Handles `SET_DEVICE_STATE_FD` in direction load.
     ///
     /// # Errors
-    /// [`DeviceStateError`]; the device is as before.
+    /// Returns an error if the transfer is not permitted or cannot begin. The device is unchanged.
     pub fn load_device_state(
         &mut self,
         device: &Device,
@@ -118,10 +118,10 @@ impl Handovers {
         Ok(())
     }
 
-    /// `CHECK_DEVICE_STATE`, once no transfer runs.
+    /// Handles `CHECK_DEVICE_STATE`. No transfer may be running.
     ///
     /// # Errors
-    /// How the last transfer failed.
+    /// Returns an error if the last transfer failed, or if there was none.
     pub fn check_device_state(&mut self) -> Result<(), DeviceStateError> {
         match std::mem::replace(&mut self.transfer, Transfer::None) {
             Transfer::Over(result) => {
@@ -139,21 +139,21 @@ impl Handovers {
 
     pub(super) fn on_transfer(&mut self, device: &mut Device) -> Result<(), DeviceError> {
         while let Some(finished) = self.finished.take() {
-            // One that was given up is nobody's any more.
+            // Ignore the result of a cancelled transfer.
             if !matches!(&self.transfer, Transfer::Running(running) if running.sent(&finished)) {
                 continue;
             }
             let result = match finished.outcome {
                 Outcome::Saved(result) => result.map_err(DeviceStateError::from),
                 Outcome::Read(Ok(Message::Device(StateOnly { device: state }))) => {
-                    // The guest's MAC and MTU can be the front-end's own matter.
+                    // The front-end may provide the guest's MAC and MTU itself.
                     let config = [virtio_net::VIRTIO_NET_F_MAC, virtio_net::VIRTIO_NET_F_MTU];
                     let offered = device.offer().with(&config);
                     check_without_tap(&state, offered.0)
                         .map_err(|reasons| DeviceStateError::Failed(reasons.to_string()))
                 }
                 Outcome::Read(Ok(other)) => Err(DeviceStateError::Failed(format!(
-                    "the device state begins with {}, which needs a socket for packets",
+                    "the device state begins with {}, which requires a SOCK_SEQPACKET socket",
                     other.name()
                 ))),
                 Outcome::Received(Ok((packet, sender))) => {
@@ -168,7 +168,7 @@ impl Handovers {
                 Outcome::Read(Err(error)) | Outcome::Received(Err(error)) => Err(error.into()),
             };
             if let Err(error) = &result {
-                limited!(warn, error = %error, "device state was not moved");
+                limited!(warn, error = %error, "cannot transfer device state");
             }
             self.transfer = Transfer::Over(result);
         }

@@ -1,4 +1,4 @@
-//! Why a hand-over does not begin, or device state does not move.
+//! Reasons why a hand-over cannot begin, or device state cannot be transferred.
 
 use std::io;
 
@@ -12,83 +12,83 @@ use super::transfer::TransferError;
 /// Why a hand-over cannot begin.
 #[derive(Debug, thiserror::Error)]
 pub enum HandoverError {
-    /// One is under way.
+    /// Another hand-over is under way.
     #[error("a hand-over to {0} is under way; end it with handover --cancel")]
     UnderWay(String),
-    /// To this process itself.
-    #[error("this is the same back-end: it cannot hand anything over to itself")]
+    /// The target is this process.
+    #[error("the target is this back-end itself; use the path of another one")]
     Oneself,
-    /// There is nothing to hand over.
+    /// This process has no TAP.
     #[error("this back-end has no TAP to hand over")]
     NoTap,
-    /// Nothing to cancel.
+    /// There is no hand-over to cancel.
     #[error("no hand-over is under way")]
     NotUnderWay,
-    /// The front-end moves device state.
-    #[error("the front-end is moving device state; try again when it has")]
+    /// The front-end is moving device state.
+    #[error("the front-end is moving device state; try again later")]
     DeviceState,
-    /// It cannot be begun.
+    /// The connection to the target failed.
     #[error(transparent)]
     Channel(#[from] ChannelError),
-    /// To somebody else's process.
+    /// The target's process is not trusted.
     #[error(transparent)]
     Peer(#[from] PeerError),
-    /// It cannot be begun.
+    /// The ownership word cannot be created.
     #[error(transparent)]
     Ownership(#[from] OwnershipError),
-    /// Who listened has gone, and is not known.
+    /// The target's process ended before it could be watched.
     #[error("the target closed the connection")]
     Gone,
-    /// It cannot be begun.
+    /// A system call failed.
     #[error("cannot begin a hand-over")]
     System(#[from] io::Error),
 }
 
-/// Why device state is not moved.
+/// Why device state cannot be transferred.
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceStateError {
-    /// Rings are set up or run.
-    #[error("device state moves only while all rings are stopped")]
+    /// Not all rings are stopped.
+    #[error("device state can be moved only while all rings are stopped")]
     NotSuspended,
-    /// The operator permits none.
-    #[error("device state is switched off (--device-state=off)")]
+    /// The operator disabled device state.
+    #[error("device state is disabled (--device-state=off)")]
     Off,
     /// The front-end may not move the TAP.
-    #[error("this front-end may move device state without the TAP only; see --device-state")]
+    #[error("this front-end may move device state only without the TAP; see --device-state")]
     StateOnly,
-    /// One is under way.
+    /// Another transfer is under way.
     #[error("another transfer of device state is under way")]
     UnderWay,
-    /// None was begun.
-    #[error("no device state has been moved")]
+    /// No transfer was begun.
+    #[error("no device state was transferred")]
     None,
-    /// A TAP would arrive where there is one.
+    /// This process has a TAP, or cannot receive one.
     #[error("this back-end has a TAP already and cannot receive one; start it with --incoming-fds")]
     AlreadyInitialised,
-    /// The device is being handed over in another way.
+    /// The device is in another hand-over.
     #[error("the device is in another hand-over")]
     Busy,
-    /// The target refuses what came, or the source could not send it.
+    /// The target refused the state, or the source could not send it.
     #[error("{0}")]
     Failed(String),
-    /// The source of this session could not move it.
+    /// The transfer failed in the process that served this session before.
     #[error("the transfer failed before the session was handed over")]
     BeforeHandover,
-    /// It cannot be begun.
+    /// The transfer cannot begin.
     #[error(transparent)]
     Begin(#[from] HandoverError),
-    /// It failed.
+    /// The transfer failed.
     #[error(transparent)]
     Transfer(#[from] TransferError),
 }
 
-/// Why there is no place to receive a device.
+/// Why the socket for sources cannot be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum IncomingError {
-    /// Its path cannot be bound.
+    /// The path cannot be bound.
     #[error(transparent)]
     Bind(#[from] BindError),
-    /// The system would not.
-    #[error("cannot wait for a hand-over")]
+    /// A system call failed.
+    #[error("cannot listen for hand-overs")]
     System(#[from] io::Error),
 }

@@ -1,4 +1,4 @@
-//! The socket on which a back-end waits for sources (`--incoming-fds`).
+//! The socket on which a back-end listens for sources (`--incoming-fds`).
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -13,22 +13,22 @@ use super::INCOMING;
 use super::error::IncomingError;
 use crate::events::{Epoll, Events};
 
-/// How long to leave sources waiting that cannot be accepted, for want of descriptors, say.
+/// How long to wait after a source could not be accepted, for example for lack of descriptors.
 const REST: Duration = Duration::from_millis(100);
 
-/// The socket, watched unless it rests.
+/// The socket. It is watched except while it rests.
 #[derive(Debug)]
 pub struct Incoming {
     socket: BoundSocket,
-    /// Until when nobody is accepted.
+    /// When the rest ends, during which no source is accepted.
     resting: Option<Duration>,
 }
 
 impl Incoming {
-    /// Binds `path`, and has `epoll` tell of sources.
+    /// Binds `path`, and watches it with `epoll`.
     ///
     /// # Errors
-    /// [`IncomingError`].
+    /// Returns an error if `path` cannot be bound or watched.
     pub fn bind(path: &Path, epoll: &Epoll) -> Result<Self, IncomingError> {
         let socket = BoundSocket::bind_packets(path)?;
         socket.listener().set_nonblocking(true)?;
@@ -36,13 +36,13 @@ impl Incoming {
         Ok(Self { socket, resting: None })
     }
 
-    /// The next source, if there is one.
+    /// Accepts the next source, if one waits.
     pub fn accept(&mut self, epoll: &Epoll, now: Duration) -> Option<MessageSocket> {
         let connection = match self.socket.listener().accept() {
             Ok((connection, _)) => connection,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
             Err(error) => {
-                // The connection is still there to be accepted; what is missing may come back.
+                // The source is still in the backlog; the cause, such as a lack of descriptors, may pass.
                 limited!(warn, %error, "cannot accept a source now");
                 let _ = epoll.remove(self.socket.listener());
                 self.resting = Some(now + REST);
@@ -52,23 +52,23 @@ impl Incoming {
         match MessageSocket::try_from(OwnedFd::from(connection)) {
             Ok(link) => Some(link),
             Err(error) => {
-                limited!(warn, %error, "a connection for a hand-over is of no use");
+                limited!(warn, %error, "cannot use a connection for a hand-over");
                 None
             }
         }
     }
 
-    /// When [`Self::on_time`] is due.
+    /// Returns when [`Self::on_time`] is due.
     pub fn deadline(&self) -> Option<Duration> {
         self.resting
     }
 
-    /// Time has passed.
+    /// Ends the rest if it is over at time `now`.
     pub fn on_time(&mut self, epoll: &Epoll, now: Duration) {
         if self.resting.take_if(|until| *until <= now).is_some()
             && let Err(error) = epoll.add(self.socket.listener(), Events::EPOLLIN, INCOMING)
         {
-            limited!(warn, %error, "cannot wait for sources any more");
+            limited!(warn, %error, "cannot watch for sources any more");
         }
     }
 }

@@ -1,21 +1,21 @@
-//! Hand-overs to another back-end, and from one: of the device once its rings have stopped ([`device`]), or of the running
-//! session ([`session`]). [`baton_protocol::handover`] decides; here its decisions are carried out.
+//! Hand-overs to and from another back-end: of the device while its rings are stopped ([`device`]), or of the running
+//! session ([`session`]). Carries out what the state machines in [`baton_protocol::handover`] decide.
 //!
-//! [`Handovers`] has one role at a time (`role.rs`), and one connection, timer and clock for it:
+//! [`Handovers`] has one role at a time (`role.rs`), with one connection, one timer and one clock:
 //!
 //! ```text
 //!           begin                 both agree
 //!   Idle ──────────▶ Asking ─────────────────▶ DeviceSource, SessionSource
 //!     ▲ └──────────▶ Answering ──────────────▶ DeviceTarget, SessionTarget
 //!     │  a source connects                         │
-//!     └──────────── the end: `last` says how ──────┘
+//!     └──────────── end, status in `last` ─────────┘
 //! ```
-//! A front-end that moves device state itself skips the prologue ([`device_state`]). A source that has handed over keeps its
-//! role: the process ends when its front-end leaves.
+//! A front-end that moves device state itself skips the prologue ([`device_state`]). A source that has handed over
+//! keeps its role until the process ends.
 //!
-//! Everything happens in the event loop, which waits for [`Handovers`] as for any descriptor and calls
-//! [`Handovers::settle`] after everything else that may have started or stopped a ring. The front-end's connection is the
-//! event loop's own; a hand-over sees it as [`session::FrontEnd`].
+//! Everything runs in the event loop, which watches [`Handovers`] like any other descriptor and calls
+//! [`Handovers::settle`] after every event that may have started or stopped a ring. The event loop owns the front-end's
+//! connection; a hand-over accesses it through [`session::FrontEnd`].
 
 pub mod agreed;
 pub mod device;
@@ -59,65 +59,66 @@ use role::Role;
 use session::FrontEnd;
 use transfer::{Finished, Threads, Transfer};
 
-// In the order in which they are looked at: the peer's messages, its death, a new peer, a transfer, the time.
+// Epoll tokens, in the order of handling: the peer's messages, its death, a new source, a transfer, the timer.
 const LINK: u64 = 0;
 const PROCESS: u64 = 1;
 const INCOMING: u64 = 2;
 const TRANSFER: u64 = 3;
 const TIMER: u64 = 4;
 
-/// What this program calls itself.
+/// The program's name and version in HELLO.
 const PROGRAM: &str = concat!("baton-backend ", env!("CARGO_PKG_VERSION"));
 
-/// What a target calls its source, which has no path.
+/// The target's name for its source, which has no path.
 const SOURCE_NAME: &str = "the source";
 
-/// A program to run at the end, with the TAP's name.
+/// The program that the last owner of the TAP runs at the end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FinalScript {
     /// The downscript.
     pub script: PathBuf,
-    /// The TAP.
+    /// The TAP's name, its argument.
     pub tap: String,
 }
 
-/// How a front-end goes.
+/// Why a front-end's session ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Departure {
-    /// By itself.
+    /// The front-end closed the connection.
     Left,
-    /// Cut off, for what it said or could not be given: it may have its VM already, and comes again for its device.
+    /// This process closed the connection, because of an invalid message or a lack of resources. The front-end may
+    /// already have its VM, and connects again for the device.
     CutOff,
     /// This process ends.
     Ending,
 }
 
-/// What a hand-over works on.
+/// Everything that a hand-over acts on.
 #[derive(Debug)]
 pub struct Context<'a> {
     /// The device.
     pub device: &'a mut Device,
     /// The front-end.
     pub front: &'a mut dyn FrontEnd,
-    /// The command line.
+    /// The target's options from the command line.
     pub options: &'a TargetOptions,
     /// The front-end's own transfer of device state.
     pub transfer: &'a mut Transfer,
-    /// Watches what a hand-over waits for.
+    /// Watches the descriptors of a hand-over.
     pub epoll: &'a Arc<Epoll>,
 }
 
-/// The hand-overs of this process. Readable while there is something to do.
+/// The hand-overs of this process. The descriptor is readable while [`Handovers::progress`] has work.
 #[derive(Debug)]
 pub struct Handovers {
     epoll: Arc<Epoll>,
     timer: TimerFd,
-    /// What the timer is set for.
+    /// The time for which the timer is set.
     due: Option<Duration>,
     options: TargetOptions,
     incoming: Option<Incoming>,
     role: Role,
-    /// How the last one ended, with the device or session still here.
+    /// The final status of the last hand-over that left the device or session here.
     last: Option<HandoverStatus>,
     transfer: Transfer,
     threads: Threads,
@@ -130,12 +131,12 @@ impl AsFd for Handovers {
     }
 }
 
-/// `CLOCK_MONOTONIC`, which all processes share.
+/// Returns the time of `CLOCK_MONOTONIC`, which all processes share.
 fn now() -> Duration {
     clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map(Duration::from).unwrap_or_default()
 }
 
-/// The status of a source whose hand-over ended, with the device or session still here.
+/// Returns the status of a source whose hand-over ended with the device or session still here.
 fn source_status(peer: &str, reason: &EndReason) -> HandoverStatus {
     let (state, reason) = match reason {
         EndReason::Cancelled => (HandoverState::Cancelled, None),
@@ -146,10 +147,10 @@ fn source_status(peer: &str, reason: &EndReason) -> HandoverStatus {
 }
 
 impl Handovers {
-    /// Waits for a source on `incoming`, if that is given.
+    /// Creates the hand-overs, and listens for sources on `incoming` if it is given.
     ///
     /// # Errors
-    /// [`IncomingError`].
+    /// Returns an error if `incoming` cannot be bound, or if a descriptor cannot be created or watched.
     pub fn new(incoming: Option<&Path>, options: TargetOptions) -> Result<Self, IncomingError> {
         let epoll = Arc::new(Epoll::new()?);
         let incoming = incoming.map(|path| Incoming::bind(path, &epoll)).transpose()?;
@@ -172,7 +173,7 @@ impl Handovers {
         })
     }
 
-    /// The role, and what it works on.
+    /// Borrows the role and the context in which it acts.
     fn split<'a>(
         &'a mut self,
         device: &'a mut Device,
@@ -182,16 +183,16 @@ impl Handovers {
         (role, Context { device, front, options, transfer, epoll })
     }
 
-    /// Does what there is to do.
+    /// Handles all pending events.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn progress(&mut self, device: &mut Device, front: &mut dyn FrontEnd) -> Result<(), DeviceError> {
         let mut ready = Ready::<8>::default();
         let mut tokens: Vec<u64> = match self.epoll.wait(0, &mut ready) {
             Ok(events) => events.map(|(token, _)| token).collect(),
             Err(error) => {
-                limited!(warn, %error, "cannot wait for the hand-over");
+                limited!(warn, %error, "cannot wait for hand-over events");
                 return Ok(());
             }
         };
@@ -213,9 +214,9 @@ impl Handovers {
     }
 
     fn on_time(&mut self, device: &mut Device, front: &mut dyn FrontEnd) -> Result<(), DeviceError> {
-        // Fails only when nothing has expired.
+        // Disarming clears the expiration, and does not fail on a valid timer.
         let _ = self.timer.unset();
-        // Tests make the timer expire early.
+        // Tests make the timer expire early: use the time for which it was meant.
         let time = now().max(self.due.take().unwrap_or_default());
         if let Some(incoming) = &mut self.incoming {
             incoming.on_time(&self.epoll, time);
@@ -224,7 +225,7 @@ impl Handovers {
         role.on_time(&mut cx, time)
     }
 
-    /// Goes on to the next role, if this one has come to its end.
+    /// Switches to the next role if the current one has ended.
     fn advance(&mut self, device: &mut Device, front: &mut dyn FrontEnd) -> Result<(), DeviceError> {
         let (role, mut cx) = self.split(device, front);
         let ended = role.advance(&mut cx)?;
@@ -236,7 +237,7 @@ impl Handovers {
         self.last = ended.or(self.last.take());
     }
 
-    /// A source has connected.
+    /// Accepts a source that has connected, or refuses it.
     fn on_source(&mut self, device: &mut Device, front: &mut dyn FrontEnd) -> Result<(), DeviceError> {
         let (role, mut cx) = self.split(device, front);
         role.hear_out(&mut cx)?;
@@ -253,7 +254,7 @@ impl Handovers {
             Ok(_) => None,
         };
         if let Some(refusal) = refusal {
-            limited!(warn, %refusal, "a hand-over was refused");
+            limited!(warn, %refusal, "refused a hand-over");
             prologue::refuse(&link, refusal);
             return Ok(());
         }
@@ -263,15 +264,15 @@ impl Handovers {
                 let answering = Answering::begin(link, same_user, self.options.vhost_from_source);
                 self.role = Role::Answering(Box::new(answering));
             }
-            Err(error) => limited!(warn, %error, "cannot wait for a source"),
+            Err(error) => limited!(warn, %error, "cannot watch the connection to a source"),
         }
         Ok(())
     }
 
-    /// Follows the rings: all of them stopped, or one started that needs the TAP.
+    /// Follows the rings: offers the device when all rings have stopped, and takes it when a ring needs the TAP.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn settle(&mut self, device: &mut Device) -> Result<(), DeviceError> {
         match &mut self.role {
             Role::DeviceSource(source) => source.settle(device)?,
@@ -302,18 +303,18 @@ impl Handovers {
             None => self.timer.unset(),
         };
         if let Err(error) = result {
-            limited!(warn, %error, "cannot set the hand-over's timer");
+            limited!(warn, %error, "cannot set the hand-over timer");
         }
     }
 
-    /// The front-end left, with all rings stopped.
+    /// Handles the end of a front-end's session. All rings must be stopped.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn frontend_left(&mut self, device: &mut Device, departure: Departure) -> Result<(), DeviceError> {
         self.transfer = Transfer::None;
         match &mut self.role {
-            // A front-end that is cut off leaves the device to a process that ends, which cleans up.
+            // A front-end that was cut off may return for the device. A process that ends settles it in `finish`.
             Role::DeviceTarget(target) if departure == Departure::Left => {
                 target.frontend_left(device, &self.options)?;
             }
@@ -327,10 +328,10 @@ impl Handovers {
         self.settle(device)
     }
 
-    /// A front-end connected.
+    /// Handles the start of a front-end's session.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn frontend_came(&mut self, device: &mut Device) -> Result<(), DeviceError> {
         match &mut self.role {
             Role::DeviceSource(source) => source.frontend_came(device),
@@ -338,20 +339,20 @@ impl Handovers {
         }
     }
 
-    /// Whether this process has nothing more to do once no front-end is connected.
+    /// Returns whether the process may end once no front-end is connected.
     pub fn is_done(&self) -> bool {
         self.role.is_done()
     }
 
-    /// How the hand-over stands, or how the last one ended.
+    /// Returns the status of the current hand-over, or the final status of the last one.
     pub fn status(&self) -> Option<HandoverStatus> {
         self.role.status().or_else(|| self.last.clone())
     }
 
-    /// The process ends: says whose the session is, before anything is cleaned up.
+    /// Settles who owns the session when the process ends. Must run before any cleanup.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn end_session(&mut self, device: &mut Device, front: &mut dyn FrontEnd) -> Result<(), DeviceError> {
         let (role, mut cx) = self.split(device, front);
         match role {
@@ -366,11 +367,10 @@ impl Handovers {
         Ok(())
     }
 
-    /// The process ends: what is still ours is ours for good, what another process holds is its. Gives what the last
-    /// owner is to run.
+    /// Settles who owns the device when the process ends. Returns the downscript to run if this process owns it.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn finish(&mut self, device: &mut Device) -> Result<Option<FinalScript>, DeviceError> {
         match &mut self.role {
             Role::DeviceSource(source) => source.finish(device)?,
@@ -382,8 +382,8 @@ impl Handovers {
         Ok(device.config().downscript.clone().map(|script| FinalScript { script, tap }))
     }
 
-    /// Hands the device or the session over to the back-end that waits at `path`. The answer to `call` is sent when it is
-    /// known whether the target would take the device, or how the hand-over of the session ended.
+    /// Hands the device or the session over to the back-end that listens on `path`. Answers `call` once it is known
+    /// whether the target will take the device, or how the hand-over of the session ended.
     pub fn begin(
         &mut self,
         device: &mut Device,
@@ -434,7 +434,7 @@ impl Handovers {
         Ok((Watched::new(link, &self.epoll, LINK)?, process))
     }
 
-    /// Checks that this process has a device, and is not handing it over already.
+    /// Checks that this process has a TAP and is not in a hand-over already.
     fn check_free(&self, device: &Device) -> Result<(), HandoverError> {
         if let Some(peer) = self.role.peer() {
             return Err(HandoverError::UnderWay(peer.to_owned()));
@@ -442,10 +442,10 @@ impl Handovers {
         if device.tap().is_none() { Err(HandoverError::NoTap) } else { Ok(()) }
     }
 
-    /// Ends the hand-over that the operator began, if nothing is the target's yet.
+    /// Cancels the hand-over that the operator began, unless the target already owns the device or session.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn cancel(&mut self, device: &mut Device, front: &mut dyn FrontEnd) -> Result<Answer, DeviceError> {
         let (role, mut cx) = self.split(device, front);
         let answer = match role {
@@ -462,10 +462,10 @@ impl Handovers {
         Ok(answer)
     }
 
-    /// The session's memory was truncated: no target may go on with it.
+    /// Cancels a hand-over of the session because the session's memory was truncated.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn cancel_session(
         &mut self,
         device: &mut Device,

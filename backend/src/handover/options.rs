@@ -1,20 +1,20 @@
-//! What the target's command line decides, whatever a source offers.
+//! The settings that the target's command line decides, independently of the source.
 
 use std::time::Duration;
 
 use crate::args::DeviceState;
 
-/// The options.
+/// Options of a target.
 #[derive(Clone, Debug, Default)]
 pub struct TargetOptions {
     /// `--queue-pairs`.
     pub queue_pairs: Option<usize>,
-    /// How many `--vhost-fds`.
+    /// The number of descriptors in `--vhost-fds`.
     pub vhost_fds: Option<usize>,
     /// `--poll-us`.
     pub poll: Option<Duration>,
-    /// `--device-state`; if absent, the front-end's user decides.
+    /// `--device-state`. If absent, the front-end's user decides.
     pub device_state: Option<DeviceState>,
-    /// `--vhost`, by a user that may not open it: only the source of a session can give it.
+    /// `--vhost` without permission to open `/dev/vhost-net`: only the source of a session can provide the instances.
     pub vhost_from_source: bool,
 }

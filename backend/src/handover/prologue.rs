@@ -1,5 +1,6 @@
-//! Both ends of the prologue, of a device's hand-over and of a session's: they carry out what
-//! [`baton_protocol::handover::prologue`] decides. Once both agree, [`super::Handovers`] makes the end that goes on.
+//! The prologue of either kind of hand-over, on the source ([`Asking`]) and the target ([`Answering`]). Carries out
+//! what [`baton_protocol::handover::prologue`] decides. Once both have agreed, [`super::Handovers`] switches to the
+//! next role.
 
 use std::time::Duration;
 
@@ -26,31 +27,31 @@ use super::{Context, PROCESS, PROGRAM, SOURCE_NAME, now, source_status};
 use crate::control::{self, Call};
 use crate::events::Watched;
 
-/// How long a full socket is waited for: the peer may have filled it, and the event loop serves others.
+/// How long to wait while the socket is full: a peer that fills it must not block the event loop.
 const PATIENCE: Duration = Duration::ZERO;
 
-/// The most messages of a source that are read in a row.
+/// The most messages to read from a source in a row.
 const MESSAGES: usize = 8;
 
-/// Refuses a source that has connected.
+/// Sends a refusal to a source that has connected.
 pub fn refuse(link: &MessageSocket, refusal: Refusal) {
     let message = Message::Refuse(Refuse { reasons: refusal.into() });
-    // A source that cannot read it finds the connection closed.
+    // If this fails, the source still sees the connection close.
     let _ = link.send(&message, &[], PATIENCE);
 }
 
-/// A source that asks a target whether it would take the device or the session.
+/// A source that asks a target whether it will take the device or the session.
 #[derive(Debug)]
 pub struct Asking {
-    /// How far it is.
+    /// The state of the prologue.
     pub prologue: SourcePrologue,
-    /// What it wants to hand over.
+    /// What the source wants to hand over.
     pub purpose: Purpose,
     target: AgreedTarget,
 }
 
 impl Asking {
-    /// Sends HELLO.
+    /// Starts the prologue by sending HELLO.
     pub fn begin(
         cx: &Context<'_>,
         purpose: Purpose,
@@ -67,17 +68,17 @@ impl Asking {
         asking
     }
 
-    /// The target, which has agreed.
+    /// Returns the target, which has agreed.
     pub fn into_target(self) -> AgreedTarget {
         self.target
     }
 
-    /// The target's path.
+    /// Returns the target's path.
     pub fn peer(&self) -> &str {
         &self.target.peer
     }
 
-    /// How it stands.
+    /// Returns the status.
     pub fn status(&self) -> HandoverStatus {
         match &self.prologue {
             SourcePrologue::Ended { reason, .. } => source_status(&self.target.peer, reason),
@@ -90,11 +91,11 @@ impl Asking {
         }
     }
 
-    /// Reads the target's next message.
+    /// Handles the target's next message.
     pub fn listen(&mut self, cx: &Context<'_>) {
         let Some(link) = &self.target.link else { return };
         match link.receive::<Message>(Duration::ZERO) {
-            // None of the target's messages has descriptors; any that came are closed.
+            // The target's messages have no descriptors. Any that arrived are closed here.
             Ok(packet) => self.tell(cx, SourceEvent::Message(packet.message), now()),
             Err(ChannelError::Timeout) => {}
             Err(error) => {
@@ -106,7 +107,7 @@ impl Asking {
         }
     }
 
-    /// The connection is of no more use. The target's death, if it is dead, comes first.
+    /// Handles the end of the connection. If the target is dead, reports its death first.
     fn closed(&mut self, cx: &Context<'_>) {
         self.target.link = None;
         if self.target.process.take_if(|process| process.has_exited()).is_some() {
@@ -115,7 +116,7 @@ impl Asking {
         self.tell(cx, SourceEvent::Closed, now());
     }
 
-    /// The target's process ended. Its last messages come first.
+    /// Handles the death of the target's process, after the messages that it sent before.
     pub fn died(&mut self, cx: &Context<'_>) {
         while let Some(link) = &self.target.link {
             match link.receive::<Message>(Duration::ZERO) {
@@ -127,12 +128,12 @@ impl Asking {
         self.tell(cx, SourceEvent::Dead, now());
     }
 
-    /// It is `now`.
+    /// Handles a timeout at time `now`.
     pub fn on_time(&mut self, cx: &Context<'_>, now: Duration) {
         self.tell(cx, SourceEvent::Time, now);
     }
 
-    /// The operator cancels.
+    /// Cancels the hand-over.
     pub fn cancel(&mut self, cx: &Context<'_>) {
         self.tell(cx, SourceEvent::Cancel, now());
     }
@@ -166,7 +167,7 @@ impl Asking {
     fn send(&mut self, cx: &Context<'_>, message: &Message) {
         let Some(link) = &self.target.link else { return };
         match link.send(message, &[], PATIENCE) {
-            // The end of a connection is read after the target's last message.
+            // The end of the connection is handled after the target's last message.
             Ok(()) | Err(ChannelError::Closed) => {}
             Err(error) => {
                 limited!(warn, peer = self.target.peer, %error, "cannot send {}", message.name());
@@ -175,11 +176,11 @@ impl Asking {
         }
     }
 
-    /// Reports the end to the operator and to the log.
+    /// Reports a failed or dry-run hand-over to the operator and in the log.
     fn report(&mut self) {
         let SourcePrologue::Ended { phase, reason } = &self.prologue else { return };
         let Some(call) = self.target.call.take() else { return };
-        limited!(info, peer = self.target.peer, %reason, "the hand-over is over, nothing was handed over");
+        limited!(info, peer = self.target.peer, %reason, "hand-over ended, nothing was handed over");
         let answer = match (reason, self.purpose) {
             (EndReason::Possible, _) => control::answer(&HandoverReply::POSSIBLE),
             (reason, Purpose::Session) if !call.is_dry_run() => {
@@ -192,16 +193,16 @@ impl Asking {
     }
 }
 
-/// A target that a source has connected to.
+/// A target to which a source has connected.
 #[derive(Debug)]
 pub struct Answering {
-    /// How far it is.
+    /// The state of the prologue.
     pub prologue: TargetPrologue,
     source: AgreedSource,
 }
 
 impl Answering {
-    /// Waits for HELLO.
+    /// Starts the prologue, in which the target waits for HELLO.
     pub fn begin(link: Watched<MessageSocket>, same_user: bool, wants_vhost: bool) -> Self {
         let own = Introduction { program: PROGRAM.to_owned(), wants_vhost };
         let prologue = TargetPrologue::begin(own, now());
@@ -209,12 +210,12 @@ impl Answering {
         Self { prologue, source }
     }
 
-    /// The source, with which this target has agreed.
+    /// Returns the source, with which this target has agreed.
     pub fn into_source(self) -> AgreedSource {
         self.source
     }
 
-    /// How it stands.
+    /// Returns the status.
     pub fn status(&self) -> HandoverStatus {
         HandoverStatus {
             state: HandoverState::Checking,
@@ -224,21 +225,21 @@ impl Answering {
         }
     }
 
-    /// Reads the source's next message.
+    /// Handles the source's next message.
     pub fn listen(&mut self, cx: &mut Context<'_>) {
         let Some(link) = &self.source.link else { return };
         match link.receive::<Message>(Duration::ZERO) {
-            // Nothing has descriptors yet; any that came are closed.
+            // Messages of the prologue have no descriptors. Any that arrived are closed here.
             Ok(Packet { message, .. }) => match self.watch_source(cx, &message) {
                 Ok(()) => self.tell(cx, TargetEvent::Message(message), now()),
                 Err(error) => {
-                    limited!(warn, %error, "the source's process cannot be watched");
+                    limited!(warn, %error, "cannot watch the source's process");
                     self.invalid(cx, "the source", &error);
                 }
             },
             Err(ChannelError::Timeout) => {}
             Err(ChannelError::Codec(CodecError::Version(error))) => {
-                limited!(warn, %error, "a source cannot be understood");
+                limited!(warn, %error, "a source has no protocol version in common");
                 self.tell(cx, TargetEvent::Stranger(error), now());
             }
             Err(ChannelError::Closed) => self.closed(cx),
@@ -249,14 +250,14 @@ impl Answering {
         }
     }
 
-    /// Reads all that the source has sent, up to what one hand-over takes.
+    /// Handles all messages that the source has sent, up to the number that one hand-over takes.
     pub fn hear_out(&mut self, cx: &mut Context<'_>) {
         for _ in 0..MESSAGES {
             self.listen(cx);
         }
     }
 
-    /// The source of a session is watched from its HELLO on: a target may have to take over after its death.
+    /// Watches the source of a session from its HELLO on: the target may have to take over when the source dies.
     fn watch_source(&mut self, cx: &Context<'_>, message: &Message) -> std::io::Result<()> {
         let Message::Hello(hello) = message else { return Ok(()) };
         if self.source.process.is_some() || Purpose::of(&hello.purpose) != Some(Purpose::Session) {
@@ -275,19 +276,19 @@ impl Answering {
         self.closed(cx);
     }
 
-    /// The connection is of no more use.
+    /// Handles the end of the connection.
     fn closed(&mut self, cx: &mut Context<'_>) {
         self.source.link = None;
         self.tell(cx, TargetEvent::Closed, now());
     }
 
-    /// The source's process ended.
+    /// Handles the death of the source's process.
     pub fn died(&mut self, cx: &mut Context<'_>) {
         self.source.process = None;
         self.tell(cx, TargetEvent::Dead, now());
     }
 
-    /// It is `now`.
+    /// Handles a timeout at time `now`.
     pub fn on_time(&mut self, cx: &mut Context<'_>, now: Duration) {
         self.tell(cx, TargetEvent::Time, now);
     }
@@ -305,7 +306,7 @@ impl Answering {
                     if let Some(link) = &self.source.link
                         && let Err(error) = link.send(&message, &[], PATIENCE)
                     {
-                        // The end of the connection will be seen.
+                        // If the connection has ended, the next read reports it.
                         limited!(warn, %error, "cannot send {}", message.name());
                     }
                 }

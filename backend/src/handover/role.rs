@@ -1,4 +1,4 @@
-//! What this process does in a hand-over: one [`Role`] at a time.
+//! The part that this process has in a hand-over: one [`Role`] at a time.
 
 use std::time::Duration;
 
@@ -13,14 +13,14 @@ use super::session::target::SessionTarget;
 use super::{Context, SOURCE_NAME};
 use crate::device::DeviceError;
 
-/// The role. [`Self::advance`] goes on to the next one.
+/// The role. [`Self::advance`] switches to the next one.
 #[derive(Debug, Default)]
 pub(super) enum Role {
     #[default]
     Idle,
-    /// A source, until the target has agreed.
+    /// A source in the prologue.
     Asking(Box<Asking>),
-    /// A target, until it has agreed.
+    /// A target in the prologue.
     Answering(Box<Answering>),
     DeviceSource(Box<DeviceSource>),
     DeviceTarget(Box<DeviceTarget>),
@@ -29,15 +29,15 @@ pub(super) enum Role {
 }
 
 impl Role {
-    /// Whether there is no hand-over.
+    /// Returns whether there is no hand-over.
     pub fn is_idle(&self) -> bool {
         matches!(self, Self::Idle)
     }
 
-    /// Reads the peer's next message.
+    /// Handles the peer's next message.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn listen(&mut self, cx: &mut Context<'_>) -> Result<(), DeviceError> {
         match self {
             Self::Idle => Ok(()),
@@ -56,10 +56,10 @@ impl Role {
         }
     }
 
-    /// Reads all that a source has sent: whether it has gone is to be known before the next one is accepted.
+    /// Handles all messages that a source has sent, to learn whether it has left before the next one is accepted.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn hear_out(&mut self, cx: &mut Context<'_>) -> Result<(), DeviceError> {
         match self {
             Self::Answering(answering) => {
@@ -71,10 +71,10 @@ impl Role {
         }
     }
 
-    /// The peer's process ended.
+    /// Handles the death of the peer's process.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn died(&mut self, cx: &mut Context<'_>) -> Result<(), DeviceError> {
         match self {
             Self::Asking(asking) => asking.died(cx),
@@ -86,7 +86,7 @@ impl Role {
         Ok(())
     }
 
-    /// When [`Self::on_time`] is due.
+    /// Returns when [`Self::on_time`] is due.
     pub fn deadline(&self) -> Option<Duration> {
         match self {
             Self::Asking(asking) => asking.prologue.deadline(),
@@ -97,10 +97,10 @@ impl Role {
         }
     }
 
-    /// It is `now`.
+    /// Handles a timeout at time `now`.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn on_time(&mut self, cx: &mut Context<'_>, now: Duration) -> Result<(), DeviceError> {
         match self {
             Self::Asking(asking) => asking.on_time(cx, now),
@@ -112,10 +112,10 @@ impl Role {
         Ok(())
     }
 
-    /// While no frame moves, waits for a moment for the peer's next message: that is faster than through the event loop.
+    /// While no frame moves, briefly waits for the peer's next message, which is faster than using the event loop.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn hurry(&mut self, cx: &mut Context<'_>) -> Result<(), DeviceError> {
         match self {
             Self::SessionSource(source) => source.hurry(cx),
@@ -124,11 +124,11 @@ impl Role {
         }
     }
 
-    /// Goes on to the next role if this one has come to its end. Returns how a source ended that still has the device or
+    /// Switches to the next role if this one has ended. Returns the final status of a source that keeps the device or
     /// the session.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn advance(&mut self, cx: &mut Context<'_>) -> Result<Option<HandoverStatus>, DeviceError> {
         match self {
             Self::Asking(asking) => {
@@ -176,7 +176,7 @@ impl Role {
         };
     }
 
-    /// Becomes idle if this role is over. Returns how a source ended that still has the device or the session.
+    /// Becomes idle if this role has ended. Returns the final status of a source that keeps the device or the session.
     pub fn end(&mut self) -> Option<HandoverStatus> {
         let (over, tells) = match self {
             Self::Idle => (false, false),
@@ -195,7 +195,7 @@ impl Role {
         status
     }
 
-    /// How it stands; `None` if there is no hand-over.
+    /// Returns the status, or `None` if there is no hand-over.
     pub fn status(&self) -> Option<HandoverStatus> {
         match self {
             Self::Idle => None,
@@ -208,7 +208,7 @@ impl Role {
         }
     }
 
-    /// The peer, if the device or session may be on its way to or from there.
+    /// Returns the peer, if the device or session may be moving to or from it.
     pub fn peer(&self) -> Option<&str> {
         match self {
             Self::Idle | Self::Answering(_) | Self::DeviceTarget(_) => None,
@@ -219,7 +219,7 @@ impl Role {
         }
     }
 
-    /// Whether this process has nothing more to do once no front-end is connected.
+    /// Returns whether the process may end once no front-end is connected.
     pub fn is_done(&self) -> bool {
         match self {
             Self::DeviceSource(source) => source.is_done(),

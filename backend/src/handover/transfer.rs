@@ -1,8 +1,9 @@
-//! A transfer of device state over a descriptor that the front-end gave (`SET_DEVICE_STATE_FD`): read or written by a
-//! thread of its own, for the other end may take its time, and the session must go on. The event loop looks at what came.
+//! A transfer of device state over a descriptor from the front-end (`SET_DEVICE_STATE_FD`). A separate thread reads or
+//! writes the descriptor, since the other end may be slow and the session must continue. The event loop handles the
+//! result.
 //!
-//! The other end belongs to a stranger, so no call may hold the thread: it is interrupted where the descriptor blocks
-//! although it was ready. A transfer that nobody waits for any more ends at once.
+//! The other end is not trusted, so no call may block the thread: it is interrupted if the descriptor blocks although
+//! it was ready. A cancelled transfer ends at once.
 
 use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
@@ -23,33 +24,33 @@ use crate::event_channel::EventSender;
 
 /// How long a transfer may take.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long a descriptor is left alone that was ready, and then was not.
+/// How long to wait before retrying a descriptor that was reported ready, and was not.
 const REST: Duration = Duration::from_millis(10);
-/// What a pipe that is writable surely takes (`PIPE_BUF`).
+/// How many bytes a writable pipe accepts without blocking (`PIPE_BUF`).
 const CHUNK: usize = 4096;
-/// The most threads at a time. One is at work; the others were given up, and the kernel holds them (a file of a FUSE
-/// server that does not answer, say).
+/// The most threads at a time. One is active. The others were cancelled but hang in the kernel, for example on a FUSE
+/// server that does not answer.
 const MAX_THREADS: usize = 8;
 
-/// Why device state was not moved.
+/// Why a transfer of device state failed.
 #[derive(Debug, thiserror::Error)]
 pub enum TransferError {
-    /// The other end closed it, or is slow.
+    /// Receiving from the socket failed.
     #[error("the transfer of device state failed")]
     Channel(#[from] ChannelError),
-    /// No device state.
-    #[error("what came is no device state")]
+    /// The data cannot be decoded or encoded.
+    #[error("received data is not valid device state")]
     Codec(#[from] CodecError),
-    /// Nothing moves.
+    /// The transfer exceeded its time limit.
     #[error("the transfer of device state took too long")]
     Timeout,
-    /// The session that asked for it is over.
-    #[error("the transfer of device state was given up")]
+    /// The session ended, or the front-end began another transfer.
+    #[error("the transfer of device state was cancelled")]
     GivenUp,
-    /// Too many that were given up have not ended.
+    /// Too many cancelled transfers still hang.
     #[error("{MAX_THREADS} earlier transfers of device state hang")]
     Stuck,
-    /// The system would not.
+    /// A system call failed.
     #[error("the transfer of device state failed")]
     Io(#[from] io::Error),
 }
@@ -57,20 +58,20 @@ pub enum TransferError {
 /// How a transfer ended.
 #[derive(Debug)]
 pub enum Outcome {
-    /// The state was written.
+    /// The result of writing the state.
     Saved(Result<(), TransferError>),
-    /// This was read from a pipe.
+    /// The message read from a pipe.
     Read(Result<Message, TransferError>),
-    /// This was received from a socket, with its sender if that sent its credentials.
+    /// The packet received from a socket, with its sender if the packet had credentials.
     Received(Result<(Packet<Message>, Option<Peer>), TransferError>),
 }
 
-/// What a transfer goes over.
+/// The kind of descriptor that carries a transfer.
 #[derive(Debug)]
 pub enum Route {
-    /// A Unix socket for packets (`SOCK_SEQPACKET`): a hand-over of the TAP between two back-ends of this kind.
+    /// A Unix socket of type `SOCK_SEQPACKET`: two Baton back-ends hand the device over with its TAP.
     Socket(MessageSocket),
-    /// A pipe, a file or a stream socket: a front-end stores the bytes, so the state goes alone.
+    /// A pipe, a file or a stream socket: the front-end may store the bytes, so only the state is transferred.
     Pipe(File),
 }
 
@@ -83,16 +84,16 @@ impl From<File> for Route {
     }
 }
 
-/// A transfer that runs. Dropped, it is given up: its outcome does not matter any more.
+/// A running transfer. Dropping it cancels the transfer and discards the outcome.
 #[derive(Debug)]
 pub struct Running {
     number: u64,
-    /// Its thread sees the other end close.
+    /// Closing this end tells the thread to stop.
     _stop: PipeWriter,
 }
 
 impl Running {
-    /// Whether this is how it ended.
+    /// Returns whether `finished` is the outcome of this transfer.
     pub fn sent(&self, finished: &Finished) -> bool {
         self.number == finished.number
     }
@@ -101,21 +102,21 @@ impl Running {
 /// The transfer of device state that the front-end asked for last.
 #[derive(Debug)]
 pub enum Transfer {
-    /// None was asked for.
+    /// The front-end asked for none.
     None,
-    /// A thread is at it.
+    /// A thread is working on it.
     Running(Running),
-    /// It is over.
+    /// It has ended with this result.
     Over(Result<(), DeviceStateError>),
 }
 
 impl Transfer {
-    /// Whether it runs.
+    /// Returns whether a thread is working on it.
     pub fn is_running(&self) -> bool {
         matches!(self, Self::Running(_))
     }
 
-    /// Whether it succeeded, if it is over and `CHECK_DEVICE_STATE` has not told.
+    /// Returns whether it succeeded, if it has ended and `CHECK_DEVICE_STATE` has not reported that.
     pub fn succeeded(&self) -> Option<bool> {
         match self {
             Self::Over(result) => Some(result.is_ok()),
@@ -123,7 +124,7 @@ impl Transfer {
         }
     }
 
-    /// One that another process has made for the same front-end, and how it ended.
+    /// Creates the transfer that another process made for the same front-end, from [`Self::succeeded`] there.
     pub fn inherited(succeeded: Option<bool>) -> Self {
         match succeeded {
             None => Self::None,
@@ -133,48 +134,48 @@ impl Transfer {
     }
 }
 
-/// What the thread of a transfer sends at its end.
+/// The message that the thread of a transfer sends when it ends.
 #[derive(Debug)]
 pub struct Finished {
     number: u64,
-    /// How it ended.
+    /// How the transfer ended.
     pub outcome: Outcome,
 }
 
-/// The threads of a process' transfers.
+/// The threads for transfers in this process.
 #[derive(Debug)]
 pub struct Threads {
     sender: EventSender<Finished>,
-    /// How many transfers there were.
+    /// How many transfers were started.
     count: u64,
-    /// Each thread has one while it lives.
+    /// Each thread holds a reference while it runs.
     lives: Arc<()>,
 }
 
 impl Threads {
-    /// They say to `sender` how transfers ended.
+    /// Creates an empty set of threads, which report to `sender`.
     pub fn new(sender: EventSender<Finished>) -> Self {
         Self { sender, count: 0, lives: Arc::default() }
     }
 
-    /// Writes a message to a pipe.
+    /// Starts a thread that writes a message to a pipe.
     ///
     /// # Errors
-    /// [`TransferError::Stuck`], or what making a thread fails with; the pipe is closed.
+    /// Returns an error if too many threads hang or the thread cannot be created. The pipe is closed.
     pub fn save(&mut self, pipe: File, message: &Message) -> Result<Running, TransferError> {
         let packet = message.encode()?;
         self.start(move |patience| {
             let written = write(&pipe, &packet, patience);
-            // Closed before it is told: the reader has seen the end then.
+            // Close before reporting, so that the reader has seen the end of file by then.
             drop(pipe);
             Outcome::Saved(written)
         })
     }
 
-    /// Reads a message from wherever it comes.
+    /// Starts a thread that reads a message from a pipe or a socket.
     ///
     /// # Errors
-    /// [`TransferError::Stuck`], or what making a thread fails with; the descriptor is closed.
+    /// Returns an error if too many threads hang or the thread cannot be created. The descriptor is closed.
     pub fn load(&mut self, route: Route) -> Result<Running, TransferError> {
         self.start(move |patience| match route {
             Route::Socket(socket) => Outcome::Received(receive(&socket, patience)),
@@ -201,11 +202,11 @@ impl Threads {
     }
 }
 
-/// How long a thread goes on: until a time, or until it is given up.
+/// The limits of a thread: a deadline, and cancellation.
 #[derive(Debug)]
 struct Patience {
     until: Instant,
-    /// Nothing is ever written to it.
+    /// Becomes readable, without data, when the transfer is cancelled.
     stopped: PipeReader,
 }
 
@@ -217,12 +218,12 @@ impl Patience {
         Ok(())
     }
 
-    /// Waits a little: `fd` was said to be ready, and is not.
+    /// Waits briefly after a descriptor was reported ready and was not.
     fn rest(&self) -> Result<(), TransferError> {
         self.wait(&mut [PollFd::new(self.stopped.as_fd(), PollFlags::POLLIN)], REST).map(drop)
     }
 
-    /// Whether one of `fds` is ready, of which the first is `stopped`.
+    /// Waits for `fds`, the first of which is `stopped`. Returns whether one is ready.
     fn wait(&self, fds: &mut [PollFd<'_>], longest: Duration) -> Result<bool, TransferError> {
         let left = self.until.saturating_duration_since(Instant::now());
         if left.is_zero() {
@@ -240,8 +241,8 @@ impl Patience {
         }
     }
 
-    /// Makes a call until it gives something. It may block although `fd` was ready: what was ready is anybody's who
-    /// shares it, and a terminal that is nearly full is ready for less than is written.
+    /// Repeats a call until it succeeds. The call may block although `fd` was ready: a process that shares `fd` may
+    /// have been faster, and a nearly full terminal accepts less than is written.
     fn until_done<T>(
         &self,
         fd: &impl AsFd,
@@ -295,7 +296,7 @@ fn receive(
     loop {
         patience.ready(socket, PollFlags::POLLIN)?;
         match socket.receive_with_credentials(Duration::ZERO) {
-            // Another process that shares the socket was faster.
+            // Another process that shares the socket read the packet first.
             Err(ChannelError::Timeout) => {}
             received => return Ok(received?),
         }
@@ -308,7 +309,7 @@ mod tests {
     use crate::event_channel::event_channel;
 
     #[test]
-    fn no_more_threads_hang_than_are_allowed() {
+    fn number_of_hanging_threads_is_limited() {
         let (sender, mail) = event_channel().unwrap();
         let mut threads = Threads::new(sender);
         let held: Vec<_> = (0..MAX_THREADS).map(|_| Arc::clone(&threads.lives)).collect();

@@ -1,4 +1,4 @@
-//! A back-end that is killed between any two of its stores, and the one that comes after it.
+//! A back-end is killed between any two of its stores, and the next one recovers.
 
 use std::cell::Cell;
 use std::os::unix::fs::FileExt;
@@ -23,10 +23,10 @@ thread_local! {
     static LEFT: Cell<Option<u32>> = const { Cell::new(None) };
 }
 
-/// What a killed thread unwinds with.
+/// The panic payload of a killed thread.
 struct Killed;
 
-/// Counts a store; the last one is that before the kill.
+/// Counts a store, and kills the thread after the last one.
 pub fn step() {
     if let Some(left) = LEFT.get() {
         if left == 0 {
@@ -37,7 +37,7 @@ pub fn step() {
     }
 }
 
-/// Does something that is killed after this many stores, if it has more.
+/// Runs `action` and kills it after `stores` stores, if it makes more.
 fn killed_after(stores: u32, action: impl FnOnce()) {
     LEFT.set(Some(stores));
     if let Err(reason) = catch_unwind(AssertUnwindSafe(action))
@@ -48,7 +48,7 @@ fn killed_after(stores: u32, action: impl FnOnce()) {
     LEFT.set(None);
 }
 
-/// The ring's memory and the region's, by their files; and the driver.
+/// The files of the ring's memory and of the region, and the driver's state.
 struct World {
     memory: File,
     region: File,
@@ -56,7 +56,7 @@ struct World {
     size: u16,
     added: u16,
     popped: u16,
-    /// What the device has been given and the driver did not get back, oldest first.
+    /// Chains that the driver made available and has not got back, oldest first.
     heads: Vec<u16>,
     free: Vec<u16>,
 }
@@ -83,7 +83,7 @@ impl World {
     /// Makes buffers available.
     fn add(&mut self, count: u16) {
         for _ in 0..count {
-            // In no order.
+            // In an arbitrary order.
             let Some(middle) = self.free.len().checked_sub(1).map(|last| last / 2) else { break };
             let head = self.free.remove(middle);
             let slot = u64::from(self.added % self.size);
@@ -94,7 +94,8 @@ impl World {
         self.memory.write_all_at(&self.added.to_le_bytes(), AVAILABLE + 2).unwrap();
     }
 
-    /// Takes back what was used: each was given, and is given back once. Whether it came in order.
+    /// Takes back the used buffers, and checks that each was made available and is returned once. Returns whether they
+    /// came in order.
     fn pop(&mut self) -> bool {
         let mut in_order = true;
         while self.popped != self.word(USED + 2) {
@@ -103,7 +104,7 @@ impl World {
             self.memory.read_exact_at(&mut element, USED + 4 + 8 * slot).unwrap();
             let head = u16::try_from(u32::from_le_bytes(*element.first_chunk().unwrap())).unwrap();
             let place = self.heads.iter().position(|other| *other == head);
-            let place = place.unwrap_or_else(|| panic!("head {head} was not given, or is given back twice"));
+            let place = place.unwrap_or_else(|| panic!("head {head} was not available, or came back twice"));
             in_order &= place == 0;
             self.heads.remove(place);
             self.free.push(head);
@@ -118,7 +119,7 @@ impl World {
         InflightQueue::new(&Arc::new(region), INDEX, self.size).unwrap()
     }
 
-    /// A back-end's vring, as it is before it looks at the region.
+    /// Creates a back-end's vring that has not read the region yet.
     fn fresh_vring(&self) -> Vring {
         let layout = RegionLayout { guest_address: 0, size: MEMORY, user_address: 0, file_offset: 0 };
         let memory = GuestMemory::map([(layout, self.memory.try_clone().unwrap())]).unwrap();
@@ -133,7 +134,7 @@ impl World {
         vring
     }
 
-    /// What the region says, which must make sense if it has been used at all.
+    /// Returns the chains in flight according to the region, which must be valid if it has been used.
     fn leftovers(&self) -> Vec<u16> {
         let mut queue = self.queue();
         if queue.version().load(Ordering::Relaxed) == 0 {
@@ -142,9 +143,9 @@ impl World {
         queue.leftovers(self.word(USED + 2), self.word(AVAILABLE + 2)).unwrap()
     }
 
-    /// Where vring [`INDEX`]'s part begins.
+    /// Returns the offset of the part of vring [`INDEX`].
     fn part() -> u64 {
-        // Of 16 + 16 * 40 bytes.
+        // A part has 16 + 16 * 40 bytes, rounded up to 64.
         2 * 704
     }
 
@@ -170,7 +171,7 @@ fn batch(vring: &mut Vring, count: u16) -> u16 {
     count
 }
 
-/// Completes everything; the region has nothing in flight then.
+/// Completes everything, checks that nothing is in flight then, and returns whether the buffers came back in order.
 fn finish(world: &mut World) -> bool {
     let mut vring = world.vring();
     while batch(&mut vring, 3) > 0 {}
@@ -180,14 +181,14 @@ fn finish(world: &mut World) -> bool {
     in_order
 }
 
-/// Any start, but often just before the indices wrap.
+/// Generates any start index, but often one just before the indices wrap.
 fn start() -> impl Strategy<Value = u16> {
     prop_oneof![any::<u16>(), 65500..=65535u16]
 }
 
 proptest! {
     #[test]
-    fn a_kill_at_any_store_loses_nothing_and_completes_nothing_twice(
+    fn kill_at_any_store_loses_nothing_and_completes_nothing_twice(
         (power, start) in (0..6u32, start()),
         rounds in prop::collection::vec((0..20u16, 1..20u16, prop::option::of(0..120u32)), 1..40),
     ) {
@@ -200,7 +201,7 @@ proptest! {
             });
             prop_assert!(world.pop());
             if kill.is_some() {
-                // The oldest of what the driver waits for.
+                // The chains in flight are the oldest that the driver waits for.
                 let leftovers = world.leftovers();
                 prop_assert!(world.heads.starts_with(&leftovers), "{:?} of {:?}", leftovers, world.heads);
                 vring = world.vring();
@@ -212,7 +213,7 @@ proptest! {
     }
 
     #[test]
-    fn what_another_back_end_left_in_any_order_is_completed_once(
+    fn chains_left_in_any_order_are_completed_once(
         (power, start) in (0..6u32, start()),
         rounds in prop::collection::vec((0..20u16, 0..20u16, prop::collection::vec(any::<prop::sample::Index>(), 0..10)), 1..10),
         kill in 0..400usize,
@@ -232,17 +233,17 @@ proptest! {
         let leftovers = world.leftovers();
         let count = u16::try_from(leftovers.len()).unwrap();
         let mut vring = world.fresh_vring();
-        // A front-end may know that these were taken, or not.
+        // A front-end may count these as taken, or not.
         let used = vring.published();
         vring.set_next_available(used.wrapping_add(if base_is_used { 0 } else { count }));
         vring.set_inflight(world.queue());
         prop_assert_eq!(vring.next_available(), used);
-        // Those that it had, as it took them, then those that it had not.
+        // In the order in which the other back-end took them.
         let expected: Vec<_> = world.heads.iter().filter(|head| leftovers.contains(head)).copied().collect();
         prop_assert_eq!(&leftovers, &expected);
         let base = vring.base();
         prop_assert!(base == used || base == used.wrapping_add(count));
-        // Also when the ring is stopped half-way, and more comes in between.
+        // The ring may stop half-way, and more buffers may become available.
         batch(&mut vring, meanwhile);
         drop(vring);
         world.pop();
@@ -251,7 +252,7 @@ proptest! {
     }
 
     #[test]
-    fn a_region_of_nonsense_does_no_harm(
+    fn invalid_region_is_harmless(
         (power, start) in (0..6u32, start()),
         version in prop_oneof![4 => Just(1u16), 1 => any::<u16>()],
         used in prop_oneof![2 => 0..40u16, 1 => any::<u16>()],
@@ -271,7 +272,7 @@ proptest! {
         let mut vring = world.vring();
         prop_assert_eq!(vring.available(0).unwrap(), world.added.wrapping_sub(start));
         prop_assert_eq!(vring.published(), start);
-        // Every one of them is a chain that the ring can have; and from here on the region is right.
+        // Every chain is a valid one of the ring, and the region is valid from here on.
         let count = world.heads.len();
         prop_assert_eq!(usize::from(batch(&mut vring, u16::MAX)), count);
         drop(vring);
@@ -279,7 +280,7 @@ proptest! {
     }
 }
 
-/// Another back-end, which completes in any order, and is killed after so many stores.
+/// Another back-end, which completes in any order and is killed after `left` stores.
 struct OutOfOrder {
     left: usize,
     taken: Vec<u16>,
@@ -296,7 +297,8 @@ impl OutOfOrder {
         Some(())
     }
 
-    /// Takes some, and gives back some of those that it has; as the specification says. `None`: killed.
+    /// Takes some chains and completes some of those that it has, as the specification describes. Returns `None` when
+    /// killed.
     fn run(&mut self, world: &World, take: u16, complete: &[prop::sample::Index]) -> Option<()> {
         let part = World::part();
         let state = |head: u16| part + 16 + 16 * u64::from(head);
@@ -333,10 +335,10 @@ impl OutOfOrder {
 }
 
 #[test]
-fn the_layout_is_the_specifications() {
+fn layout_matches_the_specification() {
     let mut world = World::new(16, 5);
     assert_eq!(world.region_size, 3 * 704);
-    assert!(world.region.set_len(0).is_err(), "it could be cut off");
+    assert!(world.region.set_len(0).is_err(), "the region can be truncated");
     world.add(3);
     let mut vring = world.vring();
     for _ in 0..3 {
@@ -347,7 +349,7 @@ fn the_layout_is_the_specifications() {
         world.peek::<16>(0).as_chunks().0.iter().map(|b| u16::from_ne_bytes(*b)).collect::<Vec<_>>()
     };
     let [first, second, third] = world.heads[..] else { panic!() };
-    // No features, version, number of descriptors, last chain, used index.
+    // No features, version, number of descriptors, last batch head, used index.
     assert_eq!(numbers(&world), [0, 0, 0, 0, 1, ENTRIES, third, 5]);
     for (counter, head, next) in [(0u64, first, 0), (1, second, first), (2, third, second)] {
         let state: [u8; 16] = world.peek(16 + 16 * u64::from(head));
@@ -359,43 +361,43 @@ fn the_layout_is_the_specifications() {
     for head in [first, second, third] {
         assert_eq!(world.peek(16 + 16 * u64::from(head)), [0]);
     }
-    // Nothing of the other queues' parts.
+    // The other queues' parts are unchanged.
     let mut others = [0; 1408];
     world.region.read_exact_at(&mut others, 0).unwrap();
     assert_eq!(others, [0; 1408]);
 }
 
 #[test]
-fn what_cannot_be_is_called_by_its_name() {
-    let nonsense = |poke: &dyn Fn(&World)| {
+fn invalid_region_is_reported_and_reset() {
+    let error = |poke: &dyn Fn(&World)| {
         let mut world = World::new(8, 100);
         world.add(8);
         drop(world.vring());
         poke(&world);
         let mut queue = world.queue();
         let result = queue.leftovers(100, 108);
-        // Then it is begun anew.
+        // Recovery resets the region.
         assert!(queue.recover(100, 108).is_empty());
         assert_eq!(queue.leftovers(100, 108), Ok(vec![]));
         result.unwrap_err()
     };
     let set = |world: &World, at: u64, value: u16| world.poke(at, &value.to_ne_bytes());
-    assert_eq!(nonsense(&|w| set(w, 14, 91)), Nonsense::UsedIndex { noted: 91, used: 100 });
-    assert_eq!(nonsense(&|w| set(w, 14, 101)), Nonsense::UsedIndex { noted: 101, used: 100 });
-    // A list that leaves the table, and one that goes round.
+    assert_eq!(error(&|w| set(w, 14, 91)), Nonsense::UsedIndex { noted: 91, used: 100 });
+    assert_eq!(error(&|w| set(w, 14, 101)), Nonsense::UsedIndex { noted: 101, used: 100 });
+    // A list that leaves the table, and a circular one.
     let outside = |w: &World| {
         set(w, 14, 98);
         set(w, 12, 3);
         set(w, 16 + 16 * 3 + 6, 8);
     };
-    assert_eq!(nonsense(&outside), Nonsense::Batch(2));
+    assert_eq!(error(&outside), Nonsense::Batch(2));
     let round = |w: &World| {
         set(w, 14, 97);
         set(w, 12, 3);
         set(w, 16 + 16 * 3 + 6, 4);
         set(w, 16 + 16 * 4 + 6, 3);
     };
-    assert_eq!(nonsense(&round), Nonsense::Batch(3));
+    assert_eq!(error(&round), Nonsense::Batch(3));
 
     let mut world = World::new(8, 100);
     world.add(1);
@@ -407,7 +409,7 @@ fn what_cannot_be_is_called_by_its_name() {
 }
 
 #[test]
-fn a_vring_that_the_region_has_no_room_for_is_not_noted() {
+fn vring_without_room_in_the_region_is_not_tracked() {
     let world = World::new(8, 0);
     let region = world.region.try_clone().unwrap();
     let region = Arc::new(InflightRegion::new(region, 0, world.region_size, QUEUES, ENTRIES).unwrap());
@@ -418,7 +420,7 @@ fn a_vring_that_the_region_has_no_room_for_is_not_noted() {
 }
 
 #[test]
-fn a_region_that_is_smaller_than_its_queues_is_refused() {
+fn region_smaller_than_its_queues_is_refused() {
     let refused = |offset, size, queues, entries| {
         let (file, _) = create(QUEUES, ENTRIES).unwrap();
         InflightRegion::new(file, offset, size, queues, entries).unwrap_err()

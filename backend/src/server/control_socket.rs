@@ -1,4 +1,4 @@
-//! The control socket, which may be another process' until this one has the device.
+//! The control socket. Another process may serve it until this one takes the device.
 
 use std::path::PathBuf;
 
@@ -8,16 +8,16 @@ use baton_control::server::ControlServer;
 use crate::control::{self, Call};
 use crate::event_channel::EventSender;
 
-/// The control socket, or what becomes of it.
+/// The state of the control socket.
 #[derive(Debug)]
 pub enum ControlSocket {
-    /// There is none.
+    /// No control socket.
     None,
-    /// It is served.
+    /// This process serves the socket.
     Served(ControlServer),
-    /// Another process serves it, and this one takes it over together with the device.
+    /// Another process serves the socket. This process takes it over together with the device.
     Anothers {
-        /// Its path.
+        /// The socket's path.
         path: PathBuf,
         /// Where requests go.
         calls: EventSender<Call>,
@@ -25,19 +25,19 @@ pub enum ControlSocket {
 }
 
 impl ControlSocket {
-    /// Takes the socket over, if another process still serves it.
+    /// Takes over the socket if another process serves it.
     pub(super) fn take(&mut self) {
         let Self::Anothers { path, calls } = self else { return };
         *self = match control::take_place(path, calls.clone()) {
             Ok(server) => Self::Served(server),
             Err(error) => {
-                tracing::error!(error = error_chain(&error), "there is no control socket");
+                tracing::error!(error = error_chain(&error), "cannot take over the control socket");
                 Self::None
             }
         };
     }
 
-    /// Stops serving it, once the replies already made have gone out.
+    /// Stops serving the socket after sending the pending replies.
     pub(super) fn stop(self) {
         if let Self::Served(server) = self {
             server.stop();

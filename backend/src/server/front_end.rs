@@ -1,5 +1,5 @@
-//! The front-end's connection, the endpoint that front-ends come from and the control socket: accepted, watched, given to
-//! another process and taken from one.
+//! The front-end's connection, the endpoint and the control socket: accepts and watches them, hands them over to
+//! another process, and takes them over from one.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -18,17 +18,16 @@ use crate::handover::session::{Connection, FrontEnd, Negotiated};
 use crate::session::Session;
 use crate::shared::SharedBackend;
 
-/// What a front-end's connection is watched for.
+/// The events for which a front-end's connection is watched.
 const SESSION_EVENTS: Events =
     Events::EPOLLIN.union(Events::EPOLLOUT).union(Events::EPOLLRDHUP).union(Events::EPOLLET);
 
-/// How long to leave front-ends waiting that cannot be accepted, for want of descriptors, say.
+/// How long to wait after a front-end could not be accepted, for example for lack of descriptors.
 const REST: Duration = Duration::from_millis(100);
 
-/// How long a connection may stay silent while another front-end waits. One that has just come is no less welcome than
-/// the next.
+/// How long a new connection may stay silent while another front-end waits.
 const SILENCE: Duration = Duration::from_secs(1);
-/// How long a front-end may take to negotiate while another one waits: it takes milliseconds.
+/// How long a front-end may take to negotiate while another one waits. Negotiation normally takes milliseconds.
 const NEGOTIATION: Duration = Duration::from_secs(5);
 
 /// The connection and the endpoint.
@@ -39,20 +38,21 @@ pub(super) struct Front {
     /// The connection.
     pub session: Option<Session>,
     endpoint: Endpoint,
-    /// Whether `epoll` has the endpoint.
+    /// Whether `epoll` watches the endpoint.
     watched: bool,
-    /// Runs while no front-end is accepted.
+    /// Expires at the end of a rest.
     rested: TimerFd,
+    /// The endpoint is not watched for a while.
     resting: bool,
-    /// A hand-over of the session leaves the front-end's messages, and other front-ends, in their sockets.
+    /// A hand-over of the session leaves messages and new front-ends in their sockets.
     pub held: bool,
-    /// What another process is about to hand over.
+    /// The connection and the endpoint that another process is about to hand over.
     staged: Option<(Option<Session>, Endpoint)>,
     /// The control socket.
     pub control: ControlSocket,
-    /// Another process has taken the session back.
+    /// The source took the session back.
     pub abandoned: bool,
-    /// A front-end that was taken cannot be watched.
+    /// Why the connection that this process took over cannot be watched.
     pub failure: Option<io::Error>,
 }
 
@@ -82,12 +82,12 @@ impl Front {
         })
     }
 
-    /// Whether no other front-end will come.
+    /// Returns whether no other front-end can come.
     pub(super) fn is_last(&self) -> bool {
         self.endpoint.source().is_none()
     }
 
-    /// Accepts the next front-end, if there is one and none is connected.
+    /// Accepts the next front-end, if one waits and none is connected.
     pub(super) fn accept(&mut self) -> io::Result<()> {
         if self.session.is_some() || self.held {
             return Ok(());
@@ -97,14 +97,14 @@ impl Front {
                 Ok(Some(connection)) => connection,
                 Ok(None) => return Ok(()),
                 Err(error) => {
-                    // The connection is still there to be accepted; what is missing may come back.
+                    // The front-end is still in the backlog; the cause, such as a lack of descriptors, may pass.
                     limited!(warn, %error, "cannot accept a front-end now");
                     return self.rest(REST);
                 }
             };
             match Session::new(&connection, &self.backend) {
                 Ok(session) => break session,
-                // There are others to come.
+                // Other front-ends can follow.
                 Err(error) if self.endpoint.source().is_some() => {
                     limited!(warn, %error, "cannot serve a front-end");
                 }
@@ -116,7 +116,7 @@ impl Front {
         Ok(())
     }
 
-    /// Another front-end waits: what the connection has not done in its time, if it is to give way.
+    /// Returns what the connection failed to do in time, if it must give way to another front-end that waits.
     pub(super) fn gives_way(&mut self) -> io::Result<Option<&'static str>> {
         if self.held {
             return Ok(None);
@@ -127,7 +127,7 @@ impl Front {
         }
         let (patience, what) = match session.begun() {
             false => (SILENCE, "sent no message"),
-            true => (NEGOTIATION, "stopped before it had negotiated"),
+            true => (NEGOTIATION, "did not complete its negotiation"),
         };
         let left = patience.saturating_sub(session.age());
         if !left.is_zero() {
@@ -137,21 +137,21 @@ impl Front {
         Ok(Some(what))
     }
 
-    /// Leaves the endpoint alone for a while.
+    /// Stops watching the endpoint for `time`.
     fn rest(&mut self, time: Duration) -> io::Result<()> {
         self.resting = true;
         Ok(self.rested.set(Expiration::OneShot(time.into()), TimerSetTimeFlags::empty())?)
     }
 
-    /// The while is over.
+    /// Accepts front-ends again after a rest.
     pub(super) fn on_rested(&mut self) -> io::Result<()> {
         self.rested.unset()?;
         self.resting = false;
         self.accept()
     }
 
-    /// Watches the endpoint while a front-end that comes may be accepted. While a session runs, front-ends wait in the
-    /// backlog; a connection that has not negotiated yet may have to give way.
+    /// Watches the endpoint while a new front-end is of interest: without a session, or while the connection has not
+    /// negotiated and may have to give way. Otherwise front-ends wait in the backlog.
     pub(super) fn watch_endpoint(&mut self) -> io::Result<()> {
         let free = match &self.session {
             Some(session) => !session.is_negotiated() && self.endpoint.listener().is_some(),
@@ -169,17 +169,17 @@ impl Front {
         Ok(())
     }
 
-    /// Closes the connection, whose rings have stopped.
+    /// Closes the connection. Its rings must be stopped.
     pub(super) fn disconnect(&mut self) -> io::Result<()> {
         if let Some(session) = self.session.take() {
             self.epoll.remove(&session)?;
             session.close();
         }
-        // The next one need not wait until this one would have had to give way.
+        // The next front-end need not wait for this connection's time to give way.
         if self.resting { self.rest(Duration::from_nanos(1)) } else { Ok(()) }
     }
 
-    /// Closes the connection, which another process may hold, and looks for none.
+    /// Closes the connection, which another process may also hold, and stops watching the endpoint.
     fn forget(&mut self) {
         let session = self.session.take().map_or(Ok(()), |session| self.epoll.remove(&session));
         let endpoint = match self.endpoint.source() {
@@ -212,7 +212,7 @@ impl FrontEnd for Front {
 
     fn release(&mut self) {
         self.forget();
-        // Its file and its front-ends are the target's.
+        // The target owns the socket file and serves the next front-ends.
         self.endpoint.leave();
         self.endpoint = Endpoint::Nowhere;
     }
@@ -237,7 +237,7 @@ impl FrontEnd for Front {
         endpoint.own();
         self.endpoint = endpoint;
         self.held = false;
-        // Before the source learns that it may end: its path is never without a socket.
+        // Before the source learns that it may end, so that a process always listens at the path.
         self.control.take();
         if let Some(session) = session {
             self.failure = self.epoll.add(&session, SESSION_EVENTS, SESSION).err();
@@ -246,7 +246,7 @@ impl FrontEnd for Front {
     }
 
     fn abandon(&mut self) {
-        limited!(warn, "the source has taken the session back: this process ends");
+        limited!(warn, "the source took the session back, ending");
         self.abandoned = true;
     }
 }

@@ -1,9 +1,9 @@
-//! The front-end's socket: whole messages are moved from it to the crate's request handler, and the answers back.
+//! The front-end's socket: moves complete messages from it to the `vhost` crate's request handler, and answers back.
 //!
-//! The handler would block in the middle of a message, so it has a socket of its own, on which it finds a whole one. No
-//! call on the front-end's socket waits. That belongs to all who hold it, a target of a hand-over that came to nothing
-//! among them: a process that reads from it can end the session, and no more.
-#![expect(unsafe_code, reason = "asks what a socket has to read, polls it, and changes the handler's")]
+//! The handler blocks in the middle of a message, so it has a separate socket that only receives complete messages. No
+//! call on the front-end's socket blocks. Other processes, such as the target of a failed hand-over, may hold that
+//! socket: by reading from it they can end the session, but do no other harm.
+#![expect(unsafe_code, reason = "uses FIONREAD, SO_PEEK_OFF and poll(2), and replaces the handler's socket")]
 
 use std::io::{self, IoSlice};
 use std::net::Shutdown;
@@ -19,11 +19,11 @@ use super::SessionEnd;
 
 /// `struct vhost_user_msg`: request, flags and size, 4 bytes each.
 pub(super) const HEADER: usize = 12;
-/// The longest body that the crate reads.
+/// The longest body that the crate reads, in bytes.
 const MAX_BODY: u32 = 4096;
-/// The most descriptors that the crate takes with a message.
+/// The most descriptors that the crate accepts with a message.
 const MAX_FDS: usize = 32;
-/// The longest answer.
+/// The longest answer, in bytes.
 const ANSWER: usize = HEADER + 4096;
 /// Flag: the sender wants an acknowledgement.
 pub(super) const NEED_REPLY: u32 = 1 << 3;
@@ -31,7 +31,7 @@ pub(super) const NEED_REPLY: u32 = 1 << 3;
 const REPLY_FLAGS: u32 = 1 | 1 << 2;
 
 nix::ioctl_read_bad!(
-    /// Bytes that can be read.
+    /// Returns the number of bytes that can be read.
     fionread,
     libc::FIONREAD,
     libc::c_int
@@ -53,7 +53,7 @@ impl From<[u8; HEADER]> for Header {
 }
 
 impl Header {
-    /// Whether the message has an answer of its own, so that an acknowledgement would be taken for it.
+    /// Returns whether the message has an answer, for which the front-end would mistake an acknowledgement.
     pub fn has_answer(&self) -> bool {
         use FrontendReq as R;
         matches!(
@@ -73,19 +73,19 @@ impl Header {
         )
     }
 
-    /// The body's length, which [`Wire::next`] has checked.
+    /// Returns the body's length, which [`Wire::next`] has checked.
     fn body(&self) -> usize {
         usize::try_from(self.size).unwrap_or(usize::MAX)
     }
 }
 
-/// What is in the front-end's socket.
+/// The content of the front-end's socket.
 enum Look {
-    /// Nothing.
+    /// No bytes.
     Empty,
-    /// So many bytes of a message.
+    /// An incomplete message of this many bytes.
     Part(usize),
-    /// A whole message.
+    /// A complete message.
     Whole(Header),
 }
 
@@ -95,7 +95,7 @@ pub(super) struct Wire {
     front: OwnedFd,
     /// The other end of the handler's socket.
     handler: UnixStream,
-    /// The handler's socket has nothing more to come.
+    /// Whether the handler's socket is shut down for writing.
     ended: bool,
 }
 
@@ -110,7 +110,7 @@ impl Wire {
         Self { front, handler, ended: false }
     }
 
-    /// The header of the next message, if that is there whole.
+    /// Returns the header of the next message if the message is complete.
     pub fn next(&self) -> Result<Option<Header>, SessionEnd> {
         self.peek_at_the_next();
         loop {
@@ -121,7 +121,7 @@ impl Wire {
                     if !self.is_over()? {
                         return Ok(None);
                     }
-                    // The front-end may have sent the rest, and left, since the look.
+                    // The front-end may have sent the rest and left since the look.
                     if self.available()? == available {
                         return Err(SessionEnd::Truncated);
                     }
@@ -130,9 +130,9 @@ impl Wire {
         }
     }
 
-    /// Looks for a whole message in the socket.
+    /// Looks for a complete message in the socket.
     fn look(&self) -> Result<Look, SessionEnd> {
-        // Before the look at them, so that bytes which come in between are not taken for bytes that cannot be read.
+        // Before the peek: bytes that arrive in between must not be mistaken for bytes that cannot be read.
         let available = self.available()?;
         let mut bytes = [0; HEADER];
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
@@ -144,7 +144,7 @@ impl Wire {
             Err(error) => return Err(SessionEnd::Socket(error.into())),
         };
         if length < HEADER {
-            // A read ends where other descriptors begin, and so would the next one.
+            // A read stops where other descriptors begin, so the header cannot be read in one piece.
             return if available < HEADER { Ok(Look::Part(available)) } else { Err(SessionEnd::Scattered) };
         }
         let header = Header::from(bytes);
@@ -157,28 +157,28 @@ impl Wire {
         Ok(Look::Whole(header))
     }
 
-    /// Has a look at the socket find what a read would: another holder of it may have said otherwise, and then a message
-    /// would not be seen until more has come.
+    /// Makes `MSG_PEEK` return what a read would. Another process that holds the socket may have set `SO_PEEK_OFF`,
+    /// which would hide a message until more bytes arrive.
     fn peek_at_the_next(&self) {
         let off: libc::c_int = -1;
         let size = libc::socklen_t::try_from(size_of_val(&off)).unwrap_or_default();
         let (fd, off) = (self.front.as_raw_fd(), (&raw const off).cast());
-        // Fails for no Unix socket.
+        // Does not fail on a Unix socket.
         // SAFETY: SO_PEEK_OFF reads an int.
         let _ = unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, off, size) };
     }
 
-    /// Whether there is room for an answer.
+    /// Returns whether the socket has room for an answer.
     pub fn has_room(&self) -> Result<bool, SessionEnd> {
         Ok(self.poll(libc::POLLOUT)? & libc::POLLOUT != 0)
     }
 
-    /// Whether nobody would read an answer. A front-end that has no more to say (`POLLRDHUP`) may wait for one.
+    /// Returns whether the front-end can no longer read an answer. After a `SHUT_WR` (`POLLRDHUP`) it still can.
     pub fn is_closed(&self) -> Result<bool, SessionEnd> {
         Ok(self.poll(0)? & (libc::POLLHUP | libc::POLLERR) != 0)
     }
 
-    /// How many bytes wait in the socket.
+    /// Returns the number of bytes in the socket.
     fn available(&self) -> Result<usize, SessionEnd> {
         let mut available = 0;
         // SAFETY: FIONREAD writes an int.
@@ -187,35 +187,35 @@ impl Wire {
         Ok(usize::try_from(available).unwrap_or_default())
     }
 
-    /// Whether the front-end sends nothing more.
+    /// Returns whether the front-end can send nothing more.
     fn is_over(&self) -> Result<bool, SessionEnd> {
         let over = libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR;
         Ok(self.poll(libc::POLLRDHUP)? & over != 0)
     }
 
-    /// Ends the connection, and discards what the front-end has sent and nobody has read. The kernel closes descriptors
-    /// that are left in a socket, and that may wait: the last close of a TCP socket does. [`scm::receive`] prevents it.
+    /// Ends the connection and discards unread messages. The kernel closes descriptors that are left in a socket, and
+    /// that close may block: the last close of a TCP socket does. [`scm::receive`] prevents it.
     pub fn close(&self) {
-        // Nothing comes after this, so the loop ends.
+        // The front-end can send nothing after this, so the loop ends.
         let _ = shutdown(self.front.as_raw_fd(), nix::sys::socket::Shutdown::Read);
         let mut bytes = [0; ANSWER];
         while scm::receive(&self.front, &mut bytes).is_ok_and(|received| received.length > 0) {}
     }
 
-    /// The events that hold now, of `events` and of those that are always told.
+    /// Returns the current events: those of `events`, and those that poll(2) always reports.
     fn poll(&self, events: libc::c_short) -> Result<libc::c_short, SessionEnd> {
         let mut fd = libc::pollfd { fd: self.front.as_raw_fd(), events, revents: 0 };
-        // Not by nix, which gives nothing at all where it does not know a bit, and POLLRDHUP is one.
-        // SAFETY: one descriptor's place, which lives through the call.
+        // nix does not know POLLRDHUP, and returns no events at all if it does not know one of them.
+        // SAFETY: `fd` is one valid `pollfd`, which lives through the call.
         let result = unsafe { libc::poll(&raw mut fd, 1, 0) };
         Errno::result(result).map_err(|error| SessionEnd::Socket(error.into()))?;
         Ok(fd.revents)
     }
 
-    /// Moves the message that [`Self::next`] has found to the handler, whose socket is `theirs`.
+    /// Moves the message that [`Self::next`] returned to the handler, whose socket is `theirs`.
     pub fn deliver(&mut self, header: &Header, theirs: BorrowedFd<'_>) -> Result<(), SessionEnd> {
         let (message, fds) = self.take(header)?;
-        // Where the crate cannot take all descriptors it reads on, and must come to an end.
+        // If the crate cannot take all descriptors, it keeps reading. End of file stops it.
         let last = !fds.is_empty();
         if last || self.ended {
             self.renew(theirs).map_err(SessionEnd::Socket)?;
@@ -228,7 +228,7 @@ impl Wire {
         Ok(())
     }
 
-    /// The message with the descriptors of its first byte.
+    /// Reads the message, with the descriptors that arrived with its first byte.
     fn take(&self, header: &Header) -> Result<(Vec<u8>, Vec<OwnedFd>), SessionEnd> {
         let mut message = vec![0; HEADER + header.body()];
         let mut fds = Vec::new();
@@ -256,7 +256,7 @@ impl Wire {
         if fds.len() > MAX_FDS { Err(SessionEnd::Descriptors) } else { Ok((message, fds)) }
     }
 
-    /// Gives the handler a new socket in the place of `theirs`.
+    /// Replaces the handler's socket `theirs` by a new one.
     fn renew(&mut self, theirs: BorrowedFd<'_>) -> io::Result<()> {
         let (new, ours) = UnixStream::pair()?;
         // SAFETY: both are open sockets; the handler keeps using the number that it owns.
@@ -268,7 +268,7 @@ impl Wire {
         Ok(())
     }
 
-    /// Sends what the handler has answered to the front-end. Gives whether that is anything.
+    /// Forwards the handler's answer to the front-end. Returns whether there is one.
     pub fn forward(&self) -> Result<bool, SessionEnd> {
         let mut answered = false;
         let mut answer = [0; ANSWER];
@@ -289,7 +289,7 @@ impl Wire {
         }
     }
 
-    /// Sends the negative acknowledgement of a request.
+    /// Sends a negative acknowledgement of `request`.
     pub fn refuse(&self, request: u32) -> Result<(), SessionEnd> {
         let mut reply = [0; HEADER + 8];
         reply[0..4].copy_from_slice(&request.to_ne_bytes());
@@ -299,7 +299,7 @@ impl Wire {
         self.send(&reply, &[])
     }
 
-    /// Sends to the front-end. There was room before, which only another holder of the socket can have filled.
+    /// Sends to the front-end. There was room before; only another holder of the socket can have filled it since.
     fn send(&self, bytes: &[u8], fds: &[OwnedFd]) -> Result<(), SessionEnd> {
         match send(&self.front, bytes, fds) {
             Err(Errno::EPIPE | Errno::ECONNRESET) => Err(SessionEnd::Left),
@@ -307,7 +307,7 @@ impl Wire {
         }
     }
 
-    /// Drops what the handler has answered so far.
+    /// Drops the handler's answers so far.
     pub fn discard_answers(&self) -> io::Result<()> {
         let mut answer = [0; ANSWER];
         loop {
@@ -320,7 +320,7 @@ impl Wire {
     }
 }
 
-/// Sends all of it at once, or fails.
+/// Sends all bytes in one call, or fails.
 fn send(socket: &impl AsFd, bytes: &[u8], fds: &[OwnedFd]) -> Result<(), Errno> {
     let fds: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
     let rights = [ControlMessage::ScmRights(&fds)];

@@ -1,5 +1,5 @@
-//! A TAP that another process hands over: its descriptors are looked at and kept, and nothing is set. Offloads and
-//! header size belong to the device and `O_NONBLOCK` to the open file, so any of that would reach into the owner's work.
+//! A TAP that another process hands over: its descriptors are checked and kept, and no setting is made. Offloads and
+//! header size belong to the device, and `O_NONBLOCK` to the open file, so any change would disturb the current owner.
 #![expect(unsafe_code, reason = "asks the kernel about a TAP")]
 
 use std::fs::File;
@@ -11,44 +11,44 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::{Tap, TapQueue, empty_request, interface_name, ioctl, is_macvtap};
 
-/// Why descriptors are not those of the TAP that they should be.
+/// Why descriptors do not belong to the TAP that the source describes.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AdoptError {
-    /// Not a TAP with its interface.
+    /// Not a TAP that is attached to an interface.
     #[error("descriptor tap/{0} is not a TAP that is attached to an interface")]
     NotTap(usize),
-    /// Another interface.
+    /// A TAP of another interface.
     #[error("descriptor tap/{pair} belongs to {name}, not to {expected}")]
     Name {
-        /// Its queue pair.
+        /// The queue pair.
         pair: usize,
-        /// Its interface.
+        /// The interface of the descriptor.
         name: String,
-        /// The one that it should belong to.
+        /// The interface that the source names.
         expected: String,
     },
-    /// A TUN, or frames with other headers.
+    /// A TUN, or a TAP with other headers.
     #[error("descriptor tap/{0} was not opened as a TAP with IFF_VNET_HDR and IFF_NO_PI")]
     Flags(usize),
     /// Reads would block.
     #[error("descriptor tap/{0} is blocking")]
     Blocking(usize),
-    /// The kernel says something else than the source.
-    #[error("descriptor tap/{pair}: the source says {said}, the kernel {is}")]
+    /// The kernel's state differs from the source's description.
+    #[error("descriptor tap/{pair}: the source reports {said}, the kernel reports {is}")]
     Differs {
-        /// Its queue pair.
+        /// The queue pair.
         pair: usize,
-        /// As the source says.
+        /// The source's description.
         said: String,
-        /// As it is.
+        /// The kernel's state.
         is: String,
     },
 }
 
-/// The TAP of `device`, whose queues these descriptors are.
+/// Returns the TAP of `device` with the queues `fds`.
 ///
 /// # Errors
-/// [`AdoptError`]; the descriptors are closed.
+/// Returns an [`AdoptError`] if a descriptor is not as the source describes it. All descriptors are closed then.
 pub fn adopt(device: &DeviceState, fds: Vec<OwnedFd>) -> Result<Tap, AdoptError> {
     let mut multi_queue = false;
     for (pair, (fd, state)) in fds.iter().zip(&device.queue_pairs).enumerate() {
@@ -65,7 +65,7 @@ pub fn adopt(device: &DeviceState, fds: Vec<OwnedFd>) -> Result<Tap, AdoptError>
         multi_queue,
         ufo: first.has_ufo,
         uso: first.has_uso,
-        // Both are set when the device is ours.
+        // Both are set when this process takes the device.
         offloads: None,
         header_size: None,
         filters_are_ours: false,
@@ -73,7 +73,7 @@ pub fn adopt(device: &DeviceState, fds: Vec<OwnedFd>) -> Result<Tap, AdoptError>
     })
 }
 
-/// Checks one queue's descriptor, and gives its interface's flags.
+/// Checks one queue's descriptor, and returns its interface's flags.
 fn check(
     device: &DeviceState,
     pair: usize,
@@ -94,7 +94,7 @@ fn check(
         return Err(AdoptError::Flags(pair));
     }
     let attached = flags & libc::IFF_DETACH_QUEUE == 0;
-    // A macvtap does not tell.
+    // A macvtap does not report whether a queue is attached.
     if attached != state.enabled && !is_macvtap(fd) {
         let word = |attached| if attached { "attached" } else { "detached" }.to_owned();
         return Err(AdoptError::Differs { pair, said: word(state.enabled), is: word(attached) });

@@ -1,25 +1,25 @@
-//! Why a TAP cannot be used.
+//! Errors of opening and configuring a TAP.
 
 use std::io;
 use std::os::fd::RawFd;
 
-/// Why a TAP is of no use.
+/// Why a TAP cannot be opened or configured.
 #[derive(Debug, thiserror::Error)]
 pub enum TapError {
-    /// The name does not fit `IFNAMSIZ`.
-    #[error("\"{0}\" is no interface name: use 1 to 15 bytes, without '/' and white space")]
+    /// The name is not a valid interface name.
+    #[error("invalid interface name \"{0}\": use 1 to 15 bytes, without '/', ':' and white space")]
     Name(String),
     /// `/dev/net/tun` cannot be opened.
-    #[error("cannot open /dev/net/tun: load the tun module, and run with access to it")]
+    #[error("cannot open /dev/net/tun: load the module tun, and run as a user with access to the device")]
     Open(#[source] io::Error),
     /// `TUNSETIFF` failed.
     #[error("cannot attach to TAP {name}{hint}")]
     Attach {
         /// The interface.
         name: String,
-        /// What is likely the matter.
+        /// The likely reason, and what to do.
         hint: &'static str,
-        /// The kernel's word.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
@@ -30,7 +30,7 @@ pub enum TapError {
     #[error("--tap-fds: descriptor {0} is not a TAP that is attached to an interface")]
     NotTap(RawFd),
     /// A TUN.
-    #[error("--tap-fds: descriptor {fd} ({name}) is a TUN (IP packets); a TAP (Ethernet frames) is needed")]
+    #[error("--tap-fds: descriptor {fd} ({name}) is a TUN (IP packets); pass a TAP (Ethernet frames)")]
     Tun {
         /// The descriptor.
         fd: RawFd,
@@ -46,7 +46,7 @@ pub enum TapError {
         name: String,
     },
     /// Opened without `IFF_NO_PI`.
-    #[error("--tap-fds: TAP descriptor {fd} ({name}) was opened without IFF_NO_PI")]
+    #[error("--tap-fds: TAP descriptor {fd} ({name}) was opened without IFF_NO_PI; open it with this flag")]
     PacketInfo {
         /// The descriptor.
         fd: RawFd,
@@ -54,7 +54,7 @@ pub enum TapError {
         name: String,
     },
     /// Descriptors of different interfaces.
-    #[error("--tap-fds: descriptor {fd} belongs to {name}, the first one to {first}")]
+    #[error("--tap-fds: descriptor {fd} belongs to {name}, but the first one to {first}")]
     Mixed {
         /// The descriptor.
         fd: RawFd,
@@ -63,8 +63,8 @@ pub enum TapError {
         /// The first descriptor's interface.
         first: String,
     },
-    /// A queue did not take the header size.
-    #[error("TAP {name}: queue {pair} has headers of {is} bytes, not of {wanted}")]
+    /// A queue has another header size than the one that was set.
+    #[error("TAP {name}: queue {pair} has headers of {is} bytes, not {wanted}")]
     HeaderSize {
         /// The interface.
         name: String,
@@ -75,24 +75,24 @@ pub enum TapError {
         /// The size that was set.
         wanted: i32,
     },
-    /// The kernel would never tell of room in it.
+    /// The send buffer is so small that the kernel never reports room in it.
     #[error(
-        "TAP {name}: queue {pair} has a send buffer of {bytes} bytes, which stays full for good: give --sndbuf"
+        "TAP {name}: queue {pair} has a send buffer of {bytes} bytes: once full, it stays full; use --sndbuf"
     )]
     Sndbuf {
         /// The interface.
         name: String,
         /// Its queue pair.
         pair: usize,
-        /// Its size.
+        /// The size of the send buffer.
         bytes: i32,
     },
-    /// A queue given twice.
+    /// Two descriptors of one queue.
     #[error("--tap-fds: descriptors {first} and {fd} are the same queue; open one queue for each pair")]
     SameQueue {
         /// The descriptor.
         fd: RawFd,
-        /// The one that it duplicates.
+        /// The descriptor that it duplicates.
         first: RawFd,
     },
     /// Another ioctl failed.
@@ -100,16 +100,17 @@ pub enum TapError {
     Ioctl {
         /// The interface.
         name: String,
-        /// Which ioctl.
+        /// The ioctl.
         operation: &'static str,
-        /// The kernel's word.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
 }
 
 impl TapError {
-    /// Whether another process has the TAP, or has a TAP of that name and of the other kind, which may go with it.
+    /// Returns whether another process may be using the TAP, or a non-persistent TAP of the same name and another kind,
+    /// which disappears with that process.
     pub(super) fn is_in_use(&self) -> bool {
         let Self::Attach { source, .. } = self else { return false };
         matches!(source.raw_os_error(), Some(libc::EBUSY | libc::EINVAL))

@@ -1,4 +1,4 @@
-//! What the kernel says of an interface by its name, in this network namespace.
+//! Queries and settings of a network interface: address, carrier, MTU, TAP flags and queues.
 #![expect(unsafe_code, reason = "interface ioctls")]
 
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -22,7 +22,7 @@ fn plain_socket() -> nix::Result<OwnedFd> {
     socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)
 }
 
-/// The Ethernet address of interface `name`, or of the interface that the TAP `file` belongs to.
+/// Returns the Ethernet address of interface `name` if `file` is a socket, or of the TAP's interface if it is a TAP.
 pub fn address(file: &impl AsRawFd, name: &str) -> nix::Result<[u8; 6]> {
     let mut request = empty_request();
     set_name(&mut request, name);
@@ -33,7 +33,7 @@ pub fn address(file: &impl AsRawFd, name: &str) -> nix::Result<[u8; 6]> {
     Ok(std::array::from_fn(|at| data[at].cast_unsigned()))
 }
 
-/// Gives the interface that the TAP `file` belongs to this Ethernet address.
+/// Sets the Ethernet address of the interface that the TAP `file` belongs to.
 pub fn set_address(file: &impl AsRawFd, address: [u8; 6]) -> nix::Result<libc::c_int> {
     let mut data = [0; 14];
     for (to, from) in data.iter_mut().zip(address) {
@@ -45,7 +45,8 @@ pub fn set_address(file: &impl AsRawFd, address: [u8; 6]) -> nix::Result<libc::c
     unsafe { change_address(file.as_raw_fd(), &raw const request) }
 }
 
-/// Whether interface `name`, to which the TAP `file` belongs, has its carrier. `None` if that is in another namespace.
+/// Returns whether interface `name`, to which the TAP `file` belongs, has carrier. Returns `None` if the interface is
+/// in another network namespace.
 pub fn carrier(file: &impl AsRawFd, name: &str) -> Option<bool> {
     if address(file, name) != address(&plain_socket().ok()?, name) {
         return None;
@@ -55,7 +56,8 @@ pub fn carrier(file: &impl AsRawFd, name: &str) -> Option<bool> {
     carrier.first().map(|carrier| *carrier != 0)
 }
 
-/// The MTU of interface `name`, to which the TAP `file` belongs. `None` if that is in another namespace.
+/// Returns the MTU of interface `name`, to which the TAP `file` belongs. Returns `None` if the interface is in another
+/// network namespace.
 pub fn mtu(file: &impl AsRawFd, name: &str) -> Option<i32> {
     let socket = plain_socket().ok()?;
     if address(file, name) != address(&socket, name) {
@@ -69,9 +71,9 @@ pub fn mtu(file: &impl AsRawFd, name: &str) -> Option<i32> {
     Some(unsafe { request.ifr_ifru.ifru_mtu })
 }
 
-/// The flags that TAP `name` was made with. No ioctl tells them without attaching to it, which replaces them.
+/// Returns the flags that TAP `name` was created with. No ioctl reads them without attaching, which replaces them.
 ///
-/// `/sys` may show another network namespace: what it says counts only of the same interface.
+/// `/sys` may show another network namespace, so index and address are checked to be those of the same interface.
 pub fn tun_flags(name: &str) -> Option<libc::c_int> {
     let read = |file: &str| std::fs::read_to_string(format!("/sys/class/net/{name}/{file}")).ok();
     let index = if_nametoindex(name).ok()?;
@@ -83,8 +85,8 @@ pub fn tun_flags(name: &str) -> Option<libc::c_int> {
     libc::c_int::from_str_radix(read("tun_flags")?.trim().strip_prefix("0x")?, 16).ok()
 }
 
-/// How many queues of the multi-queue TAP `name` are open, whoever holds them, detached ones included. `None` of any
-/// other interface, and on a kernel that does not tell (before 4.18).
+/// Returns how many queues of the multi-queue TAP `name` are open in any process, including detached ones. Returns
+/// `None` for other interfaces, and on kernels before 4.18, which do not report it.
 pub fn open_queues(name: &str) -> Option<usize> {
     let index = if_nametoindex(name).ok()?;
     let answer = link_message(index).ok()?;
@@ -98,11 +100,11 @@ pub fn open_queues(name: &str) -> Option<usize> {
         let bytes = attribute(data, kind)?.try_into().ok()?;
         usize::try_from(u32::from_ne_bytes(bytes)).ok()
     };
-    // `IFLA_TUN_NUM_QUEUES`, `IFLA_TUN_NUM_DISABLED_QUEUES`: of multi-queue TAPs only.
+    // `IFLA_TUN_NUM_QUEUES`, `IFLA_TUN_NUM_DISABLED_QUEUES`: only multi-queue TAPs have them.
     number(8)?.checked_add(number(9)?)
 }
 
-/// `RTM_GETLINK`'s answer.
+/// Sends `RTM_GETLINK` for interface `index` and returns the answer.
 fn link_message(index: u32) -> nix::Result<Vec<u8>> {
     let socket =
         socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkRoute)?;
@@ -114,7 +116,7 @@ fn link_message(index: u32) -> nix::Result<Vec<u8>> {
     // Sequence number, port, family and type.
     request.extend_from_slice(&[0; 12]);
     request.extend_from_slice(&index.to_ne_bytes());
-    // Flags, and which of them to change.
+    // Flags and change mask.
     request.extend_from_slice(&[0; 8]);
     sendto(socket.as_raw_fd(), &request, &NetlinkAddr::new(0, 0), MsgFlags::empty())?;
     let mut answer = vec![0; 64 << 10];
@@ -124,7 +126,7 @@ fn link_message(index: u32) -> nix::Result<Vec<u8>> {
     if kind == Some(libc::RTM_NEWLINK) { Ok(answer) } else { Err(Errno::EPROTO) }
 }
 
-/// The attribute of that kind among `attributes` (`struct nlattr`), without its header.
+/// Returns the payload of the attribute of type `kind` in `attributes` (`struct nlattr`).
 fn attribute(mut attributes: &[u8], kind: u16) -> Option<&[u8]> {
     loop {
         let header: [u8; 4] = attributes.get(..4)?.try_into().ok()?;
@@ -143,7 +145,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn attributes_that_are_cut_short_are_none() {
+    fn truncated_attributes_are_ignored() {
         let good =
             [8u16.to_ne_bytes(), 5u16.to_ne_bytes(), [1, 2], [3, 4], 6u16.to_ne_bytes(), 7u16.to_ne_bytes()];
         let mut bytes = good.concat();
@@ -152,7 +154,7 @@ mod tests {
         assert_eq!(attribute(&bytes, 7), Some(&[9, 9][..]));
         assert_eq!(attribute(&bytes, 8), None);
         assert_eq!(attribute(&bytes[..bytes.len() - 1], 7), None);
-        // A length that does not even cover the header.
+        // A length shorter than the header.
         assert_eq!(attribute(&[0, 0, 5, 0], 5), None);
     }
 }

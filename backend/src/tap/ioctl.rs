@@ -1,4 +1,4 @@
-//! The ioctls by their numbers in `linux/if_tun.h`; those whose argument is a value, as the kernel takes it.
+//! The TUN/TAP ioctls of `linux/if_tun.h`, with the argument types that the kernel actually uses.
 
 const T: u8 = b'T';
 nix::ioctl_write_ptr_bad!(set_iff, nix::request_code_write!(T, 202, 4), libc::ifreq);

@@ -1,4 +1,4 @@
-//! How a TAP comes to this process: attached by its name, or by descriptors that the parent process opened.
+//! Opens a TAP: by name, or from descriptors that the parent process opened.
 #![expect(unsafe_code, reason = "TAP ioctls")]
 
 use std::fs::{File, OpenOptions};
@@ -15,11 +15,11 @@ use super::{
 use crate::inherited;
 
 impl Tap {
-    /// Attaches `pairs` queues to TAP `name` in this network namespace, with the flags that it has, or creates it.
-    /// Whatever filters its last user left are gone then. A TAP that is in use has a moment to become free.
+    /// Attaches `pairs` queues to TAP `name` in this network namespace and keeps its flags, or creates the TAP. Removes
+    /// the filters that its last user left. Retries for a moment while the TAP is in use.
     ///
     /// # Errors
-    /// [`TapError`]. A TAP that was created is gone again then.
+    /// Returns a [`TapError`] if the TAP cannot be opened or configured. A TAP that this call created is removed again.
     pub fn open(name: &str, pairs: u16) -> Result<Self, TapError> {
         let bad = name.is_empty()
             || name.len() >= libc::IFNAMSIZ
@@ -34,23 +34,23 @@ impl Tap {
         let held = interface::open_queues(name).is_some_and(|queues| queues > 0);
         let kept = interface::tun_flags(name).unwrap_or_default();
         let (first, multi_queue) = match attach(name, pairs > 1, kept) {
-            // Somebody would lose the frames of some flows. The kernel refuses only a second user of a single queue.
+            // Two users would split the flows. The kernel refuses only a second user of a single-queue TAP.
             _ if held => (Err(Errno::EBUSY), true),
-            // A multi-queue TAP takes no single-queue file.
+            // A multi-queue TAP refuses a single-queue file.
             Err(Errno::EINVAL) if pairs == 1 => (attach(name, true, kept), true),
             other => (other, pairs > 1),
         };
         let failed = |errno| {
             let hint = match errno {
                 Errno::EINVAL if pairs > 1 => {
-                    ": it exists and is no multi-queue TAP; make it with multi_queue, or use --queue-pairs=1"
+                    ": it exists and is not a multi-queue TAP; create it with \"multi_queue\", or use --queue-pairs=1"
                 }
-                Errno::EINVAL => ": it is no TAP",
+                Errno::EINVAL => ": it exists and is not a TAP",
                 Errno::EBUSY => ": another process uses it",
                 Errno::EPERM | Errno::EACCES => {
                     ": not permitted; run with CAP_NET_ADMIN or as the TAP's owner"
                 }
-                Errno::E2BIG | Errno::ENOSPC => ": it has no queue left",
+                Errno::E2BIG | Errno::ENOSPC => ": it has no free queue",
                 _ => "",
             };
             TapError::Attach { name: name.to_owned(), hint, source: errno.into() }
@@ -59,7 +59,7 @@ impl Tap {
         while queues.len() < usize::from(pairs) {
             queues.push(attach(name, true, kept).map_err(failed)??);
         }
-        // Of two that start at the same time.
+        // Two back-ends may start at the same time.
         if interface::open_queues(name).is_some_and(|open| open > queues.len()) {
             return Err(failed(Errno::EBUSY));
         }
@@ -70,10 +70,10 @@ impl Tap {
         Ok(tap)
     }
 
-    /// Takes over descriptors that the parent process opened, one a queue pair.
+    /// Takes ownership of TAP descriptors that the parent process opened, one per queue pair.
     ///
     /// # Errors
-    /// [`TapError`], naming the descriptor.
+    /// Returns a [`TapError`] that names the descriptor, if one is not a usable queue of a common TAP.
     pub fn from_fds(fds: &[RawFd]) -> Result<Self, TapError> {
         let mut queues = Vec::new();
         let mut attached = Vec::new();
@@ -111,7 +111,7 @@ impl Tap {
         let name = first.ok_or(TapError::NotOpen(-1))?;
         let mut tap = Self::from_queues(name, queues, multi_queue, attached)?;
         for pair in 0..tap.pairs() {
-            // Pair 0 is never detached, and a macvtap does not tell whether a queue is.
+            // Pair 0 must be attached, and a macvtap does not report whether a queue is.
             if pair == 0 || tap.queue(pair).is_macvtap() {
                 tap.attached[pair] &= !tap.queue(pair).is_macvtap();
                 tap.set_attached(pair, true)?;
@@ -121,7 +121,7 @@ impl Tap {
     }
 }
 
-/// The outer error is the descriptor's, the inner one the interface's.
+/// Opens a queue of TAP `name`. The outer error is that of an ioctl, the inner one that of opening `/dev/net/tun`.
 fn attach(name: &str, multi_queue: bool, kept: libc::c_int) -> Result<Result<File, TapError>, Errno> {
     let file = match OpenOptions::new()
         .read(true)
@@ -137,7 +137,7 @@ fn attach(name: &str, multi_queue: bool, kept: libc::c_int) -> Result<Result<Fil
     let mut known: libc::c_uint = 0;
     // SAFETY: TUNGETFEATURES fills an int.
     unsafe { ioctl::get_features(file.as_raw_fd(), &raw mut known) }?;
-    // What is Baton's to decide, and IFF_NO_CARRIER, which is no property but a wish.
+    // The flags that Baton decides, and IFF_NO_CARRIER, which is a request rather than a property of the TAP.
     let ours =
         libc::IFF_TUN | libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE | 0x40;
     let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | (kept & known.cast_signed() & !ours);
@@ -147,32 +147,32 @@ fn attach(name: &str, multi_queue: bool, kept: libc::c_int) -> Result<Result<Fil
     Ok(Ok(file))
 }
 
-/// Drops what the last user of a persistent TAP has left to choose frames with, which would keep them from the guest
-/// without a word. A kernel that knows one of the calls not has nothing of its kind.
+/// Removes the filters and the steering program that the last user of a persistent TAP may have left: they would
+/// silently keep frames from the guest. A kernel that does not know an ioctl does not have its feature either.
 pub(super) fn drop_filters(queue: &File) {
     let fd = queue.as_raw_fd();
     let everything = [0; 2];
     let nothing: libc::c_int = -1;
-    // SAFETY: TUNSETTXFILTER reads a tun_filter, here of no flags and no addresses.
+    // SAFETY: TUNSETTXFILTER reads a tun_filter, here with no flags and no addresses.
     let _ = unsafe { ioctl::set_tx_filter(fd, &raw const everything) };
     // SAFETY: TUNDETACHFILTER takes no argument.
     let _ = unsafe { ioctl::detach_filter(fd) };
     // SAFETY: TUNSETFILTEREBPF reads an int, the descriptor of a program or −1.
     let _ = unsafe { ioctl::set_filter_program(fd, &raw const nothing) };
-    // SAFETY: likewise TUNSETSTEERINGEBPF.
+    // SAFETY: TUNSETSTEERINGEBPF reads the same.
     let _ = unsafe { ioctl::set_steering(fd, &raw const nothing) };
 }
 
-/// Whether two descriptors are of one open file. No where the kernel does not tell.
+/// Returns whether two descriptors refer to the same open file, or `false` if the kernel does not support `kcmp`.
 fn is_same_file(one: RawFd, other: RawFd) -> bool {
     let pid = nix::unistd::getpid().as_raw();
     // `KCMP_FILE`.
     let kind: libc::c_int = 0;
-    // SAFETY: kcmp takes numbers only.
+    // SAFETY: kcmp takes only numbers.
     unsafe { libc::syscall(libc::SYS_kcmp, pid, pid, kind, one, other) == 0 }
 }
 
-/// Takes ownership of an inherited descriptor, with the flags that those of our own have.
+/// Takes ownership of an inherited descriptor, and makes it close-on-exec and non-blocking.
 fn claim(fd: RawFd) -> Option<File> {
     let owned = inherited::claim(fd)?;
     let flags = OFlag::from_bits_retain(fcntl(&owned, FcntlArg::F_GETFL).ok()?);

@@ -1,4 +1,4 @@
-//! One queue of a TAP: frames are read and written here, and nowhere else.
+//! One queue of a TAP. All reads and writes of frames are here.
 
 use std::fs::File;
 use std::io;
@@ -12,33 +12,33 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::{empty_request, flags_word, ioctl, is_macvtap};
 
-/// What became of a frame given to the TAP.
+/// The result of sending a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sent {
-    /// The network has it.
+    /// The TAP has accepted the frame.
     Done,
-    /// The kernel refused it: a bad header, an interface that is down. It is lost, as on a wire.
+    /// The kernel refused the frame, for example because the interface is down. The frame is lost, as on a wire.
     Refused,
-    /// The kernel calls the frame or its header invalid.
+    /// The kernel considers the frame or its header invalid.
     Invalid,
-    /// The send buffer is full; try again when the TAP is writable.
+    /// The send buffer is full. Try again when the TAP is writable.
     Full,
-    /// A signal came first; try again.
+    /// A signal interrupted the call. Try again.
     Interrupted,
 }
 
-/// What the TAP had to give.
+/// The result of receiving a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Received {
     /// A frame of so many bytes, header included.
     Frame(usize),
-    /// Nothing now.
+    /// The queue is empty.
     Empty,
-    /// A signal came first; try again.
+    /// A signal interrupted the call. Try again.
     Interrupted,
-    /// The guest's memory is not there any more, or the kernel is out of memory; the frame is lost.
+    /// The guest's memory has disappeared, or the kernel is out of memory. The frame is lost.
     Failed,
-    /// The interface is gone, and will not come back.
+    /// The interface was deleted.
     Gone,
 }
 
@@ -47,7 +47,7 @@ pub enum Received {
 pub struct TapQueue {
     pub(super) file: File,
     gone: AtomicBool,
-    /// Whether the kernel takes `RWF_NOWAIT` (Linux 6.4 and later), with which no call depends on `O_NONBLOCK`.
+    /// Whether the kernel supports `RWF_NOWAIT` (Linux 6.4 and later). With it no call depends on `O_NONBLOCK`.
     nowait: AtomicBool,
     pub(super) macvtap: bool,
 }
@@ -64,37 +64,37 @@ impl TapQueue {
         Self { file, gone: AtomicBool::new(false), nowait: AtomicBool::new(true), macvtap }
     }
 
-    /// Whether it belongs to a macvtap, or the like, and not to a TAP.
+    /// Returns whether the queue belongs to a macvtap or an ipvtap rather than to a TAP.
     pub fn is_macvtap(&self) -> bool {
         self.macvtap
     }
 
-    /// Whether the interface was deleted under the queue.
+    /// Returns whether the interface is known to have been deleted.
     pub fn is_gone(&self) -> bool {
         self.gone.load(Ordering::Relaxed)
     }
 
-    /// Looks whether the interface was deleted, where nobody reads the queue or writes to it.
+    /// Asks the kernel whether the interface was deleted. This is for queues that the worker does not read or write.
     pub fn was_deleted(&self) -> bool {
         let mut request = empty_request();
         // SAFETY: TUNGETIFF fills an ifreq.
         let result = unsafe { ioctl::get_iff(self.file.as_raw_fd(), &raw mut request) };
-        // The second is a macvtap's word.
+        // A TAP returns EBADFD, a macvtap ENOLINK.
         if matches!(result, Err(Errno::EBADFD | Errno::ENOLINK)) {
             self.gone.store(true, Ordering::Relaxed);
         }
         self.is_gone()
     }
 
-    /// Gives the network one frame, its header first.
+    /// Sends one frame, header first.
     ///
     /// # Safety
-    /// Every vector must be readable memory, or memory that may fault (which is an error, not a crash).
+    /// Every vector must be readable memory, or memory that may fault (which causes an error, not a crash).
     #[inline]
     pub unsafe fn send(&self, frame: &[libc::iovec]) -> Sent {
         let fd = self.file.as_raw_fd();
         let result = if self.nowait.load(Ordering::Relaxed) {
-            // SAFETY: as the caller promises; there are at most IOV_MAX vectors.
+            // SAFETY: the caller guarantees it; there are at most IOV_MAX vectors.
             unsafe { libc::pwritev2(fd, frame.as_ptr(), count(frame), -1, libc::RWF_NOWAIT) }
         } else {
             // SAFETY: as above.
@@ -106,7 +106,7 @@ impl TapQueue {
         match Errno::last() {
             Errno::EAGAIN => Sent::Full,
             Errno::EINTR => Sent::Interrupted,
-            // SAFETY: as the caller promises.
+            // SAFETY: the caller guarantees it.
             Errno::EOPNOTSUPP if self.do_without_nowait() => unsafe { self.send(frame) },
             Errno::EINVAL => Sent::Invalid,
             Errno::EBADFD => {
@@ -117,15 +117,16 @@ impl TapQueue {
         }
     }
 
-    /// Takes one frame, its header first. What does not fit is cut off, so give room for [`MAX_FRAME`](super::MAX_FRAME).
+    /// Receives one frame, header first. The kernel truncates a frame that does not fit, so `room` must have space for
+    /// [`MAX_FRAME`](super::MAX_FRAME).
     ///
     /// # Safety
-    /// Every vector must be memory that nobody but the guest reads or writes meanwhile.
+    /// Every vector must be memory that only the guest reads or writes during the call.
     #[inline]
     pub unsafe fn receive(&self, room: &[libc::iovec]) -> Received {
         let fd = self.file.as_raw_fd();
         let result = if self.nowait.load(Ordering::Relaxed) {
-            // SAFETY: as the caller promises; there are at most IOV_MAX vectors.
+            // SAFETY: the caller guarantees it; there are at most IOV_MAX vectors.
             unsafe { libc::preadv2(fd, room.as_ptr(), count(room), -1, libc::RWF_NOWAIT) }
         } else {
             // SAFETY: as above.
@@ -137,7 +138,7 @@ impl TapQueue {
         match Errno::last() {
             Errno::EAGAIN => Received::Empty,
             Errno::EINTR => Received::Interrupted,
-            // SAFETY: as the caller promises.
+            // SAFETY: the caller guarantees it.
             Errno::EOPNOTSUPP if self.do_without_nowait() => unsafe { self.receive(room) },
             Errno::EBADFD | Errno::EIO => {
                 self.gone.store(true, Ordering::Relaxed);
@@ -147,7 +148,7 @@ impl TapQueue {
         }
     }
 
-    /// The kernel knows no `RWF_NOWAIT` for a TAP. Gives whether that is news.
+    /// Notes that the kernel does not support `RWF_NOWAIT` for a TAP. Returns whether that was not known before.
     #[cold]
     fn do_without_nowait(&self) -> bool {
         let news = self.nowait.swap(false, Ordering::Relaxed);
@@ -157,7 +158,7 @@ impl TapQueue {
         news
     }
 
-    /// Waits until there is room in its send buffer. False if there is none by `deadline`.
+    /// Waits until there is room in the send buffer. Returns `false` if there is none by `deadline`.
     pub fn wait_writable(&self, deadline: Instant) -> bool {
         let left = deadline.saturating_duration_since(Instant::now());
         let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
@@ -165,30 +166,30 @@ impl TapQueue {
         poll(&mut fds, timeout).is_ok_and(|ready| ready > 0)
     }
 
-    /// As on a kernel before 6.4.
+    /// Makes the queue behave as on a kernel before 6.4.
     #[cfg(test)]
     pub fn without_nowait(self) -> Self {
         self.do_without_nowait();
         self
     }
 
-    /// Sets `O_NONBLOCK`, which every holder of the open file can clear: older kernels read and write by it, and a
-    /// target refuses a queue without it.
+    /// Sets `O_NONBLOCK`, which every holder of the open file can clear. Without `RWF_NOWAIT`, reads and writes depend
+    /// on it, and the target of a hand-over refuses a queue without it.
     pub fn set_nonblocking(&self) {
         let Ok(flags) = fcntl(&self.file, FcntlArg::F_GETFL).map(OFlag::from_bits_retain) else { return };
         if !flags.contains(OFlag::O_NONBLOCK) {
-            // Fails for no valid descriptor.
+            // Cannot fail for a valid descriptor.
             let _ = fcntl(&self.file, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK));
         }
     }
 
-    /// Its descriptor for another process, which refuses one whose reads may block.
+    /// Returns the descriptor for another process, with `O_NONBLOCK` set: the target refuses a blocking one.
     pub fn lend(&self) -> BorrowedFd<'_> {
         self.set_nonblocking();
         self.as_fd()
     }
 
-    /// As the kernel says. Of a macvtap it always says yes.
+    /// Asks the kernel whether the queue is attached. For a macvtap the answer is always yes.
     pub(super) fn is_attached(&self) -> nix::Result<bool> {
         let mut request = empty_request();
         // SAFETY: TUNGETIFF fills an ifreq.
@@ -204,7 +205,7 @@ impl TapQueue {
         request.ifr_ifru.ifru_flags = flags_word(flags);
         // SAFETY: TUNSETQUEUE reads an ifreq.
         match unsafe { ioctl::set_queue(self.file.as_raw_fd(), &raw const request) } {
-            // A macvtap does not tell how a queue stands, and refuses to do again what is done.
+            // A macvtap does not report the state of a queue, and refuses to set the state that it already has.
             Err(Errno::EINVAL) if self.macvtap => Ok(()),
             other => other.map(|_| ()).map_err(io::Error::from),
         }

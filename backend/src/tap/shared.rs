@@ -1,5 +1,6 @@
-//! What belongs to the TAP as a whole and each holder of one of its queues can change, without any privilege (Linux:
-//! `__tun_chr_ioctl`): remembered before another process gets the descriptors, and set again when the TAP comes back.
+//! Settings of the TAP as a whole that every holder of a queue can change without privileges (Linux:
+//! `__tun_chr_ioctl`). They are recorded before another process gets the descriptors, and restored when the TAP comes
+//! back.
 #![expect(unsafe_code, reason = "TAP ioctls")]
 
 use std::os::fd::AsRawFd;
@@ -11,7 +12,7 @@ use super::{Tap, TapError, empty_request, interface, ioctl};
 /// `IFF_PERSIST` of `linux/if_tun.h`.
 const PERSIST: libc::c_int = 0x0800;
 
-/// How a TAP was before another process got its descriptors. What the kernel did not tell is not set again.
+/// The settings of a TAP before another process got its descriptors. `None` is unknown and is not restored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Shared {
     persistent: Option<bool>,
@@ -23,7 +24,7 @@ impl Shared {
     fn of(tap: &Tap) -> Self {
         let file = &tap.queues[0].file;
         let name = tap.name();
-        // A macvtap has neither of the first two.
+        // A macvtap has neither persistence nor a settable carrier.
         let is_tap = !tap.queues[0].macvtap;
         Self {
             persistent: is_tap.then(|| is_persistent(file).ok()).flatten(),
@@ -34,12 +35,13 @@ impl Shared {
 }
 
 impl Tap {
-    /// Notes how the TAP is, before another process gets its descriptors.
+    /// Records the settings before another process gets the descriptors.
     pub fn remember(&mut self) {
         self.shared = Some(Shared::of(self));
     }
 
-    /// Sets again what differs from what [`Self::remember`] has noted. All is tried.
+    /// Restores the settings that differ from those that [`Self::remember`] recorded. Tries every setting, even after
+    /// an error.
     pub(super) fn restore_shared(&self) -> Result<(), TapError> {
         let Some(before) = self.shared else { return Ok(()) };
         let now = Shared::of(self);
@@ -47,7 +49,7 @@ impl Tap {
         let fd = file.as_raw_fd();
         let mut result = Ok(());
         let mut note = |what, done: Result<libc::c_int, Errno>| {
-            baton_control::limited!(warn, what, "another process has changed the TAP: set again");
+            baton_control::limited!(warn, what, "restoring a TAP setting that another process changed");
             if let Err(errno) = done
                 && result.is_ok()
             {

@@ -1,8 +1,8 @@
 //! The kernel's vhost-net interface (`linux/vhost.h`): the `vhost` crate's, and what that lacks.
 //!
-//! The crate opens the device by itself, checks rings against a guest memory of its own kind (one that ends where a
-//! region does is refused), and takes no descriptor of −1; so descriptors and ring addresses are set here, in terms
-//! of this program's own addresses.
+//! The crate opens the device itself, checks rings against its own type of guest memory (and refuses a ring that ends
+//! where a region does), and does not accept −1 as a descriptor. So descriptors and ring addresses are set here, with
+//! addresses of this process.
 #![expect(unsafe_code, reason = "vhost ioctls")]
 
 use std::fs::File;
@@ -26,7 +26,7 @@ ioctl_iow_nr!(VHOST_SET_VRING_BUSYLOOP_TIMEOUT, VHOST, 0x23, vhost_vring_state);
 #[derive(Debug)]
 pub struct Kernel {
     file: File,
-    /// The crate's check of addresses is not used.
+    /// Empty: the crate's address checks are not used.
     no_memory: Arc<GuestMemoryMmap<()>>,
 }
 
@@ -42,7 +42,7 @@ impl AsRawFd for Kernel {
     }
 }
 
-/// Gives [`Kernel`] the crate's `VhostBackend`.
+/// Implements the crate's `VhostBackend` for [`Kernel`].
 impl VhostKernBackend for Kernel {
     type AS = Arc<GuestMemoryMmap<()>>;
 
@@ -51,22 +51,22 @@ impl VhostKernBackend for Kernel {
     }
 }
 
-/// Where a ring has its descriptors from and to.
+/// An eventfd of a ring.
 #[derive(Clone, Copy, Debug)]
 pub enum Wire {
     /// Notifications from the driver.
     Kick,
     /// Notifications to the driver.
     Call,
-    /// Told of what the driver wrote that makes no sense.
+    /// Signalled when the driver wrote invalid values to the ring.
     Error,
 }
 
 impl Kernel {
-    /// Connects a ring with an eventfd, or disconnects it (`VHOST_SET_VRING_KICK`, `…_CALL`, `…_ERR`).
+    /// Connects an eventfd to a ring, or disconnects it (`VHOST_SET_VRING_KICK`, `…_CALL`, `…_ERR`).
     ///
     /// # Errors
-    /// The kernel's.
+    /// Returns the error of the ioctl.
     pub fn connect(&self, ring: u32, wire: Wire, eventfd: Option<BorrowedFd<'_>>) -> io::Result<()> {
         let file = vhost_vring_file { index: ring, fd: number(eventfd) };
         let request = match wire {
@@ -78,30 +78,30 @@ impl Kernel {
         checked(unsafe { ioctl_with_ref(&self.file, request, &file) })
     }
 
-    /// Says where a ring lies in this program's memory (`VHOST_SET_VRING_ADDR`).
+    /// Sets the addresses of a ring in this process (`VHOST_SET_VRING_ADDR`).
     ///
     /// # Errors
-    /// The kernel's.
+    /// Returns the error of the ioctl.
     pub fn set_addresses(&self, addresses: &vhost_vring_addr) -> io::Result<()> {
         // SAFETY: the request reads a vhost_vring_addr.
         checked(unsafe { ioctl_with_ref(&self.file, VHOST_SET_VRING_ADDR(), addresses) })
     }
 
-    /// How many microseconds to look for work before waiting for it (`VHOST_SET_VRING_BUSYLOOP_TIMEOUT`).
+    /// Sets how many microseconds to busy-poll before sleeping (`VHOST_SET_VRING_BUSYLOOP_TIMEOUT`).
     ///
     /// # Errors
-    /// The kernel's.
+    /// Returns the error of the ioctl.
     pub fn set_busy_loop(&self, ring: u32, microseconds: u32) -> io::Result<()> {
         let state = vhost_vring_state { index: ring, num: microseconds };
         // SAFETY: the request reads a vhost_vring_state.
         checked(unsafe { ioctl_with_ref(&self.file, VHOST_SET_VRING_BUSYLOOP_TIMEOUT(), &state) })
     }
 
-    /// Joins a ring with a TAP's queue, which starts it, or parts them: then the kernel has finished all that it took
-    /// and touches the ring no more (`VHOST_NET_SET_BACKEND`).
+    /// Connects a ring to a TAP's queue, which starts the ring, or disconnects it: then the kernel completes the chains
+    /// that it has taken and does not touch the ring any more (`VHOST_NET_SET_BACKEND`).
     ///
     /// # Errors
-    /// The kernel's.
+    /// Returns the error of the ioctl.
     pub fn set_backend(&self, ring: u32, tap: Option<BorrowedFd<'_>>) -> io::Result<()> {
         let file = vhost_vring_file { index: ring, fd: number(tap) };
         // SAFETY: the request reads a vhost_vring_file.
@@ -109,7 +109,7 @@ impl Kernel {
     }
 }
 
-/// The kernel's error in one of the crate's.
+/// Extracts the kernel's error from an error of the crate.
 pub fn io_error(error: VhostError) -> io::Error {
     match error {
         VhostError::IoctlError(error) | VhostError::IOError(error) | VhostError::VhostOpen(error) => error,

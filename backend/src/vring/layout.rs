@@ -1,14 +1,14 @@
-//! How large a vring is and where its three rings lie, checked (virtio 1.2 §2.7).
+//! Size and addresses of a vring's three rings, and their checks (virtio 1.2 §2.7).
 
 use crate::memory::GuestMemory;
 
 /// The largest split virtqueue (virtio 1.2 §2.7).
 pub const MAX_SIZE: u16 = 32768;
 
-/// Where its elements begin, of 8 bytes each. The event index is behind them.
+/// Offset of the elements in the used ring. Each has 8 bytes; the event index follows them.
 pub(super) const USED_ELEMENTS: usize = 4;
 
-/// Where the front-end says that the three rings lie, in its own address space (`SET_VRING_ADDR`).
+/// The addresses of the three rings, in the front-end's address space (`SET_VRING_ADDR`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingAddresses {
     /// Descriptor table, 16-byte aligned.
@@ -25,7 +25,7 @@ pub enum LayoutError {
     /// Not a power of two from 1 to [`MAX_SIZE`].
     #[error("vring size {0} is not a power of two up to {MAX_SIZE}")]
     Size(u32),
-    /// A ring's address is not aligned as virtio 1.2 §2.7 demands.
+    /// A ring's address is not aligned as virtio 1.2 §2.7 requires.
     #[error("{ring} ring at {address:#x} is not aligned")]
     Alignment {
         /// Which of the three.
@@ -43,10 +43,10 @@ pub enum LayoutError {
     },
 }
 
-/// Checks a size given by a peer.
+/// Checks a vring size that a peer gave.
 ///
 /// # Errors
-/// [`LayoutError::Size`].
+/// Returns [`LayoutError::Size`] if it is not a power of two from 1 to [`MAX_SIZE`].
 pub fn check_size(size: u32) -> Result<u16, LayoutError> {
     u16::try_from(size)
         .ok()
@@ -54,12 +54,12 @@ pub fn check_size(size: u32) -> Result<u16, LayoutError> {
         .ok_or(LayoutError::Size(size))
 }
 
-/// What a [`Vring`](super::Vring) is made of.
+/// What is needed to map a [`Vring`](super::Vring).
 #[derive(Clone, Copy, Debug)]
 pub struct VringLayout {
     /// Number of descriptors, checked by [`check_size`].
     pub size: u16,
-    /// Where the rings lie.
+    /// The addresses of the rings.
     pub addresses: RingAddresses,
     /// `VIRTIO_F_EVENT_IDX` was negotiated.
     pub event_idx: bool,
@@ -67,17 +67,17 @@ pub struct VringLayout {
     pub indirect: bool,
 }
 
-/// Bytes of an available ring with its event index.
+/// Returns the length of an available ring in bytes, event index included.
 pub(super) fn available_length(size: usize) -> usize {
     6 + 2 * size
 }
 
-/// Bytes of a used ring with its event index.
+/// Returns the length of a used ring in bytes, event index included.
 pub(super) fn used_length(size: usize) -> usize {
     USED_ELEMENTS + 8 * size + 2
 }
 
-/// Where a ring lies in this process.
+/// Returns a pointer to a ring in this process.
 pub(super) fn locate(
     memory: &GuestMemory,
     ring: &'static str,
@@ -90,7 +90,7 @@ pub(super) fn locate(
     }
     memory
         .resolve_user(address, length)
-        // A region may be mapped so that the front-end's alignment is not ours.
+        // The mapping here may have another alignment than the front-end's.
         .filter(|pointer| (*pointer as usize as u64).is_multiple_of(alignment))
         .ok_or(LayoutError::Unmapped { ring, address })
 }

@@ -1,4 +1,4 @@
-//! The frames in hand, in a sealed memfd: the source had read them from the TAP and could not deliver them.
+//! The frames in hand, in a sealed memfd: frames that the source has read from the TAP and not yet delivered.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -11,27 +11,28 @@ use baton_protocol::handover::wire::device::FrameExtent;
 use crate::dataplane::rx::FrameInHand;
 use crate::net_header;
 
-/// Why frames cannot be read.
+/// Why the frames in hand cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum FramesError {
-    /// The file can still change.
+    /// The file is not a sealed memfd.
     #[error(transparent)]
     Memfd(#[from] SealedMemfdError),
-    /// A frame lies beyond the file's end.
+    /// A frame goes beyond the end of the file.
     #[error("the file of frames ends before the frame of queue pair {0}")]
     Beyond(usize),
-    /// The state speaks of frames, and no file came.
+    /// The device state describes frames, but there is no file.
     #[error("the file of frames is missing")]
     Missing,
-    /// The system would not.
+    /// A system call failed.
     #[error("cannot read the file of frames")]
     System(#[from] io::Error),
 }
 
-/// Writes the frames of each pair that has one: the file, and where they are. No file where there are none.
+/// Writes the frames in hand, at most one for each pair. Returns the file, or `None` without frames, and each frame's
+/// position.
 ///
 /// # Errors
-/// The system's.
+/// Returns an error if the file cannot be created.
 pub fn write(frames: &[Option<FrameInHand>]) -> io::Result<(Option<OwnedFd>, Vec<Option<FrameExtent>>)> {
     if frames.iter().all(Option::is_none) {
         return Ok((None, vec![None; frames.len()]));
@@ -51,10 +52,10 @@ pub fn write(frames: &[Option<FrameInHand>]) -> io::Result<(Option<OwnedFd>, Vec
     Ok((Some(sealed_memfd::create_read_only("baton-frames", &contents)?.into()), extents))
 }
 
-/// Reads the frames that `device` speaks of.
+/// Reads the frames that `device` describes, each with its pair.
 ///
 /// # Errors
-/// [`FramesError`].
+/// Returns an error if the file is missing, not a sealed memfd or too short, or cannot be read.
 pub fn read(device: &CheckedDevice, file: Option<OwnedFd>) -> Result<Vec<(usize, FrameInHand)>, FramesError> {
     let mut frames = Vec::new();
     let Some(file) = file else {
@@ -99,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn frames_arrive_as_they_were() {
+    fn frames_are_read_as_written() {
         let frames = [None, Some(frame(1, 60)), Some(frame(2, 65_000))];
         let (file, extents) = write(&frames).unwrap();
         let read = read(&checked(&extents), file).unwrap();
@@ -107,14 +108,14 @@ mod tests {
     }
 
     #[test]
-    fn no_file_where_there_are_none() {
+    fn no_file_is_written_without_frames() {
         let (file, extents) = write(&[None, None]).unwrap();
         assert!(file.is_none());
         assert!(read(&checked(&extents), file).unwrap().is_empty());
     }
 
     #[test]
-    fn a_file_that_is_not_as_described_is_refused() {
+    fn missing_short_or_unsealed_file_is_refused() {
         let (file, extents) = write(&[Some(frame(1, 60))]).unwrap();
         let error = read(&checked(&extents), None).unwrap_err();
         assert!(matches!(error, FramesError::Missing), "{error}");

@@ -1,8 +1,8 @@
-//! The device changes its back-end while its rings are stopped (DESIGN: "Local VM migration").
+//! Hands the device over while its rings are stopped (see ARCHITECTURE.md).
 //!
-//! [`source`] lasts from the operator's command, or from the front-end's request, until the TAP is the target's or ours
-//! for good; [`target`] until the TAP is ours. [`snapshot`] turns the device into what is said of it and back, [`frames`]
-//! moves the frames in hand.
+//! A [`source`] exists from the operator's command, or the front-end's request, until the TAP belongs to the target or
+//! to this process for good. A [`target`] exists until it owns the TAP or gives it up. [`snapshot`] describes the
+//! device and adopts it from a description. [`frames`] transfers the frames in hand.
 
 pub mod frames;
 pub mod snapshot;

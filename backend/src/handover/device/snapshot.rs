@@ -1,4 +1,4 @@
-//! Between the device and what is said of it.
+//! Describes the device for a hand-over, and adopts an offered device from its description.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
@@ -26,20 +26,20 @@ use crate::net_header;
 use crate::script;
 use crate::tap::{Tap, adopted};
 
-/// A device that is here and was not touched yet.
+/// An adopted device: this process holds its descriptors and has not touched it yet.
 #[derive(Debug)]
 pub struct Adopted {
-    /// Its TAP.
+    /// The device's TAP.
     pub tap: Tap,
-    /// Who owns it.
+    /// The ownership word.
     pub word: SharedWord,
-    /// What is said of it.
+    /// The device's description.
     pub device: CheckedDevice,
-    /// Frames that are to be delivered first.
+    /// The frames in hand, each with its pair, to be delivered first.
     pub frames: Vec<(usize, FrameInHand)>,
 }
 
-/// What is said of `device`, whose TAP is in use, put aside, or not here.
+/// Describes `device`. Its TAP may be in use, put aside, or absent.
 pub fn describe(device: &Device, tap: Option<&Tap>, extents: &[Option<FrameExtent>]) -> DeviceState {
     let session = device.session();
     let config = device.config();
@@ -76,8 +76,8 @@ pub fn describe(device: &Device, tap: Option<&Tap>, extents: &[Option<FrameExten
     }
 }
 
-/// What is said of `device` where no descriptor goes along: what its front-end negotiated. Nothing of this host is the next
-/// one's business. Targets before this version compare the number of queue pairs.
+/// Describes `device` for a transfer without descriptors: what its front-end negotiated, and nothing about this host.
+/// Targets of earlier versions compare the number of queue pairs.
 pub fn describe_alone(device: &Device) -> DeviceState {
     DeviceState {
         queue_pairs: vec![QueuePairState::default(); device.pairs().min(MAX_QUEUE_PAIRS)],
@@ -86,7 +86,7 @@ pub fn describe_alone(device: &Device) -> DeviceState {
     }
 }
 
-/// The descriptors of an offer, by name.
+/// Returns the names and descriptors of an offer.
 pub fn descriptors<'a>(
     tap: &'a Tap,
     word: &'a SharedWord,
@@ -101,7 +101,8 @@ pub fn descriptors<'a>(
         .unzip()
 }
 
-/// What this back-end could take of `state`, from a source that is of the same user or not.
+/// Returns what this back-end supports for a device in `state`. `same_user` says whether the source runs as the same
+/// user.
 pub fn capabilities(
     device: &Device,
     options: &TargetOptions,
@@ -110,7 +111,7 @@ pub fn capabilities(
 ) -> Capabilities {
     let first = state.queue_pairs.first().copied().unwrap_or_default();
     let offer = device.offer_with(&config(state, options), first.has_ufo, first.has_uso);
-    // Those of a device that was here before have been made fewer.
+    // A device that this process had before may have reduced the number of workers.
     let workers = Some(device.counters().len()).filter(|workers| *workers < state.queue_pairs.len());
     Capabilities {
         queue_pairs: options.queue_pairs.or(workers),
@@ -124,7 +125,7 @@ pub fn capabilities(
     }
 }
 
-/// How the device is configured, as the source says and the target's command line wants.
+/// Returns the device's configuration: the source's, except for `--poll-us` of the target.
 pub fn config(state: &DeviceState, options: &TargetOptions) -> DeviceConfig {
     DeviceConfig {
         mac: state.mac,
@@ -138,9 +139,9 @@ pub fn config(state: &DeviceState, options: &TargetOptions) -> DeviceConfig {
 /// Why an offer is not adopted.
 #[derive(Debug)]
 pub enum NotAdopted {
-    /// The source took it back before it was read.
+    /// The source retracted the offer before the target read it.
     Withdrawn,
-    /// The target will not have it.
+    /// The target refuses the offer.
     Refused(Reasons),
 }
 
@@ -156,10 +157,10 @@ impl From<Refusal> for NotAdopted {
     }
 }
 
-/// Checks an offer and keeps its descriptors, without touching the device. All that are not kept are closed.
+/// Checks an offer and claims its descriptors without touching the device. Closes the descriptors that are not kept.
 ///
 /// # Errors
-/// [`NotAdopted`].
+/// Returns an error if the source retracted the offer, or if the target must refuse it.
 pub fn adopt(
     device: &mut Device,
     options: &TargetOptions,
@@ -176,12 +177,12 @@ pub fn adopt(
             let offered = Word { epoch, owner: Owner::Offered };
             Ok((offered, Adopted { tap, word, device, frames }))
         }
-        // A source that takes the device back meanwhile changes what the checks see.
+        // The checks may have failed because the source took the device back meanwhile.
         Err(reasons) => Err(check_offer(&word, epoch).err().unwrap_or(NotAdopted::Refused(reasons))),
     }
 }
 
-/// That the word offers what the source said that it offers.
+/// Checks that the ownership word offers the device in this epoch.
 fn check_offer(word: &SharedWord, epoch: u64) -> Result<(), NotAdopted> {
     let now = word.load().map_err(|error| Refusal::Ownership(error.to_string()))?;
     match now.judge_offer(epoch) {
@@ -194,10 +195,10 @@ fn check_offer(word: &SharedWord, epoch: u64) -> Result<(), NotAdopted> {
     }
 }
 
-/// Frames in hand, each with its pair.
+/// The frames in hand, each with its pair.
 type Kept = Vec<(usize, FrameInHand)>;
 
-/// Checks and keeps all of an offer but the ownership word.
+/// Checks and claims everything in an offer except the ownership word.
 fn keep(
     device: &mut Device,
     options: &TargetOptions,

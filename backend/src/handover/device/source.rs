@@ -1,4 +1,4 @@
-//! The end that has the device: carries out what [`baton_protocol::handover::device::source`] decides.
+//! The source of a device. Carries out what [`baton_protocol::handover::device::source`] decides.
 
 use std::os::fd::AsFd;
 use std::time::Duration;
@@ -23,38 +23,38 @@ use crate::handover::agreed::AgreedTarget;
 use crate::handover::source_status;
 use crate::tap::Tap;
 
-/// How long a full socket is waited for: a front-end or a target may have filled it, and the event loop serves others.
+/// How long to wait while a socket is full: a front-end or target that fills it must not block the event loop.
 const PATIENCE: Duration = Duration::ZERO;
 
-/// How many messages of the target's are heard in a row: it has no reason to send more.
+/// The most messages to read from the target in a row. It has no reason to send more.
 const MESSAGES: usize = 16;
 
-/// Where the first offer of device state goes.
+/// How an offer over device state is sent.
 #[derive(Debug)]
 struct Route {
-    /// What the front-end gave.
+    /// The socket from the front-end.
     socket: MessageSocket,
     /// The target's end of the link.
     link: MessageSocket,
 }
 
-/// One hand-over, from this side.
+/// One hand-over of the device, on the source.
 #[derive(Debug)]
 pub struct DeviceSource {
     state: Source,
     link: Option<Watched<MessageSocket>>,
-    /// Until it is over: nobody asks any more, and it is a descriptor and a mapping.
+    /// The ownership word. Dropped once this process keeps the device, to free a descriptor and a mapping.
     word: Option<SharedWord>,
     /// The TAP, while it is offered.
     tap: Option<Tap>,
-    /// The target, for people.
+    /// The target's name for the operator.
     peer: String,
     route: Option<Route>,
-    /// Asked for by the front-end, for one migration: not offered a second time.
+    /// The front-end asked for the hand-over, for one migration: the device is not offered a second time.
     once: bool,
-    /// The front-end knows that the device's state is saved, if it asked for that.
+    /// The front-end, if it asked for the hand-over, has been told that the device state is saved.
     known: bool,
-    /// A target has held the device.
+    /// A target has confirmed that it holds the device.
     confirmed: bool,
 }
 
@@ -73,10 +73,11 @@ impl DeviceSource {
         }
     }
 
-    /// With a target that has agreed: the device is offered when all rings have stopped. Answers the operator.
+    /// Arms a hand-over to a target that has agreed: the device is offered when all rings have stopped. Answers the
+    /// operator.
     ///
     /// # Errors
-    /// How the hand-over ended, for want of memory, say.
+    /// Returns the final status if the ownership word cannot be created.
     pub fn armed(target: AgreedTarget) -> Result<Self, HandoverStatus> {
         let AgreedTarget { link, peer, call, .. } = target;
         let (result, answer) = match SharedWord::create() {
@@ -94,11 +95,11 @@ impl DeviceSource {
         result
     }
 
-    /// Offers at once, over a socket of the front-end's; the target answers at the other end of the link, `theirs`.
-    /// Gives whether the offer was sent, too.
+    /// Offers the device at once, over a socket from the front-end. The target answers over `link`, whose other end
+    /// `theirs` goes along with the offer. Also returns whether the offer was sent.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn offering(
         device: &mut Device,
         word: SharedWord,
@@ -115,27 +116,28 @@ impl DeviceSource {
         Ok((source, sent))
     }
 
-    /// The target, for people.
+    /// Returns the target's name for the operator.
     pub fn peer(&self) -> &str {
         &self.peer
     }
 
-    /// Whether it is over, with the device here.
+    /// Returns whether the hand-over has ended with the device here.
     pub fn is_over(&self) -> bool {
         matches!(self.state, Source::Ended(_))
     }
 
-    /// Whether it is over, was the front-end's wish, and no target ever confirmed it: the operator need not hear of it.
+    /// Returns whether a hand-over that the front-end asked for has ended without a target's confirmation, so that
+    /// `status` need not show it.
     pub fn is_forgotten(&self) -> bool {
         self.once && !self.confirmed && self.is_over()
     }
 
-    /// Whether the process may end once no front-end is connected.
+    /// Returns whether the process may end once no front-end is connected.
     pub fn is_done(&self) -> bool {
         self.state.is_done()
     }
 
-    /// How it stands.
+    /// Returns the status.
     pub fn status(&self) -> HandoverStatus {
         let (state, epoch) = match &self.state {
             Source::Armed { word } => (HandoverState::Armed, Some(word.epoch)),
@@ -146,14 +148,14 @@ impl DeviceSource {
         HandoverStatus { state, peer: self.peer.clone(), epoch, reason: None }
     }
 
-    /// Hears what the target says. Gives whether there was anything.
+    /// Handles the target's next message or the end of the connection. Returns whether there was either.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn listen(&mut self, device: &mut Device) -> Result<bool, DeviceError> {
         let Some(link) = &self.link else { return Ok(false) };
         let event = match link.receive::<Message>(Duration::ZERO) {
-            // None of the target's messages has descriptors; any that came are closed.
+            // The target's messages have no descriptors. Any that arrived are closed here.
             Ok(packet) => {
                 if matches!(packet.message, Message::Adopted(_)) {
                     baton_faults::pass(Point::SourceBackendAdopted);
@@ -173,7 +175,7 @@ impl DeviceSource {
         Ok(true)
     }
 
-    /// Hears all that the target has said, up to what it has reason to say.
+    /// Handles all messages that the target has sent, up to [`MESSAGES`].
     fn hear_out(&mut self, device: &mut Device) -> Result<(), DeviceError> {
         for _ in 0..MESSAGES {
             if !self.listen(device)? {
@@ -183,18 +185,18 @@ impl DeviceSource {
         Ok(())
     }
 
-    /// The connection is of no more use. It is closed only when it is known whose the device is: a target that ends sees
-    /// that, and takes what is still offered then.
+    /// Handles the loss of the connection. Closes it only after the ownership is settled: a target that ends and sees
+    /// it closed takes a device that is still offered.
     fn lost(&mut self, device: &mut Device) -> Result<(), DeviceError> {
         self.tell(device, Event::Closed)?;
         self.link = None;
         Ok(())
     }
 
-    /// Follows the rings.
+    /// Follows the rings: offers the device when all have stopped, and takes it back when one starts.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn settle(&mut self, device: &mut Device) -> Result<(), DeviceError> {
         match &self.state {
             Source::Armed { .. } if self.once => self.tell(device, Event::Cancel),
@@ -204,51 +206,52 @@ impl DeviceSource {
         }
     }
 
-    /// The front-end has been told that the device's state is saved.
+    /// Notes that the front-end has been told that the device state is saved.
     pub fn set_known(&mut self) {
         self.known = true;
     }
 
-    /// The front-end has gone, or this process is `ending`, which is no reason to take anything back. One that has moved the
-    /// device's state itself, and does not know how that went, has not moved its VM either.
+    /// Handles the front-end's departure, or that this process is `ending`, which does not take an offer back. A
+    /// front-end that moves the device state itself, and leaves before it knows the result, has not moved its VM.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn frontend_left(&mut self, device: &mut Device, ending: bool) -> Result<(), DeviceError> {
-        // This may be the last process that has the device: whether the target still holds it is to be known first.
+        // This may be the last process with the device, so first learn whether the target still holds it.
         self.hear_out(device)?;
         let moved = ending || self.known || !self.once;
         self.tell(device, Event::FrontendLeft { moved })
     }
 
-    /// A front-end is there.
+    /// Handles a new front-end.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn frontend_came(&mut self, device: &mut Device) -> Result<(), DeviceError> {
         self.tell(device, Event::FrontendCame)
     }
 
-    /// Ends it, if the device is not the target's yet.
+    /// Cancels the hand-over, unless the target already owns the device.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn cancel(&mut self, device: &mut Device) -> Result<Answer, DeviceError> {
         self.tell(device, Event::Cancel)?;
         Ok(if device.tap().is_some() {
             control::answer(&HandoverReply::CANCELLED)
         } else {
-            Err(control::refusal("too late: the device is the target's"))
+            Err(control::refusal("too late: the target owns the device"))
         })
     }
 
-    /// The process ends: a target that holds the device, and does not end as well, keeps it; any other gets none.
+    /// Settles who owns the device when the process ends: a target that holds it and does not end as well, otherwise
+    /// this process.
     ///
-    /// Either end says that it ends before it looks whether the other one does, so at least one of two sees the other;
-    /// where both do, the word decides.
+    /// Each end announces that it ends before it checks whether the other one does, so at least one of them notices the
+    /// other. If both do, the ownership word decides.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn finish(&mut self, device: &mut Device) -> Result<(), DeviceError> {
         match self.state {
             Source::Offered { adopted: true, .. } => {
@@ -267,7 +270,7 @@ impl DeviceSource {
         let (state, actions) = state.step(event);
         self.confirmed |= matches!(state, Source::Offered { adopted: true, .. } | Source::HandedOver);
         if let (false, Source::Ended(reason)) = (over, &state) {
-            limited!(info, peer = self.peer, %reason, "the hand-over is over, the device is ours");
+            limited!(info, peer = self.peer, %reason, "hand-over ended, this back-end keeps the device");
         }
         self.state = state;
         self.act(device, actions)?;
@@ -286,7 +289,7 @@ impl DeviceSource {
                 }
                 Action::Resume => {
                     if let Some(tap) = self.tap.take() {
-                        limited!(info, peer = self.peer, "the device is ours again");
+                        limited!(info, peer = self.peer, "took the device back");
                         device.use_tap(tap)?;
                     }
                 }
@@ -296,7 +299,7 @@ impl DeviceSource {
                     for pair in 0..device.pairs() {
                         device.set_frame_in_hand(pair, None)?;
                     }
-                    limited!(info, peer = self.peer, "the device is the target's");
+                    limited!(info, peer = self.peer, "the target took the device");
                 }
                 Action::Send(message) => self.send(device, &message)?,
                 Action::Close => self.link = None,
@@ -308,7 +311,7 @@ impl DeviceSource {
     fn send(&mut self, device: &mut Device, message: &Message) -> Result<(), DeviceError> {
         let Some(link) = &self.link else { return Ok(()) };
         match link.send(message, &[], PATIENCE) {
-            // The end of a connection is heard after the target's last word.
+            // The end of the connection is handled after the target's last message.
             Ok(()) | Err(ChannelError::Closed) => Ok(()),
             Err(error) => {
                 limited!(warn, peer = self.peer, %error, "cannot send {}", message.name());
@@ -317,7 +320,7 @@ impl DeviceSource {
         }
     }
 
-    /// Puts the TAP aside, says so in the word, and sends both.
+    /// Puts the TAP aside, offers it in the ownership word, and sends both.
     fn offer(&mut self, device: &mut Device, word: Word) -> Result<(), DeviceError> {
         let frames = device.frames_in_hand()?;
         self.tap = device.set_tap_aside()?;
@@ -329,7 +332,7 @@ impl DeviceSource {
             return self.lost(device);
         }
         baton_faults::pass(Point::SourceBackendOfferSent);
-        limited!(info, peer = self.peer, epoch = word.epoch, "TAP descriptors sent: the device is offered");
+        limited!(info, peer = self.peer, epoch = word.epoch, "TAP descriptors sent, device offered");
         Ok(())
     }
 
@@ -339,7 +342,7 @@ impl DeviceSource {
         let (file, extents) = match frames::write(frames) {
             Ok(written) => written,
             Err(error) => {
-                limited!(warn, %error, "cannot hand the frames in hand over");
+                limited!(warn, %error, "cannot write the frames in hand");
                 return false;
             }
         };
@@ -348,7 +351,7 @@ impl DeviceSource {
         let state = snapshot::describe(device, Some(tap), &extents);
         let message = Message::Offer(Offer { epoch: word.epoch, device: state, fds });
         let socket = route.as_ref().map(|route| &route.socket).or(self.link.as_deref());
-        // Over the front-end's socket only credentials tell the target who the source is.
+        // Over the front-end's socket, only credentials identify the source to the target.
         let with_credentials = route.is_some();
         match socket.map(|socket| match with_credentials {
             true => socket.send_with_credentials(&message, &descriptors, PATIENCE),

@@ -1,4 +1,4 @@
-//! The end that waits for a device: carries out what [`baton_protocol::handover::device::target`] decides.
+//! The target of a device. Carries out what [`baton_protocol::handover::device::target`] decides.
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -27,13 +27,13 @@ use crate::handover::agreed::AgreedSource;
 use crate::handover::options::TargetOptions;
 use crate::handover::{LINK, SOURCE_NAME};
 
-/// How long a full socket is waited for: a front-end or a source may have filled it, and the event loop serves others.
+/// How long to wait while a socket is full: a front-end or source that fills it must not block the event loop.
 const PATIENCE: Duration = Duration::ZERO;
 
-/// How many messages a source sends at most without an answer, and the end of its connection.
+/// The most messages that a source sends without an answer, plus the end of its connection.
 const MESSAGES: usize = 8;
 
-/// What the device was before it was described by a source.
+/// The device's description before the source's took its place.
 #[derive(Debug)]
 struct Before {
     config: DeviceConfig,
@@ -41,29 +41,30 @@ struct Before {
     pairs: usize,
 }
 
-/// One hand-over, from this side.
+/// One hand-over of the device, on the target.
 #[derive(Debug)]
 pub struct DeviceTarget {
     state: Target<Box<Adopted>>,
     link: Option<Watched<MessageSocket>>,
-    /// The connection of a source that has ended, or ends. It stays open as long as this is the source's device, or may
-    /// be: to a source that ends, a connection that is closed means that this end does not keep the device.
+    /// The connection of a source that has ended, or is about to. It stays open while this process may keep the device:
+    /// for a source that ends, a closed connection means that the target does not keep it.
     ended: Option<Watched<MessageSocket>>,
-    /// The source runs as the same user.
+    /// Whether the source runs as the same user.
     same_user: bool,
-    /// The descriptors of the message that is being looked at.
+    /// The descriptors of the message that is being handled.
     fds: Option<NamedFds<OwnedFd>>,
     before: Before,
     /// Why the last offer was refused.
     refused: Option<Reasons>,
-    /// Brought by the front-end, for one migration.
+    /// The front-end brought the offer, for one migration.
     once: bool,
 }
 
-/// Checks whether this back-end would take the device, and opens what it needs for it while no frame waits.
+/// Checks whether this back-end can take the device. Opens the vhost-net instances for it now, before any frame has to
+/// wait for that.
 ///
 /// # Errors
-/// All [`Reasons`] against it.
+/// Returns all reasons for a refusal.
 pub fn judge(
     device: &mut Device,
     options: &TargetOptions,
@@ -91,15 +92,16 @@ impl DeviceTarget {
         }
     }
 
-    /// With a source that has agreed.
+    /// Creates the target for a source that has agreed.
     pub fn ready(source: AgreedSource, device: &Device) -> Self {
         Self::new(source.link, source.same_user, device)
     }
 
-    /// With an offer that the front-end's socket brought. The inner error says what is wrong with it.
+    /// Creates the target for an offer that arrived over the front-end's socket. The inner error says why the offer is
+    /// not adopted.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn offered(
         packet: Packet<Message>,
         sender: Option<Peer>,
@@ -108,7 +110,10 @@ impl DeviceTarget {
         epoll: &Arc<Epoll>,
     ) -> Result<Result<Self, String>, DeviceError> {
         let Message::Offer(mut offer) = packet.message else {
-            return Ok(Err(format!("the device state begins with {}", packet.message.name())));
+            return Ok(Err(format!(
+                "the device state begins with {} instead of an offer",
+                packet.message.name()
+            )));
         };
         let mut fds = match std::mem::take(&mut offer.fds).pair(packet.fds) {
             Ok(fds) => fds,
@@ -123,29 +128,29 @@ impl DeviceTarget {
             Ok(link) => link,
             Err(error) => return Ok(Err(error.to_string())),
         };
-        // The peer of `link` proves nothing: a front-end can connect it to any listener. The kernel vouches for the sender.
+        // Do not trust the peer of `link`: a front-end can connect it to any listener. The kernel vouches for `sender`.
         let mut target = Self::new(Some(link), sender.is_some_and(Peer::same_user), device);
         target.fds = Some(fds);
         target.once = true;
         target.tell(device, options, Event::Message(Message::Offer(offer)))?;
-        // Only that packet was vouched for.
+        // The credentials cover only that packet.
         target.same_user = false;
         if let Some(reasons) = target.refused.take() {
             return Ok(Err(reasons.to_string()));
         }
         if matches!(target.state, Target::Ready) {
-            // The front-end brings one offer, and no other can follow.
-            return Ok(Err("the source took its offer back".to_owned()));
+            // No other offer can follow over the front-end's socket.
+            return Ok(Err("the source retracted its offer".to_owned()));
         }
         Ok(Ok(target))
     }
 
-    /// Whether the next source may come.
+    /// Returns whether the hand-over has ended and the next source may connect.
     pub fn is_over(&self) -> bool {
         matches!(self.state, Target::Ended | Target::Taken)
     }
 
-    /// How it stands.
+    /// Returns the status.
     pub fn status(&self) -> HandoverStatus {
         let (state, epoch) = match &self.state {
             Target::Adopted { word, .. } => (HandoverState::Adopted, Some(word.epoch)),
@@ -154,10 +159,10 @@ impl DeviceTarget {
         HandoverStatus { state, peer: SOURCE_NAME.to_owned(), epoch, reason: None }
     }
 
-    /// Hears what the source says.
+    /// Handles the source's next message or the end of the connection.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn listen(&mut self, device: &mut Device, options: &TargetOptions) -> Result<(), DeviceError> {
         let Some(link) = &self.link else { return Ok(()) };
         let event = match link.receive::<Message>(Duration::ZERO) {
@@ -187,10 +192,10 @@ impl DeviceTarget {
         self.tell(device, options, event)
     }
 
-    /// Hears all that the source has said, up to what it says in one hand-over.
+    /// Handles all messages that the source has sent, up to the number that one hand-over takes.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn hear_out(&mut self, device: &mut Device, options: &TargetOptions) -> Result<(), DeviceError> {
         for _ in 0..MESSAGES {
             self.listen(device, options)?;
@@ -198,18 +203,18 @@ impl DeviceTarget {
         Ok(())
     }
 
-    /// The front-end has gone: what it brought, and has not taken, is not for the next one.
+    /// Handles the front-end's departure. A device that it brought and did not take is not for the next front-end.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn frontend_left(&mut self, device: &mut Device, options: &TargetOptions) -> Result<(), DeviceError> {
         if self.once { self.tell(device, options, Event::FrontendLeft) } else { Ok(()) }
     }
 
-    /// Follows the rings: the first that starts takes the device.
+    /// Follows the rings: the first one that starts takes the device.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn settle(&mut self, device: &mut Device, options: &TargetOptions) -> Result<(), DeviceError> {
         match &self.state {
             Target::Adopted { .. } if device.wants_tap() => self.tell(device, options, Event::RingStarting),
@@ -217,16 +222,16 @@ impl DeviceTarget {
         }
     }
 
-    /// The process ends.
+    /// Settles who owns the device when the process ends.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn finish(&mut self, device: &mut Device, options: &TargetOptions) -> Result<(), DeviceError> {
         self.inherit(device, options)
     }
 
-    /// Takes what the source has left behind, so that somebody cleans it up. A source that ends at the same time sees that
-    /// this end gives the device up, or is seen here to have gone.
+    /// Takes the device of a source that has ended, so that this process cleans it up. A source that ends at the same
+    /// time either sees that this end gives up the device, or is seen here to have ended.
     fn inherit(&mut self, device: &mut Device, options: &TargetOptions) -> Result<(), DeviceError> {
         if let Some(link) = &self.link {
             link.shutdown_write();
@@ -280,7 +285,7 @@ impl DeviceTarget {
                     baton_faults::pass(Point::TargetBackendActive);
                 }
                 Action::Release(adopted) => {
-                    limited!(info, tap = adopted.tap.name(), "the device stays the source's");
+                    limited!(info, tap = adopted.tap.name(), "the source keeps the device");
                     let Before { config, offer, pairs } = &self.before;
                     device.describe(config.clone(), *offer, *pairs);
                 }
@@ -288,7 +293,7 @@ impl DeviceTarget {
                     if let Some(link) = &self.link
                         && let Err(error) = link.send(&message, &[], PATIENCE)
                     {
-                        // The end of the connection will be seen.
+                        // If the connection has ended, the next read reports it.
                         limited!(warn, %error, "cannot send {}", message.name());
                     }
                 }
@@ -317,11 +322,11 @@ impl DeviceTarget {
                 Event::Adoption(Ok((word, Box::new(adopted))))
             }
             Err(NotAdopted::Withdrawn) => {
-                limited!(info, epoch, "the source took the offer back before it was read");
+                limited!(info, epoch, "the source retracted the offer before it was read");
                 Event::Withdrawn
             }
             Err(NotAdopted::Refused(reasons)) => {
-                limited!(warn, %reasons, "an offered device is refused");
+                limited!(warn, %reasons, "refused an offered device");
                 self.refused = Some(reasons.clone());
                 Event::Adoption(Err(reasons))
             }
@@ -329,7 +334,7 @@ impl DeviceTarget {
     }
 }
 
-/// The device is ours: counters go on, frames in hand go first, and the TAP is used.
+/// Activates the device, which this process now owns: restores counters and frames in hand, and uses the TAP.
 fn activate(device: &mut Device, adopted: Adopted) -> Result<(), DeviceError> {
     let Adopted { tap, device: checked, frames, .. } = adopted;
     for (counters, saved) in device.counters().iter().zip(&checked.state().queue_pairs) {
@@ -341,6 +346,6 @@ fn activate(device: &mut Device, adopted: Adopted) -> Result<(), DeviceError> {
     for (pair, frame) in frames {
         device.set_frame_in_hand(pair, Some(frame))?;
     }
-    limited!(info, tap = tap.name(), queue_pairs = tap.pairs(), "the device is ours");
+    limited!(info, tap = tap.name(), queue_pairs = tap.pairs(), "took the device");
     device.use_tap(tap)
 }

@@ -1,5 +1,5 @@
-//! The frames in hand of a session that is handed over: in a memfd that both ends have from STAGE on, with room for one
-//! of each queue pair, so that nothing has to be made and nothing can fail for its size while nobody serves.
+//! The frames in hand of a session that is handed over, in a memfd that both ends hold from STAGE on. It has room for
+//! one frame of each queue pair, so that no file has to be created or resized during the blackout.
 
 use std::fs::File;
 use std::io;
@@ -12,7 +12,7 @@ use baton_protocol::handover::wire::session::FRAME_SLOT;
 use crate::dataplane::rx::FrameInHand;
 use crate::net_header;
 
-/// The file.
+/// The memfd, with one slot for each queue pair.
 #[derive(Debug)]
 pub struct FrameSlots(File);
 
@@ -23,26 +23,26 @@ impl AsFd for FrameSlots {
 }
 
 impl FrameSlots {
-    /// Room for a frame of each of so many pairs.
+    /// Creates slots for `pairs` queue pairs.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if the memfd cannot be created.
     pub fn create(pairs: usize) -> io::Result<Self> {
         sealed_memfd::create("baton-frames", slot(pairs)).map(Self)
     }
 
-    /// The file that the source made for so many pairs.
+    /// Adopts the slots that the source created for `pairs` queue pairs.
     ///
     /// # Errors
-    /// [`SealedMemfdError`]; the descriptor is closed.
+    /// Returns an error if the descriptor is not a sealed memfd of the right size. The descriptor is closed.
     pub fn adopt(file: OwnedFd, pairs: usize) -> Result<Self, SealedMemfdError> {
         sealed_memfd::adopt(file, "the file of frames", slot(pairs)).map(Self)
     }
 
-    /// Keeps a pair's frame; gives its length with its header.
+    /// Writes a pair's frame into its slot. Returns the frame's length, header included.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if the write fails.
     pub fn keep(&self, pair: usize, frame: &FrameInHand) -> io::Result<u32> {
         let FrameInHand { header, frame } = frame;
         self.0.write_all_at(header, slot(pair))?;
@@ -50,10 +50,10 @@ impl FrameSlots {
         u32::try_from(header.len() + frame.len()).map_err(io::Error::other)
     }
 
-    /// A frame that begins there, with its header, and has this length.
+    /// Reads the frame that begins with its header at `offset` and has `length` bytes, header included.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if the read fails.
     pub fn take(&self, offset: u64, length: u32) -> io::Result<FrameInHand> {
         let mut header = [0; net_header::SHORT];
         let mut frame = vec![0; (length as usize).saturating_sub(header.len())];
@@ -63,7 +63,7 @@ impl FrameSlots {
     }
 }
 
-/// Where a pair's frame begins.
+/// Returns the offset of a pair's slot.
 fn slot(pair: usize) -> u64 {
     pair as u64 * u64::from(FRAME_SLOT)
 }
@@ -73,7 +73,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_frame_arrives_as_it_was() {
+    fn frame_is_read_as_written() {
         let here = FrameSlots::create(3).unwrap();
         let there = FrameSlots::adopt(here.as_fd().try_clone_to_owned().unwrap(), 3).unwrap();
         let largest = FrameInHand { header: [7; net_header::SHORT], frame: vec![9; crate::tap::MAX_FRAME] };
@@ -82,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_for_another_number_of_pairs_is_refused() {
+    fn slots_for_another_number_of_pairs_are_refused() {
         let here = FrameSlots::create(1).unwrap();
         let error = FrameSlots::adopt(here.as_fd().try_clone_to_owned().unwrap(), 2).unwrap_err();
         assert!(matches!(error, SealedMemfdError::Size { .. }), "{error}");

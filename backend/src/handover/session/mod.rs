@@ -1,9 +1,9 @@
-//! A running session changes its back-end (DESIGN: "The handover protocol"): the device with its rings, the front-end's
-//! connection, and the endpoint that front-ends come from.
+//! Hands over a running session (see ARCHITECTURE.md): the device with its rings, the front-end's connection, and the
+//! endpoint.
 //!
-//! [`source`] lasts from the target's READY until the session is the target's or ours for good, [`target`] until the
-//! session is ours, or dropped. [`snapshot`] describes a session, [`stage`] makes one of a description, [`frames`] has the
-//! frames in hand.
+//! A [`source`] exists from the target's READY until the session belongs to the target or to this process for good. A
+//! [`target`] exists until it owns the session or drops it. [`snapshot`] describes a session, [`stage`] sets one up
+//! from a description, and [`frames`] holds the frames in hand.
 
 pub mod frames;
 pub mod snapshot;
@@ -18,16 +18,16 @@ use std::time::Duration;
 
 use crate::endpoint::Endpoint;
 
-/// How long the event loop stands still for what is to come at once, while no frame moves.
+/// How long the event loop blocks for a message that is due at once, while no frame moves.
 const MOMENT: Duration = Duration::from_millis(2);
 
-/// How long a full socket of the peer's is waited for.
+/// How long to wait while the socket to the peer is full.
 const PATIENCE: Duration = Duration::from_millis(100);
 
-/// What a front-end has negotiated with another process.
+/// What a front-end negotiated with the process that served it before.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Negotiated {
-    /// Whether it has sent any message.
+    /// Whether the front-end has sent any message.
     pub begun: bool,
     /// Virtio features (`SET_FEATURES`).
     pub features: u64,
@@ -44,36 +44,35 @@ pub struct Connection<'a> {
     pub begun: bool,
 }
 
-/// The event loop's part in a hand-over of the session: the front-end's connection, and the endpoint that others come
-/// from.
+/// The event loop's side of a hand-over of the session: the front-end's connection and the endpoint.
 pub trait FrontEnd: Debug {
-    /// The connection, if a front-end is connected.
+    /// Returns the connection, if a front-end is connected.
     fn connection(&self) -> Option<Connection<'_>>;
 
-    /// Where front-ends come from.
+    /// Returns the endpoint.
     fn endpoint(&self) -> &Endpoint;
 
-    /// Leaves messages and new front-ends in their sockets from now on.
+    /// Stops reading messages and accepting front-ends. They stay in their sockets.
     fn hold(&mut self);
 
-    /// The session is ours after all: serves again.
+    /// Serves again after [`Self::hold`]: this process keeps the session.
     fn resume(&mut self);
 
-    /// The session is the target's: closes the connection and leaves the endpoint to the target.
+    /// Closes the connection and leaves the endpoint to the target, which owns the session now.
     fn release(&mut self);
 
-    /// Prepares to serve a connection and an endpoint that are another process' still, and holds its own.
+    /// Prepares to serve a connection and an endpoint that still belong to another process, and holds its own.
     ///
     /// # Errors
-    /// What making the message handler fails with; all is as before.
+    /// Returns an error if the message handler cannot be created. Nothing is changed.
     fn stage(&mut self, connection: Option<(OwnedFd, Negotiated)>, endpoint: Endpoint) -> io::Result<()>;
 
-    /// Drops what was staged, and serves its own again.
+    /// Drops the staged connection and endpoint, and serves its own again.
     fn unstage(&mut self);
 
-    /// Serves what was staged in the place of its own.
+    /// Serves the staged connection and endpoint instead of its own.
     fn take(&mut self);
 
-    /// Another process has taken the session back: this process ends.
+    /// Ends the process because the source took the session back.
     fn abandon(&mut self);
 }

@@ -1,4 +1,4 @@
-//! What is said of a session, and its descriptors, from the side that serves it.
+//! Describes a session and collects its descriptors, on the source.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -21,7 +21,7 @@ use crate::handover::Context;
 use crate::vring::RingAddresses;
 use crate::vring_setup::VringSetup;
 
-/// What is said of the session with the front-end.
+/// Describes the session.
 pub fn describe(cx: &Context<'_>) -> SessionState {
     let Context { device, front, transfer, .. } = cx;
     let session = device.session();
@@ -82,7 +82,7 @@ fn vring(setup: &VringSetup) -> VringState {
     }
 }
 
-/// Everything that goes along, by name: `vhost` are instances of vhost-net, one a pair or none.
+/// Returns all descriptors of the session, by name. `vhost` has one vhost-net instance for each pair, or none.
 pub fn descriptors<'a>(
     device: &'a Device,
     front: &'a dyn FrontEnd,
@@ -92,24 +92,24 @@ pub fn descriptors<'a>(
 ) -> NamedFds<BorrowedFd<'a>> {
     let session = device.session();
     let mut named = vec![(OWNERSHIP_FD.to_owned(), word.as_fd()), (FRAMES_FD.to_owned(), frames.as_fd())];
-    let mut one = |name: &str, fd: Option<BorrowedFd<'a>>| named.extend(fd.map(|fd| (name.to_owned(), fd)));
-    one(FRONTEND_FD, front.connection().map(|connection| connection.socket));
-    one(LISTENER_FD, front.endpoint().listener());
+    let mut add = |name: &str, fd: Option<BorrowedFd<'a>>| named.extend(fd.map(|fd| (name.to_owned(), fd)));
+    add(FRONTEND_FD, front.connection().map(|connection| connection.socket));
+    add(LISTENER_FD, front.endpoint().listener());
     for (region, (_, _, file)) in session.memory.files().enumerate() {
-        one(&memory_fd(region), Some(file.as_fd()));
+        add(&memory_fd(region), Some(file.as_fd()));
     }
-    one(LOG_FD, session.log.as_ref().map(|log| log.file().as_fd()));
-    one(INFLIGHT_FD, session.inflight.as_ref().map(|region| region.file().as_fd()));
+    add(LOG_FD, session.log.as_ref().map(|log| log.file().as_fd()));
+    add(INFLIGHT_FD, session.inflight.as_ref().map(|region| region.file().as_fd()));
     for (index, vring) in session.vrings.iter().enumerate() {
         if let Some(Kick::Eventfd(kick)) = &vring.kick {
-            one(&kick_fd(index), Some(kick.as_fd()));
+            add(&kick_fd(index), Some(kick.as_fd()));
         }
-        one(&call_fd(index), vring.call.as_ref().map(AsFd::as_fd));
-        one(&error_fd(index), vring.error.as_ref().map(AsFd::as_fd));
+        add(&call_fd(index), vring.call.as_ref().map(AsFd::as_fd));
+        add(&error_fd(index), vring.error.as_ref().map(AsFd::as_fd));
     }
     for pair in 0..device.pairs() {
-        one(&tap_fd(pair), device.tap().map(|tap| tap.queue(pair).lend()));
-        one(&vhost_fd(pair), vhost.get(pair).map(AsFd::as_fd));
+        add(&tap_fd(pair), device.tap().map(|tap| tap.queue(pair).lend()));
+        add(&vhost_fd(pair), vhost.get(pair).map(AsFd::as_fd));
     }
     named.into_iter().collect()
 }

@@ -1,4 +1,4 @@
-//! The end that serves the session: carries out what [`baton_protocol::handover::session::source`] decides.
+//! The source of a session. Carries out what [`baton_protocol::handover::session::source`] decides.
 
 use std::fs::File;
 use std::io;
@@ -32,7 +32,7 @@ use crate::handover::error::HandoverError;
 use crate::handover::{Context, now, source_status};
 use crate::vhost_net::{self, VhostNetError};
 
-/// How long the target may take to tidy up before this process ends.
+/// How long this process waits for the target to clean up before it ends.
 const FAREWELL: Duration = Duration::from_secs(2);
 
 /// Why a session cannot be staged.
@@ -48,36 +48,36 @@ enum StageError {
     System(#[from] io::Error),
 }
 
-/// What there is while a session is staged.
+/// What source and target share while a session is staged.
 #[derive(Debug)]
 struct Shared {
     word: SharedWord,
     frames: FrameSlots,
 }
 
-/// One hand-over, from this side.
+/// One hand-over of the session, on the source.
 #[derive(Debug)]
 pub struct SessionSource {
     state: Source,
     link: Option<Watched<MessageSocket>>,
-    /// Until it does not matter any more: a process that has ended stays so, and would be told of for ever.
+    /// The target's process. Dropped when its end no longer matters: epoll would report the end again and again.
     process: Option<Watched<PeerProcess>>,
-    /// The target, for people.
+    /// The target's name for the operator.
     peer: String,
-    /// The operator's request, until it is over.
+    /// The operator's request, until it is answered.
     call: Option<Call>,
     began: Duration,
     shared: Option<Shared>,
-    /// What is said in COMMIT.
+    /// The state of the stopped rings, for COMMIT.
     frozen: Option<Frozen>,
-    /// The answer was waited for.
+    /// Whether [`Self::hurry`] has already waited for the answer.
     hurried: bool,
-    /// Until when the target is given to tidy up.
+    /// When to stop waiting for the target to clean up.
     farewell: Option<Duration>,
 }
 
 impl SessionSource {
-    /// With a target that has agreed. [`Self::stage`] goes on.
+    /// Creates the source for a target that has agreed. [`Self::stage`] must follow.
     pub fn new(target: AgreedTarget) -> Self {
         let AgreedTarget { link, process, peer, call, began } = target;
         Self {
@@ -94,37 +94,37 @@ impl SessionSource {
         }
     }
 
-    /// Holds the front-end's messages and sends everything to the target, with instances of vhost-net if it wants them.
+    /// Holds the front-end's messages and sends the session to the target, with vhost-net instances if it wants them.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn stage(&mut self, cx: &mut Context<'_>, wants_vhost: bool) -> Result<(), DeviceError> {
         let (state, actions) = Source::staging(wants_vhost, self.began, now());
         self.state = state;
         self.act(cx, actions)
     }
 
-    /// The target, for people.
+    /// Returns the target's name for the operator.
     pub fn peer(&self) -> &str {
         &self.peer
     }
 
-    /// Whether it is over, with the session here.
+    /// Returns whether the hand-over has ended with the session here.
     pub fn is_over(&self) -> bool {
         matches!(self.state, Source::Ended { .. })
     }
 
-    /// Whether the process may end.
+    /// Returns whether the process may end.
     pub fn is_done(&self) -> bool {
         matches!(self.state, Source::HandedOver(_)) && self.link.is_none()
     }
 
-    /// When [`Self::on_time`] is due.
+    /// Returns when [`Self::on_time`] is due.
     pub fn deadline(&self) -> Option<Duration> {
         self.state.deadline().or(self.farewell)
     }
 
-    /// How it stands.
+    /// Returns the status.
     pub fn status(&self) -> HandoverStatus {
         let state = match &self.state {
             Source::Staging { .. } => HandoverState::Staging,
@@ -140,19 +140,19 @@ impl SessionSource {
         HandoverStatus { state, peer: self.peer.clone(), epoch: None, reason: None }
     }
 
-    /// Hears what the target says.
+    /// Handles the target's next message or the end of the connection.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn listen(&mut self, cx: &mut Context<'_>) -> Result<(), DeviceError> {
         self.hear(cx, Duration::ZERO)
     }
 
-    /// Once the session is offered, waits a moment for the target's answer: it has the processor at once if there is but
-    /// one.
+    /// Once the session is offered, briefly waits for the target's answer. On a machine with one processor, this lets
+    /// the target run at once.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn hurry(&mut self, cx: &mut Context<'_>) -> Result<(), DeviceError> {
         if matches!(self.state, Source::Committed { .. }) && !std::mem::replace(&mut self.hurried, true) {
             self.hear(cx, MOMENT)?;
@@ -163,7 +163,7 @@ impl SessionSource {
     fn hear(&mut self, cx: &mut Context<'_>, patience: Duration) -> Result<(), DeviceError> {
         let Some(link) = &self.link else { return Ok(()) };
         match link.receive::<Message>(patience) {
-            // None of the target's messages has descriptors; any that came are closed.
+            // The target's messages have no descriptors. Any that arrived are closed here.
             Ok(packet) => self.tell(cx, Event::Message(packet.message)),
             Err(ChannelError::Timeout) => Ok(()),
             Err(error) => {
@@ -175,7 +175,7 @@ impl SessionSource {
         }
     }
 
-    /// The connection is of no more use. Whether the target is dead is said first.
+    /// Handles the end of the connection. If the target is dead, reports its death first.
     fn closed(&mut self, cx: &mut Context<'_>) -> Result<(), DeviceError> {
         self.link = None;
         self.farewell = None;
@@ -185,12 +185,12 @@ impl SessionSource {
         self.tell(cx, Event::Closed)
     }
 
-    /// The target is dead.
+    /// Handles the death of the target.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn died(&mut self, cx: &mut Context<'_>) -> Result<(), DeviceError> {
-        // What it had said before is heard first.
+        // First handle the messages that it sent before.
         while let Some(link) = &self.link {
             match link.receive::<Message>(Duration::ZERO) {
                 Ok(packet) => self.tell(cx, Event::Message(packet.message))?,
@@ -202,10 +202,10 @@ impl SessionSource {
         self.tell(cx, Event::Dead)
     }
 
-    /// It is `now`.
+    /// Handles a timeout at time `now`.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn on_time(&mut self, cx: &mut Context<'_>, now: Duration) -> Result<(), DeviceError> {
         if self.farewell.take_if(|until| *until <= now).is_some() {
             self.link = None;
@@ -213,22 +213,22 @@ impl SessionSource {
         self.tell_at(cx, Event::Time, now)
     }
 
-    /// Ends it, if the session is not the target's yet.
+    /// Cancels the hand-over, unless the target already owns the session.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn cancel(&mut self, cx: &mut Context<'_>) -> Result<Answer, DeviceError> {
         self.tell(cx, Event::Cancel)?;
         Ok(match &self.state {
             Source::Ended { .. } => control::answer(&HandoverReply::CANCELLED),
-            _ => Err(control::refusal("too late: the session is the target's")),
+            _ => Err(control::refusal("too late: the target owns the session")),
         })
     }
 
-    /// The process ends: the session ends with it, unless it is the target's.
+    /// Settles who owns the session when the process ends. The session ends with the process unless the target owns it.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn finish(&mut self, cx: &mut Context<'_>) -> Result<(), DeviceError> {
         self.tell(cx, Event::Cancel)?;
         if !matches!(self.state, Source::Ended { .. } | Source::HandedOver(_)) {
@@ -247,13 +247,13 @@ impl SessionSource {
         let lost_before = matches!(state, Source::Lost { .. });
         let (state, actions) = state.step(event, now);
         self.state = state;
-        // One that has said ACTIVE settles next.
+        // A target that has sent ACTIVE settles next.
         if !lost_before && matches!(self.state, Source::Lost { active: None, .. }) {
             let peer = &self.peer;
             limited!(
                 warn,
                 peer,
-                "the target has taken the session, but does not go on; it has it while it lives"
+                "the target took the session but does not serve it; it keeps the session until it dies"
             );
         }
         self.act(cx, actions)?;
@@ -262,7 +262,7 @@ impl SessionSource {
         Ok(())
     }
 
-    /// Reports the end to the operator and to the log.
+    /// Reports the end of the hand-over to the operator and in the log.
     fn report(&mut self) {
         let report = match &self.state {
             Source::Ended { phase, reason } => {
@@ -277,9 +277,9 @@ impl SessionSource {
         let answer = control::answer(&report);
         match (&report, &answer) {
             (SessionReport::RolledBack { reason, .. }, _) => {
-                limited!(info, peer, reason, "the hand-over is over, the session is ours");
+                limited!(info, peer, reason, "hand-over ended, this back-end keeps the session");
             }
-            (_, Ok(report)) => limited!(info, peer, %report, "the session is the target's"),
+            (_, Ok(report)) => limited!(info, peer, %report, "the target took the session"),
             _ => {}
         }
         call.answer(answer);
@@ -290,14 +290,14 @@ impl SessionSource {
             match action {
                 Action::Hold => {
                     cx.front.hold();
-                    // It may have begun a transfer of device state since the hand-over was allowed.
+                    // The front-end may have begun a transfer of device state since the hand-over was accepted.
                     if cx.transfer.is_running() {
                         let text = HandoverError::DeviceState.to_string();
                         return self.tell(cx, Event::Failed(cannot("the session", &text)));
                     }
                 }
                 Action::Stage { vhost } => match self.send_stage(cx, vhost) {
-                    // The end of a connection is heard after the target's last word.
+                    // The end of the connection is handled after the target's last message.
                     Ok(()) | Err(StageError::Channel(ChannelError::Closed)) => {}
                     Err(error) => {
                         self.tell(cx, Event::Failed(cannot("the session", &error_chain(&error))))?;
@@ -331,7 +331,7 @@ impl SessionSource {
                     cx.front.release();
                 }
                 Action::Send(message) => self.send(cx, &message, &[])?,
-                // The target may have something to tidy up, and closes the connection then.
+                // The target closes the connection when it has cleaned up.
                 Action::Close if matches!(self.state, Source::HandedOver(_)) && self.link.is_some() => {
                     self.farewell = Some(now() + FAREWELL);
                 }
@@ -355,7 +355,7 @@ impl SessionSource {
     ) -> Result<(), DeviceError> {
         let Some(link) = &self.link else { return Ok(()) };
         match link.send(message, fds, PATIENCE) {
-            // The end of a connection is heard after the target's last word.
+            // The end of the connection is handled after the target's last message.
             Ok(()) | Err(ChannelError::Closed) => Ok(()),
             Err(error) => {
                 limited!(warn, peer = self.peer, %error, "cannot send {}", message.name());
@@ -413,7 +413,7 @@ impl SessionSource {
     fn commit(&mut self, cx: &mut Context<'_>, word: Word, times: FreezeTimes) -> Result<(), DeviceError> {
         let Some(Frozen { vrings, pairs }) = self.frozen.take() else { return Ok(()) };
         baton_faults::pass(Point::SourceSessionOffered);
-        // As the target hears it: when this process runs again, it may be long after that.
+        // The time before the message is sent: this process may be scheduled again long after the target reads it.
         let now = now();
         let times = FreezeTimes { sent: nanoseconds(now), ..times };
         let message = Message::Commit(Commit { epoch: word.epoch, vrings, pairs, times });
@@ -423,7 +423,7 @@ impl SessionSource {
     }
 }
 
-/// Why the source cannot go on.
+/// Formats the reason why the source cannot hand over `what`.
 fn cannot(what: &'static str, text: &str) -> String {
     Reasons::from(Refusal::Source { what, text: text.to_owned() }).to_string()
 }

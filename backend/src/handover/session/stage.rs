@@ -1,5 +1,5 @@
-//! A session made of what came for it, on the side that is to have it. Everything is checked, mapped and set up; what the
-//! source works with is not touched.
+//! Stages a session on the target: checks, maps and sets up everything that the source sent, without touching anything
+//! that the source works with.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -38,16 +38,16 @@ use crate::vhost_net::VhostNet;
 use crate::vring::RingAddresses;
 use crate::vring_setup::VringSetup;
 
-/// What is here beside the device and the front-end's connection, and waits to be taken.
+/// The staged state besides the device and the front-end's connection.
 #[derive(Debug)]
 pub struct Staged {
-    /// How the transfer of device state ended that the front-end has not asked about yet.
+    /// Whether the last transfer of device state succeeded, if the front-end has not asked yet.
     pub device_state_moved: Option<bool>,
-    /// The frames in hand, later.
+    /// The slots for the frames in hand, which the source fills before COMMIT.
     pub frames: FrameSlots,
 }
 
-/// What this back-end could take of a session, from a source that is of the same user or not.
+/// Returns what this back-end supports for a session. `same_user` says whether the source runs as the same user.
 pub fn capabilities(cx: &Context<'_>, state: &DeviceState, same_user: bool) -> Capabilities {
     Capabilities {
         device: snapshot::capabilities(cx.device, cx.options, state, same_user),
@@ -56,17 +56,18 @@ pub fn capabilities(cx: &Context<'_>, state: &DeviceState, same_user: bool) -> C
     }
 }
 
-/// Makes everything ready that `stage` speaks of, with these descriptors; those that are of no use are closed.
+/// Stages the session that `stage` describes, with these descriptors.
 ///
 /// # Errors
-/// All [`Reasons`] against it, or the first that only making it shows; all is as before.
+/// Returns all reasons for a refusal that the description shows, or else the first error in setting it up. Nothing is
+/// changed, and the descriptors are closed.
 pub fn stage(
     cx: &mut Context<'_>,
     same_user: bool,
     stage: Stage,
     mut fds: NamedFds<OwnedFd>,
 ) -> Result<(SharedWord, Staged, Shape), Reasons> {
-    baton_faults::point(Point::TargetSessionGathered).map_err(|error| made("the session", &error))?;
+    baton_faults::point(Point::TargetSessionGathered).map_err(|error| unusable("the session", &error))?;
     let Stage { device: device_state, session: session_state, .. } = stage;
     let capabilities = capabilities(cx, &device_state, same_user);
     let checked = CheckedSession::try_from((device_state, session_state, &capabilities))?;
@@ -77,14 +78,14 @@ pub fn stage(
     let word = SharedWord::from_fd(fds.claim(OWNERSHIP_FD).map_err(claimed)?)
         .map_err(|error| Refusal::Ownership(error.to_string()))?;
     if word.load() != Ok(Word::INITIAL) {
-        let text = "the ownership word does not say that the source has the session".to_owned();
+        let text = "unexpected ownership word: the source does not own the session".to_owned();
         return Err(Refusal::Ownership(text).into());
     }
     let frames = FrameSlots::adopt(fds.claim(FRAMES_FD).map_err(claimed)?, pairs)
-        .map_err(|error| made("frames", &error))?;
+        .map_err(|error| unusable("frames", &error))?;
     let frontend = state.frontend.map(|_| fds.claim(FRONTEND_FD)).transpose().map_err(claimed)?;
     if frontend.as_ref().is_some_and(|socket| !endpoint::is_connection(socket)) {
-        let text = "it is no connected Unix stream socket".to_owned();
+        let text = "not a connected Unix stream socket".to_owned();
         return Err(Refusal::Unusable { what: "the front-end's connection", text }.into());
     }
     let listens = matches!(state.endpoint.kind, wire::EndpointKind::Listening | wire::EndpointKind::Listener);
@@ -105,7 +106,7 @@ pub fn stage(
     };
     let vhost = vhost.into_iter().map(VhostNet::from_fd).collect::<Result<Vec<_>, _>>();
     let vhost = vhost.map_err(|error| Refusal::VhostNet(error.to_string()))?;
-    // What the kernel can do was not known before it was here.
+    // The features of the source's vhost-net instances are known only now.
     let possible = vhost.iter().fold(negotiated.features, |mask, vhost| vhost.masked(Features(mask)).0);
     if possible != negotiated.features {
         return Err(Refusal::Features(negotiated.features & !possible).into());
@@ -114,13 +115,13 @@ pub fn stage(
     cx.device.open_vhost(pairs).map_err(|error| Refusal::VhostNet(error.to_string()))?;
     let config = snapshot::config(device_state, cx.options);
     let offer = cx.device.offer_with(&config, tap.has_ufo(), tap.has_uso());
-    cx.device.stage(session, tap, config, offer).map_err(|error| made("the device", &error))?;
+    cx.device.stage(session, tap, config, offer).map_err(|error| unusable("the device", &error))?;
     let connection = frontend.map(|socket| (socket, negotiated));
     let staged = cx.front.stage(connection, endpoint);
-    let staged = staged.map_err(|error| made("the front-end's connection", &error)).and_then(|()| {
-        // From here on nobody touches the memory until the session is taken.
+    let staged = staged.map_err(|error| unusable("the front-end's connection", &error)).and_then(|()| {
+        // From here on, this process does not touch the memory until it takes the session.
         if sigbus::take_truncation() {
-            let text = "the file of a region was truncated".to_owned();
+            let text = "the file of a region is truncated".to_owned();
             return Err(Refusal::Unusable { what: "the memory", text }.into());
         }
         Ok(())
@@ -132,19 +133,19 @@ pub fn stage(
         }
         Err(reasons) => {
             cx.front.unstage();
-            // A worker that died is found by whoever uses it next.
+            // The next use of a dead worker reports it.
             let _ = cx.device.unstage();
             Err(reasons)
         }
     }
 }
 
-/// What could not be made of what came.
-fn made(what: &'static str, error: &dyn std::error::Error) -> Reasons {
+/// Returns the refusal for a part of the session that cannot be set up.
+fn unusable(what: &'static str, error: &dyn std::error::Error) -> Reasons {
     Refusal::Unusable { what, text: error_chain(error) }.into()
 }
 
-/// The session's state with all that it needs.
+/// Builds the session's state: maps the memory, log and inflight region, and claims the vrings' descriptors.
 fn session(
     device: &DeviceState,
     state: &wire::SessionState,
@@ -161,19 +162,19 @@ fn session(
         };
         regions.push((layout, region.count, claim(&memory_fd(index))?));
     }
-    let memory = GuestMemory::map_counted(regions).map_err(|error| made("the memory", &error))?;
+    let memory = GuestMemory::map_counted(regions).map_err(|error| unusable("the memory", &error))?;
     let mut log = None;
     if let Some(wire::LogState { offset, size }) = state.log {
         let mapped = DirtyLog::new(claim(LOG_FD)?, offset, size);
-        log = Some(Arc::new(mapped.map_err(|error| made("the log of changed pages", &error))?));
+        log = Some(Arc::new(mapped.map_err(|error| unusable("the log of changed pages", &error))?));
     }
     let features = Features(device.features);
     SessionState::check_log(features, &memory, log.as_deref())
-        .map_err(|error| made("the log of changed pages", &error))?;
+        .map_err(|error| unusable("the log of changed pages", &error))?;
     let mut inflight = None;
     if let Some(wire::InflightState { offset, size, queues, entries }) = state.inflight {
         let mapped = InflightRegion::new(claim(INFLIGHT_FD)?, offset, size, queues, entries);
-        inflight = Some(Arc::new(mapped.map_err(|error| made("the inflight region", &error))?));
+        inflight = Some(Arc::new(mapped.map_err(|error| unusable("the inflight region", &error))?));
     }
     let mut vrings = Vec::new();
     for (index, state) in state.vrings.iter().enumerate() {
@@ -182,7 +183,7 @@ fn session(
                 return Ok(None);
             }
             let notifier = Notifier::try_from(claim(&name)?);
-            notifier.map(Some).map_err(|error| made("a vring's descriptor", &error))
+            notifier.map(Some).map_err(|error| unusable("a vring's descriptor", &error))
         };
         let kick = notifier(state.kick == wire::KickState::Fd, kick_fd(index))?;
         let call = notifier(state.call, call_fd(index))?;

@@ -1,4 +1,4 @@
-//! The end that waits for a session: carries out what [`baton_protocol::handover::session::target`] decides.
+//! The target of a session. Carries out what [`baton_protocol::handover::session::target`] decides.
 
 use std::os::fd::OwnedFd;
 use std::time::Duration;
@@ -27,29 +27,30 @@ use crate::handover::agreed::AgreedSource;
 use crate::handover::transfer::Transfer;
 use crate::handover::{Context, SOURCE_NAME, now};
 
-/// One hand-over, from this side.
+/// One hand-over of the session, on the target.
 #[derive(Debug)]
 pub struct SessionTarget {
     state: Target<OwnedFd, Box<Staged>>,
     link: Option<Watched<MessageSocket>>,
     /// The source's process.
     process: Option<Watched<PeerProcess>>,
-    /// The source runs as the same user.
+    /// Whether the source runs as the same user.
     same_user: bool,
-    /// The ownership word, once it is here.
+    /// The ownership word, from STAGE on.
     word: Option<SharedWord>,
-    /// What was taken, until the front-end may be heard.
+    /// What was staged, between taking the session and serving the front-end.
     taken: Option<Box<Staged>>,
-    /// COMMIT was waited for.
+    /// Whether [`Self::hurry`] has already waited for COMMIT.
     hurried: bool,
-    /// How many vhost-nets there were, until there are more for good.
+    /// How many vhost-net instances to keep if the hand-over fails.
     vhosts: Option<usize>,
 }
 
-/// Checks whether this back-end would take the session, and opens what it needs for it while no frame waits.
+/// Checks whether this back-end can take the session. Opens the vhost-net instances for it now, before any frame has to
+/// wait for that.
 ///
 /// # Errors
-/// All [`Reasons`] against it.
+/// Returns all reasons for a refusal.
 pub fn judge(
     cx: &mut Context<'_>,
     same_user: bool,
@@ -66,7 +67,7 @@ pub fn judge(
 }
 
 impl SessionTarget {
-    /// With a source that has agreed.
+    /// Creates the target for a source that has agreed.
     pub fn ready(source: AgreedSource) -> Self {
         let AgreedSource { link, process, same_user, vhosts } = source;
         Self {
@@ -81,17 +82,17 @@ impl SessionTarget {
         }
     }
 
-    /// Whether the next source may come.
+    /// Returns whether the hand-over has ended and the next source may connect.
     pub fn is_over(&self) -> bool {
         matches!(self.state, Target::Ended | Target::Active(_))
     }
 
-    /// When [`Self::on_time`] is due.
+    /// Returns when [`Self::on_time`] is due.
     pub fn deadline(&self) -> Option<Duration> {
         self.state.deadline()
     }
 
-    /// How it stands.
+    /// Returns the status.
     pub fn status(&self) -> HandoverStatus {
         let state = match &self.state {
             Target::Staged(_) | Target::Taking { .. } => HandoverState::Adopted,
@@ -101,18 +102,18 @@ impl SessionTarget {
         HandoverStatus { state, peer: SOURCE_NAME.to_owned(), epoch: None, reason: None }
     }
 
-    /// Hears what the source says.
+    /// Handles the source's next message or the end of the connection.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn listen(&mut self, cx: &mut Context<'_>) -> Result<(), DeviceError> {
         self.hear(cx, Duration::ZERO)
     }
 
-    /// Once everything is staged, waits a moment for COMMIT: the source stops its rings as soon as it hears of it.
+    /// Once everything is staged, briefly waits for COMMIT: the source stops its rings as soon as it reads STAGED.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn hurry(&mut self, cx: &mut Context<'_>) -> Result<(), DeviceError> {
         if matches!(self.state, Target::Staged(_)) && !std::mem::replace(&mut self.hurried, true) {
             self.hear(cx, MOMENT)?;
@@ -130,7 +131,7 @@ impl SessionTarget {
                     limited!(warn, %error, "invalid message from the source");
                     let reason = Refusal::Unusable { what: "a message", text: error.to_string() };
                     let refuse = Message::Refuse(Refuse { reasons: reason.into() });
-                    // Whoever does not hear it sees the end of the connection.
+                    // If this fails, the source still sees the connection close.
                     let _ = link.send(&refuse, &[], PATIENCE);
                 }
                 self.closed(cx)
@@ -138,7 +139,7 @@ impl SessionTarget {
         }
     }
 
-    /// The connection is of no more use. Whether the source is dead is said first.
+    /// Handles the end of the connection. If the source is dead, reports its death first.
     fn closed(&mut self, cx: &mut Context<'_>) -> Result<(), DeviceError> {
         self.link = None;
         if self.process.take_if(|process| process.has_exited()).is_some() {
@@ -147,12 +148,12 @@ impl SessionTarget {
         self.tell(cx, Event::Closed)
     }
 
-    /// The source is dead.
+    /// Handles the death of the source.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn died(&mut self, cx: &mut Context<'_>) -> Result<(), DeviceError> {
-        // What it had said before is heard first.
+        // First handle the messages that it sent before.
         while let Some(link) = &self.link {
             match link.receive::<Message>(Duration::ZERO) {
                 Ok(Packet { message, fds }) => self.tell(cx, Event::Message(message, fds))?,
@@ -163,10 +164,10 @@ impl SessionTarget {
         self.tell(cx, Event::Dead)
     }
 
-    /// It is `now`.
+    /// Handles a timeout at time `now`.
     ///
     /// # Errors
-    /// [`DeviceError`]: the device cannot go on.
+    /// Returns an error if the device fails.
     pub fn on_time(&mut self, cx: &mut Context<'_>, now: Duration) -> Result<(), DeviceError> {
         self.tell_at(cx, Event::Time, now)
     }
@@ -211,7 +212,7 @@ impl SessionTarget {
                     });
                     match &staged {
                         Ok(_) => baton_faults::pass(Point::TargetSessionStaged),
-                        Err(reasons) => limited!(warn, %reasons, "a session is refused"),
+                        Err(reasons) => limited!(warn, %reasons, "refused a session"),
                     }
                     self.tell(cx, Event::Staged(staged))?;
                 }
@@ -248,7 +249,7 @@ impl SessionTarget {
                     cx.front.unstage();
                     drop(staged);
                     self.word = None;
-                    limited!(info, "the session stays the source's");
+                    limited!(info, "the source keeps the session");
                 }
                 Action::Abandon => {
                     cx.device.freeze(|_, _| Ok(0))?;
@@ -260,7 +261,7 @@ impl SessionTarget {
                     if let Some(link) = &self.link
                         && let Err(error) = link.send(&message, &[], PATIENCE)
                     {
-                        // The end of the connection will be seen.
+                        // If the connection has ended, the next read reports it.
                         limited!(warn, %error, "cannot send {}", message.name());
                     }
                     match message {
@@ -269,7 +270,7 @@ impl SessionTarget {
                         _ => {}
                     }
                 }
-                // Once the event loop has the session, the source learns so from the end of the connection.
+                // Kept open until the event loop serves the session: the source waits for the end of the connection.
                 Action::Close if matches!(self.state, Target::Active(_)) => {}
                 Action::Close => self.link = None,
             }
@@ -277,7 +278,7 @@ impl SessionTarget {
         Ok(())
     }
 
-    /// The session is ours: its rings run.
+    /// Starts the rings of the session, which this process now owns.
     fn activate(
         &mut self,
         cx: &mut Context<'_>,
@@ -288,8 +289,8 @@ impl SessionTarget {
         for (pair, offset, length) in commit.frames() {
             match staged.frames.take(offset, length) {
                 Ok(frame) => frames.push((pair, frame)),
-                // The session is ours now, whatever becomes of a frame.
-                Err(error) => limited!(warn, pair, %error, "the frame in hand is lost"),
+                // This process owns the session, so it must go on without the frame.
+                Err(error) => limited!(warn, pair, %error, "lost the frame in hand"),
             }
         }
         let said = commit.commit();
@@ -303,9 +304,9 @@ impl SessionTarget {
         match &self.state {
             Target::Active(Taken::Committed(report)) => {
                 let report = serde_json::to_string(&SessionReport::completed(report.clone()));
-                limited!(info, report = report.unwrap_or_default(), "the session is ours");
+                limited!(info, report = report.unwrap_or_default(), "took the session");
             }
-            _ => limited!(info, "the source is dead: the session is ours"),
+            _ => limited!(info, "the source is dead, took the session"),
         }
         if let Some(staged) = self.taken.take() {
             *cx.transfer = Transfer::inherited(staged.device_state_moved);
