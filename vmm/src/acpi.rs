@@ -1,9 +1,9 @@
 //! The ACPI tables: how the guest finds its processors, its interrupt controllers and its devices.
 //!
 //! Hardware-reduced ACPI (ACPI 6.5, section 4.1): no fixed hardware, no system control interrupt; sleep and
-//! reset registers are I/O ports. Stock distribution kernels know no `virtio_mmio.device=` parameter, so each
-//! virtio-mmio device is an `LNRO0005` in the DSDT. Its interrupt is edge-triggered: the back-end's call is a
-//! pulse that an irqfd delivers, and nobody would lower a level.
+//! reset registers are I/O ports. Stock distribution kernels do not support the `virtio_mmio.device=` parameter, so
+//! each virtio-mmio device is an `LNRO0005` in the DSDT. Its interrupt is edge-triggered: an irqfd delivers the
+//! back-end's call as a pulse, and nothing would lower a level.
 
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -29,19 +29,19 @@ const DSDT_REVISION: u8 = 6;
 const TABLE_HEADER: u32 = 36;
 const TABLE_ALIGNMENT: u64 = 16;
 
-/// IA-PC boot architecture flags: no VGA (bit 2), no CMOS clock (bit 5); nor is there a keyboard (bit 1).
+/// IA-PC boot architecture flags: no VGA (bit 2), no CMOS clock (bit 5). Bit 1 is clear: no keyboard.
 const BOOT_ARCHITECTURE: u16 = 1 << 2 | 1 << 5;
 
-/// Why the tables could not be made.
+/// Why the tables cannot be written.
 #[derive(Debug, Error)]
 pub enum AcpiError {
     /// A device that 32-bit resources cannot describe.
     #[error("a virtio-mmio device lies above 4 GiB")]
     DeviceAddress(#[from] std::num::TryFromIntError),
-    /// They are larger than their area.
+    /// The tables are larger than their area.
     #[error("the ACPI tables need {0} bytes: too many devices")]
     TooLarge(u64),
-    /// Guest memory is not where it should be.
+    /// The tables' area is not in guest memory.
     #[error("cannot write the ACPI tables")]
     Memory(#[from] vm_memory::GuestMemoryError),
 }
@@ -57,7 +57,7 @@ pub fn write(memory: &GuestMemory, cpus: u8, devices: &[VirtioSlot]) -> Result<(
     Ok(())
 }
 
-/// All tables as they lie in memory from `base` on, the RSDP first.
+/// Returns all tables as laid out in memory from `base` on, the RSDP first.
 fn build(base: u64, cpus: u8, devices: &[VirtioSlot]) -> Result<Vec<u8>, AcpiError> {
     let mut area = Area { base, bytes: vec![0; Rsdp::len()] };
     let dsdt = area.append(&dsdt(devices)?);
@@ -73,14 +73,14 @@ fn build(base: u64, cpus: u8, devices: &[VirtioSlot]) -> Result<Vec<u8>, AcpiErr
     Ok(area.bytes)
 }
 
-/// Tables one after the other.
+/// A sequence of tables in guest memory.
 struct Area {
     base: u64,
     bytes: Vec<u8>,
 }
 
 impl Area {
-    /// Appends a table; gives its address.
+    /// Appends a table and returns its guest address.
     fn append(&mut self, table: &dyn Aml) -> u64 {
         let length = (self.bytes.len() as u64).next_multiple_of(TABLE_ALIGNMENT);
         self.bytes.resize(usize::try_from(length).unwrap_or(usize::MAX), 0);
@@ -182,7 +182,7 @@ mod tests {
         bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
     }
 
-    /// The table at a guest address.
+    /// Returns the table at a guest address.
     fn table(bytes: &[u8], address: u64) -> &[u8] {
         let at = usize::try_from(address - BASE).unwrap();
         let length = usize::try_from(u32_at(bytes, at + 4)).unwrap();
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn every_table_is_reached_and_sums_to_zero() {
+    fn every_table_is_reachable_and_has_a_valid_checksum() {
         let bytes = tables(16, 2);
         assert_eq!(&bytes[..8], b"RSD PTR ");
         assert_eq!(sum(&bytes[..20]), 0);
@@ -210,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn every_device_is_in_the_dsdt() {
+    fn dsdt_describes_every_device() {
         let bytes = tables(1, 3);
         let count = |wanted: &[u8]| bytes.windows(wanted.len()).filter(|window| *window == wanted).count();
         assert_eq!(count(b"LNRO0005"), 3);
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn the_fullest_machine_fits() {
+    fn tables_of_the_largest_machine_fit() {
         let bytes = tables(16, usize::try_from(MAX_VIRTIO_DEVICES).unwrap());
         assert!(bytes.len() < usize::try_from(EXTENDED_START - ACPI_TABLES).unwrap());
     }

@@ -1,8 +1,8 @@
-//! Puts the kernel, the initial RAM disk, the command line and the boot parameters into guest memory, as the
-//! Linux/x86 boot protocol wants them for its 64-bit entry point (Documentation/arch/x86/boot.rst).
+//! Loads the kernel, the initial RAM disk, the command line and the boot parameters into guest memory, as the
+//! Linux/x86 boot protocol requires for its 64-bit entry point (Documentation/arch/x86/boot.rst).
 //!
-//! A bzImage and an uncompressed ELF vmlinux are told apart by their first bytes. Both are entered in long mode
-//! with the boot parameters' address in RSI; the bzImage decompresses itself first.
+//! The first bytes tell a bzImage from an uncompressed ELF vmlinux. Both are entered in long mode with the boot
+//! parameters' address in RSI; the bzImage decompresses itself first.
 
 use std::fs::File;
 use std::io::{Read, Seek};
@@ -18,7 +18,7 @@ use crate::config::Config;
 use crate::memory::{GuestMemory, HOLE_END, HOLE_START};
 use crate::platform::{ACPI_TABLES, COMMAND_LINE, CONVENTIONAL_END, EXTENDED_START, ZERO_PAGE};
 
-/// What every guest gets; `--cmdline` is appended.
+/// The start of every guest's command line. `--cmdline` is appended.
 pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 reboot=k panic=-1";
 
 /// The longest command line of an x86 kernel, with its terminating zero.
@@ -31,13 +31,13 @@ const BOOT_FLAG: u16 = 0xaa55;
 const HEADER_MAGIC: u32 = u32::from_le_bytes(*b"HdrS");
 const LOADER_UNDEFINED: u8 = 0xff;
 const ELF_KERNEL_ALIGNMENT: u32 = 2 << 20;
-/// The highest address of an initial RAM disk where the kernel names none.
+/// The highest address of an initial RAM disk if the kernel does not state one.
 const INITRD_MAX: u64 = 0x7fff_ffff;
 const PAGE: u64 = 4096;
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
 
-/// Why the guest could not be loaded.
+/// Why the guest cannot be loaded.
 #[derive(Debug, Error)]
 pub enum BootError {
     /// A file that cannot be opened or read.
@@ -47,18 +47,18 @@ pub enum BootError {
         what: &'static str,
         /// Its path.
         path: PathBuf,
-        /// What the kernel said.
+        /// The I/O error.
         #[source]
         source: std::io::Error,
     },
     /// Neither a bzImage nor an ELF that can be loaded.
-    #[error("{} is no kernel that fits into {memory} bytes of guest memory: give a bzImage or an uncompressed vmlinux, or more --memory", path.display())]
+    #[error("cannot load kernel {} into {memory} bytes of guest memory; give a bzImage or an uncompressed vmlinux, or more --memory", path.display())]
     Kernel {
         /// Its path.
         path: PathBuf,
-        /// Guest memory.
+        /// The size of guest memory.
         memory: u64,
-        /// What the loader said.
+        /// The loader's error.
         #[source]
         source: linux_loader::loader::Error,
     },
@@ -68,18 +68,18 @@ pub enum BootError {
     /// Too long, or with characters that are not ASCII.
     #[error("the kernel command line is not ASCII or is longer than {} characters", COMMAND_LINE_CAPACITY - 1)]
     CommandLine(#[source] linux_loader::cmdline::Error),
-    /// The command line cannot be put where it belongs.
+    /// The command line cannot be written to guest memory.
     #[error("cannot load the kernel command line")]
     LoadCommandLine(#[source] linux_loader::loader::Error),
     /// No room for the initial RAM disk between the kernel and the end of low memory.
-    #[error("initrd {} of {size} bytes does not fit: give more --memory", path.display())]
+    #[error("initrd {} of {size} bytes does not fit into guest memory; give more --memory", path.display())]
     InitrdTooLarge {
         /// Its path.
         path: PathBuf,
         /// Its size.
         size: u64,
     },
-    /// Guest memory is not where it should be.
+    /// The boot parameters' address is not in guest memory.
     #[error("cannot write to guest memory")]
     Memory(#[from] vm_memory::GuestMemoryError),
 }
@@ -93,16 +93,16 @@ pub struct EntryPoint {
     pub boot_parameters: u64,
 }
 
-/// What a loader found out about a kernel.
+/// A loaded kernel.
 struct Kernel {
     entry: u64,
-    /// The first byte that neither the image nor its decompressed self will touch.
+    /// The first byte beyond both the image and the decompressed kernel.
     end: u64,
     header: setup_header,
     initrd_max: u64,
 }
 
-/// Loads `kernel` and everything else; `ram` are the ranges that guest memory occupies.
+/// Loads `kernel` and everything else. `ram` lists the ranges of guest memory.
 pub fn load(
     config: &Config,
     kernel: &Path,
@@ -181,7 +181,7 @@ fn load_kernel(path: &Path, memory: &GuestMemory, memory_size: u64) -> Result<Ke
     })
 }
 
-/// Loads the initial RAM disk as high as it may be; gives its address and size.
+/// Loads the initial RAM disk as high as possible. Returns its address and size.
 fn load_initrd(
     path: &Path,
     memory: &GuestMemory,
@@ -200,20 +200,20 @@ fn load_initrd(
     Ok((low_address(address), low_address(size)))
 }
 
-/// The highest page below both limits that leaves room for `size` bytes above `kernel_end`.
+/// Returns the highest page-aligned address at which `size` bytes fit above `kernel_end` and below the limits.
 fn initrd_address(size: u64, kernel_end: u64, initrd_max: u64, low_end: u64) -> Option<u64> {
     let end = low_end.min(initrd_max.saturating_add(1)).min(HOLE_START);
     let address = end.checked_sub(size)? & !(PAGE - 1);
     (address >= kernel_end).then_some(address)
 }
 
-/// An address or size below 4 GiB, as the header's 32-bit fields hold it.
+/// Converts an address or size below 4 GiB for the header's 32-bit fields.
 fn low_address(address: u64) -> u32 {
     debug_assert!(address < HOLE_END);
     u32::try_from(address).unwrap_or(u32::MAX)
 }
 
-/// The memory map for the guest: RAM, without the first MiB's firmware area.
+/// Returns the guest's memory map: RAM, without the firmware area in the first MiB.
 fn memory_map(ram: &[(u64, u64)]) -> Vec<boot_e820_entry> {
     let entry = |start: u64, end: u64, r#type| boot_e820_entry { addr: start, size: end - start, r#type };
     let mut map =
@@ -228,7 +228,7 @@ mod tests {
     use crate::memory::ranges;
 
     #[test]
-    fn the_initrd_lies_at_the_top_of_low_memory() {
+    fn initrd_is_placed_at_the_top_of_low_memory() {
         let mib = 1 << 20;
         assert_eq!(initrd_address(mib + 1, 64 * mib, 0x7fff_ffff, 512 * mib), Some(511 * mib - PAGE));
         assert_eq!(initrd_address(mib, 64 * mib, 0x7fff_ffff, HOLE_START), Some(2047 * mib));
@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn an_initrd_never_touches_the_kernel() {
+    fn initrd_never_overlaps_the_kernel() {
         let mib = 1 << 20;
         assert_eq!(initrd_address(64 * mib, 64 * mib, 0x7fff_ffff, 128 * mib), Some(64 * mib));
         assert_eq!(initrd_address(64 * mib + 1, 64 * mib, 0x7fff_ffff, 128 * mib), None);
@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn the_memory_map_has_no_ram_in_the_hole() {
+    fn memory_map_has_no_ram_in_the_hole() {
         let spans: Vec<(u64, u64, u32)> = memory_map(&ranges(5 << 30))
             .iter()
             .map(|entry| (entry.addr, entry.addr + entry.size, entry.r#type))
@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn the_command_line_is_appended() {
+    fn cmdline_option_is_appended_to_the_default() {
         let line = command_line(Some(" quiet ")).unwrap();
         assert_eq!(line.as_cstring().unwrap().to_str().unwrap(), format!("{DEFAULT_COMMAND_LINE} quiet"));
         command_line(Some(&"x".repeat(COMMAND_LINE_CAPACITY))).unwrap_err();
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn no_kernel_is_one_clear_error() {
+    fn missing_and_invalid_kernels_are_distinct_errors() {
         let memory = crate::memory::allocate(64 << 20).unwrap();
         let missing = load_kernel(Path::new("/nonexistent/vmlinuz"), &memory, 64 << 20);
         assert!(matches!(missing, Err(BootError::File { what: "kernel", .. })));

@@ -1,7 +1,7 @@
-//! The command line.
+//! The command line: its options and their validation.
 //!
-//! Everything that can be judged without touching the machine is judged here, so that a usage error ends the
-//! program with exit code 2 before anything is opened.
+//! This module checks everything that can be checked without touching the host. A usage error ends the program with
+//! exit code 2 before it opens anything.
 
 use std::collections::HashSet;
 use std::ffi::OsString;
@@ -19,43 +19,68 @@ const MIN_MEMORY: u64 = 64 << 20;
 const MAX_MEMORY: u64 = 1 << 40;
 const PAGE: u64 = 4096;
 
-/// A minimal KVM virtual machine monitor: a Linux guest whose network devices are vhost-user back-ends.
+/// The help of `--net`, with line breaks: clap does not wrap it.
+const NET_HELP: &str = "\
+Add a network device: socket=PATH[,mac=MAC][,queue-pairs=N][,local-migration=on|off]
+
+Repeatable. The guest sees the devices in the order given.
+
+  socket           the vhost-user socket of the device's back-end
+  mac              the guest's MAC address; by default the back-end's, else a random one
+  queue-pairs      the number of queue pairs, 1 to 128; by default 1
+  local-migration  whether \"batonctl migrate --local\" hands over the TAP; by default on";
+
+/// A minimal KVM virtual machine monitor with vhost-user network devices.
+///
+/// Boots a Linux guest whose network devices are vhost-user back-ends, such as baton-backend,
+/// or receives a running VM from another baton-vmm on this host.
+///
+/// Exits with code 0 when the guest powers off or resets, on SIGTERM, and on "batonctl quit";
+/// with code 1 on a failure, and with code 2 on a usage error.
 #[derive(Clone, Debug, Parser)]
-#[command(name = "baton-vmm", version)]
+#[command(name = "baton-vmm", version, verbatim_doc_comment)]
 pub struct Config {
-    /// The guest's kernel: a bzImage, or an uncompressed ELF vmlinux.
+    /// Boot this kernel: a bzImage or an uncompressed ELF vmlinux; required without --incoming
     #[arg(long, value_name = "PATH", required_unless_present = "incoming")]
     pub kernel: Option<PathBuf>,
-    /// The guest's initial RAM disk.
+    /// Load this file as the guest's initial RAM disk
     #[arg(long, value_name = "PATH")]
     pub initrd: Option<PathBuf>,
-    /// Kernel parameters, appended to "console=ttyS0 reboot=k panic=-1"; the last one of a kind wins.
+    /// Append these kernel parameters to "console=ttyS0 reboot=k panic=-1"
+    ///
+    /// If a parameter occurs twice, the last one takes effect.
     #[arg(long, value_name = "STR")]
     pub cmdline: Option<String>,
-    /// How many vCPUs the VM has: 1 to 16.
+    /// Number of vCPUs, 1 to 16
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=16))]
     pub cpus: u8,
-    /// Guest memory, such as 512M or 4G.
+    /// Size of guest memory, 64M to 1T, such as 512M or 4G
     #[arg(long, value_name = "SIZE", default_value = "512M")]
     pub memory: MemorySize,
     /// The network devices, in the order given.
     #[arg(
         long,
         value_name = "DEVICE",
-        help = "A network device: socket=PATH[,mac=MAC][,queue-pairs=N][,local-migration=on|off]; repeatable"
+        help = "Add a network device: socket=PATH[,mac=MAC][,queue-pairs=N][,local-migration=on|off]",
+        long_help = NET_HELP
     )]
     pub net: Vec<NetConfig>,
-    /// Where to listen for batonctl.
+    /// Listen on this Unix socket for batonctl
     #[arg(long, value_name = "PATH")]
     pub control_socket: Option<PathBuf>,
-    /// Take a running VM in: wait on this socket for the VMM that has it (batonctl migrate). Its memory, its vCPUs and
-    /// its network devices are those that it was started with; no kernel is loaded.
-    #[arg(long, value_name = "PATH")]
+    /// Receive a running VM on this Unix socket instead of booting a kernel
+    ///
+    /// "batonctl migrate" at the VM's current VMM starts the migration. Give the same --cpus,
+    /// --memory and --net options as there, except for the sockets. --kernel, --initrd and
+    /// --cmdline have no effect.
+    #[arg(long, value_name = "PATH", verbatim_doc_comment)]
     pub incoming: Option<PathBuf>,
-    /// Keep the VM that arrives paused until batonctl resume.
+    /// Keep the received VM paused until "batonctl resume"
     #[arg(long, requires = "incoming")]
     pub paused: bool,
-    /// Where the guest's serial console goes: stdio, or file=PATH.
+    /// Connect the guest's serial console to stdio, or write its output to file=PATH
+    ///
+    /// With stdio, a terminal on stdin is set to raw mode: Ctrl-C goes to the guest.
     #[arg(long, value_name = "TARGET", default_value = "stdio")]
     pub serial: SerialTarget,
 }
@@ -63,14 +88,14 @@ pub struct Config {
 /// Why the program ends before it runs a VM.
 #[derive(Debug)]
 pub enum EarlyExit {
-    /// `--help` or `--version`: this text was asked for.
+    /// The text of `--help` or `--version`.
     Information(String),
-    /// A usage error: one line.
+    /// A usage error, as one line.
     Usage(String),
 }
 
 impl Config {
-    /// Reads and checks a command line; `arguments` starts with the program's name.
+    /// Parses and checks a command line. `arguments` starts with the program's name.
     pub fn from_arguments<I>(arguments: I) -> Result<Self, EarlyExit>
     where
         I: IntoIterator<Item = OsString>,
@@ -103,48 +128,48 @@ impl Config {
     }
 }
 
-/// The first paragraph of clap's message as one line.
+/// Returns the first paragraph of clap's message as one line.
 fn one_line(message: &str) -> String {
     let paragraph: Vec<&str> = message.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
     let line = paragraph.join(" ");
     format!("{} (see --help)", line.strip_prefix("error: ").unwrap_or(&line))
 }
 
-/// What is wrong with an argument.
+/// Why an argument is rejected.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum ConfigError {
     /// Not a number with an optional unit.
-    #[error("'{0}' is no size: give a number of bytes, or one with K, M, G or T, such as 512M")]
+    #[error("'{0}' is not a size: give a number of bytes, optionally with K, M, G or T, such as 512M")]
     NotASize(String),
     /// Too little, too much, or not whole pages.
-    #[error("guest memory must be from 64M to 1T in whole pages of 4K")]
+    #[error("guest memory must be 64M to 1T, in multiples of 4K")]
     MemoryRange,
     /// Not `stdio` or `file=PATH`.
-    #[error("'{0}' is no serial target: give stdio or file=PATH")]
+    #[error("'{0}' is not a serial target: give stdio or file=PATH")]
     NotASerialTarget(String),
     /// Not a unicast MAC address.
-    #[error("'{0}' is no unicast MAC address such as 52:54:00:12:34:56")]
+    #[error("'{0}' is not a unicast MAC address such as 52:54:00:12:34:56")]
     NotAMac(String),
     /// A device without a socket.
     #[error("a network device needs socket=PATH")]
     NoSocket,
     /// An option without `=`.
-    #[error("'{0}' is no option of the form KEY=VALUE")]
+    #[error("'{0}' is not an option of the form KEY=VALUE")]
     NotAnOption(String),
-    /// An option that is not known.
-    #[error("unknown option '{0}': known are socket, mac, queue-pairs and local-migration")]
+    /// An unknown option.
+    #[error("unknown option '{0}': use socket, mac, queue-pairs or local-migration")]
     UnknownOption(String),
     /// An option given twice.
     #[error("option '{0}' is given twice")]
     Twice(String),
     /// Not 1 to [`MAX_QUEUE_PAIRS`].
-    #[error("queue-pairs must be from 1 to {MAX_QUEUE_PAIRS}")]
+    #[error("queue-pairs must be 1 to {MAX_QUEUE_PAIRS}")]
     QueuePairs,
     /// Neither `on` nor `off`.
     #[error("local-migration must be on or off")]
     LocalMigration,
     /// Two devices with one socket.
-    #[error("two network devices have the socket {}: each needs a back-end of its own", .0.display())]
+    #[error("two network devices use the socket {}: each device needs its own back-end", .0.display())]
     SameSocket(PathBuf),
     /// Two devices with one MAC address.
     #[error("two network devices have the MAC address {0}")]
@@ -205,13 +230,13 @@ impl FromStr for SerialTarget {
 pub struct Mac(pub [u8; 6]);
 
 impl Mac {
-    /// A unicast, locally administered address made of random bytes.
+    /// Returns a unicast, locally administered address made of `random`.
     pub fn locally_administered(mut random: [u8; 6]) -> Self {
         random[0] = (random[0] & !0x01) | 0x02;
         Self(random)
     }
 
-    /// Neither a group's address nor none at all.
+    /// Returns whether this is a unicast address: neither a group address nor all zeros.
     pub fn is_unicast(self) -> bool {
         self.0[0] & 1 == 0 && self.0 != [0; 6]
     }
@@ -248,11 +273,11 @@ impl fmt::Display for Mac {
 pub struct NetConfig {
     /// The back-end's vhost-user socket.
     pub socket: PathBuf,
-    /// The guest's MAC address, if it is to be another than the back-end's.
+    /// The guest's MAC address. `None` stands for the back-end's, or a random one.
     pub mac: Option<Mac>,
-    /// How many queue pairs the guest gets.
+    /// The number of queue pairs.
     pub queue_pairs: u16,
-    /// Whether a local migration of the VM hands this device's TAP over.
+    /// Whether a local migration of the VM hands over this device's TAP.
     pub local_migration: bool,
 }
 
@@ -306,12 +331,12 @@ mod tests {
     fn usage(arguments: &[&str]) -> String {
         match parse(arguments) {
             Err(EarlyExit::Usage(line)) => line,
-            other => panic!("no usage error: {other:?}"),
+            other => panic!("expected a usage error, got {other:?}"),
         }
     }
 
     #[test]
-    fn a_kernel_is_enough() {
+    fn kernel_is_the_only_required_option() {
         let config = parse(&[]).unwrap();
         assert_eq!((config.cpus, config.memory), (1, MemorySize(512 << 20)));
         assert_eq!(config.serial, SerialTarget::Stdio);
@@ -319,13 +344,13 @@ mod tests {
     }
 
     #[test]
-    fn a_vm_that_comes_needs_no_kernel() {
+    fn incoming_vm_needs_no_kernel() {
         let parse = |arguments: &[&str]| {
             Config::from_arguments(["baton-vmm"].iter().chain(arguments).map(OsString::from))
         };
         let config = parse(&["--incoming=/run/vm", "--paused"]).unwrap();
         assert_eq!((config.kernel, config.paused), (None, true));
-        // The same command line as that of the VMM which it leaves.
+        // The source's command line works for the target, too.
         let config = parse(&["--kernel=k", "--initrd=i", "--cmdline=c", "--incoming=/run/vm"]).unwrap();
         assert_eq!((config.incoming, config.paused), (Some("/run/vm".into()), false));
         assert!(usage(&["--paused"]).contains("--incoming"));
@@ -350,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes() {
+    fn memory_sizes_are_parsed_and_checked() {
         assert_eq!("4G".parse(), Ok(MemorySize(4 << 30)));
         assert_eq!("134217728".parse(), Ok(MemorySize(128 << 20)));
         assert_eq!("65536k".parse(), Ok(MemorySize(64 << 20)));
@@ -363,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_with_everything() {
+    fn net_device_accepts_every_option() {
         let device: NetConfig =
             "socket=/run/a=b,mac=52:54:00:12:34:ff,queue-pairs=4,local-migration=off".parse().unwrap();
         let mac = Mac([0x52, 0x54, 0, 0x12, 0x34, 0xff]);
@@ -375,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_with_a_mistake() {
+    fn invalid_net_device_is_rejected() {
         let error = |text: &str| text.parse::<NetConfig>().unwrap_err();
         assert_eq!(error("mac=52:54:00:12:34:ff"), ConfigError::NoSocket);
         assert_eq!(error("socket="), ConfigError::NoSocket);
@@ -398,15 +423,15 @@ mod tests {
     }
 
     #[test]
-    fn devices_share_neither_socket_nor_address() {
-        assert!(usage(&["--net=socket=a", "--net=socket=a"]).contains("back-end of its own"));
+    fn devices_with_the_same_socket_or_mac_are_rejected() {
+        assert!(usage(&["--net=socket=a", "--net=socket=a"]).contains("its own back-end"));
         let same_mac =
             usage(&["--net=socket=a,mac=52:54:00:00:00:01", "--net=socket=b,mac=52:54:00:00:00:01"]);
         assert!(same_mac.contains("52:54:00:00:00:01"));
     }
 
     #[test]
-    fn a_random_address_is_unicast_and_local() {
+    fn random_mac_is_unicast_and_locally_administered() {
         assert_eq!(Mac::locally_administered([0xff; 6]).0[0], 0xfe);
         assert_eq!(Mac::locally_administered([0; 6]).0[0], 0x02);
     }

@@ -14,13 +14,13 @@ use crate::lifecycle::{Guest, Lifecycle, LifecycleError};
 use crate::machine::Machine;
 use crate::migration::source::MigrationRequest;
 
-/// Why there is no control socket.
+/// Why the control socket cannot be served.
 #[derive(Debug, Error)]
 pub enum ControlError {
     /// The path is taken or cannot be bound.
     #[error(transparent)]
     Bind(#[from] BindError),
-    /// No thread or event.
+    /// A thread or an eventfd cannot be created.
     #[error("cannot serve the control socket")]
     Serve(#[from] std::io::Error),
 }
@@ -49,31 +49,31 @@ impl<M: Guest> ControlHandler<M> {
                 event::signal(&self.quit);
                 serialised(&Done::DONE)
             }
-            Request::Stats => Err(Refusal { error: "a VMM has no counters: ask its back-ends".to_owned() }),
+            Request::Stats => Err(Refusal { error: "a VMM has no counters; ask its back-ends".to_owned() }),
             Request::Handover { .. } => {
-                Err(Refusal { error: "this is a VMM: only a back-end can hand its device over".to_owned() })
+                Err(Refusal { error: "this is a VMM: only a back-end can hand over its device".to_owned() })
             }
         }
     }
 }
 
-/// Waits for the outcome of the operation that `begin` begins, unless that is refused.
+/// Starts an operation with `begin` and waits for its outcome, unless it is refused.
 fn answer_of(begin: impl FnOnce(Reply) -> Result<(), LifecycleError>) -> Outcome {
     let (reply, outcome) = Reply::channel();
     begin(reply).map_err(|error| Refusal { error: error_chain(&error) })?;
-    outcome.recv().unwrap_or_else(|_| Err(Refusal { error: "the VMM is ending".to_owned() }))
+    outcome.recv().unwrap_or_else(|_| Err(Refusal { error: "the VMM is shutting down".to_owned() }))
 }
 
 fn serialised<T: serde::Serialize>(value: &T) -> Outcome {
     serde_json::to_value(value).map_err(|error| Refusal { error: error.to_string() })
 }
 
-/// Binds the socket; nothing is answered before [`ControlServer::start`].
+/// Binds the socket. Requests are answered once [`serve`] is called.
 pub fn bind(path: &Path) -> Result<BoundSocket, ControlError> {
     Ok(BoundSocket::bind(path)?)
 }
 
-/// Serves requests on a thread of their own.
+/// Serves requests on a separate thread.
 pub fn serve<M: Guest>(
     socket: BoundSocket,
     handler: ControlHandler<M>,

@@ -1,8 +1,8 @@
-//! What a vCPU's registers hold before its first instruction.
+//! Sets the registers and the CPUID of a vCPU before its first instruction.
 //!
-//! The boot CPU starts in long mode with the first 4 GiB mapped onto themselves, as the 64-bit Linux boot
-//! protocol wants; the others wait for the start-up interrupt that KVM's local APICs deliver. The CPUID leaves
-//! say which processor is which; everything else is what KVM supports.
+//! The boot CPU starts in long mode with the first 4 GiB identity-mapped, as the 64-bit Linux boot protocol requires.
+//! The other CPUs wait for the start-up interrupt, which KVM's local APICs deliver. CPUID is what KVM supports, except
+//! for the leaves that identify each processor.
 
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_msr_entry, kvm_regs, kvm_segment,
@@ -57,7 +57,7 @@ const FEATURE_EDX_HTT: u32 = 1 << 28;
 const TOPOLOGY_THREADS: u32 = 1;
 const TOPOLOGY_CORES: u32 = 2;
 
-/// Why a vCPU's registers could not be set.
+/// Why a vCPU's registers cannot be set.
 #[derive(Debug, Error)]
 pub enum CpuStateError {
     /// KVM refused.
@@ -65,17 +65,17 @@ pub enum CpuStateError {
     Kvm {
         /// Which registers.
         what: &'static str,
-        /// What the kernel said.
+        /// KVM's error.
         #[source]
         source: kvm_ioctls::Error,
     },
     /// Fewer model-specific registers were set than given.
-    #[error("KVM took only {0} of a vCPU's model-specific registers")]
+    #[error("KVM set only {0} of a vCPU's model-specific registers")]
     Msrs(usize),
-    /// KVM's own structures are too small for the list.
+    /// KVM's structures are too small for the list.
     #[error("KVM's lists cannot hold a vCPU's registers")]
     List(#[source] vmm_sys_util::fam::Error),
-    /// Guest memory is not where it should be.
+    /// The boot tables' area is not in guest memory.
     #[error("cannot write the boot tables")]
     Memory(#[from] vm_memory::GuestMemoryError),
 }
@@ -84,7 +84,7 @@ fn refused(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> CpuStateErro
     move |source| CpuStateError::Kvm { what, source }
 }
 
-/// What every vCPU's CPUID says, but for the leaves that tell them apart.
+/// Returns the CPUID that all vCPUs have in common.
 pub fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, CpuStateError> {
     let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(refused("CPUID"))?;
     let deadline = kvm.check_extension(Cap::TscDeadlineTimer);
@@ -97,7 +97,7 @@ pub fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, CpuStateError> {
     Ok(cpuid)
 }
 
-/// The CPUID of vCPU `id` of `cpus`: one socket, one thread a core.
+/// Returns the CPUID of vCPU `id` of `cpus`: one socket, one thread per core.
 fn cpuid_of(common: &CpuId, id: u8, cpus: u8) -> Result<CpuId, CpuStateError> {
     let mut entries: Vec<kvm_cpuid_entry2> = common
         .as_slice()
@@ -115,7 +115,7 @@ fn cpuid_of(common: &CpuId, id: u8, cpus: u8) -> Result<CpuId, CpuStateError> {
     CpuId::from_entries(&entries).map_err(CpuStateError::List)
 }
 
-/// How many bits of an APIC id number the cores of a socket of `cpus`.
+/// Returns how many bits of an APIC ID identify a core in a socket of `cpus` cores.
 fn core_bits(cpus: u8) -> u32 {
     u32::from(cpus).next_power_of_two().trailing_zeros()
 }
@@ -145,7 +145,7 @@ fn name_processor(entry: &mut kvm_cpuid_entry2, id: u8, cpus: u8) {
     }
 }
 
-/// The sub-leaves of an extended topology leaf: threads, cores, end.
+/// Returns the sub-leaves of an extended topology leaf: threads, cores, end.
 fn topology(function: u32, id: u8, cpus: u8) -> [kvm_cpuid_entry2; 3] {
     let sub_leaf = |index: u32, shift: u32, processors: u32, kind: u32| kvm_cpuid_entry2 {
         function,
@@ -204,7 +204,7 @@ fn task_segment() -> kvm_segment {
     kvm_segment { limit: 0x67, selector: TASK_SELECTOR, type_: 0xb, present: 1, ..kvm_segment::default() }
 }
 
-/// A flat segment (base 0) as the descriptor table holds it.
+/// Encodes a flat segment (base 0) for the descriptor table.
 fn descriptor(segment: &kvm_segment) -> u64 {
     let limit = u64::from(if segment.g == 1 { segment.limit >> 12 } else { segment.limit });
     limit & 0xffff
@@ -217,7 +217,7 @@ fn descriptor(segment: &kvm_segment) -> u64 {
         | u64::from(segment.g) << 55
 }
 
-/// Sets vCPU `id` of `cpus` up; with `entry` for the boot CPU, which needs the boot tables.
+/// Sets up vCPU `id` of `cpus`. Only the boot CPU gets an `entry`; it needs the boot tables.
 pub fn set_up(
     vcpu: &VcpuFd,
     common: &CpuId,
@@ -266,7 +266,7 @@ fn set_msrs(vcpu: &VcpuFd) -> Result<(), CpuStateError> {
     }
 }
 
-/// Lets the PIC's interrupts and NMIs through to the boot CPU, as firmware leaves the local APICs.
+/// Lets NMIs through to each CPU, and the PIC's interrupts to the boot CPU, as firmware leaves the local APICs.
 fn set_local_interrupts(vcpu: &VcpuFd, boot_cpu: bool) -> Result<(), CpuStateError> {
     let mut apic = vcpu.get_lapic().map_err(refused("local APIC"))?;
     let mut set = |register: usize, mode: u32| {
@@ -286,14 +286,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_boot_segments_are_the_boot_protocols() {
+    fn boot_segments_match_the_boot_protocol() {
         assert_eq!(descriptor(&code_segment()), 0x00af_9b00_0000_ffff);
         assert_eq!(descriptor(&data_segment()), 0x00cf_9300_0000_ffff);
         assert_eq!(descriptor(&task_segment()), 0x0000_8b00_0000_0067);
     }
 
     #[test]
-    fn the_first_four_gib_are_mapped_onto_themselves() {
+    fn first_four_gib_are_identity_mapped() {
         let memory = crate::memory::allocate(64 << 20).unwrap();
         write_boot_tables(&memory).unwrap();
         let entry = |address: u64| memory.read_obj::<u64>(GuestAddress(address)).unwrap();
@@ -306,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn every_processor_has_its_own_apic_id() {
+    fn cpuid_states_the_apic_id_and_topology() {
         let leaf = |function, eax| kvm_cpuid_entry2 { function, eax, ..kvm_cpuid_entry2::default() };
         let common = CpuId::from_entries(&[leaf(0, 0xd), leaf(1, 0), leaf(LEAF_TOPOLOGY, 99)]).unwrap();
         let cpuid = cpuid_of(&common, 5, 6).unwrap();
@@ -321,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn one_processor_needs_no_core_bits() {
+    fn core_bits_cover_the_number_of_processors() {
         assert_eq!([1, 2, 3, 4, 16].map(core_bits), [0, 1, 2, 2, 4]);
     }
 }

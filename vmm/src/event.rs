@@ -1,4 +1,4 @@
-//! Events: eventfds as the rest of the program uses them.
+//! Creates, signals and clears eventfds.
 #![expect(unsafe_code, reason = "EventFd lends its descriptor only as a number")]
 
 use std::io;
@@ -6,27 +6,27 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use vmm_sys_util::eventfd::EventFd;
 
-/// An event that never blocks.
+/// Creates an eventfd that never blocks.
 pub fn new() -> io::Result<EventFd> {
     EventFd::new(libc::EFD_CLOEXEC | libc::EFD_NONBLOCK)
 }
 
-/// The event's descriptor, for `poll`.
+/// Returns the eventfd's descriptor, for `poll`.
 pub fn descriptor(event: &EventFd) -> BorrowedFd<'_> {
-    // SAFETY: the descriptor is open as long as the event that is borrowed.
+    // SAFETY: the descriptor stays open while `event` is borrowed.
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
-/// Signals an event. A counter that is full has been signalled, too.
+/// Signals an eventfd. A full counter is signalled already.
 pub fn signal(event: &EventFd) {
     if let Err(error) = event.write(1)
         && error.kind() != io::ErrorKind::WouldBlock
     {
-        tracing::error!("cannot signal an event: {error}");
+        tracing::error!("cannot signal an eventfd: {error}");
     }
 }
 
-/// Takes the signals that have come so far; false if there were none.
+/// Clears the pending signals. Returns false if there were none.
 pub fn take(event: &EventFd) -> bool {
     event.read().is_ok()
 }

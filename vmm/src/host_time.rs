@@ -1,8 +1,8 @@
-//! The host's time, which all processes on it share: what two VMMs reckon a guest's clock by.
+//! The host's boot-time clock. Both VMMs of a migration share it, so the target can compute the guest's clock from it.
 
 use nix::time::{ClockId, clock_gettime};
 
-/// Nanoseconds since the host's boot (`CLOCK_BOOTTIME`).
+/// Returns the nanoseconds since the host booted (`CLOCK_BOOTTIME`).
 pub fn now() -> u64 {
     // The clock exists since Linux 2.6.39, and is never negative.
     let time = clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(std::time::Duration::ZERO, Into::into);

@@ -1,8 +1,8 @@
-//! Waits for a VM from another VMM (`--incoming`).
+//! Receives a VM from another VMM (`--incoming`).
 //!
-//! A thread of its own listens, and serves one source after the other until a VM arrives; then it removes the socket.
-//! The machine is created before any source is served, so that a missing back-end is reported at the start. A machine
-//! that a failed migration has used is replaced by another.
+//! A separate thread listens, and serves one source after the other until a VM arrives. It then removes the socket. The
+//! machine is created before any source is served, so a missing back-end is reported at the start. A machine that a
+//! failed migration has used is replaced by a new one.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -24,20 +24,20 @@ use crate::migration::target::{Outcome, serve};
 use crate::power::EndSignal;
 use crate::serial::SharedConsole;
 
-/// How long to wait, in milliseconds, after a source could not be accepted, for want of descriptors, say.
+/// Delay in milliseconds after a source cannot be accepted, for example for lack of descriptors.
 const RETRY_MS: u8 = 100;
 
-/// Why no VM can arrive.
+/// Why the VMM cannot receive a VM.
 #[derive(Debug, Error)]
 pub enum IncomingError {
     /// The path is taken or cannot be bound.
     #[error(transparent)]
     Bind(#[from] BindError),
-    /// No machine.
+    /// The machine cannot be created.
     #[error(transparent)]
     Machine(#[from] MachineError),
-    /// No thread or event.
-    #[error("cannot wait for a VM")]
+    /// A thread or an eventfd cannot be created, or the wait fails.
+    #[error("cannot wait for an incoming VM")]
     System(#[from] std::io::Error),
 }
 
@@ -54,7 +54,7 @@ pub struct Incoming {
     thread: JoinHandle<()>,
 }
 
-/// What an incoming VM is made of.
+/// What an incoming VM is created from.
 #[derive(Debug)]
 pub struct IncomingParts {
     /// Its configuration.
@@ -74,10 +74,10 @@ impl IncomingParts {
 }
 
 impl Incoming {
-    /// Creates a machine, and waits at `path` for the VM to run on it. When that becomes impossible, `failed` is
-    /// signalled.
+    /// Creates a machine, and starts the thread that waits at `path` for the VM to run on it. The thread signals
+    /// `failed` if it cannot go on.
     pub fn start(path: &Path, parts: IncomingParts, failed: EventFd) -> Result<Self, IncomingError> {
-        // The path first: a source that connects already waits in the backlog, and KVM is not needed to refuse a path.
+        // Bind first: an early source waits in the backlog, and a bad path is reported on a host without KVM, too.
         let socket = BoundSocket::bind(path)?;
         let machine = parts.create_machine()?;
         socket.listener().set_nonblocking(true)?;
@@ -93,7 +93,7 @@ impl Incoming {
         Ok(Self { stop, thread })
     }
 
-    /// Ends the wait. The connection of a source that is being served must have been shut down.
+    /// Ends the thread. The caller must first shut down the connection of a source that is being served.
     pub fn stop(self) {
         event::signal(&self.stop);
         if self.thread.join().is_err() {
@@ -139,7 +139,7 @@ impl Listener {
         Ok(())
     }
 
-    /// The next source, or `None` at the end.
+    /// Waits for the next source. Returns `None` when the VMM ends.
     fn accept(&self) -> Result<Option<OwnedFd>, IncomingError> {
         loop {
             let readable = |fd| PollFd::new(fd, PollFlags::POLLIN);

@@ -1,27 +1,27 @@
-//! The kernel's structures as bytes and back: how KVM's state travels.
+//! Converts KVM's structures to bytes and back, to migrate their contents.
 
 use baton_protocol::migration::state::Opaque;
 use thiserror::Error;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-/// Bytes that are not the structure that they should be.
+/// Bytes that do not have the size of their structure.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
-#[error("the {what} has {found} bytes instead of {expected}")]
+#[error("{what}: {found} bytes instead of {expected}")]
 pub struct WrongSize {
     /// Which structure.
     pub what: &'static str,
-    /// How many bytes came.
+    /// The number of bytes received.
     pub found: usize,
-    /// How many it has.
+    /// The structure's size.
     pub expected: usize,
 }
 
-/// A structure's bytes.
+/// Returns a structure's bytes.
 pub fn opaque<T: IntoBytes + Immutable>(structure: &T) -> Opaque {
     Opaque(structure.as_bytes().to_vec())
 }
 
-/// The structure whose bytes these are.
+/// Returns the structure that `bytes` hold. `what` names it in the error.
 pub fn structure<T: FromBytes>(what: &'static str, bytes: &Opaque) -> Result<T, WrongSize> {
     T::read_from_bytes(&bytes.0).map_err(|_| WrongSize {
         what,
@@ -35,12 +35,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_structure_is_its_bytes_and_no_others() {
+    fn structure_survives_conversion_and_wrong_size_is_rejected() {
         let registers = kvm_bindings::kvm_regs { rip: 7, ..kvm_bindings::kvm_regs::default() };
         let bytes = opaque(&registers);
         assert_eq!(structure("registers", &bytes), Ok(registers));
         let short = Opaque(bytes.0[1..].to_vec());
         let error = structure::<kvm_bindings::kvm_regs>("registers", &short).unwrap_err();
-        assert_eq!(error.to_string(), "the registers has 143 bytes instead of 144");
+        assert_eq!(error.to_string(), "registers: 143 bytes instead of 144");
     }
 }

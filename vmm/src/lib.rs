@@ -1,10 +1,9 @@
-//! A minimal KVM virtual machine monitor: it boots a Linux guest whose network devices are vhost-user
-//! back-ends.
+//! A minimal KVM virtual machine monitor for a Linux guest whose network devices are vhost-user back-ends.
 //!
-//! [`config`] reads the command line, [`run()`] does the rest: guest memory and the kernel in it (`memory`,
-//! `boot`, `acpi`), the VM (`vm`, `cpu_state`, `vcpu`), its devices (`mmio_bus`, `serial`, `power`, `virtio`) and
-//! their back-ends (`vhost_user`), the
-//! control socket (`control`), and the loop that waits for the end (`run`).
+//! [`config`] reads the command line. [`run()`] builds the rest and waits for the end: guest memory and the kernel in
+//! it (`memory`, `boot`, `acpi`), the VM (`vm`, `cpu_state`, `vcpu`), its devices (`mmio_bus`, `serial`, `power`,
+//! `virtio`), their back-ends (`vhost_user`), and the control socket (`control`). `lifecycle` and `migration` pause,
+//! resume and migrate the VM.
 
 pub mod config;
 

@@ -8,8 +8,8 @@
 //!                                  ▼
 //!              ◀──rolled back── migrating ──completed──▶ postmigrate
 //! ```
-//! Each operation has a thread of its own, since it waits for back-ends. Only one runs at a time: a request that comes
-//! while the VM is being paused, resumed or migrated is refused. Reading the state never waits.
+//! Each operation runs on its own thread, because it waits for back-ends. Only one runs at a time: requests are refused
+//! while the VM is being paused, resumed or migrated. Reading the state never waits.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
@@ -26,51 +26,51 @@ use crate::migration::source::{MigrationRequest, migrate};
 use crate::migration::target::Arrival;
 use crate::shutdown::ShutdownHandle;
 
-/// Why something was not done to the VM.
+/// Why an operation on the VM is refused.
 #[derive(Debug, Error)]
 pub enum LifecycleError {
-    /// The VM cannot be stopped.
+    /// The VM cannot be paused.
     #[error(transparent)]
     Machine(#[from] MachineError),
     /// No VM has arrived.
-    #[error("the VM has yet to come: migrate it here first")]
+    #[error("no VM has arrived yet: migrate one here first")]
     Incoming,
-    /// A pause is under way.
-    #[error("the VM is being paused: wait for that to end")]
+    /// A pause is in progress.
+    #[error("the VM is being paused; retry once it is paused")]
     Pausing,
-    /// A resume is under way.
-    #[error("the VM is being resumed: wait for that to end")]
+    /// A resume is in progress.
+    #[error("the VM is being resumed; retry once it runs")]
     Resuming,
-    /// A migration is under way.
-    #[error("the VM is being migrated: wait for that to end")]
+    /// A migration is in progress.
+    #[error("the VM is being migrated; retry once the migration ends")]
     Migrating,
-    /// The VMM ends.
-    #[error("the VMM is about to end")]
+    /// The VMM is shutting down.
+    #[error("the VMM is shutting down")]
     Ending,
     /// The VM has migrated to another VMM.
-    #[error("the VM has migrated: its memory and its network are the target's; quit this one")]
+    #[error("the VM has migrated: its memory and network are now the target's; quit this VMM")]
     Postmigrate,
-    /// No thread.
-    #[error("cannot start a thread for it")]
+    /// The operation's thread cannot be started.
+    #[error("cannot start a thread for the operation")]
     Thread(#[source] std::io::Error),
 }
 
-/// What the lifecycle operates on: a [`Machine`], or a test's replacement.
+/// What the lifecycle operates on: a [`Machine`], or a fake in tests.
 pub trait Guest: Send + Sync + 'static {
-    /// What the control socket says about the network devices. Waits for nothing.
+    /// Returns the network devices' status for the control socket. Never waits.
     fn net_status(&self) -> Vec<NetStatus>;
-    /// The first start.
+    /// Starts a VM that boots.
     fn start(&self);
-    /// Stops the vCPUs, then the devices.
+    /// Pauses the vCPUs, then suspends the devices.
     ///
     /// # Errors
-    /// If a device cannot be stopped: then the VM runs on.
+    /// Returns an error if a device cannot be suspended; the VM then keeps running.
     fn pause(&self) -> Result<(), MachineError>;
-    /// Lets the devices run, then the vCPUs.
+    /// Resumes the devices, then the vCPUs.
     fn resume(&self);
-    /// Migrates the VM. `started` gets the handle that ends the migration early.
+    /// Migrates the VM. `started` receives the handle that aborts the migration.
     fn migrate(&self, request: &MigrationRequest, started: impl FnOnce(ShutdownHandle)) -> MigrationReport;
-    /// Ends the VM, and whatever waits for its devices.
+    /// Stops the VM, and ends every wait for its devices.
     fn stop(&self);
 }
 
@@ -104,7 +104,7 @@ impl Guest for Machine {
     }
 }
 
-/// What is being done to a VM, besides a migration.
+/// An operation in progress, other than a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Change {
     Pause,
@@ -114,21 +114,21 @@ enum Change {
 #[derive(Debug)]
 struct Inner<M> {
     state: VmmState,
-    /// The change under way: the state is that before it.
+    /// The change in progress. `state` is still the state before it.
     change: Option<Change>,
     machine: Option<Arc<M>>,
     /// The thread of the last change or migration.
     work: Option<JoinHandle<()>>,
-    /// The connection of a migration under way, to this VMM or from it.
+    /// The connection of the migration in progress, incoming or outgoing.
     connection: Option<ShutdownHandle>,
-    /// The report of the last migration from this VMM.
+    /// The report of the last outgoing migration.
     last_migration: Option<MigrationReport>,
-    /// The VMM is about to end.
+    /// The VMM is shutting down.
     ending: bool,
 }
 
 impl<M> Inner<M> {
-    /// The VM, if no operation is under way and it is this VMM's, and whether it runs.
+    /// Returns the VM and whether it runs, if this VMM owns it and no operation is in progress.
     fn idle_vm(&self) -> Result<(Arc<M>, bool), LifecycleError> {
         if self.ending {
             return Err(LifecycleError::Ending);
@@ -149,7 +149,7 @@ impl<M> Inner<M> {
         Ok((machine, running))
     }
 
-    /// Does the work on a thread of its own.
+    /// Runs `work` on its own thread.
     fn work(&mut self, name: &str, work: impl FnOnce() + Send + 'static) -> Result<(), LifecycleError> {
         let thread = Builder::new().name(name.to_owned()).spawn(work).map_err(LifecycleError::Thread)?;
         // The previous thread has finished its operation and ends at once.
@@ -167,7 +167,7 @@ pub struct Lifecycle<M = Machine> {
 }
 
 impl<M: Guest> Lifecycle<M> {
-    /// No VM yet.
+    /// Creates a lifecycle without a VM.
     pub fn new(config: &Config) -> Self {
         let state = VmmState::Incoming;
         let inner = Inner {
@@ -186,7 +186,7 @@ impl<M: Guest> Lifecycle<M> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets a VM that was booted run.
+    /// Takes and starts a VM that boots.
     pub fn start(&self, machine: M) {
         machine.start();
         let mut inner = self.inner();
@@ -194,7 +194,7 @@ impl<M: Guest> Lifecycle<M> {
         inner.state = VmmState::Running;
     }
 
-    /// Sets the machine for an incoming VM. False if the VMM is about to end: then the machine is stopped.
+    /// Sets the machine for an incoming VM. If the VMM is shutting down, stops the machine and returns false.
     pub fn set_incoming(&self, machine: &Arc<M>) -> bool {
         let ending = {
             let mut inner = self.inner();
@@ -207,7 +207,7 @@ impl<M: Guest> Lifecycle<M> {
         !ending
     }
 
-    /// Resumes a VM that has arrived, if it ran at the source and is not to stay `paused`.
+    /// Resumes a VM that has arrived, if it ran at the source and `paused` is false.
     pub fn set_arrived(&self, machine: &M, arrival: Arrival, paused: bool) {
         let running = arrival.running && !paused;
         if running {
@@ -219,12 +219,12 @@ impl<M: Guest> Lifecycle<M> {
             inner.connection = None;
         }
         baton_faults::pass(Point::TargetVmmResumed);
-        // After the state: a client that reads the source's report finds the VM here.
+        // Confirmed after the state is set: a client that reads the source's report must find the VM here.
         arrival.confirm(running);
-        tracing::info!("migration: the VM is here and {}", if running { "runs" } else { "is paused" });
+        tracing::info!("migration: the VM has arrived and {}", if running { "runs" } else { "is paused" });
     }
 
-    /// Keeps the connection of a migration that has begun, for [`Self::stop`].
+    /// Keeps the connection of a migration that begins, so that [`Self::stop`] can shut it down.
     pub fn migration_started(&self, connection: ShutdownHandle) {
         let mut inner = self.inner();
         if inner.ending {
@@ -233,12 +233,12 @@ impl<M: Guest> Lifecycle<M> {
         inner.connection = Some(connection);
     }
 
-    /// A migration has failed.
+    /// Drops the connection of an incoming migration that ended without a VM.
     pub fn migration_ended(&self) {
         self.inner().connection = None;
     }
 
-    /// What the control socket says.
+    /// Returns the status for the control socket.
     pub fn status(&self) -> VmmStatus {
         let inner = self.inner();
         let net = inner.machine.as_deref().map(Guest::net_status).unwrap_or_default();
@@ -246,15 +246,15 @@ impl<M: Guest> Lifecycle<M> {
         VmmStatus { state: inner.state, cpus: self.cpus, memory: self.memory, net, migration }
     }
 
-    /// Begins to pause the VM and its devices, and answers when that is done.
+    /// Begins to pause the VM and its devices. Sends `reply` when that is done.
     ///
     /// # Errors
-    /// If that is refused; then no reply is sent.
+    /// Returns an error, and sends no reply, if the operation is refused.
     pub fn pause(self: &Arc<Self>, reply: Reply) -> Result<(), LifecycleError> {
         self.change(Change::Pause, reply)
     }
 
-    /// Begins to resume the VM and its devices, and answers when that is done.
+    /// Begins to resume the VM and its devices. Sends `reply` when that is done.
     ///
     /// # Errors
     /// As [`Self::pause`].
@@ -299,7 +299,7 @@ impl<M: Guest> Lifecycle<M> {
         Ok(())
     }
 
-    /// Begins to migrate the VM, and answers when that is done.
+    /// Begins to migrate the VM. Sends `reply` when that is done.
     ///
     /// # Errors
     /// As [`Self::pause`].
@@ -332,7 +332,7 @@ impl<M: Guest> Lifecycle<M> {
         Ok(())
     }
 
-    /// Ends the operation under way, and then the VM.
+    /// Ends the operation in progress, then the VM.
     pub fn stop(&self) {
         let (work, machine, changing) = {
             let mut inner = self.inner();
@@ -343,7 +343,7 @@ impl<M: Guest> Lifecycle<M> {
             (inner.work.take(), inner.machine.clone(), inner.change.is_some())
         };
         let stop = || machine.iter().for_each(|machine| machine.stop());
-        // A migration ends as the ownership word says. A pause or a resume is cut short.
+        // A migration ends as the ownership word decides. A pause or a resume is cut short.
         if changing {
             stop();
         }

@@ -1,7 +1,7 @@
 //! A VM and its parts: vCPUs, console, network devices.
 //!
-//! It is created either to boot a kernel, or for a VM that migrates here, and is paused until it is resumed. While
-//! it is paused its devices are suspended: their back-ends do not touch the rings and do not read their TAPs.
+//! A machine is created to boot a kernel, or for a VM that migrates here. It is paused until it is resumed. While it is
+//! paused, its devices are suspended: their back-ends neither touch the rings nor read their TAPs.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -28,40 +28,40 @@ use crate::virtio::mmio_transport::{MmioTransport, QUEUE_NOTIFY};
 use crate::virtio::net::{Net, NetError, NetShared, NetThread, Worker};
 use crate::vm::{Vm, VmError};
 
-/// Why a VM could not be created, paused, saved or restored.
+/// Why a VM cannot be created, paused, saved or restored.
 #[derive(Debug, Error)]
 pub enum MachineError {
-    /// More devices than interrupts.
-    #[error("{0} network devices are too many: a VM can have {MAX_VIRTIO_DEVICES}")]
+    /// More network devices than interrupts.
+    #[error("{0} network devices exceed the limit of {MAX_VIRTIO_DEVICES}")]
     TooManyDevices(usize),
-    /// No guest memory.
+    /// Guest memory cannot be created.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// No kernel.
+    /// The kernel cannot be loaded.
     #[error(transparent)]
     Boot(#[from] BootError),
-    /// No ACPI tables.
+    /// The ACPI tables cannot be written.
     #[error(transparent)]
     Acpi(#[from] AcpiError),
-    /// No VM.
+    /// KVM's VM cannot be created, saved or restored.
     #[error(transparent)]
     Vm(#[from] VmError),
-    /// No vCPUs.
+    /// The vCPU threads cannot be started.
     #[error(transparent)]
     Vcpus(#[from] VcpuError),
-    /// The vCPUs' state.
+    /// The vCPUs' state cannot be saved or restored.
     #[error(transparent)]
     VcpuState(#[from] VcpuStateError),
-    /// The serial port's state.
+    /// The serial port's state cannot be restored.
     #[error(transparent)]
     Serial(#[from] SerialError),
-    /// The guest has ended meanwhile.
+    /// The guest has ended.
     #[error("the guest has ended")]
     GuestEnded,
     /// A device that the VM does not have.
     #[error("there is no network device {0}")]
     NoDevice(usize),
-    /// A network device or its back-end.
+    /// A network device or its back-end failed.
     #[error("back-end at {}", socket.display())]
     Net {
         /// The device's socket.
@@ -80,7 +80,7 @@ pub struct NetDevice {
 }
 
 impl NetDevice {
-    /// What the device's thread shares.
+    /// Returns what the device's thread shares.
     pub fn shared(&self) -> &Arc<NetShared> {
         &self.thread.shared
     }
@@ -89,7 +89,7 @@ impl NetDevice {
         self.transport.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has the device's worker run a task, and waits for the result.
+    /// Runs `task` on the device's worker, and waits for the result.
     pub fn call<T: Send + 'static>(
         &self,
         task: impl FnOnce(&mut Worker) -> Result<T, NetError> + Send + 'static,
@@ -118,7 +118,7 @@ impl NetDevice {
 /// A VM and its devices.
 #[derive(Debug)]
 pub struct Machine {
-    // Declared before the VM: a vCPU's descriptor keeps the kernel's VM alive, and that uses guest memory.
+    // Dropped before `vm`: a vCPU's descriptor keeps KVM's VM alive, which uses guest memory.
     vcpus: Vcpus,
     vm: Vm,
     console: Arc<SharedConsole>,
@@ -154,7 +154,7 @@ impl Machine {
         Self::new(config, None, console, end)
     }
 
-    /// Connects to the back-ends before it opens KVM, so that a missing one is reported on a host without KVM, too.
+    /// Connects to the back-ends before it opens KVM: a missing back-end is reported on a host without KVM, too.
     fn new(
         config: &Config,
         loaded: Option<(GuestMemory, EntryPoint)>,
@@ -192,12 +192,12 @@ impl Machine {
         Ok(Self { vcpus, vm, console, net, msr_indices, cpus, memory, moves_tsc })
     }
 
-    /// What the control socket says about the network devices.
+    /// Returns the network devices' status for the control socket.
     pub fn net_status(&self) -> Vec<NetStatus> {
         self.net.iter().map(|device| device.shared().status()).collect()
     }
 
-    /// Guest memory.
+    /// Returns guest memory.
     pub fn memory(&self) -> GuestMemory {
         self.vm.memory()
     }
@@ -211,18 +211,18 @@ impl Machine {
         })
     }
 
-    /// What the target of a migration has to know of this VM. Pauses its vCPUs for a moment.
+    /// Returns what the target of a migration checks about this VM. Pauses the vCPUs briefly.
     pub fn source_facts(&self, local: bool) -> MachineFacts {
         MachineFacts { nested: self.vcpus.any_nested(), ..self.facts(self.source_net_facts(local)) }
     }
 
-    /// What a migration has to know of this VM as its target.
+    /// Returns what this VMM, as the target of a migration, compares with the source's facts.
     pub fn target_facts(&self, local: bool) -> MachineFacts {
         let facts = |shared: &Arc<NetShared>| shared.target_facts(local && shared.moves_locally());
         self.facts(self.net.iter().map(NetDevice::shared).map(facts).collect())
     }
 
-    /// What the target of a migration has to know of this VM's network devices.
+    /// Returns what the target of a migration checks about this VM's network devices.
     pub fn source_net_facts(&self, local: bool) -> Vec<NetFacts> {
         let facts = |shared: &Arc<NetShared>| shared.source_facts(local && shared.moves_locally());
         self.net.iter().map(NetDevice::shared).map(facts).collect()
@@ -232,30 +232,30 @@ impl Machine {
         MachineFacts { cpus: self.cpus, memory: self.memory, moves_tsc: self.moves_tsc, nested: false, net }
     }
 
-    /// Pauses the vCPUs.
+    /// Pauses the vCPUs. Fails if the guest has ended.
     pub fn pause_vcpus(&self) -> Result<(), MachineError> {
         self.vcpus.pause();
         if self.vcpus.all_alive() { Ok(()) } else { Err(MachineError::GuestEnded) }
     }
 
-    /// Network device `device`.
+    /// Returns network device `device`.
     pub fn device(&self, device: usize) -> Result<&NetDevice, MachineError> {
         self.net.get(device).ok_or(MachineError::NoDevice(device))
     }
 
-    /// What the driver of each network device has set up.
+    /// Returns what the driver of each network device has set up.
     pub fn outlines(&self) -> Result<Vec<Option<Outline>>, MachineError> {
         self.net.iter().map(|device| device.call(|worker| Ok(worker.outline()))).collect()
     }
 
-    /// Keeps the devices from reconnecting to lost back-ends: the VM has migrated to another VMM.
+    /// Stops the devices from reconnecting to lost back-ends, after the VM has migrated to another VMM.
     pub fn retire(&self) {
         for device in &self.net {
             device.thread.mailbox.send(Worker::retire);
         }
     }
 
-    /// Suspends the devices; the vCPUs are paused.
+    /// Suspends the devices. The vCPUs must be paused.
     pub fn suspend_devices(&self) -> Result<(), MachineError> {
         for device in &self.net {
             device.call(|worker| {
@@ -268,12 +268,12 @@ impl Machine {
 
     /// Pauses the vCPUs, then suspends the devices. Resumes the VM if that fails.
     pub fn pause(&self) -> Result<(), MachineError> {
-        // The main thread handles a guest that ends meanwhile.
+        // If the guest ends meanwhile, the main thread handles that.
         self.vcpus.pause();
         self.suspend_devices().inspect_err(|_| self.resume())
     }
 
-    /// Resumes the devices, then the vCPUs. A device fails here only if its thread has ended: the guest runs
+    /// Resumes the devices, then the vCPUs. A device fails here only if its thread has ended. The guest then runs
     /// without it.
     pub fn resume(&self) {
         for device in &self.net {
@@ -294,7 +294,7 @@ impl Machine {
         self.vcpus.resume();
     }
 
-    /// The state of a paused VM.
+    /// Returns the state of a paused VM.
     pub fn save(&self) -> Result<VmState, MachineError> {
         Ok(VmState {
             vcpus: self.vcpus.save(&self.msr_indices)?,
@@ -304,8 +304,8 @@ impl Machine {
         })
     }
 
-    /// Restores the state of a VM that has never run and has its memory. What remains is [`Self::set_clock`] and
-    /// [`Self::resume`]. Devices that are not `local` have another place in the network now: asks their drivers to
+    /// Restores the state of a VM that has its memory and has never run. The caller then calls [`Self::set_clock`] and
+    /// [`Self::resume`]. Devices that are not `local` have a new place in the network, so this asks their drivers to
     /// announce their addresses.
     pub fn restore(&self, state: &VmState, local: &[bool]) -> Result<(), MachineError> {
         self.vcpus.pause();
@@ -326,9 +326,9 @@ impl Machine {
         Ok(self.vm.set_clock(clock)?)
     }
 
-    /// Ends the devices' connections and the vCPUs. Does nothing the second time.
+    /// Ends the devices' connections and the vCPUs. A second call does nothing.
     pub fn stop(&self) {
-        // First the connections, so that a vCPU that waits for a back-end can end.
+        // The connections first, so that a vCPU that waits for a back-end can end.
         self.net.iter().for_each(|device| device.thread.stop());
         self.vcpus.stop();
     }
@@ -336,7 +336,7 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        // No vCPU may run on against memory that is about to be unmapped.
+        // The vCPUs must end before guest memory is unmapped.
         self.stop();
     }
 }
@@ -349,7 +349,7 @@ fn slots(config: &Config) -> Result<Vec<VirtioSlot>, MachineError> {
     Ok(slots)
 }
 
-/// Connects a device's doorbells and interrupts to the guest, without the VMM in between.
+/// Connects a device's doorbells and interrupts to the guest through KVM, bypassing the VMM.
 fn connect_device(vm: &Vm, shared: &NetShared, slot: VirtioSlot) -> Result<(), VmError> {
     let doorbell = slot.address + QUEUE_NOTIFY;
     for (queue, kick) in (0u32..).zip(&shared.kicks) {

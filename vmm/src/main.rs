@@ -1,4 +1,4 @@
-//! `baton-vmm`: reads its command line, runs the VM, and says in one line on stderr what went wrong.
+//! `baton-vmm`: reads the command line, runs the VM, and reports a failure in one line on stderr.
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;

@@ -1,8 +1,7 @@
 //! Guest RAM: where it lies in the guest's physical address space, and the sealed memfds that hold it.
 //!
-//! RAM fills the space below the 32-bit hole first; what does not fit there goes on at 4 GiB. Each of the two
-//! regions is one memfd whose size is sealed, so a process that maps it (the back-end) can never be killed by
-//! a truncation.
+//! RAM fills the space below the 32-bit hole first and continues at 4 GiB. Each of the two regions is one memfd whose
+//! size is sealed, so a truncation can never kill a process that maps it (the back-end).
 
 use std::fs::File;
 use std::num::TryFromIntError;
@@ -19,41 +18,41 @@ pub const HOLE_START: u64 = 3 << 30;
 /// The end of the 32-bit hole: RAM above it.
 pub const HOLE_END: u64 = 4 << 30;
 
-/// Why guest RAM could not be made.
+/// Why guest RAM cannot be allocated or adopted.
 #[derive(Debug, Error)]
 pub enum MemoryError {
     /// The kernel refused a memfd of this size.
-    #[error("guest memory: cannot make a memfd of {size} bytes")]
+    #[error("cannot create a memfd of {size} bytes for guest memory")]
     Memfd {
-        /// How large it should have become.
+        /// The requested size.
         size: u64,
-        /// What the kernel said.
+        /// The error of the system call.
         #[source]
         source: std::io::Error,
     },
-    /// It could not be mapped.
-    #[error("guest memory: cannot map it")]
+    /// A region cannot be mapped.
+    #[error("cannot map guest memory")]
     Map(#[source] vm_memory::mmap::FromRangesError),
-    /// Another number of regions than this amount of memory has.
-    #[error("guest memory: {came} regions instead of {needed}")]
+    /// The number of regions does not match the amount of memory.
+    #[error("{received} guest memory regions received instead of {needed}")]
     Regions {
-        /// How many files came.
-        came: usize,
-        /// How many regions there are.
+        /// The number of files received.
+        received: usize,
+        /// The number of regions needed.
         needed: usize,
     },
     /// A file that is too long or too short, or whose size could change under the guest.
-    #[error("guest memory")]
+    #[error("cannot use the received guest memory")]
     Adopt(#[from] SealedMemfdError),
-    /// Regions that lie elsewhere than ours.
-    #[error("guest memory: its regions lie elsewhere than {0} bytes have them")]
+    /// Regions that differ from [`ranges`].
+    #[error("the received guest memory regions do not match the layout of {0} bytes")]
     Layout(u64),
     /// More than this host can address.
-    #[error("guest memory: too large for this host")]
+    #[error("guest memory is too large for this host")]
     TooLarge(#[from] TryFromIntError),
 }
 
-/// The guest-physical ranges of `size` bytes of RAM: start and length.
+/// Returns the guest-physical ranges of `size` bytes of RAM: start and length.
 pub fn ranges(size: u64) -> Vec<(u64, u64)> {
     if size <= HOLE_START { vec![(0, size)] } else { vec![(0, HOLE_START), (HOLE_END, size - HOLE_START)] }
 }
@@ -69,15 +68,15 @@ pub fn allocate(size: u64) -> Result<GuestMemory, MemoryError> {
     GuestMemory::from_ranges_with_files(mapped).map_err(MemoryError::Map)
 }
 
-/// Maps guest RAM that another process has made: one file for each of [`ranges`], sealed as ours are.
+/// Maps guest RAM that another process created: one file for each of [`ranges`], sealed as in [`allocate`].
 pub fn adopt(size: u64, files: Vec<File>) -> Result<GuestMemory, MemoryError> {
     let ranges = ranges(size);
     if files.len() != ranges.len() {
-        return Err(MemoryError::Regions { came: files.len(), needed: ranges.len() });
+        return Err(MemoryError::Regions { received: files.len(), needed: ranges.len() });
     }
     let mut mapped = Vec::new();
     for ((start, length), file) in ranges.into_iter().zip(files) {
-        let file = sealed_memfd::adopt(file.into(), "a region's file", length)?;
+        let file = sealed_memfd::adopt(file.into(), "a region's memfd", length)?;
         mapped.push((GuestAddress(start), usize::try_from(length)?, Some(FileOffset::new(file, 0))));
     }
     GuestMemory::from_ranges_with_files(mapped).map_err(MemoryError::Map)
@@ -95,13 +94,13 @@ mod tests {
     }
 
     #[test]
-    fn large_ram_goes_on_above_the_hole() {
+    fn large_ram_continues_above_the_hole() {
         assert_eq!(ranges(4 << 30), [(0, HOLE_START), (HOLE_END, 1 << 30)]);
         assert_eq!(ranges(HOLE_START + 4096), [(0, HOLE_START), (HOLE_END, 4096)]);
     }
 
     #[test]
-    fn only_what_is_as_our_own_is_adopted() {
+    fn adopt_checks_number_size_and_seals_of_files() {
         use vm_memory::Bytes;
         let size = 64 << 20;
         let ours = allocate(size).unwrap();
@@ -111,7 +110,7 @@ mod tests {
         assert_eq!(theirs.read_obj::<u32>(GuestAddress(0x1000)).unwrap(), 7);
 
         let refused = |size, files| adopt(size, files).unwrap_err();
-        assert!(matches!(refused(size, vec![]), MemoryError::Regions { came: 0, needed: 1 }));
+        assert!(matches!(refused(size, vec![]), MemoryError::Regions { received: 0, needed: 1 }));
         assert!(matches!(refused(size, vec![file(), file()]), MemoryError::Regions { .. }));
         let error = refused(128 << 20, vec![file()]);
         assert!(matches!(error, MemoryError::Adopt(SealedMemfdError::Size { .. })), "{error}");
@@ -121,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn the_memfds_cannot_be_resized() {
+    fn memfds_cannot_be_resized() {
         let memory = allocate(16 << 20).unwrap();
         let region = memory.iter().next().unwrap();
         let file = region.file_offset().unwrap().file();

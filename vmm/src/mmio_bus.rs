@@ -1,47 +1,47 @@
 //! Dispatches accesses to ports and to memory-mapped I/O.
 //!
-//! A bus is filled before the vCPUs start and never changes after, so the vCPU threads look devices up without
-//! a lock; each device has its own. A vCPU never waits for anything else with a device locked: the other vCPUs
-//! read that device's registers in every interrupt.
+//! A bus does not change once the vCPUs run, so the vCPU threads look up devices without a lock. Each device has its
+//! own lock. A vCPU never waits for anything while it holds that lock, because the other vCPUs read the device's
+//! registers in every interrupt.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// What a write has begun, and is complete only when it has ended.
+/// An operation that a write has begun. The write is complete only when the operation ends.
 #[derive(Debug)]
-#[must_use = "the guest relies on it being done when its access ends"]
+#[must_use = "the guest relies on the operation being complete when its access ends"]
 pub struct Pending {
     answer: Receiver<()>,
     ended: Arc<AtomicBool>,
 }
 
 impl Pending {
-    /// It ends when `answer` is sent, or can no longer be.
+    /// Creates an operation that ends when `answer` receives a message, or its sender is dropped.
     pub fn new(answer: Receiver<()>) -> Self {
         Self { answer, ended: Arc::default() }
     }
 
-    /// Tells others that it has ended.
+    /// Returns a flag that becomes true when the operation has ended.
     pub fn ended(&self) -> Arc<AtomicBool> {
         Arc::clone(&self.ended)
     }
 
-    /// Waits for its end.
+    /// Waits for the operation to end.
     pub fn wait(self) {
-        // No answer: the thread that had to do it has ended.
+        // An error means that the thread that carries out the operation has ended.
         let _ = self.answer.recv();
         self.ended.store(true, Ordering::Release);
     }
 }
 
-/// What answers in a range of a bus. Offsets are relative to the range; the guest chooses them and the lengths
-/// freely within it.
+/// A device in a range of a bus. Offsets are relative to the range. The guest chooses the offset, within the range, and
+/// the length of an access.
 pub trait BusDevice: Send {
     /// Fills `data` with what the guest reads at `offset`.
     fn read(&mut self, offset: u64, data: &mut [u8]);
-    /// Takes what the guest writes at `offset`; gives what the write has to wait for, with the device unlocked.
+    /// Handles the guest's write at `offset`. Returns the operation that the write waits for with the device unlocked.
     fn write(&mut self, offset: u64, data: &[u8]) -> Option<Pending>;
 }
 
@@ -64,7 +64,7 @@ impl fmt::Debug for Bus {
 }
 
 impl Bus {
-    /// Lets `device` answer at `start..start + length`, which no other device may have.
+    /// Adds `device` at `start..start + length`, which must not overlap another device's range.
     pub fn insert(&mut self, start: u64, length: u64, device: Arc<Mutex<dyn BusDevice>>) {
         let at = self.ranges.partition_point(|range| range.start < start);
         debug_assert!(at == 0 || self.ranges[at - 1].start + self.ranges[at - 1].length <= start);
@@ -72,7 +72,7 @@ impl Bus {
         self.ranges.insert(at, Range { start, length, device });
     }
 
-    /// Reads; where there is no device, all bits are ones, as on a real bus.
+    /// Reads from the device at `address`. Without a device, all bits are ones, as on a real bus.
     pub fn read(&self, address: u64, data: &mut [u8]) {
         match self.find(address) {
             Some((offset, device)) => {
@@ -82,7 +82,7 @@ impl Bus {
         }
     }
 
-    /// Writes; where there is no device, nothing happens.
+    /// Writes to the device at `address` and waits until the write is complete. Does nothing without a device.
     pub fn write(&self, address: u64, data: &[u8]) {
         if let Some((offset, device)) = self.find(address) {
             let pending = device.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data);
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn an_access_reaches_the_device_of_its_range_only() {
+    fn access_reaches_only_the_device_of_its_range() {
         let (low, high) =
             (Arc::new(Mutex::new(Recorder::default())), Arc::new(Mutex::new(Recorder::default())));
         let mut bus = Bus::default();
@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn a_range_without_a_device_reads_as_ones() {
+    fn address_without_a_device_reads_as_ones() {
         let mut bus = Bus::default();
         bus.insert(0x100, 8, Arc::new(Mutex::new(Recorder::default())));
         let mut data = [0; 2];

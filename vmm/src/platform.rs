@@ -1,5 +1,5 @@
-//! The VM's fixed addresses and interrupt numbers: what the boot code, the ACPI tables and the devices have to
-//! agree on. All of them lie in the first MiB or in the 32-bit hole of [`crate::memory`].
+//! The VM's fixed addresses and interrupt numbers, on which the boot code, the ACPI tables and the devices must agree.
+//! All memory addresses are in the first MiB or in the 32-bit hole of [`crate::memory`].
 
 use crate::memory::HOLE_START;
 
@@ -13,7 +13,7 @@ pub const PAGE_TABLES: u64 = 0x9000;
 pub const COMMAND_LINE: u64 = 0x2_0000;
 /// The end of conventional memory.
 pub const CONVENTIONAL_END: u64 = 0x9_fc00;
-/// The ACPI tables, the RSDP first: within the area that the guest searches for it.
+/// The ACPI tables, the RSDP first, in the area that the guest searches for it.
 pub const ACPI_TABLES: u64 = 0xe_0000;
 /// The end of the ACPI tables' area, and the start of extended memory.
 pub const EXTENDED_START: u64 = 0x10_0000;
@@ -33,18 +33,18 @@ pub const TASK_STATE: usize = 0xfffb_d000;
 
 /// The serial port's first I/O port.
 pub const SERIAL_PORT: u16 = 0x3f8;
-/// How many ports it has.
+/// The number of the serial port's I/O ports.
 pub const SERIAL_PORTS: u8 = 8;
 /// The serial port's interrupt.
 pub const SERIAL_GSI: u32 = 4;
 /// The first virtio-mmio device's interrupt; the others follow.
 pub const VIRTIO_GSI: u32 = 5;
-/// How many interrupts the I/O APIC has.
+/// The number of the I/O APIC's interrupts.
 pub const GSI_COUNT: u32 = 24;
-/// How many virtio-mmio devices a VM can have: each has an interrupt of its own.
+/// The largest number of virtio-mmio devices: each has its own interrupt.
 pub const MAX_VIRTIO_DEVICES: u32 = GSI_COUNT - VIRTIO_GSI;
 
-/// Where a virtio-mmio device is, and its interrupt.
+/// The place of a virtio-mmio device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VirtioSlot {
     /// Its registers.
@@ -53,7 +53,7 @@ pub struct VirtioSlot {
     pub gsi: u32,
 }
 
-/// The slots of the first `count` virtio-mmio devices, at most [`MAX_VIRTIO_DEVICES`].
+/// Returns the slots of the first `count` virtio-mmio devices, at most [`MAX_VIRTIO_DEVICES`].
 pub fn virtio_slots(count: usize) -> impl Iterator<Item = VirtioSlot> {
     (0..MAX_VIRTIO_DEVICES).take(count).map(|index| VirtioSlot {
         address: VIRTIO_MMIO + u64::from(index) * VIRTIO_MMIO_SIZE,

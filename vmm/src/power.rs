@@ -1,7 +1,7 @@
-//! The ports through which the guest switches itself off or resets itself: the sleep and reset registers of
-//! hardware-reduced ACPI, and the reset line of the keyboard controller, which Linux pulls with `reboot=k`.
+//! The I/O ports through which the guest powers off or resets: the sleep and reset registers of hardware-reduced ACPI,
+//! and the reset line of the keyboard controller, which Linux uses with `reboot=k`.
 //!
-//! Owns nothing but the way to say so: the first [`GuestEnd`] that is reported ends the VM.
+//! The first [`GuestEnd`] that is reported ends the VM.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -13,7 +13,7 @@ use crate::mmio_bus::{BusDevice, Pending};
 
 /// The I/O port of the ACPI sleep control register; the sleep status and reset registers follow it.
 pub const ACPI_PORT: u16 = 0x600;
-/// How many ports they take.
+/// The number of ACPI ports.
 pub const ACPI_PORTS: u64 = 3;
 /// The sleep control register's offset.
 pub const SLEEP_CONTROL: u16 = 0;
@@ -28,7 +28,7 @@ pub const SLEEP_TYPE_S5: u8 = 5;
 
 /// The keyboard controller's ports: data at 0x60, command and status at 0x64.
 pub const I8042_PORT: u16 = 0x60;
-/// How many ports lie between.
+/// The number of ports in this range.
 pub const I8042_PORTS: u64 = 5;
 const I8042_COMMAND: u64 = 4;
 const I8042_RESET_CPU: u8 = 0xfe;
@@ -37,21 +37,21 @@ const SLEEP_ENABLE: u8 = 1 << 5;
 const SLEEP_TYPE_SHIFT: u8 = 2;
 const SLEEP_TYPE_MASK: u8 = 0x7;
 
-/// How the guest came to its end.
+/// How the guest ended.
 #[derive(Debug)]
 pub enum GuestEnd {
-    /// It switched itself off.
+    /// The guest powered off.
     PowerOff,
-    /// It reset itself.
+    /// The guest requested a reset.
     Reset,
-    /// It cannot run on.
+    /// The guest cannot go on.
     Crash(Crash),
 }
 
-/// Why a guest cannot run on.
+/// Why a guest cannot go on.
 #[derive(Debug, Error)]
 pub enum Crash {
-    /// An exception while one was handled while one was handled.
+    /// A triple fault.
     #[error("the guest crashed with a triple fault on vCPU {vcpu}; look at the end of its console")]
     TripleFault {
         /// The vCPU.
@@ -62,12 +62,12 @@ pub enum Crash {
     Kvm {
         /// The vCPU.
         vcpu: u8,
-        /// What KVM said.
+        /// KVM's exit reason or error.
         reason: String,
     },
 }
 
-/// Takes the first end that is reported, and wakes who waits for it.
+/// Records the first end that is reported, and wakes the main thread.
 #[derive(Clone, Debug)]
 pub struct EndSignal {
     end: Arc<Mutex<Option<GuestEnd>>>,
@@ -75,7 +75,7 @@ pub struct EndSignal {
 }
 
 impl EndSignal {
-    /// No end yet.
+    /// Creates a signal without an end.
     pub fn new() -> std::io::Result<Self> {
         Ok(Self { end: Arc::default(), event: Arc::new(event::new()?) })
     }
@@ -86,12 +86,12 @@ impl EndSignal {
         event::signal(&self.event);
     }
 
-    /// The reported end, once.
+    /// Takes the reported end.
     pub fn take(&self) -> Option<GuestEnd> {
         self.end.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// Readable once an end was reported.
+    /// Returns an eventfd that is readable once an end is reported.
     pub fn event(&self) -> &EventFd {
         &self.event
     }
@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn both_reset_registers_reset() {
+    fn acpi_and_keyboard_controller_reset_the_guest() {
         let signal = EndSignal::new().unwrap();
         AcpiRegisters(signal.clone()).write(2, &[RESET_VALUE]);
         assert!(matches!(signal.take(), Some(GuestEnd::Reset)));
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_end_counts() {
+    fn only_the_first_end_counts() {
         let signal = EndSignal::new().unwrap();
         signal.report(GuestEnd::PowerOff);
         signal.report(GuestEnd::Reset);

@@ -1,8 +1,8 @@
-//! One VM from the command line to its end.
+//! Runs one VM, from the command line to its end.
 //!
-//! The main thread builds everything, starts the vCPUs and then waits: for the guest's end, for a signal, for
-//! `quit` on the control socket, and for input to the serial console. It takes everything down in the opposite
-//! order.
+//! The main thread builds everything and starts the vCPUs. It then feeds input to the serial console until the guest
+//! ends, a signal arrives, or a client requests `quit` on the control socket. At the end it stops the VM, then the
+//! control server, and restores the terminal last.
 
 use std::io::stdin;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -25,7 +25,7 @@ use crate::power::{Crash, EndSignal, GuestEnd};
 use crate::serial::{SerialError, SharedConsole};
 use crate::terminal::RawTerminal;
 
-/// The signals that end the VMM as if it had been told to quit.
+/// The signals that end the VMM, like a `quit` request.
 const QUIT_SIGNALS: [Signal; 4] = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT];
 const INPUT_BUFFER: usize = 64;
 
@@ -35,33 +35,33 @@ pub enum RunError {
     /// Signals cannot be received.
     #[error("cannot receive signals")]
     Signals(#[source] Errno),
-    /// The terminal cannot be made raw.
-    #[error("cannot make the terminal raw")]
+    /// The terminal cannot be set to raw mode.
+    #[error("cannot set the terminal to raw mode")]
     Terminal(#[source] Errno),
-    /// An event cannot be made or waited for.
+    /// An eventfd cannot be created or waited for.
     #[error("cannot wait for events")]
     Events(#[source] std::io::Error),
-    /// The guest came to a bad end.
+    /// The guest crashed.
     #[error(transparent)]
     Crash(#[from] Crash),
-    /// No VM.
+    /// The VM cannot be created.
     #[error(transparent)]
     Machine(#[from] MachineError),
-    /// No console.
+    /// The serial console cannot be created.
     #[error(transparent)]
     Serial(#[from] SerialError),
-    /// No VM can arrive.
+    /// The VMM cannot receive a VM.
     #[error(transparent)]
     Incoming(#[from] IncomingError),
-    /// Neither `--kernel` nor `--incoming`: the command line was checked for that.
-    #[error("there is nothing to run: give --kernel or --incoming")]
+    /// Neither `--kernel` nor `--incoming` is given, which [`Config::from_arguments`] rejects.
+    #[error("nothing to run: give --kernel or --incoming")]
     Nothing,
-    /// No control socket.
+    /// The control socket cannot be served.
     #[error(transparent)]
     Control(#[from] ControlError),
 }
 
-/// Runs a VM until its guest ends, a signal comes, or a client requests `quit`.
+/// Runs a VM until its guest ends, a signal arrives, or a client requests `quit`.
 pub fn run(config: &Config) -> Result<(), RunError> {
     let signals = receive_signals().map_err(RunError::Signals)?;
     let end = EndSignal::new().map_err(RunError::Events)?;
@@ -107,18 +107,18 @@ pub fn run(config: &Config) -> Result<(), RunError> {
     match ended? {
         Some(GuestEnd::Crash(crash)) => Err(crash.into()),
         Some(GuestEnd::PowerOff) => {
-            tracing::info!("the guest switched itself off");
+            tracing::info!("the guest powered off");
             Ok(())
         }
         Some(GuestEnd::Reset) => {
-            tracing::info!("the guest reset itself");
+            tracing::info!("the guest requested a reset");
             Ok(())
         }
         None => Ok(()),
     }
 }
 
-/// The VM, or the wait for one. Dropping it ends both.
+/// The VM, and the thread that waits for an incoming one. Dropping this stops both.
 struct Running<'a> {
     lifecycle: &'a Lifecycle,
     incoming: Option<Incoming>,
@@ -139,15 +139,15 @@ impl Drop for Running<'_> {
     }
 }
 
-/// Blocks the signals that end the VMM, in every thread that is started from now on, so that only the main
-/// thread sees them.
+/// Returns a descriptor that receives the signals that end the VMM. Blocks them in every thread started from now on,
+/// so that only the main thread sees them.
 fn receive_signals() -> nix::Result<SignalFd> {
     let signals = QUIT_SIGNALS.into_iter().collect::<SigSet>();
     signals.thread_block()?;
     SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
 }
 
-/// What the main thread waits for, besides input.
+/// What the main thread waits for, besides console input.
 struct Wakers<'a> {
     signals: &'a SignalFd,
     end: &'a EndSignal,
@@ -155,7 +155,7 @@ struct Wakers<'a> {
 }
 
 impl Wakers<'_> {
-    /// Feeds the console until the guest has ended (how it did) or the VMM is to quit (`None`).
+    /// Feeds the console until the guest ends or the VMM must quit. Returns how the guest ended, or `None` to quit.
     fn wait_for_end(&self, mut input: Option<&SharedConsole>) -> Result<Option<GuestEnd>, RunError> {
         let stdin = stdin();
         let readable = |fd| PollFd::new(fd, PollFlags::POLLIN);
@@ -192,7 +192,7 @@ impl Wakers<'_> {
                 if has_room {
                     input = feed(console, stdin.as_fd()).then_some(console);
                 } else {
-                    // Only a wake-up: the capacity is looked at above.
+                    // Only a wake-up: the next iteration reads the capacity.
                     event::take(&console.room);
                 }
             }
@@ -200,7 +200,7 @@ impl Wakers<'_> {
     }
 }
 
-/// Moves input to the console; false at its end.
+/// Moves input to the console. Returns false when there is no more.
 fn feed(console: &SharedConsole, stdin: BorrowedFd<'_>) -> bool {
     let mut buffer = [0; INPUT_BUFFER];
     let room = console.capacity().min(buffer.len());

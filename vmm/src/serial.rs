@@ -1,7 +1,7 @@
 //! The guest's serial console: a 16550 whose interrupt is an irqfd.
 //!
-//! Output goes out on the vCPU thread that writes it. Input is put in by the main thread, as much as the
-//! device's FIFO takes; when the guest has emptied the FIFO, an event says that there is room again.
+//! A vCPU thread writes the guest's output directly. The main thread enters input, as much as the device's FIFO takes.
+//! When the guest has emptied the FIFO, an eventfd signals that there is room again.
 
 use std::fmt;
 use std::fs::File;
@@ -20,11 +20,11 @@ use crate::mmio_bus::{BusDevice, Pending};
 
 /// Register: which interrupts the guest wants.
 const INTERRUPT_ENABLE: u8 = 1;
-/// Register: which one there is.
+/// Register: which interrupt is pending.
 const INTERRUPT_IDENTIFICATION: u8 = 2;
-/// Register: the bytes' sizes, and [`DIVISOR_LATCH`].
+/// Register: the word format, and [`DIVISOR_LATCH`].
 const LINE_CONTROL: u8 = 3;
-/// Register: what there is to read, and room to write.
+/// Register: whether there is input, and room for output.
 const LINE_STATUS: u8 = 5;
 /// Interrupt enable: for input. Line status: there is input.
 const RECEIVED: u8 = 1;
@@ -32,30 +32,30 @@ const RECEIVED: u8 = 1;
 const NO_INTERRUPT: u8 = 1;
 /// Interrupt identification: input.
 const INPUT_INTERRUPT: u8 = 1 << 2;
-/// Line control: the first two registers are the divisor's.
+/// Line control: the first two registers access the divisor.
 const DIVISOR_LATCH: u8 = 1 << 7;
 
-/// Why there is no console.
+/// Why the console cannot be created or restored.
 #[derive(Debug, Error)]
 pub enum SerialError {
-    /// The file for the output.
+    /// The output file cannot be created.
     #[error("cannot write the serial console to {}", path.display())]
     Open {
         /// Its path.
         path: std::path::PathBuf,
-        /// What the kernel said.
+        /// The I/O error.
         #[source]
         source: io::Error,
     },
-    /// An event.
-    #[error("cannot make the serial console's events")]
+    /// An eventfd cannot be created.
+    #[error("cannot create the serial console's eventfds")]
     Event(#[source] io::Error),
     /// A state with more input than the device holds.
-    #[error("the serial port's state cannot be that of a 16550")]
+    #[error("the received state is not valid for a 16550 serial port")]
     State(#[source] serial::Error<io::Error>),
 }
 
-/// The interrupt line: one pulse an event.
+/// The interrupt line: one pulse per signal.
 #[derive(Debug)]
 struct Interrupt(EventFd);
 
@@ -80,7 +80,7 @@ impl SerialEvents for RoomSignal {
     }
 }
 
-/// Where the output goes, whichever device writes it.
+/// The output, which outlives a device that [`SharedConsole::restore`] replaces.
 #[derive(Clone)]
 struct Output(Arc<Mutex<dyn Write + Send>>);
 
@@ -107,8 +107,7 @@ impl BusDevice for Console {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Option<Pending> {
-        // An error is a byte that the output did not take (a closed pipe, a full disk): as lost as on a line that
-        // nobody listens to.
+        // The byte is lost if the output does not accept it (a closed pipe, a full disk), as on an unconnected line.
         if let (Ok(register), &[byte]) = (u8::try_from(offset), data)
             && let Err(error) = self.0.write(register, byte)
         {
@@ -119,9 +118,9 @@ impl BusDevice for Console {
 }
 
 impl Console {
-    /// Which interrupt there is. A 16550 has that for input as long as there is input. The crate's device has it
-    /// until the first byte is read: a guest that reads so many bytes an interrupt and no more would leave the
-    /// others for ever.
+    /// Returns the pending interrupt. A 16550 reports the input interrupt as long as there is input. `vm_superio`
+    /// reports it until the first byte is read, so a guest that reads a fixed number of bytes per interrupt would never
+    /// read the rest.
     fn identify(&mut self) -> u8 {
         let identified = self.0.read(INTERRUPT_IDENTIFICATION);
         let waits = self.0.read(LINE_STATUS) & RECEIVED != 0;
@@ -152,7 +151,7 @@ impl fmt::Debug for SharedConsole {
 }
 
 impl SharedConsole {
-    /// A console whose output goes to `target`.
+    /// Creates a console whose output goes to `target`.
     pub fn new(target: &SerialTarget) -> Result<Self, SerialError> {
         match target {
             SerialTarget::Stdio => Self::with_output(io::stdout()),
@@ -175,7 +174,7 @@ impl SharedConsole {
         Ok(Self { device: Arc::new(Mutex::new(Console(serial))), interrupt, room, output })
     }
 
-    /// The device's state. The vCPUs are paused.
+    /// Returns the device's state. The vCPUs must be paused.
     pub fn save(&self) -> SerialState {
         let state = self.device().0.state();
         SerialState {
@@ -192,7 +191,7 @@ impl SharedConsole {
         }
     }
 
-    /// Puts a state into the device, and tells the guest of what waits there.
+    /// Restores the device's state, and interrupts the guest again if an interrupt is pending.
     pub fn restore(&self, state: &SerialState) -> Result<(), SerialError> {
         let state = serial::SerialState {
             baud_divisor_low: state.divisor_low,
@@ -210,7 +209,7 @@ impl SharedConsole {
         let (interrupt, room) = (Interrupt(clone(&self.interrupt)?), RoomSignal(clone(&self.room)?));
         let restored = Serial::from_state(&state, interrupt, room, self.output.clone());
         self.device().0 = restored.map_err(SerialError::State)?;
-        // The main thread looks at the new device's room.
+        // Wakes the main thread, which then reads the new device's capacity.
         event::signal(&self.room);
         Ok(())
     }
@@ -219,12 +218,12 @@ impl SharedConsole {
         self.device.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many bytes of input the device takes now.
+    /// Returns how many bytes of input the device takes now.
     pub fn capacity(&self) -> usize {
         self.device().0.fifo_capacity()
     }
 
-    /// Puts input in; at most [`Self::capacity`] bytes.
+    /// Enters input of at most [`Self::capacity`] bytes.
     pub fn input(&self, bytes: &[u8]) {
         let mut device = self.device();
         if let Err(error) = device.0.enqueue_raw_bytes(bytes) {
@@ -241,7 +240,7 @@ mod tests {
     const SCRATCH: u64 = 7;
 
     #[test]
-    fn input_interrupts_and_room_is_signalled() {
+    fn input_interrupts_the_guest_and_reading_it_signals_room() {
         let console = SharedConsole::with_output(io::sink()).unwrap();
         console.device.lock().unwrap().write(INTERRUPT_ENABLE, &[RECEIVED]);
         let full = console.capacity();
@@ -260,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn input_interrupts_as_long_as_there_is_some() {
+    fn input_interrupt_is_pending_as_long_as_there_is_input() {
         let console = SharedConsole::with_output(io::sink()).unwrap();
         let mut byte = [0];
         let mut identify = |console: &SharedConsole| {
@@ -278,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn another_console_goes_on_where_this_one_stops() {
+    fn restored_console_continues_where_the_saved_one_stopped() {
         let console = SharedConsole::with_output(io::sink()).unwrap();
         console.device().write(INTERRUPT_ENABLE, &[RECEIVED]);
         console.device().write(SCRATCH, &[0x5a]);
@@ -296,14 +295,14 @@ mod tests {
     }
 
     #[test]
-    fn more_input_than_the_fifo_holds_is_no_state() {
+    fn state_with_more_input_than_the_fifo_holds_is_rejected() {
         let console = SharedConsole::with_output(io::sink()).unwrap();
         let state = SerialState { input: vec![0; 65], ..console.save() };
         assert!(matches!(console.restore(&state), Err(SerialError::State(_))));
     }
 
     #[test]
-    fn odd_accesses_do_nothing() {
+    fn accesses_of_other_sizes_are_ignored() {
         let console = SharedConsole::with_output(io::sink()).unwrap();
         let mut device = console.device.lock().unwrap();
         device.write(0, &[1, 2, 3, 4]);

@@ -1,4 +1,4 @@
-//! Ends a connection from another thread.
+//! Shuts down a connection from another thread.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -10,14 +10,14 @@ use nix::sys::socket::{Shutdown, shutdown};
 pub struct ShutdownHandle(OwnedFd);
 
 impl ShutdownHandle {
-    /// A handle to `socket`.
+    /// Creates a handle to `socket`.
     pub fn new(socket: &impl AsFd) -> io::Result<Self> {
         socket.as_fd().try_clone_to_owned().map(Self)
     }
 
-    /// Ends the connection.
+    /// Shuts down the connection.
     pub fn shut_down(&self) {
-        // It fails if the peer has closed the connection: then there is nothing to end.
+        // Fails if the peer has closed the connection; then there is nothing to do.
         let _ = shutdown(self.0.as_raw_fd(), Shutdown::Both);
     }
 }

@@ -1,7 +1,7 @@
-//! The terminal on stdin: raw while the guest has it, and as it was on every way out.
+//! Sets the terminal on stdin to raw mode while the guest uses it, and restores it afterwards.
 //!
-//! Raw mode lasts as long as [`RawTerminal`]; a panic restores the terminal too, through its hook. Only a
-//! signal that cannot be caught leaves it raw.
+//! Raw mode lasts as long as [`RawTerminal`]. A panic hook restores the terminal, too. Only a signal that kills the
+//! process leaves the terminal in raw mode.
 
 use std::io::{IsTerminal, stdin};
 use std::os::fd::AsFd;
@@ -12,16 +12,16 @@ use nix::unistd::{getpgrp, tcgetpgrp};
 
 static BEFORE: OnceLock<Plain> = OnceLock::new();
 
-/// The terminal's settings before it was made raw.
+/// The terminal's settings before raw mode.
 #[derive(Debug)]
 struct Plain(libc::termios);
 
-/// The terminal is raw while this lives.
+/// Keeps the terminal in raw mode until it is dropped.
 #[derive(Debug)]
 pub struct RawTerminal(());
 
 impl RawTerminal {
-    /// Makes the terminal on stdin raw. `None` if stdin is no terminal, or is another job's.
+    /// Sets the terminal on stdin to raw mode. Returns `None` if stdin is not a terminal or belongs to another job.
     pub fn enter() -> nix::Result<Option<Self>> {
         let stdin = stdin();
         if !stdin.is_terminal() || tcgetpgrp(stdin.as_fd()) != Ok(getpgrp()) {
@@ -35,7 +35,7 @@ impl RawTerminal {
             hook(information);
         }));
         let mut raw = before;
-        // Output stays as it is, so that messages on the same terminal keep their line ends.
+        // Output processing stays on, so that log messages on the same terminal keep their line ends.
         raw.input_flags &= !(InputFlags::ICRNL | InputFlags::INLCR | InputFlags::IGNCR | InputFlags::IXON);
         raw.input_flags &=
             !(InputFlags::BRKINT | InputFlags::ISTRIP | InputFlags::PARMRK | InputFlags::IGNBRK);
@@ -55,6 +55,6 @@ impl Drop for RawTerminal {
 }
 
 fn restore(plain: &Plain) {
-    // The terminal may be gone: then there is nothing to restore.
+    // Fails if the terminal is gone; then there is nothing to restore.
     let _ = tcsetattr(stdin().as_fd(), SetArg::TCSANOW, &Termios::from(plain.0));
 }

@@ -1,4 +1,4 @@
-//! The vCPU threads: each owns its vCPU, and runs the guest on it until it is told to pause or to stop.
+//! The vCPU threads. Each owns its vCPU and runs the guest on it until a pause or a stop is requested.
 //!
 //! ```text
 //!            pause                       stop
@@ -6,10 +6,10 @@
 //!         ◀──────────
 //!            resume
 //! ```
-//! To pause or stop, the gate's state is changed first and then every thread is signalled. The signal's handler
-//! sets `immediate_exit` in the vCPU's shared page, and a thread clears it only *before* it looks at the gate, so
-//! no order of the two can lose a request. A paused vCPU has completed its last port or memory-mapped access:
-//! its registers are consistent. Its thread has let go of it, so that its state can be taken and put in.
+//! [`Vcpus::pause`] and [`Vcpus::stop`] change the gate's state first, and then signal every thread. The signal handler
+//! sets `immediate_exit` in the vCPU's shared page. A thread clears it only *before* it reads the gate, so no request
+//! is lost. A paused vCPU has completed its last port or memory-mapped access: its registers are consistent. Its thread
+//! has unlocked it, so that its state can be saved and restored.
 #![expect(unsafe_code, reason = "the signal handler writes to the vCPU's shared page")]
 
 use std::cell::Cell;
@@ -29,18 +29,18 @@ use crate::mmio_bus::Bus;
 use crate::power::{Crash, EndSignal, GuestEnd};
 use crate::vcpu_state::{self, VcpuStateError};
 
-/// Why the vCPU threads could not be started.
+/// Why the vCPU threads cannot be started.
 #[derive(Debug, Error)]
 pub enum VcpuError {
-    /// No handler for the signal that interrupts a vCPU.
+    /// The handler of the signal that interrupts a vCPU cannot be installed.
     #[error("cannot install the vCPUs' signal handler")]
     Signal(#[source] vmm_sys_util::errno::Error),
-    /// No thread.
+    /// A thread cannot be started.
     #[error("cannot start a vCPU's thread")]
     Thread(#[source] std::io::Error),
 }
 
-/// The state that the vCPUs are to have.
+/// The requested state of the vCPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wanted {
     /// Run the guest.
@@ -56,7 +56,7 @@ struct GateState {
     wanted: Wanted,
     /// Threads that have not ended.
     alive: usize,
-    /// Threads that wait.
+    /// Threads that wait in [`Gate::park`].
     parked: usize,
 }
 
@@ -100,7 +100,7 @@ impl Gate {
         state.parked -= 1;
     }
 
-    /// Waits until all threads wait, but for those that have ended.
+    /// Waits until all threads that have not ended are parked, or the vCPUs are no longer to be paused.
     fn wait_for_parked(&self) {
         self.wait_while(self.lock(), |state| state.wanted == Wanted::Paused && state.parked < state.alive);
     }
@@ -111,7 +111,7 @@ impl Gate {
     }
 }
 
-/// The ports and the memory-mapped I/O that the vCPUs' accesses go to.
+/// The buses that the vCPUs access.
 #[derive(Debug)]
 pub struct Buses {
     /// I/O ports.
@@ -124,7 +124,7 @@ pub struct Buses {
 #[derive(Debug)]
 pub struct Vcpus {
     gate: Arc<Gate>,
-    /// Each is locked by its thread, unless that is paused.
+    /// Each vCPU is locked by its thread, unless it is paused.
     fds: Vec<Arc<Mutex<VcpuFd>>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -136,7 +136,7 @@ impl Vcpus {
         let state = GateState { wanted: Wanted::Paused, alive: vcpus.len(), parked: 0 };
         let gate = Arc::new(Gate { state: Mutex::new(state), changed: Condvar::new() });
         let fds: Vec<_> = vcpus.into_iter().map(|fd| Arc::new(Mutex::new(fd))).collect();
-        // If one thread does not start, dropping this ends the others.
+        // If a thread cannot be started, dropping `vcpus` ends the others.
         let vcpus = Self { gate, fds, threads: Mutex::default() };
         for (id, fd) in (0u8..).zip(&vcpus.fds) {
             let (gate, buses, end) = (Arc::clone(&vcpus.gate), Arc::clone(buses), end.clone());
@@ -147,21 +147,21 @@ impl Vcpus {
         Ok(vcpus)
     }
 
-    /// Whether none of them has ended.
+    /// Returns whether no vCPU has ended.
     pub fn all_alive(&self) -> bool {
         self.gate.lock().alive == self.fds.len()
     }
 
-    /// The state of each of them, which are paused; `msrs`: their model-specific registers.
+    /// Returns the state of each vCPU, with the model-specific registers `msrs`. The vCPUs must be paused.
     pub fn save(&self, msrs: &[u32]) -> Result<Vec<VcpuState>, VcpuStateError> {
         self.fds.iter().map(|fd| vcpu_state::save(&locked(fd), msrs)).collect()
     }
 
-    /// Whether the guest uses the processor's virtualisation on any of them. Pauses them for a moment.
+    /// Returns whether the guest uses hardware virtualisation on any vCPU. Pauses the vCPUs briefly.
     pub fn any_nested(&self) -> bool {
         let running = self.gate.wanted() == Wanted::Running;
         self.pause();
-        // One that cannot be asked is found out when its state is taken.
+        // A vCPU that cannot be queried fails again when its state is saved.
         let nested = self.fds.iter().any(|fd| vcpu_state::is_nested(&locked(fd)).unwrap_or(false));
         if running {
             self.resume();
@@ -169,17 +169,17 @@ impl Vcpus {
         nested
     }
 
-    /// Puts a state into each of them. They have never run.
+    /// Restores the state of each vCPU. The vCPUs must never have run.
     pub fn restore(&self, states: &[VcpuState]) -> Result<(), VcpuStateError> {
         self.fds.iter().zip(states).try_for_each(|(fd, state)| vcpu_state::restore(&locked(fd), state))
     }
 
-    /// Tells the guest that it was paused, so that its watchdogs do not fire. They are paused.
+    /// Tells the guest that it was paused, so that its watchdogs do not fire. The vCPUs must be paused.
     pub fn notify_paused(&self) {
         self.fds.iter().for_each(|fd| vcpu_state::notify_paused(&locked(fd)));
     }
 
-    /// Resumes them, unless they were stopped.
+    /// Resumes the vCPUs, unless they are stopped.
     pub fn resume(&self) {
         let _order = self.threads();
         if self.gate.wanted() == Wanted::Paused {
@@ -187,19 +187,19 @@ impl Vcpus {
         }
     }
 
-    /// Pauses them, and returns when all are paused.
+    /// Pauses the vCPUs, and returns when all are paused.
     pub fn pause(&self) {
         let threads = self.threads();
         if self.gate.wanted() == Wanted::Running {
             self.gate.want(Wanted::Paused);
             interrupt(&threads);
         }
-        // Not with the lock held: a vCPU that cannot leave a device must not keep the VM from being stopped.
+        // Wait without the lock: a vCPU that is stuck in a device must not prevent a stop.
         drop(threads);
         self.gate.wait_for_parked();
     }
 
-    /// Ends them, and returns when they have ended.
+    /// Stops the vCPUs, and returns when their threads have ended.
     pub fn stop(&self) {
         let mut threads = self.threads();
         self.gate.want(Wanted::Stopped);
@@ -211,7 +211,7 @@ impl Vcpus {
         }
     }
 
-    /// The threads, and with them the right to change what is wanted.
+    /// Locks the threads. Only the holder of this lock may change the requested state.
     fn threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
         self.threads.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -253,7 +253,7 @@ extern "C" fn leave_guest(_signal: c_int, _info: *mut siginfo_t, _context: *mut 
     unsafe { flag.write_volatile(1) };
 }
 
-/// One vCPU and what its thread knows.
+/// A vCPU's thread.
 struct Vcpu {
     id: u8,
     fd: Arc<Mutex<VcpuFd>>,
@@ -262,14 +262,14 @@ struct Vcpu {
     end: EndSignal,
 }
 
-/// What a return from the guest means for the thread.
+/// What the thread does after an exit from the guest.
 #[derive(Debug, PartialEq, Eq)]
 enum Next {
     /// Enter the guest again.
     Enter,
-    /// Look at the gate: the kernel has nothing left to complete.
+    /// Read the gate: the kernel has nothing left to complete.
     Look,
-    /// The guest cannot go on.
+    /// End: the guest cannot go on.
     End,
 }
 
@@ -285,7 +285,7 @@ impl Vcpu {
         drop(guard);
     }
 
-    /// Runs the guest until it is to be paused; false if it is to end, or cannot go on.
+    /// Runs the guest until a pause is requested. Returns false if a stop is requested or the guest cannot go on.
     fn run_guest(&self, fd: &mut VcpuFd) -> bool {
         loop {
             fd.set_kvm_immediate_exit(0);
@@ -301,7 +301,7 @@ impl Vcpu {
         }
     }
 
-    /// Lets the kernel complete the last access without running the guest; false if the guest cannot go on.
+    /// Lets the kernel complete the last access without running the guest. Returns false if the guest cannot go on.
     fn complete(&self, fd: &mut VcpuFd) -> bool {
         loop {
             fd.set_kvm_immediate_exit(1);
@@ -313,7 +313,7 @@ impl Vcpu {
         }
     }
 
-    /// Runs the guest until it needs something.
+    /// Runs the guest until its next exit, and handles the exit.
     fn enter(&self, fd: &mut VcpuFd) -> Next {
         let crash = |reason: String| Crash::Kvm { vcpu: self.id, reason };
         let end = match fd.run() {
@@ -354,7 +354,7 @@ impl Vcpu {
     }
 }
 
-/// Tells the gate that a thread has ended, however it did.
+/// Tells the gate that a thread ends, also by a panic.
 struct Leaving {
     gate: Arc<Gate>,
     end: EndSignal,

@@ -1,8 +1,8 @@
-//! A vCPU's state taken out of KVM, and put into another vCPU.
+//! Saves a vCPU's state, and restores it into another vCPU.
 //!
-//! The order matters. Taking: first what may still change the rest (a pending start-up interrupt), and the timer's
-//! deadline before the local APIC: a timer that fires in between is then there twice rather than not at all. Putting
-//! in: the time stamp counter before the timer that is set by it, and the local APIC (its mode) before the deadline.
+//! The order matters. [`save`] first reads what may still change the rest (a pending start-up interrupt), and reads the
+//! timer's deadline before the local APIC: a timer that fires in between is saved twice rather than lost. [`restore`]
+//! sets the time stamp counter before the timer that depends on it, and the local APIC (its mode) before the deadline.
 #![expect(unsafe_code, reason = "the time stamp counter's offset is a device attribute, given by address")]
 
 use baton_protocol::migration::refusal::Refusal;
@@ -22,12 +22,12 @@ ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
 ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
 ioctl_iow_nr!(KVM_HAS_DEVICE_ATTR, KVMIO, 0xe3, kvm_device_attr);
 
-/// The time stamp counter: its offset is moved instead.
+/// The time stamp counter. Its offset is migrated instead.
 const MSR_TSC: u32 = 0x10;
 const CR4_VMX_ENABLE: u64 = 1 << 13;
 const EFER_SVM_ENABLE: u64 = 1 << 12;
 
-/// Why a vCPU's state could not be moved.
+/// Why a vCPU's state cannot be saved or restored.
 #[derive(Debug, Error)]
 pub enum VcpuStateError {
     /// KVM refused.
@@ -35,23 +35,23 @@ pub enum VcpuStateError {
     Kvm {
         /// Which part of the state.
         what: &'static str,
-        /// What the kernel said.
+        /// KVM's error.
         #[source]
         source: kvm_ioctls::Error,
     },
-    /// A register that KVM does not take.
-    #[error("KVM did not take the model-specific register {0:#x}")]
+    /// A register that KVM refuses.
+    #[error("KVM refused the model-specific register {0:#x}")]
     Msr(u32),
     /// More registers than KVM's lists hold.
     #[error("KVM's lists cannot hold a vCPU's registers")]
     List(#[source] vmm_sys_util::fam::Error),
-    /// A part that is of another size.
+    /// A part of the state has the wrong size.
     #[error(transparent)]
     Size(#[from] WrongSize),
-    /// A guest with guests of its own, whose state is not moved.
+    /// The guest uses hardware virtualisation, whose state is not migrated.
     #[error("{}: {refusal}", refusal.name())]
     Nested {
-        /// As it is refused beforehand.
+        /// The refusal that the target sends when it sees this beforehand.
         refusal: Refusal,
     },
 }
@@ -60,20 +60,20 @@ fn refused(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VcpuStateErr
     move |source| VcpuStateError::Kvm { what, source }
 }
 
-/// The numbers of the model-specific registers that are moved: all that this host's KVM names, but one.
+/// Returns the model-specific registers to migrate: all that this host's KVM lists, except the time stamp counter.
 pub fn msr_indices(kvm: &Kvm) -> Result<Vec<u32>, VcpuStateError> {
     let list = kvm.get_msr_index_list().map_err(refused("list of model-specific registers"))?;
     Ok(list.as_slice().iter().copied().filter(|&index| index != MSR_TSC).collect())
 }
 
-/// Whether this host's KVM tells and takes the time stamp counter's offset (Linux 5.16).
+/// Returns whether this host's KVM reads and sets the time stamp counter's offset (since Linux 5.16).
 pub fn moves_tsc(vcpu: &VcpuFd) -> bool {
     let attribute = tsc_offset_attribute(0);
     // SAFETY: the request only reads the structure, which lives as long as the call.
     unsafe { ioctl_with_ref(vcpu, KVM_HAS_DEVICE_ATTR(), &attribute) == 0 }
 }
 
-/// The state of a paused vCPU; `indices`: its model-specific registers.
+/// Returns the state of a paused vCPU, with the model-specific registers `indices`.
 pub fn save(vcpu: &VcpuFd, indices: &[u32]) -> Result<VcpuState, VcpuStateError> {
     let run_state = vcpu.get_mp_state().map_err(refused("run state"))?;
     let registers = vcpu.get_regs().map_err(refused("general registers"))?;
@@ -96,7 +96,7 @@ pub fn save(vcpu: &VcpuFd, indices: &[u32]) -> Result<VcpuState, VcpuStateError>
     })
 }
 
-/// Puts a state into a vCPU that has never run.
+/// Restores a state into a vCPU that has never run.
 pub fn restore(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), VcpuStateError> {
     let special: kvm_sregs = structure("special registers", &state.special_registers)?;
     refuse_nested(&special)?;
@@ -111,8 +111,8 @@ pub fn restore(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), VcpuStateError> {
         .map_err(refused("general registers"))?;
     vcpu.set_sregs(&special).map_err(refused("special registers"))?;
     let extended = structure("extended state", &state.extended_state)?;
-    // SAFETY: the structure is whole; KVM reads more only of processes that have asked for dynamic features, which
-    // this one has not.
+    // SAFETY: the structure is complete; KVM reads beyond it only in processes that enable dynamic features, which
+    // this one does not.
     unsafe { vcpu.set_xsave(&extended) }.map_err(refused("extended state"))?;
     vcpu.set_xcrs(&structure("extended control registers", &state.extended_controls)?)
         .map_err(refused("extended control registers"))?;
@@ -123,17 +123,17 @@ pub fn restore(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), VcpuStateError> {
     vcpu.set_vcpu_events(&structure("pending events", &state.events)?).map_err(refused("pending events"))
 }
 
-/// Tells the guest, through its clock's page, that it was stopped, so that it does not take the time for a lock-up.
+/// Tells the guest, through its kvmclock page, that it was paused, so that it does not report a lock-up.
 pub fn notify_paused(vcpu: &VcpuFd) {
     if let Err(error) = vcpu.kvmclock_ctrl()
-        // The guest does not use that clock (yet).
+        // The guest does not use kvmclock (yet).
         && error.errno() != libc::EINVAL
     {
-        tracing::warn!("a vCPU's guest cannot be told that it was stopped: {error}");
+        tracing::warn!("cannot tell the guest on a vCPU that it was paused: {error}");
     }
 }
 
-/// Whether the guest on a paused vCPU uses the processor's virtualisation itself.
+/// Returns whether the guest on a paused vCPU uses hardware virtualisation.
 pub fn is_nested(vcpu: &VcpuFd) -> Result<bool, VcpuStateError> {
     Ok(has_guests(&vcpu.get_sregs().map_err(refused("special registers"))?))
 }
@@ -151,13 +151,13 @@ fn entries(msrs: impl Iterator<Item = Msr>) -> Result<Msrs, VcpuStateError> {
     Msrs::from_entries(&msrs.map(entry).collect::<Vec<_>>()).map_err(VcpuStateError::List)
 }
 
-/// Reads those of the registers that this vCPU has: which ones depends on its CPUID, too.
+/// Reads the listed registers that this vCPU has. Its CPUID affects which ones it has.
 fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>, VcpuStateError> {
     let mut read = Vec::new();
     let mut rest = indices;
     while !rest.is_empty() {
         let mut wanted = entries(rest.iter().map(|&index| Msr { index, value: 0 }))?;
-        // KVM stops at the first that it does not have.
+        // KVM stops at the first register that the vCPU does not have.
         let count = vcpu.get_msrs(&mut wanted).map_err(refused("model-specific registers"))?.min(rest.len());
         let found = wanted.as_slice().iter().take(count);
         read.extend(found.map(|entry| Msr { index: entry.index, value: entry.data }));

@@ -22,7 +22,7 @@ use crate::memory::GuestMemory;
 use crate::platform::{IDENTITY_MAP, TASK_STATE};
 use crate::vcpu_state::{self, VcpuStateError};
 
-/// What the VM needs of KVM.
+/// The KVM capabilities that the VM needs.
 const REQUIRED: [(Cap, &str); 6] = [
     (Cap::UserMemory, "user memory"),
     (Cap::Irqchip, "in-kernel interrupt controllers"),
@@ -32,31 +32,31 @@ const REQUIRED: [(Cap, &str); 6] = [
     (Cap::ImmediateExit, "immediate exit"),
 ];
 
-/// Why there is no VM.
+/// Why a VM cannot be created, saved or restored.
 #[derive(Debug, Error)]
 pub enum VmError {
-    /// No KVM, or no right to it.
-    #[error("cannot open /dev/kvm: is KVM there, and may this user open it?")]
+    /// KVM is not available, or this user may not use it.
+    #[error("cannot open /dev/kvm; check that KVM is available and that this user may open it")]
     Open(#[source] kvm_ioctls::Error),
-    /// A KVM that is too old or too small.
-    #[error("this host's KVM has no {0}")]
+    /// KVM lacks a capability.
+    #[error("this host's KVM does not support {0}")]
     Missing(&'static str),
     /// An operation failed.
     #[error("KVM refused the {what}")]
     Refused {
-        /// What was asked for.
+        /// What was requested.
         what: &'static str,
-        /// What the kernel said.
+        /// KVM's error.
         #[source]
         source: kvm_ioctls::Error,
     },
-    /// The vCPUs' registers.
+    /// The vCPUs' registers cannot be set.
     #[error(transparent)]
     CpuState(#[from] CpuStateError),
-    /// The vCPUs' state.
+    /// The list of model-specific registers cannot be read.
     #[error(transparent)]
     VcpuState(#[from] VcpuStateError),
-    /// A part of the state that is of another size.
+    /// A part of the state has the wrong size.
     #[error(transparent)]
     Size(#[from] WrongSize),
 }
@@ -74,7 +74,7 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// A VM with interrupt controllers, without vCPUs and memory.
+    /// Creates a VM with interrupt controllers, without vCPUs and memory.
     pub fn new() -> Result<Self, VmError> {
         let kvm = Kvm::new().map_err(VmError::Open)?;
         if let Some((_, name)) = REQUIRED.into_iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
@@ -89,7 +89,7 @@ impl Vm {
         Ok(Self { fd, kvm, memory: OnceLock::new() })
     }
 
-    /// Gives the VM, which has none yet, its memory.
+    /// Adds memory to a VM that has none.
     pub fn add_memory(&self, memory: GuestMemory) -> Result<(), VmError> {
         let memory = self.memory.get_or_init(|| memory);
         for (slot, region) in (0u32..).zip(memory.iter()) {
@@ -107,12 +107,12 @@ impl Vm {
         Ok(())
     }
 
-    /// Guest memory; none of it before [`Self::add_memory`].
+    /// Returns guest memory, which is empty before [`Self::add_memory`].
     pub fn memory(&self) -> GuestMemory {
         self.memory.get().cloned().unwrap_or_default()
     }
 
-    /// Makes the vCPUs. The first starts at `entry`; without one their state is still to come.
+    /// Creates the vCPUs. The first starts at `entry`. Without `entry`, the vCPUs' state must be restored.
     pub fn create_vcpus(&self, count: u8, entry: Option<EntryPoint>) -> Result<Vec<VcpuFd>, VmError> {
         if entry.is_some() {
             cpu_state::write_boot_tables(&self.memory())?;
@@ -127,24 +127,24 @@ impl Vm {
             .collect()
     }
 
-    /// Each signal of `event` becomes an edge on interrupt line `gsi`.
+    /// Turns each signal of `event` into an edge on interrupt line `gsi`.
     pub fn connect_interrupt(&self, event: &EventFd, gsi: u32) -> Result<(), VmError> {
         self.fd.register_irqfd(event, gsi).map_err(refused("irqfd"))
     }
 
-    /// The guest's writes of `value`, four bytes wide, to `address` become signals of `event`.
+    /// Turns the guest's writes of `value`, four bytes wide, to `address` into signals of `event`.
     pub fn connect_doorbell(&self, event: &EventFd, address: u64, value: u32) -> Result<(), VmError> {
         self.fd.register_ioevent(event, &IoEventAddress::Mmio(address), value).map_err(refused("ioeventfd"))
     }
 
-    /// The model-specific registers that a vCPU's state has.
+    /// Returns the model-specific registers that a vCPU's state includes.
     pub fn msr_indices(&self) -> Result<Vec<u32>, VmError> {
         Ok(vcpu_state::msr_indices(&self.kvm)?)
     }
 
-    /// The state of interrupt controllers, timer and clock. The vCPUs are paused.
+    /// Returns the state of the interrupt controllers, the timer and the clock. The vCPUs must be paused.
     pub fn save(&self) -> Result<PlatformState, VmError> {
-        // The host's time first: what passes in between, the guest's clock is ahead rather than behind.
+        // Read the host's time first: a delay in between puts the guest's clock ahead rather than behind.
         let host = host_time::now();
         let clock = self.fd.get_clock().map_err(refused("guest's clock"))?;
         Ok(PlatformState {
@@ -162,7 +162,7 @@ impl Vm {
         Ok(opaque(&chip))
     }
 
-    /// Puts a state in, after the vCPUs have theirs, which decide what the clock runs by.
+    /// Restores the interrupt controllers and the timer, after the vCPUs. [`Self::set_clock`] sets the clock.
     pub fn restore(&self, state: &PlatformState) -> Result<(), VmError> {
         self.fd.set_pit2(&structure("timer", &state.timer)?).map_err(refused("timer's state"))?;
         for (id, bytes) in [
@@ -176,7 +176,8 @@ impl Vm {
         Ok(())
     }
 
-    /// Sets the guest's clock to what it would be had it gone on.
+    /// Sets the guest's clock to what it would be without the pause. The vCPUs must be restored first: their state
+    /// decides what the clock runs by.
     pub fn set_clock(&self, clock: Clock) -> Result<(), VmError> {
         let passed = host_time::now().saturating_sub(clock.host);
         let clock = kvm_clock_data { clock: clock.guest.wrapping_add(passed), ..kvm_clock_data::default() };

@@ -1,4 +1,4 @@
-//! The control socket of a VM whose devices' back-ends say nothing: the test answers in their place.
+//! Tests of the control socket while a VM waits for its back-ends. Each test answers in their place.
 
 use std::path::PathBuf;
 use std::sync::Mutex;
@@ -15,20 +15,20 @@ use crate::config::Config;
 use crate::machine::MachineError;
 use crate::shutdown::ShutdownHandle;
 
-/// Only catches a test that hangs.
+/// Reached only if a test hangs.
 const LIMIT: Duration = Duration::from_secs(60);
 
 type Reply = Result<Value, ClientError>;
 /// How a pause or a resume ends.
 type Ending = Result<(), MachineError>;
-/// What a VM is told to do, and where it waits for how that ends.
+/// The operation that a VM is asked for, and the sender of its outcome.
 type Ask = (&'static str, Sender<Ending>);
 
 /// A VM that asks the test how each pause and resume ends.
 #[derive(Debug)]
 struct Silent {
     asks: Mutex<Sender<Ask>>,
-    /// Until it is stopped.
+    /// The sender of the outcome that the VM waits for, used by `stop`.
     waiting: Mutex<Option<Sender<Ending>>>,
 }
 
@@ -67,7 +67,7 @@ impl Guest for Silent {
     }
 }
 
-/// A VM that runs, and its control socket.
+/// A running VM and its control socket.
 struct Bench {
     path: PathBuf,
     lifecycle: Arc<Lifecycle<Silent>>,
@@ -95,7 +95,7 @@ impl Bench {
         ControlClient::connect(&self.path).unwrap().call(request)
     }
 
-    /// Asks from a thread of its own, and waits until the VM is at it.
+    /// Sends `request` on another thread, and waits until the VM carries it out.
     fn begin(&self, request: Request, what: &str) -> (JoinHandle<Reply>, Sender<Ending>) {
         let path = self.path.clone();
         let client = std::thread::spawn(move || ControlClient::connect(&path).unwrap().call(&request));
@@ -108,7 +108,7 @@ impl Bench {
         self.call(&Request::Status).unwrap()["state"].take()
     }
 
-    /// Everything that changes the VM is refused, for this reason.
+    /// Checks that every request that changes the VM is refused, with `reason` in the error.
     fn all_refused(&self, reason: &str) {
         let migrate = Request::Migrate { path: "/nowhere".into(), local: false, dry_run: false };
         for request in [Request::Pause, Request::Resume, migrate] {
@@ -123,7 +123,7 @@ fn done() -> Value {
 }
 
 #[test]
-fn others_are_answered_while_a_pause_and_a_resume_wait_for_a_back_end() {
+fn other_requests_are_answered_while_pause_and_resume_wait_for_back_end() {
     let bench = Bench::new();
     let (client, back_end) = bench.begin(Request::Pause, "pause");
     assert_eq!(bench.state(), "running");
@@ -143,7 +143,7 @@ fn others_are_answered_while_a_pause_and_a_resume_wait_for_a_back_end() {
 }
 
 #[test]
-fn a_vm_that_cannot_be_paused_runs_and_can_be_paused_later() {
+fn vm_keeps_running_after_failed_pause_and_can_be_paused_later() {
     let bench = Bench::new();
     let (client, back_end) = bench.begin(Request::Pause, "pause");
     back_end.send(Err(MachineError::NoDevice(3))).unwrap();
@@ -158,13 +158,13 @@ fn a_vm_that_cannot_be_paused_runs_and_can_be_paused_later() {
 }
 
 #[test]
-fn a_vmm_ends_while_a_pause_waits_for_a_back_end() {
+fn vmm_ends_while_pause_waits_for_back_end() {
     let bench = Bench::new();
     let (client, _silent) = bench.begin(Request::Pause, "pause");
     assert_eq!(bench.call(&Request::Quit).unwrap(), done());
     bench.quit.read().unwrap();
-    // As the main thread does then.
+    // The main thread does the same after `quit`.
     bench.lifecycle.stop();
     client.join().unwrap().unwrap_err();
-    bench.all_refused("the VMM is about to end");
+    bench.all_refused("the VMM is shutting down");
 }

@@ -1,7 +1,7 @@
 //! The source of a migration.
 //!
-//! Any failure before the VM is offered rolls back. It is offered in one place, [`Migration::commit`]; from there
-//! on the ownership word alone says whose the VM is.
+//! Any failure before the VM is offered rolls back. Only [`Migration::commit`] offers it. From then on the ownership
+//! word alone decides which VMM owns the VM.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -31,55 +31,55 @@ use super::SEND_TIMEOUT;
 use crate::machine::{Machine, MachineError};
 use crate::shutdown::ShutdownHandle;
 
-/// A migration that was requested.
+/// A request to migrate the VM.
 #[derive(Clone, Debug)]
 pub struct MigrationRequest {
     /// The socket at which the target waits.
     pub path: PathBuf,
-    /// Whether the TAPs move along, of the devices that allow it.
+    /// Whether the TAPs of the devices that allow it migrate, too.
     pub local: bool,
-    /// Only check whether the target refuses it.
+    /// Whether to only check if the target accepts the VM.
     pub dry_run: bool,
     /// Whether the VM runs.
     pub running: bool,
 }
 
-/// What can fail on this side.
+/// Why the source fails.
 #[derive(Debug, Error)]
 pub enum SourceError {
     /// No target waits there.
-    #[error("cannot connect to {}: is a baton-vmm waiting there with --incoming?", path.display())]
+    #[error("cannot connect to {}; start a baton-vmm there with --incoming", path.display())]
     Connect {
         /// The socket's path.
         path: PathBuf,
-        /// Why not.
+        /// The error of `connect(2)`.
         #[source]
         source: std::io::Error,
     },
     /// Another user's process waits there.
     #[error(transparent)]
     Peer(#[from] PeerError),
-    /// The connection.
+    /// The connection failed.
     #[error(transparent)]
     Channel(#[from] ChannelError),
-    /// The ownership word.
+    /// The ownership word cannot be created.
     #[error(transparent)]
     Ownership(#[from] OwnershipError),
-    /// The ownership word is not what this VMM made it.
+    /// The ownership word is not what this VMM set it to.
     #[error(transparent)]
     Word(#[from] NotSwapped),
-    /// The VM.
+    /// An operation on the VM failed.
     #[error(transparent)]
     Machine(#[from] MachineError),
     /// Guest memory without files.
-    #[error("guest memory has no files to pass on")]
+    #[error("guest memory has no files to send")]
     Memory,
-    /// No descriptors left, for example.
-    #[error("the system failed")]
+    /// A system call failed, for example for lack of descriptors.
+    #[error("system call failed")]
     System(#[from] std::io::Error),
 }
 
-/// Migrates `machine`. `started` gets the handle that ends the migration early.
+/// Migrates `machine`. `started` receives the handle that aborts the migration.
 pub fn migrate(
     machine: &Machine,
     request: &MigrationRequest,
@@ -106,18 +106,19 @@ fn connect_to(path: &Path) -> Result<MessageSocket, SourceError> {
     Ok(MessageSocket::try_from(connect(path, SockType::Stream).map_err(failed)?)?)
 }
 
-/// A migration under way.
+/// A migration in progress.
 struct Migration<'a> {
     machine: &'a Machine,
     request: &'a MigrationRequest,
     socket: MessageSocket,
     word: SharedWord,
-    /// Our ends of the sockets between the back-ends of the local devices.
+    /// Our ends of the socket pairs that connect the back-ends of the local devices.
     ends: Vec<(usize, OwnedFd)>,
     phases: MigrationPhases,
-    /// When the VM began to stop, and when the last phase ended.
+    /// When the VM began to stop.
     stopped: Option<Instant>,
     began: Instant,
+    /// When the last phase ended.
     lap: Instant,
 }
 
@@ -169,7 +170,7 @@ impl<'a> Migration<'a> {
         }
     }
 
-    /// What comes next, and when: the target's message, or the deadline.
+    /// Waits for the target's next message or the deadline. Returns the event and its time.
     fn receive(&mut self, deadline: Option<Duration>) -> (Event, Duration) {
         let deadline = deadline.unwrap_or_default();
         let patience = baton_faults::patience(deadline.saturating_sub(self.began.elapsed()));
@@ -178,7 +179,7 @@ impl<'a> Migration<'a> {
                 Ok(()) => Event::Message(packet.message),
                 Err(error) => Event::Failed(error.to_string()),
             },
-            // Tests make it come early.
+            // Tests shorten the wait, so the time is that of the deadline.
             Err(ChannelError::Timeout) => return (Event::Time, deadline),
             Err(error) => {
                 tracing::debug!("migration: {error}");
@@ -188,7 +189,7 @@ impl<'a> Migration<'a> {
         (event, self.began.elapsed())
     }
 
-    /// Carries an action out; returns the event that it leads to, if any.
+    /// Carries out an action. Returns the event that it leads to, if any.
     fn carry_out(&mut self, action: Action) -> Option<Event> {
         let done = match action {
             Action::Send(message) => self.send(&message, &[]).inspect(|()| {
@@ -205,12 +206,12 @@ impl<'a> Migration<'a> {
             Action::Withdraw { from, to } => {
                 let outcome = self.word.swap(from, to);
                 match outcome {
-                    SwapOutcome::Won => tracing::info!("migration: the VM is this VMM's again"),
+                    SwapOutcome::Won => tracing::info!("migration: withdrew the offer of the VM"),
                     SwapOutcome::Lost(now) if now.owner.is_target() => {
-                        tracing::info!("migration: the VM is the target's");
+                        tracing::info!("migration: the target owns the VM");
                     }
                     SwapOutcome::Lost(_) | SwapOutcome::Meaningless => {
-                        tracing::warn!("migration: unexpected ownership word; the VM stays this VMM's");
+                        tracing::warn!("migration: unexpected ownership word; keeping the VM");
                     }
                 }
                 return Some(Event::Swapped(outcome));
@@ -225,13 +226,13 @@ impl<'a> Migration<'a> {
 
     fn send(&self, message: &Message, fds: &[BorrowedFd<'_>]) -> Result<(), SourceError> {
         match self.socket.send(message, fds, SEND_TIMEOUT) {
-            // Receiving reports it, after the target's last message.
+            // `receive` reports a closed connection, after the target's last message.
             Ok(()) | Err(ChannelError::Closed) => Ok(()),
             Err(error) => Err(error.into()),
         }
     }
 
-    /// Sends guest memory, the ownership word, and one end of a socket for each local device.
+    /// Sends guest memory, the ownership word, and one end of a socket pair for each local device.
     fn prepare(&mut self) -> Result<(), SourceError> {
         let memory = self.machine.memory();
         let net = self.machine.outlines()?;
@@ -246,7 +247,7 @@ impl<'a> Migration<'a> {
         for (device, facts) in self.machine.source_net_facts(self.request.local).iter().enumerate() {
             if facts.local {
                 let (ours, theirs) = MessageSocket::pair()?;
-                // The kernel adds the credentials that a back-end of an earlier version does not send.
+                // A back-end of an earlier version does not send credentials, so the kernel must add them.
                 theirs.enable_credentials()?;
                 self.ends.push((device, ours.into()));
                 named.push((device_fd(device), theirs.into()));
@@ -257,7 +258,7 @@ impl<'a> Migration<'a> {
         self.send(&Message::Prepare(Prepare { ram, fds, net }), &borrowed)
     }
 
-    /// Stops the VM, has the local devices offered, and sends the VM's state.
+    /// Stops the VM, tells the back-ends of the local devices to offer their TAPs, and sends the VM's state.
     fn stop(&mut self) -> Result<(), SourceError> {
         self.phases.prepare_us = self.lap();
         self.stopped = Some(self.lap);
@@ -273,7 +274,7 @@ impl<'a> Migration<'a> {
                 Ok(worker.connection()?.begin_transfer(VhostTransferStateDirection::SAVE, end)?)
             })?;
             net.call(|worker| Ok(worker.connection()?.finish_transfer()?))?;
-            tracing::info!(device, "migration: the back-end has offered its TAP");
+            tracing::info!(device, "migration: the back-end offers its TAP");
         }
         self.phases.device_state_us = self.lap();
         baton_faults::point(Point::SourceVmmDevicesOffered)?;
@@ -284,12 +285,12 @@ impl<'a> Migration<'a> {
         Ok(baton_faults::point(Point::SourceVmmStateSent)?)
     }
 
-    /// **The commit point.** From here on the VM is the first one's that swaps the word.
+    /// **The commit point.** From here on the VM belongs to the first VMM that swaps the word.
     fn commit(&mut self, offered: Word) -> Result<(), SourceError> {
         self.phases.restore_us = self.lap();
         self.word.swap(Word::INITIAL, offered).must_win()?;
         baton_faults::point(Point::SourceVmmOffered)?;
-        tracing::info!("migration: the VM is offered");
+        tracing::info!("migration: offered the VM to the target");
         Ok(())
     }
 
@@ -318,14 +319,14 @@ impl<'a> Migration<'a> {
         }
     }
 
-    /// Microseconds since this was last asked.
+    /// Returns the microseconds since the last call.
     fn lap(&mut self) -> u64 {
         let now = Instant::now();
         microseconds(now - std::mem::replace(&mut self.lap, now))
     }
 }
 
-/// The fault points that the target's messages lead to.
+/// Passes the fault point that a message from the target leads to.
 fn reached(message: &Message) -> std::io::Result<()> {
     match message {
         Message::Welcome(_) => baton_faults::point(Point::SourceVmmGreeted),

@@ -1,7 +1,7 @@
 //! The target of a migration.
 //!
-//! The machine is created first, with its back-ends connected, so that a source does not wait for that. A machine
-//! that a failed migration has used is not used again: its devices have seen the VM.
+//! The machine is created, and its back-ends are connected, before a source connects, so that the source does not wait
+//! for that. A machine that a failed migration has used is not reused, because its devices have seen the VM.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -31,45 +31,45 @@ use crate::machine::{Machine, MachineError};
 use crate::memory::{self, MemoryError};
 use crate::shutdown::ShutdownHandle;
 
-/// What can fail on this side.
+/// Why the target fails.
 #[derive(Debug, Error)]
 pub enum TargetError {
-    /// Another user's process.
+    /// The source runs as another user.
     #[error(transparent)]
     Peer(#[from] PeerError),
-    /// The connection.
+    /// The connection failed.
     #[error(transparent)]
     Channel(#[from] ChannelError),
-    /// No descriptor left, for example.
-    #[error("the system failed")]
+    /// A system call failed, for example for lack of descriptors.
+    #[error("system call failed")]
     System(#[from] std::io::Error),
-    /// The descriptors that came.
+    /// The received descriptors do not match the message.
     #[error(transparent)]
     Descriptors(#[from] ManifestError),
-    /// The ownership word that came.
+    /// The received ownership word cannot be used.
     #[error(transparent)]
     Ownership(#[from] OwnershipError),
-    /// The guest memory that came.
+    /// The received guest memory cannot be used.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// The VM.
+    /// An operation on the machine failed.
     #[error(transparent)]
     Machine(#[from] MachineError),
-    /// A state that is not possible.
+    /// The source's VM or its state is refused.
     #[error(transparent)]
     State(#[from] Reasons),
-    /// A back-end that does not begin to take a TAP.
-    #[error("network device {device} takes no TAP")]
+    /// The back-end of a local device does not begin to receive a TAP.
+    #[error("the back-end of network device {device} cannot receive a TAP")]
     Tap {
         /// The device.
         device: usize,
-        /// What its back-end says.
+        /// The back-end's error.
         source: MachineError,
     },
 }
 
 impl TargetError {
-    /// As the source is told.
+    /// Returns the reasons that the source receives.
     fn reasons(self) -> Reasons {
         let text = |error: &Self| error_chain(error);
         let refusal = match self {
@@ -85,14 +85,14 @@ impl TargetError {
     }
 }
 
-/// How a migration has ended.
+/// How a migration ended.
 #[derive(Debug)]
 pub enum Outcome {
     /// The VM has arrived, and is paused.
     Arrived(Arrival),
-    /// It has failed.
+    /// No VM has arrived: the migration failed, or was a dry run.
     Failed {
-        /// Whether the machine has seen nothing of the VM.
+        /// Whether the machine has seen nothing of the VM and can serve another source.
         reusable: bool,
     },
 }
@@ -108,14 +108,14 @@ pub struct Arrival {
 impl Arrival {
     /// Tells the source that the VM is here, and whether it runs.
     pub fn confirm(self, running: bool) {
-        // The source may have ended: the ownership word decides.
+        // The source may have ended. That does not matter: the ownership word decides.
         if let Err(error) = self.socket.send(&active(running), &[], SEND_TIMEOUT) {
             tracing::debug!("migration: cannot confirm to the source: {error}");
         }
     }
 }
 
-/// Serves one source. `started` gets the handle that ends the migration early.
+/// Serves one source. `started` receives the handle that aborts the migration.
 pub fn serve(
     machine: &Machine,
     stream: OwnedFd,
@@ -143,11 +143,11 @@ pub fn serve(
     Ok(serving.run())
 }
 
-/// A migration under way.
+/// A migration in progress.
 struct Serving<'a> {
     machine: &'a Machine,
     socket: MessageSocket,
-    /// What the source was told of this VMM.
+    /// This machine's facts, which the source's HELLO was compared with.
     facts: Option<MachineFacts>,
     word: Option<SharedWord>,
     /// The local devices whose back-ends wait for their TAPs.
@@ -166,7 +166,7 @@ impl Serving<'_> {
             let deadline = state.deadline().unwrap_or(NO_TIMEOUT);
             let event;
             (event, descriptors) = self.receive(deadline.saturating_sub(began.elapsed()), descriptors);
-            // Tests make the deadline come early.
+            // Tests shorten the wait, so the time is that of the deadline.
             let now = if event == Event::Time { deadline } else { began.elapsed() };
             let (next, actions) = state.step(event, now);
             state = next;
@@ -186,7 +186,7 @@ impl Serving<'_> {
                     return Outcome::Arrived(Arrival { running: self.running, socket: self.socket });
                 }
                 Target::Ended { why } => {
-                    limited!(info, "migration: nothing came of it: {why}");
+                    limited!(info, "migration: no VM arrived: {why}");
                     return Outcome::Failed { reusable };
                 }
                 _ => {}
@@ -208,7 +208,7 @@ impl Serving<'_> {
         }
     }
 
-    /// Carries an action out; returns the event that it leads to, if any.
+    /// Carries out an action. Returns the event that it leads to, if any.
     fn carry_out(&mut self, action: Action, descriptors: &mut Vec<OwnedFd>) -> Option<Event> {
         let done = match action {
             Action::Send(message) => {
@@ -219,7 +219,7 @@ impl Serving<'_> {
             Action::Prepare(prepare) => self.prepare(prepare, std::mem::take(descriptors)),
             Action::Restore(state) => self.restore(*state),
             Action::Take { from, to } => return Some(Event::Swapped(self.take(from, to))),
-            // The caller does it.
+            // The caller of `serve` resumes the VM.
             Action::Activate => return None,
         };
         Some(match done {
@@ -229,14 +229,14 @@ impl Serving<'_> {
     }
 
     fn send(&self, message: &Message) {
-        // A source that does not read has ended, which receiving reports.
+        // A source that does not read has ended; `receive` reports that.
         if let Err(error) = self.socket.send(message, &[], SEND_TIMEOUT) {
             tracing::debug!("migration: cannot send {}: {error}", message.name());
         }
     }
 
     fn judge(&mut self, hello: &Hello) -> Result<(), TargetError> {
-        limited!(info, "migration: {} has a VM", hello.program);
+        limited!(info, "migration: request from {}", hello.program);
         let facts = self.machine.target_facts(hello.local);
         let refusals = judge(&hello.machine, &facts);
         self.facts = Some(facts);
@@ -244,8 +244,8 @@ impl Serving<'_> {
         Ok(Reasons::none_of(refusals)?)
     }
 
-    /// Adopts guest memory and the ownership word, shares the memory with KVM and the back-ends, has the back-ends
-    /// of local devices wait for their TAPs, and sets up all rings.
+    /// Adopts guest memory and the ownership word, shares the memory with KVM and the back-ends, tells the back-ends of
+    /// local devices to wait for their TAPs, and sets up all rings.
     fn prepare(&mut self, prepare: Prepare, descriptors: Vec<OwnedFd>) -> Result<(), TargetError> {
         let mut named = prepare.fds.pair(descriptors)?;
         let files: Result<Vec<_>, _> =
@@ -260,7 +260,7 @@ impl Serving<'_> {
         let memory = memory::adopt(size, files?)?;
         self.machine.use_memory(&memory)?;
         for (device, end) in ends {
-            // A back-end that has a TAP of its own fails at once; one that has none begins to wait.
+            // A back-end that has its own TAP fails at once; one without a TAP begins to wait.
             let net = self.machine.device(device)?;
             net.call(|worker| {
                 Ok(worker.connection()?.begin_transfer(VhostTransferStateDirection::LOAD, end)?)
@@ -276,7 +276,7 @@ impl Serving<'_> {
         Ok(baton_faults::point(Point::TargetVmmPrepared)?)
     }
 
-    /// Our ends of the sockets between the back-ends of the local devices.
+    /// Claims our ends of the socket pairs that connect the back-ends of the local devices.
     fn claim_ends(&self, named: &mut NamedFds<OwnedFd>) -> Result<Vec<(usize, OwnedFd)>, ManifestError> {
         let devices = self.facts.iter().flat_map(|facts| &facts.net).enumerate();
         let local = devices.filter(|(_, facts)| facts.local);
@@ -290,7 +290,7 @@ impl Serving<'_> {
         let vm = CheckedState::new(state.vm, &facts)?;
         for device in std::mem::take(&mut self.loading) {
             self.machine.device(device)?.call(|worker| Ok(worker.connection()?.finish_transfer()?))?;
-            limited!(info, device, "migration: the back-end has adopted a TAP");
+            limited!(info, device, "migration: the back-end adopted a TAP");
         }
         baton_faults::point(Point::TargetVmmDevicesAdopted)?;
         let local: Vec<bool> = facts.net.iter().map(|facts| facts.local).collect();
@@ -308,13 +308,13 @@ impl Serving<'_> {
         }
         let outcome = word.swap(offered, taken);
         if outcome != SwapOutcome::Won {
-            limited!(info, ?outcome, "migration: the VM is not taken");
+            limited!(info, ?outcome, "migration: did not take the VM");
             return outcome;
         }
         baton_faults::pass(Point::TargetVmmTaken);
-        limited!(info, "migration: the VM is taken");
+        limited!(info, "migration: took the VM");
         if let Err(error) = self.machine.set_clock(self.clock) {
-            // The guest runs, with a clock that is wrong.
+            // The guest runs all the same, with a wrong clock.
             limited!(error, "{}", error_chain(&error));
         }
         SwapOutcome::Won

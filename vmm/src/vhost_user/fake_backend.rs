@@ -1,4 +1,4 @@
-//! A back-end for tests: it writes down what it is asked, and does nothing.
+//! A back-end for tests. It records its messages and does nothing else.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -19,16 +19,16 @@ const PROTOCOL: u64 = 1 << 30;
 /// Virtio 1.
 const VERSION_1: u64 = 1 << 32;
 
-/// How many inflight regions were asked for.
+/// The number of inflight regions requested so far.
 static REGIONS: AtomicU64 = AtomicU64::new(0);
 
-/// What the back-end offers, what it refuses, and what it was asked.
+/// What the back-end offers and refuses, and the messages that it received.
 #[derive(Debug)]
 pub struct FakeBackend {
     pub features: u64,
     pub protocol: VhostUserProtocolFeatures,
     pub vrings: u64,
-    /// Where it stops each vring; those beyond, at 0.
+    /// The base at which it stops each vring; 0 for those beyond the end.
     pub bases: Vec<u32>,
     pub config: [u8; 12],
     /// The message that is answered with an error.
@@ -37,12 +37,12 @@ pub struct FakeBackend {
     pub memory: Vec<(u64, u64)>,
     pub kicks: Vec<(u8, File)>,
     pub calls: Vec<(u8, File)>,
-    /// The number of the inflight region that it was given; each that was asked for has another.
+    /// The number of the inflight region that it was given. Each requested region has a different number.
     pub inflight: Option<u64>,
 }
 
 impl FakeBackend {
-    /// With multi-queue, a configuration space and everything else that a VMM uses.
+    /// Creates a back-end with every feature that the VMM uses, except device state.
     pub fn new(vrings: u64) -> Self {
         Self {
             features: PROTOCOL | VERSION_1 | 1 << 22 | 1 << 21 | 1 << 15 | 1 << 5 | 1 << 3,
@@ -78,14 +78,14 @@ impl FakeBackend {
     }
 }
 
-/// A back-end with its connection.
+/// A back-end that serves a connection.
 pub struct Serving {
     pub backend: Arc<Mutex<FakeBackend>>,
     thread: JoinHandle<()>,
 }
 
 impl Serving {
-    /// Waits for the connection's end.
+    /// Waits until the connection ends, and returns the back-end.
     pub fn finish(self) -> FakeBackend {
         self.thread.join().unwrap();
         Arc::into_inner(self.backend).unwrap().into_inner().unwrap()

@@ -1,8 +1,8 @@
 //! One connection to a back-end, from `SET_OWNER` to its end (vhost-user specification, "Starting and stopping
 //! rings" and "Multiple queue support").
 //!
-//! A [`Connection`] knows what the back-end offers and which rings it has started, and nothing of the guest. An
-//! error leaves it in an unknown state: the caller drops it and connects again.
+//! A [`Connection`] knows what the back-end offers and which rings it has started, and nothing about the guest. An
+//! error leaves the connection in an unknown state: the caller drops it and connects again.
 
 use std::fmt;
 use std::io;
@@ -33,25 +33,25 @@ use crate::virtio::{QueueSetup, feature};
 
 /// `VHOST_USER_F_PROTOCOL_FEATURES`.
 const PROTOCOL_FEATURES: u64 = feature(30);
-/// The rings that a back-end without the MQ protocol feature has.
+/// The number of rings of a back-end without the MQ protocol feature.
 const RINGS_WITHOUT_MULTI_QUEUE: u16 = 2;
-/// The part of virtio-net's configuration space that a VMM asks for: MAC, status, queue pairs, MTU.
+/// The size of the part of virtio-net's configuration space that the VMM reads: MAC, status, queue pairs, MTU.
 pub const CONFIG_SIZE: usize = 12;
 
 /// How long a back-end may take to reply.
 pub const REPLY_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What can go wrong between the VMM and its back-end.
+/// Why an exchange with a back-end fails.
 #[derive(Debug, Error)]
 pub enum ConnectionError {
     /// No back-end listens.
-    #[error("cannot connect: start baton-backend there first")]
+    #[error("cannot connect; start baton-backend there first")]
     Connect(#[source] io::Error),
     /// The connection cannot be set up on this side.
-    #[error("cannot prepare the connection")]
+    #[error("cannot set up the connection")]
     Socket(#[source] io::Error),
     /// No reply in time.
-    #[error("no answer within {} s: is it stuck, or does it serve another front-end?", REPLY_TIMEOUT.as_secs())]
+    #[error("no reply within {} s; check if the back-end hangs or serves another front-end", REPLY_TIMEOUT.as_secs())]
     Timeout,
     /// A message was refused, or the connection broke.
     #[error("{message} failed")]
@@ -63,28 +63,28 @@ pub enum ConnectionError {
         source: vhost::Error,
     },
     /// A back-end for legacy virtio only.
-    #[error("it does not offer virtio 1 (VIRTIO_F_VERSION_1)")]
+    #[error("the back-end does not offer virtio 1 (VIRTIO_F_VERSION_1)")]
     Legacy,
     /// Too few rings.
-    #[error("it serves {offered} vrings, and {needed} are needed: start it with --queue-pairs={}", needed / 2)]
+    #[error("the back-end serves {offered} vrings instead of {needed}; start it with --queue-pairs={}", needed / 2)]
     TooFewRings {
-        /// What it serves.
+        /// The number that the back-end serves.
         offered: u64,
-        /// Two for each queue pair.
+        /// The number needed: two for each queue pair.
         needed: u16,
     },
     /// An index that a split ring cannot have.
-    #[error("it stopped vring {index} at {base}, which is no index of a split ring")]
+    #[error("the back-end stopped vring {index} at {base}, which is not an index of a split ring")]
     Base {
         /// The ring.
         index: usize,
         /// The index.
         base: u32,
     },
-    /// A back-end that sent a descriptor of its own for its state.
-    #[error("it answered SET_DEVICE_STATE_FD with a channel of its own, which is not supported")]
+    /// A back-end that sent its own descriptor for its state.
+    #[error("the back-end answered SET_DEVICE_STATE_FD with its own channel, which is not supported")]
     UnexpectedChannel,
-    /// Guest memory that has no file, or a ring that is not in guest memory.
+    /// Guest memory that has no file.
     #[error("guest memory cannot be shared")]
     Memory(#[source] vhost::Error),
     /// A ring that is not in guest memory.
@@ -105,14 +105,14 @@ pub struct Offer {
     pub config: Option<[u8; CONFIG_SIZE]>,
 }
 
-/// A ring to be started.
+/// A ring to start.
 #[derive(Debug)]
 pub struct RingStart<'a> {
     /// Its index.
     pub index: usize,
-    /// Where it is.
+    /// Its size and its addresses.
     pub setup: QueueSetup,
-    /// The next available index to be processed.
+    /// The next available index to process.
     pub base: u16,
     /// Whether its queue pair is in use.
     pub enabled: bool,
@@ -122,7 +122,7 @@ pub struct RingStart<'a> {
     pub call: &'a EventFd,
 }
 
-/// Connects without waiting: a listener whose backlog is full is taken for none.
+/// Connects without waiting. A listener whose backlog is full counts as missing.
 pub fn connect_to(path: &Path) -> Result<UnixStream, ConnectionError> {
     connect(path, SockType::Stream).map(UnixStream::from).map_err(ConnectionError::Connect)
 }
@@ -172,7 +172,7 @@ impl Connection {
         Ok(connection)
     }
 
-    /// Carries out an exchange, and ends the connection if that takes too long.
+    /// Carries out an exchange, and shuts down the connection if that takes too long.
     fn with_timeout<F>(&mut self, exchange: F) -> Result<(), ConnectionError>
     where
         F: FnOnce(&mut Self) -> Result<(), ConnectionError>,
@@ -208,12 +208,12 @@ impl Connection {
         Ok(())
     }
 
-    /// What the back-end offers.
+    /// Returns what the back-end offers.
     pub fn offer(&self) -> &Offer {
         &self.offer
     }
 
-    /// The socket, for `poll`: if it is readable between exchanges, the back-end has closed it or violated the
+    /// Returns the socket, for `poll`. If it is readable between exchanges, the back-end has closed it or violated the
     /// protocol.
     pub fn socket(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
@@ -234,9 +234,9 @@ impl Connection {
         Ok(())
     }
 
-    /// Acknowledges `features`, shares `memory` if that was not done, and sets up `rings` but for their bases and
-    /// kicks. `inflight` is kept from one back-end of these rings to the next; a back-end without the feature makes
-    /// it worthless.
+    /// Acknowledges `features`, shares `memory` unless it is shared already, and sets up `rings` except for their bases
+    /// and kicks. `inflight` passes from one back-end of these rings to the next. A back-end that does not track it
+    /// makes it out of date, so it is dropped.
     pub fn set_up(
         &mut self,
         features: u64,
@@ -255,7 +255,7 @@ impl Connection {
         })
     }
 
-    /// Sets the bases of `rings`, which were set up. From then on each can be started.
+    /// Sets the bases of `rings`, which must be set up. They can then be started.
     pub fn set_bases(&mut self, rings: &[RingStart<'_>]) -> Result<(), ConnectionError> {
         self.with_timeout(|connection| {
             let mut pipeline = connection.pipeline();
@@ -264,7 +264,7 @@ impl Connection {
         })
     }
 
-    /// Starts `rings`, which were set up and have their bases.
+    /// Starts `rings`, which must be set up and have their bases.
     pub fn start_rings(&mut self, rings: &[RingStart<'_>]) -> Result<(), ConnectionError> {
         self.with_timeout(|connection| {
             connection.started.extend(rings.iter().map(|ring| ring.index));
@@ -319,11 +319,11 @@ impl Connection {
         frontend.set_vring_num(index, ring.setup.size).map_err(failed("SET_VRING_NUM"))?;
         frontend.set_vring_addr(index, &place).map_err(failed("SET_VRING_ADDR"))?;
         frontend.set_vring_call(index, ring.call).map_err(failed("SET_VRING_CALL"))?;
-        // A ring that is enabled and not started does nothing.
+        // Safe before the start: a ring that is enabled but not started does nothing.
         self.enable_ring(index, ring.enabled)
     }
 
-    /// Disables rings that were set up and not started.
+    /// Disables rings that are set up but not started.
     pub fn disable(&mut self, rings: &[usize]) -> Result<(), ConnectionError> {
         self.with_timeout(|connection| {
             rings.iter().try_for_each(|&index| connection.enable_ring(index, false))
@@ -348,8 +348,8 @@ impl Connection {
         })
     }
 
-    /// Stops the rings that were started: on return, the back-end does not touch guest memory. It keeps everything
-    /// else. Returns the base of each ring.
+    /// Stops the started rings, and returns the base of each. On return, the back-end does not touch guest memory. It
+    /// keeps everything else that is set up.
     pub fn suspend(&mut self) -> Result<Vec<(usize, u16)>, ConnectionError> {
         let mut bases = Vec::new();
         self.with_timeout(|connection| {
@@ -369,12 +369,12 @@ impl Connection {
         pipeline.finish()?.into_iter().map(split).collect()
     }
 
-    /// Whether the back-end can save and load device state.
+    /// Returns whether the back-end can save and load device state.
     pub fn has_device_state(&self) -> bool {
         self.protocol.contains(VhostUserProtocolFeatures::DEVICE_STATE)
     }
 
-    /// Has the back-end, whose rings are stopped, begin to save its state to `channel` or to load it from there.
+    /// Tells the back-end to save its state to `channel`, or to load it from there. Its rings must be stopped.
     pub fn begin_transfer(
         &mut self,
         direction: VhostTransferStateDirection,
@@ -405,7 +405,7 @@ impl Connection {
     fn stop_device(&mut self) -> Result<(), ConnectionError> {
         let started = self.started.clone();
         self.stop_rings()?;
-        // A reset may include the memory table.
+        // A reset may drop the memory table.
         self.has_memory = false;
         if self.protocol.contains(VhostUserProtocolFeatures::RESET_DEVICE) {
             return self.frontend.reset_device().map_err(failed("RESET_DEVICE"));

@@ -1,7 +1,7 @@
 //! The region in which a back-end tracks the descriptor chains in flight (vhost-user: "Inflight I/O tracking").
 //!
-//! The VMM requests it from a back-end when a driver starts its rings, keeps it for as long as they live, and sends
-//! it to each back-end that serves them. The VMM does not read it.
+//! The VMM requests it from a back-end when a driver starts its rings, keeps it for as long as the rings exist, and
+//! sends it to each back-end that serves them. The VMM does not read it.
 
 use std::fmt;
 use std::fs::File;
@@ -10,7 +10,7 @@ use std::os::fd::AsRawFd;
 use vhost::vhost_user::message::VhostUserInflight;
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 
-/// A region, for the rings of one start of the device.
+/// An inflight region, for the rings of one start of the device.
 pub struct Inflight {
     description: VhostUserInflight,
     file: File,

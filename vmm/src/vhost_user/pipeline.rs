@@ -1,5 +1,5 @@
-//! Messages about many rings during a guest's blackout: all are sent before the first reply is read, so that the
-//! guest waits for one round trip and not for one per ring.
+//! Pipelines messages about many rings during a guest's blackout. All are sent before the first reply is read, so the
+//! guest waits for one round trip instead of one per ring.
 //!
 //! The protocol allows that: the connection is a stream, and a back-end reads messages in order. No more than
 //! [`WINDOW`] replies are outstanding, because a back-end that cannot send its replies stops reading.
@@ -27,7 +27,7 @@ const LENGTH: usize = HEADER + BODY as usize;
 const VERSION: u32 = 1;
 /// In the flags: this is a reply.
 const REPLY: u32 = 1 << 2;
-/// In the flags: an acknowledgement is wanted.
+/// In the flags: an acknowledgement is requested.
 const NEED_REPLY: u32 = 1 << 3;
 
 /// A reply that is outstanding.
@@ -35,7 +35,7 @@ const NEED_REPLY: u32 = 1 << 3;
 struct PendingReply {
     request: FrontendReq,
     name: &'static str,
-    /// The ring whose base is expected; none: an acknowledgement.
+    /// The ring whose base is expected; `None` for an acknowledgement.
     ring: Option<usize>,
 }
 
@@ -49,23 +49,23 @@ pub struct Pipeline<'a> {
 }
 
 impl<'a> Pipeline<'a> {
-    /// On a connection; `reply_ack`: the feature was negotiated.
+    /// Creates a pipeline on a connection. `reply_ack` says whether that feature is negotiated.
     pub fn new(socket: &'a UnixStream, reply_ack: bool) -> Self {
         Self { socket, reply_ack, pending: VecDeque::new(), bases: Vec::new() }
     }
 
-    /// `GET_VRING_BASE`.
+    /// Sends `GET_VRING_BASE`.
     pub fn get_base(&mut self, ring: usize) -> Result<(), ConnectionError> {
         self.send(FrontendReq::GET_VRING_BASE, "GET_VRING_BASE", ring_state(ring, 0), None, Some(ring))
     }
 
-    /// `SET_VRING_BASE`.
+    /// Sends `SET_VRING_BASE`.
     pub fn set_base(&mut self, ring: usize, base: u16) -> Result<(), ConnectionError> {
         let body = ring_state(ring, u32::from(base));
         self.send(FrontendReq::SET_VRING_BASE, "SET_VRING_BASE", body, None, None)
     }
 
-    /// `SET_VRING_KICK`.
+    /// Sends `SET_VRING_KICK`.
     pub fn set_kick(&mut self, ring: usize, kick: BorrowedFd<'_>) -> Result<(), ConnectionError> {
         let body = u64::try_from(ring).unwrap_or(u64::MAX).to_ne_bytes();
         self.send(FrontendReq::SET_VRING_KICK, "SET_VRING_KICK", body, Some(kick), None)
@@ -113,8 +113,8 @@ impl<'a> Pipeline<'a> {
         for (word, bytes) in words.iter_mut().zip(answer.as_chunks().0) {
             *word = u32::from_ne_bytes(*bytes);
         }
-        let [said, flags, BODY, low, high] = words else { return Err(failed(name, Error::InvalidMessage)) };
-        if said != request as u32 || flags & (VERSION | REPLY) != VERSION | REPLY {
+        let [code, flags, BODY, low, high] = words else { return Err(failed(name, Error::InvalidMessage)) };
+        if code != request as u32 || flags & (VERSION | REPLY) != VERSION | REPLY {
             return Err(failed(name, Error::InvalidMessage));
         }
         match ring {
@@ -126,7 +126,7 @@ impl<'a> Pipeline<'a> {
         Ok(())
     }
 
-    /// Waits for all replies; returns the requested bases, in that order.
+    /// Waits for all replies. Returns the requested bases, in the order of the requests.
     pub fn finish(mut self) -> Result<Vec<(usize, u32)>, ConnectionError> {
         while !self.pending.is_empty() {
             self.receive_reply()?;
@@ -135,7 +135,7 @@ impl<'a> Pipeline<'a> {
     }
 }
 
-/// The body of a message about a ring's state.
+/// Encodes the body of a message about a ring's state.
 fn ring_state(ring: usize, value: u32) -> [u8; BODY as usize] {
     let ring = u32::try_from(ring).unwrap_or(u32::MAX).to_ne_bytes();
     let value = value.to_ne_bytes();
@@ -155,7 +155,7 @@ mod tests {
     use crate::event;
     use crate::vhost_user::fake_backend::FakeBackend;
 
-    /// More than the window's, so that answers are read in between.
+    /// More than [`WINDOW`], so that replies are read in between.
     const RINGS: usize = 100;
 
     fn serve(backend: FakeBackend, exchange: impl FnOnce(&UnixStream)) -> Vec<String> {
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_belong_to_their_rings() {
+    fn each_base_belongs_to_its_ring() {
         let mut backend = FakeBackend::new(RINGS as u64);
         backend.bases = (0..100).map(|ring| 3 * ring).collect();
         let log = serve(backend, |socket| {
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_and_nonsense_are_told_apart() {
+    fn refusal_and_invalid_reply_are_distinct_errors() {
         let request = FrontendReq::SET_VRING_BASE as u32;
         let refused = answered([request, VERSION | REPLY, 8, 1, 0]);
         assert!(matches!(
@@ -211,13 +211,13 @@ mod tests {
                 source: vhost::Error::VhostUserProtocol(Error::BackendInternalError)
             }
         ));
-        for nonsense in [
+        for invalid in [
             [request + 1, VERSION | REPLY, 8, 0, 0],
             [request, VERSION, 8, 0, 0],
             [request, REPLY, 8, 0, 0],
             [request, VERSION | REPLY, 12, 0, 0],
         ] {
-            let error = answered(nonsense);
+            let error = answered(invalid);
             assert!(
                 matches!(
                     error,
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn another_rings_state_is_no_answer() {
+    fn reply_about_another_ring_is_rejected() {
         let (here, mut there) = UnixStream::pair().unwrap();
         let request = FrontendReq::GET_VRING_BASE as u32;
         let answer = [request, VERSION | REPLY, 8, 1, 7].map(u32::to_ne_bytes);

@@ -1,8 +1,8 @@
 //! Shuts down a connection whose back-end takes too long to reply.
 //!
 //! The `vhost` crate waits for a reply without limit. A back-end that is stopped or stuck, or that has not accepted the
-//! connection because it serves another front-end, would block the worker, and with it a vCPU, for ever. A thread per
-//! connection shuts the connection down when that happens, which ends the wait with an error.
+//! connection because it serves another front-end, would block the worker, and with it a vCPU, for ever. One thread per
+//! connection shuts down the connection when that happens, which ends the wait with an error.
 //!
 //! ```text
 //!         watch                  time is up
@@ -22,9 +22,9 @@ use std::time::{Duration, Instant};
 enum State {
     /// No reply is awaited.
     Idle,
-    /// A reply is awaited until then.
+    /// A reply is awaited until this time.
     Waiting(Instant),
-    /// No reply came in time: the connection is shut down.
+    /// No reply arrived in time: the connection is shut down.
     TimedOut,
     /// The connection is closed.
     Ended,
@@ -41,7 +41,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes the state, unless it is a final one.
+    /// Changes the state, unless it is final.
     fn enter(&self, next: State) {
         let mut state = self.lock();
         if matches!(*state, State::Idle | State::Waiting(_)) {
@@ -60,7 +60,7 @@ pub struct Watchdog {
 }
 
 impl Watchdog {
-    /// Starts the thread; a reply may take as long as `timeout`.
+    /// Starts the watchdog of `connection`. A reply may take as long as `timeout`.
     pub fn start(connection: UnixStream, timeout: Duration) -> io::Result<Self> {
         let shared = Arc::new(Shared { state: Mutex::new(State::Idle), changed: Condvar::new() });
         let thread = {
@@ -70,13 +70,13 @@ impl Watchdog {
         Ok(Self { shared, timeout, thread: Some(thread) })
     }
 
-    /// The time starts; it stops when the result is dropped.
+    /// Starts the timeout, which stops when the returned [`Watch`] is dropped.
     pub fn watch(&self) -> Watch {
         self.shared.enter(State::Waiting(Instant::now() + self.timeout));
         Watch(Arc::clone(&self.shared))
     }
 
-    /// Whether a reply did not come in time.
+    /// Returns whether a reply did not arrive in time.
     pub fn timed_out(&self) -> bool {
         *self.shared.lock() == State::TimedOut
     }
@@ -91,7 +91,7 @@ impl Drop for Watchdog {
     }
 }
 
-/// A reply is awaited while this lives.
+/// A reply is awaited until this is dropped.
 #[derive(Debug)]
 pub struct Watch(Arc<Shared>);
 
@@ -116,7 +116,7 @@ fn keep_watch(shared: &Shared, connection: &UnixStream) {
                 }
             },
             State::TimedOut => {
-                // It fails if the peer has closed the connection: then the wait is over, too.
+                // Fails if the peer has closed the connection; then the wait is over, too.
                 let _ = connection.shutdown(Shutdown::Both);
                 return;
             }
@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn a_silent_connection_is_shut_down() {
+    fn silent_connection_is_shut_down() {
         let (mut here, _there, watchdog) = watched(Duration::from_millis(10));
         let watch = watchdog.watch();
         assert_eq!(here.read(&mut [0]).unwrap(), 0);
@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wait_that_ended_in_time_has_no_consequence() {
+    fn replies_in_time_keep_the_connection_open() {
         let (mut here, mut there, watchdog) = watched(LONG);
         for _ in 0..3 {
             let _watch = watchdog.watch();
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn it_ends_with_its_connection_even_in_a_wait() {
+    fn dropping_the_watchdog_ends_it_during_a_wait() {
         let (_here, _there, watchdog) = watched(LONG);
         let watch = watchdog.watch();
         drop(watchdog);

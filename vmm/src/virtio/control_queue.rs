@@ -24,7 +24,7 @@ const MULTI_QUEUE_SET_PAIRS: u8 = narrow(VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET);
 const OK: u8 = narrow(VIRTIO_NET_OK);
 const ERROR: u8 = narrow(VIRTIO_NET_ERR);
 
-/// A constant of the specification that is one byte on the wire.
+/// Converts a constant of the specification to the one byte that it is on the wire.
 const fn narrow(constant: u32) -> u8 {
     assert!(constant <= 0xff);
     constant.to_le_bytes()[0]
@@ -33,9 +33,9 @@ const fn narrow(constant: u32) -> u8 {
 /// A driver's command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command {
-    /// The announcement that was asked for has been sent.
+    /// The driver has sent the requested announcement.
     AcknowledgeAnnounce,
-    /// Use this many queue pairs from now on.
+    /// The driver uses this number of queue pairs from now on.
     SetQueuePairs(u16),
 }
 
@@ -43,7 +43,7 @@ pub enum Command {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Refused;
 
-/// The ring contradicts itself: only a reset helps.
+/// The ring contradicts itself: only a reset makes it usable again.
 #[derive(Debug, Error)]
 #[error("the control virtqueue is broken")]
 pub struct Broken(#[from] virtio_queue::Error);
@@ -64,13 +64,14 @@ pub struct Served {
 }
 
 impl ControlQueue {
-    /// For a virtqueue that was checked; `event_idx`: `VIRTIO_RING_F_EVENT_IDX` was negotiated.
+    /// Creates the control queue of a checked virtqueue. `event_idx` says whether `VIRTIO_RING_F_EVENT_IDX` is
+    /// negotiated.
     pub fn new(mut queue: Queue, event_idx: bool) -> Self {
         queue.set_event_idx(event_idx);
         Self { queue }
     }
 
-    /// The queue's indices.
+    /// Returns the queue's indices.
     pub fn save(&self) -> ControlState {
         ControlState { next_available: self.queue.next_avail(), next_used: self.queue.next_used() }
     }
@@ -81,7 +82,7 @@ impl ControlQueue {
         self.queue.set_next_used(state.next_used);
     }
 
-    /// Carries out the commands that are available, at most one ring full of them.
+    /// Carries out the available commands, at most as many as the ring has entries.
     pub fn serve<F>(&mut self, memory: &GuestMemory, mut carry_out: F) -> Result<Served, Broken>
     where
         F: FnMut(Command) -> Result<(), Refused>,
@@ -104,7 +105,7 @@ impl ControlQueue {
     }
 }
 
-/// Carries out the command in a chain; returns how many bytes were written for the driver.
+/// Carries out the command in a chain. Returns the number of bytes written for the driver.
 fn answer<F>(memory: &GuestMemory, chain: &DescriptorChain<&GuestMemory>, carry_out: &mut F) -> u32
 where
     F: FnMut(Command) -> Result<(), Refused>,
@@ -175,7 +176,7 @@ mod tests {
         fields.concat().try_into().unwrap()
     }
 
-    /// Writes a chain to the first descriptors; each entry of the available ring is its head.
+    /// Writes a chain to the first descriptors. Every entry of the available ring is 0, its head.
     fn put_chain(memory: &GuestMemory, chain: &[Descriptor]) {
         memory.write_slice(chain.as_flattened(), DESCRIPTORS).unwrap();
     }
@@ -184,7 +185,7 @@ mod tests {
         memory.write_obj(chains.to_le(), AVAILABLE_RING.unchecked_add(2)).unwrap();
     }
 
-    /// What comes of one chain: the commands carried out, the answer, and how many bytes it is said to have.
+    /// Serves one chain. Returns the commands carried out, the answer, and the used length.
     fn serve(chain: &[Descriptor], request: &[u8]) -> (Vec<Command>, u8, u32) {
         let memory = memory();
         memory.write_slice(request, GuestAddress(REQUEST)).unwrap();
@@ -217,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn a_command_may_be_spread_over_descriptors() {
+    fn command_may_span_several_descriptors() {
         let chain = [
             descriptor(REQUEST, 1, NEXT, 1),
             descriptor(REQUEST + 1, 2, NEXT, 2),
@@ -228,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn a_command_that_fails_or_is_unknown_is_refused() {
+    fn failed_and_unknown_commands_are_refused() {
         assert_eq!(two_part(&[4, 0, 99, 0]), (vec![Command::SetQueuePairs(99)], ERROR, 1));
         for unknown in [&[0, 0, 1][..], &[4, 1, 1, 0], &[3, 1], &[255, 255]] {
             assert_eq!(two_part(unknown), (vec![], ERROR, 1), "{unknown:?}");
@@ -236,14 +237,14 @@ mod tests {
     }
 
     #[test]
-    fn a_command_that_is_too_short_is_refused() {
+    fn command_that_is_too_short_is_refused() {
         for short in [&[][..], &[4], &[4, 0], &[4, 0, 3]] {
             assert_eq!(two_part(short), (vec![], ERROR, 1), "{short:?}");
         }
     }
 
     #[test]
-    fn a_chain_without_room_for_the_answer_has_no_effect() {
+    fn chain_without_room_for_the_answer_has_no_effect() {
         let no_answer = [descriptor(REQUEST, 4, 0, 0)];
         assert_eq!(serve(&no_answer, &[4, 0, 3, 0]), (vec![], UNANSWERED, 0));
         let empty_answer = [descriptor(REQUEST, 4, NEXT, 1), descriptor(ANSWER, 0, WRITE, 0)];
@@ -251,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn a_chain_outside_memory_has_no_effect() {
+    fn chain_outside_guest_memory_has_no_effect() {
         for (request, answer) in [(REQUEST, u64::MAX - 1), (REQUEST, 64 << 20), (u64::MAX, ANSWER)] {
             let chain = [descriptor(request, 4, NEXT, 1), descriptor(answer, 1, WRITE, 0)];
             let (commands, _, _) = serve(&chain, &[4, 0, 3, 0]);
@@ -260,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn loops_and_wild_indirect_tables_end() {
+    fn loops_and_invalid_indirect_tables_have_no_effect() {
         let looped = [descriptor(REQUEST, 4, NEXT, 1), descriptor(REQUEST, 4, NEXT, 0)];
         assert_eq!(serve(&looped, &[4, 0, 3, 0]).0, []);
         let wild_next = [descriptor(REQUEST, 4, NEXT, 9999)];
@@ -271,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn a_ring_with_too_many_chains_is_broken() {
+    fn ring_with_too_many_chains_is_broken() {
         let memory = memory();
         let mut control = control_queue(true);
         make_available(&memory, SIZE + 1);
@@ -279,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn an_endless_guest_does_not_hold_the_thread() {
+    fn endless_commands_do_not_occupy_the_thread() {
         let memory = memory();
         let chain = [descriptor(REQUEST, 4, NEXT, 1), descriptor(ANSWER, 1, WRITE, 0)];
         put_chain(&memory, &chain);

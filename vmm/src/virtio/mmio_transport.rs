@@ -2,12 +2,12 @@
 //! configures and starts a device.
 //!
 //! Kicks and calls do not pass through here: they are ioeventfds and irqfds. For each interrupt the driver reads
-//! InterruptStatus and writes InterruptACK. The VMM does not see the back-end's calls, so InterruptStatus always says
-//! that a virtqueue may have been used, and the driver looks at its virtqueues. So no coalesced call is lost.
+//! InterruptStatus and writes InterruptACK. The VMM does not see the back-end's calls, so InterruptStatus always
+//! reports used buffers, and the driver checks its virtqueues. No coalesced call is lost.
 //!
-//! A reset lasts until the back-end has stopped. The vCPU that wrote it waits for that with the transport unlocked;
-//! until then the status that any vCPU reads is not 0, because the reset is not complete (section 2.4.1), and
-//! writes are ignored.
+//! A reset lasts until the back-end has stopped. The vCPU that requested the reset waits with the transport unlocked.
+//! Until then the status that any vCPU reads is not 0, because the reset is not complete (section 2.4.1), and writes
+//! are ignored.
 //!
 //! The guest is not trusted: an access of the wrong size or at the wrong time is ignored.
 
@@ -79,18 +79,18 @@ impl Registers {
 #[derive(Debug)]
 pub struct MmioTransport<D> {
     registers: Registers,
-    /// Present while a reset is under way; true when the device has completed it.
+    /// Present while a reset is in progress; true when the device has completed it.
     reset: Option<Arc<AtomicBool>>,
     device: D,
 }
 
 impl<D: VirtioDevice> MmioTransport<D> {
-    /// A transport in its state after a reset.
+    /// Creates a transport in its state after a reset.
     pub fn new(device: D) -> Self {
         Self { registers: Registers::after_reset(device.queue_sizes()), reset: None, device }
     }
 
-    /// The transport's state. The vCPUs are paused, so no reset is under way.
+    /// Returns the transport's state. The vCPUs must be paused, so that no reset is in progress.
     pub fn save(&mut self) -> TransportState {
         self.end_reset();
         let Registers {
@@ -216,7 +216,7 @@ impl<D: VirtioDevice> MmioTransport<D> {
 
     fn write_queue(&mut self, register: u32, value: u32) {
         let Some((index, queue)) = self.selected_queue() else { return };
-        // A device that runs keeps its virtqueues until the reset.
+        // A running device keeps its virtqueues until a reset.
         let configurable = self.has(VIRTIO_CONFIG_S_FEATURES_OK) && !self.has(VIRTIO_CONFIG_S_DRIVER_OK);
         if !configurable || (queue.ready && register != VIRTIO_MMIO_QUEUE_READY) {
             return;
@@ -242,7 +242,7 @@ impl<D: VirtioDevice> MmioTransport<D> {
         if value == 0 {
             return self.reset();
         }
-        // A driver only ever adds bits; NEEDS_RESET is the device's and may be written back.
+        // A driver only adds bits. NEEDS_RESET belongs to the device; the driver may write it back.
         let added = value & DRIVER_STATUS & !self.registers.status;
         for bit in [VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_FAILED] {
             self.registers.status |= added & bit;
@@ -279,7 +279,7 @@ impl<D: VirtioDevice> MmioTransport<D> {
         None
     }
 
-    /// Ends a reset once the device has completed it; false while one is under way.
+    /// Ends a reset that the device has completed. Returns false while a reset is in progress.
     fn end_reset(&mut self) -> bool {
         match &self.reset {
             Some(ended) if !ended.load(Ordering::Acquire) => return false,
@@ -311,7 +311,7 @@ impl<D: VirtioDevice> BusDevice for MmioTransport<D> {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) -> Option<Pending> {
-        // Nothing in a network device's configuration space can be written by a driver of version 1.
+        // A virtio 1 driver cannot write to a network device's configuration space.
         if !self.end_reset() || offset >= CONFIG {
             return None;
         }
@@ -320,7 +320,7 @@ impl<D: VirtioDevice> BusDevice for MmioTransport<D> {
     }
 }
 
-/// The low (0) or the high (1) half of a feature mask; 0 for any other.
+/// Returns the low (0) or the high (1) half of a feature mask, and 0 for any other `select`.
 fn half(mask: u64, select: u32) -> u32 {
     let [a, b, c, d, e, f, g, h] = mask.to_le_bytes();
     match select {

@@ -1,7 +1,7 @@
 //! Virtio devices (Virtual I/O Device Version 1.2): the transport that a guest drives, and the device behind it.
 //!
-//! [`mmio_transport`] is a register file that any [`VirtioDevice`] can stand behind. The only one is [`net`],
-//! whose data virtqueues are served by its back-end and whose control virtqueue ([`control_queue`]) by its own thread.
+//! [`mmio_transport`] is the register file in front of a [`VirtioDevice`]. The only such device is [`net`]: its
+//! back-end serves the data virtqueues, and its own thread serves the control virtqueue ([`control_queue`]).
 
 pub mod control_queue;
 pub mod mmio_transport;
@@ -19,7 +19,7 @@ use crate::event;
 use crate::memory::GuestMemory;
 use crate::mmio_bus::Pending;
 
-/// The feature bit `number` as a mask.
+/// Returns feature bit `number` as a mask.
 pub const fn feature(number: u32) -> u64 {
     1 << number
 }
@@ -27,7 +27,7 @@ pub const fn feature(number: u32) -> u64 {
 /// A virtqueue as the driver has set it up. Plain and untrusted data: [`QueueSetup::check`] validates it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct QueueSetup {
-    /// How many descriptors it has.
+    /// The number of its descriptors.
     pub size: u16,
     /// Whether the driver has enabled it.
     pub ready: bool,
@@ -53,7 +53,7 @@ impl From<QueueSetup> for QueueState {
     }
 }
 
-/// A virtqueue that does not lie in guest memory.
+/// A virtqueue that is misaligned or not in guest memory.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 #[error("virtqueue {index} of {size} descriptors is misaligned or not in guest memory")]
 pub struct InvalidQueue {
@@ -64,7 +64,7 @@ pub struct InvalidQueue {
 }
 
 impl QueueSetup {
-    /// The virtqueue, if all of it lies in guest memory.
+    /// Returns the virtqueue if it is valid and all of it is in guest memory.
     pub fn check(&self, index: usize, memory: &GuestMemory) -> Result<Queue, InvalidQueue> {
         let invalid = InvalidQueue { index, size: self.size };
         let mut queue = Queue::new(self.size).map_err(|_| invalid)?;
@@ -89,23 +89,23 @@ pub struct Activation {
     pub queues: Vec<QueueSetup>,
 }
 
-/// What a transport asks of a device. All methods are called with the transport locked, so none waits for a back-end.
+/// A device behind a transport. All methods are called with the transport locked, so none may wait for a back-end.
 pub trait VirtioDevice: Send {
-    /// The virtio device type.
+    /// Returns the virtio device type.
     fn device_type(&self) -> u32;
-    /// The largest size of each virtqueue.
+    /// Returns the largest size of each virtqueue.
     fn queue_sizes(&self) -> &[u16];
-    /// The features offered.
+    /// Returns the features offered.
     fn features(&self) -> u64;
-    /// Fills `data` from the configuration space; with zeros beyond its end.
+    /// Fills `data` from the configuration space, and with zeros beyond its end.
     fn read_config(&self, offset: u64, data: &mut [u8]);
-    /// Configuration changes, and whether the device needs a reset.
+    /// Returns the device's events: configuration changes, and whether it needs a reset.
     fn events(&self) -> &DeviceEvents;
-    /// The driver has made buffers available in a virtqueue.
+    /// Tells the device that the driver has made buffers available in a virtqueue.
     fn notify(&self, queue: u16);
-    /// Starts the device. If it cannot be started as the driver has set it up, it needs a reset.
+    /// Starts the device as the driver has set it up. If that is not possible, the device needs a reset.
     fn activate(&mut self, activation: Activation);
-    /// Begins to stop the device; once stopped, it does not touch guest memory.
+    /// Begins to stop the device. Once stopped, it does not touch guest memory.
     fn reset(&mut self) -> Pending;
 }
 
@@ -119,7 +119,7 @@ pub struct DeviceEvents {
 }
 
 impl DeviceEvents {
-    /// No event is pending.
+    /// Creates the events, none of them pending.
     pub fn new() -> io::Result<Self> {
         Ok(Self {
             interrupt: event::new()?,
@@ -129,7 +129,7 @@ impl DeviceEvents {
         })
     }
 
-    /// The interrupt for these events, to be registered as an irqfd.
+    /// Returns the interrupt for these events, to be registered as an irqfd.
     pub fn interrupt(&self) -> &EventFd {
         &self.interrupt
     }
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn a_queue_must_lie_in_guest_memory() {
+    fn queue_must_be_valid_and_in_guest_memory() {
         let memory = crate::memory::allocate(64 << 20).unwrap();
         queue().check(0, &memory).unwrap();
         let end = 64 << 20;

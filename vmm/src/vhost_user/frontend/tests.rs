@@ -1,4 +1,4 @@
-//! A connection to a back-end that writes down what it is asked.
+//! Tests of a connection to a back-end that records its messages.
 
 use super::*;
 use crate::vhost_user::fake_backend::{FakeBackend, Serving};
@@ -23,7 +23,7 @@ const GREETING: [&str; 6] = [
 ];
 
 #[test]
-fn a_device_is_started_and_stopped_in_the_standard_order() {
+fn device_is_started_and_stopped_in_the_standard_order() {
     let memory = crate::memory::allocate(64 << 20).unwrap();
     let (kick, call) = (event::new().unwrap(), event::new().unwrap());
     let (connection, serving) = establish(FakeBackend::new(4), 4);
@@ -68,7 +68,7 @@ fn a_device_is_started_and_stopped_in_the_standard_order() {
 }
 
 #[test]
-fn without_reset_device_the_rings_are_disabled() {
+fn stop_disables_rings_of_a_back_end_without_reset_device() {
     let memory = crate::memory::allocate(64 << 20).unwrap();
     let (kick, call) = (event::new().unwrap(), event::new().unwrap());
     let mut backend = FakeBackend::new(2);
@@ -85,7 +85,7 @@ fn without_reset_device_the_rings_are_disabled() {
 }
 
 #[test]
-fn the_inflight_region_goes_from_back_end_to_back_end_until_one_does_without() {
+fn inflight_region_is_passed_on_until_a_back_end_does_not_track_it() {
     let memory = crate::memory::allocate(64 << 20).unwrap();
     let (kick, call) = (event::new().unwrap(), event::new().unwrap());
     let mut inflight = None;
@@ -111,7 +111,7 @@ fn the_inflight_region_goes_from_back_end_to_back_end_until_one_does_without() {
 }
 
 #[test]
-fn a_back_end_without_protocol_features_serves_one_pair() {
+fn back_end_without_protocol_features_serves_one_pair() {
     let mut backend = FakeBackend::new(2);
     backend.features &= !PROTOCOL_FEATURES;
     let (connection, serving) = establish(backend, 2);
@@ -123,7 +123,7 @@ fn a_back_end_without_protocol_features_serves_one_pair() {
 }
 
 #[test]
-fn a_back_end_that_does_not_fit_is_named() {
+fn unsuitable_back_end_is_rejected_with_a_reason() {
     let mut legacy = FakeBackend::new(2);
     legacy.features &= !feature(VIRTIO_F_VERSION_1);
     assert!(matches!(establish(legacy, 2).0, Err(ConnectionError::Legacy)));
@@ -134,7 +134,7 @@ fn a_back_end_that_does_not_fit_is_named() {
 }
 
 #[test]
-fn a_refused_message_is_named() {
+fn error_names_the_refused_message() {
     let memory = crate::memory::allocate(64 << 20).unwrap();
     let mut backend = FakeBackend::new(2);
     backend.refuses = Some("SET_FEATURES");
@@ -144,7 +144,7 @@ fn a_refused_message_is_named() {
 }
 
 #[test]
-fn a_back_end_that_goes_away_is_an_error() {
+fn closed_connection_is_an_error() {
     let (here, there) = UnixStream::pair().unwrap();
     drop(there);
     let error = Connection::establish(here, 2).err().unwrap();
@@ -152,7 +152,7 @@ fn a_back_end_that_goes_away_is_an_error() {
 }
 
 #[test]
-fn a_missing_listener_is_reported_at_once() {
+fn missing_listener_is_reported_at_once() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("socket");
     assert!(

@@ -1,4 +1,4 @@
-//! A driver's accesses to the registers, with a device that records what it is told.
+//! Tests of a driver's accesses to the registers, with a device that records its calls.
 
 use std::cell::RefCell;
 use std::sync::mpsc::channel;
@@ -82,7 +82,7 @@ impl MmioTransport<Fake> {
 }
 
 #[test]
-fn it_is_a_version_2_network_device() {
+fn registers_identify_a_version_2_network_device() {
     let mut transport = transport();
     assert_eq!(transport.get(0), 0x7472_6976);
     assert_eq!([transport.get(4), transport.get(8)], [2, 1]);
@@ -94,7 +94,7 @@ fn it_is_a_version_2_network_device() {
 }
 
 #[test]
-fn a_driver_starts_and_resets_the_device() {
+fn driver_starts_and_resets_the_device() {
     let mut transport = transport();
     transport.negotiate(FEATURES);
     transport.set(VIRTIO_MMIO_QUEUE_SEL, 1);
@@ -127,7 +127,7 @@ fn a_driver_starts_and_resets_the_device() {
 }
 
 #[test]
-fn features_that_were_not_offered_are_not_accepted() {
+fn features_that_are_not_offered_are_not_accepted() {
     for wrong in [FEATURES | 1 << 6, 1 << 5] {
         let mut transport = transport();
         transport.negotiate(wrong);
@@ -139,7 +139,7 @@ fn features_that_were_not_offered_are_not_accepted() {
 }
 
 #[test]
-fn features_are_settled_once_they_are_accepted() {
+fn accepted_features_cannot_change() {
     let mut transport = transport();
     transport.negotiate(FEATURES);
     transport.set(VIRTIO_MMIO_DRIVER_FEATURES_SEL, 0);
@@ -148,7 +148,7 @@ fn features_are_settled_once_they_are_accepted() {
 }
 
 #[test]
-fn a_queue_of_a_wrong_size_is_never_ready() {
+fn queue_of_invalid_size_is_never_ready() {
     let mut transport = transport();
     transport.negotiate(FEATURES);
     for size in [0, 3, 512, 0x1_0040, u32::MAX] {
@@ -162,7 +162,7 @@ fn a_queue_of_a_wrong_size_is_never_ready() {
 }
 
 #[test]
-fn a_device_that_cannot_start_needs_a_reset() {
+fn device_that_cannot_start_needs_a_reset() {
     let mut transport = transport();
     transport.device.fails = true;
     transport.negotiate(FEATURES);
@@ -185,7 +185,7 @@ fn only_existing_queues_are_notified() {
 }
 
 #[test]
-fn odd_accesses_do_nothing() {
+fn invalid_accesses_are_ignored() {
     let mut transport = transport();
     transport.write(u64::from(VIRTIO_MMIO_STATUS), &[1]);
     transport.write(u64::from(VIRTIO_MMIO_STATUS) + 1, &[1, 0, 0, 0]);

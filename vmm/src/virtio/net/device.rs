@@ -26,7 +26,7 @@ pub struct Net {
 }
 
 impl Net {
-    /// For the worker behind `mailbox`.
+    /// Creates the device for the worker behind `mailbox`.
     pub fn new(shared: Arc<NetShared>, mailbox: Mailbox) -> Self {
         let mut queue_sizes = vec![DATA_QUEUE_SIZE; usize::from(shared.queue_pairs()) * 2];
         queue_sizes.push(CONTROL_QUEUE_SIZE);
@@ -75,7 +75,7 @@ impl VirtioDevice for Net {
     }
 
     fn reset(&mut self) -> Pending {
-        // A worker that has ended has no connection, so no back-end has guest memory.
+        // A worker that has ended has no connection, so no back-end uses guest memory.
         Pending::new(self.mailbox.submit(Worker::reset))
     }
 }
@@ -88,7 +88,7 @@ mod tests {
     use crate::config::{Mac, NetConfig};
 
     #[test]
-    fn the_configuration_space_has_an_end() {
+    fn reads_beyond_the_configuration_space_return_zeros() {
         let config: NetConfig = "socket=/s,queue-pairs=4".parse().unwrap();
         let shared = Arc::new(NetShared::new(&config).unwrap());
         let mac = Mac([0x52, 0x54, 0, 1, 2, 3]);

@@ -1,4 +1,4 @@
-//! Why a network device has no back-end, or cannot do what it is asked.
+//! The errors of a network device.
 
 use thiserror::Error;
 
@@ -6,22 +6,22 @@ use super::identity::OfferError;
 use crate::vhost_user::frontend::ConnectionError;
 use crate::virtio::InvalidQueue;
 
-/// Why a device has no back-end.
+/// Why a network device cannot use its back-end or carry out a task.
 #[derive(Debug, Error)]
 pub enum NetError {
-    /// The connection.
+    /// The connection failed.
     #[error(transparent)]
     Connection(#[from] ConnectionError),
-    /// The back-end is of the wrong kind.
+    /// The back-end does not fit the device.
     #[error(transparent)]
     Offer(#[from] OfferError),
-    /// The driver's virtqueues.
+    /// A virtqueue of the driver is invalid.
     #[error(transparent)]
     Queue(#[from] InvalidQueue),
     /// A virtqueue's used index cannot be read.
     #[error("cannot read a virtqueue's used index")]
     UsedIndex(#[source] virtio_queue::Error),
-    /// No thread or event.
+    /// A thread or an eventfd cannot be created.
     #[error("cannot start a network device's thread")]
     Thread(#[source] std::io::Error),
     /// The thread has ended.
@@ -30,7 +30,7 @@ pub enum NetError {
     /// No back-end is connected.
     #[error("the back-end is not connected")]
     NoBackend,
-    /// A restored state whose parts contradict each other.
-    #[error("the state's virtqueues do not fit the device")]
+    /// A received state whose parts contradict each other.
+    #[error("the received virtqueue state does not fit the device")]
     State,
 }

@@ -21,7 +21,8 @@ const IN_ORDER: u32 = 35;
 /// The smallest MTU that a device may have (RFC 791).
 const MIN_MTU: u16 = 68;
 
-/// The features that need the back-end: offered to the guest if it offers them, and acknowledged to it.
+/// The features that need the back-end: offered to the guest if the back-end offers them, and acknowledged to the
+/// back-end.
 const BACKEND_FEATURES: u64 = feature(VIRTIO_NET_F_CSUM)
     | feature(VIRTIO_NET_F_GUEST_CSUM)
     | feature(VIRTIO_NET_F_MTU)
@@ -52,10 +53,10 @@ const OWN_FEATURES: u64 =
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum OfferError {
     /// Several queue pairs, and a back-end for one.
-    #[error("it does not offer VIRTIO_NET_F_MQ, which {0} queue pairs need")]
+    #[error("the back-end does not offer VIRTIO_NET_F_MQ, which {0} queue pairs need")]
     NoMultiQueue(u16),
     /// A back-end that offers less than the guest uses.
-    #[error("it does not offer the features {0:#x}, which the guest uses")]
+    #[error("the back-end does not offer the features {0:#x}, which the guest uses")]
     FeaturesLost(u64),
 }
 
@@ -68,13 +69,13 @@ pub struct Identity {
     pub mac: Mac,
     /// The MTU, if the feature is offered.
     pub mtu: u16,
-    /// How many queue pairs the device has.
+    /// The number of queue pairs.
     pub queue_pairs: u16,
 }
 
 impl Identity {
-    /// Derives it from a back-end's offer. `mac` is the configured address, if any; `fallback` is used if neither
-    /// it nor the back-end gives one.
+    /// Derives the identity from a back-end's offer. `mac` is the configured address, if any. `fallback` is used if
+    /// neither the configuration nor the back-end gives an address.
     pub fn new(offer: &Offer, queue_pairs: u16, mac: Option<Mac>, fallback: Mac) -> Result<Self, OfferError> {
         let mut features = offer.features & BACKEND_FEATURES | OWN_FEATURES;
         if queue_pairs == 1 {
@@ -94,7 +95,7 @@ impl Identity {
         Ok(Self { features, mac, mtu, queue_pairs })
     }
 
-    /// The configuration space (`struct virtio_net_config`).
+    /// Returns the configuration space (`struct virtio_net_config`).
     pub fn config_space(&self, status: u16) -> [u8; CONFIG_SIZE] {
         let mut space = [0; CONFIG_SIZE];
         space[..6].copy_from_slice(&self.mac.0);
@@ -119,7 +120,7 @@ impl From<NetIdentity> for Identity {
     }
 }
 
-/// The acknowledged features that concern the back-end.
+/// Returns the acknowledged features that concern the back-end.
 pub fn for_backend(acknowledged: u64) -> u64 {
     acknowledged & BACKEND_FEATURES
 }
@@ -146,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn only_features_of_both_are_offered() {
+    fn only_features_of_both_vmm_and_back_end_are_offered() {
         let identity = Identity::new(&EVERYTHING, 4, None, FALLBACK).unwrap();
         assert_eq!(identity.features, BACKEND_FEATURES | OWN_FEATURES);
         let least = Offer { features: feature(VIRTIO_F_VERSION_1), config: None };
@@ -155,14 +156,14 @@ mod tests {
     }
 
     #[test]
-    fn several_pairs_need_multi_queue_and_one_does_not_offer_it() {
+    fn multi_queue_is_required_for_several_pairs_and_not_offered_for_one() {
         let without = Offer { features: !feature(VIRTIO_NET_F_MQ), ..EVERYTHING };
         assert_eq!(Identity::new(&without, 2, None, FALLBACK), Err(OfferError::NoMultiQueue(2)));
         assert!(!has(&Identity::new(&EVERYTHING, 1, None, FALLBACK).unwrap(), VIRTIO_NET_F_MQ));
     }
 
     #[test]
-    fn the_configured_address_comes_before_the_back_ends() {
+    fn configured_mac_takes_precedence_over_the_back_ends() {
         let configured = Mac([0x52, 0x54, 0, 9, 9, 9]);
         let mac = |offer: &Offer, mac| Identity::new(offer, 1, mac, FALLBACK).unwrap().mac;
         assert_eq!(mac(&EVERYTHING, Some(configured)), configured);
@@ -174,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn an_invalid_mtu_is_not_offered() {
+    fn invalid_mtu_is_not_offered() {
         assert_eq!(Identity::new(&EVERYTHING, 1, None, FALLBACK).unwrap().mtu, 1400);
         for config in [None, Some([0; CONFIG_SIZE])] {
             let offer = Offer { config, ..EVERYTHING };
@@ -183,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn the_back_end_gets_its_own_features_only() {
+    fn back_end_gets_only_its_own_features() {
         assert_eq!(
             for_backend(OWN_FEATURES | feature(VIRTIO_NET_F_MRG_RXBUF)),
             feature(VIRTIO_NET_F_MRG_RXBUF)

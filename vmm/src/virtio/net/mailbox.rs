@@ -1,4 +1,4 @@
-//! The way to a network device's worker: tasks, which it runs one after the other.
+//! Sends tasks to a network device's worker, which runs them one after the other.
 
 use std::io;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use super::error::NetError;
 use super::worker::Worker;
 use crate::event;
 
-/// What the worker is to do.
+/// A task for the worker.
 pub type Task = Box<dyn FnOnce(&mut Worker) + Send>;
 
 /// Sends tasks to the worker.
@@ -37,7 +37,7 @@ pub fn mailbox() -> io::Result<(Mailbox, Inbox)> {
 }
 
 impl Mailbox {
-    /// Sends a task and does not wait for it; false if the worker has ended.
+    /// Sends a task without waiting for it. Returns false if the worker has ended.
     pub fn send(&self, task: impl FnOnce(&mut Worker) + Send + 'static) -> bool {
         let sent = self.tasks.send(Box::new(task)).is_ok();
         if sent {
@@ -46,20 +46,20 @@ impl Mailbox {
         sent
     }
 
-    /// Sends a task; the receiver gets its result, or an error if the worker ends first.
+    /// Sends a task. The returned receiver gets its result, or an error if the worker ends first.
     pub fn submit<T: Send + 'static>(
         &self,
         task: impl FnOnce(&mut Worker) -> T + Send + 'static,
     ) -> Receiver<T> {
         let (sender, result) = sync_channel(1);
         self.send(move |worker| {
-            // A caller that has gone needs no result.
+            // Fails if the caller no longer waits for the result.
             let _ = sender.send(task(worker));
         });
         result
     }
 
-    /// Has the worker run a task, and waits for the result.
+    /// Runs a task on the worker, and waits for the result.
     pub fn call<T: Send + 'static>(
         &self,
         task: impl FnOnce(&mut Worker) -> Result<T, NetError> + Send + 'static,

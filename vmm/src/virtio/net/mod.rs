@@ -1,10 +1,10 @@
 //! A network device: its transport's side, its worker, and the back-end behind it.
 //!
-//! [`Net`] stands behind the transport and is used by the vCPU threads. The device's own thread ([`thread`]) does
-//! everything that concerns the back-end: its [`Worker`] alone owns the connection, and runs the tasks in its
-//! [`mailbox`]. Transport, worker and control socket share [`NetShared`]. A vCPU that resets the device waits for
-//! the worker, because the driver reuses its memory afterwards. A vCPU that starts the device does not wait. A
-//! thread of the worker's reconnects to a lost back-end ([`reconnect`]).
+//! The vCPU threads use [`Net`], behind the transport. The device's own thread ([`thread`]) does everything that
+//! concerns the back-end: its [`Worker`] alone owns the connection, and runs the tasks in its [`mailbox`]. Transport,
+//! worker and control socket share [`NetShared`]. A vCPU that resets the device waits for the worker, because the
+//! driver reuses its memory afterwards. A vCPU that starts the device does not wait. The worker starts another thread
+//! to reconnect to a lost back-end ([`reconnect`]).
 
 mod device;
 mod error;

@@ -1,8 +1,7 @@
 //! Connects to a device's back-end, and reconnects when it is lost.
 //!
-//! Reconnecting has a thread of its own, because a handshake can take long: a back-end that is busy or stuck must
-//! not keep the worker from its driver. The thread ends with the first back-end that accepts a connection, usable
-//! or not.
+//! Reconnecting runs on its own thread, because a handshake can take long: a busy or stuck back-end must not keep the
+//! worker from serving its driver. The thread ends with the first back-end that accepts a connection, usable or not.
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -17,10 +16,10 @@ use crate::event;
 use crate::shutdown::ShutdownHandle;
 use crate::vhost_user::frontend::{Connection, ConnectionError, connect_to};
 
-/// The time between two attempts. Nothing announces a Unix socket that listens again.
+/// The time between two attempts. The kernel does not signal that a Unix socket listens again.
 const INTERVAL: Duration = Duration::from_millis(100);
 
-/// Connects to the device's back-end, which must be there.
+/// Connects to the device's back-end, which must be listening.
 pub fn connect(shared: &NetShared) -> Result<Connection, ConnectionError> {
     handshake(shared, open(shared)?)
 }
@@ -37,7 +36,7 @@ fn handshake(shared: &NetShared, stream: UnixStream) -> Result<Connection, Conne
     Connection::establish(stream, shared.queue_pairs() * 2)
 }
 
-/// A reconnection under way.
+/// A reconnection in progress.
 #[derive(Debug)]
 pub struct Reconnection {
     outcome: Receiver<Result<Connection, ConnectionError>>,
@@ -55,7 +54,7 @@ impl Reconnection {
         let attempts = Attempts { shared: Arc::clone(&shared), stopped };
         let thread = Builder::new().name("reconnect".to_owned()).spawn(move || {
             if let Some(outcome) = attempts.run() {
-                // It fails if the worker has ended.
+                // Fails if the worker has ended.
                 let _ = sender.send(outcome);
             }
             event::signal(&wake);
@@ -63,7 +62,7 @@ impl Reconnection {
         Ok(Self { outcome, running: Some(running), shared, thread: Some(thread) })
     }
 
-    /// The outcome, if the thread has ended.
+    /// Returns the outcome, if the thread has ended.
     pub fn outcome(&mut self) -> Option<Result<Connection, ConnectionError>> {
         let outcome = self.outcome.try_recv().ok()?;
         self.join();
@@ -82,7 +81,7 @@ impl Drop for Reconnection {
         if self.thread.is_none() {
             return;
         }
-        // Ends a handshake that has begun. None begins after it: the thread looks at `stopped` in between.
+        // Ends a handshake in progress. No other one begins: the thread checks `stopped` before each handshake.
         self.running = None;
         self.shared.shut_down_connection();
         self.join();

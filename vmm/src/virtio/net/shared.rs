@@ -1,4 +1,4 @@
-//! What a network device's transport, its worker and the control socket share.
+//! The state that a network device's transport, its worker and the control socket share.
 
 use std::io;
 use std::path::Path;
@@ -15,21 +15,21 @@ use crate::event;
 use crate::shutdown::ShutdownHandle;
 use crate::virtio::{DeviceEvents, feature};
 
-/// What the transport and the worker change.
+/// The part that changes.
 #[derive(Clone, Copy, Debug)]
 struct State {
     identity: Identity,
     connected: bool,
     /// What the back-end offers.
     offered: u64,
-    /// Whether it can give or take device state.
+    /// Whether the back-end can save and load device state.
     device_state: bool,
     acknowledged: u64,
     active_pairs: u16,
     announce: bool,
 }
 
-/// What the transport, the worker and the control socket share.
+/// The state that the transport, the worker and the control socket share.
 #[derive(Debug)]
 pub struct NetShared {
     config: NetConfig,
@@ -45,7 +45,7 @@ pub struct NetShared {
 }
 
 impl NetShared {
-    /// A device that has no back-end yet.
+    /// Creates the state of a device that has no back-end yet.
     pub fn new(config: &NetConfig) -> io::Result<Self> {
         let queues = usize::from(config.queue_pairs) * 2 + 1;
         let events = || (0..queues).map(|_| event::new()).collect::<io::Result<Vec<_>>>();
@@ -73,17 +73,17 @@ impl NetShared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The back-end's socket.
+    /// Returns the path of the back-end's socket.
     pub fn socket(&self) -> &Path {
         &self.config.socket
     }
 
-    /// Whether a local migration hands the device's TAP over.
+    /// Returns whether a local migration hands over the device's TAP.
     pub fn moves_locally(&self) -> bool {
         self.config.local_migration
     }
 
-    /// What the target of a migration has to know of the device of a guest; `local`: its TAP moves along.
+    /// Returns what the target of a migration checks about this device. `local` says whether its TAP migrates, too.
     pub fn source_facts(&self, local: bool) -> NetFacts {
         let state = *self.state();
         NetFacts {
@@ -96,18 +96,18 @@ impl NetShared {
         }
     }
 
-    /// What a migration has to know of the device at the target.
+    /// Returns what the target of a migration compares with the source's facts about this device.
     pub fn target_facts(&self, local: bool) -> NetFacts {
         let features = self.state().offered;
         NetFacts { features, mac: self.config.mac.map(|mac| mac.0), ..self.source_facts(local) }
     }
 
-    /// How many queue pairs the device has.
+    /// Returns the number of queue pairs.
     pub fn queue_pairs(&self) -> u16 {
         self.config.queue_pairs
     }
 
-    /// What the control socket says about the device.
+    /// Returns the device's status for the control socket.
     pub fn status(&self) -> NetStatus {
         let state = *self.state();
         NetStatus {
@@ -119,18 +119,18 @@ impl NetShared {
         }
     }
 
-    /// What the guest is offered, and whether the driver is asked to announce its addresses.
+    /// Returns what the guest is offered, and whether the driver is asked to announce its addresses.
     pub fn offered(&self) -> (Identity, bool) {
         let state = *self.state();
         (state.identity, state.announce)
     }
 
-    /// Changes what the guest is offered; only while no driver uses the device.
+    /// Changes what the guest is offered. No driver may use the device.
     pub fn offer(&self, identity: Identity) {
         self.state().identity = identity;
     }
 
-    /// A back-end is connected, which offers these features, and `DEVICE_STATE` or not.
+    /// Records that a back-end is connected, its features, and whether it offers `DEVICE_STATE`.
     pub fn set_connected(&self, offered: u64, device_state: bool) {
         let mut state = self.state();
         state.connected = true;
@@ -138,7 +138,7 @@ impl NetShared {
         state.device_state = device_state;
     }
 
-    /// No back-end is connected.
+    /// Records that no back-end is connected.
     pub fn set_disconnected(&self) {
         self.state().connected = false;
     }
@@ -158,7 +158,7 @@ impl NetShared {
         }
     }
 
-    /// Asks the driver to announce its addresses, or ends that request.
+    /// Asks the driver to announce its addresses, or withdraws that request.
     pub fn set_announce(&self, announce: bool) {
         self.state().announce = announce;
         if announce {
@@ -166,12 +166,12 @@ impl NetShared {
         }
     }
 
-    /// Lets other threads shut the connection down; `None` if there is none any more.
+    /// Sets the handle with which other threads shut down the connection; `None` if there is no connection.
     pub fn set_shutdown_handle(&self, connection: Option<ShutdownHandle>) {
         *self.connection() = connection;
     }
 
-    /// Ends the connection, so that the worker does not wait for its back-end.
+    /// Shuts down the connection, so that the worker does not wait for its back-end.
     pub fn shut_down_connection(&self) {
         if let Some(connection) = &*self.connection() {
             connection.shut_down();

@@ -1,4 +1,4 @@
-//! vCPUs at the registers of a device whose worker is busy with its back-end: the tests take the worker's tasks.
+//! Tests of vCPUs that access a device whose worker is busy with its back-end. The tests take the worker's tasks.
 
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
@@ -17,11 +17,11 @@ use crate::mmio_bus::Bus;
 use crate::platform::VIRTIO_MMIO_SIZE;
 use crate::virtio::mmio_transport::MmioTransport;
 
-/// Only catches a test that hangs.
+/// Reached only if a test hangs.
 const LIMIT: Duration = Duration::from_secs(60);
 const VERSION_1: u64 = 1 << 32;
 
-/// A device on a bus, and the tasks of its worker.
+/// Returns a device on a bus, and the tasks of its worker.
 fn busy_device() -> (Arc<Bus>, Inbox) {
     let config: NetConfig = "socket=/s,queue-pairs=2".parse().unwrap();
     let shared = Arc::new(NetShared::new(&config).unwrap());
@@ -33,7 +33,7 @@ fn busy_device() -> (Arc<Bus>, Inbox) {
     (Arc::new(bus), inbox)
 }
 
-/// Has another thread, as a vCPU, do `access`, which must come to an end.
+/// Carries out `access` on another thread, like a vCPU. It must not block.
 fn vcpu<T: Send + 'static>(bus: &Arc<Bus>, access: impl FnOnce(&Bus) -> T + Send + 'static) -> T {
     let (done, outcome) = channel();
     let bus = Arc::clone(bus);
@@ -60,7 +60,7 @@ fn negotiate(bus: &Bus) {
 }
 
 #[test]
-fn starting_a_device_waits_for_no_back_end() {
+fn starting_a_device_does_not_wait_for_its_back_end() {
     let (bus, inbox) = busy_device();
     vcpu(&bus, negotiate);
     assert_eq!(vcpu(&bus, |bus| read_register(bus, VIRTIO_MMIO_STATUS)), 0xf);
@@ -69,7 +69,7 @@ fn starting_a_device_waits_for_no_back_end() {
 
 /// Virtio 1.2, section 2.4.1: the status is 0 when the device has stopped, and not before.
 #[test]
-fn other_vcpus_use_a_device_while_one_waits_for_its_reset() {
+fn other_vcpus_can_use_a_device_while_one_waits_for_its_reset() {
     let (bus, inbox) = busy_device();
     vcpu(&bus, negotiate);
     drop(inbox.tasks.recv().unwrap());
@@ -84,7 +84,7 @@ fn other_vcpus_use_a_device_while_one_waits_for_its_reset() {
     assert_eq!(vcpu(&bus, |bus| read_register(bus, VIRTIO_MMIO_STATUS)), 0xf);
     assert!(!resetting.is_finished());
 
-    // As if the worker had run it.
+    // Ends the reset, as if the worker had run the task.
     drop(reset);
     resetting.join().unwrap();
     assert_eq!(read_register(&bus, VIRTIO_MMIO_STATUS), 0);

@@ -17,14 +17,14 @@ use crate::memory::GuestMemory;
 pub struct NetThread {
     /// What the worker shares with the transport.
     pub shared: Arc<NetShared>,
-    /// The way to the worker.
+    /// Sends tasks to the worker.
     pub mailbox: Mailbox,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl NetThread {
-    /// Starts the thread and waits until it has connected to the back-end; returns the transport's side, too. Without
-    /// `memory` the device is suspended until its guest arrives.
+    /// Starts the thread and waits until it has connected to the back-end. Also returns the device for the transport.
+    /// Without `memory` the device is suspended until its guest arrives.
     pub fn start(
         name: String,
         config: &NetConfig,

@@ -1,19 +1,18 @@
-//! The worker of a network device: it alone talks to the back-end, and it serves the control virtqueue.
+//! The worker of a network device. It alone talks to the back-end, and it serves the control virtqueue.
 //!
 //! ```text
 //!              connected, handshake                    back-end gone
 //! Disconnected ────────────────────▶ Connected ───────────────────────▶ Disconnected
 //! ```
 //!
-//! Whether the driver has started the device is a second, independent state: if there is no back-end, the rings
-//! start when one connects. A back-end that replaces a lost one gets each ring at its *used* index. Completion is
-//! in order, so the buffers after that index are all still the device's: none is skipped and none is forgotten;
-//! frames that were in hand are sent again. Then the worker kicks each ring and calls the driver once for it, in
-//! case a notification was lost.
+//! Whether the driver has started the device is a second, independent state: without a back-end, the rings start when
+//! one connects. A back-end that replaces a lost one gets each ring at its *used* index. Completion is in order, so the
+//! device still owns all buffers from that index on: none is skipped or forgotten, and frames that were in hand are
+//! sent again. The worker then kicks each ring and calls the driver once for it, in case a notification was lost.
 //!
-//! A device is *suspended* while its VM is paused: its rings are stopped, and the worker keeps their bases and
-//! leaves the control virtqueue alone, so nothing touches guest memory. A device of a VM that has not arrived yet
-//! is suspended from its start ([`suspend`]).
+//! A device is *suspended* while its VM is paused. Its rings are stopped. The worker keeps their bases and does not
+//! serve the control virtqueue, so nothing touches guest memory. A device whose VM has not arrived yet is suspended
+//! from the start ([`suspend`]).
 
 mod setup;
 mod suspend;
@@ -59,13 +58,13 @@ pub struct Worker {
     suspended: Option<Suspended>,
     /// The guest has migrated to another VMM.
     retired: bool,
-    /// The VMM ends.
+    /// The thread must end.
     quitting: bool,
-    /// The last warning about a lost back-end: each is logged once.
+    /// The last warning about a lost back-end. A repeated warning is not logged.
     last_warning: Option<String>,
 }
 
-/// What the worker was woken for.
+/// Why the worker was woken.
 struct Woken {
     task: bool,
     control: bool,
@@ -73,10 +72,10 @@ struct Woken {
 }
 
 impl Worker {
-    /// A worker without a connection. Without `memory` the device is suspended.
+    /// Creates a worker without a connection. Without `memory` the device is suspended.
     ///
     /// # Errors
-    /// What reading from `/dev/urandom` fails with.
+    /// Returns an error if `/dev/urandom` cannot be read.
     pub fn new(
         name: String,
         config: NetConfig,
@@ -102,7 +101,7 @@ impl Worker {
         })
     }
 
-    /// Connects to the back-end, which must be there.
+    /// Connects to the back-end, which must be listening.
     pub fn connect(&mut self) -> Result<(), NetError> {
         let connection = reconnect::connect(&self.shared)?;
         self.use_connection(connection)
@@ -127,7 +126,7 @@ impl Worker {
                 self.serve_control();
             }
             if woken.backend {
-                self.lose_connection("it closed the connection");
+                self.lose_connection("the connection was closed");
             }
             if self.connection.is_none() && !self.retired {
                 self.reconnect();
@@ -157,7 +156,7 @@ impl Worker {
         self.shared.kicks.get(control.index)
     }
 
-    /// Runs the pending tasks; false after [`Self::quit`].
+    /// Runs the pending tasks. Returns false after [`Self::quit`].
     fn run_tasks(&mut self) -> bool {
         event::take(&self.inbox.wake);
         while !self.quitting
@@ -173,23 +172,23 @@ impl Worker {
         self.quitting = true;
     }
 
-    /// The guest has migrated to another VMM: do not reconnect to a lost back-end.
+    /// Stops reconnecting to a lost back-end, after the guest has migrated to another VMM.
     pub fn retire(&mut self) {
         self.retired = true;
     }
 
-    /// The connection to the back-end. A transfer that fails does not end it: the back-end keeps its device, or is
-    /// lost with the next message.
+    /// Returns the connection to the back-end. A failed transfer does not end the connection: the back-end keeps its
+    /// device, or the next message fails.
     pub fn connection(&mut self) -> Result<&mut Connection, NetError> {
         self.connection.as_mut().ok_or(NetError::NoBackend)
     }
 
-    /// Starts the device as the driver has set it up; if that is not possible, the device needs a reset.
+    /// Starts the device as the driver has set it up. If that is not possible, the device needs a reset.
     pub fn start(&mut self, activation: &Activation) {
         let device = match self.check(activation) {
             Ok(device) => device,
             Err(error) => {
-                limited!(warn, "{}: the device cannot be started: {error}", self.name);
+                limited!(warn, "{}: cannot start the device: {error}", self.name);
                 self.shared.events.need_reset();
                 return;
             }
@@ -201,7 +200,7 @@ impl Worker {
         }
     }
 
-    /// Shares the memory of a VM that was created without.
+    /// Shares the memory of a VM that was created without memory.
     pub fn use_memory(&mut self, memory: GuestMemory) -> Result<(), NetError> {
         self.memory = memory;
         let connection = self.connection.as_mut().ok_or(NetError::NoBackend)?;
@@ -214,7 +213,7 @@ impl Worker {
         for (index, queue) in activation.queues.iter().enumerate().filter(|(_, queue)| queue.ready) {
             queue.check(index, &self.memory)?;
         }
-        // Without MQ there is one pair, and the control virtqueue comes right after it.
+        // Without MQ there is one queue pair, and the control virtqueue follows it.
         let pairs = if features & feature(VIRTIO_NET_F_MQ) == 0 { 1 } else { self.config.queue_pairs };
         let index = usize::from(pairs) * 2;
         let control = match activation.queues.get(index).filter(|queue| queue.ready) {
@@ -231,8 +230,8 @@ impl Worker {
         Ok(DeviceSetup { features, queues, control, pairs: 1, inflight: None })
     }
 
-    /// Starts the driver's rings, if there are a driver and a back-end, each at its base or 0. `set_up`: the rings
-    /// are set up and have their bases. `resume`: they were running before.
+    /// Starts the driver's rings, each at its base or 0, if there are a driver and a back-end. `set_up` says that the
+    /// rings are set up and have their bases, `resume` that they ran before.
     fn start_rings(&mut self, bases: &[RingBase], set_up: bool, resume: bool) -> Result<(), NetError> {
         let (Some(connection), Some(device)) = (&mut self.connection, &mut self.device) else {
             return Ok(());
@@ -267,14 +266,14 @@ impl Worker {
         self.start_rings(&bases, false, true)
     }
 
-    /// Resets the device; on return the back-end does not touch guest memory.
+    /// Resets the device. On return, the back-end does not touch guest memory.
     pub fn reset(&mut self) {
         self.device = None;
         self.shared.set_driver(0, 1);
         self.shared.set_announce(false);
         let stopped = self.connection.as_mut().map_or(Ok(()), Connection::stop);
         if let Err(error) = stopped {
-            // A back-end without a connection has no session, and so no guest memory.
+            // A back-end without a connection has no session, so it does not use guest memory.
             self.lose_connection(&error_chain(&error));
         }
     }
@@ -300,7 +299,7 @@ impl Worker {
                 *pairs = wanted;
                 shared.set_driver(*features, wanted);
                 if let Some(connection) = connection.as_mut().filter(|_| broken_connection.is_none()) {
-                    // If it fails, the next back-end gets it right from the start.
+                    // If this fails, the next back-end is set up for the new number.
                     broken_connection = connection.enable_pairs(wanted).err();
                 }
                 Ok(())
@@ -341,7 +340,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Starts to reconnect, or finishes it.
+    /// Starts reconnecting, or finishes it.
     fn reconnect(&mut self) {
         if let Some(outcome) = self.reconnection.as_mut().and_then(Reconnection::outcome) {
             self.reconnection = None;
@@ -354,7 +353,7 @@ impl Worker {
                 Err(error) => {
                     self.drop_connection();
                     let socket = self.config.socket.display();
-                    let warning = format!("the back-end at {socket} cannot be used: {}", error_chain(&error));
+                    let warning = format!("cannot use the back-end at {socket}: {}", error_chain(&error));
                     if self.is_new(&warning) {
                         limited!(warn, "{}: {warning}", self.name);
                     }
@@ -365,7 +364,7 @@ impl Worker {
             match Reconnection::start(Arc::clone(&self.shared), Arc::clone(&self.inbox.wake)) {
                 Ok(reconnection) => self.reconnection = Some(reconnection),
                 Err(error) => {
-                    limited!(error, "{}: cannot look for a back-end: {error}", self.name);
+                    limited!(error, "{}: cannot start to reconnect to the back-end: {error}", self.name);
                     self.shared.events.need_reset();
                 }
             }
@@ -374,7 +373,7 @@ impl Worker {
 
     fn reconnected(&mut self) {
         self.last_warning = None;
-        limited!(info, "{}: the back-end at {} is back", self.name, self.config.socket.display());
+        limited!(info, "{}: reconnected to the back-end at {}", self.name, self.config.socket.display());
         self.shared.announce();
     }
 
@@ -382,7 +381,7 @@ impl Worker {
         if self.connection.is_some() {
             self.drop_connection();
             let socket = self.config.socket.display();
-            let warning = format!("lost the back-end at {socket} ({reason}); waiting for it to come back");
+            let warning = format!("lost the back-end at {socket} ({reason}); reconnecting");
             if self.is_new(&warning) {
                 limited!(warn, "{}: {warning}", self.name);
             }
@@ -399,7 +398,7 @@ impl Worker {
         self.shared.set_disconnected();
     }
 
-    /// Whether `warning` differs from the last one since the back-end was connected.
+    /// Returns whether `warning` differs from the last one since the back-end was connected.
     fn is_new(&mut self, warning: &str) -> bool {
         let new = self.last_warning.as_deref() != Some(warning);
         if new {

@@ -23,7 +23,7 @@ pub(super) struct DeviceSetup {
 }
 
 impl DeviceSetup {
-    /// Whether rings that were set up for this need only their bases to be set up for `other`.
+    /// Returns whether rings that are set up for `self` need only their bases to serve `other`.
     pub(super) fn has_rings_of(&self, other: &Self) -> bool {
         let Self { features, queues, control: _, pairs, inflight: _ } = self;
         for_backend(*features) == for_backend(other.features)
@@ -32,13 +32,13 @@ impl DeviceSetup {
             && self.ready().eq(other.ready())
     }
 
-    /// The data virtqueues that the driver uses.
+    /// Returns the data virtqueues that the driver uses.
     pub(super) fn ready(&self) -> impl Iterator<Item = (usize, QueueSetup)> + '_ {
         self.queues.iter().copied().enumerate().filter(|(_, queue)| queue.ready)
     }
 }
 
-/// The driver's rings, to be started each at its base or at 0.
+/// Returns the driver's rings, each to start at its base, or at 0 if it has none.
 pub(super) fn rings<'a>(
     device: &DeviceSetup,
     shared: &'a NetShared,
@@ -66,6 +66,6 @@ pub(super) struct Control {
 #[derive(Debug, Default)]
 pub(super) struct Suspended {
     pub(super) bases: Vec<RingBase>,
-    /// They are set up in the back-end, and have their bases there.
+    /// Whether the rings are set up in the back-end and have their bases there.
     pub(super) set_up: bool,
 }

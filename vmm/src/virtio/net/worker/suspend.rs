@@ -15,7 +15,7 @@ use crate::vhost_user::frontend::Connection;
 use crate::virtio::{Activation, QueueSetup};
 
 impl Worker {
-    /// The part of what the driver has set up that usually does not change while the driver runs.
+    /// Returns the part of the driver's set-up that usually does not change while the driver runs.
     pub fn outline(&self) -> Option<Outline> {
         let device = self.device.as_ref()?;
         Some(Outline {
@@ -45,7 +45,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Stops the rings; on return nothing touches guest memory. The vCPUs are paused. If the back-end fails, the
+    /// Stops the rings. On return, nothing touches guest memory. The vCPUs must be paused. If the back-end fails, the
     /// connection is dropped and the bases are the used indices in guest memory.
     pub fn suspend(&mut self) {
         if self.suspended.is_some() {
@@ -66,7 +66,7 @@ impl Worker {
         self.suspended = Some(Suspended { bases, set_up: false });
     }
 
-    /// The used index of each ring of the driver's.
+    /// Returns the used index of each of the driver's rings.
     fn used_indices(&self) -> Vec<(usize, u16)> {
         let ready = self.device.iter().flat_map(DeviceSetup::ready);
         ready.filter_map(|(index, setup)| Some((index, self.used_index(index, &setup).ok()?))).collect()
@@ -77,7 +77,7 @@ impl Worker {
         Ok(queue.used_idx(&self.memory, Ordering::Acquire).map_err(NetError::UsedIndex)?.0)
     }
 
-    /// Starts the rings that were stopped, or has them started when a back-end connects; before the vCPUs run.
+    /// Starts the stopped rings. Without a back-end, they start when one connects. Must be called before the vCPUs run.
     pub fn resume(&mut self) {
         let Some(suspended) = self.suspended.take() else { return };
         if let Err(error) = self.start_rings(&suspended.bases, suspended.set_up, true) {
@@ -88,7 +88,7 @@ impl Worker {
         }
     }
 
-    /// The state of a suspended device that a driver has set up.
+    /// Returns the state of a suspended device, if a driver has set it up.
     pub fn save(&self) -> Option<DriverState> {
         let device = self.device.as_ref()?;
         Some(DriverState {
@@ -98,17 +98,17 @@ impl Worker {
         })
     }
 
-    /// Puts the state of another VMM's device into this one, which is suspended. Makes the same checks as
-    /// [`Self::start`], and does all that can fail before the rings are started.
+    /// Restores the state of another VMM's device into this one, which is suspended. Makes the same checks as
+    /// [`Self::start`]. Everything that can fail before the rings start is done here.
     pub fn restore(&mut self, state: &NetState) -> Result<(), NetError> {
         let identity = Identity::from(state.identity);
         let connection = self.connection.as_ref().ok_or(NetError::NoBackend)?;
         check_offer(state.transport.driver_features, connection.offer())?;
-        // After a reset the driver is offered no more than it was, and no more than there is now.
+        // After a reset, the driver is offered only what both the source and this back-end offer.
         let now =
             Identity::new(connection.offer(), self.config.queue_pairs, Some(identity.mac), self.fallback)?;
         self.shared.offer(Identity { features: identity.features & now.features, ..identity });
-        // A back-end that replaces this one does not change the address.
+        // A back-end that replaces this one must not change the address.
         self.config.mac = Some(identity.mac);
         self.shared.set_announce(state.announce);
         let prepared = self.prepared.take();
@@ -121,7 +121,7 @@ impl Worker {
                 control.queue.restore(state);
                 Some(control)
             }
-            // It is broken until the driver resets the device.
+            // The control virtqueue is broken until the driver resets the device.
             (_, None) => None,
             (None, Some(_)) => return Err(NetError::State),
         };
@@ -151,10 +151,10 @@ impl Worker {
         Ok(())
     }
 
-    /// Disables rings that were prepared in vain.
+    /// Disables prepared rings that do not match those of the guest.
     fn discard_prepared(&mut self, prepared: Option<DeviceSetup>) -> Result<(), NetError> {
         let (Some(connection), Some(prepared)) = (&mut self.connection, prepared) else { return Ok(()) };
-        tracing::debug!("{}: the driver has changed its rings meanwhile", self.name);
+        tracing::debug!("{}: the driver changed its rings during the migration", self.name);
         let rings: Vec<_> = prepared.ready().map(|(index, _)| index).collect();
         Ok(connection.disable(&rings)?)
     }

@@ -1,4 +1,4 @@
-//! The worker against a back-end that records the messages.
+//! Tests of the worker with a back-end that records its messages.
 
 mod suspend;
 
@@ -13,13 +13,13 @@ use super::*;
 use crate::vhost_user::fake_backend::{FakeBackend, Serving};
 use crate::virtio::{QueueSetup, VirtioDevice};
 
-/// Only catches a test that hangs.
+/// Reached only if a test hangs.
 const LIMIT: Duration = Duration::from_secs(60);
 const VERSION_1: u64 = 1 << 32;
 const MULTI_QUEUE: u64 = 1 << 22;
 const ANNOUNCE: u64 = 1 << 21;
 
-/// A device with two queue pairs, its guest's memory, and the place of its back-end.
+/// A device with two queue pairs, its guest's memory, and the listener of its back-end.
 struct Bench {
     listener: UnixListener,
     memory: GuestMemory,
@@ -33,7 +33,7 @@ fn bench() -> (Bench, Serving) {
     bench_with(Some(memory), FakeBackend::new(4))
 }
 
-/// Without memory, for a guest that has yet to arrive.
+/// Without `memory`, the guest has yet to arrive.
 fn bench_with(memory: Option<GuestMemory>, backend: FakeBackend) -> (Bench, Serving) {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("socket");
@@ -48,7 +48,7 @@ fn bench_with(memory: Option<GuestMemory>, backend: FakeBackend) -> (Bench, Serv
     (Bench { listener, memory: memory.unwrap_or_default(), thread, net, _directory: directory }, serving)
 }
 
-/// Virtqueue `index` at a place of its own.
+/// Returns virtqueue `index`, each at a different address.
 fn queue(index: u64) -> QueueSetup {
     let place = 0x10_0000 * (index + 1);
     QueueSetup {
@@ -67,7 +67,7 @@ fn activation(features: u64) -> Activation {
 fn wait_until<F: FnMut() -> bool>(mut condition: F) {
     let limit = Instant::now() + LIMIT;
     while !condition() {
-        assert!(Instant::now() < limit, "it never happened");
+        assert!(Instant::now() < limit, "the condition was not met in time");
         std::thread::yield_now();
     }
 }
@@ -78,19 +78,19 @@ fn log_of(serving: &Serving, message: &str) -> Vec<String> {
 }
 
 impl Bench {
-    /// Starts the device, and waits until its thread has done what it can.
+    /// Starts the device, and waits until its thread has handled that.
     fn activate(&mut self, activation: Activation) {
         self.net.activate(activation);
-        // It runs one task after the other.
+        // The worker runs tasks in order, so the start is done when this task ends.
         self.call(|_| ());
     }
 
-    /// Has the worker run a task, and waits for the result.
+    /// Runs a task on the worker, and waits for the result.
     fn call<T: Send + 'static>(&self, task: impl FnOnce(&mut Worker) -> T + Send + 'static) -> T {
         self.thread.mailbox.call(|worker| Ok(task(worker))).unwrap()
     }
 
-    /// Puts a command into the control virtqueue (index 4), rings its bell and waits for the answer.
+    /// Puts a command into the control virtqueue (index 4), kicks it and waits for the answer.
     fn command(&self, number: u16, request: &[u8]) {
         self.prepare_command(number, request);
         self.net.notify(4);
@@ -120,7 +120,7 @@ impl Bench {
 }
 
 #[test]
-fn the_driver_chooses_its_queue_pairs() {
+fn driver_sets_the_number_of_queue_pairs() {
     let (mut bench, serving) = bench();
     bench.activate(activation(VERSION_1 | MULTI_QUEUE));
     let enables = || log_of(&serving, "SET_VRING_ENABLE");
@@ -142,7 +142,7 @@ fn the_driver_chooses_its_queue_pairs() {
 }
 
 #[test]
-fn a_new_back_end_starts_at_the_used_indices() {
+fn new_back_end_starts_at_the_used_indices() {
     let (mut bench, serving) = bench();
     bench.activate(activation(VERSION_1 | MULTI_QUEUE | ANNOUNCE));
     bench.command(0, &[4, 0, 2, 0]);
@@ -180,7 +180,7 @@ fn a_new_back_end_starts_at_the_used_indices() {
 }
 
 #[test]
-fn the_inflight_region_lives_as_long_as_the_drivers_rings() {
+fn inflight_region_is_kept_as_long_as_the_drivers_rings() {
     let (mut bench, mut serving) = bench();
     let region = |serving: &Serving| serving.backend.lock().unwrap().inflight;
     let asked = |serving: &Serving| log_of(serving, "GET_INFLIGHT_FD");
@@ -196,7 +196,7 @@ fn the_inflight_region_lives_as_long_as_the_drivers_rings() {
         assert_eq!((region(&serving), asked(&serving).len()), (first, 0));
     }
 
-    // Reset, and started with larger rings.
+    // Reset, then start with larger rings.
     bench.net.reset().wait();
     let mut larger = activation(VERSION_1 | MULTI_QUEUE);
     larger.queues[1].size = 32;
@@ -205,7 +205,7 @@ fn the_inflight_region_lives_as_long_as_the_drivers_rings() {
     assert!(second.is_some() && second != first);
     assert_eq!(asked(&serving), ["GET_INFLIGHT_FD 4 32"]);
 
-    // Reset and started while there is no back-end.
+    // Reset and start without a back-end.
     bench.thread.shared.shut_down_connection();
     drop(serving.finish());
     bench.net.reset().wait();
@@ -224,7 +224,7 @@ fn dropping_the_thread_disconnects_the_back_end() {
     bench.activate(activation(VERSION_1 | MULTI_QUEUE));
     let Bench { thread, net, .. } = bench;
     drop(thread);
-    // The thread has ended: nobody answers the vCPUs, which may still have the device.
+    // The thread has ended, but vCPUs may still access the device: they must not block.
     drop(serving.finish());
     let mut net = net;
     net.reset().wait();
@@ -233,7 +233,7 @@ fn dropping_the_thread_disconnects_the_back_end() {
 }
 
 #[test]
-fn a_back_end_with_fewer_features_is_not_used() {
+fn back_end_with_fewer_features_is_not_used() {
     let (mut bench, serving) = bench();
     bench.activate(activation(VERSION_1 | MULTI_QUEUE));
     bench.thread.shared.shut_down_connection();
@@ -250,7 +250,7 @@ fn a_back_end_with_fewer_features_is_not_used() {
 }
 
 #[test]
-fn a_driver_may_start_and_reset_without_a_back_end() {
+fn driver_can_start_and_reset_the_device_without_a_back_end() {
     let (mut bench, serving) = bench();
     bench.thread.shared.shut_down_connection();
     drop(serving.finish());
@@ -261,7 +261,7 @@ fn a_driver_may_start_and_reset_without_a_back_end() {
 }
 
 #[test]
-fn virtqueues_outside_memory_are_refused_before_the_back_end_sees_them() {
+fn virtqueues_outside_guest_memory_are_refused_before_the_back_end_sees_them() {
     let (mut bench, serving) = bench();
     let mut wrong = activation(VERSION_1 | MULTI_QUEUE);
     wrong.queues[1].used_ring = 64 << 20;
@@ -288,7 +288,7 @@ fn queues_that_are_not_ready_are_never_started() {
 }
 
 #[test]
-fn a_broken_control_ring_needs_a_reset() {
+fn broken_control_ring_needs_a_reset() {
     let (mut bench, _serving) = bench();
     bench.activate(activation(VERSION_1 | MULTI_QUEUE));
     bench.memory.write_obj(17_u16, GuestAddress(queue(4).available_ring + 2)).unwrap();

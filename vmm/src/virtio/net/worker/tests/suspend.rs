@@ -1,4 +1,4 @@
-//! Suspend, resume, save and restore.
+//! Tests of suspending, resuming, saving and restoring a device.
 
 use baton_protocol::migration::state::{NetState, Outline, TransportState};
 
@@ -20,7 +20,7 @@ impl Bench {
 const FIRST_PAIR: [&str; 4] =
     ["SET_VRING_ENABLE 0 1", "SET_VRING_ENABLE 1 1", "SET_VRING_ENABLE 2 0", "SET_VRING_ENABLE 3 0"];
 
-/// As [`bench`], with a driver, and a back-end that stops the rings at `bases`.
+/// Like [`bench`], with a driver, and a back-end that stops the rings at `bases`.
 fn running(bases: &[u32]) -> (Bench, Serving) {
     let (mut bench, serving) = bench();
     serving.backend.lock().unwrap().bases = bases.to_vec();
@@ -28,7 +28,7 @@ fn running(bases: &[u32]) -> (Bench, Serving) {
     (bench, serving)
 }
 
-/// The log's entries from `since` on that begin with one of these.
+/// Returns the log entries from `since` on that start with one of `messages`.
 fn log_since(serving: &Serving, since: usize, messages: &[&str]) -> Vec<String> {
     let log = serving.backend.lock().unwrap().log[since..].to_vec();
     log.into_iter().filter(|entry| messages.iter().any(|message| entry.starts_with(message))).collect()
@@ -57,7 +57,7 @@ fn state_of(bench: &Bench) -> NetState {
 }
 
 #[test]
-fn a_suspended_device_resumes_at_its_bases() {
+fn suspended_device_resumes_at_its_bases() {
     let (bench, serving) = running(&[7, 65535, 0, 1]);
     let before = log_length(&serving);
     bench.call(Worker::suspend);
@@ -82,13 +82,13 @@ fn a_suspended_device_resumes_at_its_bases() {
 }
 
 #[test]
-fn a_suspended_device_leaves_its_control_virtqueue_alone() {
+fn suspended_device_does_not_serve_its_control_virtqueue() {
     let (bench, serving) = running(&[]);
     bench.call(Worker::suspend);
     let control = queue(4);
     bench.prepare_command(0, &[4, 0, 2, 0]);
     bench.net.notify(4);
-    // It runs one task after the other, so it has had its chance when this has run.
+    // The worker has had its chance to serve the queue when this task has run.
     bench.call(|_| ());
     let used = GuestAddress(control.used_ring + 2);
     assert_eq!(bench.memory.read_obj::<u16>(used).unwrap(), 0);
@@ -101,7 +101,7 @@ fn a_suspended_device_leaves_its_control_virtqueue_alone() {
 }
 
 #[test]
-fn a_restored_device_resumes_at_the_saved_bases() {
+fn restored_device_resumes_at_the_saved_bases() {
     let (bench, serving) = running(&[7, 65535, 0, 1]);
     bench.command(0, &[4, 0, 2, 0]);
     bench.call(Worker::suspend);
@@ -117,7 +117,7 @@ fn a_restored_device_resumes_at_the_saved_bases() {
     let bases = ["0 7", "1 65535", "2 0", "3 1"].map(|ring| format!("SET_VRING_BASE {ring}"));
     assert_eq!(log_of(&serving, "SET_VRING_BASE"), bases);
     assert_eq!(log_of(&serving, "SET_MEM_TABLE").len(), 1);
-    // Nothing that starts a ring.
+    // No ring is started yet.
     assert!(log_of(&serving, "SET_VRING_KICK").is_empty());
 
     target.call(Worker::resume);
@@ -133,7 +133,7 @@ fn a_restored_device_resumes_at_the_saved_bases() {
     drop(serving.finish());
 }
 
-/// A device that was suspended, its state, and its outline while it ran.
+/// Returns a device that was suspended, its state, and the outline from when it ran.
 fn suspended() -> (Bench, NetState, Outline) {
     let (bench, serving) = running(&[7, 65535, 0, 1]);
     let outline = bench.call(|worker| worker.outline()).unwrap();
@@ -145,7 +145,7 @@ fn suspended() -> (Bench, NetState, Outline) {
 }
 
 #[test]
-fn a_blackout_takes_two_messages_per_ring_at_the_target() {
+fn target_sends_two_messages_per_ring_during_the_blackout() {
     let (bench, state, outline) = suspended();
     let (target, serving) = bench_with(None, FakeBackend::new(4));
     target.use_memory(&bench.memory);
@@ -182,7 +182,7 @@ fn rings_that_change_after_prepare_are_set_up_again() {
         let since = log_length(&serving);
         target.restore(&state).unwrap();
         target.call(Worker::resume);
-        // The prepared rings are disabled, and the changed ones set up.
+        // The prepared rings are disabled, and the changed ones are set up.
         let disabled = (0..4).map(|ring| format!("SET_VRING_ENABLE {ring} 0"));
         let log = log_since(&serving, since, &["SET_VRING_", "SET_FEATURES"]);
         assert!(log[..4].iter().cloned().eq(disabled), "{log:?}");
@@ -198,7 +198,7 @@ fn rings_that_change_after_prepare_are_set_up_again() {
 }
 
 #[test]
-fn prepare_checks_the_outline() {
+fn prepare_rejects_invalid_outlines() {
     let (bench, _, outline) = suspended();
     let (target, serving) = bench_with(None, FakeBackend::new(4));
     target.use_memory(&bench.memory);
@@ -221,7 +221,7 @@ fn prepare_checks_the_outline() {
 }
 
 #[test]
-fn a_back_end_that_reconnects_to_a_suspended_device_waits_for_resume() {
+fn back_end_that_reconnects_to_a_suspended_device_waits_for_resume() {
     let (bench, serving) = running(&[7, 8, 9, 10]);
     bench.call(Worker::suspend);
     bench.thread.shared.shut_down_connection();
@@ -240,7 +240,7 @@ fn a_back_end_that_reconnects_to_a_suspended_device_waits_for_resume() {
 }
 
 #[test]
-fn a_state_that_does_not_fit_is_refused_before_the_back_end_sees_it() {
+fn invalid_state_is_refused_before_the_back_end_sees_it() {
     let (bench, serving) = running(&[7, 65535, 0, 1]);
     bench.call(Worker::suspend);
     let state = state_of(&bench);
