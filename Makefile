@@ -1,4 +1,4 @@
-# What a developer runs. Everything sets itself up: see tests/setup.
+# The developer's commands. Each first installs what it needs: see tests/setup.
 
 .PHONY: help setup demo test soak bench bench-handover check clean
 .DEFAULT_GOAL := help
@@ -7,13 +7,13 @@ help:
 	@echo 'make demo    boot a VM on baton-vmm and baton-backend, and show its network at work;'
 	@echo '             with VHOST=1 the kernel (vhost-net) moves the frames'
 	@echo 'make test    run all the tests'
-	@echo 'make soak    kill, stop and starve every process at every step, and run the tests with back-ends that stop for'
-	@echo '             moments, SOAK_ROUNDS=N times over'
-	@echo 'make bench   all benchmarks, for a machine that does nothing else: bench-handover (some ten minutes) writes'
+	@echo 'make soak    inject every fault at every step, then run the tests while back-ends are briefly stopped;'
+	@echo '             SOAK_ROUNDS=N repeats both N times'
+	@echo 'make bench   run all benchmarks; needs an otherwise idle machine. bench-handover (about ten minutes) writes'
 	@echo '             docs/handover-blackout.md and .svg'
-	@echo 'make check   format, lints and documentation'
-	@echo 'make setup   only install what these need; they do it themselves'
-	@echo 'make clean   remove what was built'
+	@echo 'make check   check format, lints and documentation'
+	@echo 'make setup   install what these commands need; they also do so themselves'
+	@echo 'make clean   remove all build output'
 
 setup:
 	@tests/setup
@@ -22,9 +22,9 @@ demo: setup
 	cargo build --release --workspace --bins
 	target/release/demo $(if $(filter 1,$(VHOST)),--vhost)
 
-# All faults at all fault points, with either datapath; then the tests that need no lab, with stops of every back-end for
-# up to BATON_JITTER milliseconds (tests/src/jitter.rs). SOAK_ROUNDS times. Those of faults are left out of the latter:
-# their back-ends stop by themselves.
+# Injects all faults at all fault points with either datapath. Then runs the tests that need no lab while every back-end
+# is stopped again and again for up to BATON_JITTER milliseconds (tests/src/jitter.rs). Both run SOAK_ROUNDS times. The
+# second part leaves out the tests of faults, which stop their back-ends themselves.
 soak: setup
 	cargo nextest run -p baton-tests --test lab_fault_soak --run-ignored only --profile soak
 	for round in $$(seq $${SOAK_ROUNDS:-1}); do \
@@ -39,8 +39,7 @@ test: setup
 
 bench: bench-handover
 
-# How long the network stands still while a session is handed over. With QUICK=1 a little of everything, to see that it
-# works: that measures nothing, and writes to target/.
+# Measures the blackout of a session's hand-over. QUICK=1 only checks that the benchmark works, and writes to target/.
 bench-handover: setup
 	cargo build --release -p baton-backend --bin baton-backend -p baton-tests --bin bench-handover
 	target/release/bench-handover $(if $(filter 1,$(QUICK)),--quick --output target/bench)

@@ -1,5 +1,5 @@
-//! `baton-backend` for a test, with its sockets in a directory of its own. [`Rig`] adds a TAP in a namespace of its own; the
-//! [`handover`] module has what starts, awaits and ends hand-overs.
+//! Runs `baton-backend` for a test, with its sockets in a temporary directory. [`Rig`] adds a TAP in a private network
+//! namespace. [`handover`] starts hand-overs and waits for their states.
 
 pub mod handover;
 pub mod rig;
@@ -26,13 +26,13 @@ use crate::process::{PATIENCE, Process};
 use crate::programs;
 use crate::users::{UNPRIVILEGED, as_user};
 
-/// The socket on which a back-end waits for a device.
+/// The name of the socket on which a back-end waits for a device or a session.
 const INCOMING: &str = "incoming";
 
-/// What a back-end says when it can be given a session.
+/// What a back-end logs when it is ready to take a session.
 pub const WAITS: &str = "waiting for a device";
 
-/// What a back-end waits for, on a socket in its directory.
+/// What a back-end waits for on the socket in its directory.
 #[derive(Clone, Copy, Debug)]
 enum Place {
     FrontEnds,
@@ -50,15 +50,15 @@ pub struct Backend {
     pub control: PathBuf,
     client: Option<ControlClient>,
     directory: tempfile::TempDir,
-    /// Where the socket is that came with its session.
+    /// The directory of the first source's vhost-user socket, kept across hand-overs.
     origin: Option<tempfile::TempDir>,
 }
 
 impl Backend {
-    /// Starts a back-end that listens, with these further arguments.
+    /// Starts a back-end that listens for front-ends, with these further arguments.
     ///
     /// # Errors
-    /// If it cannot be started.
+    /// Returns an error if the back-end cannot be started.
     pub fn listening(datapath: Datapath, arguments: &[&str], fds: &[BorrowedFd<'_>]) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         let mut socket = OsString::from("--socket-path=");
@@ -66,18 +66,18 @@ impl Backend {
         Self::start(directory, vec![socket], datapath, arguments, fds)
     }
 
-    /// Starts a back-end with nothing but a control socket and these arguments.
+    /// Starts a back-end with only a control socket and these arguments.
     ///
     /// # Errors
-    /// If it cannot be started.
+    /// Returns an error if the back-end cannot be started.
     pub fn with_arguments(datapath: Datapath, arguments: &[&str], fds: &[BorrowedFd<'_>]) -> Result<Self> {
         Self::start(tempfile::tempdir()?, Vec::new(), datapath, arguments, fds)
     }
 
-    /// Starts a back-end that listens, and waits for a device, with these further arguments.
+    /// Starts a back-end that listens for front-ends and waits for a device, with these further arguments.
     ///
     /// # Errors
-    /// If it cannot be started, or does not listen.
+    /// Returns an error if the back-end cannot be started or does not listen.
     pub fn waiting(datapath: Datapath, arguments: &[&str]) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         let options = [("--socket-path=", "vhost-user"), ("--incoming-fds=", INCOMING)];
@@ -95,15 +95,15 @@ impl Backend {
     /// Starts a back-end that waits for a session, with these further arguments.
     ///
     /// # Errors
-    /// If it cannot be started, or does not listen.
+    /// Returns an error if the back-end cannot be started or does not listen.
     pub fn waiting_for_session(datapath: Datapath, arguments: &[&str]) -> Result<Self> {
         Self::waiting_with_faults(datapath, arguments, &Faults::default())
     }
 
-    /// The same with fault points.
+    /// As [`Self::waiting_for_session`], with fault points.
     ///
     /// # Errors
-    /// If it cannot be started, or does not listen.
+    /// Returns an error if the back-end cannot be started or does not listen.
     pub fn waiting_with_faults(datapath: Datapath, arguments: &[&str], faults: &Faults) -> Result<Self> {
         let mut backend =
             Self::start_faulty(tempfile::tempdir()?, Place::Session, datapath, arguments, faults)?;
@@ -112,10 +112,11 @@ impl Backend {
         Ok(backend)
     }
 
-    /// A folder that root made for the user of [`Self::unprivileged`], in a folder that only root writes.
+    /// Creates a directory that belongs to the user of [`Self::unprivileged`], inside one that only root may write to.
+    /// Returns the outer directory and the path of the inner one.
     ///
     /// # Errors
-    /// If it cannot be made.
+    /// Returns an error if a directory cannot be created.
     pub fn unprivileged_directory() -> Result<(tempfile::TempDir, PathBuf)> {
         let outer = tempfile::tempdir()?;
         std::fs::set_permissions(outer.path(), Permissions::from_mode(0o755))?;
@@ -125,15 +126,15 @@ impl Backend {
         Ok((outer, directory))
     }
 
-    /// Starts a back-end that listens, as a user without any rights.
+    /// Starts a back-end that listens for front-ends, as an unprivileged user.
     ///
     /// # Errors
-    /// If it cannot be started.
+    /// Returns an error if the back-end cannot be started.
     pub fn unprivileged(arguments: &[&str], fds: &[BorrowedFd<'_>]) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         let socket = format!("--socket-path={}", directory.path().join("vhost-user").display());
         std::fs::set_permissions(directory.path(), Permissions::from_mode(0o777))?;
-        // Where programs are built not everyone may look.
+        // The unprivileged user may have no access to the build directory.
         let program = directory.path().join("baton-backend");
         std::fs::copy(programs::backend()?, &program)?;
         let mut prefix: Vec<_> = [
@@ -146,7 +147,7 @@ impl Backend {
         .map(OsString::from)
         .into();
         prefix.extend([program.into(), socket.into()]);
-        // With the options of no datapath: the arguments say it.
+        // Adds no datapath option: the caller's arguments choose the datapath.
         let setpriv = images::found("setpriv")?;
         Self::start_program(&setpriv, directory, prefix, Datapath::Userspace, arguments, fds)
     }
@@ -154,15 +155,15 @@ impl Backend {
     /// As [`Self::listening`], with fault points.
     ///
     /// # Errors
-    /// If it cannot be started.
+    /// Returns an error if the back-end cannot be started.
     pub fn with_faults(datapath: Datapath, arguments: &[&str], faults: &Faults) -> Result<Self> {
         Self::start_faulty(tempfile::tempdir()?, Place::FrontEnds, datapath, arguments, faults)
     }
 
-    /// Kills the back-end, and starts another one at the same sockets.
+    /// Kills the back-end and starts another one on the same socket paths.
     ///
     /// # Errors
-    /// If it cannot be started.
+    /// Returns an error if the new back-end cannot be started.
     pub fn replace(&mut self, datapath: Datapath, arguments: &[&str], faults: &Faults) -> Result<()> {
         if self.process.is_running()? {
             self.process.signal(Signal::SIGKILL)?;
@@ -222,23 +223,23 @@ impl Backend {
         Ok(Self { process, socket, control, client: None, directory, origin: None })
     }
 
-    /// The directory of its sockets.
+    /// The directory that contains the sockets.
     pub fn directory(&self) -> &Path {
         self.directory.path()
     }
 
-    /// Connects as a front-end, once it listens.
+    /// Connects as a front-end as soon as the back-end listens.
     ///
     /// # Errors
-    /// If it does not.
+    /// Returns an error if the back-end does not listen.
     pub fn connect(&mut self) -> Result<Connection> {
         Connection::new(self.process.connect(&self.socket)?)
     }
 
-    /// Connects as a front-end of another user, for whom the way to the socket is opened.
+    /// Connects as a front-end that runs as another user, after granting that user access to the socket.
     ///
     /// # Errors
-    /// If it does not listen.
+    /// Returns an error if the back-end does not listen.
     pub fn connect_as(&mut self, user: u32) -> Result<Connection> {
         drop(self.connect()?);
         std::fs::set_permissions(self.directory(), Permissions::from_mode(0o711))?;
@@ -247,18 +248,19 @@ impl Backend {
         as_user(user, move || Connection::connect(&socket))
     }
 
-    /// Connects and brings a device up.
+    /// Connects as a front-end and brings a device up.
     ///
     /// # Errors
-    /// If it does not work.
+    /// Returns an error if the back-end does not listen or refuses a message.
     pub fn device(&mut self, options: Options) -> Result<Device> {
         Device::on_stream(self.process.connect(&self.socket)?, options)
     }
 
-    /// Asks something over the control socket. The connection is kept, so that it is among the open descriptors always.
+    /// Sends a request over the control socket. Keeps the connection open, so that the number of the back-end's
+    /// descriptors does not change between requests.
     ///
     /// # Errors
-    /// If there is no answer.
+    /// Returns an error if the back-end does not answer or refuses.
     pub fn ask(&mut self, request: &Request) -> Result<serde_json::Value> {
         let client = match &mut self.client {
             Some(client) => client,
@@ -271,39 +273,39 @@ impl Backend {
         Ok(client.call(request)?)
     }
 
-    /// Connects anew when it is asked next.
+    /// Drops the control connection; the next request opens a new one.
     pub fn forget_client(&mut self) {
         self.client = None;
     }
 
-    /// Its status.
+    /// Requests the back-end's status.
     ///
     /// # Errors
-    /// If there is no answer.
+    /// Returns an error if the back-end does not answer.
     pub fn status(&mut self) -> Result<BackendStatus> {
         serde_json::from_value(self.ask(&Request::Status)?).context("a back-end's status")
     }
 
-    /// Its counters.
+    /// Requests the back-end's counters.
     ///
     /// # Errors
-    /// If there is no answer.
+    /// Returns an error if the back-end does not answer.
     pub fn stats(&mut self) -> Result<BackendStats> {
         serde_json::from_value(self.ask(&Request::Stats)?).context("a back-end's counters")
     }
 
-    /// The counters of one queue pair.
+    /// Requests the counters of one queue pair.
     ///
     /// # Errors
-    /// If there is no answer.
+    /// Returns an error if the back-end does not answer or has no such queue pair.
     pub fn pair_stats(&mut self, pair: usize) -> Result<QueuePairStats> {
-        self.stats()?.queue_pairs.get(pair).copied().with_context(|| format!("pair {pair}"))
+        self.stats()?.queue_pairs.get(pair).copied().with_context(|| format!("no queue pair {pair}"))
     }
 
     /// Waits until the counters of a queue pair satisfy a condition.
     ///
     /// # Errors
-    /// If they never do.
+    /// Returns an error if the counters do not satisfy the condition in time.
     pub fn wait_pair_stats(
         &mut self,
         pair: usize,
@@ -315,19 +317,19 @@ impl Backend {
             if condition(&stats) {
                 return Ok(());
             }
-            ensure!(Instant::now() < deadline, "the counters of pair {pair} stay {stats:?}");
+            ensure!(Instant::now() < deadline, "the counters of pair {pair} remain {stats:?}");
         }
     }
 
-    /// Waits until a ring runs.
+    /// Waits until a vring is started.
     ///
     /// # Errors
-    /// If it never does.
+    /// Returns an error if the vring is not started in time.
     pub fn wait_started(&mut self, index: u32) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let vrings = self.status()?.vrings;
-            // Without a front-end there may be none yet.
+            // The list may be empty while no front-end is connected.
             if vrings.get(usize::try_from(index)?).is_some_and(|vring| vring.started) {
                 return Ok(());
             }
@@ -335,13 +337,13 @@ impl Backend {
         }
     }
 
-    /// How many descriptors it has open while no front-end is connected.
+    /// Waits until no front-end is connected and returns the number of open descriptors.
     ///
     /// # Errors
-    /// If there is no answer.
+    /// Returns an error if the back-end does not answer or the front-end stays connected.
     pub fn fds_at_rest(&mut self) -> Result<usize> {
         let deadline = Instant::now() + PATIENCE;
-        // Control clients that have gone have been noticed once a request made after that is answered.
+        // Once the back-end answers a new request, it has noticed earlier control clients that disconnected.
         self.status()?;
         while self.status()?.frontend != Frontend::Disconnected {
             ensure!(Instant::now() < deadline, "the front-end stays connected");
@@ -349,10 +351,10 @@ impl Backend {
         self.process.open_fds()
     }
 
-    /// Checks that it runs and has not panicked.
+    /// Checks that the back-end is running and has not panicked.
     ///
     /// # Errors
-    /// If it has ended or panicked.
+    /// Returns an error if the back-end has ended or panicked.
     pub fn check_healthy(&mut self) -> Result<()> {
         ensure!(self.process.is_running()?, "the back-end has ended; its log:\n{}", self.process.log());
         let log = self.process.log();

@@ -1,8 +1,8 @@
-//! Both datapaths: what is a rule of the protocol is tested with either.
+//! Runs a test with both datapaths.
 //!
-//! A test of that kind is a function of the [`Datapath`], listed in [`on_both_datapaths!`](crate::on_both_datapaths).
-//! What the kernel does in another way is said in the test. The kernel's vhost-net is not on every machine, so those
-//! tests run in the [`lab`] where it is missing.
+//! Such a test is a function that takes a [`Datapath`], listed in [`on_both_datapaths!`](crate::on_both_datapaths).
+//! The test itself handles what vhost-net does differently. On machines without vhost-net, the tests that need it run
+//! in the [`lab`].
 
 use anyhow::Result;
 
@@ -11,7 +11,7 @@ pub use baton_protocol::control::Datapath;
 use crate::fake_frontend::wire::protocol;
 use crate::lab;
 
-/// The options of `baton-backend` that choose a datapath.
+/// The options of `baton-backend` that select a datapath.
 pub fn options(datapath: Datapath) -> &'static [&'static str] {
     match datapath {
         Datapath::Userspace => &[],
@@ -19,21 +19,21 @@ pub fn options(datapath: Datapath) -> &'static [&'static str] {
     }
 }
 
-/// The protocol features that are offered with this datapath only.
+/// The protocol features that the back-end offers only with this datapath.
 pub fn protocol_features(datapath: Datapath) -> u64 {
     match datapath {
         Datapath::Userspace => protocol::INFLIGHT_SHMFD,
-        // The kernel notes no chains.
+        // vhost-net does not track inflight chains.
         Datapath::VhostNet => 0,
     }
 }
 
-/// What a test's body returns: nothing, or a result.
+/// The return type of a test's body: nothing, or a result.
 pub trait Verdict {
-    /// As a result.
+    /// Converts it to a result.
     ///
     /// # Errors
-    /// Its own.
+    /// Returns the error of the test's body.
     fn result(self) -> Result<()>;
 }
 
@@ -49,10 +49,10 @@ impl Verdict for Result<()> {
     }
 }
 
-/// Runs a test's body with a datapath, in the lab if it is the kernel's.
+/// Runs a test's body with a datapath: through [`lab::run`] if the datapath is vhost-net.
 ///
 /// # Errors
-/// The body's and the lab's.
+/// Returns the errors of the body and of the lab.
 pub fn run<V: Verdict>(datapath: Datapath, body: impl FnOnce(Datapath) -> V) -> Result<()> {
     match datapath {
         Datapath::Userspace => body(datapath).result(),
@@ -60,9 +60,9 @@ pub fn run<V: Verdict>(datapath: Datapath, body: impl FnOnce(Datapath) -> V) -> 
     }
 }
 
-/// Makes two tests of each of these functions, which take a [`Datapath`]: `name::userspace` and `name::vhost_net`.
+/// Defines two tests for each of these functions, which take a [`Datapath`]: `name::userspace` and `name::vhost_net`.
 ///
-/// The second kind runs in the lab, by these names (`.config/nextest.toml`).
+/// `.config/nextest.toml` recognises the tests that may run in the lab by the second name.
 #[macro_export]
 macro_rules! on_both_datapaths {
     ($($body:ident),+ $(,)?) => {
@@ -82,5 +82,5 @@ macro_rules! on_both_datapaths {
     };
 }
 
-/// What such a test returns.
+/// The return type of such a test.
 pub type TestResult = Result<()>;

@@ -1,4 +1,5 @@
-//! What a front-end does to move device state (`SET_DEVICE_STATE_FD`, `CHECK_DEVICE_STATE`).
+//! The front-end's side of a device state transfer (`SET_DEVICE_STATE_FD`, `CHECK_DEVICE_STATE`), and the files and
+//! sockets that carry the state.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
@@ -19,12 +20,12 @@ use crate::fake_frontend::wire::{Message, protocol, request};
 use crate::fake_frontend::{Connection, Device, Options};
 use crate::process::Process;
 
-/// The answer to a `SET_DEVICE_STATE_FD` that succeeds, and returns no descriptor.
+/// The reply to a `SET_DEVICE_STATE_FD` that succeeds and returns no descriptor.
 pub const ACCEPTED: u64 = 0x100;
-/// The answer to one that fails.
+/// The reply to a `SET_DEVICE_STATE_FD` that fails.
 pub const REFUSED: u64 = 0x101;
 
-/// Of a front-end that can move device state.
+/// The options of a device whose front-end negotiates `DEVICE_STATE`.
 pub fn options(queue_pairs: u16) -> Options {
     Options {
         queue_pairs,
@@ -34,27 +35,28 @@ pub fn options(queue_pairs: u16) -> Options {
     }
 }
 
-/// Two ends of a socket.
+/// Creates a pair of connected sockets.
 ///
 /// # Errors
-/// The system's.
+/// Returns an error if the sockets cannot be created.
 pub fn pair(kind: SockType) -> Result<(OwnedFd, OwnedFd)> {
     Ok(socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC)?)
 }
 
-/// Two ends of a pipe: to read, and to write. No back-end that is started later keeps one open.
+/// Creates a pipe. Returns its read end and its write end, which are close-on-exec, so that no back-end inherits one.
 ///
 /// # Errors
-/// The system's.
+/// Returns an error if the pipe cannot be created.
 pub fn pipe() -> Result<(File, File)> {
     let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
     Ok((read.into(), write.into()))
 }
 
-/// A pseudoterminal that says it is writable, and blocks what is written before it is full: first the end to write to.
+/// Creates a pseudoterminal that polls as writable but blocks a write before it completes. Returns the end to write to
+/// first.
 ///
 /// # Errors
-/// The system's.
+/// Returns an error if a system call on the terminal fails.
 pub fn nearly_full_terminal() -> Result<(File, File)> {
     let OpenptyResult { master, slave } = openpty(None, None)?;
     let mut mode = tcgetattr(&slave)?;
@@ -66,7 +68,7 @@ pub fn nearly_full_terminal() -> Result<(File, File)> {
     let writable = |slave: &File, patience: PollTimeout| -> Result<bool> {
         Ok(poll(&mut [PollFd::new(slave.as_fd(), PollFlags::POLLOUT)], patience)? == 1)
     };
-    // It is emptied by a thread of the kernel, up to the reader's own buffer, so that it may be writable again.
+    // A kernel thread moves data on to the reader's buffer, so the terminal may become writable again.
     while writable(&slave, PollTimeout::from(100u8))? {
         match slave.write(&[b'x'; 4096]) {
             Err(error) if error.kind() != ErrorKind::WouldBlock => return Err(error.into()),
@@ -80,36 +82,36 @@ pub fn nearly_full_terminal() -> Result<(File, File)> {
     Ok((slave, master))
 }
 
-/// Gives the back-end a descriptor for its state. Gives its answer.
+/// Sends the back-end a descriptor to save its state to, or to load it from. Returns the reply's value.
 ///
 /// # Errors
-/// If there is none.
+/// Returns an error if the back-end does not reply.
 pub fn set_state_fd(connection: &Connection, save: bool, fd: impl AsFd) -> Result<u64> {
     let payload = connection.ask_with(&Message::device_state(save), &[fd.as_fd()])?;
     Ok(u64::from_le_bytes(payload.as_slice().try_into()?))
 }
 
-/// Whether the transfer has succeeded.
+/// Asks whether the transfer succeeded.
 ///
 /// # Errors
-/// If there is no answer.
+/// Returns an error if the back-end does not reply.
 pub fn check(connection: &Connection) -> Result<bool> {
     Ok(connection.ask_u64(&Message::empty(request::CHECK_DEVICE_STATE))? == 0)
 }
 
-/// Waits for what is logged after an answer.
+/// Waits until the back-end has logged `text`, which it may do after it replies.
 ///
 /// # Errors
-/// If it is not.
+/// Returns an error if the back-end does not log the text in time.
 pub fn wait_log(backend: &mut Backend, text: &str) -> Result<()> {
     let logged = |process: &Process| Ok(process.log().contains(text).then_some(()));
     backend.process.wait_until(&format!("it logged \"{text}\""), logged)
 }
 
-/// Negotiates everything that [`options`] name.
+/// Negotiates the features of [`options`].
 ///
 /// # Errors
-/// If the back-end refuses.
+/// Returns an error if the back-end refuses.
 pub fn negotiate(connection: Connection) -> Result<Connection> {
     let options = options(1);
     connection.get_features()?;
@@ -118,18 +120,18 @@ pub fn negotiate(connection: Connection) -> Result<Connection> {
     Ok(connection)
 }
 
-/// A front-end of a back-end that waits for a device, with everything negotiated.
+/// Connects a front-end to a back-end that waits for a device, and negotiates the features.
 ///
 /// # Errors
-/// If the back-end refuses.
+/// Returns an error if the back-end refuses.
 pub fn negotiated(target: &mut Backend) -> Result<Connection> {
     negotiate(target.connect()?)
 }
 
-/// A device that works, stopped, and a back-end that waits, with a front-end each.
+/// Brings a device up, checks it and stops it, and starts a back-end that waits for a device. Each has a front-end.
 ///
 /// # Errors
-/// If it does not work.
+/// Returns an error if either back-end cannot be set up, or the device does not work.
 pub fn stopped(datapath: Datapath, queue_pairs: u16) -> Result<(Rig, Device, Backend, Connection)> {
     let mut rig = Rig::new(datapath, queue_pairs, &[])?;
     let mut device = rig.device(options(queue_pairs))?;
@@ -140,15 +142,15 @@ pub fn stopped(datapath: Datapath, queue_pairs: u16) -> Result<(Rig, Device, Bac
     Ok((rig, device, target, connection))
 }
 
-/// Moves the state from the stopped device's back-end to the other one.
+/// Moves the state of a stopped device to another back-end, through a socket pair.
 ///
 /// # Errors
-/// If it does not work.
+/// Returns an error if a back-end refuses or the transfer fails.
 pub fn transfer(device: &Device, target: &Connection) -> Result<()> {
     let (ours, theirs) = pair(SockType::SeqPacket)?;
     ensure!(set_state_fd(&device.connection, true, ours)? == ACCEPTED);
-    ensure!(check(&device.connection)?, "the source could not save");
+    ensure!(check(&device.connection)?, "the source did not save the state");
     ensure!(set_state_fd(target, false, theirs)? == ACCEPTED);
-    ensure!(check(target)?, "the target could not load");
+    ensure!(check(target)?, "the target did not load the state");
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! A downscript that keeps count.
+//! A downscript that records each run.
 
 use std::fs::{self, Permissions};
 use std::io::ErrorKind;
@@ -8,15 +8,15 @@ use std::path::PathBuf;
 use anyhow::Result;
 use tempfile::TempDir;
 
-/// The script, in a directory of its own.
+/// The script, in a temporary directory.
 #[derive(Debug)]
 pub struct Downscript(TempDir);
 
 impl Downscript {
-    /// Writes it.
+    /// Writes the script.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if the script cannot be written.
     pub fn new() -> Result<Self> {
         let directory = Self(tempfile::tempdir()?);
         let script = directory.script();
@@ -33,15 +33,15 @@ impl Downscript {
         self.0.path().join("trace")
     }
 
-    /// The back-end's option.
+    /// The back-end's `--downscript` option.
     pub fn option(&self) -> String {
         format!("--downscript={}", self.script().display())
     }
 
-    /// The TAPs that it was run for.
+    /// The names of the TAPs that the script was run for, in order.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if the record cannot be read.
     pub fn runs(&self) -> Result<Vec<String>> {
         match fs::read_to_string(self.trace()) {
             Ok(trace) => Ok(trace.lines().map(str::to_owned).collect()),

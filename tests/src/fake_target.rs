@@ -1,5 +1,5 @@
-//! A VMM that a guest could move to, up to a point: there it goes away, hangs, refuses, or takes the guest and is not
-//! heard of again.
+//! A fake target VMM of a migration. It follows the protocol up to a given [`Point`] and then misbehaves as [`Then`]
+//! says.
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -18,46 +18,46 @@ use baton_protocol::migration::message::{Message, OWNERSHIP_FD, PROGRAM, Prepare
 use baton_protocol::migration::refusal::Refusal;
 use baton_protocol::reasons::Reasons;
 
-/// Only catches what hangs.
+/// How long to wait for a message. Only catches a hang.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// How far it goes, each after what comes before.
+/// How far the fake target follows the protocol, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Point {
     /// It has read HELLO.
     Hello,
     /// It has read PREPARE.
     Prepare,
-    /// It has read STATE: the guest stands still.
+    /// It has read STATE: the guest is stopped.
     State,
     /// It has read COMMIT.
     Commit,
 }
 
-/// What it does there.
+/// What the fake target does at its [`Point`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Then {
     /// Closes the connection and all descriptors, as if it had been killed.
     Leave,
-    /// Nothing.
+    /// Does nothing and keeps the connection open.
     Hang,
-    /// Says that it will not.
+    /// Sends REFUSE.
     Refuse,
-    /// Sends what does not belong there.
+    /// Sends a message that does not belong there.
     Babble,
-    /// Takes the guest, and closes the connection.
+    /// Takes the guest and closes the connection.
     Take,
-    /// Says that it has taken the guest, and has not.
+    /// Reports that it has taken the guest without taking it.
     Lie,
-    /// Writes into the ownership word what no word is, goes on as a good one does, and closes the connection.
+    /// Writes an invalid value to the ownership word, answers as a correct target does, and closes the connection.
     Scribble,
 }
 
-/// A fake target at work.
+/// A running fake target.
 #[derive(Debug)]
 pub struct FakeTarget {
     thread: JoinHandle<Result<()>>,
-    /// Closed to end a hang.
+    /// Dropped to end a hang.
     over: Sender<()>,
 }
 
@@ -65,7 +65,7 @@ impl FakeTarget {
     /// Waits at `path` for a source.
     ///
     /// # Errors
-    /// If it cannot listen there.
+    /// Returns an error if the fake target cannot listen at `path`.
     pub fn start(path: &Path, point: Point, then: Then) -> Result<Self> {
         let listener = UnixListener::bind(path)?;
         let path = path.to_owned();
@@ -76,7 +76,7 @@ impl FakeTarget {
             let socket = MessageSocket::try_from(OwnedFd::from(stream))?;
             let held = play(&socket, point, then)?;
             if then == Then::Hang {
-                // Until the other end of `over` is dropped.
+                // Returns when the other end, `over`, is dropped.
                 let _ = wait.recv();
             }
             drop(held);
@@ -85,17 +85,17 @@ impl FakeTarget {
         Ok(Self { thread, over })
     }
 
-    /// Ends it.
+    /// Ends the fake target.
     ///
     /// # Errors
-    /// If the source has not come to that point.
+    /// Returns an error if the source did not reach the point.
     pub fn end(self) -> Result<()> {
         drop(self.over);
         self.thread.join().map_err(|_| anyhow!("the fake target panicked"))?
     }
 }
 
-/// Plays its part; gives the descriptors that it has got.
+/// Follows the protocol up to the point. Returns the descriptors that it received.
 fn play(socket: &MessageSocket, point: Point, then: Then) -> Result<Vec<OwnedFd>> {
     let mut held = Vec::new();
     let mut word = None;
@@ -113,7 +113,7 @@ fn play(socket: &MessageSocket, point: Point, then: Then) -> Result<Vec<OwnedFd>
             }
             (Point::State, Message::State(_)) => Some(Message::Ready(Ready {})),
             (Point::Commit, Message::Commit(_)) => None,
-            (_, other) => bail!("{} came instead of {next:?}", other.name()),
+            (_, other) => bail!("received {} instead of {next:?}", other.name()),
         };
         if next == point {
             fail(socket, then, word.as_ref())?;
@@ -135,15 +135,15 @@ fn fail(socket: &MessageSocket, then: Then, word: Option<&SharedWord>) -> Result
         Then::Refuse => Message::Refuse(Refuse { reasons: Reasons::of([Refusal::Busy]) }),
         Then::Babble => Message::Ready(Ready {}),
         Then::Scribble => {
-            let word = word.context("no ownership word has come")?;
+            let word = word.context("no ownership word was received")?;
             let file = File::from(word.as_fd().try_clone_to_owned()?);
             return Ok(file.write_all_at(&[0xff; 8], 0)?);
         }
         Then::Lie => baton_protocol::migration::target::active(true),
         Then::Take => {
-            let word = word.context("no ownership word has come")?;
+            let word = word.context("no ownership word was received")?;
             let offered = word.load()?;
-            let taken = offered.taken().context("nothing is offered")?;
+            let taken = offered.taken().context("the guest is not offered")?;
             return Ok(word.swap(offered, taken).must_win()?);
         }
     };

@@ -1,26 +1,27 @@
-//! What the programs with fault points are told to do.
+//! Orders for the programs that are built with fault points.
 
 pub use baton_faults::{Party, Point};
 
 /// What a process does at a fault point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// It kills itself.
+    /// Kills itself.
     Kill,
-    /// It stops.
+    /// Stops itself (`SIGSTOP`).
     Stop,
-    /// It fails.
+    /// Returns an error.
     Fail,
-    /// It has no descriptor to spare from then on.
+    /// Can open no further descriptor from then on.
     NoFile,
-    /// It goes no further, and kills itself with frames in the guest's memory of which the guest was not told.
+    /// Goes no further, and kills itself after it has written a batch of frames to guest memory and before it reports
+    /// them as used.
     Receiving,
-    /// Likewise with frames that have gone out.
+    /// Goes no further, and kills itself after it has sent a batch of frames and before it reports them as used.
     Sending,
 }
 
 impl Action {
-    /// Whether the process dies of it.
+    /// Whether the action ends the process.
     pub fn kills(self) -> bool {
         matches!(self, Self::Kill | Self::Receiving | Self::Sending)
     }
@@ -37,7 +38,7 @@ impl Action {
     }
 }
 
-/// What a process is told. Without faults and hurry it is one of the programs that are shipped.
+/// The orders for a process. Without any, the process is the program as shipped.
 #[derive(Clone, Debug)]
 pub struct Faults {
     orders: Vec<(Point, Action)>,
@@ -51,40 +52,40 @@ impl Default for Faults {
 }
 
 impl Faults {
-    /// This one.
+    /// One action at one point.
     pub fn at(point: Point, action: Action) -> Self {
         Self { orders: vec![(point, action)], hurry: 1 }
     }
 
-    /// The same action at all of these.
+    /// The same action at each of these points.
     pub fn at_each(points: impl IntoIterator<Item = Point>, action: Action) -> Self {
         Self { orders: points.into_iter().map(|point| (point, action)).collect(), hurry: 1 }
     }
 
-    /// Every patience so many times shorter.
+    /// Divides every timeout of the process by `hurry`.
     #[must_use]
     pub fn hurried(self, hurry: u32) -> Self {
         Self { hurry, ..self }
     }
 
-    /// Those that concern this process, and the hurry.
+    /// The orders for the points of these parties, with the same timeouts.
     #[must_use]
     pub fn of(&self, parties: &[Party]) -> Self {
         let orders = self.orders.iter().copied().filter(|(point, _)| parties.contains(&point.party()));
         Self { orders: orders.collect(), hurry: self.hurry }
     }
 
-    /// Whether something is to happen at this point.
+    /// Whether there is an order for this point.
     pub fn has(&self, point: Point) -> bool {
         self.orders.iter().any(|(at, _)| *at == point)
     }
 
-    /// Whether it is a program with fault points.
+    /// Whether the process must be a program with fault points.
     pub fn any(&self) -> bool {
         !self.orders.is_empty() || self.hurry != 1
     }
 
-    /// Its environment.
+    /// The environment variables that carry the orders.
     pub fn environment(&self) -> [(&'static str, String); 2] {
         let orders: Vec<_> =
             self.orders.iter().map(|(point, action)| format!("{}:{}", point.name(), action.name())).collect();
@@ -92,7 +93,7 @@ impl Faults {
     }
 }
 
-/// Whether a process has come by a fault point and done this there, by its log.
+/// Whether the log of a process says that it took this action at this fault point.
 pub fn has_reached(log: &str, point: Point, action: Action) -> bool {
     let line = format!("fault point {}: {}", point.name(), action.name());
     log.lines().any(|said| said == line)

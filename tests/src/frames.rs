@@ -1,4 +1,4 @@
-//! The frames that tests send: numbered ones that can be told apart, and TCP and UDP ones for the offloads.
+//! The frames that tests send: numbered frames that can be told apart, and TCP and UDP frames for the offloads.
 
 use crate::fake_frontend::net::{NEEDS_CSUM, NetHeader};
 
@@ -11,22 +11,22 @@ const EXPERIMENTAL: u16 = 0x88b5;
 /// The shortest [`numbered`] frame.
 pub const SHORTEST: usize = ETHERNET + 4;
 
-/// A frame of `length` bytes that carries `number`, and bytes that depend on it.
+/// Builds a frame of `length` bytes that carries `number`, followed by bytes that depend on it.
 ///
 /// # Panics
-/// If it is shorter than [`SHORTEST`].
+/// Panics if `length` is less than [`SHORTEST`].
 pub fn numbered(number: u32, length: usize) -> Vec<u8> {
     let mut frame = Vec::with_capacity(length);
     write_numbered(&mut frame, number, length);
     frame
 }
 
-/// The same, into a vector that is used again.
+/// As [`numbered`], but reuses a vector.
 ///
 /// # Panics
-/// If it is shorter than [`SHORTEST`].
+/// Panics if `length` is less than [`SHORTEST`].
 pub fn write_numbered(frame: &mut Vec<u8>, number: u32, length: usize) {
-    assert!(length >= SHORTEST, "a frame of {length} bytes holds no number");
+    assert!(length >= SHORTEST, "a frame of {length} bytes is too short for a number");
     frame.clear();
     frame.extend_from_slice(&[0x02, 0, 0, 0, 0, 1, 0x02, 0, 0, 0, 0, 2]);
     frame.extend_from_slice(&EXPERIMENTAL.to_be_bytes());
@@ -41,19 +41,19 @@ pub fn write_numbered(frame: &mut Vec<u8>, number: u32, length: usize) {
     });
 }
 
-/// The number of a [`numbered`] frame, if it is one and whole.
+/// The number of a [`numbered`] frame. Returns `None` if the frame is not one, or was damaged.
 pub fn number_of(frame: &[u8]) -> Option<u32> {
     let number = u32::from_be_bytes(frame.get(ETHERNET..SHORTEST)?.try_into().ok()?);
     (numbered(number, frame.len()) == frame).then_some(number)
 }
 
-/// Whether there is a [`numbered`] frame, or the beginning of one, anywhere in some bytes.
+/// Whether the Ethernet header of a [`numbered`] frame appears anywhere in these bytes.
 pub fn appear_in(bytes: &[u8]) -> bool {
     let start = numbered(0, SHORTEST);
     bytes.windows(ETHERNET).any(|window| window == &start[..ETHERNET])
 }
 
-/// Which network protocol carries a segment.
+/// The network protocol of a segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Network {
     /// IPv4, 20 bytes of header.
@@ -62,33 +62,33 @@ pub enum Network {
     V6,
 }
 
-/// Which transport protocol a segment is of.
+/// The transport protocol of a segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transport {
     /// TCP, 20 bytes of header.
     Tcp,
-    /// UDP.
+    /// UDP, 8 bytes of header.
     Udp,
 }
 
-/// An IP frame whose transport checksum holds only the pseudo header's sum, as `NEEDS_CSUM` wants it.
+/// An IP frame whose transport checksum covers only the pseudo-header, as `NEEDS_CSUM` requires.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
     /// The frame.
     pub bytes: Vec<u8>,
     /// Where the transport header begins: the header's `csum_start`.
     pub transport_offset: usize,
-    /// Where in the transport header its checksum is: the header's `csum_offset`.
+    /// Where in the transport header the checksum is: the header's `csum_offset`.
     pub checksum_offset: usize,
     /// Where the payload begins: the header's `hdr_len`.
     pub payload_offset: usize,
 }
 
 impl Segment {
-    /// The header that goes with it.
+    /// The virtio-net header for this frame.
     ///
     /// # Panics
-    /// Never: offsets into a frame of 64 KiB.
+    /// Never: the offsets are within the first bytes of the frame.
     pub fn header(&self, gso_type: u8, gso_size: u16) -> NetHeader {
         let offset = |offset| u16::try_from(offset).expect("an offset into the headers");
         NetHeader {
@@ -103,10 +103,10 @@ impl Segment {
     }
 }
 
-/// Builds a frame with `payload` bytes of payload, of at most 65,535 bytes behind the Ethernet header.
+/// Builds a frame with this payload. The IP packet has at most 65,535 bytes.
 ///
 /// # Panics
-/// If it is too long.
+/// Panics if the payload is too long.
 pub fn segment(network: Network, transport: Transport, payload: &[u8]) -> Segment {
     let (transport_header, protocol, checksum_offset) = match transport {
         Transport::Tcp => (20, 6u8, 16),
@@ -156,7 +156,7 @@ pub fn segment(network: Network, transport: Transport, payload: &[u8]) -> Segmen
     Segment { bytes, transport_offset, checksum_offset, payload_offset }
 }
 
-/// Whether the transport checksum of an IP frame without options is right.
+/// Whether the transport checksum of an IP frame without options is correct.
 pub fn checksum_is_right(frame: &[u8]) -> bool {
     let (addresses, transport, protocol) = match frame.get(12..14) {
         Some([0x08, 0x00]) => (&frame[26..34], 34, frame[23]),
@@ -189,7 +189,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_number_is_found_again_only_in_a_whole_frame() {
+    fn a_number_is_read_only_from_an_undamaged_frame() {
         let mut frame = numbered(123_456, 1000);
         assert_eq!(number_of(&frame), Some(123_456));
         frame[999] ^= 1;
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn a_completed_checksum_is_right() {
+    fn a_completed_checksum_is_correct() {
         for network in [Network::V4, Network::V6] {
             for transport in [Transport::Tcp, Transport::Udp] {
                 let mut segment = segment(network, transport, &[0xab; 101]);

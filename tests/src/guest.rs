@@ -1,7 +1,7 @@
-//! A Linux guest, whichever program runs it, driven through its serial console.
+//! A Linux guest, run by QEMU or baton-vmm, and driven through its serial console.
 //!
-//! The console is the program's standard input and output. Commands go to the root shell of
-//! [`crate::images::guest_initramfs`]; markers which no command writes enclose what each of them writes.
+//! The console is the standard input and output of the program. Commands go to the root shell of
+//! [`crate::images::guest_initramfs`]. Unique markers enclose the output of each command.
 
 mod console;
 mod qemu;
@@ -23,22 +23,22 @@ pub use self::queues::{Carried, QueuePair};
 pub use self::vmm::Vmm;
 use crate::{images, paths};
 
-/// How long a guest may take to boot, and each command: what is longer hangs, on the slowest of machines too.
+/// How long a guest may take to boot, and for each command. Long enough for the slowest machine.
 pub const PATIENCE: Duration = Duration::from_secs(300);
 
-/// What every guest's kernel is told: nothing but the shell is on the console, and a panic ends the guest.
+/// The kernel parameters of every guest: only the shell writes to the console, and a panic ends the guest.
 pub const KERNEL_COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=1 panic=-1";
 
-/// What `images/guest-init` says when the shell is about to start.
+/// The line that `images/guest-init` prints before it starts the shell.
 const UP: &str = "The guest is up.";
 
-/// The parts of a guest's kernel that keep time, as its messages begin. On a slow machine they complain, of nothing else.
+/// The prefixes of kernel messages about timekeeping, which only say that the machine is slow.
 const TIMEKEEPING: [&str; 3] = ["hrtimer", "clocksource", "sched_clock"];
 
-/// The longest command: what a terminal takes as one line, less what goes around the command.
+/// The maximum length of a command: a line of a terminal, minus the markers around the command.
 const MAX_COMMAND: usize = 3900;
 
-/// A guest that runs or has run. Its program is ended when this is dropped, and with the thread that started it.
+/// A guest. Its program is killed when this is dropped, and when the thread that started it ends.
 #[derive(Debug)]
 pub struct Guest {
     program: Child,
@@ -49,27 +49,27 @@ pub struct Guest {
     commands: u64,
 }
 
-/// What a command did.
+/// The result of a command.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finished {
     /// Its exit code.
     pub status: i32,
-    /// What it has written.
+    /// Its output.
     pub output: String,
 }
 
 impl Guest {
-    /// Starts a program that runs a guest with its console on standard input and output. In the test's logs `name`
-    /// gets a file for the console and one for what the program has to say.
+    /// Starts a program that runs a guest with its console on standard input and output. The logs of the test get the
+    /// files `name.console`, and `name.log` for the standard error of the program.
     pub fn start(program: &Command, name: &str) -> Result<Self> {
         let logs = paths::test_logs()?;
         Self::start_with_logs(program, name, &logs)
     }
 
-    /// As [`Guest::start`], for who is no test: the logs go to that folder.
+    /// Like [`Guest::start`], outside of tests: the files go to the directory `logs`.
     pub fn start_with_logs(program: &Command, name: &str, logs: &Path) -> Result<Self> {
         let what = program.get_program().to_string_lossy().into_owned();
-        let log = File::create(logs.join(format!("{name}.log"))).context("cannot write a guest's log")?;
+        let log = File::create(logs.join(format!("{name}.log"))).context("cannot create a guest's log")?;
         let mut command = Command::new(images::found("setpriv")?);
         command.args(["--pdeathsig", "KILL"]).arg(program.get_program()).args(program.get_args());
         command.envs(program.get_envs().filter_map(|(name, value)| Some((name, value?))));
@@ -80,47 +80,47 @@ impl Guest {
             .spawn()
             .with_context(|| format!("cannot start {what}"))?;
         let (Some(input), Some(output)) = (program.stdin.take(), program.stdout.take()) else {
-            bail!("{what} has no standard input or output");
+            bail!("no pipes to the standard input and output of {what}");
         };
         let console = Console::read(output, &logs.join(format!("{name}.console")))?;
         Ok(Self { program, input, console, name: name.to_owned(), logs: logs.to_owned(), commands: 0 })
     }
 
-    /// Waits until the guest has booted and its shell takes commands.
+    /// Waits until the guest has booted and its shell accepts commands.
     pub fn wait_for_shell(&mut self) -> Result<()> {
         self.wait_for(UP)?;
-        // From now on no prompt, no echo and no line editing: each line is a command.
+        // Turns off the prompt, echo and line editing: from now on, each line is a command.
         self.type_line(r#"stty -echo; exec sh -c 'while IFS= read -r line; do eval "$line"; done'"#)?;
         self.check("true")?;
         Ok(())
     }
 
-    /// Waits until something is on the console that was not waited for before.
+    /// Waits until `text` appears on the console, after any text that was waited for before.
     pub fn wait_for(&mut self, text: &str) -> Result<()> {
         let waited = self.console.wait_for(text, PATIENCE).map(drop);
-        waited.map_err(|error| self.failed(error, &format!("{text:?} was not said")))
+        waited.map_err(|error| self.failed(error, &format!("{text:?} did not appear on the console")))
     }
 
-    /// Runs a command, and waits until it has ended. It has no input.
+    /// Runs a command without input, and waits until it ends.
     pub fn run(&mut self, command: &str) -> Result<Finished> {
         self.start_command(command)?;
         self.finish(command)
     }
 
-    /// Runs a command that must succeed, and returns what it has written.
+    /// Runs a command that must succeed, and returns its output.
     pub fn check(&mut self, command: &str) -> Result<String> {
         let Finished { status, output } = self.run(command)?;
         if status != 0 {
-            bail!("the guest {}: {command:?} ended with {status}: {output}", self.name);
+            bail!("guest {}: {command:?} failed with exit code {status}: {output}", self.name);
         }
         Ok(output)
     }
 
-    /// Has it ping `to` so often, and waits for every reply: `ping` itself waits for the last ones no longer than twice as
-    /// long as for those before, which on an emulated machine is too short.
+    /// Pings `to` from the guest `count` times, and waits for every reply. `ping` waits for the last replies at most
+    /// twice as long as for earlier ones, which is too short on an emulated machine.
     ///
     /// # Errors
-    /// If one does not come.
+    /// Returns an error if a reply is missing.
     pub fn check_pings(&mut self, to: Ipv4Addr, count: u16) -> Result<()> {
         let replies = "$(grep '^Icmp: [0-9]' /proc/net/snmp | cut -d ' ' -f 11)";
         let said = self.check(&format!(
@@ -129,14 +129,14 @@ impl Guest {
              echo missing: $((all - {replies}))"
         ))?;
         let missing = said.lines().find_map(|line| line.strip_prefix("missing: ")?.parse::<i64>().ok());
-        ensure!(missing.is_some_and(|missing| missing <= 0), "the guest's pings were lost: {said}");
+        ensure!(missing.is_some_and(|missing| missing <= 0), "the guest lost pings: {said}");
         Ok(())
     }
 
-    /// That the guest's kernel has said nothing since its messages were last cleared, but that the machine is slow.
+    /// Checks that the guest's kernel has logged nothing since its log was last cleared, except about timekeeping.
     ///
     /// # Errors
-    /// If it has.
+    /// Returns an error if the log has other messages.
     pub fn check_dmesg(&mut self) -> Result<()> {
         let said = self.check("dmesg")?;
         let of_time = |line: &str| {
@@ -144,33 +144,33 @@ impl Guest {
             text.split_once(": ").is_some_and(|(part, _)| TIMEKEEPING.contains(&part))
         };
         let news: Vec<_> = said.lines().filter(|line| !of_time(line)).collect();
-        ensure!(news.is_empty(), "the guest's kernel has said {news:?}");
+        ensure!(news.is_empty(), "the guest's kernel logged {news:?}");
         Ok(())
     }
 
-    /// What each queue pair of a virtio-net interface has carried since its driver was bound.
+    /// Returns what each queue pair of a virtio-net interface has carried since its driver was bound.
     ///
     /// # Errors
-    /// If the guest cannot tell.
+    /// Returns an error if `ethtool -S` fails in the guest.
     pub fn queue_pairs(&mut self, interface: &str) -> Result<Vec<QueuePair>> {
         queues::parse(&self.check(&format!("ethtool -S {interface}"))?)
     }
 
-    /// Has a command run while the caller does something else. Until [`Guest::finish`] there can be no other.
+    /// Starts a command and returns at once. [`Guest::finish`] must be called before the next command.
     pub fn start_command(&mut self, command: &str) -> Result<()> {
         if command.contains('\n') || command.len() > MAX_COMMAND {
-            bail!("not a command of one line: {command:?}");
+            bail!("the command has several lines or is too long: {command:?}");
         }
         self.commands += 1;
         let number = self.commands;
-        // The quotes keep the markers out of an echo, should there be one.
+        // The quotes keep the markers out of the echo, in case echo is on.
         self.type_line(&format!(
             "echo BE''GIN-{number}; eval '{}' </dev/null; s=$?; echo; echo EN''D-{number}=$s=",
             command.replace('\'', r"'\''")
         ))
     }
 
-    /// Waits for the end of the command that was started last.
+    /// Waits until the command that was started last ends.
     pub fn finish(&mut self, command: &str) -> Result<Finished> {
         let number = self.commands;
         let result = self.hear(number);
@@ -181,37 +181,37 @@ impl Guest {
         self.console.wait_for(&format!("BEGIN-{number}\r\n"), PATIENCE)?;
         let output = self.console.wait_for(&format!("\r\nEND-{number}="), PATIENCE)?;
         let status = self.console.wait_for("=", PATIENCE)?;
-        let status = status.parse().with_context(|| format!("{status:?} is no exit code"))?;
+        let status = status.parse().with_context(|| format!("{status:?} is not an exit code"))?;
         Ok(Finished { status, output: output.replace("\r\n", "\n") })
     }
 
-    /// Writes a line on the console.
+    /// Writes a line to the console.
     pub fn type_line(&mut self, line: &str) -> Result<()> {
         let typed = self.input.write_all(format!("{line}\n").as_bytes()).and_then(|()| self.input.flush());
-        typed.map_err(|error| self.failed(error.into(), "no input is taken"))
+        typed.map_err(|error| self.failed(error.into(), "cannot write to the console"))
     }
 
-    /// All that has been on the console.
+    /// Returns the whole output on the console.
     pub fn transcript(&self) -> String {
         self.console.transcript()
     }
 
-    /// What the program that runs the guest has said.
+    /// Returns the standard error of the program that runs the guest.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.log_path()).unwrap_or_default()
     }
 
-    /// Where that is kept.
+    /// Returns the path of the file that [`Guest::log`] reads.
     pub fn log_path(&self) -> PathBuf {
         self.logs.join(format!("{}.log", self.name))
     }
 
-    /// The process that runs the guest.
+    /// Returns the id of the process that runs the guest.
     pub fn process(&self) -> u32 {
         self.program.id()
     }
 
-    /// Switches the guest off, and returns how the program that ran it ended.
+    /// Powers off the guest, and returns the exit status of the program that ran it.
     pub fn power_off(mut self) -> Result<ExitStatus> {
         self.type_line("poweroff -f")?;
         self.wait()
@@ -222,28 +222,28 @@ impl Guest {
         self.wait_end()
     }
 
-    /// As [`Self::wait`], for who looks at it afterwards.
+    /// Like [`Self::wait`], but keeps the guest, for example to read its logs.
     pub fn wait_end(&mut self) -> Result<ExitStatus> {
-        // Standard output is closed by the end of the process.
+        // The console ends when the process closes its standard output.
         let ended = self.console.wait_for_end(PATIENCE);
-        ended.map_err(|error| self.failed(error, "it did not end"))?;
+        ended.map_err(|error| self.failed(error, "the program did not end"))?;
         self.program.wait().context("cannot wait for a guest's program")
     }
 
-    /// Says what went wrong, what became of the program, and where to read on.
+    /// Adds to an error what failed, whether the program has ended, and the path of the console's log.
     fn failed(&mut self, error: anyhow::Error, what: &str) -> anyhow::Error {
         let ended = match self.program.try_wait() {
-            Ok(Some(status)) => format!("; its program ended with {status}"),
+            Ok(Some(status)) => format!("; the program ended with {status}"),
             _ => String::new(),
         };
         let console = self.logs.join(format!("{}.console", self.name));
-        error.context(format!("the guest {}: {what}{ended}; see {}", self.name, console.display()))
+        error.context(format!("guest {}: {what}{ended}; see {}", self.name, console.display()))
     }
 }
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        // Both fail only if it has ended already.
+        // Both fail only if the program has already ended.
         let _ = self.program.kill();
         let _ = self.program.wait();
     }

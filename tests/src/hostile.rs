@@ -1,5 +1,5 @@
-//! A back-end under attack: after whatever was done to it, the same process must serve a good front-end, with as many
-//! descriptors as before, no panic, and no memory kept.
+//! A back-end under attack, and random numbers for attacks. After each attack the same process must serve a good
+//! front-end, without a panic, additional descriptors or leaked memory.
 
 use anyhow::{Context, Result, ensure};
 
@@ -7,13 +7,13 @@ use crate::backend::Rig;
 use crate::datapath::Datapath;
 use crate::fake_frontend::{Device, Options, features};
 
-/// How much memory of its own the process may gain over all attacks.
+/// How much the back-end's anonymous memory may grow over all attacks.
 const GROWTH: u64 = 32 << 20;
 
-/// A back-end to be attacked.
+/// A back-end to attack.
 #[derive(Debug)]
 pub struct Victim {
-    /// It, and its TAP.
+    /// The back-end and its TAP.
     pub rig: Rig,
     pid: u32,
     fds: usize,
@@ -21,10 +21,10 @@ pub struct Victim {
 }
 
 impl Victim {
-    /// A back-end with one queue pair that has served once already.
+    /// Starts a back-end with one queue pair, and lets it serve one front-end.
     ///
     /// # Errors
-    /// If it cannot be started.
+    /// Returns an error if the back-end cannot be started or does not work.
     pub fn new(datapath: Datapath) -> Result<Self> {
         let mut rig = Rig::new(datapath, 1, &["--log-level=warn"])?;
         let mut device = rig.device(good_options())?;
@@ -35,14 +35,14 @@ impl Victim {
         Ok(Self { pid: rig.backend.process.pid(), fds, resident, rig })
     }
 
-    /// Checks that it is as good as before, with a good front-end and without.
+    /// Checks that the back-end serves a good front-end and holds no more than before the attacks.
     ///
     /// # Errors
-    /// If it is not.
+    /// Returns an error if the back-end is damaged, or holds more descriptors or memory.
     pub fn check(&mut self) -> Result<()> {
         self.rig.backend.check_healthy()?;
-        ensure!(self.rig.backend.process.pid() == self.pid, "another process");
-        // What it has not taken of the attack's frames belongs to the attack.
+        ensure!(self.rig.backend.process.pid() == self.pid, "the back-end is another process");
+        // Discards frames that are left from the attack.
         self.rig.network.drain()?;
         let mut device = self.rig.device(good_options()).context("a good front-end after the attack")?;
         drain_tap(&mut device)?;
@@ -54,7 +54,7 @@ impl Victim {
         let resident = self.rig.backend.process.resident_bytes()?;
         ensure!(
             resident < self.resident + GROWTH,
-            "{} KiB of memory of its own, from {} KiB",
+            "anonymous memory grew to {} KiB from {} KiB",
             resident >> 10,
             self.resident >> 10
         );
@@ -67,10 +67,10 @@ fn good_options() -> Options {
     Options { features, ..Options::default() }
 }
 
-/// Takes the frames that wait in the TAP: all of them have arrived once one sent after them has.
+/// Receives the frames that are queued in the TAP, up to one that is sent after them.
 fn drain_tap(device: &mut Device) -> Result<()> {
     let last = crate::frames::numbered(0xdead_beef, 60);
-    // The network's side is this test's, too.
+    // The test is also on the network side of the TAP.
     crate::packet_socket::PacketSocket::open(crate::backend::TAP)?.send(&last)?;
     loop {
         if device.receive(0)?.1 == last {
@@ -79,12 +79,12 @@ fn drain_tap(device: &mut Device) -> Result<()> {
     }
 }
 
-/// A small generator of numbers (xorshift64*), so that a run can be repeated from its seed.
+/// A small random number generator (xorshift64*), with which a run can be repeated from its seed.
 #[derive(Clone, Copy, Debug)]
 pub struct Random(u64);
 
 impl Random {
-    /// From the seed in the environment variable `BATON_FUZZ_SEED`, or from the clock. The seed is printed.
+    /// Seeds from the environment variable `BATON_FUZZ_SEED`, or else from the clock. Prints the seed.
     pub fn from_environment() -> Self {
         let clock = || {
             let time = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
@@ -96,7 +96,7 @@ impl Random {
         Self(seed.max(1))
     }
 
-    /// From this seed, where a run is not to be repeated and so the seed is not printed.
+    /// Starts from this seed without printing it, where the run need not be repeatable.
     pub fn seeded(seed: u64) -> Self {
         Self(seed.max(1))
     }
@@ -109,39 +109,39 @@ impl Random {
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
     }
 
-    /// A number below `limit`.
+    /// Returns a number below `limit`.
     ///
     /// # Panics
-    /// For a limit of 0.
+    /// Panics if `limit` is 0.
     pub fn below(&mut self, limit: usize) -> usize {
         usize::try_from((self.next_u64() >> 11) % u64::try_from(limit).expect("a limit"))
             .expect("below the limit")
     }
 
-    /// The lowest 32 bits of the next number.
+    /// The highest 32 bits of the next number.
     pub fn next_u32(&mut self) -> u32 {
         u32::try_from(self.next_u64() >> 32).unwrap_or_default()
     }
 
-    /// The lowest 16 bits of the next number.
+    /// The highest 16 bits of the next number.
     pub fn next_u16(&mut self) -> u16 {
         u16::try_from(self.next_u64() >> 48).unwrap_or_default()
     }
 
-    /// One of these.
+    /// Returns one of the choices.
     ///
     /// # Panics
-    /// If there are none.
+    /// Panics if there are no choices.
     pub fn pick<T: Copy>(&mut self, choices: &[T]) -> T {
         choices[self.below(choices.len())]
     }
 
-    /// Whether this is the one time in `times`.
+    /// Returns true once in `times` calls on average.
     pub fn once_in(&mut self, times: usize) -> bool {
         self.below(times) == 0
     }
 
-    /// A number that is likely to be one that matters: small, large, a power of two, or next to one.
+    /// Returns a number that is likely to be an edge case: small, large, a power of two, or one less.
     pub fn edge(&mut self) -> u64 {
         match self.below(5) {
             0 => self.next_u64() & 0xff,
@@ -158,7 +158,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_seed_gives_the_same_numbers_again() {
+    fn the_same_seed_gives_the_same_numbers() {
         let (mut first, mut second) = (Random(7), Random(7));
         let numbers: Vec<_> = (0..100).map(|_| first.edge()).collect();
         assert_eq!(numbers, (0..100).map(|_| second.edge()).collect::<Vec<_>>());

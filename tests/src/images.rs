@@ -1,8 +1,8 @@
-//! The kernels and the initramfs images that virtual machines boot: the guest's, and the lab's own.
+//! The kernels and initramfs images of the guests and of the lab's machine.
 //!
-//! Kernels come from `tests/setup`. An image is made anew whenever it is asked for, and its file replaced only if it
-//! changed, so there is no question whether it is up to date. [`GUEST_INITRAMFS`] spares the tests of one run that: in
-//! the lab it takes seconds.
+//! `tests/setup` provides the kernels. Each request for an initramfs builds it again, and replaces the file only if the
+//! contents changed, so an image is never out of date. [`GUEST_INITRAMFS`] lets the tests of one run share an image,
+//! because building it takes seconds in the lab.
 
 mod cpio;
 mod libraries;
@@ -20,22 +20,23 @@ use tempfile::NamedTempFile;
 use self::cpio::Cpio;
 use crate::{paths, programs};
 
-/// The environment variable that says where [`guest_initramfs`] is, when it has been made for this run of the tests.
+/// The environment variable with the path of [`guest_initramfs`], if it was built for this run of the tests.
 pub const GUEST_INITRAMFS: &str = "BATON_GUEST_INITRAMFS";
 
-/// The guest's kernel as Debian delivers it: a bzImage.
+/// Returns the guest's kernel as shipped by Debian: a bzImage.
 pub fn guest_kernel() -> Result<PathBuf> {
     paths::set_up(Path::new("guest-kernel/vmlinuz"))
 }
 
-/// The guest's kernel as an uncompressed ELF file.
+/// Returns the guest's kernel as an uncompressed ELF file.
 pub fn guest_vmlinux() -> Result<PathBuf> {
     paths::set_up(Path::new("guest-kernel/vmlinux"))
 }
 
-/// The guest's initramfs: a root shell on `ttyS0`, virtio-net over MMIO and PCI, busybox, `ethtool` and `traffic`.
+/// Returns the guest's initramfs: a root shell on `ttyS0`, virtio-net over MMIO and PCI, busybox, `ethtool` and
+/// `traffic`.
 ///
-/// [`crate::guest::Guest`] speaks with that shell. The script that starts it is `images/guest-init`.
+/// [`crate::guest::Guest`] sends commands to the shell, which `images/guest-init` starts.
 pub fn guest_initramfs() -> Result<PathBuf> {
     if let Some(path) = env::var_os(GUEST_INITRAMFS) {
         return Ok(path.into());
@@ -52,7 +53,7 @@ pub fn guest_initramfs() -> Result<PathBuf> {
     store("guest.cpio", &image.finish())
 }
 
-/// The initramfs of the lab's machine, which goes on to the root file system that it is given: `images/lab-init`.
+/// Returns the initramfs of the lab's machine. `images/lab-init` mounts the root file system and switches to it.
 pub(crate) fn lab_initramfs() -> Result<PathBuf> {
     let kernel = paths::set_up(Path::new("lab-kernel/lib"))?;
     let mut image = Cpio::new();
@@ -61,22 +62,22 @@ pub(crate) fn lab_initramfs() -> Result<PathBuf> {
     store("lab.cpio", &image.finish())
 }
 
-/// The kernel of the lab's machine.
+/// Returns the kernel of the lab's machine.
 pub(crate) fn lab_kernel() -> Result<PathBuf> {
     paths::set_up(Path::new("lab-kernel/vmlinuz"))
 }
 
-/// The folder that holds the modules of [`lab_kernel`], by its version.
+/// Returns the directory that contains the modules of [`lab_kernel`], in a directory named after its version.
 pub(crate) fn lab_modules() -> Result<PathBuf> {
     paths::set_up(Path::new("lab-kernel/lib/modules"))
 }
 
-/// Busybox, `init`, and what any Linux needs.
+/// Adds busybox, `init`, and the basic directories and devices.
 fn busybox(image: &mut Cpio, init: &[u8]) -> Result<()> {
     for folder in ["bin", "dev", "lib", "modules", "proc", "sys", "tmp"] {
         image.folder(folder);
     }
-    // The kernel opens it before it runs init.
+    // The kernel opens the console before it runs init.
     image.character_device("dev/console", 5, 1);
     image.file("init", 0o755, init);
     image.file("bin/busybox", 0o755, &read(&found("busybox")?)?);
@@ -84,7 +85,7 @@ fn busybox(image: &mut Cpio, init: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// The modules and all that they depend on, in `modules/`; `modules/order` says in which order to load them.
+/// Adds modules and their dependencies in `modules/`, and the order in which to load them as `modules/order`.
 fn add_modules(image: &mut Cpio, kernel: &Path, names: &[&str]) -> Result<()> {
     let mut order = String::new();
     for module in modules::with_dependencies(&kernel.join("modules"), names)? {
@@ -96,19 +97,19 @@ fn add_modules(image: &mut Cpio, kernel: &Path, names: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// A program in `bin/`, without its symbols, and its shared libraries where it looks for them.
+/// Adds a stripped program in `bin/`, and its shared libraries at their paths.
 fn add_program(image: &mut Cpio, program: &Path) -> Result<()> {
-    let name = program.file_name().and_then(|name| name.to_str()).context("a program without a name")?;
+    let name = program.file_name().and_then(|name| name.to_str()).context("the program has no valid name")?;
     image.file(&format!("bin/{name}"), 0o755, &stripped(program)?);
     for library in libraries::of(program)? {
-        let path = library.to_str().context("a library whose path is not UTF-8")?.trim_start_matches('/');
+        let path = library.to_str().context("the path of a library is not UTF-8")?.trim_start_matches('/');
         image.file(path, 0o755, &read(&library)?);
     }
     Ok(())
 }
 
 fn stripped(program: &Path) -> Result<Vec<u8>> {
-    let output = NamedTempFile::new().context("cannot make a temporary file")?;
+    let output = NamedTempFile::new().context("cannot create a temporary file")?;
     let status = Command::new("strip").arg("-o").arg(output.path()).arg(program).status();
     if !status.context("cannot run strip")?.success() {
         bail!("strip failed on {}", program.display());
@@ -116,7 +117,7 @@ fn stripped(program: &Path) -> Result<Vec<u8>> {
     read(output.path())
 }
 
-/// Writes an image, unless it is there already.
+/// Writes an image, unless the file already has the same contents.
 fn store(name: &str, contents: &[u8]) -> Result<PathBuf> {
     let folder = paths::lab()?;
     let path = folder.join(name);
@@ -124,9 +125,9 @@ fn store(name: &str, contents: &[u8]) -> Result<PathBuf> {
         return Ok(path);
     }
     let mut file =
-        NamedTempFile::new_in(&folder).with_context(|| format!("cannot write {}", folder.display()))?;
+        NamedTempFile::new_in(&folder).with_context(|| format!("cannot write to {}", folder.display()))?;
     file.write_all(contents).with_context(|| format!("cannot write {}", path.display()))?;
-    // Replaced in one step, so that nobody boots half an image.
+    // Replaces the file atomically, so that no guest boots a partial image.
     file.persist(&path).with_context(|| format!("cannot write {}", path.display()))?;
     Ok(path)
 }
@@ -135,7 +136,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
-/// Where a program of this machine is.
+/// Returns the path of a program that is installed on this machine.
 pub(crate) fn found(program: &str) -> Result<PathBuf> {
     let folders = ["/usr/bin", "/usr/sbin", "/bin", "/sbin", "/usr/local/bin", "/usr/local/sbin"];
     match folders.iter().map(|folder| Path::new(folder).join(program)).find(|path| path.is_file()) {

@@ -1,7 +1,7 @@
-//! Stops back-ends for moments, as a busy machine does ([`VARIABLE`]). What comes of a test must not depend on when a
-//! back-end reads a message, or the ownership word that goes with it.
+//! Stops back-ends for short times, as a busy machine does, if [`VARIABLE`] is set. The outcome of a test must not
+//! depend on when a back-end reads a message, or the ownership word that goes with it.
 //!
-//! Only processes that a test started are stopped, through their process descriptors, and each is continued every time.
+//! Stops only processes that a test started, through their pidfds, and continues each after every stop.
 
 use std::env;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -17,29 +17,30 @@ use nix::sys::signal::Signal;
 use crate::hostile::Random;
 use crate::process;
 
-/// The environment variable that asks for it: the longest stop in milliseconds.
+/// The environment variable that enables jitter: the longest stop in milliseconds.
 pub const VARIABLE: &str = "BATON_JITTER";
 
 /// The longest time between two stops, in milliseconds.
 const RUN: usize = 40;
 
-/// The jitter of one process, which ends with the process.
+/// The jitter of one process. Ends with the process.
 #[derive(Debug)]
 pub(crate) struct Jitter {
-    /// Locked while the jitter has stopped the process; true while the test has.
+    /// Locked while the jitter has stopped the process; true while the test itself has stopped it.
     stopped: Arc<Mutex<bool>>,
 }
 
 impl Jitter {
-    /// Starts it, if the environment asks for it.
+    /// Starts the jitter if the environment variable is set.
     pub(crate) fn of(process: BorrowedFd<'_>) -> Result<Option<Self>> {
         let Ok(longest) = env::var(VARIABLE) else { return Ok(None) };
-        let longest = longest.parse().with_context(|| format!("{VARIABLE}={longest} is no number"))?;
+        let longest =
+            longest.parse().with_context(|| format!("invalid {VARIABLE}={longest}: not a number"))?;
         Self::start(process, longest).map(Some)
     }
 
     fn start(process: BorrowedFd<'_>, longest: usize) -> Result<Self> {
-        /// Tells the processes of one test apart.
+        /// Gives each process of a test another seed.
         static SEED: AtomicU64 = AtomicU64::new(1);
         let process = process.try_clone_to_owned()?;
         let random =
@@ -50,8 +51,8 @@ impl Jitter {
         Ok(Self { stopped })
     }
 
-    /// Waits until the jitter lets the process run, which it does for as long as the guard lives. A test that stops the
-    /// process says so there.
+    /// Waits until the jitter lets the process run. It does so for as long as the guard lives. A test that stops the
+    /// process itself sets the guard's value to true.
     pub(crate) fn hold(&self) -> MutexGuard<'_, bool> {
         locked(&self.stopped)
     }
@@ -61,7 +62,7 @@ fn locked(stopped: &Mutex<bool>) -> MutexGuard<'_, bool> {
     stopped.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Stops and continues the process until it ends, or cannot be told to.
+/// Stops and continues the process until it ends or cannot be signalled.
 fn run(process: &OwnedFd, stopped: &Mutex<bool>, mut random: Random, longest: usize) {
     while !ended_within(process, random.below(RUN + 1)) {
         let by_test = locked(stopped);
@@ -71,7 +72,7 @@ fn run(process: &OwnedFd, stopped: &Mutex<bool>, mut random: Random, longest: us
         if process::send(process.as_fd(), Signal::SIGSTOP).is_err() {
             return;
         }
-        // Short stops are many, long ones few: four times in a row a random part of what is left.
+        // The product of four random fractions: many short stops, few long ones.
         let length = (0..4).fold(longest, |length, _| length * random.below(1001) / 1000);
         let ended = ended_within(process, length);
         let continued = process::send(process.as_fd(), Signal::SIGCONT);
@@ -81,7 +82,7 @@ fn run(process: &OwnedFd, stopped: &Mutex<bool>, mut random: Random, longest: us
     }
 }
 
-/// Whether the process ends within so many milliseconds.
+/// Whether the process ends within this many milliseconds.
 fn ended_within(process: &OwnedFd, milliseconds: usize) -> bool {
     let mut fds = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
     let timeout = u16::try_from(milliseconds).map_or(PollTimeout::MAX, PollTimeout::from);
@@ -100,7 +101,7 @@ mod tests {
     use crate::process::{Process, is_stopped, until};
 
     #[test]
-    fn a_process_is_stopped_for_moments_and_never_against_the_test() {
+    fn a_process_is_stopped_briefly_and_never_while_the_test_holds_it() {
         let process = Process::start(Path::new("/bin/sleep"), &["1000".into()], &[]).unwrap();
         let jitter = Jitter::start(process.pidfd(), 10).unwrap();
         for _ in 0..20 {

@@ -1,4 +1,4 @@
-//! The lab: a virtual machine with KVM, vhost-net and TAPs of a real kernel, for machines that lack them.
+//! The lab: an emulated machine whose Linux provides KVM, vhost-net and TAPs, for machines that lack them.
 //!
 //! ```text
 //!  nextest ─ set-up script ─▶ `lab up` ─ starts ─▶ supervisor ─ starts ─▶ QEMU (TCG, which emulates AMD's SVM)
@@ -6,13 +6,13 @@
 //!             ◀── output, verdict ───────────────────────────────────────────── └─ the same test, with KVM
 //! ```
 //!
-//! A test that needs them has its body called by [`run`]. Where this machine can do it, that is all that happens. Else
-//! the lab runs the very same test executable: its machine sees this one's files, so every path means the same there.
-//! Its files are read-only and what is written is gone with the machine, except in [`crate::paths::test_logs`],
-//! which both share. Jobs are done one after the other, as root; whatever a job started ends with it.
+//! A test that needs them passes its body to [`run`], which calls the body if this machine has them. Otherwise, the
+//! lab runs the same test executable. The lab's machine sees the files of this machine read-only, under the same paths.
+//! Files written there vanish with the machine, except in [`crate::paths::test_logs`], which both machines share. The
+//! lab runs one job at a time, as root. When a job ends, all its processes are killed.
 //!
-//! The lab runs as long as the process that owns it: nextest, or a test that was started without it. For nextest there
-//! are two where this machine has room for them, which share nothing: tests that run side by side have each their own.
+//! The lab lives as long as the process that owns it: nextest, or a test that was started without nextest. For nextest,
+//! there are two independent labs if this machine has the resources, so that two tests can run at a time.
 
 mod agent;
 mod client;
@@ -34,10 +34,10 @@ pub use self::place::Place;
 pub use self::supervisor::supervise;
 use crate::paths;
 
-/// The environment variable that says where tests which need the lab are run: a [`Place`].
+/// The environment variable that says where tests that need the lab run: a [`Place`].
 pub const PLACE: &str = "BATON_LAB";
 
-/// Runs the body of a test that needs KVM, vhost-net, TAPs and root: here if this machine has them, else in the lab.
+/// Runs the body of a test that needs KVM, vhost-net, TAPs and root: on this machine if it has them, else in the lab.
 pub fn run(body: impl FnOnce() -> Result<()>) -> Result<()> {
     match Place::find()? {
         Place::Here => body(),
@@ -45,22 +45,22 @@ pub fn run(body: impl FnOnce() -> Result<()>) -> Result<()> {
     }
 }
 
-/// Has the running test run by the lab.
+/// Runs the current test in the lab.
 fn run_in(lab: &Running) -> Result<()> {
     let name = paths::test_name()?;
     let logs = paths::test_logs()?;
-    let program = env::current_exe().context("cannot tell which program runs")?;
+    let program = env::current_exe().context("cannot determine the running program")?;
     let arguments = ["--exact", &name, "--nocapture", "--include-ignored"].map(str::to_owned);
     let mut passed = false;
     let outcome = lab.run(&Job::here(program, arguments)?, &mut |line| {
-        // Without it the executable had no such test, and then it does not fail.
+        // The executable also exits with 0 if it has no such test. This line proves that the test has run.
         passed |= line.starts_with("test result: ok. 1 passed;");
     })?;
     if passed && outcome == Outcome::Exited(0) {
         return Ok(());
     }
     bail!(
-        "{name} failed in the lab: {outcome}\n  its logs: {}\n  the lab's: {}",
+        "{name} failed in the lab: {outcome}\n  logs of the test: {}\n  logs of the lab: {}",
         logs.display(),
         lab.logs().display()
     )

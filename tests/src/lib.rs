@@ -1,13 +1,15 @@
-//! What the process-level tests share.
+//! Shared code of the process-level tests, the benchmarks and the demo.
 //!
-//! The [`programs`] under test run as [`process`]es, a [`backend`] among them, in a [`netns`] of the test's own, with a
-//! [`packet_socket`] on the TAP for [`frames`], and a [`fake_frontend`] or a [`guest`] (booted from [`images`],
-//! making [`traffic`]) on the other side; a [`link`] is all of that with checks. Most tests are run with either
-//! [`datapath`]. In [`local_migration`] a guest moves from one baton-vmm to the next, or
-//! fails to at a [`fake_target`]; the [`fault_matrix`] has its processes and those of a session's hand-over die, hang and
-//! run out of descriptors, and a [`downscript`] is run once. A front-end moves [`device_state`], and other
-//! [`users`] try what is not theirs. A [`mod@bench`] measures. A [`reference_backend`] stands in for `baton-backend`
-//! without its code. The [`lab`] runs a test in a machine that has what this one lacks.
+//! The [`programs`] under test, such as a [`backend`], run as [`process`]es in a [`netns`] that belongs to the test.
+//! On one side, a [`packet_socket`] on the TAP sends and receives [`frames`]. On the other side is a [`fake_frontend`]
+//! or a [`guest`], which boots from [`images`] and generates [`traffic`]. A [`link`] combines all of these with checks.
+//! Most tests run with both [`datapath`]s.
+//!
+//! In [`local_migration`], a guest migrates from one baton-vmm to another, or fails to at a [`fake_target`]. The
+//! [`fault_matrix`] makes the processes of migrations and hand-overs die, hang and run out of descriptors. A
+//! [`downscript`] records its runs. A front-end moves [`device_state`], and other [`users`] attempt forbidden requests.
+//! A [`mod@bench`] measures hand-overs. A [`reference_backend`] replaces `baton-backend` without sharing its code. The
+//! [`lab`] runs a test in a machine that has what this one lacks.
 
 pub mod backend;
 pub mod bench;

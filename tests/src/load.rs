@@ -1,5 +1,6 @@
-//! Sends [`numbered_frames`](crate::numbered_frames) both ways between the network and a fake front-end's device, at a rate,
-//! while something else happens. No frame may be lost, doubled or overtaken within its flow, except as a [`Demand`] allows.
+//! Sends [`numbered_frames`](crate::numbered_frames) both ways between the network and a fake front-end's device, at a
+//! rate, while something else happens. No frame may be lost, doubled or overtaken within its flow, except as a
+//! [`Demand`] allows.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -13,7 +14,7 @@ use crate::numbered_frames::{Arrival, Flows, Tally};
 use crate::packet_socket::PacketSocket;
 use crate::process::PATIENCE;
 
-/// Flows from the network: enough that each queue gets some.
+/// The number of flows from the network: enough for each queue to get some.
 const FLOWS: u16 = 16;
 /// The most frames of one direction that are sent at once.
 const BURST: u64 = 50;
@@ -23,26 +24,27 @@ const REST: Duration = Duration::from_micros(100);
 const AGAIN: Duration = Duration::from_millis(50);
 /// The first UDP port of the flows from the network.
 const DOWN: u16 = 20_000;
-/// The first UDP port of the flows from the guest, one a queue pair. The kernel steers what comes back by what went out.
+/// The first UDP port of the flows from the guest, one per queue pair. Distinct from those of [`DOWN`], because the
+/// kernel steers a flow that also goes out to the queue on which it does.
 const UP: u16 = 30_000;
 
-/// What is sent, and what of it must arrive.
+/// The load, and the losses and duplicates that it tolerates.
 #[derive(Clone, Copy, Debug)]
 pub struct Demand {
     /// Frames a second each way.
     pub rate: u32,
-    /// The most frames in flight to the guest, and to the network. A small number keeps queues from overflowing while no
-    /// back-end serves.
+    /// The most frames in flight to the guest, and to the network. A small number keeps queues from overflowing while
+    /// no back-end serves.
     pub in_flight: [u64; 2],
-    /// How many frames may be lost on the way to the guest. On the way to the network none may be.
+    /// How many frames may be lost on the way to the guest. None may be lost on the way to the network.
     pub may_lose: u64,
-    /// How many frames may arrive twice at the network: from one of them on, all that follow it, in their order. At the
-    /// guest none may.
+    /// How many frames may arrive twice at the network: from one of them on, all that follow it, in order. None may
+    /// arrive twice at the guest.
     pub may_double: u64,
 }
 
 impl Demand {
-    /// Every frame must arrive once and in order.
+    /// A load of which every frame must arrive once and in order.
     pub fn whole(rate: u32) -> Self {
         Self { rate, in_flight: [u64::MAX; 2], may_lose: 0, may_double: 0 }
     }
@@ -51,9 +53,9 @@ impl Demand {
 /// The result of a load.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
-    /// Frames that went from the network to the guest.
+    /// Frames sent from the network to the guest.
     pub down: u64,
-    /// And from the guest to the network.
+    /// Frames sent from the guest to the network.
     pub up: u64,
     /// Frames lost on the way to the guest, and to the network.
     pub lost: [u64; 2],
@@ -64,7 +66,7 @@ pub struct Outcome {
 /// Sends `rate` frames a second each way while `during` runs, then waits until all have arrived.
 ///
 /// # Errors
-/// If a frame does not arrive once and in order; those of `during`.
+/// Returns an error if a frame does not arrive once and in order, and the errors of `during`.
 pub fn run<T>(
     device: &mut Device,
     network: &mut PacketSocket,
@@ -74,10 +76,10 @@ pub fn run<T>(
     run_with(device, network, Demand::whole(rate), during)
 }
 
-/// The same with a demand.
+/// As [`run`], with a demand.
 ///
 /// # Errors
-/// If frames arrive otherwise than the demand allows; those of `during`.
+/// Returns an error if frames do not arrive as the demand requires, and the errors of `during`.
 pub fn run_with<T>(
     device: &mut Device,
     network: &mut PacketSocket,
@@ -146,7 +148,7 @@ fn traffic(
         before = now;
         let mut worked = false;
         if !ending {
-            // After a stall, do not send all that is overdue at once: queues are short.
+            // After a stall, do not send all overdue frames at once: queues are short.
             #[expect(clippy::cast_precision_loss, reason = "counts of a test")]
             let most = (down.tally().sent + BURST) as f64;
             due = due.min(most);
@@ -183,7 +185,8 @@ fn traffic(
             });
         }
         if ending && !worked && forgiving && closed.is_none_or(|closed| closed.elapsed() > AGAIN) {
-            // When one more frame of each flow has arrived, no earlier frame can arrive any more. That frame may be lost, too.
+            // When one more frame of each flow has arrived, no earlier frame can arrive any more. That frame may be
+            // lost, too.
             (0..down.count()).try_for_each(|_| send_down(network, &mut down, demand))?;
             (0..up.count()).try_for_each(|_| send_up(device, &mut up))?;
             closed = Some(Instant::now());

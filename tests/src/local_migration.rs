@@ -1,7 +1,8 @@
-//! A guest on baton-vmm that moves: from one baton-vmm and baton-backend to another of each, its memory passed on.
+//! Migrates a guest on one host, from one baton-vmm and baton-backend to another of each. Its memory is passed on, not
+//! copied.
 //!
-//! The host's address is on a bridge. The TAP where the guest is, is a port of it. In a local migration it is the same
-//! all along; else the next stay has another one, and whoever moves the guest switches the network.
+//! The host's address is on a bridge, and the guest's current TAP is a port of the bridge. A local migration passes the
+//! TAP on; otherwise the next place has another TAP, and the test switches the bridge to it.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -21,28 +22,28 @@ use crate::migration::{TAPS, network, plug, unplug};
 use crate::netns::{self, Netns};
 use crate::ping;
 
-/// The guest's memory.
+/// The size of the guest's memory.
 const MEMORY: &str = "512M";
-/// What the kernel knows of its connections, and what it has counted. This thread's, which alone is in the namespace.
+/// The kernel's TCP connections and counters. Of this thread, because only it is in the namespace.
 const TCP: &str = "/proc/thread-self/net/tcp";
 const SNMP: &str = "/proc/thread-self/net/snmp";
-/// Its processors.
+/// The number of the guest's processors.
 const CPUS: u16 = 2;
 
-/// What moves.
+/// The properties of the guest's network device.
 #[derive(Clone, Copy, Debug)]
 pub struct Kind {
-    /// Who moves its frames.
+    /// What moves its frames.
     pub datapath: Datapath,
-    /// How many queue pairs its network device has.
+    /// How many queue pairs it has.
     pub queue_pairs: u16,
 }
 
-/// A guest with its network.
+/// A guest with its network, which can move from place to place.
 #[derive(Debug)]
 pub struct Traveller {
     kind: Kind,
-    /// Where it is.
+    /// The current place.
     pub stay: Stay,
     stays: usize,
     _netns: Netns,
@@ -57,21 +58,21 @@ pub struct Stay {
     pub backend: Backend,
     control: PathBuf,
     client: Option<ControlClient>,
-    /// The TAP that its back-end has, or is to get.
+    /// The TAP that its back-end has or will take over.
     pub tap: &'static str,
     /// Its fault points.
     pub faults: Faults,
     directory: tempfile::TempDir,
 }
 
-/// How a place is to differ from that where the guest is.
+/// The properties in which a place can differ from the guest's current one.
 #[derive(Clone, Debug)]
 pub struct Wanted {
-    /// Its processors.
+    /// The number of processors.
     pub cpus: u16,
-    /// Its device's `local-migration`.
+    /// The `local-migration` option of the network device.
     pub local_migration: bool,
-    /// Whether the guest stands still when it has come.
+    /// Whether the guest is paused on arrival.
     pub paused: bool,
     /// The fault points of the VMM and the back-end.
     pub faults: Faults,
@@ -88,35 +89,35 @@ impl Default for Wanted {
 pub enum Way {
     /// To another TAP.
     NewTap,
-    /// With its TAP.
+    /// Together with its TAP.
     SameTap,
 }
 
-/// Where a back-end has its TAP from.
+/// How a back-end gets its TAP.
 #[derive(Clone, Copy, Debug)]
 enum Tap {
-    /// It opens this one.
+    /// Opens this one.
     Own(&'static str),
-    /// Another back-end will hand this one over.
+    /// Takes this one over from another back-end.
     Incoming(&'static str),
 }
 
-/// How a move went.
+/// The times of a move.
 #[derive(Clone, Copy, Debug)]
 pub struct Move {
-    /// Before the guest was stopped at the source.
+    /// A time before the guest was stopped at the source.
     pub before: Instant,
-    /// After it ran at the target.
+    /// A time after it was resumed at the target.
     pub after: Instant,
-    /// How long it stood still, in microseconds, as the source says.
+    /// How long the guest was stopped, in microseconds, as the source reports.
     pub pause_us: u64,
 }
 
 impl Traveller {
-    /// Sets up the network, and boots a guest at the first place.
+    /// Sets up the network and boots a guest at the first place.
     ///
     /// # Errors
-    /// If anything cannot be set up.
+    /// Returns an error if the network or the first place cannot be set up, or the guest does not boot.
     pub fn new(kind: Kind) -> Result<Self> {
         Self::with_faults(kind, &Faults::default())
     }
@@ -124,7 +125,7 @@ impl Traveller {
     /// As [`Self::new`], with fault points at the first place.
     ///
     /// # Errors
-    /// As [`Self::new`].
+    /// Returns the errors of [`Self::new`].
     pub fn with_faults(kind: Kind, faults: &Faults) -> Result<Self> {
         let netns = network(kind.queue_pairs)?;
         let mut stay = Stay::new(kind, 0, Tap::Own(TAPS[0]), "", faults, |_| Vmm::new(CPUS, MEMORY))?;
@@ -134,10 +135,10 @@ impl Traveller {
         Ok(Self { kind, stay, stays: 1, _netns: netns })
     }
 
-    /// A place to which the guest could move.
+    /// Starts a place to which the guest can move.
     ///
     /// # Errors
-    /// If it cannot be started.
+    /// Returns an error if the back-end or the VMM cannot be started.
     pub fn place(&mut self, way: Way, change: impl FnOnce(Wanted) -> Wanted) -> Result<Stay> {
         let wanted = change(Wanted::default());
         let tap = match way {
@@ -151,7 +152,7 @@ impl Traveller {
             Ok(Vmm::incoming(&directory.join("incoming"), wanted.cpus, MEMORY)?.args(paused))
         })?;
         self.stays += 1;
-        // It answers as soon as it waits for a guest.
+        // The VMM answers as soon as it waits for a guest.
         let status = stay.status()?;
         ensure!(status.state == VmmState::Incoming, "{status:?}");
         Ok(stay)
@@ -161,18 +162,18 @@ impl Traveller {
         if self.stay.tap == TAPS[0] { TAPS[1] } else { TAPS[0] }
     }
 
-    /// The counters of the TAP where the guest is.
+    /// Reads the counters of the guest's current TAP.
     ///
     /// # Errors
-    /// Where there is none.
+    /// Returns an error if the TAP does not exist.
     pub fn tap_counters(&self) -> Result<netns::Counters> {
         netns::counters(self.stay.tap)
     }
 
-    /// Moves the guest together with its TAP. What it leaves ends before it is looked at again.
+    /// Moves the guest together with its TAP, and ends the place that it left.
     ///
     /// # Errors
-    /// If anything fails.
+    /// Returns an error if the migration fails, or the source fails to end.
     pub fn move_with_tap(&mut self) -> Result<Move> {
         let mut target = self.place(Way::SameTap, |wanted| wanted)?;
         let before = Instant::now();
@@ -184,28 +185,28 @@ impl Traveller {
         Ok(Move { before, after, pause_us })
     }
 
-    /// Hands the session on to another back-end: the guest and its VMM stay where they are.
+    /// Hands the session over to another back-end. The guest and its VMM stay.
     ///
     /// # Errors
-    /// If anything fails.
+    /// Returns an error if the hand-over fails.
     pub fn hand_over(&mut self) -> Result<()> {
         let target = Backend::waiting_for_session(self.kind.datapath, &["--log-level=debug"])?;
         self.stay.backend.become_busy_target(target)?;
         Ok(())
     }
 
-    /// Moves the guest the ordinary way: to a place with a TAP of its own, where it waits until the network is
-    /// switched. What it leaves ends before it goes on.
+    /// Moves the guest to a place with another TAP. The guest arrives paused and is resumed after the bridge is
+    /// switched to the new TAP. Ends the place that it left.
     ///
     /// # Errors
-    /// If anything fails.
+    /// Returns an error if the migration fails, or the source fails to end.
     pub fn move_with_new_tap(&mut self) -> Result<Move> {
         let mut target = self.place(Way::NewTap, |wanted| Wanted { paused: true, ..wanted })?;
         let before = Instant::now();
         let pause_us = self.stay.migrate_away(&target, Way::NewTap)?;
         ensure!(self.stay.status()?.state == VmmState::Postmigrate, "{:?}", self.stay.status()?);
         ensure!(target.status()?.state == VmmState::Paused, "{:?}", target.status()?);
-        // First the new port: what is sent to the guest waits there until it runs.
+        // Adds the new port first: frames for the guest wait there until it runs.
         plug(target.tap)?;
         unplug(self.stay.tap)?;
         target.ask(&Request::Resume)?;
@@ -214,10 +215,10 @@ impl Traveller {
         Ok(Move { before, after, pause_us })
     }
 
-    /// Ends what the guest has left, and finds it at the new place.
+    /// Ends the place that the guest left, and checks that the guest responds at the new one.
     ///
     /// # Errors
-    /// If something does not end well, or the guest is not there.
+    /// Returns an error if the VMM or the back-end of the source fails, or the guest does not respond.
     pub fn settle(&mut self, target: Stay) -> Result<()> {
         let source = std::mem::replace(&mut self.stay, target);
         source.end()?;
@@ -225,10 +226,10 @@ impl Traveller {
         Ok(())
     }
 
-    /// Pings both ways, none may be lost.
+    /// Pings both ways. No ping may be lost.
     ///
     /// # Errors
-    /// If one is.
+    /// Returns an error if a ping is lost.
     pub fn check_pings(&mut self, count: u16) -> Result<()> {
         ping::check(GUEST, count)?;
         self.stay.guest.check_pings(HOST, count)
@@ -237,20 +238,20 @@ impl Traveller {
     /// As [`Guest::check_dmesg`].
     ///
     /// # Errors
-    /// If it has said something.
+    /// Returns the errors of [`Guest::check_dmesg`].
     pub fn check_dmesg(&mut self) -> Result<()> {
         self.stay.guest.check_dmesg()
     }
 
-    /// What to look at when something has failed.
+    /// Status, counters and logs, for the message of a failed test.
     pub fn evidence(&mut self) -> String {
         self.stay.evidence()
     }
 
-    /// Switches the guest off; everything must end well.
+    /// Switches the guest off and ends the back-end.
     ///
     /// # Errors
-    /// If it does not.
+    /// Returns an error if the VMM or the back-end fails.
     pub fn end(self) -> Result<()> {
         let Stay { guest, backend, .. } = self.stay;
         ensure!(guest.power_off()?.success(), "the VMM failed");
@@ -278,11 +279,11 @@ impl Stay {
         let mut backend = Backend::with_faults(kind.datapath, &arguments, &of_backend)?;
         backend.status()?;
         if let Tap::Own(tap) = tap {
-            // A bridge sends nothing to a port without a carrier, which this one has got from the back-end.
+            // A bridge sends nothing to a port without a carrier, which the back-end sets.
             netns::wait_running(tap)?;
         }
         let control = directory.path().join("vmm");
-        let socket = backend.socket.to_str().context("a path that is not UTF-8")?;
+        let socket = backend.socket.to_str().context("socket path is not UTF-8")?;
         let option = format!("--control-socket={}", control.display());
         let net = format!("socket={socket},mac={MAC},queue-pairs={}{net}", kind.queue_pairs);
         let vmm = vmm(directory.path())?.args(["--net", &net, &option]);
@@ -292,20 +293,20 @@ impl Stay {
         Ok(Self { guest, backend, control, client: None, tap, faults: faults.clone(), directory })
     }
 
-    /// Where it waits for a guest.
+    /// The socket path on which the VMM waits for a guest.
     pub fn incoming(&self) -> PathBuf {
         self.directory.path().join("incoming")
     }
 
-    /// The VMM's control socket.
+    /// The path of the VMM's control socket.
     pub fn control(&self) -> &Path {
         &self.control
     }
 
-    /// Kills the back-end, and starts another one in its place, which opens the TAP itself.
+    /// Kills the back-end and starts another one in its place, which opens the TAP itself.
     ///
     /// # Errors
-    /// If it cannot be started.
+    /// Returns an error if the new back-end cannot be started.
     pub fn replace_backend(&mut self, kind: Kind, faults: &Faults) -> Result<()> {
         let arguments = [
             format!("--tap={}", self.tap),
@@ -315,17 +316,18 @@ impl Stay {
         self.backend.replace(kind.datapath, &arguments.each_ref().map(String::as_str), faults)
     }
 
-    /// Asks the VMM something. The connection is kept, so that it is among the open descriptors always.
+    /// Sends the VMM a request. Keeps the connection open, so that the number of the VMM's descriptors does not change
+    /// between requests.
     ///
     /// # Errors
-    /// If it refuses, or gives no answer.
+    /// Returns an error if the VMM refuses or does not answer.
     pub fn ask(&mut self, request: &Request) -> Result<serde_json::Value> {
         let client = match &mut self.client {
             Some(client) => client,
             None => {
                 let control = &self.control;
                 let connect = |_: &crate::process::Process| Ok(ControlClient::connect(control).ok());
-                // The back-end lives as long as the VMM must.
+                // The back-end must live as long as the VMM, so the wait watches its process.
                 let what = "the VMM served its control socket";
                 self.client.insert(self.backend.process.wait_until(what, connect)?)
             }
@@ -333,10 +335,10 @@ impl Stay {
         Ok(client.call(request)?)
     }
 
-    /// How long the guest has been up, as it says.
+    /// Reads the guest's uptime from its `/proc/uptime`.
     ///
     /// # Errors
-    /// If it does not.
+    /// Returns an error if the guest does not respond.
     pub fn uptime(&mut self) -> Result<Duration> {
         let text = self.guest.check("cut -d ' ' -f 1 /proc/uptime")?;
         Ok(Duration::try_from_secs_f64(text.trim().parse()?)?)
@@ -345,32 +347,33 @@ impl Stay {
     /// Sends the VMM a signal.
     ///
     /// # Errors
-    /// If there is none.
+    /// Returns an error if the VMM has ended.
     pub fn signal_vmm(&self, signal: Signal) -> Result<()> {
         let process = Pid::from_raw(i32::try_from(self.guest.process())?);
         Ok(kill(process, signal)?)
     }
 
-    /// The VMM's status.
+    /// Requests the VMM's status.
     ///
     /// # Errors
-    /// If there is no answer.
+    /// Returns an error if the VMM does not answer.
     pub fn status(&mut self) -> Result<VmmStatus> {
         serde_json::from_value(self.ask(&Request::Status)?).context("a VMM's status")
     }
 
-    /// Has the guest moved to another place.
+    /// Asks the VMM to migrate the guest to another place. A migration that does not complete is a report, not an
+    /// error.
     ///
     /// # Errors
-    /// If the VMM refuses, or gives no answer; not if the guest has not moved.
+    /// Returns an error if the VMM refuses the request or does not answer.
     pub fn migrate(&mut self, target: &Self, way: Way) -> Result<MigrationReport> {
         self.migrate_with(target, way, false)
     }
 
-    /// Whether the guest could move to another place.
+    /// Asks the VMM for a dry run of a migration to another place. A negative result is a report, not an error.
     ///
     /// # Errors
-    /// If the VMM refuses, or gives no answer; not if the guest cannot.
+    /// Returns an error if the VMM refuses the request or does not answer.
     pub fn ask_migrate(&mut self, target: &Self, way: Way) -> Result<MigrationReport> {
         self.migrate_with(target, way, true)
     }
@@ -378,10 +381,11 @@ impl Stay {
     fn migrate_with(&mut self, target: &Self, way: Way, dry_run: bool) -> Result<MigrationReport> {
         let local = way == Way::SameTap;
         let request = Request::Migrate { path: target.incoming(), local, dry_run };
-        serde_json::from_value(self.ask(&request)?).context("a migration's report")
+        serde_json::from_value(self.ask(&request)?).context("invalid migration report")
     }
 
-    /// Has the guest moved to another place, which must succeed; gives how long it stood still.
+    /// Migrates the guest to another place, which must succeed. Returns how long the guest was stopped, in
+    /// microseconds.
     fn migrate_away(&mut self, target: &Self, way: Way) -> Result<u64> {
         match self.migrate(target, way)? {
             MigrationReport::Completed { pause_us, .. } => Ok(pause_us),
@@ -389,27 +393,27 @@ impl Stay {
         }
     }
 
-    /// Ends what the guest has left.
+    /// Ends a place that the guest has left.
     fn end(mut self) -> Result<()> {
         self.ask(&Request::Quit)?;
         let log = self.guest.log();
-        ensure!(self.guest.wait()?.success(), "the VMM that the guest has left failed: {log}");
+        ensure!(self.guest.wait()?.success(), "the source VMM failed; log:\n{log}");
         if self.backend.status().is_ok_and(|status| status.handover.is_none()) {
             return end(self.backend);
         }
-        // Without its TAP it ends by itself.
+        // A back-end that has handed over its TAP exits by itself.
         let status = self.backend.process.wait()?;
         let log = self.backend.process.log();
         ensure!(status.success() && !log.contains("panicked"), "the back-end ended with {status}:\n{log}");
         Ok(())
     }
 
-    /// What to look at when something has failed.
+    /// Status, counters and logs, for the message of a failed test.
     pub fn evidence(&mut self) -> String {
         let here = [TCP, SNMP].map(|path| std::fs::read_to_string(path).unwrap_or_default()).concat();
         let there = self.guest.run(&format!("cat {TCP} {SNMP} /proc/interrupts; ethtool -S eth0"));
         format!(
-            "VMM: {:?}\n{}\nback-end: {:?}\n{:?}\n{}\nthe network's end: {here}\nthe guest's: {}",
+            "VMM: {:?}\n{}\nback-end: {:?}\n{:?}\n{}\nthe host's network: {here}\nthe guest's: {}",
             self.status(),
             self.guest.log(),
             self.backend.status(),
@@ -420,7 +424,7 @@ impl Stay {
     }
 }
 
-/// Ends a back-end, which must be well.
+/// Ends a back-end, which must be healthy.
 fn end(mut backend: Backend) -> Result<()> {
     backend.check_healthy()?;
     backend.process.signal(Signal::SIGTERM)?;

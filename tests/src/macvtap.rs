@@ -1,4 +1,4 @@
-//! A macvtap in a network namespace of its own, and the far end of the line that it is on.
+//! A macvtap in the network namespace of a test, on a veth pair.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -11,23 +11,23 @@ use crate::link::ip;
 use crate::netns::{Netns, wait_running};
 use crate::packet_socket::PacketSocket;
 
-/// Its name.
+/// The interface name of the macvtap.
 pub const MACVTAP: &str = "mv0";
 
-/// The namespace's macvtap: what it sends arrives at [`Self::network`], and all that is sent there it receives.
+/// A macvtap. It exchanges frames with [`Self::network`].
 #[derive(Debug)]
 pub struct Macvtap {
-    /// The far end of the line.
+    /// The far end of the veth pair.
     pub network: PacketSocket,
-    /// Its queues.
+    /// The queues of the macvtap.
     pub queues: Vec<OwnedFd>,
 }
 
 impl Macvtap {
-    /// Makes one with `queues` queues, opened as management does.
+    /// Creates a macvtap with `queues` queues, opened like management software does.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if the interfaces cannot be set up.
     pub fn create(netns: &Netns, queues: usize) -> Result<Self> {
         netns.mount_sysfs()?;
         ip(&["link", "add", "near", "type", "veth", "peer", "name", "far"])?;
@@ -41,23 +41,25 @@ impl Macvtap {
         for interface in ["near", "far", MACVTAP] {
             ip(&["link", "set", interface, "up"])?;
         }
-        // The kernel notices a carrier some time after it came, and drops frames until then.
+        // The kernel notices a new carrier with a delay, and drops frames until then.
         ["near", "far", MACVTAP].into_iter().try_for_each(wait_running)?;
         let directory = tempfile::tempdir()?;
         let node = directory.path().join("macvtap");
         make_node(&node)?;
         let open = || File::options().read(true).write(true).open(&node).map(OwnedFd::from);
-        let queues = (0..queues).map(|_| open()).collect::<std::io::Result<_>>().context("open a macvtap")?;
+        let queues =
+            (0..queues).map(|_| open()).collect::<std::io::Result<_>>().context("cannot open the macvtap")?;
         Ok(Self { network: PacketSocket::open("far")?, queues })
     }
 }
 
-/// The node in `/dev` is named by the interface's index, which two namespaces may share.
+/// Creates a device node. The one in `/dev` is named after the interface index, which namespaces may share.
 fn make_node(path: &Path) -> Result<()> {
     let folder = format!("/sys/class/net/{MACVTAP}/macvtap");
-    let entry = std::fs::read_dir(&folder)?.next().context("a macvtap has no device")??;
+    let entry = std::fs::read_dir(&folder)?.next().context("the macvtap has no device")??;
     let numbers = std::fs::read_to_string(entry.path().join("dev"))?;
-    let (major, minor) = numbers.trim().split_once(':').context("no device number")?;
+    let (major, minor) = numbers.trim().split_once(':').context("the macvtap has no device number")?;
     let device = makedev(major.parse()?, minor.parse()?);
-    mknod(path, SFlag::S_IFCHR, Mode::S_IRUSR | Mode::S_IWUSR, device).context("mknod")
+    mknod(path, SFlag::S_IFCHR, Mode::S_IRUSR | Mode::S_IWUSR, device)
+        .context("cannot create the device node")
 }

@@ -1,8 +1,8 @@
-//! A guest on QEMU that moves: from one QEMU, back-end and TAP to another of each, its memory copied.
+//! Migrates a guest from one QEMU, back-end and TAP to another of each, copying its memory.
 //!
-//! The host's address is on a bridge. The TAP where the guest is, is a port of it: that is the network, which whoever
-//! moves a guest switches. A back-end serves one stay of the guest, so that what its TAP still had when the guest left
-//! goes with it and is not delivered when the guest comes back.
+//! The host's address is on a bridge, and the guest's current TAP is a port of the bridge. [`Mover`] switches the
+//! bridge to the next TAP. Each place has a new back-end: frames that are left in a TAP when the guest leaves are
+//! dropped with that back-end, and not delivered when the guest comes back.
 
 mod load;
 
@@ -25,65 +25,64 @@ use crate::netns::{self, Netns};
 use crate::packet_socket::PacketSocket;
 use crate::qmp::Qmp;
 
-/// The bridge, and the address that it keeps whichever ports it has.
+/// The bridge and its MAC address, which does not depend on its ports.
 const BRIDGE: (&str, &str) = ("br0", "02:ba:70:00:00:01");
 
-/// The guest is at one of them and goes to the other.
+/// The TAPs, between which the guest alternates.
 pub(crate) const TAPS: [&str; 2] = ["tap0", "tap1"];
 
-/// How many frames wait in a TAP: all that are sent while a guest moves.
+/// The queue length of a TAP: enough for all frames that are sent while a guest moves.
 const QUEUE: &str = "10000";
 
-/// The guest's memory, as QEMU is told: 128 MiB less 8 KiB. Where the size is a multiple of 256 KiB, QEMU before 9.0
-/// takes a shorter way through its bitmap of what was written, on which emulated processors are not told to note what
-/// they write from then on.
+/// The guest's memory: 128 MiB less 8 KiB. If the size is a multiple of 256 KiB, QEMU before 9.0 takes a shortcut
+/// through its dirty bitmap, on which it does not make emulated processors log their further writes.
 const MEMORY: &str = "131064K";
 
-/// What QEMU copies at once.
+/// The size of the pages that QEMU copies.
 const PAGE: usize = 4096;
 
-/// How much of it is read for comparison at once.
+/// How much memory to read at once for a comparison.
 const CHUNK: usize = 256 * PAGE;
 
-/// KVM's wall clock (`pvclock_wall_clock`), which Linux has at a page's start: three words.
+/// The size of KVM's wall clock (`pvclock_wall_clock`), which Linux places at the start of a page.
 const WALL_CLOCK: usize = 12;
 
-/// How fast memory is copied at most (`max-bandwidth`), and how long the guest may stand still (`downtime-limit`, ms).
+/// The bandwidth limit (`max-bandwidth`, bytes a second) and the downtime limit (`downtime-limit`, ms).
 type Limits = (u64, u64);
 
-/// At first: the guest is not stopped, for it takes a minute to copy its memory once.
+/// At first: the guest keeps running, because one copy of its memory takes a minute.
 const SLOW: Limits = (1 << 20, 1);
 
-/// Then: once everything was copied, QEMU looks what was written meanwhile, and any guest can be stopped.
+/// Then: after the first copy QEMU looks for pages written meanwhile. The downtime limit allows it to stop any guest.
 const CONVERGENT: Limits = (100 << 30, 5000);
 
-/// Or: once everything was copied the guest is stopped, before QEMU looks.
+/// Or: after the first copy QEMU stops the guest before it looks for written pages.
 const AT_ONCE: Limits = (100 << 30, 0);
 
-/// Until it was copied once.
+/// Until the end of the first copy.
 const FAST: Limits = (16 << 20, 1);
 
-/// Then: a page a second.
+/// Then: one page a second.
 const CRAWLING: Limits = (PAGE as u64, 1);
 
-/// Frames of which the guest's driver does not hear: not as many as it has buffers for.
+/// How many frames to send while the guest's driver gets no interrupts: fewer than it has buffers for.
 const FRAMES: u32 = 200;
 
-/// Where `traffic serve` listens in the guest.
+/// The address on which `traffic serve` listens in the guest.
 pub const SERVER: SocketAddr = SocketAddr::new(IpAddr::V4(GUEST), PORT);
 
-/// What moves.
+/// The kind of guest that moves.
 #[derive(Clone, Copy, Debug)]
 pub struct Kind {
-    /// Who moves its frames.
+    /// What moves its frames.
     pub datapath: Datapath,
-    /// What runs its instructions.
+    /// What executes its instructions.
     pub accelerator: Accelerator,
     /// How many queue pairs its network device has.
     pub queue_pairs: u16,
 }
 
-/// A guest with its network.
+/// A guest with its network, which can move from place to place.
 #[derive(Debug)]
 pub struct Mover {
     kind: Kind,
@@ -92,7 +91,7 @@ pub struct Mover {
     _netns: Netns,
 }
 
-/// The guest at a place.
+/// A place for the guest: a QEMU, a back-end and a TAP.
 #[derive(Debug)]
 struct Stay {
     guest: Guest,
@@ -101,23 +100,23 @@ struct Stay {
     tap: &'static str,
 }
 
-/// How a move went.
+/// The result of a move.
 #[derive(Clone, Debug)]
 pub struct Switch {
     /// When the guest was stopped at the source.
     pub stopped: SystemTime,
-    /// When it ran at the target.
+    /// When the guest was resumed at the target.
     pub running: SystemTime,
-    /// How many frames the network sent to the guest while its memory was copied.
+    /// How many frames the back-end read from the TAP while the guest's memory was copied.
     pub frames: u64,
-    /// How often QEMU has looked which pages had been written.
+    /// How often QEMU has synchronised its dirty bitmap.
     pub rounds: u64,
 }
 
-/// A network that a guest can be at two places of: a namespace with the host's address on a bridge, and [`TAPS`].
+/// Creates a network namespace with the host's address on a bridge, and [`TAPS`], one for each of two places.
 ///
 /// # Errors
-/// If it cannot be set up.
+/// Returns an error if the namespace, the bridge or a TAP cannot be set up.
 pub(crate) fn network(queue_pairs: u16) -> Result<Netns> {
     let netns = Netns::enter()?;
     let (bridge, address) = BRIDGE;
@@ -133,21 +132,21 @@ pub(crate) fn network(queue_pairs: u16) -> Result<Netns> {
     Ok(netns)
 }
 
-/// Joins a TAP to the network.
+/// Adds a TAP to the bridge.
 pub(crate) fn plug(tap: &str) -> Result<()> {
     ip(&["link", "set", tap, "master", BRIDGE.0])
 }
 
-/// Parts a TAP from it.
+/// Removes a TAP from the bridge.
 pub(crate) fn unplug(tap: &str) -> Result<()> {
     ip(&["link", "set", tap, "nomaster"])
 }
 
 impl Mover {
-    /// Sets up the network, and boots a guest at the first place.
+    /// Sets up the network and boots a guest at the first place.
     ///
     /// # Errors
-    /// If anything cannot be set up.
+    /// Returns an error if the network or the first place cannot be set up, or the guest does not boot.
     pub fn new(kind: Kind) -> Result<Self> {
         let netns = network(kind.queue_pairs)?;
         let mut stay = Stay::new(kind, 0, |qemu| qemu)?;
@@ -157,20 +156,21 @@ impl Mover {
         Ok(Self { kind, stay, stays: 1, _netns: netns })
     }
 
-    /// The guest, where it is now.
+    /// The guest at its current place.
     pub fn guest(&mut self) -> &mut Guest {
         &mut self.stay.guest
     }
 
-    /// Moves the guest to another QEMU, back-end and TAP; the ones that it leaves end. It runs on at the source at
-    /// least as long as `meanwhile` takes.
+    /// Moves the guest to another QEMU, back-end and TAP, and ends those that it left. The guest keeps running at the
+    /// source at least until `meanwhile` returns.
     ///
     /// # Errors
-    /// If anything fails, and if the guest's memory is not the same at both places before it runs on.
+    /// Returns an error if the migration fails, or the guest's memory differs between source and target before the
+    /// guest is resumed.
     pub fn go(&mut self, meanwhile: impl FnOnce() -> Result<()>) -> Result<Switch> {
         let limits = match self.kind.accelerator {
             Accelerator::Kvm => CONVERGENT,
-            // Of what emulated processors write it may lose some where it looks while they run.
+            // With emulated processors, QEMU may miss writes if it looks for them while the guest runs.
             Accelerator::Tcg => AT_ONCE,
         };
         let frames = netns::counters(self.stay.tap)?.tx_packets;
@@ -178,13 +178,9 @@ impl Mover {
         let frames = netns::counters(self.stay.tap)?.tx_packets - frames;
         let (source, copy) = (self.stay.guest.memory()?, target.guest.memory()?);
         let differing = differing_pages(self.kind.accelerator, &source, &copy)?;
-        ensure!(
-            differing.is_empty(),
-            "{} pages were not copied as they are: {differing:x?}",
-            differing.len()
-        );
+        ensure!(differing.is_empty(), "{} pages differ after the copy: {differing:x?}", differing.len());
 
-        // First the new port: what is sent to the guest waits there until it runs.
+        // Adds the new port first: frames for the guest wait there until it runs.
         plug(target.tap)?;
         unplug(self.stay.tap)?;
         target.monitor.execute("cont", &json!({}))?;
@@ -197,13 +193,14 @@ impl Mover {
         Ok(Switch { stopped, running, frames, rounds })
     }
 
-    /// Copies the memory of a guest whose driver does not hear of frames, and has its device receive some when all was
-    /// copied once: what these change is copied again only if the back-end has noted it.
+    /// Checks that the back-end logs its writes. After all memory of the guest was copied once, sends frames to its
+    /// device while its driver gets no interrupts: QEMU copies the changed pages again only if the back-end has logged
+    /// them.
     ///
     /// # Errors
-    /// If anything fails, and if a frame is not at both places.
+    /// Returns an error if the migration fails, or a frame is missing in the copy.
     pub fn check_log(&mut self) -> Result<()> {
-        // Something must remain to be copied always, else QEMU comes to an end by itself.
+        // Keeps some memory dirty: otherwise QEMU would complete the migration by itself.
         let busy = "dd if=/dev/zero of=/dev/shm/busy bs=1M count=1 2>/dev/null";
         self.stay.guest.check(&format!("(while :; do {busy}; done) &"))?;
         self.stay.guest.take_interrupts("eth0")?;
@@ -224,14 +221,14 @@ impl Mover {
                 lost += u32::from(after != copy);
             }
         }
-        ensure!(with_frames > 50, "frames are in {with_frames} pages only");
-        ensure!(lost == 0, "of {with_frames} pages that frames have changed, {lost} were not copied again");
+        ensure!(with_frames > 50, "only {with_frames} pages contain frames");
+        ensure!(lost == 0, "{lost} of {with_frames} pages that contain frames were not copied again");
         target.end()?;
         self.stay.backend.check_healthy()
     }
 
-    /// Copies the guest's memory to another place, where it does not run yet. When `meanwhile` is over, `limits` say how
-    /// to come to an end. Gives the place, and when the guest was stopped.
+    /// Copies the guest's memory to another place, where the guest does not run yet. Sets `limits` after `meanwhile`
+    /// returns, so that the migration completes. Returns the place, and the time when the guest was stopped.
     fn copy(
         &mut self,
         limits: Limits,
@@ -255,7 +252,7 @@ impl Mover {
         Ok((target, stopped))
     }
 
-    /// What to look at when something has failed.
+    /// Status, counters and logs, for the message of a failed test.
     pub fn evidence(&mut self) -> String {
         let Stay { backend, guest, .. } = &mut self.stay;
         format!(
@@ -267,10 +264,10 @@ impl Mover {
         )
     }
 
-    /// Switches the guest off; everything must end well.
+    /// Switches the guest off and ends the back-end.
     ///
     /// # Errors
-    /// If it does not.
+    /// Returns an error if QEMU or the back-end fails.
     pub fn end(self) -> Result<()> {
         let Stay { guest, backend, .. } = self.stay;
         ensure!(guest.power_off()?.success(), "QEMU failed");
@@ -279,7 +276,7 @@ impl Mover {
 }
 
 impl Stay {
-    /// A back-end on the TAP whose turn it is, and a QEMU with it.
+    /// Starts a back-end on the TAP whose turn it is, and a QEMU that connects to it.
     fn new(kind: Kind, number: usize, how: impl FnOnce(Qemu) -> Qemu) -> Result<Self> {
         let Kind { datapath, accelerator, queue_pairs } = kind;
         let tap = TAPS[number % TAPS.len()];
@@ -287,16 +284,17 @@ impl Stay {
             [format!("--tap={tap}"), format!("--queue-pairs={queue_pairs}"), "--log-level=debug".to_owned()];
         let mut backend = Backend::listening(datapath, &arguments.each_ref().map(String::as_str), &[])?;
         backend.status()?;
-        // A bridge sends nothing to a port without a carrier, which this one has got from the back-end.
+        // A bridge sends nothing to a port without a carrier, which the back-end sets.
         netns::wait_running(tap)?;
-        let socket = backend.socket.to_str().context("a path that is not UTF-8")?;
+        let socket = backend.socket.to_str().context("socket path is not UTF-8")?;
         let qemu = Qemu::new(accelerator, queue_pairs, MEMORY)?;
         let qemu = how(qemu.vhost_user("net0", socket, Meeting::BackendListens, MAC, queue_pairs));
         let (guest, monitor) = qemu.start_with_monitor(&format!("guest-{number}"))?;
         Ok(Self { guest, monitor, backend, tap })
     }
 
-    /// Waits until a migration has come to its end here, and returns when the guest was stopped, or was begun to be.
+    /// Waits until a migration completes at this QEMU. Returns when the guest was stopped, or, without such an event,
+    /// when the migration completed.
     fn wait_migrated(&mut self) -> Result<SystemTime> {
         let mut stopped = None;
         loop {
@@ -305,23 +303,23 @@ impl Stay {
                 ("STOP", _) => stopped = Some(event.time),
                 ("MIGRATION", Some("completed")) => return Ok(stopped.unwrap_or(event.time)),
                 ("MIGRATION", Some("failed")) => {
-                    bail!("the migration failed: {}; {}", self.migration()?, self.guest.log())
+                    bail!("the migration failed: {}; log:\n{}", self.migration()?, self.guest.log())
                 }
                 _ => (),
             }
         }
     }
 
-    /// Waits until all memory was copied, and QEMU has looked what was written meanwhile.
+    /// Waits until QEMU has copied all memory and looked for pages written meanwhile.
     fn wait_copied_once(&mut self) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         while self.migration()?["ram"]["dirty-sync-count"].as_u64() < Some(2) {
-            ensure!(Instant::now() < deadline, "the memory was not copied");
+            ensure!(Instant::now() < deadline, "QEMU did not copy the memory");
         }
         Ok(())
     }
 
-    /// Sends frames to the guest, and waits until its device has them.
+    /// Sends frames to the guest and waits until its device has received them.
     fn receive_frames(&mut self) -> Result<()> {
         let network = PacketSocket::open(self.tap)?;
         let before = netns::counters(self.tap)?.tx_packets;
@@ -345,11 +343,11 @@ impl Stay {
         self.monitor.execute("query-migrate", &json!({}))
     }
 
-    /// How often QEMU has looked which pages were written.
+    /// How often QEMU has synchronised its dirty bitmap.
     fn rounds(&mut self) -> Result<u64> {
         let migration = self.migration()?;
         let rounds = migration["ram"]["dirty-sync-count"].as_u64();
-        rounds.with_context(|| format!("no count of rounds: {migration}"))
+        rounds.with_context(|| format!("no dirty-sync-count: {migration}"))
     }
 
     /// Ends a QEMU whose guest does not run, and its back-end.
@@ -360,7 +358,7 @@ impl Stay {
     }
 }
 
-/// Ends a back-end, which must be well.
+/// Ends a back-end, which must be healthy.
 fn end(mut backend: Backend) -> Result<()> {
     backend.check_healthy()?;
     backend.process.signal(Signal::SIGTERM)?;
@@ -375,9 +373,10 @@ fn read(memory: &File) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The addresses at which two guests' memories differ, by page.
+/// Returns the addresses of the pages in which the memories of two guests differ.
 ///
-/// Under KVM one page may: the host writes the wall clock as soon as the target's QEMU has told it where that is.
+/// With KVM the page of the wall clock may differ: the host writes the clock as soon as the target's QEMU sets its
+/// address.
 fn differing_pages(accelerator: Accelerator, a: &File, b: &File) -> Result<Vec<u64>> {
     let length = a.metadata()?.len();
     ensure!(length == b.metadata()?.len() && length > 0, "the guests' memories differ in size");

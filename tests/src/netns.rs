@@ -1,7 +1,8 @@
-//! A network namespace of a test's own, with TAPs in it.
+//! A network namespace for a test, with TAPs in it.
 //!
-//! The namespace belongs to the thread that entered it, to the threads and processes started from there, and to the
-//! TAPs' open files; when the last of these is gone — however the test ended — so is the namespace with all in it.
+//! The thread that entered the namespace, the threads and processes that it starts, and the open TAPs keep the
+//! namespace alive. When the last of them is gone, however the test ended, the kernel removes the namespace with its
+//! interfaces.
 #![expect(unsafe_code, reason = "interfaces are configured by ioctl")]
 
 use std::fs::File;
@@ -19,22 +20,24 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
 use crate::process::FORKING;
 
-/// A namespace that this thread is in until the value is dropped.
+/// The network namespace of this thread, which returns to its previous namespace when this is dropped.
 #[derive(Debug)]
 pub struct Netns {
     before: File,
-    /// Namespaces are the thread's.
+    /// A namespace belongs to a thread, so this is not `Send`.
     _thread: PhantomData<*const ()>,
 }
 
 impl Netns {
-    /// Takes this thread into a new, empty network namespace, in which interfaces say nothing by themselves: no IPv6.
+    /// Moves this thread into a new, empty network namespace. IPv6 is off, so interfaces send nothing by themselves.
     ///
     /// # Errors
-    /// Without the privilege to do so (`CAP_SYS_ADMIN`).
+    /// Returns an error if this process lacks the privilege (`CAP_SYS_ADMIN`).
     pub fn enter() -> Result<Self> {
-        let before = File::open("/proc/thread-self/ns/net").context("this thread's network namespace")?;
-        unshare(CloneFlags::CLONE_NEWNET).context("a new network namespace (this test must run as root)")?;
+        let before =
+            File::open("/proc/thread-self/ns/net").context("cannot open this thread's network namespace")?;
+        unshare(CloneFlags::CLONE_NEWNET)
+            .context("cannot create a network namespace; run this test as root")?;
         for scope in ["all", "default"] {
             let path = format!("/proc/sys/net/ipv6/conf/{scope}/disable_ipv6");
             // A kernel without IPv6 has no such file.
@@ -45,39 +48,40 @@ impl Netns {
         Ok(Self { before, _thread: PhantomData })
     }
 
-    /// Has this thread, and what it starts, see an empty folder of devices, but for what is open already and for
-    /// `null`. Other tests go on to see the real one.
+    /// Replaces `/dev` by a directory with only `null`, for this thread and the processes that it starts. Devices that
+    /// are already open stay usable. Other threads still see the real `/dev`.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if a system call fails.
     pub fn hide_devices(&self) -> Result<()> {
-        unshare(CloneFlags::CLONE_NEWNS).context("a new mount namespace")?;
+        unshare(CloneFlags::CLONE_NEWNS).context("cannot create a mount namespace")?;
         let null = File::open("/dev/null")?;
         let none: Option<&str> = None;
         mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
         mount(none, "/dev", Some("tmpfs"), MsFlags::empty(), none)?;
         File::create("/dev/null")?;
         let null = format!("/proc/self/fd/{}", null.as_raw_fd());
-        mount(Some(null.as_str()), "/dev/null", none, MsFlags::MS_BIND, none).context("/dev/null")?;
+        mount(Some(null.as_str()), "/dev/null", none, MsFlags::MS_BIND, none)
+            .context("cannot mount /dev/null")?;
         Ok(())
     }
 
-    /// Has this thread, and what it starts, see this namespace's interfaces in `/sys/class/net`.
+    /// Mounts a `/sys` that shows the interfaces of this namespace, for this thread and the processes that it starts.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if a system call fails.
     pub fn mount_sysfs(&self) -> Result<()> {
-        unshare(CloneFlags::CLONE_NEWNS).context("a new mount namespace")?;
+        unshare(CloneFlags::CLONE_NEWNS).context("cannot create a mount namespace")?;
         let none: Option<&str> = None;
         mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
-        mount(none, "/sys", Some("sysfs"), MsFlags::empty(), none).context("/sys")
+        mount(none, "/sys", Some("sysfs"), MsFlags::empty(), none).context("cannot mount /sys")
     }
 
-    /// Creates a TAP with a virtio-net header and `queues` queues, brings it up and gives its queues. It lives as long
-    /// as one of them is open, or [`set_persistent`] was called.
+    /// Creates a TAP with a virtio-net header and `queues` queues, brings it up, and returns its queues. The TAP exists
+    /// as long as one of them is open, or if [`set_persistent`] was called.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if a system call fails.
     pub fn create_tap(&self, name: &str, queues: usize) -> Result<Vec<OwnedFd>> {
         let multi_queue = if queues > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
         let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | multi_queue;
@@ -86,14 +90,14 @@ impl Netns {
         Ok(queues)
     }
 
-    /// Creates a TAP that stays without an open file, brings it up and closes it: for a back-end to find.
+    /// Creates a persistent TAP, brings it up and closes it, so that a back-end can attach to it.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if a system call fails.
     pub fn create_persistent_tap(&self, name: &str, multi_queue: bool) -> Result<()> {
         let multi_queue = if multi_queue { libc::IFF_MULTI_QUEUE } else { 0 };
         let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | multi_queue;
-        // A child that has the TAP for a moment would keep the back-end from attaching.
+        // A child process that inherits the TAP, until its exec, would keep the back-end from attaching.
         let _forking = FORKING.lock().unwrap_or_else(PoisonError::into_inner);
         let tap = open_tun(name, flags)?;
         set_persistent(&tap)?;
@@ -103,13 +107,13 @@ impl Netns {
 
 impl Drop for Netns {
     fn drop(&mut self) {
-        setns(&self.before, CloneFlags::CLONE_NEWNET).expect("the namespace this thread came from");
+        setns(&self.before, CloneFlags::CLONE_NEWNET).expect("the previous namespace still exists");
     }
 }
 
-/// An `ifreq` for this interface.
+/// Returns an `ifreq` for this interface.
 fn interface_request(name: &str) -> Result<libc::ifreq> {
-    ensure!(name.len() < libc::IFNAMSIZ, "{name}: too long for an interface's name");
+    ensure!(name.len() < libc::IFNAMSIZ, "interface name {name} is too long");
     // SAFETY: `ifreq` is plain data, for which all zeroes is a value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (target, source) in request.ifr_name.iter_mut().zip(name.bytes()) {
@@ -118,7 +122,7 @@ fn interface_request(name: &str) -> Result<libc::ifreq> {
     Ok(request)
 }
 
-/// Issues an interface ioctl on a throw-away socket of this thread's namespace.
+/// Issues an interface ioctl on a temporary socket in this thread's namespace.
 fn interface_ioctl(request: libc::Ioctl, argument: &mut libc::ifreq) -> Result<()> {
     let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
     // SAFETY: every request used here takes a pointer to an `ifreq`, which lives through the call.
@@ -127,36 +131,37 @@ fn interface_ioctl(request: libc::Ioctl, argument: &mut libc::ifreq) -> Result<(
     Ok(())
 }
 
-/// Opens a queue of a TUN or TAP interface with exactly these flags, creating it where there is none.
+/// Opens a queue of a TUN or TAP interface with exactly these flags. Creates the interface if it does not exist.
 ///
 /// # Errors
-/// The system's.
+/// Returns an error if a system call fails.
 pub fn open_tun(name: &str, flags: libc::c_int) -> Result<OwnedFd> {
-    let file = File::options().read(true).write(true).open("/dev/net/tun").context("/dev/net/tun")?;
+    let file =
+        File::options().read(true).write(true).open("/dev/net/tun").context("cannot open /dev/net/tun")?;
     let mut request = interface_request(name)?;
     request.ifr_ifru.ifru_flags = i16::from_ne_bytes(flags.to_ne_bytes()[..2].try_into()?);
     // SAFETY: TUNSETIFF takes a pointer to an `ifreq`, which lives through the call.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
     Errno::result(result).with_context(|| format!("TUNSETIFF {name}"))?;
-    // SAFETY: the descriptor was just given up by its owner.
+    // SAFETY: `file` has just released ownership of the descriptor.
     Ok(unsafe { OwnedFd::from_raw_fd(file.into_raw_fd()) })
 }
 
-/// Keeps a TAP when its last file is closed.
+/// Makes a TAP persistent, so that it still exists after its last queue is closed.
 ///
 /// # Errors
-/// The system's.
+/// Returns an error if a system call fails.
 pub fn set_persistent(tap: &OwnedFd) -> Result<()> {
-    // SAFETY: TUNSETPERSIST takes a number.
+    // SAFETY: TUNSETPERSIST takes only a number.
     let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETPERSIST, 1) };
     Errno::result(result).context("TUNSETPERSIST")?;
     Ok(())
 }
 
-/// Limits what a TAP's queues hold of what is on its way into the network.
+/// Sets the size of a TAP's send buffer, which limits the frames on their way to the network.
 ///
 /// # Errors
-/// The system's.
+/// Returns an error if a system call fails.
 pub fn set_sndbuf(tap: &OwnedFd, bytes: libc::c_int) -> Result<()> {
     // SAFETY: TUNSETSNDBUF reads an int.
     let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETSNDBUF, &raw const bytes) };
@@ -164,21 +169,21 @@ pub fn set_sndbuf(tap: &OwnedFd, bytes: libc::c_int) -> Result<()> {
     Ok(())
 }
 
-/// What a holder of a TAP's queue can change of it.
+/// The settings of a TAP's queue that a holder of the queue can change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct QueueSettings {
     /// Length of the virtio-net header.
     pub header_size: libc::c_int,
     /// Size of the send buffer.
     pub sndbuf: libc::c_int,
-    /// The kernel gives frames to it.
+    /// Whether the queue is attached, so that the kernel delivers frames to it.
     pub attached: bool,
 }
 
-/// What a TAP's queue is set to.
+/// Reads the settings of a TAP's queue.
 ///
 /// # Errors
-/// The system's.
+/// Returns an error if a system call fails.
 pub fn queue_settings(tap: &OwnedFd) -> Result<QueueSettings> {
     let number = |operation, name| -> Result<libc::c_int> {
         let mut number: libc::c_int = 0;
@@ -198,10 +203,10 @@ pub fn queue_settings(tap: &OwnedFd) -> Result<QueueSettings> {
     Ok(QueueSettings { header_size, sndbuf, attached: flags & libc::IFF_DETACH_QUEUE == 0 })
 }
 
-/// Gives a TAP's queue another header size and send buffer, and detaches it.
+/// Changes the header size and send buffer of a TAP's queue, and detaches it.
 ///
 /// # Errors
-/// The system's.
+/// Returns an error if a system call fails.
 pub fn spoil_queue(tap: &OwnedFd) -> Result<()> {
     let header_size: libc::c_int = 20;
     // SAFETY: TUNSETVNETHDRSZ reads an int.
@@ -216,19 +221,19 @@ pub fn spoil_queue(tap: &OwnedFd) -> Result<()> {
     Ok(())
 }
 
-/// What each holder of a TAP's queue can change of the TAP without any privilege, and what is not a queue's.
+/// The settings of a TAP, rather than of a queue, that a holder of a queue can change without privileges.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TapSettings {
-    /// Whether it outlives its holders.
+    /// Whether the TAP still exists after its last queue is closed.
     pub persistent: bool,
     /// Its Ethernet address.
     pub address: [u8; 6],
 }
 
-/// What a TAP is set to.
+/// Reads the settings of a TAP.
 ///
 /// # Errors
-/// The system's.
+/// Returns an error if a system call fails.
 pub fn tap_settings(tap: &OwnedFd) -> Result<TapSettings> {
     let mut request = interface_request("")?;
     // SAFETY: TUNGETIFF fills an ifreq.
@@ -248,13 +253,13 @@ pub fn tap_settings(tap: &OwnedFd) -> Result<TapSettings> {
     })
 }
 
-/// Changes all of a TAP that [`tap_settings`] tells, and takes its carrier.
+/// Changes all settings that [`tap_settings`] reads, and removes the carrier of the TAP.
 ///
 /// # Errors
-/// The system's.
+/// Returns an error if a system call fails.
 pub fn spoil_tap(tap: &OwnedFd) -> Result<()> {
     let persistent = libc::c_int::from(!tap_settings(tap)?.persistent);
-    // SAFETY: TUNSETPERSIST takes a number.
+    // SAFETY: TUNSETPERSIST takes only a number.
     let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETPERSIST, persistent) };
     Errno::result(result).context("TUNSETPERSIST")?;
     let mut request = interface_request("")?;
@@ -264,7 +269,7 @@ pub fn spoil_tap(tap: &OwnedFd) -> Result<()> {
     // SAFETY: SIOCSIFHWADDR reads an ifreq.
     let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::SIOCSIFHWADDR, &raw const request) };
     Errno::result(result).context("SIOCSIFHWADDR")?;
-    // `TUNSETCARRIER`, which the `libc` crate does not have.
+    // `TUNSETCARRIER`, which the `libc` crate does not define.
     let set_carrier = libc::TUNSETPERSIST + 226 - 203;
     let carrier: libc::c_int = 0;
     // SAFETY: TUNSETCARRIER reads an int.
@@ -273,11 +278,10 @@ pub fn spoil_tap(tap: &OwnedFd) -> Result<()> {
     Ok(())
 }
 
-/// Has a TAP give its reader only frames to this address, and of those only what a filter program takes, which is
-/// nothing.
+/// Makes a TAP deliver only frames to this address, and attaches a filter program that drops all of these.
 ///
 /// # Errors
-/// The system's.
+/// Returns an error if a system call fails.
 pub fn set_filters(tap: &OwnedFd, address: [u8; 6]) -> Result<()> {
     #[repr(C)]
     struct Filter {
@@ -286,19 +290,19 @@ pub fn set_filters(tap: &OwnedFd, address: [u8; 6]) -> Result<()> {
         address: [u8; 6],
     }
     let filter = Filter { flags: 0, count: 1, address };
-    // SAFETY: TUNSETTXFILTER reads a header, and the addresses that it counts.
+    // SAFETY: TUNSETTXFILTER reads a header, and as many addresses as its count says.
     let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETTXFILTER, &raw const filter) };
     Errno::result(result).context("TUNSETTXFILTER")?;
-    // BPF_RET | BPF_K, 0: no byte of any frame.
+    // BPF_RET | BPF_K, 0: accepts no byte of any frame.
     let mut nothing = libc::sock_filter { code: 6, jt: 0, jf: 0, k: 0 };
     let program = libc::sock_fprog { len: 1, filter: &raw mut nothing };
-    // SAFETY: TUNATTACHFILTER reads a program, whose instructions live through the call.
+    // SAFETY: TUNATTACHFILTER reads a program, whose instruction outlives the call.
     let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNATTACHFILTER, &raw const program) };
     Errno::result(result).context("TUNATTACHFILTER")?;
     Ok(())
 }
 
-/// An interface's `IFF_` flags.
+/// Returns the `IFF_` flags of an interface.
 fn flags(name: &str) -> Result<libc::c_short> {
     let mut request = interface_request(name)?;
     interface_ioctl(libc::SIOCGIFFLAGS, &mut request)?;
@@ -306,7 +310,7 @@ fn flags(name: &str) -> Result<libc::c_short> {
     Ok(unsafe { request.ifr_ifru.ifru_flags })
 }
 
-/// Whether an interface of that name exists in this thread's namespace.
+/// Returns whether an interface exists in this thread's namespace.
 pub fn exists(name: &str) -> bool {
     flags(name).is_ok()
 }
@@ -314,25 +318,25 @@ pub fn exists(name: &str) -> bool {
 /// Brings an interface up.
 ///
 /// # Errors
-/// The system's, also where there is no such interface.
+/// Returns an error if the interface does not exist, or a system call fails.
 pub fn set_up(name: &str) -> Result<()> {
     let mut request = interface_request(name)?;
     request.ifr_ifru.ifru_flags = flags(name)? | libc::c_short::try_from(libc::IFF_UP)?;
-    interface_ioctl(libc::SIOCSIFFLAGS, &mut request).with_context(|| format!("bring {name} up"))
+    interface_ioctl(libc::SIOCSIFFLAGS, &mut request).with_context(|| format!("cannot bring {name} up"))
 }
 
-/// Whether an interface is up.
+/// Returns whether an interface is up.
 ///
 /// # Errors
-/// Where there is no such interface.
+/// Returns an error if the interface does not exist.
 pub fn is_up(name: &str) -> Result<bool> {
     Ok(flags(name)? & libc::c_short::try_from(libc::IFF_UP)? != 0)
 }
 
-/// Waits until the kernel has noticed that an interface has its carrier, and lets frames through to it.
+/// Waits until the kernel has noticed the carrier of an interface, and passes frames to the interface.
 ///
 /// # Errors
-/// If it has none, and where there is no such interface.
+/// Returns an error if the interface does not exist, or has no carrier.
 pub fn wait_running(name: &str) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(120);
     let running = libc::c_short::try_from(libc::IFF_RUNNING)?;
@@ -340,48 +344,50 @@ pub fn wait_running(name: &str) -> Result<()> {
         ensure!(Instant::now() < deadline, "{name} has no carrier");
         std::thread::yield_now();
     }
-    // The flag shows before the queueing discipline is there, but under one lock, which this takes, too.
+    // The kernel sets the flag before it attaches the queueing discipline, but holds one lock during both. This call
+    // takes the same lock.
     set_up(name)
 }
 
-/// Sets an interface's MTU.
+/// Sets the MTU of an interface.
 ///
 /// # Errors
-/// The system's.
+/// Returns an error if a system call fails.
 pub fn set_mtu(name: &str, mtu: i32) -> Result<()> {
     let mut request = interface_request(name)?;
     request.ifr_ifru.ifru_mtu = mtu;
-    interface_ioctl(libc::SIOCSIFMTU, &mut request).with_context(|| format!("MTU of {name}"))
+    interface_ioctl(libc::SIOCSIFMTU, &mut request).with_context(|| format!("cannot set the MTU of {name}"))
 }
 
-/// An interface's index.
+/// Returns the index of an interface.
 ///
 /// # Errors
-/// Where there is no such interface.
+/// Returns an error if the interface does not exist.
 pub fn interface_index(name: &str) -> Result<i32> {
     let mut request = interface_request(name)?;
-    interface_ioctl(libc::SIOCGIFINDEX, &mut request).with_context(|| format!("index of {name}"))?;
+    interface_ioctl(libc::SIOCGIFINDEX, &mut request)
+        .with_context(|| format!("cannot read the index of {name}"))?;
     // SAFETY: SIOCGIFINDEX has filled this field in.
     Ok(unsafe { request.ifr_ifru.ifru_ifindex })
 }
 
-/// An interface's counters, as the kernel sees it: for a TAP, `rx` is what its owner wrote.
+/// The counters of an interface, from the kernel's point of view: for a TAP, `rx` counts frames written by its owner.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
     /// Frames written by the TAP's owner.
     pub rx_packets: u64,
-    /// Frames given up on the way from the TAP's owner.
+    /// Frames from the TAP's owner that were dropped.
     pub rx_dropped: u64,
     /// Frames for the TAP's owner.
     pub tx_packets: u64,
-    /// Frames for the TAP's owner for which there was no room, or no queue.
+    /// Frames for the TAP's owner that were dropped, because the queue was full or absent.
     pub tx_dropped: u64,
 }
 
-/// Reads an interface's counters.
+/// Reads the counters of an interface.
 ///
 /// # Errors
-/// Where there is no such interface.
+/// Returns an error if the interface does not exist.
 pub fn counters(name: &str) -> Result<Counters> {
     let text = std::fs::read_to_string("/proc/thread-self/net/dev")?;
     parse_counters(&text, name).with_context(|| format!("{name} is not in /proc/net/dev"))
@@ -403,7 +409,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn counters_are_read_from_their_columns() {
+    fn counters_are_parsed_by_column() {
         let text = "Inter-|   Receive                                                |  Transmit\n \
             face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo colls carrier compressed\n \
             lo: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16\n\
@@ -414,7 +420,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tap_goes_with_its_last_queue() {
+    fn a_tap_is_removed_with_its_last_queue() {
         let netns = Netns::enter().unwrap();
         let queues = netns.create_tap("tap0", 2).unwrap();
         assert!(is_up("tap0").unwrap());
@@ -423,7 +429,7 @@ mod tests {
     }
 
     #[test]
-    fn a_persistent_tap_stays() {
+    fn a_persistent_tap_outlives_its_queues() {
         let netns = Netns::enter().unwrap();
         netns.create_persistent_tap("tap0", false).unwrap();
         assert!(is_up("tap0").unwrap());
@@ -431,7 +437,7 @@ mod tests {
     }
 
     #[test]
-    fn a_namespace_is_left_again() {
+    fn dropping_a_namespace_returns_to_the_previous_one() {
         let netns = Netns::enter().unwrap();
         let _queues = netns.create_tap("baton-test0", 1).unwrap();
         drop(netns);

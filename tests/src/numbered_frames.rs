@@ -1,6 +1,7 @@
-//! Numbered frames of one direction, in flows: counts the frames that are missing, and those that arrive late or twice.
+//! Numbered frames of one direction, in flows. Counts the frames that are missing, and those that arrive late or twice.
 //!
-//! The UDP source port tells a frame's flow. The payload has the frame's number within its flow, and a time stamp.
+//! The UDP source port identifies a frame's flow. The payload contains the frame's number within its flow, and a time
+//! stamp.
 
 use std::collections::BTreeSet;
 
@@ -43,15 +44,15 @@ pub struct Arrival {
     pub port: u16,
     /// The frame's number in its flow.
     pub number: u32,
-    /// The number after the frame of this flow that arrived before.
+    /// The number that follows the frame of this flow that arrived before.
     pub expected: u32,
-    /// Whether the frames that arrive twice do so without a gap: from one of them on, all that follow it.
+    /// Whether frames that arrive twice do so without a gap: from one of them on, all that follow it.
     pub in_order: bool,
     /// When the frame was sent.
     pub stamp: u64,
 }
 
-/// What became of the frames of a direction.
+/// The frames of a direction, counted by what happened to them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
     /// Frames sent.
@@ -65,7 +66,7 @@ pub struct Tally {
 }
 
 impl Flows {
-    /// This many flows, from UDP port `port` on.
+    /// Creates this many flows, with consecutive UDP ports from `port` on.
     pub fn new(port: u16, flows: u16) -> Self {
         let flow = |port: u16| {
             let mut frame = segment(Network::V4, Transport::Udp, &[0x5a; PAYLOAD]);
@@ -86,7 +87,7 @@ impl Flows {
         (self.turn, &flow.frame.bytes)
     }
 
-    /// Notes that the next frame was sent; it is the next flow's turn.
+    /// Records that the next frame was sent, and moves on to the next flow.
     pub fn sent(&mut self) {
         self.flows[self.turn].next += 1;
         self.tally.sent += 1;
@@ -96,21 +97,21 @@ impl Flows {
     /// Counts a frame that arrived.
     ///
     /// # Errors
-    /// If it is not a frame that was sent.
+    /// Returns an error if the frame is damaged or was never sent.
     pub fn receive(&mut self, frame: &[u8]) -> Result<Arrival> {
         let Segment { transport_offset, payload_offset, .. } = self.flows[0].frame;
         let port =
-            frame.get(transport_offset..).and_then(|bytes| bytes.first_chunk()).context("a short frame")?;
+            frame.get(transport_offset..).and_then(|bytes| bytes.first_chunk()).context("short frame")?;
         let port = u16::from_be_bytes(*port);
         let index = usize::from(port.wrapping_sub(self.port));
-        let flow = self.flows.get_mut(index).with_context(|| format!("a frame of port {port}"))?;
-        ensure!(frame.len() == flow.frame.bytes.len(), "a frame of {} bytes", frame.len());
+        let flow = self.flows.get_mut(index).with_context(|| format!("frame of unknown port {port}"))?;
+        ensure!(frame.len() == flow.frame.bytes.len(), "frame of {} bytes", frame.len());
         let padding = payload_offset + PADDING;
-        ensure!(frame[padding..] == flow.frame.bytes[padding..], "frame of port {port} was changed");
+        ensure!(frame[padding..] == flow.frame.bytes[padding..], "frame of port {port} is damaged");
         let (number, stamp) = frame[payload_offset..padding].split_at(4);
         let number = u32::from_be_bytes(number.try_into()?);
         let stamp = u64::from_be_bytes(stamp.try_into()?);
-        ensure!(number < flow.next, "frame {number} of port {port} arrived, and was never sent");
+        ensure!(number < flow.next, "frame {number} of port {port} arrived but was never sent");
 
         let expected = std::mem::replace(&mut flow.expected, number + 1);
         let in_order = number <= expected || expected == flow.received;
@@ -137,12 +138,12 @@ impl Flows {
         self.flows.iter().map(|flow| u64::from(flow.next - flow.received)).sum()
     }
 
-    /// What became of the frames so far.
+    /// The counts so far.
     pub fn tally(&self) -> Tally {
         self.tally
     }
 
-    /// What became of the frames since the last call, and counts anew. The frames in flight are lost.
+    /// Returns the counts since the last call and resets them. Frames in flight count as lost.
     pub fn take_tally(&mut self) -> Tally {
         let lost = self.tally.lost + self.in_flight();
         for flow in &mut self.flows {
@@ -158,7 +159,7 @@ impl Flows {
 mod tests {
     use super::*;
 
-    /// Sends this many frames of the only flow.
+    /// Takes this many frames of the only flow and marks them as sent.
     fn send(flows: &mut Flows, count: usize) -> Vec<Vec<u8>> {
         let frame = |_| {
             let frame = flows.next(0).1.to_vec();
@@ -169,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn what_became_of_each_frame_is_counted() {
+    fn lost_doubled_and_reordered_frames_are_counted() {
         let mut flows = Flows::new(1000, 1);
         let frames = send(&mut flows, 6);
         for index in [0, 2, 1, 2, 4] {
@@ -185,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn frames_that_arrive_twice_are_in_order_without_a_gap() {
+    fn frames_that_arrive_twice_are_in_order_only_without_a_gap() {
         let mut flows = Flows::new(1000, 1);
         let frames = send(&mut flows, 5);
         let mut in_order = |index: usize| flows.receive(&frames[index]).unwrap().in_order;

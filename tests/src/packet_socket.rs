@@ -1,9 +1,6 @@
-//! The network's side of a TAP: puts frames in front of its owner, and sees what its owner sends — with the
-//! virtio-net header, so that large frames and partial checksums go through as such.
-#![expect(
-    unsafe_code,
-    reason = "packet sockets are bound and configured by structures that nix does not have"
-)]
+//! The network side of a TAP: sends frames to the owner of the TAP, and receives the frames that the owner sends. A
+//! frame has a virtio-net header, so large frames and partial checksums pass unchanged.
+#![expect(unsafe_code, reason = "nix lacks the structures that bind and configure packet sockets")]
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::size_of;
@@ -18,13 +15,13 @@ use nix::sys::uio::{readv, writev};
 use crate::fake_frontend::NetHeader;
 use crate::netns::{interface_index, wait_running};
 
-/// The length of the header on packet sockets.
+/// The length of the virtio-net header on packet sockets.
 const HEADER_LENGTH: usize = 10;
 
-/// How long a frame may take. Only catches one that does not come.
+/// The timeout for a frame. Only catches frames that are lost.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// A packet socket on one interface, which sees nothing of what it sends itself.
+/// A packet socket on one interface. It does not receive the frames that it sends.
 #[derive(Debug)]
 pub struct PacketSocket {
     socket: OwnedFd,
@@ -32,22 +29,22 @@ pub struct PacketSocket {
 }
 
 impl PacketSocket {
-    /// Opens a socket on an interface in this thread's namespace. It receives from now on.
+    /// Opens a socket on an interface in this thread's namespace. The socket receives frames from now on.
     ///
     /// # Errors
-    /// Where there is no such interface, or no privilege.
+    /// Returns an error if the interface does not exist, or if this process lacks the privilege.
     pub fn open(interface: &str) -> Result<Self> {
         let socket = Self::open_queued_now(interface)?;
-        // Straight to the driver: no queueing discipline that waits for the carrier, or drops.
+        // Sends directly to the driver. The queueing discipline waits for the carrier, or drops frames.
         set_option(&socket.socket, libc::PACKET_QDISC_BYPASS, 1)?;
         Ok(socket)
     }
 
-    /// Opens a socket whose frames pass the interface's queueing discipline, as everybody's do: only there are large
-    /// ones cut into segments by the kernel. Waits until that works, which takes the TAP's owner to be there.
+    /// Opens a socket whose frames pass the interface's queueing discipline, like those of other programs: only there
+    /// does the kernel segment large frames. Waits until the interface has a carrier, which needs an owner of the TAP.
     ///
     /// # Errors
-    /// Those of [`Self::open`], and if the interface has nobody who reads it.
+    /// Same as [`Self::open`]. Also returns an error if the TAP gets no owner in time.
     pub fn open_queued(interface: &str) -> Result<Self> {
         wait_running(interface)?;
         Self::open_queued_now(interface)
@@ -57,10 +54,11 @@ impl PacketSocket {
         let index = interface_index(interface)?;
         let protocol = u16::try_from(libc::ETH_P_ALL)?.to_be();
         let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
-        // Protocol 0: nothing is received before the socket is bound to the one interface.
-        // SAFETY: takes numbers only.
-        let fd = Errno::result(unsafe { libc::socket(libc::AF_PACKET, kind, 0) }).context("packet socket")?;
-        // SAFETY: the descriptor was just created and belongs to nobody else.
+        // Protocol 0: the socket receives nothing before it is bound to its interface.
+        // SAFETY: takes only numbers.
+        let fd = Errno::result(unsafe { libc::socket(libc::AF_PACKET, kind, 0) })
+            .context("cannot create a packet socket")?;
+        // SAFETY: the descriptor was just created, and nothing else owns it.
         let socket = unsafe { OwnedFd::from_raw_fd(fd) };
         set_option(&socket, libc::PACKET_VNET_HDR, 1)?;
         set_option(&socket, libc::PACKET_IGNORE_OUTGOING, 1)?;
@@ -77,38 +75,39 @@ impl PacketSocket {
         address.sll_protocol = protocol;
         address.sll_ifindex = index;
         let length = u32::try_from(size_of::<libc::sockaddr_ll>())?;
-        // SAFETY: the address is of the length given, and lives through the call.
+        // SAFETY: the address has the given length, and outlives the call.
         let result =
             unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast::<libc::sockaddr>(), length) };
-        Errno::result(result).with_context(|| format!("bind a packet socket to {interface}"))?;
+        Errno::result(result).with_context(|| format!("cannot bind a packet socket to {interface}"))?;
         Ok(Self { socket, buffer: vec![0; 70_000] })
     }
 
-    /// Sends a frame to the interface: a TAP's owner will read it. Header fields say whether it is to be segmented, and
-    /// where its checksum is missing.
+    /// Sends a frame to the interface, where the owner of a TAP reads it. The header says how to segment the frame, and
+    /// where to fill in its checksum.
     ///
     /// # Errors
-    /// The system's: `ENOBUFS` where the interface has dropped it.
+    /// Returns the error of `writev(2)`: `ENOBUFS` if the interface dropped the frame.
     pub fn send_with(&self, header: &NetHeader, frame: &[u8]) -> Result<()> {
         let header = header.encode();
         let parts = [IoSlice::new(&header[..HEADER_LENGTH]), IoSlice::new(frame)];
-        let sent = writev(&self.socket, &parts).with_context(|| format!("send {} bytes", frame.len()))?;
+        let sent =
+            writev(&self.socket, &parts).with_context(|| format!("cannot send {} bytes", frame.len()))?;
         ensure!(sent == HEADER_LENGTH + frame.len(), "only {sent} bytes were sent");
         Ok(())
     }
 
-    /// Sends a plain frame.
+    /// Sends a frame without offloads.
     ///
     /// # Errors
-    /// Those of [`Self::send_with`].
+    /// Same as [`Self::send_with`].
     pub fn send(&self, frame: &[u8]) -> Result<()> {
         self.send_with(&NetHeader::default(), frame)
     }
 
-    /// Sends a plain frame; returns whether the interface took it. A full TAP drops it.
+    /// Sends a frame without offloads. Returns whether the interface accepted it: a full TAP drops frames.
     ///
     /// # Errors
-    /// Those of [`Self::send_with`], but for `ENOBUFS`.
+    /// Same as [`Self::send_with`], except for `ENOBUFS`.
     pub fn try_send(&self, frame: &[u8]) -> Result<bool> {
         match self.send(frame) {
             Err(error) if error.downcast_ref() == Some(&Errno::ENOBUFS) => Ok(false),
@@ -116,17 +115,17 @@ impl PacketSocket {
         }
     }
 
-    /// Takes the next frame that came from the interface, if there is one.
+    /// Returns the next frame from the interface, or `None` if none has arrived.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if a system call fails.
     pub fn try_receive(&mut self) -> Result<Option<(NetHeader, &[u8])>> {
         let length = match self.read() {
             Ok(length) => length,
             Err(Errno::EAGAIN) => return Ok(None),
-            Err(errno) => return Err(errno).context("receive from the interface"),
+            Err(errno) => return Err(errno).context("cannot receive from the interface"),
         };
-        ensure!(length >= HEADER_LENGTH, "a packet of {length} bytes");
+        ensure!(length >= HEADER_LENGTH, "a packet has only {length} bytes");
         let header = NetHeader::decode(&self.buffer[..HEADER_LENGTH]);
         Ok(Some((header, &self.buffer[HEADER_LENGTH..length])))
     }
@@ -134,7 +133,7 @@ impl PacketSocket {
     /// Waits for a frame from the interface.
     ///
     /// # Errors
-    /// If none comes.
+    /// Returns an error if none arrives in time.
     pub fn receive(&mut self) -> Result<(NetHeader, Vec<u8>)> {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -142,23 +141,23 @@ impl PacketSocket {
                 return Ok((header, frame.to_vec()));
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            ensure!(!left.is_zero(), "no frame came from the interface");
+            ensure!(!left.is_zero(), "timed out before a frame arrived from the interface");
             poll(&mut [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)], PollTimeout::try_from(left)?)?;
         }
     }
 
-    /// Takes everything that has come by now, and says how much that was.
+    /// Discards all frames that have arrived, and returns their number.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if a system call fails.
     pub fn drain(&mut self) -> Result<usize> {
         let mut count = 0;
         loop {
             match self.read() {
-                // EINVAL: a frame whose offloads a packet socket cannot describe; it is gone now.
+                // EINVAL: the packet socket cannot describe the offloads of a frame, and has dropped it.
                 Ok(_) | Err(Errno::EINVAL) => count += 1,
                 Err(Errno::EAGAIN) => return Ok(count),
-                Err(errno) => return Err(errno).context("receive from the interface"),
+                Err(errno) => return Err(errno).context("cannot receive from the interface"),
             }
         }
     }
@@ -176,11 +175,11 @@ impl AsFd for PacketSocket {
 
 fn set_option(socket: &OwnedFd, option: libc::c_int, value: libc::c_int) -> Result<()> {
     let length = u32::try_from(size_of::<libc::c_int>())?;
-    // SAFETY: all options used here take an int of the length given, which lives through the call.
+    // SAFETY: all options used here take an int, which has the given length and outlives the call.
     let result = unsafe {
         libc::setsockopt(socket.as_raw_fd(), libc::SOL_PACKET, option, (&raw const value).cast(), length)
     };
-    Errno::result(result).with_context(|| format!("packet socket option {option}"))?;
+    Errno::result(result).with_context(|| format!("cannot set packet socket option {option}"))?;
     Ok(())
 }
 
@@ -207,6 +206,6 @@ mod tests {
         let (header, received) = network.receive().unwrap();
         assert_eq!(received, frame);
         assert_eq!(header.gso_type, 0);
-        assert_eq!(network.drain().unwrap(), 0, "it sees its own frames");
+        assert_eq!(network.drain().unwrap(), 0, "the socket received its own frames");
     }
 }

@@ -1,4 +1,4 @@
-//! Where things are: cargo's target folder, what `tests/setup` put there, and a folder for each test's logs.
+//! Paths: cargo's target directory, the files of `tests/setup` in it, and a directory for the logs of each test.
 
 use std::env;
 use std::fs;
@@ -9,35 +9,35 @@ use std::thread;
 
 use anyhow::{Context, Result, bail};
 
-/// The folder of the programs that cargo built along with the running one.
+/// Returns the directory of the programs that cargo built together with the running one.
 pub fn programs() -> Result<PathBuf> {
-    let program = env::current_exe().context("cannot tell which program runs")?;
-    let folder = program.parent().context("the running program is in no folder")?;
-    // Test executables are one folder below the programs.
+    let program = env::current_exe().context("cannot determine the running program")?;
+    let folder = program.parent().context("the running program has no parent directory")?;
+    // Test executables are one directory below the programs.
     let folder = if folder.ends_with("deps") { folder.parent().unwrap_or(folder) } else { folder };
     Ok(folder.to_owned())
 }
 
-/// Cargo's target folder, as one can tell by what `tests/setup` puts there.
+/// Returns cargo's target directory, which it recognises by the files of `tests/setup`.
 pub fn target() -> Result<PathBuf> {
     let programs = programs()?;
     match programs.ancestors().find(|folder| folder.join("lab/guest-kernel").exists()) {
         Some(folder) => Ok(folder.to_owned()),
-        None => bail!("nothing is set up for {}; run tests/setup", programs.display()),
+        None => bail!("{} is not set up for tests; run tests/setup", programs.display()),
     }
 }
 
-/// What `tests/setup` and the images made from it are kept in.
+/// Returns the directory of the files of `tests/setup`, and of the images built from them.
 pub fn lab() -> Result<PathBuf> {
     Ok(target()?.join("lab"))
 }
 
-/// What the tests and the lab's machine leave for whoever looks into a failure.
+/// Returns the directory of the logs of the tests and the lab.
 pub fn logs() -> Result<PathBuf> {
     Ok(target()?.join("lab-logs"))
 }
 
-/// The running test's own folder of [`logs`], which is there and, the first time a process asks, empty.
+/// Returns the directory of the running test in [`logs`]. Creates it, and empties it on the first call in a process.
 pub fn test_logs() -> Result<PathBuf> {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     let folder = test_logs_of(&test_name()?)?;
@@ -49,21 +49,23 @@ pub fn test_logs() -> Result<PathBuf> {
             _ => (),
         }
     }
-    fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
     Ok(folder)
 }
 
-/// The folder of [`logs`] of a test in the running executable.
+/// Returns the directory in [`logs`] of a test in the running executable.
 pub fn test_logs_of(test: &str) -> Result<PathBuf> {
-    let program = env::current_exe().context("cannot tell which program runs")?;
-    let name =
-        program.file_stem().and_then(|name| name.to_str()).context("the running program has no name")?;
-    // Cargo adds a hash to the names of test executables.
+    let program = env::current_exe().context("cannot determine the running program")?;
+    let name = program
+        .file_stem()
+        .and_then(|name| name.to_str())
+        .context("the running program has no valid name")?;
+    // Cargo appends a hash to the names of test executables.
     let name = name.rsplit_once('-').map_or(name, |(name, _)| name);
     Ok(logs()?.join(name).join(test.replace("::", "/")))
 }
 
-/// The running test's name as its executable knows it: `module::function`.
+/// Returns the name of the running test in its executable: `module::function`.
 pub(crate) fn test_name() -> Result<String> {
     let mut arguments = env::args();
     if arguments.by_ref().any(|argument| argument == "--exact")
@@ -73,11 +75,11 @@ pub(crate) fn test_name() -> Result<String> {
     }
     match thread::current().name() {
         Some(name) if name != "main" => Ok(name.to_owned()),
-        _ => bail!("cannot tell which test runs: this thread has no test's name"),
+        _ => bail!("cannot determine the running test: this thread is not named after a test"),
     }
 }
 
-/// A file that `tests/setup` makes.
+/// Returns the path of a file that `tests/setup` provides.
 pub(crate) fn set_up(path: &Path) -> Result<PathBuf> {
     let path = lab()?.join(path);
     if !path.exists() {

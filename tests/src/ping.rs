@@ -1,5 +1,5 @@
-//! Pings whose every reply is waited for: `ping` gives up on the last ones after twice the usual time, which on an
-//! emulated machine is too soon.
+//! Sends pings, and waits for every reply. The program `ping` waits for the last replies only twice the usual time,
+//! which is too short on an emulated machine.
 
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -15,19 +15,21 @@ use nix::sys::socket::{
     socket, sockopt,
 };
 
-/// How long to wait for a reply at most. Only catches what is lost.
+/// The timeout for replies. Long enough that only a lost ping reaches it.
 const PATIENCE: Duration = Duration::from_secs(120);
-/// How long to wait for others once the last one's reply has come: on one queue they come in order, on another later.
+/// How long to wait for other replies once the last one has arrived. Replies on one queue arrive in order, those on
+/// another queue may be later.
 const LINGER: Duration = Duration::from_secs(20);
-/// Time between two requests, if no reply comes before.
+/// The time between two requests, unless a reply arrives earlier.
 const INTERVAL: Duration = Duration::from_millis(10);
-/// Room for the replies, in bytes.
+/// The size of the receive buffer, in bytes.
 const RECEIVE_BUFFER: usize = 16 << 20;
-/// Payload of each, in bytes: its number, and a pattern.
+/// The payload of a ping, in bytes: its number, and a pattern.
 const PAYLOAD: usize = 56;
 
-/// How many more show that they are answered, and how often is looked.
+/// How many further replies [`Endless::wait_answered`] waits for.
 const SOME: usize = 10;
+/// How often it checks.
 const TICK: Duration = Duration::from_millis(1);
 
 /// When the next request is sent.
@@ -35,24 +37,25 @@ const TICK: Duration = Duration::from_millis(1);
 enum Pace {
     /// Every 10 ms.
     Steady,
-    /// When the reply to the last one has come, or 10 ms after it (`ping -f`).
+    /// When the reply to the last request has arrived, or 10 ms after the request (`ping -f`).
     Flood,
 }
 
 /// Sends `count` ICMP echo requests, one every 10 ms, and waits for the reply to each.
 ///
 /// # Errors
-/// If one stays away, and as [`lost`].
+/// Returns an error if a reply is missing. Otherwise same as [`lost`].
 pub fn check(to: Ipv4Addr, count: u16) -> Result<()> {
     let lost = lost(to, count)?;
-    ensure!(lost.is_empty(), "of {count} pings to {to} these were lost: {lost:?}");
+    ensure!(lost.is_empty(), "of {count} pings to {to}, these were lost: {lost:?}");
     Ok(())
 }
 
-/// Does so, and gives the numbers of those to which no reply came.
+/// Sends `count` pings, one every 10 ms, and returns the numbers of those without a reply.
 ///
 /// # Errors
-/// If a reply comes twice, or is not what was sent; without the privilege to send pings (`CAP_NET_RAW`).
+/// Returns an error if a reply is duplicated or differs from its request, or if this process lacks the privilege to
+/// send pings (`CAP_NET_RAW`).
 pub fn lost(to: Ipv4Addr, count: u16) -> Result<Vec<u16>> {
     lost_within(to, count, PATIENCE)
 }
@@ -60,14 +63,14 @@ pub fn lost(to: Ipv4Addr, count: u16) -> Result<Vec<u16>> {
 /// Sends pings, one every 10 ms, until one is answered.
 ///
 /// # Errors
-/// If none is.
+/// Returns an error if none is answered in time.
 pub fn wait_answered(to: Ipv4Addr) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     let is_answered = |sent: &[Sent]| sent.iter().any(|ping| ping.replies > 0);
     let go_on = |sent: &[Sent]| !is_answered(sent) && Instant::now() < deadline;
-    // The others' replies are not waited for.
+    // Does not wait for the other replies.
     let sent = send_while(to, Pace::Steady, Duration::ZERO, go_on)?;
-    ensure!(is_answered(&sent), "of {} pings to {to} none was answered", sent.len());
+    ensure!(is_answered(&sent), "none of {} pings to {to} was answered", sent.len());
     Ok(())
 }
 
@@ -83,17 +86,17 @@ struct Sent {
     replies: u32,
 }
 
-/// A flood of pings that goes on until it is told to end.
+/// A flood of pings that continues until [`Endless::end`].
 #[derive(Debug)]
 pub struct Endless {
     ended: Arc<AtomicBool>,
-    /// How many have been answered.
+    /// How many pings were answered before the next one was sent.
     answered: Arc<AtomicUsize>,
     thread: JoinHandle<Result<Vec<Sent>>>,
 }
 
 impl Endless {
-    /// Starts it.
+    /// Starts the flood.
     pub fn start(to: Ipv4Addr) -> Self {
         let (ended, answered) = (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default());
         let of_thread = (Arc::clone(&ended), Arc::clone(&answered));
@@ -107,44 +110,44 @@ impl Endless {
         Self { ended, answered, thread }
     }
 
-    /// Waits until some more were answered in time.
+    /// Waits until ten further pings are answered.
     ///
     /// # Errors
-    /// If none is, or the pings have ended by themselves.
+    /// Returns an error if that does not happen in time, or if the flood has failed.
     pub fn wait_answered(&self) -> Result<()> {
         let (deadline, before) = (Instant::now() + PATIENCE, self.answered.load(Ordering::Relaxed));
         while self.answered.load(Ordering::Relaxed) < before + SOME {
-            ensure!(!self.thread.is_finished(), "the pings have ended by themselves");
-            ensure!(Instant::now() < deadline, "no ping is answered");
+            ensure!(!self.thread.is_finished(), "the flood of pings has failed");
+            ensure!(Instant::now() < deadline, "timed out before {SOME} pings were answered");
             thread::sleep(TICK);
         }
         Ok(())
     }
 
-    /// Ends it, and gives how many were sent, and when those to which no reply came.
+    /// Ends the flood. Returns how many pings were sent, and when each ping without a reply was sent.
     ///
     /// # Errors
-    /// As [`lost`].
+    /// Same as [`lost`].
     pub fn end(self) -> Result<(usize, Vec<Instant>)> {
         self.ended.store(true, Ordering::Relaxed);
-        let sent = self.thread.join().map_err(|_| anyhow!("the pings' thread panicked"))??;
+        let sent = self.thread.join().map_err(|_| anyhow!("the thread of the pings panicked"))??;
         let lost = sent.iter().filter(|ping| ping.replies == 0).map(|ping| ping.time).collect();
         Ok((sent.len(), lost))
     }
 }
 
-/// Sends pings as long as `go_on` after those sent so far, and waits for the replies.
+/// Sends pings as long as `go_on` returns true for those sent so far, then waits for the missing replies.
 fn send_while(
     to: Ipv4Addr,
     pace: Pace,
     patience: Duration,
     go_on: impl Fn(&[Sent]) -> bool,
 ) -> Result<Vec<Sent>> {
-    /// Tells those of one process apart.
+    /// Distinguishes the senders of this process.
     static SENDERS: AtomicU16 = AtomicU16::new(0);
     let socket = socket(AddressFamily::Inet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Icmp)
-        .context("a socket for pings (this must run as root)")?;
-    // All replies that a machine which stood still sends at once.
+        .context("cannot create a socket for pings; run this as root")?;
+    // Holds all replies that a guest sends at once after it was stopped.
     setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER)?;
     let [a, b, c, d] = to.octets();
     connect(socket.as_raw_fd(), &SockaddrIn::new(a, b, c, d, 0))?;
@@ -170,11 +173,11 @@ fn send_while(
         }
     }
     let doubled = sent.iter().position(|ping| ping.replies > 1);
-    ensure!(doubled.is_none(), "the reply to ping {doubled:?} to {to} was doubled");
+    ensure!(doubled.is_none(), "the reply to ping {doubled:?} to {to} was duplicated");
     Ok(sent)
 }
 
-/// Counts the replies that come until then, or until the last request's has come.
+/// Counts the replies that arrive before `until`. If `until_last`, returns as soon as the last request is answered.
 fn hear(socket: &OwnedFd, id: u16, sent: &mut [Sent], until: Instant, until_last: bool) -> Result<()> {
     while !until_last || sent.last().is_some_and(|last| last.replies == 0) {
         let left = until.saturating_duration_since(Instant::now());
@@ -184,9 +187,9 @@ fn hear(socket: &OwnedFd, id: u16, sent: &mut [Sent], until: Instant, until_last
         }
         let mut packet = [0; 2048];
         let length = recv(socket.as_raw_fd(), &mut packet, MsgFlags::MSG_DONTWAIT)?;
-        // An IPv4 header, whose length is in words, comes first.
+        // The packet begins with an IPv4 header, whose length is given in words.
         let header = usize::from(packet[0] & 0xf) * 4;
-        let Some(message) = packet[..length].get(header..) else { bail!("a packet of {length} bytes") };
+        let Some(message) = packet[..length].get(header..) else { bail!("truncated packet: {length} bytes") };
         let [0, _, _, _, id1, id2, _, _, payload @ ..] = message else { continue };
         if [*id1, *id2] == id.to_be_bytes()
             && let Some((number, _)) = payload.split_first_chunk()
@@ -200,11 +203,11 @@ fn hear(socket: &OwnedFd, id: u16, sent: &mut [Sent], until: Instant, until_last
     Ok(())
 }
 
-/// An echo request (RFC 792).
+/// Returns an echo request (RFC 792).
 fn request(id: u16, number: u32) -> Vec<u8> {
     let mut message = vec![8, 0, 0, 0];
     message.extend(id.to_be_bytes());
-    // The sequence number has the lower half only.
+    // The sequence number holds only the lower half of the number.
     let bytes = number.to_be_bytes();
     message.extend(&bytes[2..]);
     message.extend(bytes);
@@ -222,12 +225,12 @@ mod tests {
     use crate::{link, netns::Netns};
 
     #[test]
-    fn a_reply_that_does_not_come_is_missed() {
+    fn pings_without_a_reply_are_reported_as_lost() {
         let _netns = Netns::enter().unwrap();
         link::ip(&["link", "set", "lo", "up"]).unwrap();
         wait_answered(Ipv4Addr::LOCALHOST).unwrap();
         check(Ipv4Addr::LOCALHOST, 20).unwrap();
-        // With nobody to answer.
+        // The kernel no longer answers.
         std::fs::write("/proc/sys/net/ipv4/icmp_echo_ignore_all", "1").unwrap();
         assert_eq!(lost_within(Ipv4Addr::LOCALHOST, 3, INTERVAL).unwrap(), [0, 1, 2]);
     }

@@ -1,10 +1,7 @@
-//! A program under test: started with inherited descriptors, its log kept, and gone with the test.
+//! A process that runs a program under test, with inherited descriptors and a captured log.
 //!
-//! It is in the network namespace of the thread that starts it, and is killed when that thread ends in any way.
-#![expect(
-    unsafe_code,
-    reason = "a child's descriptors and its death with its parent are arranged before exec"
-)]
+//! It runs in the network namespace of the thread that starts it, and is killed when that thread ends for any reason.
+#![expect(unsafe_code, reason = "sets up a child's descriptors and parent-death signal before exec")]
 
 use std::ffi::OsString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -26,33 +23,32 @@ use rustix::process::{Resource, Rlimit, getrlimit, prlimit};
 use crate::jitter::Jitter;
 use crate::programs;
 
-/// How long anything may take. Only catches what hangs.
+/// The timeout of all waits. Only catches hangs.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Held from a fork until its exec, and where a descriptor must not be in a child for even that long: tests of one
-/// process run in many threads.
+/// Held from fork to exec, and by a thread with a descriptor that a child must not inherit even until its exec. The
+/// tests of one process run in several threads.
 pub(crate) static FORKING: Mutex<()> = Mutex::new(());
 
-/// How often is looked where the kernel reports no event.
+/// How often to check a condition for which the kernel reports no event.
 const TICK: Duration = Duration::from_millis(1);
 
-/// Waits until a condition comes true of which nobody tells; twice as long as for other things, for in the lab much may
-/// be part of it.
+/// Polls until `condition` is true, for up to twice [`PATIENCE`]: in the lab, a condition may involve many steps.
 ///
 /// # Errors
-/// If it does not, and the condition's own.
+/// Returns an error if the condition does not become true in time, or fails.
 pub fn until(what: &str, mut condition: impl FnMut() -> Result<bool>) -> Result<()> {
     let deadline = Instant::now() + 2 * PATIENCE;
     while !condition()? {
-        ensure!(Instant::now() < deadline, "waited in vain until {what}");
+        ensure!(Instant::now() < deadline, "timed out before {what}");
         thread::sleep(TICK);
     }
     Ok(())
 }
 
-/// Sends a signal to the process of a descriptor.
+/// Sends a signal to the process of a pidfd.
 pub(crate) fn send(process: BorrowedFd<'_>, signal: Signal) -> Result<(), Errno> {
-    // SAFETY: takes numbers, and a null pointer for "no more information".
+    // SAFETY: takes only numbers and a null pointer, which requests the default signal information.
     let result = unsafe {
         libc::syscall(
             libc::SYS_pidfd_send_signal,
@@ -76,25 +72,25 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `path`. The child inherits `fds` under their numbers here, and no others.
+    /// Starts the program `path`. The child inherits only `fds`, under the same numbers.
     ///
     /// # Errors
-    /// If it cannot be started.
+    /// Returns an error if it cannot be started.
     pub fn start(path: &Path, arguments: &[OsString], fds: &[BorrowedFd<'_>]) -> Result<Self> {
         Self::start_with_input(path, arguments, fds, Stdio::null())
     }
 
-    /// The same with something on its standard input.
+    /// Like [`Self::start`], with this standard input.
     ///
     /// # Errors
-    /// If it cannot be started.
+    /// Returns an error if it cannot be started.
     pub fn start_with_input(
         path: &Path,
         arguments: &[OsString],
         fds: &[BorrowedFd<'_>],
         input: Stdio,
     ) -> Result<Self> {
-        let log = tempfile::tempfile().context("a file for the log")?;
+        let log = tempfile::tempfile().context("cannot create a file for the log")?;
         let fds: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         let parent = nix::unistd::getpid();
         let mut command = Command::new(path);
@@ -105,7 +101,7 @@ impl Process {
                 return Err(Errno::ESRCH.into());
             }
             for &fd in &fds {
-                // SAFETY: takes numbers only; the descriptor is the parent's, which keeps it open until the exec.
+                // SAFETY: takes only numbers. The caller keeps the descriptor open until the exec.
                 Errno::result(unsafe { libc::fcntl(fd, libc::F_SETFD, 0) })?;
             }
             Ok(())
@@ -113,35 +109,35 @@ impl Process {
         // SAFETY: the closure only makes system calls.
         unsafe { command.pre_exec(before_exec) };
         let forking = FORKING.lock().unwrap_or_else(PoisonError::into_inner);
-        let child = command.spawn().with_context(|| format!("start {}", path.display()))?;
+        let child = command.spawn().with_context(|| format!("cannot start {}", path.display()))?;
         drop(forking);
         let pid = libc::pid_t::try_from(child.id())?;
-        // SAFETY: takes numbers only. The child has not been waited for, so the number is still its own.
+        // SAFETY: takes only numbers. The child has not been waited for, so its process id is not reused.
         let pidfd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
-        // SAFETY: the descriptor was just created and belongs to nobody else.
+        // SAFETY: the descriptor was just created, and nothing else owns it.
         let pidfd = unsafe { OwnedFd::from_raw_fd(RawFd::try_from(pidfd)?) };
-        // It may be started by another program, which it then replaces. Those with fault points stop by themselves, and a
-        // test waits for that.
+        // Another program may start the back-end by exec, with its path as an argument. The back-end with fault points
+        // is excluded: it may stop itself, and a test waits for that.
         let is_backend = programs::backend()
             .is_ok_and(|backend| path == backend || arguments.iter().any(|argument| *argument == backend));
         let jitter = if is_backend { Jitter::of(pidfd.as_fd())? } else { None };
         Ok(Self { child, pidfd, log, status: None, jitter })
     }
 
-    /// Its process descriptor.
+    /// Returns its pidfd.
     #[cfg(test)]
     pub(crate) fn pidfd(&self) -> BorrowedFd<'_> {
         self.pidfd.as_fd()
     }
 
-    /// Its process number.
+    /// Returns its process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// What it has said on its standard error so far.
+    /// Returns its standard error so far.
     pub fn log(&self) -> String {
-        // Read at offsets of its own: the file's belongs to the child, which writes there.
+        // Reads at explicit offsets, because the child writes at the shared file offset.
         let mut bytes = Vec::new();
         let mut chunk = [0; 4096];
         loop {
@@ -153,7 +149,7 @@ impl Process {
         }
     }
 
-    /// Waits for up to `time` for its end.
+    /// Waits up to `time` for its end. Returns whether it has ended.
     fn ends_within(&mut self, time: Duration) -> Result<bool> {
         if self.status.is_none() {
             let mut fds = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
@@ -165,10 +161,10 @@ impl Process {
         Ok(true)
     }
 
-    /// Whether it still runs.
+    /// Returns whether it still runs.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if a system call fails.
     pub fn is_running(&mut self) -> Result<bool> {
         Ok(!self.ends_within(Duration::ZERO)?)
     }
@@ -176,20 +172,20 @@ impl Process {
     /// Waits for its end.
     ///
     /// # Errors
-    /// If it goes on.
+    /// Returns an error if it does not end in time.
     pub fn wait(&mut self) -> Result<ExitStatus> {
         ensure!(self.ends_within(PATIENCE)?, "process {} does not end", self.pid());
-        self.status.context("an ended process has a status")
+        self.status.context("the process has ended without a status")
     }
 
     /// Sends it a signal.
     ///
     /// # Errors
-    /// If it has ended.
+    /// Returns an error if it has ended.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         ensure!(self.status.is_none(), "process {} has ended", self.pid());
         let mut stopped = self.jitter.as_ref().map(Jitter::hold);
-        send(self.pidfd.as_fd(), signal).with_context(|| format!("send {signal}"))?;
+        send(self.pidfd.as_fd(), signal).with_context(|| format!("cannot send {signal}"))?;
         if let Some(stopped) = &mut stopped
             && let Signal::SIGSTOP | Signal::SIGCONT = signal
         {
@@ -198,10 +194,10 @@ impl Process {
         Ok(())
     }
 
-    /// Waits until `condition` gives something, for as long as the process runs.
+    /// Polls until `condition` returns a value, as long as the process runs.
     ///
     /// # Errors
-    /// If it ends, or the condition does not come true; the condition's own.
+    /// Returns an error if the process ends, or if the condition fails or returns no value in time.
     pub fn wait_until<T>(
         &mut self,
         what: &str,
@@ -215,56 +211,56 @@ impl Process {
             if self.ends_within(TICK)? {
                 bail!("the process ended ({:?}) before {what}; its log:\n{}", self.status, self.log());
             }
-            ensure!(Instant::now() < deadline, "waited in vain until {what}");
+            ensure!(Instant::now() < deadline, "timed out before {what}");
         }
     }
 
-    /// Connects to a socket on which it will listen soon.
+    /// Waits until it listens on a socket, and connects.
     ///
     /// # Errors
-    /// If it does not.
+    /// Returns an error if it does not listen in time.
     pub fn connect(&mut self, path: &Path) -> Result<UnixStream> {
         self.wait_until(&format!("it listened on {}", path.display()), |_| Ok(UnixStream::connect(path).ok()))
     }
 
-    /// How many descriptors it has open.
+    /// Returns how many descriptors it has open.
     ///
     /// # Errors
-    /// If it has ended.
+    /// Returns an error if it has ended.
     pub fn open_fds(&self) -> Result<usize> {
         open_fds(self.pid())
     }
 
-    /// How many threads it has.
+    /// Returns how many threads it has.
     ///
     /// # Errors
-    /// If it has ended.
+    /// Returns an error if it has ended.
     pub fn threads(&self) -> Result<usize> {
         Ok(std::fs::read_dir(format!("/proc/{}/task", self.pid()))?.count())
     }
 
-    /// Where its descriptors point, for the message of a failed test.
+    /// Returns the files that its descriptors refer to, for the message of a failed test.
     ///
     /// # Errors
-    /// If it has ended.
+    /// Returns an error if it has ended.
     pub fn fd_targets(&self) -> Result<Vec<String>> {
         targets(self.pid())
     }
 
-    /// Waits until it has exactly this many descriptors open.
+    /// Waits until it has exactly `expected` descriptors open.
     ///
     /// # Errors
-    /// If it never has.
+    /// Returns an error if that does not happen in time.
     pub fn wait_open_fds(&mut self, expected: usize) -> Result<()> {
         let what = format!("it had {expected} descriptors open");
         let result = self.wait_until(&what, |process| Ok((process.open_fds()? == expected).then_some(())));
-        result.with_context(|| format!("open: {:#?}", self.fd_targets().unwrap_or_default()))
+        result.with_context(|| format!("open descriptors: {:#?}", self.fd_targets().unwrap_or_default()))
     }
 
-    /// How many bytes of its own memory (not shared with the guest) it has in RAM.
+    /// Returns the resident size of its anonymous memory in bytes, which excludes guest memory.
     ///
     /// # Errors
-    /// If it has ended.
+    /// Returns an error if it has ended.
     pub fn resident_bytes(&self) -> Result<u64> {
         let text = std::fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
         let line = text.lines().find_map(|line| line.strip_prefix("RssAnon:")).context("no RssAnon")?;
@@ -273,39 +269,39 @@ impl Process {
     }
 }
 
-/// Whether a process is stopped.
+/// Returns whether a process is stopped.
 ///
 /// # Errors
-/// If there is no such process.
+/// Returns an error if the process does not exist.
 pub fn is_stopped(process: u32) -> Result<bool> {
     let stat = std::fs::read_to_string(format!("/proc/{process}/stat"))?;
-    // After the program's name, which is in parentheses.
+    // The state follows the name of the program, which is in parentheses.
     Ok(stat.rsplit_once(')').is_some_and(|(_, fields)| fields.trim_start().starts_with('T')))
 }
 
-/// How many descriptors a process has open.
+/// Returns how many descriptors a process has open.
 ///
 /// # Errors
-/// If it has ended.
+/// Returns an error if it has ended.
 pub fn open_fds(process: u32) -> Result<usize> {
     Ok(std::fs::read_dir(format!("/proc/{process}/fd"))?.count())
 }
 
-/// The sockets that a process has, by names that no other sockets ever have.
+/// Returns the open sockets of a process, by names that are never reused.
 ///
 /// # Errors
-/// If it has ended.
+/// Returns an error if it has ended.
 pub fn sockets_of(process: u32) -> Result<Vec<String>> {
     let mut sockets = targets(process)?;
     sockets.retain(|target| target.starts_with("socket:"));
     Ok(sockets)
 }
 
-/// Where the descriptors of a process point.
+/// Returns the files that the descriptors of a process refer to.
 fn targets(process: u32) -> Result<Vec<String>> {
     let mut targets = Vec::new();
     for entry in std::fs::read_dir(format!("/proc/{process}/fd"))? {
-        // One that has been closed since is no target.
+        // Fails for a descriptor that was closed in the meantime.
         if let Ok(target) = std::fs::read_link(entry?.path()) {
             targets.push(target.display().to_string());
         }
@@ -314,10 +310,10 @@ fn targets(process: u32) -> Result<Vec<String>> {
     Ok(targets)
 }
 
-/// Lets a process have descriptors below this number only, or as many as this one may have.
+/// Limits the descriptors of a process to numbers below `below`. `None` sets the maximum that this process may have.
 ///
 /// # Errors
-/// If it has ended.
+/// Returns an error if it has ended.
 pub fn limit_descriptors(process: u32, below: Option<u64>) -> Result<()> {
     let process = rustix::process::Pid::from_raw(i32::try_from(process)?);
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
@@ -328,7 +324,7 @@ pub fn limit_descriptors(process: u32, below: Option<u64>) -> Result<()> {
 impl Drop for Process {
     fn drop(&mut self) {
         if self.status.is_none() {
-            // Nothing that fails here can be helped: it dies with this thread in any case.
+            // Errors are ignored: the process dies with this thread in any case.
             let _ = self.signal(Signal::SIGKILL);
             let _ = self.child.wait();
         }
@@ -347,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn a_program_leaves_its_log_and_its_status() {
+    fn the_log_and_the_status_of_a_program_are_kept() {
         let mut process = shell("echo hello >&2; exit 3", &[]);
         assert_eq!(process.wait().unwrap().code(), Some(3));
         assert_eq!(process.log(), "hello\n");
@@ -355,7 +351,7 @@ mod tests {
     }
 
     #[test]
-    fn a_program_is_killed_with_its_handle() {
+    fn dropping_the_handle_kills_the_program() {
         let process = shell("exec sleep 1000", &[]);
         let pid = process.pid();
         assert!(Path::new(&format!("/proc/{pid}")).exists());
@@ -364,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn descriptors_are_inherited_when_named() {
+    fn named_descriptors_are_inherited() {
         let (reader, writer) = nix::unistd::pipe().unwrap();
         let mut process = shell(&format!("echo hi >&{}", writer.as_raw_fd()), &[writer.as_fd()]);
         process.wait().unwrap();
@@ -373,7 +369,7 @@ mod tests {
     }
 
     #[test]
-    fn an_early_end_is_not_waited_out() {
+    fn waiting_fails_as_soon_as_the_program_ends() {
         let mut process = shell("echo broken >&2; exit 1", &[]);
         let error = process.connect(Path::new("/nonexistent")).unwrap_err();
         assert!(error.to_string().contains("broken"), "{error}");

@@ -1,4 +1,4 @@
-//! The programs under test, as cargo built them along with the tests.
+//! The programs under test, which cargo builds together with the tests.
 
 use std::path::PathBuf;
 

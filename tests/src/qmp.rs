@@ -1,6 +1,6 @@
-//! QEMU's monitor for programs (QMP): commands, their answers, and events in between.
+//! A client of QEMU's machine protocol (QMP): sends commands, and receives replies and events.
 //!
-//! As much as the tests need. The crates for it (`qapi`) have every type of every command, from a code generator.
+//! Covers only what the tests need. The existing crate (`qapi`) has generated types for all commands.
 
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Write};
@@ -20,14 +20,14 @@ pub struct Qmp {
     events: VecDeque<Event>,
 }
 
-/// What QEMU tells unasked.
+/// An event from QEMU.
 #[derive(Clone, Debug)]
 pub struct Event {
-    /// Such as `STOP`.
+    /// The name of the event, such as `STOP`.
     pub name: String,
-    /// What belongs to it, or null.
+    /// The data of the event, or null.
     pub data: Value,
-    /// When it happened.
+    /// The time of the event.
     pub time: SystemTime,
 }
 
@@ -67,57 +67,57 @@ struct Timestamp {
 }
 
 impl Qmp {
-    /// Waits for the greeting, and leaves the negotiation of capabilities behind.
+    /// Waits for the greeting, and negotiates capabilities.
     ///
     /// # Errors
-    /// If nobody greets.
+    /// Returns an error if QEMU does not greet in time, or if the negotiation fails.
     pub fn new(stream: UnixStream) -> Result<Self> {
         stream.set_read_timeout(Some(PATIENCE))?;
         let mut monitor = Self { stream: BufReader::new(stream), events: VecDeque::new() };
         let greeting = monitor.read()?;
-        ensure!(matches!(greeting, Line::Greeting { .. }), "not a greeting: {greeting:?}");
+        ensure!(matches!(greeting, Line::Greeting { .. }), "expected a greeting from QEMU: {greeting:?}");
         monitor.execute("qmp_capabilities", &json!({}))?;
         Ok(monitor)
     }
 
-    /// Has a command carried out, and returns the answer. Events that come meanwhile are kept.
+    /// Executes a command, and returns the reply. Queues events that arrive before the reply.
     ///
     /// # Errors
-    /// If QEMU refuses, or has gone.
+    /// Returns an error if the command fails, or if QEMU has ended.
     pub fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value> {
         let mut line = json!({ "execute": command, "arguments": arguments }).to_string();
         line.push('\n');
-        self.stream.get_mut().write_all(line.as_bytes()).with_context(|| format!("cannot say {command}"))?;
+        self.stream.get_mut().write_all(line.as_bytes()).with_context(|| format!("cannot send {command}"))?;
         loop {
-            match self.read().with_context(|| format!("after {command}"))? {
+            match self.read().with_context(|| format!("no reply to {command}"))? {
                 Line::Answer { value } => return Ok(value),
-                Line::Failure { error } => bail!("{command}: {}", error.description),
+                Line::Failure { error } => bail!("{command} failed: {}", error.description),
                 Line::Event { event, data, timestamp } => self.keep(event, data, &timestamp),
-                Line::Greeting { .. } => bail!("a greeting instead of an answer to {command}"),
+                Line::Greeting { .. } => bail!("received a greeting instead of the reply to {command}"),
             }
         }
     }
 
-    /// The next event, in order, for which it waits if need be.
+    /// Returns the next event, in order. Waits for one if none is queued.
     ///
     /// # Errors
-    /// If none comes.
+    /// Returns an error if no event arrives in time.
     pub fn next_event(&mut self) -> Result<Event> {
         loop {
             if let Some(event) = self.events.pop_front() {
                 return Ok(event);
             }
-            match self.read().context("waiting for an event")? {
+            match self.read().context("no event")? {
                 Line::Event { event, data, timestamp } => self.keep(event, data, &timestamp),
-                other => bail!("not an event: {other:?}"),
+                other => bail!("expected an event from QEMU: {other:?}"),
             }
         }
     }
 
-    /// The next event of that name; those before it are forgotten.
+    /// Returns the next event with this name. Discards other events before it.
     ///
     /// # Errors
-    /// If none comes.
+    /// Returns an error if it does not arrive in time.
     pub fn wait_event(&mut self, name: &str) -> Result<Event> {
         loop {
             let event = self.next_event().with_context(|| format!("{name} did not happen"))?;
@@ -129,10 +129,10 @@ impl Qmp {
 
     fn read(&mut self) -> Result<Line> {
         let mut line = String::new();
-        if self.stream.read_line(&mut line).context("cannot hear QEMU")? == 0 {
-            bail!("QEMU has closed its monitor");
+        if self.stream.read_line(&mut line).context("cannot read from QEMU")? == 0 {
+            bail!("QEMU closed the monitor");
         }
-        serde_json::from_str(&line).with_context(|| format!("cannot understand {line:?}"))
+        serde_json::from_str(&line).with_context(|| format!("invalid line from QEMU: {line:?}"))
     }
 
     fn keep(&mut self, name: String, data: Value, timestamp: &Timestamp) {

@@ -1,6 +1,6 @@
-//! The other end of a session's hand-over, played by the test: a [`FakeTarget`] that a live back-end would give its
-//! session to, and a [`Relay`] between a real source and a real target, which has every packet and descriptor in its
-//! hands before it passes it on, or something else.
+//! The peer of a session hand-over, played by the test: a [`FakeTarget`] to which a real back-end hands over its
+//! session, and a [`Relay`] between a real source and a real target, which can inspect and change every packet and
+//! descriptor before it forwards them.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -27,14 +27,14 @@ use crate::users::as_user;
 #[derive(Debug)]
 pub struct Link(MessageSocket);
 
-/// What came in a packet.
+/// The contents of a packet: the message and its descriptors.
 pub type Said = (Message, Vec<OwnedFd>);
 
 impl Link {
-    /// Connects to a back-end that waits there.
+    /// Connects to a back-end that waits at `path`.
     ///
     /// # Errors
-    /// If nobody does.
+    /// Returns an error if no back-end listens there.
     pub fn connect(path: &Path) -> Result<Self> {
         Ok(Self(MessageSocket::connect(path)?))
     }
@@ -42,23 +42,23 @@ impl Link {
     /// Waits for the next message.
     ///
     /// # Errors
-    /// If the connection ends instead.
+    /// Returns an error if the connection is closed, or the message is malformed or late.
     pub fn hear(&self) -> Result<Said> {
         let Packet { message, fds } = self.0.receive::<Message>(PATIENCE)?;
         Ok((message, fds))
     }
 
-    /// Waits until the other end has closed the connection; gives what it said last.
+    /// Waits until the peer closes the connection. Returns its last message.
     ///
     /// # Errors
-    /// If it does not.
+    /// Returns an error if the peer does not close the connection in time.
     pub fn hear_end(&self) -> Result<Option<Message>> {
         let mut last = None;
         loop {
             match self.0.receive::<Message>(PATIENCE) {
                 Ok(packet) => last = Some(packet.message),
                 Err(ChannelError::Closed) => return Ok(last),
-                Err(error) => bail!("{error} instead of the end"),
+                Err(error) => bail!("{error} instead of a closed connection"),
             }
         }
     }
@@ -66,7 +66,7 @@ impl Link {
     /// Sends a message.
     ///
     /// # Errors
-    /// If the other end does not take it.
+    /// Returns an error if the peer does not accept the packet.
     pub fn say(&self, message: &Message) -> Result<()> {
         self.say_with(message, &[])
     }
@@ -74,15 +74,15 @@ impl Link {
     /// Sends a message with descriptors.
     ///
     /// # Errors
-    /// If the other end does not take it.
+    /// Returns an error if the peer does not accept the packet.
     pub fn say_with(&self, message: &Message, fds: &[BorrowedFd<'_>]) -> Result<()> {
         Ok(self.0.send(message, fds, PATIENCE)?)
     }
 
-    /// Sends a packet of any bytes, with descriptors.
+    /// Sends a packet of arbitrary bytes, with descriptors.
     ///
     /// # Errors
-    /// If the other end does not take it.
+    /// Returns an error if the peer does not accept the packet.
     pub fn say_bytes(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<()> {
         let fds: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         let rights = [ControlMessage::ScmRights(&fds)];
@@ -93,44 +93,44 @@ impl Link {
     }
 }
 
-/// A place where a source may come.
+/// A socket on which the test waits for a source.
 #[derive(Debug)]
 pub struct FakeTarget(BoundSocket);
 
 impl FakeTarget {
-    /// Waits at `path`.
+    /// Listens at `path`.
     ///
     /// # Errors
-    /// If that cannot be.
+    /// Returns an error if the socket cannot be created.
     pub fn bind(path: &Path) -> Result<Self> {
         Ok(Self(BoundSocket::bind_packets(path)?))
     }
 
-    /// Waits at `path` as another user, which takes root.
+    /// Listens at `path` as another user, which requires root.
     ///
     /// # Errors
-    /// If that cannot be.
+    /// Returns an error if the user cannot be changed or the socket cannot be created.
     pub fn bind_as(path: &Path, user: u32) -> Result<Self> {
         let path = path.to_owned();
         as_user(user, move || Self::bind(&path))
     }
 
-    /// Where it waits.
+    /// The path of the socket.
     pub fn path(&self) -> &Path {
         self.0.path()
     }
 
-    /// The next source.
+    /// Accepts the next source.
     ///
     /// # Errors
-    /// If none comes that could be one.
+    /// Returns an error if the connection cannot be accepted.
     pub fn accept(&self) -> Result<Link> {
         let (stream, _) = self.0.listener().accept()?;
         Ok(Link(MessageSocket::try_from(OwnedFd::from(stream))?))
     }
 }
 
-/// A session as its source has sent it, with its descriptors by name.
+/// A session as its source sends it, with its descriptors by name.
 #[derive(Debug)]
 pub struct Sent {
     /// STAGE, without its manifest.
@@ -143,35 +143,39 @@ impl Sent {
     /// The descriptor of this name.
     ///
     /// # Errors
-    /// If there is none.
+    /// Returns an error if there is no such descriptor.
     pub fn fd(&self, name: &str) -> Result<&OwnedFd> {
         let found = self.fds.iter().find(|(own, _)| own == name);
         found.map(|(_, fd)| fd).with_context(|| format!("no descriptor {name}"))
     }
 
-    /// The ownership word.
+    /// Maps the ownership word.
     ///
     /// # Errors
-    /// If it is none.
+    /// Returns an error if the descriptor is missing or not an ownership word.
     pub fn word(&self) -> Result<SharedWord> {
         Ok(SharedWord::from_fd(self.fd(OWNERSHIP_FD)?.try_clone()?)?)
     }
 
-    /// Puts something else in a descriptor's place.
+    /// Replaces the descriptor of this name.
     ///
     /// # Errors
-    /// If there is none of this name.
+    /// Returns an error if there is no such descriptor.
     pub fn replace(&mut self, name: &str, fd: impl Into<OwnedFd>) -> Result<()> {
-        let place = self.fds.iter_mut().find(|(own, _)| own == name).with_context(|| name.to_owned())?;
+        let place = self
+            .fds
+            .iter_mut()
+            .find(|(own, _)| own == name)
+            .with_context(|| format!("no descriptor {name}"))?;
         place.1 = fd.into();
         Ok(())
     }
 }
 
-/// A target that has answered HELLO and PREPARE, as a good one does; gives what the source has sent then.
+/// Answers HELLO and PREPARE as a correct target does. Returns the session that the source sends then.
 ///
 /// # Errors
-/// If it says anything else.
+/// Returns an error if the source sends another message.
 pub fn take_stage(source: &Link) -> Result<Sent> {
     greet(source)?;
     prepare(source)?;
@@ -181,14 +185,14 @@ pub fn take_stage(source: &Link) -> Result<Sent> {
 /// Answers HELLO.
 ///
 /// # Errors
-/// If something else comes.
+/// Returns an error if the source sends another message.
 pub fn greet(source: &Link) -> Result<()> {
     let (Message::Hello(hello), _) = source.hear()? else { bail!("no HELLO") };
     ensure!(hello.purpose == Purpose::Session.name(), "{hello:?}");
     source.say(&Message::Hello(hello_of("test")))
 }
 
-/// A session's HELLO.
+/// The HELLO of a session hand-over.
 pub fn hello_of(program: &str) -> Hello {
     Hello {
         purpose: Purpose::Session.name().to_owned(),
@@ -201,16 +205,16 @@ pub fn hello_of(program: &str) -> Hello {
 /// Answers PREPARE with READY.
 ///
 /// # Errors
-/// If something else comes.
+/// Returns an error if the source sends another message.
 pub fn prepare(source: &Link) -> Result<()> {
     let (Message::Prepare(_), _) = source.hear()? else { bail!("no PREPARE") };
     source.say(&Message::Ready(ReadyToTake {}))
 }
 
-/// Waits for STAGE and what belongs to it.
+/// Waits for STAGE and the DESCRIPTORS that follow it.
 ///
 /// # Errors
-/// If something else comes.
+/// Returns an error if the source sends another message.
 pub fn hear_stage(source: &Link) -> Result<Sent> {
     let (message, fds) = source.hear()?;
     let Message::Stage(mut stage) = message else { bail!("{} instead of STAGE", message.name()) };
@@ -232,7 +236,7 @@ fn name(names: FdManifest, fds: Vec<OwnedFd>) -> Result<Vec<(String, OwnedFd)>> 
 /// Sends a session in one packet.
 ///
 /// # Errors
-/// If the target does not take it.
+/// Returns an error if the target does not accept the packet.
 pub fn send_stage(target: &Link, sent: &Sent) -> Result<()> {
     let names = FdManifest::new(sent.fds.iter().map(|(name, _)| name.clone()));
     let fds: Vec<_> = sent.fds.iter().map(|(_, fd)| fd.as_fd()).collect();
@@ -243,54 +247,54 @@ pub fn send_stage(target: &Link, sent: &Sent) -> Result<()> {
 /// STAGED.
 pub const STAGED: Message = Message::Staged(StagedAll {});
 
-/// A source and a target that speak through the test.
+/// Relays the messages between a source and a target.
 #[derive(Debug)]
 pub struct Relay {
-    /// To the source.
+    /// The connection to the source.
     pub source: Link,
-    /// To the target.
+    /// The connection to the target.
     pub target: Link,
 }
 
 impl Relay {
-    /// Joins a source that comes to `place` with a target that waits at `incoming`.
+    /// Joins a source that connects to `place` with a target that waits at `incoming`.
     ///
     /// # Errors
-    /// If there is not either.
+    /// Returns an error if the source or the target cannot be connected.
     pub fn join(place: &FakeTarget, incoming: &Path) -> Result<Self> {
         Ok(Self { source: place.accept()?, target: Link::connect(incoming)? })
     }
 
-    /// Passes the source's next message on; gives its name.
+    /// Forwards the source's next message. Returns its name.
     ///
     /// # Errors
-    /// If there is none, or nobody to take it.
+    /// Returns an error if the source sends no message, or the target does not accept it.
     pub fn down(&self) -> Result<&'static str> {
         pass(&self.source, &self.target)
     }
 
-    /// Passes the target's next message on; gives its name.
+    /// Forwards the target's next message. Returns its name.
     ///
     /// # Errors
-    /// If there is none, or nobody to take it.
+    /// Returns an error if the target sends no message, or the source does not accept it.
     pub fn up(&self) -> Result<&'static str> {
         pass(&self.target, &self.source)
     }
 
-    /// Passes HELLO, PREPARE and READY on.
+    /// Forwards everything up to READY.
     ///
     /// # Errors
-    /// If something else is said.
+    /// Returns an error if source or target send another message.
     pub fn until_ready(&self) -> Result<()> {
         let said = [self.down()?, self.up()?, self.down()?, self.up()?];
         ensure!(said == ["HELLO", "HELLO", "PREPARE", "READY"], "{said:?}");
         Ok(())
     }
 
-    /// Passes everything on until the target has staged the session, which the source does not hear yet.
+    /// Forwards everything until the target has staged the session. Does not forward STAGED to the source.
     ///
     /// # Errors
-    /// If something else is said.
+    /// Returns an error if source or target send another message.
     pub fn until_staged(&self) -> Result<Sent> {
         self.until_ready()?;
         let sent = hear_stage(&self.source)?;
@@ -298,15 +302,15 @@ impl Relay {
         let (message, _) = self.target.hear()?;
         match message {
             Message::Staged(_) => Ok(sent),
-            Message::Refuse(refuse) => bail!("refused: {}", refuse.reasons),
+            Message::Refuse(refuse) => bail!("the target refuses: {}", refuse.reasons),
             other => bail!("{} instead of STAGED", other.name()),
         }
     }
 
-    /// Passes on what is left once the session is staged.
+    /// Forwards the rest of the hand-over, from STAGED on.
     ///
     /// # Errors
-    /// If something else is said.
+    /// Returns an error if source or target send another message.
     pub fn finish(&self) -> Result<()> {
         self.source.say(&STAGED)?;
         let said = [self.down()?, self.up()?];
@@ -322,29 +326,29 @@ fn pass(from: &Link, to: &Link) -> Result<&'static str> {
     Ok(message.name())
 }
 
-/// Has each look at what waits in `socket` (`MSG_PEEK`) begin so many bytes on, whoever looks.
+/// Makes every `MSG_PEEK` on `socket`, by any process, start at this offset (`SO_PEEK_OFF`).
 ///
 /// # Errors
-/// The system's.
+/// Returns an error if the socket option cannot be set.
 #[expect(unsafe_code, reason = "sets a socket option that nix does not know")]
 pub fn set_peek_offset(socket: &OwnedFd, offset: libc::c_int) -> Result<()> {
     let size = libc::socklen_t::try_from(size_of_val(&offset))?;
     let (fd, place) = (socket.as_raw_fd(), (&raw const offset).cast());
     // SAFETY: SO_PEEK_OFF reads an int.
     let result = unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, place, size) };
-    Errno::result(result).context("SO_PEEK_OFF")?;
+    Errno::result(result).context("cannot set SO_PEEK_OFF")?;
     Ok(())
 }
 
-/// A hand-over that was asked for, by a client of its own.
+/// A requested hand-over, with its own control connection and thread.
 #[derive(Debug)]
 pub struct Asked(JoinHandle<Result<serde_json::Value>>);
 
 impl Asked {
-    /// Asks `backend` to hand its session to who waits at `path`.
+    /// Asks `backend` to hand its session over to the target at `path`.
     ///
     /// # Errors
-    /// If it cannot be asked.
+    /// Returns an error if the control socket cannot be connected to.
     pub fn of(backend: &Backend, path: &Path) -> Result<Self> {
         let mut client = ControlClient::connect(&backend.control)?;
         let path = Some(path.display().to_string());
@@ -352,24 +356,24 @@ impl Asked {
         Ok(Self(thread::spawn(move || Ok(client.call(&request)?))))
     }
 
-    /// How it ended.
+    /// Waits for the report of the hand-over.
     ///
     /// # Errors
-    /// If it never did, or the answer is no report.
+    /// Returns an error if the hand-over does not end in time, or the answer is not a report.
     pub fn report(self) -> Result<SessionReport> {
         until("the hand-over ended", || Ok(self.0.is_finished()))?;
         let answer = self.0.join().map_err(|_| anyhow!("the client panicked"))??;
         serde_json::from_value(answer.clone()).with_context(|| format!("{answer}"))
     }
 
-    /// In which phase it failed, and why.
+    /// Waits for a rollback. Returns its phase and its reason.
     ///
     /// # Errors
-    /// If it did not.
+    /// Returns an error if the hand-over completes.
     pub fn failure(self) -> Result<(String, String)> {
         match self.report()? {
             SessionReport::RolledBack { phase, reason } => Ok((phase, reason)),
-            done @ SessionReport::Completed { .. } => bail!("{done:?}"),
+            done @ SessionReport::Completed { .. } => bail!("not rolled back: {done:?}"),
         }
     }
 }

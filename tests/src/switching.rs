@@ -1,5 +1,6 @@
-//! A running guest's device, switched off and on under traffic in every way that a guest has: its link, its driver, the
-//! number of its queue pairs. Afterwards it works as before, and the back-end holds no more than before.
+//! Switches the network device of a running guest off and on under traffic, in every way that a guest can: its link,
+//! its driver, and the number of its queue pairs. Afterwards the device must work, and the back-end hold no more
+//! resources than before.
 
 use std::collections::HashSet;
 use std::fs;
@@ -12,18 +13,18 @@ use crate::guest::Guest;
 use crate::link::{GUEST, HOST, Link, PORT};
 use crate::process::Process;
 
-/// How often each is done.
+/// How often to switch in each way.
 const ROUNDS: u16 = 2;
 
 /// Boots a guest, switches its device off and on, and switches the guest off.
 ///
 /// # Errors
-/// If the device is lost, traffic goes wrong, or the back-end holds more than before.
+/// Returns an error if the device or the traffic fails, or the back-end holds more resources than before.
 pub fn check(link: &mut Link, boot: impl FnOnce(&Link) -> Result<Guest>) -> Result<()> {
     serve_once(link)?;
     link.wait_left()?;
     let at_rest = Holdings::of(&link.backend)?;
-    ensure!(at_rest.vhost_workers == 0, "without a front-end: {at_rest:?}");
+    ensure!(at_rest.vhost_workers == 0, "vhost workers without a front-end: {at_rest:?}");
 
     let mut guest = boot(link)?;
     check_all_pairs(link, &mut guest)?;
@@ -32,7 +33,7 @@ pub fn check(link: &mut Link, boot: impl FnOnce(&Link) -> Result<Guest>) -> Resu
         Datapath::Userspace => 0,
         Datapath::VhostNet => usize::from(link.queue_pairs()),
     };
-    ensure!(serving.vhost_workers == workers, "with a guest: {serving:?}");
+    ensure!(serving.vhost_workers == workers, "expected {workers} vhost workers: {serving:?}");
 
     for switch in [switch_link, switch_driver, switch_queue_pairs] {
         start_load(&mut guest)?;
@@ -45,7 +46,7 @@ pub fn check(link: &mut Link, boot: impl FnOnce(&Link) -> Result<Guest>) -> Resu
     }
 
     link.check_flows(&mut guest, 2000, 16, 2000)?;
-    ensure!(guest.power_off()?.success(), "a guest that was switched off is no failure");
+    ensure!(guest.power_off()?.success(), "the VMM failed when its guest was switched off");
     link.wait_left()?;
     at_rest.wait(&mut link.backend)?;
     link.check_healthy()
@@ -61,10 +62,10 @@ fn switch_driver(_: &Link, guest: &mut Guest) -> Result<()> {
     wait_traffic(guest)
 }
 
-/// Takes the device from its driver, and gives it back.
+/// Unbinds the device from its driver, and binds it again.
 ///
 /// # Errors
-/// If the driver does not come up again.
+/// Returns an error if the driver does not come up again.
 pub fn rebind_driver(guest: &mut Guest) -> Result<()> {
     let device = guest.check("basename $(readlink /sys/class/net/eth0/device)")?;
     let device = device.trim();
@@ -84,7 +85,7 @@ fn switch_queue_pairs(link: &Link, guest: &mut Guest) -> Result<()> {
     Ok(())
 }
 
-/// Has the guest move data over TCP, one way and the other, again and again.
+/// Starts TCP transfers in the guest, alternating between both directions until [`end_load`].
 fn start_load(guest: &mut Guest) -> Result<()> {
     let bulk = format!("traffic bulk {HOST}:{PORT} --direction=$way --bytes={} --streams=2", 1 << 20);
     guest.check(&format!(
@@ -94,7 +95,8 @@ fn start_load(guest: &mut Guest) -> Result<()> {
     wait_traffic(guest)
 }
 
-/// Ends that, and checks that nothing was lost or damaged: streams may only fail to begin, while there is no network.
+/// Ends the transfers and checks that no data was lost or damaged. Streams may only fail to connect, while there is no
+/// network.
 fn end_load(guest: &mut Guest) -> Result<()> {
     guest.check("rm /tmp/load; wait")?;
     let errors = guest.check("cat /tmp/errors")?;
@@ -103,7 +105,7 @@ fn end_load(guest: &mut Guest) -> Result<()> {
     Ok(())
 }
 
-/// Waits until some more has gone both ways.
+/// Waits until another 64 KiB have passed each way.
 fn wait_traffic(guest: &mut Guest) -> Result<()> {
     for way in ["rx", "tx"] {
         let bytes = format!("$(cat /sys/class/net/eth0/statistics/{way}_bytes)");
@@ -112,10 +114,10 @@ fn wait_traffic(guest: &mut Guest) -> Result<()> {
     Ok(())
 }
 
-/// Pings and sums over TCP; every queue pair has its part both ways.
+/// Checks pings and TCP transfers with checksums, and that every queue pair carries frames both ways.
 ///
 /// # Errors
-/// If not so.
+/// Returns an error if the traffic fails, or a queue pair carries nothing one way.
 pub fn check_all_pairs(link: &Link, guest: &mut Guest) -> Result<()> {
     let before = guest.queue_pairs("eth0")?;
     link.check_pings(guest, 10)?;
@@ -124,23 +126,23 @@ pub fn check_all_pairs(link: &Link, guest: &mut Guest) -> Result<()> {
     ensure!(after.len() == usize::from(link.queue_pairs()), "{after:?}");
     for (before, after) in before.iter().zip(&after) {
         let used = after.rx.frames > before.rx.frames && after.tx.frames > before.tx.frames;
-        ensure!(used, "a pair carried nothing: {before:?} {after:?}");
+        ensure!(used, "a queue pair carried nothing one way: before {before:?}, after {after:?}");
     }
     Ok(())
 }
 
-/// Another front-end, so that the back-end has everything that it keeps from one session to the next.
+/// Serves a front-end once, so that the back-end holds everything that it keeps from one session to the next.
 fn serve_once(link: &mut Link) -> Result<()> {
     let features = Options::default().features | features::MQ;
     let options = Options { queue_pairs: link.queue_pairs(), features, ..Options::default() };
     let device = Device::connect(link.socket()?.as_ref(), options)?;
-    // It answers when it has done all that it was told, and has the threads for it.
+    // When the back-end answers, it has handled all messages and started its threads.
     link.status()?;
     drop(device);
     Ok(())
 }
 
-/// What a back-end has of the system.
+/// The system resources of a back-end.
 #[derive(Clone, Copy, Debug)]
 struct Holdings {
     threads: usize,
@@ -157,8 +159,8 @@ impl Holdings {
         })
     }
 
-    /// Waits until the back-end has no more than this. It may have less: a control connection that was closed just before
-    /// this was taken can have been in it.
+    /// Waits until the back-end has no more than this. It may have less, because this may include a control connection
+    /// that had just been closed.
     fn wait(self, backend: &mut Process) -> Result<()> {
         let held = |backend: &Process| {
             let now = Self::of(backend)?;
@@ -171,15 +173,15 @@ impl Holdings {
     }
 }
 
-/// How many threads the kernel has for the vhosts of a back-end. They are named after the thread that owns the vhost,
-/// and are threads of nobody's, or since Linux 6.4 of the owner's process.
+/// Counts the kernel's vhost workers of a back-end. They are named after the thread that owns the vhost device. Since
+/// Linux 6.4 they are threads of the owner's process; before, they are kernel threads.
 fn vhost_workers(backend: &Process) -> Result<usize> {
     let tasks = format!("/proc/{}/task", backend.pid());
     let owners: HashSet<String> = names_in(&tasks)?.map(|owner| format!("vhost-{owner}")).collect();
     let mut workers = 0;
     for folder in ["/proc", &tasks] {
         for thread in names_in(folder)? {
-            // What is no thread, or has just ended, has no such file.
+            // Entries that are not threads, and threads that have just ended, have no such file.
             let name = fs::read_to_string(format!("{folder}/{thread}/comm")).unwrap_or_default();
             workers += usize::from(owners.contains(name.trim_end()));
         }
@@ -188,6 +190,6 @@ fn vhost_workers(backend: &Process) -> Result<usize> {
 }
 
 fn names_in(folder: &str) -> Result<impl Iterator<Item = String>> {
-    let entries = fs::read_dir(folder).with_context(|| folder.to_owned())?;
+    let entries = fs::read_dir(folder).with_context(|| format!("cannot read {folder}"))?;
     Ok(entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()))
 }

@@ -1,9 +1,8 @@
-//! Network traffic whose every byte, number and size is checked at the other end: what the program `traffic` does.
+//! Network traffic that is checked completely at the other end: the implementation of the program `traffic`.
 //!
-//! One side runs [`serve`], the other one of the checks, which opens a TCP connection, sends a request as a line of
-//! JSON, and does its part: [`bulk`] TCP, numbered datagrams in [`flows`], datagrams of many [`sizes`]. Both ends are
-//! the same code, so one connection checks either direction. Every wait is bounded. What is [`endless`] goes on until
-//! it is told to end.
+//! One end runs [`serve`]. The other end runs a check, which opens a TCP connection, sends a request as a line of JSON,
+//! and then sends or receives: [`bulk`] data over TCP, numbered datagrams in [`flows`], or datagrams of many [`sizes`].
+//! Either end can send. Every wait has a timeout. [`endless`] traffic continues until it is stopped.
 
 pub mod bulk;
 pub mod endless;
@@ -22,20 +21,20 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-/// How long a silence must be to be the end: far longer than the slowest machine's, an emulated one within another.
+/// The timeout of all waits. Far longer than any delay on the slowest machine, a guest in an emulated machine.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Who sends: the one that asks, or the server.
+/// The direction of the traffic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Direction {
-    /// To the server.
+    /// From the client to the server.
     Up,
-    /// From the server.
+    /// From the server to the client.
     Down,
 }
 
-/// What a check asks the server to take part in.
+/// The check that a client requests from the server.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 enum Request {
@@ -44,21 +43,21 @@ enum Request {
         bytes: u64,
         seed: u64,
     },
-    /// `port` is the asking side's, where numbered datagrams are to go.
+    /// `port` is the client's UDP port, which receives the datagrams from the server.
     Flows {
         direction: Direction,
         plan: flows::Plan,
         port: u16,
     },
-    /// Datagrams are sent back until the connection ends.
+    /// The server echoes datagrams until the connection ends.
     Echo,
 }
 
-/// Said to a server that sends endlessly.
+/// Tells a server that sends endlessly to stop.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 struct Stop;
 
-/// A connection on which lines of JSON and raw bytes take turns.
+/// A connection that carries lines of JSON, and raw data between them.
 struct Connection {
     stream: BufReader<TcpStream>,
 }
@@ -78,7 +77,7 @@ impl Connection {
         Ok(connection)
     }
 
-    /// Waits that much longer for the other end.
+    /// Extends the read timeout by `more`.
     fn be_patient(&self, more: Duration) -> io::Result<()> {
         self.stream.get_ref().set_read_timeout(Some(PATIENCE + more))
     }
@@ -86,18 +85,18 @@ impl Connection {
     fn say(&mut self, message: &impl Serialize) -> Result<()> {
         let mut line = serde_json::to_vec(message)?;
         line.push(b'\n');
-        self.stream.get_mut().write_all(&line).context("cannot speak to the other end")
+        self.stream.get_mut().write_all(&line).context("cannot write to the other end")
     }
 
     fn hear<T: DeserializeOwned>(&mut self) -> Result<T> {
         let mut line = String::new();
-        if self.stream.read_line(&mut line).context("cannot hear the other end")? == 0 {
-            bail!("the other end has gone");
+        if self.stream.read_line(&mut line).context("cannot read from the other end")? == 0 {
+            bail!("the other end closed the connection");
         }
-        serde_json::from_str(&line).with_context(|| format!("cannot understand {line:?}"))
+        serde_json::from_str(&line).with_context(|| format!("invalid message from the other end: {line:?}"))
     }
 
-    /// What the other end has said, if it has said anything yet.
+    /// Receives a message from the other end, or returns `None` if none has arrived.
     fn hear_if_said<T: DeserializeOwned>(&mut self) -> Result<Option<T>> {
         if self.stream.buffer().is_empty() {
             let mut fds = [PollFd::new(self.stream.get_ref().as_fd(), PollFlags::POLLIN)];
@@ -112,17 +111,17 @@ impl Connection {
         self.stream.get_ref().peer_addr()
     }
 
-    /// A datagram socket at our end of the connection's addresses.
+    /// Creates a datagram socket with the local address of the connection.
     fn datagram_socket(&self) -> Result<UdpSocket> {
         let here: IpAddr = self.stream.get_ref().local_addr()?.ip();
         let socket = UdpSocket::bind((here, 0)).context("cannot bind a datagram socket")?;
-        // Room for all that may arrive while this process does not run. Only root may have that much.
+        // Holds everything that may arrive while this process does not run. Only root may set such a size.
         let _ = nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::RcvBufForce, &(64 << 20));
         Ok(socket)
     }
 }
 
-/// Serves everyone who connects, for as long as the process runs.
+/// Serves all clients, for as long as the process runs.
 pub fn serve(listener: &TcpListener) -> Result<()> {
     loop {
         let (stream, peer) = listener.accept().context("cannot accept a connection")?;

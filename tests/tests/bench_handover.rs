@@ -1,4 +1,4 @@
-//! The benchmark of hand-overs works: it measures all its cells, and loses nothing.
+//! A quick run of the hand-over benchmark measures every cell and loses no frame.
 
 use std::ffi::OsString;
 
@@ -6,12 +6,12 @@ use baton_tests::process::Process;
 use baton_tests::programs;
 
 #[test]
-fn a_quick_run_fills_the_page() {
+fn quick_run_fills_every_cell_of_the_page() {
     let output = tempfile::tempdir().unwrap();
     let arguments = [OsString::from("--quick"), "--output".into(), output.path().into()];
     let mut bench = Process::start(&programs::bench_handover().unwrap(), &arguments, &[]).unwrap();
     let status = bench.wait().unwrap();
-    assert!(status.success(), "{status}; it said:\n{}", bench.log());
+    assert!(status.success(), "{status}; log:\n{}", bench.log());
 
     let page = std::fs::read_to_string(output.path().join("handover-blackout.md")).unwrap();
     let count = |start: &str, end: &str| {

@@ -1,5 +1,5 @@
-//! The log of changed pages: while a front-end keeps one, every page of guest memory that the back-end writes is
-//! marked there, as far as the front-end wants to know, and nothing is when it does not.
+//! The log of changed pages: while a front-end has logging on, the back-end marks every page of guest memory that it
+//! writes, and the used rings if the front-end asks for that. While logging is off it marks nothing.
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use std::collections::BTreeSet;
@@ -17,18 +17,18 @@ use baton_tests::process::PATIENCE;
 use baton_tests::{netns, on_both_datapaths};
 
 on_both_datapaths! {
-    every_page_that_changed_is_marked,
+    every_changed_page_is_marked,
     every_page_of_a_large_segment_is_marked,
-    the_used_rings_are_marked_only_where_asked_for_and_where_they_are_said_to_be,
-    nothing_is_marked_before_it_is_asked_for_nor_after,
-    a_copy_made_by_the_log_under_traffic_misses_nothing,
-    a_copy_made_by_the_log_misses_nothing_while_the_session_moves,
-    a_log_that_is_too_small_is_refused,
-    a_reset_forgets_the_log,
+    used_rings_are_marked_only_on_request_and_at_their_log_address,
+    nothing_is_marked_while_logging_is_off,
+    copy_of_marked_pages_is_complete_under_traffic,
+    copy_of_marked_pages_is_complete_during_hand_overs,
+    too_small_log_is_refused,
+    reset_device_discards_the_log,
 }
 
 const BASIC: u64 = features::PROTOCOL_FEATURES | features::VERSION_1;
-/// A page that is no memory, in the gap between the regions.
+/// An address in the gap between the memory regions.
 const NO_MEMORY: u64 = 0x8000_0000;
 
 fn options(features: u64) -> Options {
@@ -36,7 +36,7 @@ fn options(features: u64) -> Options {
     Options { features, protocol_features, ..Options::default() }
 }
 
-/// The guest address of the used ring, as every front-end gives it.
+/// The guest address of the used ring, which every front-end gives as its log address.
 fn used_ring(ring: &Ring) -> Option<u64> {
     Some(ring.queue.addresses().used)
 }
@@ -60,16 +60,16 @@ fn changed(memory: &GuestMemory, before: &[Vec<u8>], after: &[Vec<u8>]) -> BTree
     changed
 }
 
-/// Looks at a ring, and writes nothing, until the device has used as much.
+/// Polls a ring, without writing to it, until its used index is `used`.
 fn wait_used(device: &Device, index: u32, used: u16) {
     let deadline = Instant::now() + PATIENCE;
     while device.ring(index).queue.used_index() != used {
-        assert!(Instant::now() < deadline, "vring {index} was not used");
+        assert!(Instant::now() < deadline, "vring {index} does not reach used index {used}");
         std::thread::yield_now();
     }
 }
 
-/// Sends a frame from the network; gives the pages that changed with it, and those that were marked.
+/// Sends a frame from the network; returns the pages that change with it, and those that are marked.
 fn receive_one(
     rig: &Rig,
     device: &mut Device,
@@ -86,17 +86,17 @@ fn receive_one(
         assert!(Instant::now() < deadline, "no frame arrived");
         std::thread::yield_now();
     }
-    // The whole frame's buffers are published at once. What the worker does then, it has done before this returns.
+    // The worker publishes all buffers of a frame at once. These messages park it, so afterwards it is done.
     device.connection.set_vring_enable(0, true).unwrap();
     device.connection.get_features().unwrap();
     let marked = log.take();
     let changed = changed(&device.memory, &before, &device.memory.snapshot());
     let (_, received) = device.receive(0).unwrap();
-    assert!(received == frame, "another frame");
+    assert!(received == frame, "the frame differs");
     (changed, marked)
 }
 
-fn every_page_that_changed_is_marked(datapath: Datapath) {
+fn every_changed_page_is_marked(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     netns::set_mtu(TAP, 9000).unwrap();
     let merge = BASIC | features::MRG_RXBUF;
@@ -119,7 +119,7 @@ fn every_page_that_changed_is_marked(datapath: Datapath) {
             ..options(features)
         };
         let mut device = rig.device(options).unwrap();
-        // A look at this ring, whenever it comes, would write its flags.
+        // Otherwise the worker may write the flags of this ring at any time.
         device.stop_ring(1).unwrap();
         let log = DirtyLog::new(&device.memory).unwrap();
         device.start_log(&log, used_ring).unwrap();
@@ -129,7 +129,7 @@ fn every_page_that_changed_is_marked(datapath: Datapath) {
             let case = format!("features {features:#x}, pieces {pieces:?}, frame of {length}");
             assert!(changed.len() >= length / 4096, "{case}: only {changed:?} changed");
             assert!(changed.is_subset(&marked), "{case}: {changed:x?} changed, {marked:x?} are marked");
-            // The kernel writes, and notes, the used ring's flags whenever it is given a ring.
+            // vhost-net writes and marks the used ring's flags whenever it is given a ring.
             assert!(changed == marked || datapath == Datapath::VhostNet, "{case}: {changed:x?}, {marked:x?}");
         }
     }
@@ -145,7 +145,7 @@ fn every_page_of_a_large_segment_is_marked(datapath: Datapath) {
         let mut device = rig.device(options(features).with_large_frames()).unwrap();
         let log = DirtyLog::new(&device.memory).unwrap();
         device.start_log(&log, used_ring).unwrap();
-        // The first is read for small frames, those behind for large ones.
+        // The first is read into the buffers for small frames, the next ones into those for large frames.
         for _ in 0..3 {
             let (changed, marked) = receive_one(&rig, &mut device, &log, &header, &segment.bytes);
             assert!(changed.len() >= 15, "only {changed:?} changed");
@@ -154,8 +154,8 @@ fn every_page_of_a_large_segment_is_marked(datapath: Datapath) {
     }
 }
 
-fn the_used_rings_are_marked_only_where_asked_for_and_where_they_are_said_to_be(datapath: Datapath) {
-    /// Used rings have a page of elements before this index, and their event index on a third.
+fn used_rings_are_marked_only_on_request_and_at_their_log_address(datapath: Datapath) {
+    /// From this index on the elements are on the second page of the used ring. The event index is on the third.
     const START: u16 = 600;
     let log_address = |ring: &Ring| NO_MEMORY + 16 * PAGE * u64::from(ring.index);
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
@@ -184,7 +184,8 @@ fn the_used_rings_are_marked_only_where_asked_for_and_where_they_are_said_to_be(
             for (index, wanted) in (0..).zip(wanted) {
                 let first = log_address(device.ring(index)) / PAGE;
                 let found: Vec<_> = (0..16).filter(|page| marked.remove(&(first + page))).collect();
-                // Flags and index; elements; and what only transmit rings write here, as they alone get empty.
+                // Page 0 has flags and index, page 1 elements, page 2 the event index. Only the transmit ring's event
+                // index is written here, since only that ring runs empty.
                 let event = index == 1 && extra == features::EVENT_IDX;
                 let expected: &[_] = if event { &[0, 1, 2] } else { &[0, 1] };
                 assert_eq!(found, if wanted { expected } else { &[] }, "vring {index}, features {extra:#x}");
@@ -194,7 +195,7 @@ fn the_used_rings_are_marked_only_where_asked_for_and_where_they_are_said_to_be(
     }
 }
 
-fn nothing_is_marked_before_it_is_asked_for_nor_after(datapath: Datapath) {
+fn nothing_is_marked_while_logging_is_off(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = rig.device(options(BASIC | features::MRG_RXBUF)).unwrap();
     let log = DirtyLog::new(&device.memory).unwrap();
@@ -203,7 +204,7 @@ fn nothing_is_marked_before_it_is_asked_for_nor_after(datapath: Datapath) {
         device.wait_transmitted(0).unwrap();
         device.connection.get_features().unwrap();
     };
-    // The log alone, and VRING_F_LOG, are not enough.
+    // A log and VRING_F_LOG are not enough without LOG_ALL.
     device.connection.set_log_base(&log).unwrap();
     let addresses = device.ring(0).queue.addresses();
     let set_log_address = |device: &Device, address| {
@@ -224,7 +225,7 @@ fn nothing_is_marked_before_it_is_asked_for_nor_after(datapath: Datapath) {
         assert_eq!(log.take(), BTreeSet::new());
     }
 
-    // The next log takes the place of the last.
+    // A new log replaces the last one.
     device.start_log(&log, used_ring).unwrap();
     let next = DirtyLog::new(&device.memory).unwrap();
     device.connection.set_log_base(&next).unwrap();
@@ -233,24 +234,24 @@ fn nothing_is_marked_before_it_is_asked_for_nor_after(datapath: Datapath) {
     assert_eq!(log.take(), BTreeSet::new());
     assert_ne!(next.take(), BTreeSet::new());
 
-    // The next session has none, whatever its features say.
+    // The next session has no log, even if it acknowledges LOG_ALL.
     drop(device);
     let mut device = rig.device(options(BASIC | features::LOG_ALL)).unwrap();
     traffic(&mut rig, &mut device);
     assert_eq!((log.take(), next.take()), (BTreeSet::new(), BTreeSet::new()));
-    // But in the order of a front-end that begins with the feature it does.
+    // A front-end may acknowledge LOG_ALL first and set the log afterwards.
     device.connection.set_log_base(&log).unwrap();
     traffic(&mut rig, &mut device);
     assert_ne!(log.take(), BTreeSet::new());
 }
 
-// The kernel waits for ever for room that a frame too large for the ring will never have.
+// Not with vhost-net: the kernel waits forever for room for a frame that is too large for the ring.
 #[test]
-fn a_frame_that_is_not_delivered_has_its_pages_marked_too() {
+fn pages_of_a_dropped_frame_are_marked() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
     let pieces = vec![200];
     for merge in [0, features::MRG_RXBUF] {
-        // The frame that is dropped overwrites what the next one is checked against: no canaries.
+        // No canaries: the dropped frame overwrites those that the next frame is checked against.
         let options = Options {
             receive_pieces: pieces.clone(),
             queue_size: 4,
@@ -262,7 +263,7 @@ fn a_frame_that_is_not_delivered_has_its_pages_marked_too() {
         device.start_log(&log, used_ring).unwrap();
         device.ring_mut(0).queue.disable_calls();
         let before = device.memory.snapshot();
-        // One that no ring of this size can hold, and one that tells when it has been dealt with.
+        // The first frame is too large for the ring. The second one arrives when the first has been dropped.
         rig.inject(0..1, 1400).unwrap();
         rig.inject(1..2, 60).unwrap();
         wait_used(&device, 0, 1);
@@ -272,23 +273,23 @@ fn a_frame_that_is_not_delivered_has_its_pages_marked_too() {
     }
 }
 
-/// What a front-end does that migrates a guest: copies all memory, then what was marked meanwhile, again and again,
-/// and the last time when the device is stopped. The copy must have all that the back-end wrote.
-fn a_copy_made_by_the_log_under_traffic_misses_nothing(datapath: Datapath) {
-    copies_by_the_log(datapath, false);
+/// Does what a front-end does that migrates a guest: copies all memory, then the marked pages again and again, the last
+/// time with the device stopped. The copy must have everything that the back-end wrote.
+fn copy_of_marked_pages_is_complete_under_traffic(datapath: Datapath) {
+    check_copy(datapath, false);
 }
 
-fn a_copy_made_by_the_log_misses_nothing_while_the_session_moves(datapath: Datapath) {
-    copies_by_the_log(datapath, true);
+fn copy_of_marked_pages_is_complete_during_hand_overs(datapath: Datapath) {
+    check_copy(datapath, true);
 }
 
-/// Copies all that the log says changed while frames arrive, and, if it is to move, while the session is handed on.
-fn copies_by_the_log(datapath: Datapath, moving: bool) {
+/// Copies the marked pages while frames arrive and, if `moving`, while the session is handed over.
+fn check_copy(datapath: Datapath, moving: bool) {
     for features in [BASIC, BASIC | features::MRG_RXBUF | features::EVENT_IDX] {
-        // Anew, as frames are left in the TAP.
+        // A new rig, since the last round leaves frames in the TAP.
         let mut rig = Rig::new(datapath, 1, &[]).unwrap();
         netns::set_mtu(TAP, 9000).unwrap();
-        // No canaries: from now on only the back-end writes to the receive buffers.
+        // No canaries: only the back-end may write to the receive buffers.
         let mut device =
             rig.device(Options { canaries: false, ..options(features) }.with_large_frames()).unwrap();
         let log = DirtyLog::new(&device.memory).unwrap();
@@ -299,7 +300,7 @@ fn copies_by_the_log(datapath: Datapath, moving: bool) {
         for round in 0..50usize {
             let next = number + 40;
             rig.inject(number..next, 60 + (round * 179) % 8900).unwrap();
-            // While they arrive.
+            // While the frames arrive.
             if moving && round % 10 == 5 {
                 let target = Backend::waiting_for_session(datapath, &[]).unwrap();
                 rig.backend.become_target(target).unwrap();
@@ -333,26 +334,26 @@ fn copy_marked(memory: &GuestMemory, log: &DirtyLog, copy: &mut [Vec<u8>]) {
     }
 }
 
-fn a_log_that_is_too_small_is_refused(datapath: Datapath) {
+fn too_small_log_is_refused(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let end = |memory: &GuestMemory| {
         let last = memory.regions().last().unwrap().place;
         (last.guest_address + last.size).div_ceil(8 * PAGE)
     };
-    // There is no other answer than the end.
+    // The back-end can only answer by closing the connection.
     let device = rig.device(options(BASIC)).unwrap();
     let small = DirtyLog::with_size(end(&device.memory) - 1).unwrap();
     device.connection.send(&small.message(), &[small.file()]).unwrap();
     device.connection.wait_closed().unwrap();
 
-    // Of the log's file, there is less than the message says.
+    // The log's file is shorter than the message says.
     let device = rig.device(options(BASIC)).unwrap();
     let large = DirtyLog::with_size(2 * end(&device.memory)).unwrap();
     let short = DirtyLog::with_size(end(&device.memory)).unwrap();
     device.connection.send(&large.message(), &[short.file()]).unwrap();
     device.connection.wait_closed().unwrap();
 
-    // Just large enough; then more memory needs a larger one first.
+    // The log is just large enough. More memory needs a larger log first.
     let mut device = rig.device(options(BASIC)).unwrap();
     let exact = DirtyLog::with_size(end(&device.memory)).unwrap();
     device.start_log(&exact, used_ring).unwrap();
@@ -370,7 +371,7 @@ fn a_log_that_is_too_small_is_refused(datapath: Datapath) {
     rig.check_traffic(&mut device).unwrap();
     assert_ne!(larger.take(), BTreeSet::new());
 
-    // A log that is not used does not keep memory from being added, but must be replaced before it is used again.
+    // An inactive log does not prevent more memory, but must be replaced before logging is on again.
     device.stop_log().unwrap();
     device.connection.set_log_base(&larger).unwrap();
     let mut regions = more.regions().to_vec();
@@ -389,9 +390,9 @@ fn a_log_that_is_too_small_is_refused(datapath: Datapath) {
     rig.backend.check_healthy().unwrap();
 }
 
-// The kernel's marks just fail then.
+// Not with vhost-net: the kernel only fails to mark pages.
 #[test]
-fn a_log_whose_file_is_cut_off_ends_the_session_only() {
+fn truncated_log_ends_only_the_session() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
     let mut device = rig.device(options(BASIC)).unwrap();
     let log = DirtyLog::new(&device.memory).unwrap();
@@ -406,7 +407,7 @@ fn a_log_whose_file_is_cut_off_ends_the_session_only() {
     rig.backend.check_healthy().unwrap();
 }
 
-fn a_reset_forgets_the_log(datapath: Datapath) {
+fn reset_device_discards_the_log(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut options = options(BASIC);
     options.protocol_features |= protocol::RESET_DEVICE;

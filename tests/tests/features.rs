@@ -1,5 +1,5 @@
-//! Every feature, also where the front-end accepts only some: header sizes, mergeable buffers, long chains, indirect
-//! tables, event indices, checksums and segmentation in both directions.
+//! Every feature, alone and in subsets: header sizes, mergeable buffers, long chains, indirect tables, event indices,
+//! checksums and segmentation in both directions.
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use std::time::Instant;
@@ -17,23 +17,23 @@ use baton_tests::packet_socket::PacketSocket;
 use baton_tests::process::PATIENCE;
 
 on_both_datapaths! {
-    the_short_header_works,
+    short_header_works,
     mergeable_buffers_work_without_version_1,
-    the_long_header_works_without_mergeable_buffers,
-    a_mergeable_frame_spans_many_buffers,
+    long_header_works_without_mergeable_buffers,
+    mergeable_frame_spans_many_buffers,
     chains_of_19_descriptors_work,
     indirect_tables_work,
-    event_indices_and_order_work,
-    a_driver_that_wants_no_calls_gets_none,
-    a_call_comes_when_the_used_index_passes_the_event_index,
-    kicks_are_asked_for_only_when_the_ring_is_empty,
-    the_guests_partial_checksums_and_large_segments_reach_the_network_as_such,
-    udp_fragmentation_is_taken_from_the_guest_where_it_is_offered,
-    large_segments_reach_a_guest_that_takes_them,
-    a_guest_without_segmentation_offload_gets_segments,
-    a_guest_without_checksum_offload_gets_whole_checksums,
-    offloads_follow_each_session,
-    any_choice_of_the_features_works,
+    event_idx_and_in_order_work,
+    driver_that_suppresses_calls_gets_none,
+    driver_is_called_when_the_used_index_passes_the_event_index,
+    kicks_are_requested_only_when_the_ring_is_empty,
+    partial_checksums_and_large_segments_reach_the_network_unchanged,
+    udp_fragmentation_offload_works_if_offered,
+    large_segments_reach_a_guest_that_accepts_them,
+    guest_without_segmentation_offload_gets_small_segments,
+    guest_without_checksum_offload_gets_complete_checksums,
+    offloads_are_set_for_each_session,
+    every_subset_of_the_features_works,
 }
 
 const BASIC: u64 = features::PROTOCOL_FEATURES | features::VERSION_1;
@@ -49,23 +49,23 @@ const HOST_OFFLOADS: u64 = features::CSUM
     | features::HOST_ECN
     | features::HOST_UFO
     | features::HOST_USO;
-/// ORed to a TCP `gso_type`: congestion was noticed.
+/// ORed to a TCP `gso_type`: the segment has ECN set.
 const GSO_ECN: u8 = 0x80;
 
 fn with(features: u64) -> Options {
     Options { features, ..Options::default() }
 }
 
-/// Looks at a ring, as a driver that wants no calls does, until its used index is this.
+/// Polls a ring, as a driver that suppresses calls does, until its used index is `used`.
 fn wait_used(device: &Device, index: u32, used: u16) {
     let deadline = Instant::now() + PATIENCE;
     while device.ring(index).queue.used_index() != used {
-        assert!(Instant::now() < deadline, "vring {index} was not used");
+        assert!(Instant::now() < deadline, "vring {index} does not reach used index {used}");
         std::thread::yield_now();
     }
 }
 
-/// That a frame is said to be in one buffer where buffers cannot be merged. Older kernels' vhost-net does not say it.
+/// Checks that `num_buffers` is 1 without mergeable buffers. The vhost-net of older kernels does not set it.
 fn check_single(rig: &Rig, device: &Device, header: &NetHeader) {
     let merges = device.options.features & features::MRG_RXBUF != 0;
     if rig.datapath == Datapath::Userspace && device.header_length() == 12 && !merges {
@@ -73,7 +73,7 @@ fn check_single(rig: &Rig, device: &Device, header: &NetHeader) {
     }
 }
 
-/// Frames of all sizes both ways, and in bursts that fill the rings.
+/// Checks frames of all sizes both ways, one by one and in bursts.
 fn check_sizes(rig: &mut Rig, device: &mut Device, largest: usize) {
     let sizes: Vec<usize> = (60..200).chain((200..largest).step_by(37)).chain([largest]).collect();
     for (number, &size) in (0u32..).zip(&sizes) {
@@ -96,7 +96,7 @@ fn check_sizes(rig: &mut Rig, device: &mut Device, largest: usize) {
     device.wait_transmitted(0).unwrap();
 }
 
-fn the_short_header_works(datapath: Datapath) {
+fn short_header_works(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = rig.device(with(features::PROTOCOL_FEATURES)).unwrap();
     assert_eq!(device.header_length(), 10);
@@ -111,13 +111,13 @@ fn mergeable_buffers_work_without_version_1(datapath: Datapath) {
     check_sizes(&mut rig, &mut device, 1514);
 }
 
-fn the_long_header_works_without_mergeable_buffers(datapath: Datapath) {
+fn long_header_works_without_mergeable_buffers(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = rig.device(with(BASIC)).unwrap();
     check_sizes(&mut rig, &mut device, 1514);
 }
 
-fn a_mergeable_frame_spans_many_buffers(datapath: Datapath) {
+fn mergeable_frame_spans_many_buffers(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     netns::set_mtu(TAP, 9000).unwrap();
     let features = BASIC | features::MRG_RXBUF;
@@ -136,7 +136,7 @@ fn a_mergeable_frame_spans_many_buffers(datapath: Datapath) {
 fn chains_of_19_descriptors_work(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     netns::set_mtu(TAP, 9000).unwrap();
-    // A header of its own and 18 pages or less: what Linux posts without mergeable buffers.
+    // A separate header and up to 18 pages: what Linux posts without mergeable buffers.
     let pieces: Vec<u32> = std::iter::once(12).chain([512; 18]).collect();
     let options =
         Options { receive_pieces: pieces.clone(), transmit_pieces: pieces, queue_size: 1024, ..with(BASIC) };
@@ -144,7 +144,7 @@ fn chains_of_19_descriptors_work(datapath: Datapath) {
     check_sizes(&mut rig, &mut device, 9014);
 }
 
-/// In user space: the kernel's vhost-net takes 1024 descriptors at most (`UIO_MAXIOV`).
+/// User space only: vhost-net accepts at most 1024 descriptors in a chain (`UIO_MAXIOV`).
 #[test]
 fn chains_as_long_as_the_queue_work() -> TestResult {
     datapath::run(Datapath::Userspace, |datapath| {
@@ -174,9 +174,9 @@ fn chains_as_long_as_the_queue_work() -> TestResult {
     })
 }
 
-/// In user space, as above.
+/// User space only, as above.
 #[test]
-fn a_frame_spans_chains_of_many_pieces() -> TestResult {
+fn mergeable_frame_spans_chains_of_many_descriptors() -> TestResult {
     datapath::run(Datapath::Userspace, |datapath| {
         let mut rig = Rig::new(datapath, 1, &[]).unwrap();
         netns::set_mtu(TAP, 9000).unwrap();
@@ -207,13 +207,13 @@ fn indirect_tables_work(datapath: Datapath) {
     }
 }
 
-fn event_indices_and_order_work(datapath: Datapath) {
+fn event_idx_and_in_order_work(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let choices: &[u64] = match datapath {
         Datapath::Userspace => {
             &[features::EVENT_IDX, features::IN_ORDER, features::EVENT_IDX | features::IN_ORDER]
         }
-        // The kernel promises no order.
+        // vhost-net may not offer IN_ORDER.
         Datapath::VhostNet => &[features::EVENT_IDX],
     };
     for extra in choices {
@@ -222,7 +222,7 @@ fn event_indices_and_order_work(datapath: Datapath) {
     }
 }
 
-fn a_driver_that_wants_no_calls_gets_none(datapath: Datapath) {
+fn driver_that_suppresses_calls_gets_none(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     for extra in [0, features::EVENT_IDX] {
         let mut device = rig.device(with(BASIC | extra)).unwrap();
@@ -231,7 +231,7 @@ fn a_driver_that_wants_no_calls_gets_none(datapath: Datapath) {
         for index in [0, 1] {
             device.ring_mut(index).queue.disable_calls();
         }
-        // Until the worker has seen the wish: a call may have been decided on before.
+        // Until the worker sees the new flags it may still make a call.
         rig.transmit(&mut device, 0..1, 100).unwrap();
         rig.expect_on_network(0..1).unwrap();
         wait_used(&device, 1, device.pairs[0].transmit.queue.next_available());
@@ -248,13 +248,13 @@ fn a_driver_that_wants_no_calls_gets_none(datapath: Datapath) {
         device.connection.get_features().unwrap();
         assert_eq!(device.ring(0).take_calls().unwrap(), 0, "calls for received frames");
         assert_eq!(device.ring(1).take_calls().unwrap(), 0, "calls for transmitted frames");
-        // And is called when it wants to be again.
+        // The driver is called again once it asks for calls.
         rig.expect_in_guest(&mut device, 0..50).unwrap();
         rig.check_traffic(&mut device).unwrap();
     }
 }
 
-fn a_call_comes_when_the_used_index_passes_the_event_index(datapath: Datapath) {
+fn driver_is_called_when_the_used_index_passes_the_event_index(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = rig.device(with(BASIC | features::EVENT_IDX)).unwrap();
     rig.check_traffic(&mut device).unwrap();
@@ -270,16 +270,16 @@ fn a_call_comes_when_the_used_index_passes_the_event_index(datapath: Datapath) {
     }
 }
 
-fn kicks_are_asked_for_only_when_the_ring_is_empty(datapath: Datapath) {
+fn kicks_are_requested_only_when_the_ring_is_empty(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = rig.device(with(BASIC | features::EVENT_IDX)).unwrap();
     rig.check_traffic(&mut device).unwrap();
     device.wait_transmitted(0).unwrap();
     wait_kick_wanted(&device);
-    // The driver's own count: the device may count a kick late, for it often sees the frame first. Whoever reads it takes
-    // a kick from the device, so it is read while nothing is to be done.
+    // Counts kicks at the eventfd: the device may count a kick late, since it often sees the frame first. A read takes
+    // the kick from the device, so the ring must be idle.
     device.ring(1).kick.read().unwrap_or_default();
-    // One kick for all of these: the device asked for it at the first only.
+    // One kick for all of these: the device asks for one at the first frame only.
     for number in 0..200 {
         assert!(device.enqueue(0, &NetHeader::default(), &frames::numbered(number, 100)).unwrap());
     }
@@ -295,12 +295,12 @@ fn wait_kick_wanted(device: &Device) {
     let queue = &device.pairs[0].transmit.queue;
     let deadline = Instant::now() + PATIENCE;
     while queue.available_event() != queue.next_available() {
-        assert!(Instant::now() < deadline, "no kick is asked for");
+        assert!(Instant::now() < deadline, "the device does not ask for a kick");
         std::thread::yield_now();
     }
 }
 
-/// The header for a segment that is to be cut.
+/// A payload of this length.
 fn payload(length: usize) -> Vec<u8> {
     (0..length).map(|number| u8::try_from(number % 251).unwrap()).collect()
 }
@@ -309,7 +309,7 @@ fn offered(rig: &mut Rig) -> u64 {
     rig.backend.connect().unwrap().get_features().unwrap()
 }
 
-fn the_guests_partial_checksums_and_large_segments_reach_the_network_as_such(datapath: Datapath) {
+fn partial_checksums_and_large_segments_reach_the_network_unchanged(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let offered = offered(&mut rig);
     let cases = [
@@ -324,7 +324,7 @@ fn the_guests_partial_checksums_and_large_segments_reach_the_network_as_such(dat
     for (feature, network, transport, gso_type, length) in cases {
         let features = BASIC | features::CSUM | feature;
         if features & !offered != 0 {
-            // This kernel's TAP does not have it.
+            // The TAP of this kernel lacks the feature.
             continue;
         }
         let mut device = rig.device(with(features).with_large_frames()).unwrap();
@@ -333,7 +333,7 @@ fn the_guests_partial_checksums_and_large_segments_reach_the_network_as_such(dat
         let header = segment.header(gso_type, size);
         device.send(0, &header, &segment.bytes).unwrap();
         let (received, frame) = rig.network.receive().unwrap();
-        assert!(frame == segment.bytes, "{network:?} {transport:?} {gso_type:#x}: another frame");
+        assert!(frame == segment.bytes, "{network:?} {transport:?} {gso_type:#x}: the frame differs");
         assert_eq!((received.gso_type, received.gso_size), (gso_type, size), "{network:?} {transport:?}");
         assert_ne!(received.flags & NEEDS_CSUM, 0);
         assert_eq!((received.csum_start, received.csum_offset), (header.csum_start, header.csum_offset));
@@ -343,7 +343,7 @@ fn the_guests_partial_checksums_and_large_segments_reach_the_network_as_such(dat
     assert!(large.is_none_or(|frames| frames >= 3), "{large:?}");
 }
 
-fn udp_fragmentation_is_taken_from_the_guest_where_it_is_offered(datapath: Datapath) {
+fn udp_fragmentation_offload_works_if_offered(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     if offered(&mut rig) & features::HOST_UFO == 0 {
         return;
@@ -354,12 +354,12 @@ fn udp_fragmentation_is_taken_from_the_guest_where_it_is_offered(datapath: Datap
     let before = netns::counters(TAP).unwrap();
     device.send(0, &segment.header(GSO_UDP, 1400), &segment.bytes).unwrap();
     device.wait_transmitted(0).unwrap();
-    // Packet sockets cannot show such a frame; the interface has counted it.
+    // Packet sockets do not receive such a frame, but the interface counts it.
     let after = netns::counters(TAP).unwrap();
     assert_eq!((after.rx_packets - before.rx_packets, after.rx_dropped - before.rx_dropped), (1, 0));
 }
 
-fn large_segments_reach_a_guest_that_takes_them(datapath: Datapath) {
+fn large_segments_reach_a_guest_that_accepts_them(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let offered = offered(&mut rig);
     let uso = features::GUEST_USO4 | features::GUEST_USO6;
@@ -374,7 +374,7 @@ fn large_segments_reach_a_guest_that_takes_them(datapath: Datapath) {
         for merge in [0, features::MRG_RXBUF] {
             let features = BASIC | features::GUEST_CSUM | feature | merge;
             if features & !offered != 0 {
-                // This kernel's TAP does not have it.
+                // The TAP of this kernel lacks the feature.
                 continue;
             }
             let mut device = rig.device(with(features).with_large_frames()).unwrap();
@@ -384,7 +384,7 @@ fn large_segments_reach_a_guest_that_takes_them(datapath: Datapath) {
             let (received, frame) = device.receive(0).unwrap();
             assert!(
                 frame == segment.bytes,
-                "{network:?} {transport:?}: another frame of {} bytes",
+                "{network:?} {transport:?}: the frame differs, {} bytes",
                 frame.len()
             );
             assert_eq!((received.gso_type, received.gso_size), (gso_type, 1400));
@@ -398,21 +398,21 @@ fn large_segments_reach_a_guest_that_takes_them(datapath: Datapath) {
     assert!(large.is_none_or(|frames| frames >= 6), "{large:?}");
 }
 
-fn a_guest_without_segmentation_offload_gets_segments(datapath: Datapath) {
+fn guest_without_segmentation_offload_gets_small_segments(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let everything = GUEST_OFFLOADS & offered(&mut rig);
     let network_side = PacketSocket::open_queued(TAP).unwrap();
     let tcp6 = (Network::V6, Transport::Tcp, GSO_TCPV6);
     let tcp4 = (Network::V4, Transport::Tcp, GSO_TCPV4);
     let cases = [
-        // Nothing at all: not even a partial checksum.
+        // No offload at all, not even partial checksums.
         (0, tcp4),
         (features::GUEST_CSUM, tcp4),
         (features::GUEST_CSUM, tcp6),
-        // Everything but what it would take.
+        // All offloads except those for this segment.
         (everything & !features::GUEST_TSO4 & !features::GUEST_ECN, tcp4),
         (everything & !features::GUEST_TSO6 & !features::GUEST_ECN, tcp6),
-        // Segmentation offload means nothing without partial checksums.
+        // Segmentation offload has no effect without partial checksums.
         (everything & !features::GUEST_CSUM, tcp4),
     ];
     for (guest, (network, transport, gso_type)) in cases {
@@ -437,7 +437,7 @@ fn a_guest_without_segmentation_offload_gets_segments(datapath: Datapath) {
     }
 }
 
-fn a_guest_without_checksum_offload_gets_whole_checksums(datapath: Datapath) {
+fn guest_without_checksum_offload_gets_complete_checksums(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     for guest in [0, features::GUEST_CSUM] {
         let mut device = rig.device(with(BASIC | guest)).unwrap();
@@ -455,21 +455,21 @@ fn a_guest_without_checksum_offload_gets_whole_checksums(datapath: Datapath) {
     }
 }
 
-fn offloads_follow_each_session(datapath: Datapath) {
-    // What one guest took, the next does not: the TAP must not remember.
+fn offloads_are_set_for_each_session(datapath: Datapath) {
+    // The TAP must not keep the offloads of the last session.
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let all = BASIC | features::MRG_RXBUF | features::GUEST_CSUM | features::GUEST_TSO4;
     let segment = segment(Network::V4, Transport::Tcp, &payload(14_000));
     let network_side = PacketSocket::open_queued(TAP).unwrap();
     for round in 0..4 {
-        let takes_large = round % 2 == 0;
-        let features = if takes_large { all } else { features::PROTOCOL_FEATURES };
+        let accepts_large = round % 2 == 0;
+        let features = if accepts_large { all } else { features::PROTOCOL_FEATURES };
         let mut device = rig.device(with(features)).unwrap();
         network_side.send_with(&segment.header(GSO_TCPV4, 1400), &segment.bytes).unwrap();
         let (_, frame) = device.receive(0).unwrap();
-        let expected = if takes_large { segment.bytes.len() } else { ETHERNET + 40 + 1400 };
+        let expected = if accepts_large { segment.bytes.len() } else { ETHERNET + 40 + 1400 };
         assert_eq!(frame.len(), expected, "round {round}");
-        let rest = if takes_large { 0 } else { 9 };
+        let rest = if accepts_large { 0 } else { 9 };
         for _ in 0..rest {
             device.receive(0).unwrap();
         }
@@ -477,7 +477,7 @@ fn offloads_follow_each_session(datapath: Datapath) {
     }
 }
 
-fn any_choice_of_the_features_works(datapath: Datapath) {
+fn every_subset_of_the_features_works(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &["--mac=02:00:00:00:00:05", "--mtu=1500"]).unwrap();
     let offered = offered(&mut rig);
     let optional = [

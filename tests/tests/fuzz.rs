@@ -1,4 +1,5 @@
-//! Random messages and random rings, for a while. The seed is printed; `BATON_FUZZ_SEED` repeats a run.
+//! Random messages and random ring contents, for some seconds each. The seed is printed; `BATON_FUZZ_SEED` repeats a
+//! run.
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use std::fs::File;
@@ -13,14 +14,14 @@ use baton_tests::on_both_datapaths;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 on_both_datapaths! {
-    random_messages_harm_nobody,
-    random_rings_harm_nobody,
+    back_end_survives_random_messages,
+    back_end_survives_random_rings,
 }
 
-/// How long each of these goes on.
+/// How long each test runs.
 const TIME: Duration = Duration::from_secs(8);
 
-/// A number for a field of this width that means something: an address, an index, or nothing.
+/// A number for a field: near an address, an index, a small multiple of the page size, or an edge case.
 fn number(random: &mut Random, device: &Device) -> u64 {
     let place = device.memory.regions()[random.below(2)].place;
     match random.below(6) {
@@ -47,7 +48,7 @@ fn u32_of(number: u64) -> u32 {
     u32::try_from(number & 0xffff_ffff).unwrap()
 }
 
-/// A message that makes some sense, or none.
+/// A message that is plausible, malformed or random.
 fn random_message(random: &mut Random, device: &Device) -> Message {
     let index = if random.once_in(8) { random.next_u32() } else { u32_of(random.next_u64() & 1) };
     let message = match random.below(14) {
@@ -98,7 +99,7 @@ fn random_message(random: &mut Random, device: &Device) -> Message {
             let request = random.pick(&[request::GET_INFLIGHT_FD, request::SET_INFLIGHT_FD]);
             let size = if random.once_in(2) { 1 << 20 } else { random.edge() };
             let [queues, entries] = [2, device.options.queue_size]
-                .map(|right| if random.once_in(2) { right } else { random.next_u16() });
+                .map(|valid| if random.once_in(2) { valid } else { random.next_u16() });
             Message::inflight(
                 request,
                 size,
@@ -122,7 +123,7 @@ fn random_message(random: &mut Random, device: &Device) -> Message {
     }
 }
 
-/// Reads what the back-end has said. False if it has closed the connection.
+/// Discards what the back-end has sent; returns whether the connection is still open.
 fn listen(connection: &Connection) -> bool {
     connection.stream().set_nonblocking(true).unwrap();
     let mut bytes = [0; 4096];
@@ -138,7 +139,7 @@ fn listen(connection: &Connection) -> bool {
     open
 }
 
-fn random_messages_harm_nobody(datapath: Datapath) {
+fn back_end_survives_random_messages(datapath: Datapath) {
     let mut random = Random::from_environment();
     let mut victim = Victim::new(datapath).unwrap();
     let null: OwnedFd = File::open("/dev/null").unwrap().into();
@@ -203,7 +204,7 @@ fn random_messages_harm_nobody(datapath: Datapath) {
     victim.check().unwrap();
 }
 
-/// Writes something somewhere into a running device's rings.
+/// Writes a random value into the rings of a running device.
 fn scribble(random: &mut Random, device: &Device, table: u64) {
     let index = u32_of(random.next_u64() & 1);
     let queue = &device.ring(index).queue;
@@ -243,7 +244,7 @@ fn scribble(random: &mut Random, device: &Device, table: u64) {
     }
 }
 
-fn random_rings_harm_nobody(datapath: Datapath) {
+fn back_end_survives_random_rings(datapath: Datapath) {
     let mut random = Random::from_environment();
     let mut victim = Victim::new(datapath).unwrap();
     let optional = [
@@ -278,11 +279,11 @@ fn random_rings_harm_nobody(datapath: Datapath) {
                 device.ring(index).kick().unwrap();
             }
             if random.once_in(4) {
-                // There may be no room, as nobody need receive these.
+                // Fails if the TAP has no room: these frames need not be received.
                 let _ = victim.rig.inject(0..1, 60 + random.below(1400));
             }
             if random.once_in(20) {
-                // A ring that has gone wrong is set up anew.
+                // Sets up a ring again, which may be broken.
                 let index = u32_of(random.next_u64() & 1);
                 device.connection.get_vring_base(index).unwrap();
                 let base = device.ring(index).queue.used_index();

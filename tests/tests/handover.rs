@@ -1,5 +1,5 @@
-//! A running session handed to another back-end: the front-end and the guest notice nothing, whatever state the session
-//! is in, and whatever becomes of the target.
+//! Hand-overs of a session to another back-end: the front-end and the guest notice nothing, whatever state the session
+//! is in.
 
 use std::os::unix::net::UnixListener;
 
@@ -14,10 +14,10 @@ use baton_tests::netns;
 use baton_tests::on_both_datapaths;
 
 on_both_datapaths! {
-    a_session_moves_under_load,
-    a_session_moves_before_it_is_negotiated,
-    a_session_moves_with_its_rings_stopped,
-    a_back_end_moves_without_a_front_end,
+    session_moves_under_load,
+    session_moves_before_it_is_negotiated,
+    session_moves_with_its_rings_stopped,
+    device_moves_without_a_front_end,
 }
 
 /// Frames a second each way.
@@ -28,7 +28,7 @@ fn options(queue_pairs: u16) -> Options {
     Options { queue_pairs, features, ..Options::default() }
 }
 
-/// A device that works.
+/// Starts a back-end and a front-end, and checks their traffic.
 fn serving(datapath: Datapath, queue_pairs: u16) -> Result<(Rig, Device)> {
     let mut rig = Rig::new(datapath, queue_pairs, &[])?;
     let mut device = rig.device(options(queue_pairs))?;
@@ -36,20 +36,20 @@ fn serving(datapath: Datapath, queue_pairs: u16) -> Result<(Rig, Device)> {
     Ok((rig, device))
 }
 
-/// Hands the rig's session on.
-fn hand_on(rig: &mut Rig) -> Result<SessionReport> {
+/// Hands the session over to a new back-end, which becomes the rig's.
+fn hand_over(rig: &mut Rig) -> Result<SessionReport> {
     let target = Backend::waiting_for_session(rig.datapath, &[])?;
     rig.backend.become_target(target)
 }
 
-/// That the TAP has kept everything.
+/// Checks that the TAP has dropped no frame.
 fn check_nothing_dropped() -> Result<()> {
     let dropped = netns::counters(TAP)?.tx_dropped;
     ensure!(dropped == 0, "the TAP dropped {dropped} frames");
     Ok(())
 }
 
-fn a_session_moves_under_load(datapath: Datapath) -> Result<()> {
+fn session_moves_under_load(datapath: Datapath) -> Result<()> {
     let (mut rig, mut device) = serving(datapath, 4)?;
     let before = rig.backend.stats()?;
     let Rig { network, backend, .. } = &mut rig;
@@ -59,18 +59,23 @@ fn a_session_moves_under_load(datapath: Datapath) -> Result<()> {
     })?;
     device.connection.check_quiet()?;
     check_nothing_dropped()?;
-    let SessionReport::Completed { blackout_us, phases } = report else { unreachable!("as was checked") };
+    let SessionReport::Completed { blackout_us, phases } = report else {
+        unreachable!("become_target checks it")
+    };
     let phases: u64 = ["stop", "commit", "pass", "take", "start"].map(|phase| phases[phase]).iter().sum();
-    ensure!(blackout_us > 0 && phases <= blackout_us, "{blackout_us} µs, of them {phases}");
+    ensure!(blackout_us > 0 && phases <= blackout_us, "blackout of {blackout_us} µs, phases of {phases} µs");
     let status = rig.backend.status()?;
     ensure!((status.state, status.tap.as_str(), status.queue_pairs) == (BackendState::Serving, TAP, 4));
     if datapath == Datapath::Userspace {
         let frames = |stats: &baton_protocol::control::BackendStats| -> u64 {
             stats.queue_pairs.iter().filter_map(|pair| pair.rx.frames).sum()
         };
-        ensure!(frames(&rig.backend.stats()?) == frames(&before) + sent.down, "the counters do not go on");
+        ensure!(
+            frames(&rig.backend.stats()?) == frames(&before) + sent.down,
+            "the target does not continue the counters"
+        );
     }
-    // It is a session as any other.
+    // The session can still be suspended, and the next front-end is served.
     device.suspend()?;
     device.restart_rings()?;
     rig.check_traffic(&mut device)?;
@@ -81,16 +86,16 @@ fn a_session_moves_under_load(datapath: Datapath) -> Result<()> {
 }
 
 #[test]
-fn nothing_grows_with_a_hundred_in_a_row_on_one_queue_pair() {
-    a_hundred_in_a_row(1).unwrap();
+fn hundred_hand_overs_leak_nothing_with_one_queue_pair() {
+    hundred_hand_overs_leak_nothing(1).unwrap();
 }
 
 #[test]
-fn nothing_grows_with_a_hundred_in_a_row_on_four_queue_pairs() {
-    a_hundred_in_a_row(4).unwrap();
+fn hundred_hand_overs_leak_nothing_with_four_queue_pairs() {
+    hundred_hand_overs_leak_nothing(4).unwrap();
 }
 
-fn a_hundred_in_a_row(queue_pairs: u16) -> Result<()> {
+fn hundred_hand_overs_leak_nothing(queue_pairs: u16) -> Result<()> {
     let (mut rig, mut device) = serving(Datapath::Userspace, queue_pairs)?;
     let Rig { network, backend, .. } = &mut rig;
     let mut sizes = Vec::new();
@@ -116,53 +121,53 @@ fn a_hundred_in_a_row(queue_pairs: u16) -> Result<()> {
     rig.backend.check_healthy()
 }
 
-fn a_session_moves_before_it_is_negotiated(datapath: Datapath) -> Result<()> {
+fn session_moves_before_it_is_negotiated(datapath: Datapath) -> Result<()> {
     let mut rig = Rig::new(datapath, 1, &[])?;
     let connection = rig.backend.connect()?;
     let offered = connection.get_features()?;
-    hand_on(&mut rig)?;
+    hand_over(&mut rig)?;
     connection.check_quiet()?;
     ensure!(connection.get_features()? == offered);
     ensure!(rig.backend.status()?.frontend == Frontend::Connected);
     let mut device = Device::new(connection, options(1))?;
     device.negotiate()?;
-    hand_on(&mut rig)?;
+    hand_over(&mut rig)?;
     device.set_up()?;
-    hand_on(&mut rig)?;
+    hand_over(&mut rig)?;
     device.fill_receive_rings()?;
     rig.check_traffic(&mut device)?;
-    hand_on(&mut rig)?;
+    hand_over(&mut rig)?;
     rig.check_traffic(&mut device)?;
     rig.backend.check_healthy()
 }
 
-fn a_session_moves_with_its_rings_stopped(datapath: Datapath) -> Result<()> {
+fn session_moves_with_its_rings_stopped(datapath: Datapath) -> Result<()> {
     let (mut rig, mut device) = serving(datapath, 1)?;
     device.suspend()?;
     rig.inject(0..20, 100)?;
-    hand_on(&mut rig)?;
-    hand_on(&mut rig)?;
+    hand_over(&mut rig)?;
+    hand_over(&mut rig)?;
     device.restart_rings()?;
     rig.expect_in_guest(&mut device, 0..20)?;
     rig.check_traffic(&mut device)?;
     rig.backend.check_healthy()
 }
 
-fn a_back_end_moves_without_a_front_end(datapath: Datapath) -> Result<()> {
+fn device_moves_without_a_front_end(datapath: Datapath) -> Result<()> {
     let mut rig = Rig::new(datapath, 2, &[])?;
-    hand_on(&mut rig)?;
+    hand_over(&mut rig)?;
     ensure!(rig.backend.status()?.state == BackendState::Waiting);
     let mut device = rig.device(options(2))?;
     rig.check_traffic(&mut device)?;
     drop(device);
-    hand_on(&mut rig)?;
+    hand_over(&mut rig)?;
     let mut device = rig.device(options(2))?;
     rig.check_traffic(&mut device)?;
     rig.backend.check_healthy()
 }
 
 #[test]
-fn a_target_of_a_client_dials_again() {
+fn target_of_a_client_back_end_reconnects_to_the_front_end() {
     let netns = netns::Netns::enter().unwrap();
     netns.create_persistent_tap(TAP, false).unwrap();
     let directory = tempfile::tempdir().unwrap();

@@ -1,5 +1,5 @@
-//! Wherever one of the two back-ends of a session's hand-over dies, hangs, fails or runs out of descriptors, one back-end
-//! serves, as long as one that can serve lives.
+//! Faults in either back-end of a session's hand-over: it dies, hangs, fails or runs out of descriptors at any fault
+//! point. One back-end serves afterwards, as long as one that can serve is alive.
 
 use anyhow::Result;
 use baton_tests::datapath::Datapath;
@@ -11,37 +11,37 @@ use baton_tests::fault_matrix::session::{Fate, Fixture};
 use baton_tests::faults::Point;
 
 #[test]
-fn a_session_survives_when_a_process_is_killed() -> Result<()> {
+fn session_survives_when_source_or_target_is_killed() -> Result<()> {
     kill_everywhere(Datapath::Userspace, 2)
 }
 
 #[test]
-fn a_process_that_hangs_is_waited_for_or_given_up() -> Result<()> {
+fn hung_process_is_waited_for_or_given_up() -> Result<()> {
     hang_everywhere(Datapath::Userspace, 2)
 }
 
 #[test]
-fn a_source_that_was_given_up_serves_on_when_it_wakes() -> Result<()> {
+fn source_serves_again_when_it_wakes_after_target_gave_up() -> Result<()> {
     oversleep_everywhere(Datapath::Userspace, 2)
 }
 
 #[test]
-fn a_session_that_cannot_move_for_want_of_descriptors_stays() -> Result<()> {
+fn session_stays_with_source_when_descriptors_run_out() -> Result<()> {
     starve_everywhere(Datapath::Userspace, 2)
 }
 
 #[test]
-fn a_step_that_fails_leaves_the_session_where_it_is() -> Result<()> {
+fn failed_step_leaves_session_with_source() -> Result<()> {
     refuse_everywhere(Datapath::Userspace, 2)
 }
 
 #[test]
-fn a_process_killed_within_a_batch_loses_at_most_that_batch() -> Result<()> {
+fn process_killed_within_a_batch_loses_at_most_that_batch() -> Result<()> {
     kill_in_batches(2)
 }
 
 #[test]
-fn a_source_that_hangs_loses_only_what_overflows_the_tap() -> Result<()> {
+fn hung_source_loses_only_frames_that_overflow_the_tap() -> Result<()> {
     let mut fixture = Fixture::new(Datapath::Userspace, 1, 256)?;
     fixture.overflow(Point::SourceSessionStaged)?;
     fixture.overflow(Point::SourceSessionOffered)?;
@@ -50,7 +50,7 @@ fn a_source_that_hangs_loses_only_what_overflows_the_tap() -> Result<()> {
 
 /// The descriptors of this many queue pairs do not fit in one packet.
 #[test]
-fn a_session_in_several_packets_is_the_sources_until_all_are_there() -> Result<()> {
+fn session_in_several_packets_stays_with_source_until_all_arrive() -> Result<()> {
     let mut fixture = Fixture::new(Datapath::Userspace, 64, 32)?;
     fixture.kill(Point::TargetSessionGathering)?;
     fixture.hang(Point::TargetSessionGathering)?;

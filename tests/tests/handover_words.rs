@@ -1,6 +1,6 @@
-//! The ownership word and the messages of a device's hand-over, where they do not agree: offers that are read late, a
-//! word that a peer has scribbled in, two ends that go at the same time; and offers to a process whose own device is
-//! out of its hands.
+//! The ownership word and the messages of a device's hand-over where they disagree: offers that are read late, a word
+//! that a peer overwrites, a source and a target that end at the same time. Also offers to a back-end that has offered
+//! its own device.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -27,12 +27,12 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::SockType;
 
 on_both_datapaths! {
-    an_offer_that_is_read_after_it_was_taken_back_ends_nothing,
-    of_offers_that_are_read_late_the_last_counts,
-    a_back_end_whose_device_is_given_takes_no_other,
+    offer_read_after_it_was_retracted_is_ignored,
+    last_of_several_late_offers_counts,
+    back_end_with_an_offered_device_refuses_another_device,
 }
 
-/// A device that works, with a back-end that waits for it, armed.
+/// Starts a device that works, and arms its hand-over to a waiting back-end.
 fn armed(datapath: Datapath, queue_pairs: u16) -> Result<(Rig, Device, Backend)> {
     let mut rig = Rig::new(datapath, queue_pairs, &[])?;
     let mut device = rig.device(options(queue_pairs))?;
@@ -42,13 +42,13 @@ fn armed(datapath: Datapath, queue_pairs: u16) -> Result<(Rig, Device, Backend)>
     Ok((rig, device, target))
 }
 
-/// Stops a process: once this returns, it does nothing.
+/// Stops a process, and waits until it is stopped.
 fn stop(process: &Process) -> Result<()> {
     process.signal(Signal::SIGSTOP)?;
     until("the process was stopped", || is_stopped(process.pid()))
 }
 
-/// The source offers its device, and takes it back, so many times.
+/// Makes the source offer its device and take it back, once for each epoch.
 fn offer_and_take_back(rig: &mut Rig, device: &mut Device, epochs: std::ops::Range<u32>) -> Result<()> {
     for epoch in epochs {
         device.suspend()?;
@@ -63,34 +63,34 @@ fn offer_and_take_back(rig: &mut Rig, device: &mut Device, epochs: std::ops::Ran
     Ok(())
 }
 
-/// The front-end stops the device, and the target gets it.
+/// Moves the suspended device to the target.
 fn hand_over(rig: &mut Rig, device: &mut Device, mut target: Backend) -> Result<()> {
     target.wait_handover(HandoverState::Adopted)?;
-    let old = device.move_to(target.connect()?)?;
+    let source_connection = device.move_to(target.connect()?)?;
     rig.backend.wait_handover(HandoverState::HandedOver)?;
-    drop(old);
+    drop(source_connection);
     let mut source = std::mem::replace(&mut rig.backend, target);
     ensure!(source.process.wait()?.success(), "{}", source.process.log());
     rig.check_traffic(device)?;
     rig.backend.check_healthy()
 }
 
-fn an_offer_that_is_read_after_it_was_taken_back_ends_nothing(datapath: Datapath) -> Result<()> {
+fn offer_read_after_it_was_retracted_is_ignored(datapath: Datapath) -> Result<()> {
     let (mut rig, mut device, mut target) = armed(datapath, 2)?;
     stop(&target.process)?;
     offer_and_take_back(&mut rig, &mut device, 1..2)?;
     target.process.signal(Signal::SIGCONT)?;
-    target.process.wait_until("it had read the offer", |target| {
+    target.process.wait_until("it read the offer", |target| {
         let log = target.log();
-        ensure!(!log.contains("is refused"), "{log}");
-        Ok(log.contains("took the offer back before it was read").then_some(()))
+        ensure!(!log.contains("refused an offered device"), "{log}");
+        Ok(log.contains("retracted the offer before it was read").then_some(()))
     })?;
     rig.backend.wait_handover(HandoverState::Armed)?;
     device.suspend()?;
     hand_over(&mut rig, &mut device, target)
 }
 
-fn of_offers_that_are_read_late_the_last_counts(datapath: Datapath) -> Result<()> {
+fn last_of_several_late_offers_counts(datapath: Datapath) -> Result<()> {
     let (mut rig, mut device, target) = armed(datapath, 2)?;
     stop(&target.process)?;
     offer_and_take_back(&mut rig, &mut device, 1..4)?;
@@ -102,7 +102,7 @@ fn of_offers_that_are_read_late_the_last_counts(datapath: Datapath) -> Result<()
 }
 
 #[test]
-fn an_offer_that_a_front_end_brings_too_late_fails_by_name() {
+fn retracted_offer_over_device_state_fails_with_a_reason() {
     let (mut rig, mut device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
     let at_rest = target.process.open_fds().unwrap();
     let (ours, theirs) = pair(SockType::SeqPacket).unwrap();
@@ -113,10 +113,10 @@ fn an_offer_that_a_front_end_brings_too_late_fails_by_name() {
     assert_eq!(set_state_fd(&connection, false, theirs).unwrap(), ACCEPTED);
     assert!(!check(&connection).unwrap());
     let log = target.process.log();
-    assert!(log.contains("the source took its offer back"), "{log}");
+    assert!(log.contains("the source retracted its offer"), "{log}");
     target.wait_no_handover().unwrap();
     target.process.wait_open_fds(at_rest).unwrap();
-    // The next one finds both as they were.
+    // The failure has changed neither side: the next transfer succeeds.
     device.suspend().unwrap();
     transfer(&device, &connection).unwrap();
     device.move_to(connection).unwrap();
@@ -124,7 +124,7 @@ fn an_offer_that_a_front_end_brings_too_late_fails_by_name() {
     rig.check_traffic(&mut device).unwrap();
 }
 
-/// A target of the test's own says that it would take a device.
+/// Plays a target that is ready to take a device.
 fn agree(source: &Link) -> Result<()> {
     let (Message::Hello(_), _) = source.hear()? else { bail!("no HELLO") };
     let hello = Hello {
@@ -138,7 +138,7 @@ fn agree(source: &Link) -> Result<()> {
     source.say(&Message::Ready(ReadyToTake {}))
 }
 
-/// The ownership word of the next offer.
+/// Receives the next offer; returns its ownership word.
 fn hear_word(source: &Link) -> Result<OwnedFd> {
     let (Message::Offer(mut offer), fds) = source.hear()? else { bail!("no OFFER") };
     Ok(std::mem::take(&mut offer.fds).pair(fds)?.claim(OWNERSHIP_FD)?)
@@ -154,7 +154,7 @@ fn aborted(word: &OwnedFd) -> Result<()> {
     Ok(word.swap(now, now.aborted().context("an offer")?).must_win()?)
 }
 
-/// What ends an offer, other than its being taken.
+/// How an offer ends without being taken.
 #[derive(Clone, Copy, Debug)]
 enum End {
     Ring,
@@ -163,7 +163,7 @@ enum End {
 }
 
 #[test]
-fn a_word_that_cannot_be_leaves_the_device_to_its_source() {
+fn invalid_ownership_word_leaves_device_with_source() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
     let mut device = rig.device(options(1)).unwrap();
     rig.check_traffic(&mut device).unwrap();
@@ -203,7 +203,7 @@ fn a_word_that_cannot_be_leaves_the_device_to_its_source() {
             drop(source);
         }
     }
-    // An honest target gets it.
+    // The source still gives the device to an honest target.
     let target = Backend::waiting(Datapath::Userspace, &[]).unwrap();
     rig.backend.arm(&target.incoming()).unwrap();
     device.suspend().unwrap();
@@ -211,7 +211,7 @@ fn a_word_that_cannot_be_leaves_the_device_to_its_source() {
 }
 
 #[test]
-fn of_a_source_and_a_target_that_end_together_one_runs_the_downscript() {
+fn source_or_target_runs_the_downscript_when_both_end_together() {
     for round in 0..12 {
         let downscript = Downscript::new().unwrap();
         let mut rig = Rig::new(Datapath::Userspace, 1, &[&downscript.option()]).unwrap();
@@ -237,8 +237,8 @@ fn of_a_source_and_a_target_that_end_together_one_runs_the_downscript() {
     }
 }
 
-/// A device with a downscript that front-ends have brought to a target, which has adopted it.
-fn brought() -> Result<(Downscript, Rig, Device, Backend, Connection)> {
+/// Moves a device with a downscript to a target by `SET_DEVICE_STATE_FD`. The target has adopted it.
+fn adopted_over_device_state() -> Result<(Downscript, Rig, Device, Backend, Connection)> {
     let downscript = Downscript::new()?;
     let mut rig = Rig::new(Datapath::Userspace, 1, &[&downscript.option()])?;
     let device = rig.device(options(1))?;
@@ -251,8 +251,8 @@ fn brought() -> Result<(Downscript, Rig, Device, Backend, Connection)> {
 }
 
 #[test]
-fn who_is_left_with_a_device_runs_the_downscript_whoever_brought_it() {
-    let (downscript, mut rig, _device, mut target, _connection) = brought().unwrap();
+fn last_holder_runs_the_downscript_of_a_device_moved_by_its_front_end() {
+    let (downscript, mut rig, _device, mut target, _connection) = adopted_over_device_state().unwrap();
     for process in [&mut rig.backend.process, &mut target.process] {
         assert!(downscript.runs().unwrap().is_empty());
         process.signal(Signal::SIGTERM).unwrap();
@@ -261,9 +261,9 @@ fn who_is_left_with_a_device_runs_the_downscript_whoever_brought_it() {
     assert_eq!(downscript.runs().unwrap(), [TAP]);
 }
 
-/// Its VM has not moved: it may run on at the source, whose next back-end needs the TAP.
+/// The VM has not moved: it may run on at the source, whose next back-end needs the TAP.
 #[test]
-fn a_front_end_that_leaves_leaves_no_device_with_the_target_whatever_became_of_the_source() {
+fn target_drops_device_when_its_front_end_leaves_after_source_ended() {
     for end in [Signal::SIGTERM, Signal::SIGKILL] {
         let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
         let device = rig.device(options(1)).unwrap();
@@ -283,17 +283,17 @@ fn a_front_end_that_leaves_leaves_no_device_with_the_target_whatever_became_of_t
     }
 }
 
-fn a_back_end_whose_device_is_given_takes_no_other(datapath: Datapath) -> Result<()> {
+fn back_end_with_an_offered_device_refuses_another_device(datapath: Datapath) -> Result<()> {
     let (mut rig, mut device, target) = armed(datapath, 1)?;
     device.suspend()?;
     hand_over(&mut rig, &mut device, target)?;
-    // It still listens where it once waited.
+    // The back-end still listens on the socket where it waited.
     let place = rig.backend.incoming();
     rig.netns.create_persistent_tap("tap1", true)?;
     let mut stranger = Backend::listening(datapath, &["--tap=tap1", "--queue-pairs=4"], &[])?;
     stranger.status()?;
     let mut refused = |why: &str| -> Result<()> {
-        let error = stranger.arm(&place).err().context("it would take another device")?.to_string();
+        let error = stranger.arm(&place).err().context("the back-end accepts another device")?.to_string();
         ensure!(error == format!("the target refuses: {why}"), "{error}");
         Ok(())
     };
@@ -305,22 +305,22 @@ fn a_back_end_whose_device_is_given_takes_no_other(datapath: Datapath) -> Result
     target.wait_handover(HandoverState::Adopted)?;
     rig.backend.wait_handover(HandoverState::Offered)?;
     refused(BUSY)?;
-    // Nor from its front-end, which brings what would be that of four queue pairs.
+    // It does not accept one from its front-end either.
     let (ours, _theirs) = pair(SockType::SeqPacket)?;
-    ensure!(set_state_fd(&device.connection, false, ours)? == REFUSED, "it would take another device");
-    // What it has of its own is as it was.
+    ensure!(set_state_fd(&device.connection, false, ours)? == REFUSED, "the back-end accepts another device");
+    // Its own device is unchanged.
     ensure!(device.connection.get_queue_num()? == 2);
     device.restart_rings()?;
     rig.check_traffic(&mut device)?;
 
     device.suspend()?;
     target.wait_handover(HandoverState::Adopted)?;
-    let old = device.move_to(target.connect()?)?;
+    let source_connection = device.move_to(target.connect()?)?;
     rig.backend.wait_handover(HandoverState::HandedOver)?;
     refused(BUSY)?;
     let (ours, _theirs) = pair(SockType::SeqPacket)?;
-    ensure!(set_state_fd(&old, false, ours)? == REFUSED, "it would take another device");
-    drop(old);
+    ensure!(set_state_fd(&source_connection, false, ours)? == REFUSED, "the back-end accepts another device");
+    drop(source_connection);
     ensure!(rig.backend.process.wait()?.success(), "{}", rig.backend.process.log());
     let _old = std::mem::replace(&mut rig.backend, target);
     rig.check_traffic(&mut device)?;

@@ -1,4 +1,4 @@
-//! `--incoming-fds`: what it excludes, what a waiting back-end answers, and that it needs no rights.
+//! `--incoming-fds`: the options that it excludes, what a waiting back-end offers, and that it needs no privileges.
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use baton_protocol::control::{BackendState, HandoverState};
@@ -13,11 +13,11 @@ use baton_tests::process::Process;
 use baton_tests::programs;
 
 on_both_datapaths! {
-    a_waiting_back_end_offers_everything,
-    what_arrives_decides_how_many_queue_pairs_there_are,
+    waiting_back_end_offers_every_feature,
+    adopted_device_sets_queue_pairs_and_configuration,
 }
 
-/// A front-end that may ask for all that there is.
+/// Connects a front-end, and negotiates the protocol features that these tests need.
 fn negotiated(target: &mut Backend) -> Connection {
     let connection = target.connect().unwrap();
     connection.get_features().unwrap();
@@ -33,7 +33,7 @@ fn usage_error(arguments: &[&str]) -> String {
 }
 
 #[test]
-fn one_error_names_every_option_that_it_excludes() {
+fn one_error_names_every_excluded_option() {
     let error = usage_error(&[
         "--socket-path=s",
         "--incoming-fds=p",
@@ -46,20 +46,20 @@ fn one_error_names_every_option_that_it_excludes() {
     ]);
     assert_eq!(
         error,
-        "baton-backend: with --incoming-fds the device arrives as it is: leave out --tap, --sndbuf, --mac, --mtu, \
+        "baton-backend: --incoming-fds receives the device with its settings: remove --tap, --sndbuf, --mac, --mtu, \
          --script, --downscript; see --help\n"
     );
     let error = usage_error(&["--socket-path=s", "--incoming-fds=p", "--tap-fds=5", "--downscript=/y"]);
-    assert!(error.contains("leave out --tap-fds, --downscript;"), "{error}");
+    assert!(error.contains("remove --tap-fds, --downscript;"), "{error}");
 }
 
 #[test]
-fn descriptors_of_vhost_net_are_one_for_each_queue_pair() {
+fn vhost_fds_must_match_the_number_of_queue_pairs() {
     let error = usage_error(&["--socket-path=s", "--incoming-fds=p", "--queue-pairs=3", "--vhost-fds=7,8"]);
-    assert!(error.contains("--vhost-fds gives 2 descriptors for 3 queue pairs"), "{error}");
+    assert!(error.contains("--vhost-fds has 2 descriptors for 3 queue pairs"), "{error}");
 }
 
-fn a_waiting_back_end_offers_everything(datapath: Datapath) {
+fn waiting_back_end_offers_every_feature(datapath: Datapath) {
     let mut target = Backend::waiting(datapath, &[]).unwrap();
     let status = target.status().unwrap();
     assert_eq!((status.state, status.tap.as_str()), (BackendState::Waiting, ""));
@@ -74,7 +74,7 @@ fn a_waiting_back_end_offers_everything(datapath: Datapath) {
     assert_eq!(negotiated(&mut target).get_queue_num().unwrap(), 6);
 }
 
-fn what_arrives_decides_how_many_queue_pairs_there_are(datapath: Datapath) {
+fn adopted_device_sets_queue_pairs_and_configuration(datapath: Datapath) {
     let mac = "--mac=02:00:00:00:00:77";
     let mut rig = Rig::new(datapath, 3, &[mac, "--mtu=1400"]).unwrap();
     let options = Options {
@@ -99,7 +99,7 @@ fn what_arrives_decides_how_many_queue_pairs_there_are(datapath: Datapath) {
 }
 
 #[test]
-fn a_target_needs_no_rights_and_no_access_to_the_tun_device() {
+fn target_needs_no_privileges_and_no_access_to_the_tun_device() {
     let mut rig = Rig::new(Datapath::Userspace, 2, &[]).unwrap();
     let options = Options {
         queue_pairs: 2,
@@ -128,7 +128,7 @@ fn a_target_needs_no_rights_and_no_access_to_the_tun_device() {
 }
 
 #[test]
-fn a_downscript_of_another_user_is_refused_by_name() {
+fn downscript_of_another_user_is_refused_by_name() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &["--downscript=/bin/true"]).unwrap();
     let (_outer, directory) = Backend::unprivileged_directory().unwrap();
     let incoming = directory.join("incoming");
@@ -138,13 +138,13 @@ fn a_downscript_of_another_user_is_refused_by_name() {
     let error = rig.backend.arm(&incoming).unwrap_err().to_string();
     assert_eq!(
         error,
-        "the target refuses: downscript-user: the downscript \"/bin/true\" comes from another user, and would not be \
+        "the target refuses: downscript-user: the downscript \"/bin/true\" comes from another user and would not be \
          run; start the source with --downscript=no"
     );
 }
 
 #[test]
-fn a_downscript_that_would_run_elsewhere_is_refused_by_name() {
+fn downscript_in_another_namespace_is_refused_by_name() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &["--downscript=/bin/true"]).unwrap();
     let mut device = rig.device(Options::default()).unwrap();
     let refuses = |rig: &mut Rig, target: &mut Backend, place: &str| {
@@ -159,11 +159,11 @@ fn a_downscript_that_would_run_elsewhere_is_refused_by_name() {
     let mut target = Backend::waiting_for_session(Datapath::Userspace, &[]).unwrap();
     drop(network);
     refuses(&mut rig, &mut target, "network namespace");
-    // There it is the same script.
+    // In the same namespaces the path names the same script.
     let target = Backend::waiting_for_session(Datapath::Userspace, &[]).unwrap();
     rig.backend.become_target(target).unwrap();
     rig.check_traffic(&mut device).unwrap();
-    // From here on all that this thread starts has other mounts.
+    // From here on every process that this thread starts has another mount namespace.
     rig.netns.mount_sysfs().unwrap();
     let mut target = Backend::waiting_for_session(Datapath::Userspace, &[]).unwrap();
     refuses(&mut rig, &mut target, "mount namespace");

@@ -1,5 +1,5 @@
-//! The inflight region: after a back-end was killed, the next one goes on with what it left, in order or not; a
-//! front-end that does not use the region is served as well, and one that gives nonsense does no harm.
+//! The inflight region: after a back-end is killed, the next one continues with the chains that it left, in order or
+//! not. A front-end that does not use the region is served as well, and an invalid region does no harm.
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use std::sync::atomic::Ordering;
@@ -27,7 +27,7 @@ fn options() -> Options {
     Options { features: all.features | features::IN_ORDER, protocol_features, queue_size: SIZE, ..all }
 }
 
-/// A device whose front-end has negotiated and got a region for these vrings.
+/// A device whose front-end has negotiated features and received a region for these vrings.
 fn negotiated(connection: Connection, options: Options, vrings: u16, entries: u16) -> Device {
     let mut device = Device::new(connection, options).unwrap();
     device.negotiate().unwrap();
@@ -39,7 +39,7 @@ fn region(device: &Device) -> &Inflight {
     device.inflight.as_ref().unwrap()
 }
 
-/// A device that works, with a region.
+/// Sets up a device with a region, and checks its traffic.
 fn working(rig: &mut Rig) -> Device {
     let mut device = negotiated(rig.backend.connect().unwrap(), options(), 2, SIZE);
     device.set_up().unwrap();
@@ -48,7 +48,8 @@ fn working(rig: &mut Rig) -> Device {
     device
 }
 
-/// Has the guest receive more frames than it has buffers, so that each is used, and as many as come before them.
+/// Sends the guest three times as many frames as it has buffers, so each buffer is used. Skips frames of smaller
+/// numbers.
 fn use_every_buffer(rig: &mut Rig, device: &mut Device, first: u32) {
     let last = first + 3 * u32::from(SIZE);
     let mut next = first;
@@ -56,7 +57,7 @@ fn use_every_buffer(rig: &mut Rig, device: &mut Device, first: u32) {
     let deadline = Instant::now() + PATIENCE;
     for number in first..last {
         rig.inject(number..number + 1, 100).unwrap();
-        // A few at a time: the TAP's queue is not endless.
+        // A few at a time: the TAP's queue is limited.
         while number + 1 == last && next < last || next + 64 < number {
             device.receive_until(0, &mut frame, deadline).unwrap();
             match frames::number_of(&frame) {
@@ -71,20 +72,20 @@ fn use_every_buffer(rig: &mut Rig, device: &mut Device, first: u32) {
 }
 
 #[test]
-fn nothing_is_lost_or_completed_twice_when_the_back_end_is_killed_under_load() {
+fn no_chain_is_lost_or_completed_twice_when_back_end_is_killed_under_load() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
     let mut random = Random::from_environment();
     let mut device = working(&mut rig);
     let mut number = 1000;
     for round in 0..30 {
-        // Without canaries being looked at: what a killed back-end had begun to write is no mistake.
+        // Does not check canaries: a killed back-end may leave a frame half written.
         device.options.canaries = false;
         for burst in 0..4 {
             rig.inject(number..number + 100, 60 + random.below(1400)).unwrap();
             rig.transmit(&mut device, number..number + 50, 60 + random.below(1400)).unwrap();
             number += 100;
             if burst == 3 {
-                // Somewhere in the middle of it.
+                // Kills the back-end somewhere in the last burst.
                 for _ in 0..random.below(20_000) {
                     std::hint::spin_loop();
                 }
@@ -94,7 +95,7 @@ fn nothing_is_lost_or_completed_twice_when_the_back_end_is_killed_under_load() {
         rig.restart_backend().unwrap();
         let connection = rig.backend.connect().unwrap();
         device.reconnect(connection).unwrap();
-        // The queue's own checks: every chain comes back, once, in order.
+        // The queue checks that every chain comes back once and in order.
         device.wait_transmitted(0).unwrap();
         use_every_buffer(&mut rig, &mut device, 1_000_000 * (round + 1));
         assert_eq!(device.ring(RX).queue.outstanding(), usize::from(SIZE));
@@ -104,7 +105,7 @@ fn nothing_is_lost_or_completed_twice_when_the_back_end_is_killed_under_load() {
 }
 
 #[test]
-fn the_region_goes_along_with_the_session() {
+fn region_is_handed_over_with_the_session() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
     let mut device = working(&mut rig);
     let Rig { network, backend, .. } = &mut rig;
@@ -116,7 +117,7 @@ fn the_region_goes_along_with_the_session() {
         Ok(())
     })
     .unwrap();
-    // Its last owner is killed at work, and whoever comes then finds in it how far that was.
+    // Kills the last owner under load. The next back-end learns from the region how far that one was.
     device.options.canaries = false;
     rig.inject(1000..1100, 700).unwrap();
     rig.transmit(&mut device, 1000..1100, 700).unwrap();
@@ -131,7 +132,7 @@ fn the_region_goes_along_with_the_session() {
 }
 
 #[test]
-fn a_front_end_that_never_asks_is_served() {
+fn front_end_that_never_requests_a_region_is_served() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
     let mut device = rig.device(options()).unwrap();
     rig.check_traffic(&mut device).unwrap();
@@ -144,24 +145,24 @@ fn a_front_end_that_never_asks_is_served() {
 }
 
 #[test]
-fn a_front_end_that_asks_and_gives_nothing_is_served() {
+fn front_end_that_requests_a_region_but_never_sets_it_is_served() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
     let mut device = negotiated(rig.backend.connect().unwrap(), options(), 2, SIZE);
     let region = device.inflight.take().unwrap();
     device.set_up().unwrap();
     device.fill_receive_rings().unwrap();
     rig.check_traffic(&mut device).unwrap();
-    assert!(region.to_vec().iter().all(|&byte| byte == 0), "it was used before it was given");
+    assert!(region.to_vec().iter().all(|&byte| byte == 0), "the region is used before the front-end sets it");
 }
 
-/// What the driver made available at a place of the ring.
+/// The head of the chain at a place of the available ring.
 fn available_head(device: &Device, index: u32, place: u16) -> u16 {
     let offset = 4 + 2 * usize::from(place);
     device.ring(index).queue.raw()[1].load_u16(offset, Ordering::Acquire)
 }
 
-/// Plays another back-end on a vring: gives back what came at these places, in this order, and keeps the rest of the
-/// first `taken`.
+/// Plays another back-end on a vring: returns the chains at the places `given_back`, in this order, and leaves the
+/// others of the first `taken` in flight.
 fn leave_out_of_order(device: &Device, index: u32, taken: u16, given_back: &[u16]) {
     let queue = &device.ring(index).queue;
     let [_, _, used] = queue.raw();
@@ -181,23 +182,23 @@ fn leave_out_of_order(device: &Device, index: u32, taken: u16, given_back: &[u16
 }
 
 #[test]
-fn what_another_back_end_left_out_of_order_comes_first() {
+fn chains_left_out_of_order_come_first() {
     leftovers_come_first(|_, used| Some(used));
 }
 
 #[test]
-fn what_another_back_end_left_comes_first_although_the_base_is_the_available_index() {
+fn chains_left_in_flight_come_first_if_the_base_is_the_available_index() {
     leftovers_come_first(|available, _| Some(available));
 }
 
 #[test]
-fn what_another_back_end_left_comes_first_although_no_base_is_given() {
+fn chains_left_in_flight_come_first_without_a_base() {
     leftovers_come_first(|_, _| None);
 }
 
 fn leftovers_come_first(base: impl Fn(u16, u16) -> Option<u16>) {
     let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
-    // Such a back-end does not offer IN_ORDER.
+    // A back-end that completes chains out of order does not offer IN_ORDER.
     let options = Options { features: Options::default().features, canaries: false, ..options() };
     let mut device = negotiated(rig.backend.connect().unwrap(), options, 2, SIZE);
     for number in 0..8 {
@@ -215,7 +216,7 @@ fn leftovers_come_first(base: impl Fn(u16, u16) -> Option<u16>) {
         device.connection.set_inflight(region(device)).unwrap();
     };
     share(&device);
-    // Receiving is stopped and started again while some are still in flight.
+    // Stops and restarts the receive ring while some of these chains are still in flight.
     let base = |device: &Device, index| {
         base(device.ring(index).queue.next_available(), device.ring(index).queue.used_index())
     };
@@ -225,7 +226,7 @@ fn leftovers_come_first(base: impl Fn(u16, u16) -> Option<u16>) {
     device.ring(RX).kick().unwrap();
     rig.inject(0..1, 100).unwrap();
     rig.backend.wait_pair_stats(0, |stats| stats.rx.frames == Some(1)).unwrap();
-    // None of those that were taken: the ring does not have them in the order in which they come.
+    // The base lies after all chains that the other back-end took, since these do not complete in ring order.
     assert_eq!(device.stop_ring(RX).unwrap(), 5);
     device.restart_ring(RX, 5).unwrap();
     rig.inject(1..5, 100).unwrap();
@@ -240,7 +241,7 @@ fn leftovers_come_first(base: impl Fn(u16, u16) -> Option<u16>) {
         rig.expect_on_network(number..number + 1).unwrap();
     }
     device.wait_transmitted(0).unwrap();
-    // The empty one was given back by the other back-end.
+    // The other back-end returned this chain empty.
     device.ring_mut(RX).queue.pop().unwrap();
     rig.expect_in_guest(&mut device, 0..5).unwrap();
     for index in [RX, TX] {
@@ -250,7 +251,7 @@ fn leftovers_come_first(base: impl Fn(u16, u16) -> Option<u16>) {
 }
 
 #[test]
-fn a_region_in_which_nothing_was_left_makes_no_difference_to_the_base() {
+fn rings_continue_from_any_base_if_no_chain_is_in_flight() {
     type Base = fn(u16, u16) -> Option<u16>;
     let bases: [Base; 4] =
         [|used, _| Some(used), |_, available| Some(available), |_, _| Some(0), |_, _| None];
@@ -282,12 +283,12 @@ fn a_region_in_which_nothing_was_left_makes_no_difference_to_the_base() {
 }
 
 #[test]
-fn a_region_of_nonsense_does_no_harm() {
+fn garbage_in_the_region_does_no_harm() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
     let mut random = Random::from_environment();
     let mut device = working(&mut rig);
     for round in 0..50u32 {
-        // Whatever it says, also while the rings run.
+        // Overwrites the region before the session, and again while the rings run.
         let scribble = |device: &Device, random: &mut Random| {
             let region = region(device);
             match round % 4 {
@@ -308,7 +309,7 @@ fn a_region_of_nonsense_does_no_harm() {
 }
 
 #[test]
-fn a_region_that_cannot_be_is_refused() {
+fn invalid_region_is_refused() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
     let mut device = working(&mut rig);
     let good = region(&device);
@@ -329,7 +330,7 @@ fn a_region_that_cannot_be_is_refused() {
     }
     rig.check_traffic(&mut device).unwrap();
     drop(device);
-    // To these there is no other answer than the end.
+    // The back-end can only answer these by closing the connection.
     for (queues, entries) in [(3, SIZE), (2, 32769), (0, SIZE), (2, 0), (u16::MAX, u16::MAX)] {
         let mut device = Device::new(rig.backend.connect().unwrap(), options()).unwrap();
         device.negotiate().unwrap();
@@ -341,10 +342,10 @@ fn a_region_that_cannot_be_is_refused() {
 }
 
 #[test]
-fn a_region_whose_file_is_cut_off_ends_the_session_only() {
+fn truncated_region_ends_only_the_session() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
     let mut device = negotiated(rig.backend.connect().unwrap(), options(), 2, SIZE);
-    // The back-end's own cannot be cut off.
+    // The back-end's own region cannot be truncated.
     let own = device.inflight.replace(Inflight::in_memory(2, SIZE).unwrap()).unwrap();
     assert!(own.truncate().is_err());
     device.set_up().unwrap();
@@ -360,7 +361,7 @@ fn a_region_whose_file_is_cut_off_ends_the_session_only() {
 }
 
 #[test]
-fn a_vring_that_the_region_has_no_room_for_runs_without() {
+fn vring_without_room_in_the_region_runs_without_it() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
     for (vrings, entries) in [(1, SIZE), (2, SIZE / 2)] {
         let mut device = negotiated(rig.backend.connect().unwrap(), options(), vrings, entries);
@@ -378,7 +379,7 @@ fn a_vring_that_the_region_has_no_room_for_runs_without() {
 }
 
 #[test]
-fn the_region_is_forgotten_with_the_session_and_by_a_reset() {
+fn region_is_discarded_with_the_session_and_by_reset_device() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
     let device = working(&mut rig);
     device.connection.tell(&Message::empty(request::RESET_DEVICE), &[]).unwrap();
@@ -390,7 +391,7 @@ fn the_region_is_forgotten_with_the_session_and_by_a_reset() {
     device.fill_receive_rings().unwrap();
     rig.check_traffic(&mut device).unwrap();
     let unused = |region: &Inflight| region.to_vec().iter().all(|&byte| byte == 0);
-    assert!(unused(inflight.as_ref().unwrap()), "it was used after a reset");
+    assert!(unused(inflight.as_ref().unwrap()), "the region is used after a reset");
 
     drop(device);
     let mut device = working(&mut rig);
@@ -399,5 +400,5 @@ fn the_region_is_forgotten_with_the_session_and_by_a_reset() {
     let connection = rig.backend.connect().unwrap();
     device.reconnect(connection).unwrap();
     rig.check_traffic(&mut device).unwrap();
-    assert!(unused(&inflight), "it was used in the next session");
+    assert!(unused(&inflight), "the region is used in the next session");
 }

@@ -1,4 +1,5 @@
-//! Wherever one of the four processes of a local migration dies, hangs or fails, there is one VM, and it has its network.
+//! Faults in any of the four processes of a local migration: it dies, hangs or fails. The guest never runs twice, dies
+//! only with its VMM, and keeps its network.
 
 use anyhow::Result;
 use baton_tests::datapath::Datapath;
@@ -21,9 +22,9 @@ fn guest_that_dies_with_its_vmm_runs_nowhere_else() -> Result<()> {
     lab::run(|| kill_guests(KIND))
 }
 
-/// The points where a hung process is given up soonest; `make soak` has all points.
+/// Only the points where a hung process is given up soonest. `make soak` covers all points.
 #[test]
-fn a_process_that_hangs_is_given_up() -> Result<()> {
+fn hung_process_is_given_up() -> Result<()> {
     lab::run(|| {
         let mut fixture = Fixture::new(KIND, HURRY, Faults::default())?;
         for point in [
@@ -45,6 +46,6 @@ fn a_process_that_hangs_is_given_up() -> Result<()> {
 }
 
 #[test]
-fn a_step_that_fails_leaves_the_guest_where_it_is() -> Result<()> {
+fn failed_step_leaves_guest_at_source() -> Result<()> {
     lab::run(|| refuse_everywhere(KIND))
 }

@@ -1,5 +1,5 @@
-//! With the kernel's datapath, too, one back-end serves when the source or the target of a session's hand-over dies or
-//! hangs.
+//! Faults in either back-end of a session's hand-over with the kernel's datapath: it dies, hangs or runs out of
+//! descriptors, and one back-end serves afterwards.
 
 use anyhow::Result;
 use baton_tests::datapath::Datapath;
@@ -7,7 +7,7 @@ use baton_tests::fault_matrix::session::Fixture;
 use baton_tests::faults::Point;
 use baton_tests::lab;
 
-/// Only the points where the owner of the session changes; `make soak` has all points.
+/// Only the points around the change of owner. `make soak` covers all points.
 #[test]
 fn session_on_vhost_net_survives_faults() -> Result<()> {
     lab::run(|| {

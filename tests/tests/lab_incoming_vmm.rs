@@ -1,5 +1,5 @@
-//! A baton-vmm that waits for a VM, and what it thinks of sources that are none, or only for a while. None of them
-//! costs it anything: it waits for the next one, and holds what it held before.
+//! A baton-vmm that waits for a VM (`--incoming`) drops sources that are malformed, leave or hang. It leaks no
+//! descriptor and waits for the next source.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -26,12 +26,12 @@ use baton_tests::process::{Process, limit_descriptors};
 use baton_tests::programs;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-/// Only catches what hangs.
+/// Limits the wait of a test that hangs.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// The VM's memory.
 const MEMORY: u64 = 64 << 20;
 
-/// The VMM that waits.
+/// A VMM that waits for a source.
 struct Waiting {
     process: Process,
     path: PathBuf,
@@ -62,14 +62,14 @@ impl Waiting {
         Ok(())
     }
 
-    /// Somebody who may say anything.
+    /// A raw connection, over which a test can send anything.
     fn stranger(&self) -> Result<UnixStream> {
         let stream = UnixStream::connect(&self.path)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         Ok(stream)
     }
 
-    /// A source whose HELLO was welcome.
+    /// A source whose HELLO the VMM has accepted.
     fn greeted(&self) -> Result<Source> {
         let source = self.connected()?;
         source.say(&hello())?;
@@ -81,7 +81,7 @@ impl Waiting {
         Ok(Source(MessageSocket::try_from(OwnedFd::from(self.stranger()?))?))
     }
 
-    /// It has been given up, and the next one is welcome.
+    /// Checks that the VMM has dropped the last source and accepts another.
     fn check_waits(&mut self) -> Result<()> {
         drop(self.greeted()?);
         self.process.wait_open_fds(self.fds)?;
@@ -89,7 +89,7 @@ impl Waiting {
     }
 }
 
-/// A source that says what it wants.
+/// A source that can send any message.
 struct Source(MessageSocket);
 
 impl Source {
@@ -103,12 +103,12 @@ impl Source {
         Ok(())
     }
 
-    /// All reasons of the refusal that comes.
+    /// Expects a refusal for `reason` that mentions `text`, and then the end of the connection.
     fn expect_refusal(&self, reason: &str, text: &str) -> Result<()> {
         match self.0.receive::<Message>(PATIENCE)?.message {
             Message::Refuse(refuse) => {
-                let said = refuse.reasons.to_string();
-                ensure!(said.starts_with(&format!("{reason}: ")) && said.contains(text), "{said}");
+                let reasons = refuse.reasons.to_string();
+                ensure!(reasons.starts_with(&format!("{reason}: ")) && reasons.contains(text), "{reasons}");
             }
             other => bail!("{other:?} instead of a refusal for {reason}"),
         }
@@ -118,7 +118,7 @@ impl Source {
     fn expect_end(&self) -> Result<()> {
         match self.0.receive::<Message>(PATIENCE) {
             Err(ChannelError::Closed) => Ok(()),
-            other => bail!("{other:?} instead of the end"),
+            other => bail!("{other:?} instead of the end of the connection"),
         }
     }
 
@@ -158,13 +158,13 @@ fn word() -> Result<OwnedFd> {
     Ok(SharedWord::create()?.as_fd().try_clone_to_owned()?)
 }
 
-/// What a PREPARE must bring.
-fn right() -> Result<Vec<(String, OwnedFd)>> {
+/// The descriptors that PREPARE must carry.
+fn valid_fds() -> Result<Vec<(String, OwnedFd)>> {
     Ok(vec![(ram_fd(0), memory(MEMORY, true)?), (OWNERSHIP_FD.to_owned(), word()?)])
 }
 
 #[test]
-fn sources_that_make_no_sense_cost_nothing() -> Result<()> {
+fn malformed_first_message_is_dropped_without_an_answer() -> Result<()> {
     lab::run(|| {
         let directory = tempfile::tempdir()?;
         let mut waiting = Waiting::start(directory.path())?;
@@ -189,11 +189,11 @@ fn sources_that_make_no_sense_cost_nothing() -> Result<()> {
             &body,
         ] {
             let mut stranger = waiting.stranger()?;
-            // It may be given up before all is written.
+            // The VMM may drop the connection before everything is written.
             let _ = stranger.write_all(bytes);
             let _ = stranger.shutdown(std::net::Shutdown::Write);
             let mut answer = Vec::new();
-            // Closed with something unread it is reset, which is an end, too.
+            // Fails if the VMM closes the connection with data unread, which resets it.
             let _ = stranger.read_to_end(&mut answer);
             ensure!(answer.is_empty(), "{bytes:x?} was answered with {answer:x?}");
             waiting.check_waits().with_context(|| format!("{bytes:x?}"))?;
@@ -203,7 +203,7 @@ fn sources_that_make_no_sense_cost_nothing() -> Result<()> {
 }
 
 #[test]
-fn messages_at_the_wrong_time_end_it() -> Result<()> {
+fn message_at_the_wrong_time_ends_the_connection() -> Result<()> {
     lab::run(|| {
         let directory = tempfile::tempdir()?;
         let mut waiting = Waiting::start(directory.path())?;
@@ -222,7 +222,7 @@ fn messages_at_the_wrong_time_end_it() -> Result<()> {
         }
         for message in [&hello(), &others[0], &others[2]] {
             let source = waiting.greeted()?;
-            source.prepare(right()?)?;
+            source.prepare(valid_fds()?)?;
             source.expect("PREPARED")?;
             source.say(message)?;
             source.expect_end().with_context(|| format!("{} after PREPARE", message.name()))?;
@@ -233,13 +233,13 @@ fn messages_at_the_wrong_time_end_it() -> Result<()> {
 }
 
 #[test]
-fn what_a_source_may_not_bring_is_refused_by_name() -> Result<()> {
+fn invalid_descriptors_and_state_are_refused_by_name() -> Result<()> {
     lab::run(|| {
         let directory = tempfile::tempdir()?;
         let mut waiting = Waiting::start(directory.path())?;
         let ram = |size, sealed| Ok::<_, anyhow::Error>((ram_fd(0), memory(size, sealed)?));
         let owned = || Ok::<_, anyhow::Error>((OWNERSHIP_FD.to_owned(), word()?));
-        let surplus = [right()?, vec![("other".to_owned(), word()?)]].into_iter().flatten().collect();
+        let surplus = [valid_fds()?, vec![("other".to_owned(), word()?)]].into_iter().flatten().collect();
         let cells = [
             (vec![owned()?], "descriptors", "ram/0"),
             (vec![ram(MEMORY, true)?], "descriptors", "ownership"),
@@ -264,7 +264,7 @@ fn what_a_source_may_not_bring_is_refused_by_name() -> Result<()> {
             waiting.check_waits()?;
         }
         let source = waiting.greeted()?;
-        source.prepare(right()?)?;
+        source.prepare(valid_fds()?)?;
         source.expect("PREPARED")?;
         source.say(&state())?;
         source.expect_refusal("state", "vCPUs")?;
@@ -282,16 +282,16 @@ fn sources_that_leave_or_hang_are_given_up() -> Result<()> {
         drop(waiting.greeted()?);
         waiting.check_waits()?;
         let source = waiting.greeted()?;
-        source.prepare(right()?)?;
-        // Before it has heard the answer, too.
+        source.prepare(valid_fds()?)?;
+        // Leaves before it reads the answer.
         drop(source);
         waiting.check_waits()?;
         let source = waiting.greeted()?;
-        source.prepare(right()?)?;
+        source.prepare(valid_fds()?)?;
         source.expect("PREPARED")?;
         drop(source);
         waiting.check_waits()?;
-        // One that says nothing, or nothing whole, keeps others out for no longer than the target is patient.
+        // A source that sends no complete message blocks others only until the target's timeout.
         for bytes in [&[][..], &hello().encode()?[..10]] {
             let mut silent = waiting.stranger()?;
             silent.write_all(bytes)?;
@@ -303,14 +303,14 @@ fn sources_that_leave_or_hang_are_given_up() -> Result<()> {
 }
 
 #[test]
-fn a_source_waits_for_a_target_without_descriptors_to_spare() -> Result<()> {
+fn source_waits_while_target_has_no_spare_descriptors() -> Result<()> {
     lab::run(|| {
         let directory = tempfile::tempdir()?;
         let mut waiting = Waiting::start(directory.path())?;
         limit_descriptors(waiting.process.pid(), Some(3))?;
         let source = waiting.connected()?;
         source.say(&hello())?;
-        waiting.process.wait_until("it could not accept", |process| {
+        waiting.process.wait_until("it failed to accept", |process| {
             Ok(process.log().contains("cannot accept a source now").then_some(()))
         })?;
         limit_descriptors(waiting.process.pid(), None)?;

@@ -1,4 +1,4 @@
-//! The lab itself: what its machine has, that guests boot in it, and that it reports what happens there.
+//! The lab itself: its machine has KVM, vhost-net and TAPs, boots guests, and reports how tests end.
 
 use std::env;
 use std::fs::OpenOptions;
@@ -42,7 +42,7 @@ fn keeps_the_logs_of_a_test() -> Result<()> {
     Ok(())
 }
 
-/// Not a test, but what the tests below have run: fails in the way it is told.
+/// Not a test by itself: the tests below run it. It fails in the way that `FAIL_BY` names.
 #[test]
 #[ignore = "fails on purpose"]
 fn fails() -> Result<()> {
@@ -55,12 +55,12 @@ fn fails() -> Result<()> {
     })
 }
 
-/// Whether this process runs in the lab's machine, not on one that needs no lab.
+/// Whether this process runs in the lab's machine, rather than on a machine that needs no lab.
 fn is_lab_machine() -> bool {
     std::fs::read_to_string("/proc/1/comm").is_ok_and(|name| name == "lab\n")
 }
 
-/// Runs [`fails`] as nextest would, and returns whether it passed, and what it wrote.
+/// Runs [`fails`] as nextest would; returns whether it passed, and its output.
 fn run_fails(by: &str) -> Result<(bool, String)> {
     let output = Command::new(env::current_exe()?)
         .args(["--exact", "fails", "--nocapture", "--include-ignored"])
@@ -88,8 +88,8 @@ fn reports_success() -> Result<()> {
 }
 
 #[test]
-fn goes_on_after_its_machine_broke_down() -> Result<()> {
-    // Where tests need no lab there is no machine of its own to break.
+fn recovers_after_its_machine_crashes() -> Result<()> {
+    // If tests need no lab, there is no machine to crash.
     if let Place::Lab(_) = Place::find()? {
         let (passed, text) = run_fails("crash")?;
         ensure!(!passed, "passed although its machine crashed: {text}");

@@ -20,17 +20,17 @@ use baton_tests::{lab, on_both_datapaths, ping, switching};
 use nix::sys::signal::Signal;
 
 on_both_datapaths! {
-    loses_nothing_in_ten_moves_and_hand_overs,
-    moves_to_new_taps,
-    moves_with_its_tap,
+    guest_loses_nothing_in_ten_moves_and_hand_overs,
+    guest_moves_to_new_taps,
+    guest_moves_with_its_tap,
 }
 
-/// How long before and after a move a ping may have been under way: in the lab time means little.
+/// By how much a lost ping may precede or follow a move: timing in the lab is imprecise.
 const SLACK: Duration = Duration::from_secs(10);
 /// By how much the guest's clock may differ from the host's.
 const DRIFT: Duration = Duration::from_secs(2);
 
-/// The guest's clock, between two looks at the host's.
+/// A reading of the guest's clock, between two readings of the host's.
 struct Look {
     before: Instant,
     uptime: Duration,
@@ -42,10 +42,10 @@ fn look_at_clock(stay: &mut Stay) -> Result<Look> {
     Ok(Look { before, uptime: stay.uptime()?, after: Instant::now() })
 }
 
-/// How often its back-end is replaced before a guest moves with its TAP: in three moves more than 20 times.
+/// How often the back-end is replaced before each move with the TAP: more than 20 times in three moves.
 const HAND_OVERS: usize = 7;
 
-/// Moves a guest some times under pings, and looks at what it and they say.
+/// Moves a guest `times` times under pings. A ping may be lost only during a move to a new TAP.
 fn moves(kind: Kind, way: Way, times: usize) -> Result<()> {
     let mut traveller = Traveller::new(kind)?;
     let body = |traveller: &mut Traveller| {
@@ -82,16 +82,17 @@ fn moves(kind: Kind, way: Way, times: usize) -> Result<()> {
     traveller.end()
 }
 
-fn moves_to_new_taps(datapath: Datapath) -> Result<()> {
+fn guest_moves_to_new_taps(datapath: Datapath) -> Result<()> {
     lab::run(|| moves(Kind { datapath, queue_pairs: 4 }, Way::NewTap, 3))
 }
 
-fn moves_with_its_tap(datapath: Datapath) -> Result<()> {
+fn guest_moves_with_its_tap(datapath: Datapath) -> Result<()> {
     lab::run(|| moves(Kind { datapath, queue_pairs: 4 }, Way::SameTap, 3))
 }
 
-/// The guest moves, and its back-end is replaced where it is. TCP streams and numbered datagrams both ways, on every queue pair, all the time; the guest's clock; the TAP's counters.
-fn loses_nothing_in_ten_moves_and_hand_overs(datapath: Datapath) -> Result<()> {
+/// Moves the guest, and replaces its back-end between moves, under TCP streams and numbered datagrams both ways on
+/// every queue pair. Checks the load, the guest's clock and the TAP's counters.
+fn guest_loses_nothing_in_ten_moves_and_hand_overs(datapath: Datapath) -> Result<()> {
     lab::run(|| {
         let queue_pairs = 4;
         let mut traveller = Traveller::new(Kind { datapath, queue_pairs })?;
@@ -107,18 +108,18 @@ fn loses_nothing_in_ten_moves_and_hand_overs(datapath: Datapath) -> Result<()> {
                 traveller.hand_over()?;
             }
             load.wait_flowing()?;
-            // Nothing may be lost, as there is no switch in which it could be.
+            // No datagram may be lost: there is no switch that could lose it.
             let balance = load.end(&[])?;
             ensure!(balance.bytes > 0 && balance.datagrams.iter().all(|count| *count > 0), "{balance:?}");
             ensure!(traveller.tap_counters()?.tx_dropped == 0, "{:?}", traveller.tap_counters()?);
 
             let ended = look_at_clock(&mut traveller.stay)?;
-            // The looks take time: more than this has passed, and less than that.
+            // Reading the clocks takes time, so the elapsed time lies between these two.
             let (least, most) = (ended.before - began.after, ended.after - began.before);
             let guest = ended.uptime - began.uptime;
             ensure!(
                 least < guest + DRIFT && guest < most + DRIFT,
-                "in {least:?} to {most:?} the guest's clock went on by {guest:?}"
+                "the guest's clock advanced by {guest:?} in {least:?} to {most:?}"
             );
             let clock = traveller.stay.guest.check("touch /root/stop; wait; cat /root/clock")?;
             let clock: serde_json::Value =
@@ -132,7 +133,7 @@ fn loses_nothing_in_ten_moves_and_hand_overs(datapath: Datapath) -> Result<()> {
     })
 }
 
-/// What a migration that was rolled back says, as one line.
+/// The phase and the reason of a rolled-back migration, as one line.
 fn rolled_back(report: &MigrationReport) -> Result<String> {
     match report {
         MigrationReport::RolledBack { phase, reason } => Ok(format!("{phase}: {reason}")),
@@ -140,7 +141,7 @@ fn rolled_back(report: &MigrationReport) -> Result<String> {
     }
 }
 
-/// A guest's command that sets EFER of its first processor: 0xd01 is Linux' own, with bit 12 SVM can be used.
+/// A guest command that sets EFER of the first processor. Linux sets 0xd01; bit 12 (SVME) enables SVM.
 fn set_efer(value: u16) -> String {
     let [low, high] = value.to_le_bytes();
     // `dd` counts in blocks of 8 bytes.
@@ -150,12 +151,12 @@ fn set_efer(value: u16) -> String {
 }
 
 #[test]
-fn stays_where_it_cannot_move() -> Result<()> {
+fn guest_stays_when_migration_is_refused_or_fails() -> Result<()> {
     lab::run(|| {
         let mut traveller = Traveller::new(Kind { datapath: Datapath::Userspace, queue_pairs: 1 })?;
         let body = |traveller: &mut Traveller| {
             let pings = ping::Endless::start(GUEST);
-            // Another number of processors, and another wish for the device: both are said, and nothing is touched.
+            // Another number of processors and another setting of the device: the target names both, nothing changes.
             let mut other = traveller.place(Way::SameTap, |wanted| Wanted {
                 cpus: 1,
                 local_migration: false,
@@ -168,22 +169,22 @@ fn stays_where_it_cannot_move() -> Result<()> {
             let text = rolled_back(&traveller.stay.migrate(&other, Way::SameTap)?)?;
             ensure!(text.starts_with("hello: the target refuses: cpus: "), "{text}");
             ensure!(traveller.stay.status()?.state == VmmState::Running);
-            // It has refused, and waits for another. What concerns the running guest is not for who waits.
+            // The target waits for another source. It has no guest to pause or resume.
             ensure!(other.status()?.state == VmmState::Incoming);
             for request in [Request::Pause, Request::Resume] {
                 let refused = other.ask(&request).err().context("not refused")?.to_string();
-                ensure!(refused.contains("has yet to come"), "{refused}");
+                ensure!(refused.contains("no VM has arrived yet"), "{refused}");
             }
             drop(other);
 
-            // Nobody there.
+            // No target listens there.
             let mut target = traveller.place(Way::SameTap, |wanted| wanted)?;
             let nowhere = target.incoming().with_extension("none");
             let request = Request::Migrate { path: nowhere, local: true, dry_run: false };
             let report = serde_json::from_value(traveller.stay.ask(&request)?)?;
             ensure!(rolled_back(&report)?.contains("--incoming"), "{report:?}");
 
-            // A back-end that has a TAP refuses one, while the guest runs.
+            // A back-end that has a TAP refuses another; the guest runs on.
             let owner = traveller.place(Way::NewTap, |wanted| wanted)?;
             let text = rolled_back(&traveller.stay.migrate(&owner, Way::SameTap)?)?;
             ensure!(text.starts_with("prepare: the target refuses: tap: "), "{text}");
@@ -192,7 +193,7 @@ fn stays_where_it_cannot_move() -> Result<()> {
             traveller.check_pings(5)?;
             drop(owner);
 
-            // A guest that could have guests of its own.
+            // A guest that can run nested guests.
             traveller.stay.guest.check(&set_efer(0x1d01))?;
             let report = traveller.stay.ask_migrate(&target, Way::SameTap)?;
             let MigrationReport::Refused { reasons } = &report else { bail!("{report:?}") };
@@ -201,20 +202,20 @@ fn stays_where_it_cannot_move() -> Result<()> {
             ensure!(text.starts_with("hello: the target refuses: nested: "), "{text}");
             traveller.stay.guest.check(&set_efer(0xd01))?;
 
-            // A VMM that hangs, before and after its HELLO.
+            // A target VMM that hangs.
             target.signal_vmm(Signal::SIGSTOP)?;
             let text = rolled_back(&traveller.stay.migrate(&target, Way::SameTap)?)?;
             ensure!(text == "hello: the target does not answer", "{text}");
             target.signal_vmm(Signal::SIGCONT)?;
 
-            // A back-end that is not there.
+            // A target whose back-end is gone.
             target.backend.process.signal(Signal::SIGKILL)?;
             target.backend.process.wait()?;
             let text = rolled_back(&traveller.stay.migrate(&target, Way::SameTap)?)?;
             ensure!(text.contains("back-end: "), "{text}");
             drop(target);
 
-            // After all that it can.
+            // After all these refusals the guest can still move.
             let target = traveller.place(Way::SameTap, |wanted| wanted)?;
             let report = traveller.stay.ask_migrate(&target, Way::SameTap)?;
             ensure!(report == MigrationReport::Possible, "{report:?}");
@@ -242,10 +243,10 @@ fn stays_where_it_cannot_move() -> Result<()> {
     })
 }
 
-/// A target that fails at each point in each way, with the guest's TAP on the way and without: the guest runs on, with
-/// its network, and whoever asked is told where and why.
+/// The target fails at each point in each way, with and without the TAP moving: the guest runs on with its network, and
+/// the report says in which phase the migration failed and why.
 #[test]
-fn runs_on_wherever_the_target_fails() -> Result<()> {
+fn guest_runs_on_wherever_the_target_fails() -> Result<()> {
     let cells = [
         (Point::Hello, Then::Leave, "hello: the target closed"),
         (Point::Hello, Then::Hang, "hello: the target does not answer"),
@@ -264,7 +265,11 @@ fn runs_on_wherever_the_target_fails() -> Result<()> {
         (Point::Commit, Then::Refuse, "commit: the target refuses: busy: "),
         (Point::Commit, Then::Babble, "commit: the target sent READY at the wrong time"),
         (Point::Commit, Then::Scribble, "commit: unexpected ownership word"),
-        (Point::Commit, Then::Lie, "commit: the target said that it had taken over, but had not"),
+        (
+            Point::Commit,
+            Then::Lie,
+            "commit: the target claims to have taken over, but the ownership word says otherwise",
+        ),
     ];
     lab::run(|| {
         let mut traveller = Traveller::new(Kind { datapath: Datapath::Userspace, queue_pairs: 1 })?;
@@ -290,13 +295,13 @@ fn runs_on_wherever_the_target_fails() -> Result<()> {
             }
             let (_, lost) = pings.end()?;
             ensure!(lost.is_empty(), "{lost:?} were lost");
-            // Not under pings: of so many at once a guest's kernel itself does not answer all.
+            // Not under pings: the guest's kernel does not answer all pings that queue up during a hang.
             for (point, then, expected) in long {
                 fails(point, then, expected)?;
             }
             traveller.check_pings(20)?;
 
-            // One that stands still goes on standing still.
+            // A paused guest stays paused.
             traveller.stay.ask(&Request::Pause)?;
             let target = FakeTarget::start(&path, Point::State, Then::Leave)?;
             let request = Request::Migrate { path: path.clone(), local: true, dry_run: false };
@@ -306,7 +311,7 @@ fn runs_on_wherever_the_target_fails() -> Result<()> {
             traveller.stay.ask(&Request::Resume)?;
             traveller.check_pings(20)?;
 
-            // And one that was taken is gone, whatever is heard of the target.
+            // Once the target has swapped the word the guest is gone, whatever the target does next.
             let target = FakeTarget::start(&path, Point::Commit, Then::Take)?;
             let report = serde_json::from_value(traveller.stay.ask(&request)?)?;
             ensure!(matches!(report, MigrationReport::Completed { .. }), "{report:?}");
@@ -341,7 +346,7 @@ fn one_device_keeps_its_tap_and_another_does_not() -> Result<()> {
         for tap in ["tap0", "tap1", "tap2"] {
             netns.create_persistent_tap(tap, false)?;
         }
-        // What the guest has resolved stays right when the address goes from one TAP to the other.
+        // One MAC address, so the guest's neighbour entry stays valid when the IP address moves between the TAPs.
         for tap in ["tap1", "tap2"] {
             ip(&["link", "set", tap, "address", "02:ba:70:00:00:01"])?;
             ip(&["link", "set", tap, "up"])?;
@@ -383,7 +388,7 @@ fn one_device_keeps_its_tap_and_another_does_not() -> Result<()> {
         ping::check(GUEST, 20)?;
         ping::check(GUEST2, 20)?;
         ensure!(targets[0].status()?.tap == "tap0" && targets[1].status()?.tap == "tap2");
-        // The one has given its TAP away and ends; the other keeps it, and waits.
+        // The source back-end that gave its TAP away ends; the other one keeps its TAP and waits.
         let [mut local, mut other] = sources;
         ensure!(local.process.wait()?.success(), "{}", local.process.log());
         ensure!(other.status()?.tap == "tap1");

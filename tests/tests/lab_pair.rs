@@ -1,4 +1,4 @@
-//! The pair: a Linux guest on baton-vmm, its network through baton-backend and a TAP.
+//! A Linux guest on baton-vmm, with its network through baton-backend and a TAP.
 
 use anyhow::{Context, Result, ensure};
 use baton_tests::datapath::Datapath;
@@ -10,15 +10,15 @@ use baton_tests::{on_both_datapaths, switching};
 on_both_datapaths! {
     one_pair_carries_everything,
     four_pairs_carry_everything,
-    goes_on_when_either_side_was_killed,
+    network_recovers_when_either_side_is_killed,
 }
 
-/// How often a session of one pair is handed over. More are handed over while a guest moves, with fewer processors.
+/// How often the session of one queue pair is handed over.
 const HAND_OVERS: usize = 20;
 
-/// Pings, bulk TCP, frames of every size, numbered datagrams; every pair used, frames larger than the MTU both ways. Then the same while
-/// the session is handed over, and the driver begins anew.
-fn carries(datapath: Datapath, queue_pairs: u16) -> Result<()> {
+/// Checks pings, frames of every size, numbered datagrams and bulk TCP: every queue pair is used, and frames larger
+/// than the MTU go both ways. Then hands over the session under load (one queue pair only) and rebinds the driver.
+fn check_carries_everything(datapath: Datapath, queue_pairs: u16) -> Result<()> {
     let mut link = Link::new(datapath, Meeting::BackendListens, queue_pairs)?;
     let mut body = || {
         let mut guest = link.boot_vmm("guest")?;
@@ -32,7 +32,7 @@ fn carries(datapath: Datapath, queue_pairs: u16) -> Result<()> {
         }
         link.check_rebound(&mut guest)?;
         link.check_healthy()?;
-        ensure!(guest.power_off()?.success(), "a guest that was switched off is no failure");
+        ensure!(guest.power_off()?.success(), "the VMM fails when the guest powers off");
         Ok(())
     };
     let result = body();
@@ -40,26 +40,26 @@ fn carries(datapath: Datapath, queue_pairs: u16) -> Result<()> {
 }
 
 fn one_pair_carries_everything(datapath: Datapath) -> Result<()> {
-    lab::run(|| carries(datapath, 1))
+    lab::run(|| check_carries_everything(datapath, 1))
 }
 
 fn four_pairs_carry_everything(datapath: Datapath) -> Result<()> {
-    lab::run(|| carries(datapath, 4))
+    lab::run(|| check_carries_everything(datapath, 4))
 }
 
-fn goes_on_when_either_side_was_killed(datapath: Datapath) -> Result<()> {
+fn network_recovers_when_either_side_is_killed(datapath: Datapath) -> Result<()> {
     lab::run(|| {
         let mut link = Link::new(datapath, Meeting::BackendListens, 4)?;
         let mut body = || {
             let mut guest = link.boot_vmm("first")?;
             link.check_pings(&mut guest, 20)?;
-            // While nothing is under way, and then while much is.
+            // First while the link is idle, then under load.
             link.restart_backend()?;
             link.wait_serving()?;
             link.check_pings(&mut guest, 20)?;
             link.check_bulk(&mut guest, 1 << 20, 4)?;
             link.check_killed_under_load(&mut guest)?;
-            // Killed, not switched off.
+            // Kills the VMM.
             drop(guest);
             let mut guest = link.boot_vmm("second")?;
             link.check_pings(&mut guest, 20)?;
@@ -70,9 +70,9 @@ fn goes_on_when_either_side_was_killed(datapath: Datapath) -> Result<()> {
     })
 }
 
-// With the user-space datapath QEMU's test has it, which takes a tenth of the time.
+// The QEMU test covers the user-space datapath in a tenth of the time.
 #[test]
-fn survives_its_device_switched_off_and_on() -> Result<()> {
+fn device_survives_being_switched_off_and_on_under_traffic() -> Result<()> {
     lab::run(|| {
         let mut link = Link::new(Datapath::VhostNet, Meeting::BackendListens, 4)?;
         let result = switching::check(&mut link, |link| link.boot_vmm("guest"));

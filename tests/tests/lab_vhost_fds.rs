@@ -24,7 +24,7 @@ fn open_vhost_net() -> Result<File> {
 }
 
 #[test]
-fn a_back_end_without_any_rights_serves_with_its_parents_descriptors() -> Result<()> {
+fn unprivileged_back_end_serves_with_inherited_descriptors() -> Result<()> {
     lab::run(|| {
         let netns = Netns::enter()?;
         let taps = netns.create_tap(TAP, 2)?;
@@ -36,7 +36,7 @@ fn a_back_end_without_any_rights_serves_with_its_parents_descriptors() -> Result
         ensure!(backend.status()?.datapath == Datapath::VhostNet);
         drop((taps, vhost));
         let mut network = PacketSocket::open(TAP)?;
-        // The kernel's side is given up at the end of a session, and taken again.
+        // The vhost-net instances are released at the end of each session and reused by the next.
         for _ in 0..3 {
             let mut device = backend.device(Options { queue_pairs: 2, ..Options::default() })?;
             for pair in 0..2 {
@@ -50,7 +50,7 @@ fn a_back_end_without_any_rights_serves_with_its_parents_descriptors() -> Result
 }
 
 #[test]
-fn a_target_that_may_not_open_vhost_net_gets_it_with_the_session() -> Result<()> {
+fn target_without_access_to_vhost_net_gets_it_with_the_session() -> Result<()> {
     lab::run(|| {
         for source in [Datapath::Userspace, Datapath::VhostNet] {
             let mut rig = Rig::new(source, 2, &[])?;
@@ -66,8 +66,8 @@ fn a_target_that_may_not_open_vhost_net_gets_it_with_the_session() -> Result<()>
             ensure!(possible == serde_json::json!({"result": "possible"}), "{possible}");
             let done = rig.backend.hand_over_to(&incoming, false)?;
             ensure!(done["result"] == "completed", "{done}");
-            let mut old = std::mem::replace(&mut rig.backend, target);
-            ensure!(old.process.wait()?.code() == Some(0));
+            let mut source_backend = std::mem::replace(&mut rig.backend, target);
+            ensure!(source_backend.process.wait()?.code() == Some(0));
             ensure!(rig.backend.status()?.datapath == Datapath::VhostNet);
             rig.check_traffic(&mut device)?;
             rig.backend.check_healthy()?;
@@ -77,7 +77,7 @@ fn a_target_that_may_not_open_vhost_net_gets_it_with_the_session() -> Result<()>
 }
 
 #[test]
-fn what_is_no_usable_vhost_net_is_refused_by_name() -> Result<()> {
+fn unusable_vhost_net_descriptor_is_refused_by_name() -> Result<()> {
     lab::run(|| {
         let _netns = Netns::enter()?;
         let owned = open_vhost_net()?;

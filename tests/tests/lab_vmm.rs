@@ -1,4 +1,4 @@
-//! baton-vmm by itself: kernels, processors, memory, devices, and the ways in which a guest ends.
+//! baton-vmm by itself: kernels, processors, memory, devices, the control socket, and how a guest ends.
 
 use std::ffi::OsString;
 use std::net::Ipv4Addr;
@@ -36,12 +36,12 @@ fn boots_sixteen_processors() -> Result<()> {
 }
 
 #[test]
-fn has_memory_above_the_hole_below_4_gib() -> Result<()> {
+fn has_memory_above_4_gib() -> Result<()> {
     lab::run(|| {
         let mut guest = Vmm::new(1, "5G")?.start("guest")?;
         guest.wait_for_shell()?;
         let text = guest.check("awk '/MemTotal/ { print $2 }' /proc/meminfo")?;
-        let kibibytes: u64 = text.trim().parse().with_context(|| format!("{text:?} is no number"))?;
+        let kibibytes: u64 = text.trim().parse().with_context(|| format!("{text:?} is not a number"))?;
         ensure!(kibibytes > 4_700_000, "the guest has {kibibytes} KiB");
         ensure!(guest.check("grep 'System RAM' /proc/iomem")?.contains("100000000-"));
         ensure!(guest.power_off()?.success());
@@ -50,7 +50,7 @@ fn has_memory_above_the_hole_below_4_gib() -> Result<()> {
 }
 
 #[test]
-fn a_reset_ends_it_without_failure() -> Result<()> {
+fn guest_reset_ends_the_vmm_successfully() -> Result<()> {
     lab::run(|| {
         let mut guest = Vmm::new(1, "512M")?.start("guest")?;
         guest.wait_for_shell()?;
@@ -61,9 +61,9 @@ fn a_reset_ends_it_without_failure() -> Result<()> {
 }
 
 #[test]
-fn a_triple_fault_is_a_failure_in_one_line() -> Result<()> {
+fn triple_fault_is_reported_in_one_line() -> Result<()> {
     lab::run(|| {
-        // The kernel's last resort when it is told to reboot that way.
+        // With `reboot=t` the kernel reboots by a triple fault.
         let mut guest = Vmm::new(1, "512M")?.parameters("reboot=t").start("guest")?;
         guest.wait_for_shell()?;
         guest.type_line("reboot -f")?;
@@ -77,7 +77,7 @@ fn a_triple_fault_is_a_failure_in_one_line() -> Result<()> {
 }
 
 #[test]
-fn a_back_end_that_is_not_there_is_a_failure_in_one_line() -> Result<()> {
+fn missing_back_end_is_reported_in_one_line() -> Result<()> {
     lab::run(|| {
         let output = Command::new(programs::vmm()?)
             .arg("--kernel")
@@ -147,7 +147,7 @@ fn works_with_the_reference_back_end() -> Result<()> {
 }
 
 #[test]
-fn tells_its_status_pauses_and_goes_on() -> Result<()> {
+fn reports_status_pauses_and_resumes() -> Result<()> {
     lab::run(|| {
         let mut link = Link::new(Datapath::Userspace, Meeting::BackendListens, 2)?;
         let directory = tempfile::tempdir()?;

@@ -1,5 +1,5 @@
-//! Several queues of a macvtap (`--tap-fds`), which keeps with the queue what a TAP keeps with the device, and does not
-//! tell of its end (Linux: `drivers/net/tap.c`).
+//! Several queues of a macvtap (`--tap-fds`). Unlike a TAP, a macvtap keeps its settings per queue rather than per
+//! device, and does not report its deletion (Linux: `drivers/net/tap.c`).
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use std::os::fd::{AsFd, AsRawFd};
@@ -15,7 +15,7 @@ use baton_tests::netns::Netns;
 
 const FLOWS: u16 = 64;
 
-/// Only catches what does not come.
+/// Limits the wait of a test that hangs.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 fn start(macvtap: &mut Macvtap) -> Backend {
@@ -29,14 +29,14 @@ fn start(macvtap: &mut Macvtap) -> Backend {
     backend
 }
 
-/// A frame of a flow of its own.
+/// A frame of the flow with this number.
 fn flow(number: u16) -> Vec<u8> {
     let mut frame = frames::segment(Network::V4, Transport::Udp, &[7; 100]).bytes;
     frame[34..36].copy_from_slice(&(1000 + number).to_be_bytes());
     frame
 }
 
-/// Sends a frame from each pair, and one of each flow to the guest; gives how many came on each pair.
+/// Sends a frame from each pair, and one frame of each flow to the guest; returns how many frames each pair receives.
 fn check_traffic(device: &mut Device, macvtap: &mut Macvtap) -> Vec<usize> {
     for pair in 0..device.pairs.len() {
         let frame = frames::numbered(u32::try_from(pair).unwrap(), 100);
@@ -44,36 +44,36 @@ fn check_traffic(device: &mut Device, macvtap: &mut Macvtap) -> Vec<usize> {
         assert_eq!(macvtap.network.receive().unwrap().1, frame, "sent by pair {pair}");
     }
     (0..FLOWS).for_each(|number| macvtap.network.send(&flow(number)).unwrap());
-    let mut came = vec![0; device.pairs.len()];
+    let mut received = vec![0; device.pairs.len()];
     let mut missing: Vec<_> = (0..FLOWS).map(flow).collect();
     let deadline = Instant::now() + PATIENCE;
     let mut frame = Vec::new();
     while !missing.is_empty() {
-        assert!(Instant::now() < deadline, "{} flows are missing; {came:?} came", missing.len());
-        for (pair, came) in came.iter_mut().enumerate() {
+        assert!(Instant::now() < deadline, "{} flows are missing; received {received:?}", missing.len());
+        for (pair, received) in received.iter_mut().enumerate() {
             while device.try_receive(pair, &mut frame).unwrap().is_some() {
                 let place = missing.iter().position(|missing| *missing == frame);
                 missing.remove(place.unwrap_or_else(|| panic!("pair {pair} received {frame:02x?}")));
-                *came += 1;
+                *received += 1;
             }
         }
         std::thread::yield_now();
     }
-    came
+    received
 }
 
 #[test]
-fn every_queue_has_the_headers_that_were_negotiated() {
+fn every_queue_uses_the_negotiated_header() {
     let netns = Netns::enter().unwrap();
     let mut macvtap = Macvtap::create(&netns, 2).unwrap();
     let mut backend = start(&mut macvtap);
     let mut device = backend.device(Options { queue_pairs: 2, ..Options::default() }).unwrap();
-    let came = check_traffic(&mut device, &mut macvtap);
-    assert!(came.iter().all(|&came| came > 0), "not every queue was used: {came:?}");
+    let received = check_traffic(&mut device, &mut macvtap);
+    assert!(received.iter().all(|&received| received > 0), "a queue is not used: {received:?}");
 }
 
 #[test]
-fn a_pair_that_is_not_enabled_gives_up_its_queue_until_it_is() {
+fn disabled_pair_receives_nothing_until_it_is_enabled() {
     let netns = Netns::enter().unwrap();
     let mut macvtap = Macvtap::create(&netns, 3).unwrap();
     let mut backend = start(&mut macvtap);
@@ -81,17 +81,17 @@ fn a_pair_that_is_not_enabled_gives_up_its_queue_until_it_is() {
     for _ in 0..2 {
         device.connection.set_vring_enable(4, false).unwrap();
         device.connection.get_features().unwrap();
-        let came = check_traffic(&mut device, &mut macvtap);
-        assert_eq!(came[2], 0, "{came:?}");
+        let received = check_traffic(&mut device, &mut macvtap);
+        assert_eq!(received[2], 0, "{received:?}");
         device.connection.set_vring_enable(4, true).unwrap();
         device.connection.get_features().unwrap();
-        let came = check_traffic(&mut device, &mut macvtap);
-        assert!(came[2] > 0, "{came:?}");
+        let received = check_traffic(&mut device, &mut macvtap);
+        assert!(received[2] > 0, "{received:?}");
     }
 }
 
 #[test]
-fn its_session_is_handed_over_with_all_its_queues() {
+fn session_is_handed_over_with_all_queues() {
     let netns = Netns::enter().unwrap();
     let mut macvtap = Macvtap::create(&netns, 2).unwrap();
     let mut backend = start(&mut macvtap);
@@ -105,7 +105,7 @@ fn its_session_is_handed_over_with_all_its_queues() {
 }
 
 #[test]
-fn the_back_end_ends_with_its_macvtap() {
+fn back_end_ends_when_its_macvtap_is_deleted() {
     let netns = Netns::enter().unwrap();
     let mut macvtap = Macvtap::create(&netns, 2).unwrap();
     let mut backend = start(&mut macvtap);

@@ -1,4 +1,4 @@
-//! QEMU moves a guest to another QEMU, back-end and TAP, with its memory copied, under traffic.
+//! QEMU migrates a guest to another QEMU, back-end and TAP under traffic, and copies its memory.
 
 use anyhow::{Context, Result};
 use baton_tests::datapath::Datapath;
@@ -7,12 +7,12 @@ use baton_tests::migration::{Kind, Load, Mover};
 use baton_tests::on_both_datapaths;
 
 on_both_datapaths! {
-    ten_moves,
-    the_log_misses_no_page,
+    guest_moves_ten_times_under_traffic,
+    dirty_log_misses_no_page,
 }
 
-/// Moves a guest so many times under bulk traffic and numbered datagrams both ways. At each move, before the guest
-/// runs on, both memories must be the same, page by page; after all, what has become of the traffic is judged.
+/// Moves a guest `count` times under bulk traffic and numbered datagrams both ways. At each move, before the guest runs
+/// on, the memories of source and target must be equal, page by page. Checks the traffic at the end.
 fn moves(kind: Kind, count: usize) -> Result<()> {
     let mut mover = Mover::new(kind)?;
     moves_under_traffic(&mut mover, kind, count).with_context(|| mover.evidence())?;
@@ -32,17 +32,17 @@ fn moves_under_traffic(mover: &mut Mover, kind: Kind, count: usize) -> Result<()
     Ok(())
 }
 
-fn ten_moves(datapath: Datapath) -> Result<()> {
+fn guest_moves_ten_times_under_traffic(datapath: Datapath) -> Result<()> {
     moves(Kind { datapath, accelerator: Accelerator::with(datapath), queue_pairs: 1 }, 10)
 }
 
 #[test]
-fn moves_of_four_pairs() -> Result<()> {
+fn guest_moves_with_four_pairs() -> Result<()> {
     moves(Kind { datapath: Datapath::Userspace, accelerator: Accelerator::Tcg, queue_pairs: 4 }, 3)
 }
 
-/// The guest's driver touches no buffer here, so what frames change is copied only if the back-end has noted it.
-fn the_log_misses_no_page(datapath: Datapath) -> Result<()> {
+/// The guest's driver touches no buffer here, so a page that a frame changes is copied only if the back-end logs it.
+fn dirty_log_misses_no_page(datapath: Datapath) -> Result<()> {
     let mut mover = Mover::new(Kind { datapath, accelerator: Accelerator::with(datapath), queue_pairs: 1 })?;
     mover.check_log().with_context(|| mover.evidence())
 }

@@ -1,4 +1,4 @@
-//! Several queue pairs: how many there are, how the TAP's queues follow them, and that no frame is lost on the way.
+//! Several queue pairs: their number, which TAP queues are attached, and that no frame is lost when that changes.
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use baton_tests::backend::{Backend, Rig, TAP};
@@ -11,24 +11,24 @@ use baton_tests::netns::Netns;
 use baton_tests::on_both_datapaths;
 
 on_both_datapaths! {
-    get_queue_num_gives_the_number_of_vrings,
+    get_queue_num_returns_the_number_of_vrings,
     indices_beyond_the_last_vring_are_refused,
     every_pair_carries_frames_both_ways,
     many_pairs_work,
-    a_device_that_enables_fewer_pairs_receives_everything_on_those,
-    without_multi_queue_everything_is_received_on_the_first_pair,
-    pairs_that_are_enabled_by_set_features_alone_get_no_flows,
-    pairs_that_are_enabled_and_not_set_up_get_no_flows,
-    pairs_that_are_not_set_up_get_no_flows_from_the_next_back_end_either,
-    a_pair_that_is_stopped_and_disabled_gets_no_flows,
-    pairs_that_are_enabled_first_and_set_up_one_by_one_keep_their_frames,
-    a_disabled_pairs_flows_go_to_the_others,
-    a_stopped_pair_keeps_its_frames,
-    a_pause_of_all_rings_keeps_every_frame,
-    a_stop_of_all_rings_keeps_every_frame,
-    frames_that_wait_on_the_first_pair_survive_its_disabling,
+    all_flows_arrive_on_the_enabled_pairs,
+    without_mq_all_flows_arrive_on_the_first_pair,
+    pairs_enabled_only_by_set_features_get_no_flows,
+    pairs_enabled_but_not_set_up_get_no_flows,
+    pairs_not_set_up_get_no_flows_after_a_hand_over,
+    stopped_and_disabled_pair_gets_no_flows,
+    pairs_enabled_before_they_are_set_up_keep_their_frames,
+    flows_of_a_disabled_pair_go_to_the_others,
+    stopped_pair_keeps_its_frames,
+    disabling_and_enabling_all_rings_loses_no_frame,
+    stopping_and_restarting_all_rings_loses_no_frame,
+    frames_queued_on_the_first_pair_survive_its_disabling,
     transmissions_of_a_disabled_pair_are_discarded,
-    a_tap_of_one_queue_is_refused_for_two_pairs,
+    single_queue_tap_is_refused_for_two_pairs,
 }
 
 fn options(queue_pairs: u16) -> Options {
@@ -56,10 +56,10 @@ fn flow_on(rig: &mut Rig, device: &mut Device, wanted: usize) -> u16 {
             return port;
         }
     }
-    panic!("no flow of a thousand is on queue pair {wanted}");
+    panic!("none of a thousand flows arrives on queue pair {wanted}");
 }
 
-fn get_queue_num_gives_the_number_of_vrings(datapath: Datapath) {
+fn get_queue_num_returns_the_number_of_vrings(datapath: Datapath) {
     for queue_pairs in [1, 3, 128] {
         let mut rig = Rig::new(datapath, queue_pairs, &[]).unwrap();
         let connection = rig.backend.connect().unwrap();
@@ -106,7 +106,7 @@ fn every_pair_carries_frames_both_ways(datapath: Datapath) {
         }
     }
     for pair in 0..4 {
-        // Where they are counted.
+        // The kernel's datapath does not count frames.
         let all = |frames: Option<u64>| frames.is_none_or(|frames| frames >= 99);
         rig.backend.wait_pair_stats(pair, |stats| all(stats.rx.frames) && all(stats.tx.frames)).unwrap();
     }
@@ -118,7 +118,7 @@ fn many_pairs_work(datapath: Datapath) {
     rig.check_traffic(&mut device).unwrap();
 }
 
-fn a_device_that_enables_fewer_pairs_receives_everything_on_those(datapath: Datapath) {
+fn all_flows_arrive_on_the_enabled_pairs(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 4, &[]).unwrap();
     let mut device = rig.device(options(2)).unwrap();
     for port in 2000..2100 {
@@ -128,7 +128,7 @@ fn a_device_that_enables_fewer_pairs_receives_everything_on_those(datapath: Data
     }
 }
 
-fn without_multi_queue_everything_is_received_on_the_first_pair(datapath: Datapath) {
+fn without_mq_all_flows_arrive_on_the_first_pair(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 4, &[]).unwrap();
     let mut device = rig.device(Options::default()).unwrap();
     for port in 2000..2100 {
@@ -147,9 +147,9 @@ fn check_flows(rig: &Rig, device: &mut Device) {
     }
 }
 
-/// Without `F_PROTOCOL_FEATURES` there is no `SET_VRING_ENABLE`: all rings are enabled, the one pair and those that the
-/// front-end does not know.
-fn pairs_that_are_enabled_by_set_features_alone_get_no_flows(datapath: Datapath) {
+/// Without `F_PROTOCOL_FEATURES` there is no `SET_VRING_ENABLE`: `SET_FEATURES` enables all rings, including those of
+/// the pairs that the front-end does not use.
+fn pairs_enabled_only_by_set_features_get_no_flows(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 4, &[]).unwrap();
     let features = features::VERSION_1 | features::MRG_RXBUF;
     let mut device = rig.device(Options { features, ..Options::default() }).unwrap();
@@ -157,7 +157,7 @@ fn pairs_that_are_enabled_by_set_features_alone_get_no_flows(datapath: Datapath)
     check_flows(&rig, &mut device);
 }
 
-fn pairs_that_are_enabled_and_not_set_up_get_no_flows(datapath: Datapath) {
+fn pairs_enabled_but_not_set_up_get_no_flows(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 4, &[]).unwrap();
     for enabled_first in [true, false] {
         let mut device = Device::new(rig.backend.connect().unwrap(), options(2)).unwrap();
@@ -180,7 +180,7 @@ fn pairs_that_are_enabled_and_not_set_up_get_no_flows(datapath: Datapath) {
         rig.expect_on_network(0..1).unwrap();
         check_flows(&rig, &mut device);
 
-        // A pair that comes later gets its share.
+        // A pair that is set up later gets flows.
         for index in [2, 3] {
             device.set_up_ring(index, 0).unwrap();
         }
@@ -189,8 +189,8 @@ fn pairs_that_are_enabled_and_not_set_up_get_no_flows(datapath: Datapath) {
     }
 }
 
-/// A hand-over may come before their queues are detached.
-fn pairs_that_are_not_set_up_get_no_flows_from_the_next_back_end_either(datapath: Datapath) {
+/// The hand-over may come before the source detaches their queues.
+fn pairs_not_set_up_get_no_flows_after_a_hand_over(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 4, &[]).unwrap();
     let mut device = Device::new(rig.backend.connect().unwrap(), options(2)).unwrap();
     device.negotiate().unwrap();
@@ -207,7 +207,7 @@ fn pairs_that_are_not_set_up_get_no_flows_from_the_next_back_end_either(datapath
     check_flows(&rig, &mut device);
 }
 
-fn a_pair_that_is_stopped_and_disabled_gets_no_flows(datapath: Datapath) {
+fn stopped_and_disabled_pair_gets_no_flows(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 2, &[]).unwrap();
     for stopped_first in [true, false] {
         let mut device = rig.device(options(2)).unwrap();
@@ -226,8 +226,8 @@ fn a_pair_that_is_stopped_and_disabled_gets_no_flows(datapath: Datapath) {
     }
 }
 
-/// As QEMU does it: a queue that lost its frames to the first pair's start would lose or reorder them.
-fn pairs_that_are_enabled_first_and_set_up_one_by_one_keep_their_frames(datapath: Datapath) {
+/// QEMU does this. If the start of the first pair detached the queues of the others, frames would be lost or reordered.
+fn pairs_enabled_before_they_are_set_up_keep_their_frames(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 2, &[]).unwrap();
     let mut device = rig.device(options(2)).unwrap();
     let port = flow_on(&mut rig, &mut device, 1);
@@ -245,13 +245,13 @@ fn pairs_that_are_enabled_first_and_set_up_one_by_one_keep_their_frames(datapath
         device.set_up_ring(index, device.ring(index).queue.used_index()).unwrap();
         device.connection.get_features().unwrap();
     }
-    // On the first pair if this took very long.
+    // They arrive on the first pair if the set-up takes too long.
     for number in 0..50 {
         assert_eq!(number_in(&rig.receive_on_any(&mut device).unwrap().1), number);
     }
 }
 
-fn a_disabled_pairs_flows_go_to_the_others(datapath: Datapath) {
+fn flows_of_a_disabled_pair_go_to_the_others(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 2, &[]).unwrap();
     let mut device = rig.device(options(2)).unwrap();
     let port = flow_on(&mut rig, &mut device, 1);
@@ -264,7 +264,7 @@ fn a_disabled_pairs_flows_go_to_the_others(datapath: Datapath) {
             let (_, frame) = device.receive(0).unwrap();
             assert_eq!(number_in(&frame), round * 100 + number);
         }
-        // Twice is once: attaching an attached queue is an error to the kernel.
+        // Enables twice: for the kernel it is an error to attach an attached queue.
         for index in [2, 3, 2, 3] {
             device.connection.set_vring_enable(index, true).unwrap();
         }
@@ -278,7 +278,7 @@ fn a_disabled_pairs_flows_go_to_the_others(datapath: Datapath) {
     rig.check_traffic(&mut device).unwrap();
 }
 
-fn a_stopped_pair_keeps_its_frames(datapath: Datapath) {
+fn stopped_pair_keeps_its_frames(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 2, &[]).unwrap();
     let mut device = rig.device(options(2)).unwrap();
     let port = flow_on(&mut rig, &mut device, 1);
@@ -296,11 +296,11 @@ fn a_stopped_pair_keeps_its_frames(datapath: Datapath) {
     }
 }
 
-fn a_pause_of_all_rings_keeps_every_frame(datapath: Datapath) {
+fn disabling_and_enabling_all_rings_loses_no_frame(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 2, &[]).unwrap();
     let mut device = rig.device(options(2)).unwrap();
     let ports = [flow_on(&mut rig, &mut device, 0), flow_on(&mut rig, &mut device, 1)];
-    // Cloud Hypervisor pauses like this, the first pair first; frames that are in the TAP's queues by then must stay.
+    // Cloud Hypervisor pauses like this, the first pair first. Frames that are in the TAP's queues must stay there.
     for index in 0..4 {
         device.connection.set_vring_enable(index, false).unwrap();
     }
@@ -321,7 +321,7 @@ fn a_pause_of_all_rings_keeps_every_frame(datapath: Datapath) {
     }
 }
 
-fn a_stop_of_all_rings_keeps_every_frame(datapath: Datapath) {
+fn stopping_and_restarting_all_rings_loses_no_frame(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 2, &[]).unwrap();
     let mut device = rig.device(options(2)).unwrap();
     let ports = [flow_on(&mut rig, &mut device, 0), flow_on(&mut rig, &mut device, 1)];
@@ -348,7 +348,7 @@ fn a_stop_of_all_rings_keeps_every_frame(datapath: Datapath) {
     }
 }
 
-fn frames_that_wait_on_the_first_pair_survive_its_disabling(datapath: Datapath) {
+fn frames_queued_on_the_first_pair_survive_its_disabling(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 2, &[]).unwrap();
     let mut device = rig.device(options(2)).unwrap();
     let port = flow_on(&mut rig, &mut device, 0);
@@ -368,7 +368,7 @@ fn transmissions_of_a_disabled_pair_are_discarded(datapath: Datapath) {
     for index in [2, 3] {
         device.connection.set_vring_enable(index, false).unwrap();
     }
-    // A detached TAP queue would still take them.
+    // A detached TAP queue would still accept them.
     for number in 0..10 {
         device.send(1, &NetHeader::default(), &frames::numbered(number, 100)).unwrap();
     }
@@ -378,7 +378,7 @@ fn transmissions_of_a_disabled_pair_are_discarded(datapath: Datapath) {
     rig.expect_on_network(20..21).unwrap();
 }
 
-fn a_tap_of_one_queue_is_refused_for_two_pairs(datapath: Datapath) {
+fn single_queue_tap_is_refused_for_two_pairs(datapath: Datapath) {
     let netns = Netns::enter().unwrap();
     netns.create_persistent_tap(TAP, false).unwrap();
     let tap = format!("--tap={TAP}");

@@ -1,4 +1,4 @@
-//! A back-end that looks for work before it waits (`--poll-us`).
+//! Workers that busy-poll before they sleep (`--poll-us`).
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use std::thread::sleep;
@@ -12,18 +12,18 @@ use baton_tests::frames;
 
 const TX: u32 = 1;
 
-/// Sends one frame from the guest, with a kick only if the device asks for it, and sees it on the network.
+/// Sends one frame from the guest, with a kick only if the device asks for it, and expects it on the network.
 fn pass(rig: &mut Rig, device: &mut baton_tests::fake_frontend::Device, number: u32) {
     device.send(0, &NetHeader::default(), &frames::numbered(number, 60)).unwrap();
     rig.expect_on_network(number..number + 1).unwrap();
 }
 
-fn asks_for_kicks_before_it_waits(more: u64) {
+fn check_asks_for_kicks(more: u64) {
     let mut rig = Rig::new(Datapath::Userspace, 1, &["--poll-us=300"]).unwrap();
     let options = Options::default();
     let mut device = rig.device(Options { features: options.features | more, ..options }).unwrap();
     for round in 0..1000 {
-        // The worker parks and runs; it finds a frame, which ends the wish for kicks, then polls in vain and waits.
+        // The worker parks and resumes. It finds a frame and suppresses kicks, then polls in vain and sleeps.
         device.connection.set_vring_enable(TX, true).unwrap();
         pass(&mut rig, &mut device, 2 * round);
         sleep(Duration::from_millis(1));
@@ -32,26 +32,26 @@ fn asks_for_kicks_before_it_waits(more: u64) {
 }
 
 #[test]
-fn a_worker_that_polled_in_vain_asks_for_kicks_before_it_waits() {
-    asks_for_kicks_before_it_waits(0);
+fn worker_asks_for_kicks_before_it_sleeps() {
+    check_asks_for_kicks(0);
 }
 
 #[test]
-fn with_event_idx_too() {
-    asks_for_kicks_before_it_waits(features::EVENT_IDX);
+fn worker_asks_for_kicks_before_it_sleeps_with_event_idx() {
+    check_asks_for_kicks(features::EVENT_IDX);
 }
 
 #[test]
-fn while_there_is_work_a_worker_polls_and_needs_no_kicks() {
+fn busy_worker_polls_and_needs_no_kicks() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &["--poll-us=1000000"]).unwrap();
     let mut device = rig.device(Options::default()).unwrap();
-    // Until it waits.
+    // Long enough for the worker to stop polling and sleep.
     sleep(Duration::from_millis(1500));
     pass(&mut rig, &mut device, 0);
     let before = rig.backend.pair_stats(0).unwrap().tx.kicks.unwrap();
     for number in 1..100 {
         pass(&mut rig, &mut device, number);
     }
-    // The first one, for it was asked for before there was work.
+    // One for the first frame: the worker asked for kicks before it slept.
     assert!(rig.backend.pair_stats(0).unwrap().tx.kicks.unwrap() <= before + 1);
 }

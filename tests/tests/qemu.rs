@@ -7,21 +7,21 @@ use baton_tests::link::{Link, Meeting};
 use baton_tests::{on_both_datapaths, switching};
 
 on_both_datapaths! {
-    one_pair_listening,
-    four_pairs_as_client,
+    one_pair_survives_restarts_with_listening_back_end,
+    four_pairs_survive_restarts_with_client_back_end,
 }
 
-/// How often a session is handed over.
+/// How often the session is handed over.
 const HAND_OVERS: usize = 20;
 
-/// Traffic; the same after the back-end was killed and another one took its place under the running guest; the same
-/// for a new guest after QEMU was killed.
-fn serves(datapath: Datapath, meeting: Meeting, queue_pairs: u16) -> Result<()> {
+/// Checks traffic, then again after the back-end is killed and replaced under the running guest, and again with a new
+/// guest after QEMU is killed.
+fn check_restarts(datapath: Datapath, meeting: Meeting, queue_pairs: u16) -> Result<()> {
     let mut link = Link::new(datapath, meeting, queue_pairs)?;
-    serves_on(&mut link, queue_pairs).with_context(|| link.evidence())
+    check_restarts_of(&mut link, queue_pairs).with_context(|| link.evidence())
 }
 
-fn serves_on(link: &mut Link, queue_pairs: u16) -> Result<()> {
+fn check_restarts_of(link: &mut Link, queue_pairs: u16) -> Result<()> {
     let accelerator = Accelerator::with(link.datapath());
     let mut guest = link.boot_qemu(accelerator, "first")?;
     link.check_pings(&mut guest, 50)?;
@@ -35,7 +35,7 @@ fn serves_on(link: &mut Link, queue_pairs: u16) -> Result<()> {
     link.check_bulk(&mut guest, (4 << 20) / u64::from(queue_pairs), queue_pairs)?;
     link.check_killed_under_load(&mut guest)?;
 
-    // Killed, not switched off.
+    // Kills QEMU.
     drop(guest);
     let mut guest = link.boot_qemu(accelerator, "second")?;
     link.check_pings(&mut guest, 50)?;
@@ -45,27 +45,27 @@ fn serves_on(link: &mut Link, queue_pairs: u16) -> Result<()> {
     Ok(())
 }
 
-fn one_pair_listening(datapath: Datapath) -> Result<()> {
-    serves(datapath, Meeting::BackendListens, 1)
+fn one_pair_survives_restarts_with_listening_back_end(datapath: Datapath) -> Result<()> {
+    check_restarts(datapath, Meeting::BackendListens, 1)
 }
 
 #[test]
-fn one_pair_as_client() -> Result<()> {
-    serves(Datapath::Userspace, Meeting::FrontendListens, 1)
+fn one_pair_survives_restarts_with_client_back_end() -> Result<()> {
+    check_restarts(Datapath::Userspace, Meeting::FrontendListens, 1)
 }
 
 #[test]
-fn four_pairs_listening() -> Result<()> {
-    serves(Datapath::Userspace, Meeting::BackendListens, 4)
+fn four_pairs_survive_restarts_with_listening_back_end() -> Result<()> {
+    check_restarts(Datapath::Userspace, Meeting::BackendListens, 4)
 }
 
-fn four_pairs_as_client(datapath: Datapath) -> Result<()> {
-    serves(datapath, Meeting::FrontendListens, 4)
+fn four_pairs_survive_restarts_with_client_back_end(datapath: Datapath) -> Result<()> {
+    check_restarts(datapath, Meeting::FrontendListens, 4)
 }
 
-/// Its session goes from back-end to back-end under traffic. QEMU and the guest notice nothing, and then the driver begins
-/// anew, and the guest.
-fn is_handed_over(meeting: Meeting, queue_pairs: u16) -> Result<()> {
+/// Hands the session over again and again under traffic: QEMU and the guest notice nothing. Then rebinds the driver and
+/// reboots the guest.
+fn check_hand_overs(meeting: Meeting, queue_pairs: u16) -> Result<()> {
     let mut link = Link::new(Datapath::Userspace, meeting, queue_pairs)?;
     let body = |link: &mut Link| {
         let mut guest = link.boot_qemu(Accelerator::Tcg, "guest")?;
@@ -81,18 +81,18 @@ fn is_handed_over(meeting: Meeting, queue_pairs: u16) -> Result<()> {
 }
 
 #[test]
-fn one_pair_is_handed_over_listening() -> Result<()> {
-    is_handed_over(Meeting::BackendListens, 1)
+fn one_pair_is_handed_over_with_listening_back_end() -> Result<()> {
+    check_hand_overs(Meeting::BackendListens, 1)
 }
 
 #[test]
-fn four_pairs_are_handed_over_as_client() -> Result<()> {
-    is_handed_over(Meeting::FrontendListens, 4)
+fn four_pairs_are_handed_over_with_client_back_end() -> Result<()> {
+    check_hand_overs(Meeting::FrontendListens, 4)
 }
 
-// With the kernel's datapath baton-vmm's test has it: in the lab each takes minutes.
+// The test of baton-vmm covers the kernel's datapath: in the lab each run takes minutes.
 #[test]
-fn survives_its_device_switched_off_and_on() -> Result<()> {
+fn device_survives_being_switched_off_and_on_under_traffic() -> Result<()> {
     let mut link = Link::new(Datapath::Userspace, Meeting::BackendListens, 4)?;
     let result = switching::check(&mut link, |link| link.boot_qemu(Accelerator::Tcg, "guest"));
     result.with_context(|| link.evidence())

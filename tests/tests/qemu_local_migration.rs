@@ -1,5 +1,5 @@
-//! QEMU moves a guest to another QEMU on the same host, whose back-end takes the TAP over: memory in a shared file,
-//! the hand-over armed by the operator. Nothing in the network changes, and nothing is lost.
+//! QEMU migrates a guest to another QEMU on the same host, whose back-end takes over the TAP. Guest memory is in a
+//! shared file, and the operator arms the hand-over. Nothing in the network changes, and nothing is lost.
 
 use std::path::Path;
 use std::time::Instant;
@@ -19,9 +19,9 @@ use baton_tests::qmp::Qmp;
 use serde_json::json;
 
 on_both_datapaths! {
-    the_guest_keeps_its_tap_and_loses_nothing,
-    a_guest_whose_migration_fails_after_its_stop_keeps_its_network,
-    a_guest_that_is_stopped_reset_or_not_moved_after_all_keeps_its_network,
+    guest_keeps_its_tap_and_loses_nothing,
+    network_survives_a_migration_that_fails_after_the_guest_stops,
+    network_survives_stop_reset_and_cancelled_migration,
 }
 
 const PAIRS: u16 = 2;
@@ -35,7 +35,7 @@ struct Place {
 }
 
 impl Place {
-    /// A QEMU with this back-end.
+    /// Starts a QEMU with this back-end.
     fn new(
         datapath: Datapath,
         mut backend: Backend,
@@ -54,7 +54,7 @@ impl Place {
         Ok(Self { guest, monitor, backend })
     }
 
-    /// A QEMU that waits for the guest, and a back-end that waits for its TAP.
+    /// Starts a QEMU that waits for the guest, and a back-end that waits for the TAP.
     fn waiting(datapath: Datapath, memory: &Path, name: &str) -> Result<Self> {
         let backend = Backend::waiting(datapath, &["--log-level=debug"])?;
         Self::new(datapath, backend, memory, name, Qemu::incoming)
@@ -71,7 +71,7 @@ impl Place {
         }
     }
 
-    /// Begins to move the guest, up to the point where it has been stopped.
+    /// Starts the migration and waits until the guest is stopped.
     fn begin(&mut self, target: &mut Self) -> Result<()> {
         let channel = target.backend.directory().join("migration");
         let channel = json!({ "uri": format!("unix:{}", channel.display()) });
@@ -80,7 +80,7 @@ impl Place {
         self.wait_migration("pre-switchover")
     }
 
-    /// Moves the guest, which has been stopped.
+    /// Completes the migration of the stopped guest.
     fn finish(&mut self, target: &mut Self) -> Result<()> {
         self.go_on()?;
         self.wait_migration("completed")?;
@@ -96,7 +96,7 @@ impl Place {
     }
 }
 
-/// A guest that works, and the file that its memory is in.
+/// Boots a guest whose network works. Its memory is in the file `memory` of the directory.
 fn booted(datapath: Datapath) -> Result<(Netns, tempfile::TempDir, Place)> {
     let netns = Netns::enter()?;
     netns.create_persistent_tap(TAP, true)?;
@@ -115,7 +115,7 @@ fn booted(datapath: Datapath) -> Result<(Netns, tempfile::TempDir, Place)> {
     Ok((netns, directory, place))
 }
 
-/// Waits until the back-end's hand-over is in this state, by looking at its back-end.
+/// Waits until the back-end is in this state.
 fn wait_state(backend: &mut Backend, wanted: BackendState) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     loop {
@@ -127,14 +127,14 @@ fn wait_state(backend: &mut Backend, wanted: BackendState) -> Result<()> {
     }
 }
 
-fn the_guest_keeps_its_tap_and_loses_nothing(datapath: Datapath) -> Result<()> {
+fn guest_keeps_its_tap_and_loses_nothing(datapath: Datapath) -> Result<()> {
     let (_netns, directory, mut here) = booted(datapath)?;
     let memory = directory.path().join("memory");
     let accelerator = Accelerator::with(datapath);
     let load = Load::start(Kind { datapath, accelerator, queue_pairs: PAIRS });
     for hop in 1..=3 {
         let mut there = Place::waiting(datapath, &memory, &format!("target-{hop}"))?;
-        // First this QEMU gets another back-end, and then the guest another QEMU.
+        // First the session moves to another back-end, then the guest to another QEMU.
         load.wait_flowing()?;
         let successor = Backend::waiting_for_session(datapath, &["--log-level=debug"])?;
         here.backend.become_busy_target(successor)?;
@@ -156,7 +156,7 @@ fn the_guest_keeps_its_tap_and_loses_nothing(datapath: Datapath) -> Result<()> {
             )
         })?;
         here.monitor.execute("quit", &json!({}))?;
-        ensure!(here.guest.wait()?.success(), "the QEMU that the guest has left failed");
+        ensure!(here.guest.wait()?.success(), "the source QEMU failed");
         let status = here.backend.process.wait()?;
         ensure!(status.code() == Some(0), "the source ended with {status}");
         here = there;
@@ -170,11 +170,11 @@ fn the_guest_keeps_its_tap_and_loses_nothing(datapath: Datapath) -> Result<()> {
     let dropped = netns::counters(TAP)?.tx_dropped;
     ensure!(dropped == 0, "the TAP dropped {dropped} frames");
     let messages = here.guest.check("dmesg | grep -c 'NETDEV WATCHDOG' || true")?;
-    ensure!(messages.trim() == "0", "the guest complains: {messages}");
+    ensure!(messages.trim() == "0", "NETDEV WATCHDOG messages in the guest: {messages}");
     here.backend.check_healthy()
 }
 
-fn a_guest_whose_migration_fails_after_its_stop_keeps_its_network(datapath: Datapath) -> Result<()> {
+fn network_survives_a_migration_that_fails_after_the_guest_stops(datapath: Datapath) -> Result<()> {
     let (_netns, directory, mut here) = booted(datapath)?;
     let memory = directory.path().join("memory");
     let load = Load::start(Kind { datapath, accelerator: Accelerator::with(datapath), queue_pairs: PAIRS });
@@ -184,7 +184,7 @@ fn a_guest_whose_migration_fails_after_its_stop_keeps_its_network(datapath: Data
     let pings = ping::Endless::start(GUEST);
     here.begin(&mut there)?;
     there.backend.wait_handover(HandoverState::Adopted)?;
-    // Nobody takes the guest any more: its QEMU has gone, its back-end has not.
+    // Ends the target's QEMU, but not its back-end.
     let Place { guest, monitor, backend } = there;
     drop((guest, monitor));
     here.go_on()?;
@@ -193,7 +193,7 @@ fn a_guest_whose_migration_fails_after_its_stop_keeps_its_network(datapath: Data
     here.guest.check(&format!("ping -c 3 -i 0.2 {HOST}"))?;
     load.wait_flowing()?;
 
-    // The back-end has stayed armed, and the other one has waited for another QEMU.
+    // The source is still armed, and the target's back-end waits for another QEMU.
     let mut there = Place::new(datapath, backend, &memory, "second-target", Qemu::incoming)?;
     here.backend.wait_handover(HandoverState::Armed)?;
     here.begin(&mut there)?;
@@ -206,7 +206,7 @@ fn a_guest_whose_migration_fails_after_its_stop_keeps_its_network(datapath: Data
     there.backend.check_healthy()
 }
 
-fn a_guest_that_is_stopped_reset_or_not_moved_after_all_keeps_its_network(datapath: Datapath) -> Result<()> {
+fn network_survives_stop_reset_and_cancelled_migration(datapath: Datapath) -> Result<()> {
     let (_netns, directory, mut here) = booted(datapath)?;
     let mut there = Place::waiting(datapath, &directory.path().join("memory"), "target")?;
     here.backend.arm(&there.backend.incoming())?;
@@ -221,7 +221,7 @@ fn a_guest_that_is_stopped_reset_or_not_moved_after_all_keeps_its_network(datapa
     here.guest.wait_for_shell()?;
     link::bring_up(&mut here.guest, PAIRS)?;
     ping::check(GUEST, 20)?;
-    // Cancelled when it had been stopped already.
+    // Cancels the migration after the guest has stopped.
     here.begin(&mut there)?;
     there.backend.wait_handover(HandoverState::Adopted)?;
     here.monitor.execute("migrate_cancel", &json!({}))?;

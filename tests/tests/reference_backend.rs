@@ -11,7 +11,7 @@ use baton_tests::packet_socket::PacketSocket;
 use baton_tests::reference_backend::Program;
 
 const TAP: &str = "tap0";
-/// Frames one by one: more than a queue has descriptors, so that each is used again.
+/// Frames sent one by one: more than a queue has descriptors, so each descriptor is reused.
 const SINGLE: u32 = 300;
 /// Frames in flight each way: fewer than the TAP holds, more than the smallest queue has descriptors.
 const BURST: u32 = 100;
@@ -77,7 +77,7 @@ fn frames_go_both_ways_in_order() {
 }
 
 #[test]
-fn frames_wait_for_stopped_rings_to_start_again() {
+fn frames_wait_until_stopped_rings_restart() {
     let netns = Netns::enter().unwrap();
     netns.create_persistent_tap(TAP, false).unwrap();
     let mut network = PacketSocket::open(TAP).unwrap();

@@ -1,4 +1,4 @@
-//! What is answered, and what is not (vhost-user: "Communication" and "REPLY_ACK").
+//! Replies and acknowledgements (vhost-user: "Communication" and "REPLY_ACK").
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use std::os::fd::AsFd;
@@ -11,23 +11,23 @@ use baton_tests::on_both_datapaths;
 use nix::sys::eventfd::EventFd;
 
 on_both_datapaths! {
-    every_request_that_asks_for_it_gets_exactly_one_reply,
-    a_question_that_asks_for_an_acknowledgement_gets_its_answer_alone,
-    what_is_rejected_is_never_acknowledged,
-    an_acknowledgement_comes_after_the_effect,
-    the_configuration_is_as_long_as_it_was_asked_for,
-    a_configuration_range_that_does_not_exist_is_an_error,
-    rem_mem_reg_may_carry_a_descriptor_which_is_closed,
+    every_request_with_need_reply_gets_exactly_one_reply,
+    query_with_need_reply_gets_only_its_answer,
+    rejected_requests_are_never_acknowledged,
+    acknowledgement_is_sent_after_the_effect,
+    get_config_returns_the_requested_length,
+    get_config_with_an_invalid_range_is_an_error,
+    descriptor_sent_with_rem_mem_reg_is_closed,
     unknown_feature_bits_are_masked,
-    only_what_can_be_served_is_offered,
+    only_supported_features_are_offered,
     reset_owner_leaves_the_session_usable,
-    reset_device_disables_and_resets,
-    what_changes_a_layout_and_is_not_offered_is_refused,
-    a_malformed_request_is_refused_once,
-    every_request_is_answered_once_whatever_it_brings,
+    reset_device_stops_and_disables_all_rings,
+    features_that_change_a_layout_are_refused_unless_offered,
+    malformed_request_gets_one_negative_reply,
+    every_request_gets_one_reply_whatever_it_carries,
 }
 
-/// A connection on which `REPLY_ACK` and the rest have been negotiated.
+/// A connection that has negotiated all that is offered, including `REPLY_ACK`.
 fn negotiated(rig: &mut Rig) -> Connection {
     let mut connection = rig.backend.connect().unwrap();
     let offered = connection.get_features().unwrap();
@@ -39,7 +39,7 @@ fn negotiated(rig: &mut Rig) -> Connection {
     connection
 }
 
-fn every_request_that_asks_for_it_gets_exactly_one_reply(datapath: Datapath) {
+fn every_request_with_need_reply_gets_exactly_one_reply(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let device = Device::new(negotiated(&mut rig), Options::default()).unwrap();
     let connection = &device.connection;
@@ -69,18 +69,18 @@ fn every_request_that_asks_for_it_gets_exactly_one_reply(datapath: Datapath) {
     for (message, fds) in messages {
         let answer = connection.acknowledge(&message, &fds).unwrap();
         assert_eq!(answer, 0, "{message:?}");
-        // A second reply would come before this one's.
+        // A second reply would arrive before this one.
         connection.get_features().unwrap();
-        // And without the flag there is none.
+        // Without NEED_REPLY there is no reply.
         connection.send(&message, &fds).unwrap();
         connection.get_features().unwrap();
     }
 }
 
-fn a_question_that_asks_for_an_acknowledgement_gets_its_answer_alone(datapath: Datapath) {
+fn query_with_need_reply_gets_only_its_answer(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let connection = negotiated(&mut rig);
-    let questions = [
+    let queries = [
         Message::empty(request::GET_FEATURES),
         Message::empty(request::GET_PROTOCOL_FEATURES),
         Message::empty(request::GET_QUEUE_NUM),
@@ -88,25 +88,25 @@ fn a_question_that_asks_for_an_acknowledgement_gets_its_answer_alone(datapath: D
         Message::get_config(0, 12),
         Message::vring_state(request::GET_VRING_BASE, 0, 0),
     ];
-    for question in questions {
-        let plain = connection.ask(&question).unwrap();
-        connection.send(&question.clone().with_need_reply(), &[]).unwrap();
+    for query in queries {
+        let plain = connection.ask(&query).unwrap();
+        connection.send(&query.clone().with_need_reply(), &[]).unwrap();
         let reply = connection.receive().unwrap();
-        assert_eq!(reply.request, question.request);
+        assert_eq!(reply.request, query.request);
         assert_eq!(reply.flags & !NEED_REPLY, VERSION | REPLY);
         assert_eq!(reply.payload, plain);
         connection.get_features().unwrap();
     }
 }
 
-/// Sends a request with `NEED_REPLY`. True if it was acknowledged, false if it was refused in either way: with a
-/// number that is not 0, or by closing the connection.
+/// Sends a request with `NEED_REPLY`; returns whether it is acknowledged. The back-end refuses it with a number other
+/// than 0, or by closing the connection.
 fn is_accepted(connection: &Connection, message: &Message) -> bool {
     connection.send(&message.clone().with_need_reply(), &[]).unwrap();
     connection.try_receive().unwrap().is_some_and(|reply| reply.payload == 0u64.to_le_bytes())
 }
 
-fn what_is_rejected_is_never_acknowledged(datapath: Datapath) {
+fn rejected_requests_are_never_acknowledged(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let bad = [
         Message::vring_state(request::SET_VRING_NUM, 0, 0),
@@ -132,7 +132,7 @@ fn what_is_rejected_is_never_acknowledged(datapath: Datapath) {
     rig.backend.check_healthy().unwrap();
 }
 
-fn an_acknowledgement_comes_after_the_effect(datapath: Datapath) {
+fn acknowledgement_is_sent_after_the_effect(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = rig.device(Options::default()).unwrap();
     for round in 0..100 {
@@ -140,13 +140,17 @@ fn an_acknowledgement_comes_after_the_effect(datapath: Datapath) {
         device.connection.set_vring_enable(0, false).unwrap();
         let used = device.pairs[0].receive.queue.used_index();
         rig.worker_rounds(&mut device, 0).unwrap();
-        assert_eq!(device.pairs[0].receive.queue.used_index(), used, "received after it was disabled");
+        assert_eq!(
+            device.pairs[0].receive.queue.used_index(),
+            used,
+            "a frame was received after the ring was disabled"
+        );
         device.connection.set_vring_enable(0, true).unwrap();
         rig.expect_in_guest(&mut device, round * 10..(round + 1) * 10).unwrap();
     }
 }
 
-fn the_configuration_is_as_long_as_it_was_asked_for(datapath: Datapath) {
+fn get_config_returns_the_requested_length(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 3, &["--mac=02:12:34:56:78:9a", "--mtu=1400"]).unwrap();
     let connection = negotiated(&mut rig);
     let expected =
@@ -160,7 +164,7 @@ fn the_configuration_is_as_long_as_it_was_asked_for(datapath: Datapath) {
     assert_eq!(connection.get_config(6, 1).unwrap(), [1]);
 }
 
-/// Whether `GET_CONFIG` with this range is an error: a reply without contents, or none at all.
+/// Whether `GET_CONFIG` with this range is an error: a reply without contents, or no reply.
 fn config_is_refused(rig: &mut Rig, message: &Message) -> bool {
     let connection = negotiated(rig);
     connection.send(message, &[]).unwrap();
@@ -170,7 +174,7 @@ fn config_is_refused(rig: &mut Rig, message: &Message) -> bool {
     }
 }
 
-fn a_configuration_range_that_does_not_exist_is_an_error(datapath: Datapath) {
+fn get_config_with_an_invalid_range_is_an_error(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     for message in [
         Message::get_config(0, 0),
@@ -184,7 +188,7 @@ fn a_configuration_range_that_does_not_exist_is_an_error(datapath: Datapath) {
     rig.backend.check_healthy().unwrap();
 }
 
-fn rem_mem_reg_may_carry_a_descriptor_which_is_closed(datapath: Datapath) {
+fn descriptor_sent_with_rem_mem_reg_is_closed(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = Device::new(negotiated(&mut rig), Options::default()).unwrap();
     for region in device.memory.regions() {
@@ -207,7 +211,7 @@ fn rem_mem_reg_may_carry_a_descriptor_which_is_closed(datapath: Datapath) {
         device.connection.add_memory_region(region).unwrap();
     }
     rig.backend.process.wait_open_fds(before).unwrap();
-    // What has been removed cannot be removed again.
+    // A removed region cannot be removed again.
     let region = &device.memory.regions()[0];
     device.connection.remove_memory_region(region).unwrap();
     let message = Message::single_region(request::REM_MEM_REG, &region.place);
@@ -219,7 +223,7 @@ fn unknown_feature_bits_are_masked(datapath: Datapath) {
     let mut connection = rig.backend.connect().unwrap();
     let offered = connection.get_features().unwrap();
     let offered_protocol = connection.get_protocol_features().unwrap();
-    // 20 to 23 have been given a meaning since; the rest may be.
+    // Newer versions of the specification define bits 20 to 23, and may define the others.
     connection.set_protocol_features(offered_protocol | 0xf0_0000 | 1 << 40).unwrap();
     connection.acknowledged = true;
     connection.set_owner().unwrap();
@@ -229,7 +233,7 @@ fn unknown_feature_bits_are_masked(datapath: Datapath) {
     assert_eq!(status.protocol_features, format!("{offered_protocol:#x}"));
 }
 
-fn only_what_can_be_served_is_offered(datapath: Datapath) {
+fn only_supported_features_are_offered(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let connection = rig.backend.connect().unwrap();
     let features = connection.get_features().unwrap();
@@ -251,11 +255,11 @@ fn only_what_can_be_served_is_offered(datapath: Datapath) {
         | features::CTRL_VQ
         | features::GUEST_ANNOUNCE;
     assert_eq!(features & expected, expected, "{features:#x}");
-    // Not all kernels' vhost-net promises order.
+    // Not every kernel's vhost-net offers IN_ORDER.
     assert!(datapath == Datapath::VhostNet || features & features::IN_ORDER != 0, "{features:#x}");
-    // No address and no MTU, as the operator gave none.
+    // The operator has set neither a MAC address nor an MTU.
     assert_eq!(features & (features::MAC | features::MTU), 0, "{features:#x}");
-    // No RARP, as the guest announces itself; nothing that the session could not take along.
+    // No RARP, since the guest announces itself, and no feature that a hand-over of the session cannot carry.
     let protocol = connection.get_protocol_features().unwrap();
     let expected = protocol::MQ
         | protocol::LOG_SHMFD
@@ -279,7 +283,7 @@ fn reset_owner_leaves_the_session_usable(datapath: Datapath) {
     rig.check_traffic(&mut device).unwrap();
 }
 
-fn reset_device_disables_and_resets(datapath: Datapath) {
+fn reset_device_stops_and_disables_all_rings(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let options = Options {
         protocol_features: Options::default().protocol_features | protocol::RESET_DEVICE,
@@ -299,7 +303,7 @@ fn reset_device_disables_and_resets(datapath: Datapath) {
     device.connection.get_features().unwrap();
     assert!(device.memory.snapshot() == before, "guest memory was written after a reset");
 
-    // The driver starts anew, on the same connection.
+    // The driver sets up the device again, on the same connection.
     let Device { connection, .. } = device;
     let mut device = Device::new(connection, options).unwrap();
     device.connection.set_features(device.options.features).unwrap();
@@ -309,7 +313,7 @@ fn reset_device_disables_and_resets(datapath: Datapath) {
     rig.check_traffic(&mut device).unwrap();
 }
 
-fn what_changes_a_layout_and_is_not_offered_is_refused(datapath: Datapath) {
+fn features_that_change_a_layout_are_refused_unless_offered(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     // ACCESS_PLATFORM, RING_PACKED and HASH_REPORT.
     for bit in [33, 34, 57] {
@@ -322,9 +326,9 @@ fn what_changes_a_layout_and_is_not_offered_is_refused(datapath: Datapath) {
     rig.backend.check_healthy().unwrap();
 }
 
-fn a_malformed_request_is_refused_once(datapath: Datapath) {
+fn malformed_request_gets_one_negative_reply(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
-    // SET_CONFIG whose size is not its payload's, SET_BACKEND_REQ_FD and GPU_SET_SOCKET without a descriptor.
+    // SET_CONFIG whose size differs from its payload's, SET_BACKEND_REQ_FD and GPU_SET_SOCKET without a descriptor.
     let config = [0u32, 8, 0, 0].map(u32::to_le_bytes).concat();
     let requests = [Message::new(25, config), Message::empty(21), Message::empty(33)];
     for (message, backend_req) in requests.into_iter().flat_map(|m| [(m.clone(), 0), (m, 1 << 5)]) {
@@ -341,19 +345,19 @@ fn a_malformed_request_is_refused_once(datapath: Datapath) {
     rig.backend.check_healthy().unwrap();
 }
 
-fn every_request_is_answered_once_whatever_it_brings(datapath: Datapath) {
-    // They have answers of their own. SET_PROTOCOL_FEATURES may take REPLY_ACK back.
-    const QUESTIONS: [u32; 12] = [1, 6, 11, 15, 17, 24, 28, 31, 36, 40, 41, 44];
+fn every_request_gets_one_reply_whatever_it_carries(datapath: Datapath) {
+    // These have their own answers. SET_PROTOCOL_FEATURES (16) is left out, too: it may withdraw REPLY_ACK.
+    const QUERIES: [u32; 12] = [1, 6, 11, 15, 17, 24, 28, 31, 36, 40, 41, 44];
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let event = EventFd::new().unwrap();
     let config = [0u32, 8, 0, 0, 0].map(u32::to_le_bytes).concat();
-    for number in (2..=44).filter(|number| *number != 16 && !QUESTIONS.contains(number)) {
+    for number in (2..=44).filter(|number| *number != 16 && !QUERIES.contains(number)) {
         for body in [vec![], vec![0; 8], config.clone()] {
             for fds in [vec![], vec![event.as_fd()]] {
                 let connection = negotiated(&mut rig);
                 let message = Message::new(number, body.clone()).with_need_reply();
                 connection.send(&message, &fds).unwrap();
-                // The session may be over.
+                // Fails if the session has ended.
                 let _ = connection.send(&Message::empty(request::GET_FEATURES), &[]);
                 let mut replies = 0;
                 while let Ok(Some(reply)) = connection.try_receive()

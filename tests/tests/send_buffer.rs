@@ -1,4 +1,5 @@
-//! A TAP whose send buffer is limited (`--sndbuf`): the guest is held back, and goes on when there is room again.
+//! A TAP with a limited send buffer (`--sndbuf`): transmission stops while the buffer is full and resumes when it has
+//! room.
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use std::process::Command;
@@ -11,11 +12,11 @@ use baton_tests::link::ip;
 use baton_tests::netns::wait_running;
 use baton_tests::packet_socket::PacketSocket;
 
-/// Frames sent, many times what the send buffer and the transmit ring hold.
+/// Number of frames sent: many times what the send buffer and the transmit ring hold.
 const FRAMES: u32 = 600;
 
-/// Bridges the TAP with a slow line and gives its far end. Frames wait in the line's queue, where they still count
-/// as the TAP's.
+/// Bridges the TAP with a slow line; returns the far end. Frames wait in the line's queue, where they still occupy the
+/// TAP's send buffer.
 fn slow_line() -> PacketSocket {
     ip(&["link", "add", "near", "type", "veth", "peer", "name", "far"]).unwrap();
     ip(&["link", "add", "bridge", "type", "bridge", "mcast_snooping", "0"]).unwrap();
@@ -24,7 +25,7 @@ fn slow_line() -> PacketSocket {
     {
         ip(&[&["link", "set", interface, "up"], arguments].concat()).unwrap();
     }
-    // The kernel drops frames until it has noticed the carrier.
+    // The kernel drops frames until it notices the carrier.
     ["far", "near", "bridge"].into_iter().try_for_each(wait_running).unwrap();
     let limit = ["rate", "8mbit", "burst", "3000", "limit", "4000000"];
     let status =
@@ -34,11 +35,11 @@ fn slow_line() -> PacketSocket {
 }
 
 #[test]
-fn a_full_send_buffer_loses_nothing_and_is_used_again_once_it_has_room() {
+fn full_send_buffer_loses_no_frame_and_transmission_resumes() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &["--sndbuf=20000"]).unwrap();
     let mut far = slow_line();
     let mut device = rig.device(Options::default()).unwrap();
-    // Nothing comes from the network, so nothing but the room itself can tell the back-end of it.
+    // Nothing arrives from the network, so only the free room can wake the worker.
     rig.transmit(&mut device, 0..FRAMES, 1400).unwrap();
     for number in 0..FRAMES {
         let (_, frame) = far.receive().unwrap();
@@ -48,7 +49,7 @@ fn a_full_send_buffer_loses_nothing_and_is_used_again_once_it_has_room() {
 }
 
 #[test]
-fn the_smallest_send_buffer_is_used_again_once_it_has_room() {
+fn transmission_resumes_with_the_smallest_send_buffer() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &["--sndbuf=6"]).unwrap();
     let mut far = slow_line();
     let mut device = rig.device(Options::default()).unwrap();

@@ -1,5 +1,5 @@
-//! From one front-end to the next: nothing is left of the last session, real front-ends' habits are served, and a
-//! worker that fails is heard of.
+//! Sessions one after the other: nothing is left of the last session, the message orders of real front-ends work, and a
+//! worker that fails ends the back-end.
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use std::io::Write;
@@ -17,23 +17,23 @@ use baton_tests::process::Process;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 on_both_datapaths! {
-    a_new_connection_is_a_new_session,
+    new_connection_is_a_new_session,
     rings_of_the_last_session_do_not_run_in_the_next,
-    a_connection_closed_without_a_byte_is_no_session,
-    a_second_front_end_waits_its_turn,
-    a_silent_connection_gives_way_to_a_front_end_that_waits,
-    half_a_message_gives_way_to_a_front_end_that_waits,
-    half_a_negotiation_gives_way_to_a_front_end_that_waits,
-    a_front_end_that_has_negotiated_gives_way_to_nobody,
-    set_vring_enable_before_set_features_is_kept,
-    set_vring_enable_before_set_features_is_acknowledged_and_kept,
-    a_front_end_may_set_up_everything_anew_on_the_same_connection,
-    a_worker_that_fails_is_heard_of,
-    a_noisy_front_end_neither_fills_the_log_nor_hides_other_lines,
-    a_front_end_that_finds_no_descriptor_left_is_served_when_there_is_one,
+    connection_closed_without_a_byte_is_ignored,
+    second_front_end_waits_until_the_first_leaves,
+    silent_connection_gives_way_to_a_waiting_front_end,
+    incomplete_message_gives_way_to_a_waiting_front_end,
+    incomplete_negotiation_gives_way_to_a_waiting_front_end,
+    negotiated_front_end_gives_way_to_no_other,
+    set_vring_enable_before_set_features_takes_effect,
+    set_vring_enable_before_set_features_is_acknowledged_and_takes_effect,
+    front_end_may_renegotiate_on_the_same_connection,
+    failed_worker_ends_the_back_end,
+    noisy_front_end_neither_fills_the_log_nor_hides_other_lines,
+    front_end_is_served_once_a_descriptor_is_free,
 }
 
-fn a_new_connection_is_a_new_session(datapath: Datapath) {
+fn new_connection_is_a_new_session(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 2, &[]).unwrap();
     let at_rest = rig.backend.fds_at_rest().unwrap();
     let features = Options::default().features | features::MQ | features::EVENT_IDX;
@@ -66,8 +66,7 @@ fn rings_of_the_last_session_do_not_run_in_the_next(datapath: Datapath) {
     let mut device = rig.device(Options::default()).unwrap();
     rig.check_traffic(&mut device).unwrap();
     let connection = rig.backend.connect().unwrap();
-    let old = std::mem::replace(&mut device.connection, connection);
-    drop(old);
+    drop(std::mem::replace(&mut device.connection, connection));
     // The new session has begun once this is answered.
     device.connection.get_features().unwrap();
     let before = device.memory.snapshot();
@@ -75,10 +74,10 @@ fn rings_of_the_last_session_do_not_run_in_the_next(datapath: Datapath) {
     device.ring(0).kick().unwrap();
     device.ring(1).kick().unwrap();
     device.connection.get_features().unwrap();
-    assert!(device.memory.snapshot() == before, "the old session's memory was written");
+    assert!(device.memory.snapshot() == before, "the memory of the last session was written");
 }
 
-fn a_connection_closed_without_a_byte_is_no_session(datapath: Datapath) {
+fn connection_closed_without_a_byte_is_ignored(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     for _ in 0..20 {
         drop(rig.backend.connect().unwrap());
@@ -87,7 +86,7 @@ fn a_connection_closed_without_a_byte_is_no_session(datapath: Datapath) {
     rig.check_traffic(&mut device).unwrap();
 }
 
-fn a_second_front_end_waits_its_turn(datapath: Datapath) {
+fn second_front_end_waits_until_the_first_leaves(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut first = rig.device(Options::default()).unwrap();
     let second = rig.backend.connect().unwrap();
@@ -100,7 +99,7 @@ fn a_second_front_end_waits_its_turn(datapath: Datapath) {
     rig.check_traffic(&mut device).unwrap();
 }
 
-/// Connections that send these bytes, and nothing more, keep no front-end out.
+/// Checks that connections that send only these bytes keep no front-end out.
 fn silent_connections_give_way(datapath: Datapath, count: usize, bytes: &[u8]) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let silent: Vec<_> = (0..count)
@@ -113,28 +112,28 @@ fn silent_connections_give_way(datapath: Datapath, count: usize, bytes: &[u8]) {
     let mut device = rig.device(Options::default()).unwrap();
     rig.check_traffic(&mut device).unwrap();
     drop(silent);
-    // A session that has begun gives way to nobody.
+    // A negotiated session gives way to no other front-end.
     let waiting = rig.backend.connect().unwrap();
     rig.check_traffic(&mut device).unwrap();
     drop(device);
     waiting.get_features().unwrap();
 }
 
-fn a_silent_connection_gives_way_to_a_front_end_that_waits(datapath: Datapath) {
+fn silent_connection_gives_way_to_a_waiting_front_end(datapath: Datapath) {
     silent_connections_give_way(datapath, 3, &[]);
 }
 
-fn half_a_message_gives_way_to_a_front_end_that_waits(datapath: Datapath) {
+fn incomplete_message_gives_way_to_a_waiting_front_end(datapath: Datapath) {
     silent_connections_give_way(datapath, 3, &[1, 0, 0, 0, 1]);
 }
 
-fn half_a_negotiation_gives_way_to_a_front_end_that_waits(datapath: Datapath) {
-    let question = Message::empty(request::GET_FEATURES).encode();
-    silent_connections_give_way(datapath, 1, &question);
+fn incomplete_negotiation_gives_way_to_a_waiting_front_end(datapath: Datapath) {
+    let query = Message::empty(request::GET_FEATURES).encode();
+    silent_connections_give_way(datapath, 1, &query);
 }
 
-/// As QEMU is, until its guest's driver comes up.
-fn a_front_end_that_has_negotiated_gives_way_to_nobody(datapath: Datapath) {
+/// QEMU is in this state until its guest's driver comes up.
+fn negotiated_front_end_gives_way_to_no_other(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let idle = rig.backend.connect().unwrap();
     idle.get_features().unwrap();
@@ -143,7 +142,7 @@ fn a_front_end_that_has_negotiated_gives_way_to_nobody(datapath: Datapath) {
     idle.set_owner().unwrap();
     let waiting = rig.backend.connect().unwrap();
     waiting.send(&Message::empty(request::GET_FEATURES), &[]).unwrap();
-    // Longer than an idle front-end has that has not negotiated.
+    // Longer than the time that a front-end has to negotiate.
     let timeout = PollTimeout::from(6000u16);
     let answered = poll(&mut [PollFd::new(waiting.stream().as_fd(), PollFlags::POLLIN)], timeout).unwrap();
     assert_eq!(answered, 0);
@@ -152,7 +151,7 @@ fn a_front_end_that_has_negotiated_gives_way_to_nobody(datapath: Datapath) {
     assert_eq!(waiting.receive().unwrap().request, request::GET_FEATURES);
 }
 
-/// QEMU 7.2, and with acknowledgements 10.0.
+/// The message order of QEMU 7.2, and with acknowledgements that of QEMU 10.0.
 fn enabled_before_set_features(datapath: Datapath, acknowledged: bool) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = Device::new(rig.backend.connect().unwrap(), Options::default()).unwrap();
@@ -174,17 +173,17 @@ fn enabled_before_set_features(datapath: Datapath, acknowledged: bool) {
     rig.check_traffic(&mut device).unwrap();
 }
 
-fn set_vring_enable_before_set_features_is_kept(datapath: Datapath) {
+fn set_vring_enable_before_set_features_takes_effect(datapath: Datapath) {
     enabled_before_set_features(datapath, false);
 }
 
-fn set_vring_enable_before_set_features_is_acknowledged_and_kept(datapath: Datapath) {
+fn set_vring_enable_before_set_features_is_acknowledged_and_takes_effect(datapath: Datapath) {
     enabled_before_set_features(datapath, true);
 }
 
-fn a_front_end_may_set_up_everything_anew_on_the_same_connection(datapath: Datapath) {
+fn front_end_may_renegotiate_on_the_same_connection(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
-    // virtio-user, reconfigured: ENABLE 0, GET_VRING_BASE, CALL, other features, another memory table.
+    // As virtio-user reconfigures: ENABLE 0, GET_VRING_BASE, CALL, other features, another memory table.
     let features = Options::default().features;
     let choices = [
         features,
@@ -216,11 +215,11 @@ fn a_front_end_may_set_up_everything_anew_on_the_same_connection(datapath: Datap
     }
 }
 
-fn a_worker_that_fails_is_heard_of(datapath: Datapath) {
+fn failed_worker_ends_the_back_end(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = rig.device(Options::default()).unwrap();
     rig.check_traffic(&mut device).unwrap();
-    // The TAP is taken away: the worker can go on with nothing.
+    // Without its TAP the worker cannot continue.
     assert!(Command::new("ip").args(["link", "delete", TAP]).status().unwrap().success());
     let status = rig.backend.process.wait().unwrap();
     assert_eq!(status.code(), Some(1));
@@ -229,19 +228,19 @@ fn a_worker_that_fails_is_heard_of(datapath: Datapath) {
     assert!(!rig.backend.socket.exists() && !rig.backend.control.exists(), "sockets were left behind");
 }
 
-fn a_noisy_front_end_neither_fills_the_log_nor_hides_other_lines(datapath: Datapath) {
+fn noisy_front_end_neither_fills_the_log_nor_hides_other_lines(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     for _ in 0..300 {
         let connection = rig.backend.connect().unwrap();
         connection.get_features().unwrap();
-        // Not within a request: rejected, and logged, without an end of the session.
+        // The back-end rejects and logs this message, and continues the session.
         connection.send(&Message::vring_state(request::SET_VRING_NUM, 0, 3), &[]).unwrap();
         connection.get_features().unwrap();
     }
     let connection = rig.backend.connect().unwrap();
     connection.send(&Message::empty(request::GET_FEATURES).with_size(1 << 20), &[]).unwrap();
-    let said = |process: &Process| Ok(process.log().contains("message 1 of 1048576 bytes").then_some(()));
-    rig.backend.process.wait_until("it told of the long message", said).unwrap();
+    let logged = |process: &Process| Ok(process.log().contains("message 1 of 1048576 bytes").then_some(()));
+    rig.backend.process.wait_until("it logged the long message", logged).unwrap();
     let log = rig.backend.process.log();
     for line in ["front-end connected", "front-end disconnected", "request rejected"] {
         assert!(log.contains(line), "{log}");
@@ -249,20 +248,20 @@ fn a_noisy_front_end_neither_fills_the_log_nor_hides_other_lines(datapath: Datap
     assert!(log.lines().count() < 300, "{} lines", log.lines().count());
 }
 
-/// Sets below which number the back-end's new descriptors must be.
+/// Limits the numbers of the back-end's new descriptors (`RLIMIT_NOFILE`).
 fn limit_fds(rig: &Rig, limit: usize) {
     let pid = rig.backend.process.pid().to_string();
     let limit = format!("--nofile={limit}:");
     assert!(Command::new("prlimit").args(["--pid", &pid, &limit]).status().unwrap().success());
 }
 
-fn a_front_end_that_finds_no_descriptor_left_is_served_when_there_is_one(datapath: Datapath) {
+fn front_end_is_served_once_a_descriptor_is_free(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
-    // All numbers below are taken.
+    // Descriptors 0 to 2 are in use.
     limit_fds(&rig, 3);
     let stream = UnixStream::connect(&rig.backend.socket).unwrap();
-    let said = |process: &Process| Ok(process.log().contains("cannot accept").then_some(()));
-    rig.backend.process.wait_until("it could not accept", said).unwrap();
+    let logged = |process: &Process| Ok(process.log().contains("cannot accept").then_some(()));
+    rig.backend.process.wait_until("it failed to accept", logged).unwrap();
     limit_fds(&rig, 1024);
     let mut device = Device::on_stream(stream, Options::default()).unwrap();
     rig.check_traffic(&mut device).unwrap();

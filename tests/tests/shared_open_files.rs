@@ -1,5 +1,5 @@
-//! What belongs to an open file is everybody's who holds it: a target that was given a session's descriptors, and then
-//! does not take it, must not hold up the source by what it does to them (`O_NONBLOCK`: fcntl(2), `F_SETFL`).
+//! All holders of an open file share its state. A target that receives a session's descriptors but does not take the
+//! session must not hold up the source by changing that state (`O_NONBLOCK`: fcntl(2), `F_SETFL`).
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use std::os::fd::AsRawFd;
@@ -21,16 +21,17 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::{MsgFlags, recv};
 
 on_both_datapaths! {
-    a_target_that_makes_the_tap_block_does_not_hold_up_the_source,
-    a_source_whose_tap_blocks_ends_when_told_to,
-    a_source_whose_tap_blocks_hands_over,
-    what_a_target_did_to_the_tap_is_undone,
-    what_a_target_did_to_the_interface_is_undone,
-    a_target_that_reads_the_front_ends_messages_holds_up_nothing,
-    a_target_that_misleads_looks_at_the_front_ends_messages_is_overruled,
+    tap_made_blocking_by_a_target_does_not_hold_up_the_source,
+    source_with_a_blocking_tap_ends_on_sigterm,
+    source_with_a_blocking_tap_hands_over,
+    tap_settings_changed_by_a_target_are_restored,
+    interface_settings_changed_by_a_target_are_restored,
+    target_that_reads_front_end_messages_does_not_hold_up_the_source,
+    peek_offset_set_by_a_target_is_overridden,
 }
 
-/// A device that works, and what a target was given that has gone: of it the TAP is made to block.
+/// Starts a device that works, and a hand-over whose target makes the TAP and the listening socket block and then
+/// leaves. Returns the descriptors that the target received.
 fn after_a_hostile_target(datapath: Datapath) -> Result<(Rig, Device, Sent)> {
     let mut rig = Rig::new(datapath, 1, &[])?;
     let mut device = rig.device(Options::default())?;
@@ -53,25 +54,25 @@ fn make_block(sent: &Sent) -> Result<()> {
     Ok(())
 }
 
-/// That frames go out while none come in, so that a read which blocks would be seen.
-fn transmits(rig: &mut Rig, device: &mut Device, numbers: std::ops::Range<u32>) -> Result<()> {
+/// Checks that frames go out while none come in: a read that blocks would stop them.
+fn check_transmits(rig: &mut Rig, device: &mut Device, numbers: std::ops::Range<u32>) -> Result<()> {
     for number in numbers {
         let frame = frames::numbered(number, 60);
         device.send(0, &NetHeader::default(), &frame)?;
         let (_, received) = rig.network.receive()?;
-        ensure!(received == frame, "the network received something else");
+        ensure!(received == frame, "the network received another frame");
     }
     Ok(())
 }
 
-fn a_target_that_makes_the_tap_block_does_not_hold_up_the_source(datapath: Datapath) {
+fn tap_made_blocking_by_a_target_does_not_hold_up_the_source(datapath: Datapath) {
     let (mut rig, mut device, sent) = after_a_hostile_target(datapath).unwrap();
-    transmits(&mut rig, &mut device, 0..10).unwrap();
+    check_transmits(&mut rig, &mut device, 0..10).unwrap();
     rig.check_traffic(&mut device).unwrap();
     make_block(&sent).unwrap();
-    // Every one of these parks the worker.
+    // Each of these messages parks the worker.
     for _ in 0..10 {
-        transmits(&mut rig, &mut device, 0..1).unwrap();
+        check_transmits(&mut rig, &mut device, 0..1).unwrap();
         device.connection.set_vring_enable(0, true).unwrap();
         make_block(&sent).unwrap();
     }
@@ -82,7 +83,7 @@ fn a_target_that_makes_the_tap_block_does_not_hold_up_the_source(datapath: Datap
     rig.check_traffic(&mut device).unwrap();
 }
 
-fn a_source_whose_tap_blocks_ends_when_told_to(datapath: Datapath) {
+fn source_with_a_blocking_tap_ends_on_sigterm(datapath: Datapath) {
     let (mut rig, mut device, sent) = after_a_hostile_target(datapath).unwrap();
     rig.check_traffic(&mut device).unwrap();
     make_block(&sent).unwrap();
@@ -90,7 +91,7 @@ fn a_source_whose_tap_blocks_ends_when_told_to(datapath: Datapath) {
     assert_eq!(rig.backend.process.wait().unwrap().code(), Some(0));
 }
 
-fn a_source_whose_tap_blocks_hands_over(datapath: Datapath) {
+fn source_with_a_blocking_tap_hands_over(datapath: Datapath) {
     let (mut rig, mut device, sent) = after_a_hostile_target(datapath).unwrap();
     rig.check_traffic(&mut device).unwrap();
     make_block(&sent).unwrap();
@@ -100,7 +101,7 @@ fn a_source_whose_tap_blocks_hands_over(datapath: Datapath) {
     rig.check_traffic(&mut device).unwrap();
 }
 
-fn what_a_target_did_to_the_tap_is_undone(datapath: Datapath) {
+fn tap_settings_changed_by_a_target_are_restored(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 2, &["--sndbuf=100000"]).unwrap();
     let options = Options { queue_pairs: 2, ..Options::default() };
     let mut device = rig.device(options).unwrap();
@@ -122,8 +123,8 @@ fn what_a_target_did_to_the_tap_is_undone(datapath: Datapath) {
     rig.check_traffic(&mut device).unwrap();
 }
 
-/// Filters, the carrier, the address, and whether the TAP outlives its holders.
-fn what_a_target_did_to_the_interface_is_undone(datapath: Datapath) {
+/// Filters, carrier, address and persistence of the TAP.
+fn interface_settings_changed_by_a_target_are_restored(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = rig.device(Options::default()).unwrap();
     rig.check_traffic(&mut device).unwrap();
@@ -143,7 +144,7 @@ fn what_a_target_did_to_the_interface_is_undone(datapath: Datapath) {
     rig.check_traffic(&mut device).unwrap();
 }
 
-fn a_target_that_reads_the_front_ends_messages_holds_up_nothing(datapath: Datapath) {
+fn target_that_reads_front_end_messages_does_not_hold_up_the_source(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     for round in 0..20 {
         let device = rig.device(Options::default()).unwrap();
@@ -161,7 +162,7 @@ fn a_target_that_reads_the_front_ends_messages_holds_up_nothing(datapath: Datapa
                     let _ = recv(socket, &mut [0; 4096], MsgFlags::MSG_DONTWAIT);
                 }
             });
-            // Until the back-end finds out, if it does.
+            // Until the back-end notices, if it does.
             let message = Message::u64(request::SET_FEATURES, device.options.features);
             let _ = (0..1000).try_for_each(|_| device.connection.send(&message, &[]));
             over.store(true, Ordering::Relaxed);
@@ -174,8 +175,8 @@ fn a_target_that_reads_the_front_ends_messages_holds_up_nothing(datapath: Datapa
     assert_eq!(rig.backend.process.wait().unwrap().code(), Some(0));
 }
 
-/// `SO_PEEK_OFF` belongs to the socket.
-fn a_target_that_misleads_looks_at_the_front_ends_messages_is_overruled(datapath: Datapath) {
+/// `SO_PEEK_OFF` is an option of the socket, which the target holds, too.
+fn peek_offset_set_by_a_target_is_overridden(datapath: Datapath) {
     let (mut rig, mut device, sent) = after_a_hostile_target(datapath).unwrap();
     for _ in 0..10 {
         set_peek_offset(sent.fd("frontend").unwrap(), 1000).unwrap();

@@ -1,5 +1,5 @@
-//! DPDK's `dpdk-testpmd` as the front-end, with its `net_virtio_user` device: a virtio driver and vhost-user front-end
-//! in one process, which answers pings: restarts of either side, and live hand-overs.
+//! DPDK's `dpdk-testpmd` as the front-end: restarts of either side, and live hand-overs. Its `net_virtio_user` device
+//! is virtio driver and vhost-user front-end in one process, which answers pings.
 
 use std::ffi::OsString;
 use std::io::{PipeWriter, Write, pipe};
@@ -14,14 +14,14 @@ use baton_tests::ping;
 use baton_tests::process::{self, Process};
 
 on_both_datapaths! {
-    two_pairs_as_client,
-    two_pairs_are_handed_over_as_client,
+    two_pairs_survive_restarts_with_client_back_end,
+    two_pairs_are_handed_over_with_client_back_end,
 }
 
-/// How often a session is handed over.
+/// How often the session is handed over.
 const HAND_OVERS: usize = 20;
 
-/// A running testpmd, which does what is written to it.
+/// A running testpmd, which executes the commands written to `input`.
 struct Testpmd {
     process: Process,
     input: PipeWriter,
@@ -33,14 +33,14 @@ impl Testpmd {
     }
 }
 
-/// Starts testpmd and waits until it answers. Its rings run before that: its driver throws away what it is given until
-/// it is started (`virtqueue_rxvq_flush` in DPDK's `virtio_dev_start`), and with several pairs waits for the back-end
-/// in between.
+/// Starts testpmd and waits until it answers. Its rings run before that: until it is started, its driver discards
+/// received frames (`virtqueue_rxvq_flush` in DPDK's `virtio_dev_start`), and with several pairs it waits for the
+/// back-end meanwhile.
 fn start(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Result<Testpmd> {
     let server = match meeting {
         Meeting::BackendListens => "",
         Meeting::FrontendListens => {
-            // A testpmd that was killed leaves its socket, and the next one will not bind over it.
+            // A killed testpmd leaves its socket behind, and the next one does not replace it.
             let _ = std::fs::remove_file(link.socket()?);
             ",server=1"
         }
@@ -49,7 +49,7 @@ fn start(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Result<Testpmd>
         "--vdev=net_virtio_user0,path={},queues={queue_pairs},queue_size=1024,mac={MAC}{server}",
         link.socket()?
     );
-    // Of its own, for several tests at once.
+    // A separate prefix for each test, since several run at once.
     let prefix = format!("--file-prefix=baton-{}", std::process::id());
     let queues = [format!("--rxq={queue_pairs}"), format!("--txq={queue_pairs}")];
     let arguments: Vec<OsString> =
@@ -57,7 +57,7 @@ fn start(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Result<Testpmd>
             .into_iter()
             .chain([device.as_str(), &prefix, "--", "-i", "--nb-cores=1", "--total-num-mbufs=8192"])
             .chain(["--rxd=1024", "--txd=1024", "--forward-mode=icmpecho"])
-            // What comes before it forwards waits for it, rather than being thrown away.
+            // Frames that arrive before it forwards wait instead of being discarded.
             .chain(["--no-flush-rx"])
             .chain(queues.iter().map(String::as_str))
             .map(OsString::from)
@@ -73,11 +73,11 @@ fn start(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Result<Testpmd>
     Ok(testpmd)
 }
 
-fn serves_on(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Result<()> {
+fn check_restarts_of(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Result<()> {
     let testpmd = start(link, meeting, queue_pairs)?;
     ping::check(GUEST, 100)?;
 
-    // Another front-end, the same back-end. Until that misses the first one, it gives it what is sent to the second.
+    // Another front-end on the same back-end, which delivers to the first one until it notices that one has left.
     drop(testpmd);
     link.wait_left()?;
     let mut testpmd = start(link, meeting, queue_pairs)?;
@@ -85,7 +85,7 @@ fn serves_on(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Result<()> 
 
     link.restart_backend()?;
     if meeting == Meeting::BackendListens {
-        // As a client, virtio-user does not connect again.
+        // As a client, virtio-user does not reconnect.
         drop(testpmd);
         testpmd = start(link, meeting, queue_pairs)?;
     }
@@ -95,9 +95,9 @@ fn serves_on(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Result<()> 
     link.check_healthy()
 }
 
-/// The session goes from back-end to back-end while floods of pings go both ways; testpmd notices nothing. Then it resets
-/// its device, closes it, and another testpmd comes.
-fn is_handed_over_on(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Result<()> {
+/// Hands the session over again and again under floods of pings: testpmd notices nothing. Then testpmd resets its
+/// device and closes it, and another testpmd connects.
+fn check_hand_overs_of(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Result<()> {
     let mut testpmd = start(link, meeting, queue_pairs)?;
     ping::check(GUEST, 5)?;
     let before = (process::sockets_of(testpmd.process.pid())?, testpmd.process.log());
@@ -112,14 +112,14 @@ fn is_handed_over_on(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Res
         ensure!(lost.is_empty(), "of {sent} pings {} were lost", lost.len());
     }
     let after = (process::sockets_of(testpmd.process.pid())?, testpmd.process.log());
-    ensure!(after == before, "testpmd was {before:?}, is {after:?}");
+    ensure!(after == before, "sockets and log of testpmd changed from {before:?} to {after:?}");
 
-    // It is the other features that make it reset the device.
+    // The change of features makes testpmd reset the device.
     let features = link.status()?.features;
     for command in ["stop", "port stop 0", "port config 0 rx_offload tcp_cksum on", "port start 0", "start"] {
         testpmd.tell(command)?;
     }
-    link.wait_status("the device had been reset", |status| status.features != features)?;
+    link.wait_status("the device was reset", |status| status.features != features)?;
     link.wait_serving()?;
     ping::wait_answered(GUEST)?;
     ping::check(GUEST, 100)?;
@@ -136,40 +136,40 @@ fn is_handed_over_on(link: &mut Link, meeting: Meeting, queue_pairs: u16) -> Res
     link.check_healthy()
 }
 
-fn serves(datapath: Datapath, meeting: Meeting, queue_pairs: u16) -> Result<()> {
+fn check_restarts(datapath: Datapath, meeting: Meeting, queue_pairs: u16) -> Result<()> {
     let mut link = Link::new(datapath, meeting, queue_pairs)?;
-    serves_on(&mut link, meeting, queue_pairs).with_context(|| link.evidence())
+    check_restarts_of(&mut link, meeting, queue_pairs).with_context(|| link.evidence())
 }
 
-fn is_handed_over(datapath: Datapath, meeting: Meeting, queue_pairs: u16) -> Result<()> {
+fn check_hand_overs(datapath: Datapath, meeting: Meeting, queue_pairs: u16) -> Result<()> {
     let mut link = Link::new(datapath, meeting, queue_pairs)?;
-    is_handed_over_on(&mut link, meeting, queue_pairs).with_context(|| link.evidence())
+    check_hand_overs_of(&mut link, meeting, queue_pairs).with_context(|| link.evidence())
 }
 
 #[test]
-fn one_pair_is_handed_over_listening() -> Result<()> {
-    is_handed_over(Datapath::Userspace, Meeting::BackendListens, 1)
+fn one_pair_is_handed_over_with_listening_back_end() -> Result<()> {
+    check_hand_overs(Datapath::Userspace, Meeting::BackendListens, 1)
 }
 
-fn two_pairs_are_handed_over_as_client(datapath: Datapath) -> Result<()> {
-    is_handed_over(datapath, Meeting::FrontendListens, 2)
-}
-
-#[test]
-fn one_pair_listening() -> Result<()> {
-    serves(Datapath::Userspace, Meeting::BackendListens, 1)
+fn two_pairs_are_handed_over_with_client_back_end(datapath: Datapath) -> Result<()> {
+    check_hand_overs(datapath, Meeting::FrontendListens, 2)
 }
 
 #[test]
-fn one_pair_as_client() -> Result<()> {
-    serves(Datapath::Userspace, Meeting::FrontendListens, 1)
+fn one_pair_survives_restarts_with_listening_back_end() -> Result<()> {
+    check_restarts(Datapath::Userspace, Meeting::BackendListens, 1)
 }
 
 #[test]
-fn two_pairs_listening() -> Result<()> {
-    serves(Datapath::Userspace, Meeting::BackendListens, 2)
+fn one_pair_survives_restarts_with_client_back_end() -> Result<()> {
+    check_restarts(Datapath::Userspace, Meeting::FrontendListens, 1)
 }
 
-fn two_pairs_as_client(datapath: Datapath) -> Result<()> {
-    serves(datapath, Meeting::FrontendListens, 2)
+#[test]
+fn two_pairs_survive_restarts_with_listening_back_end() -> Result<()> {
+    check_restarts(Datapath::Userspace, Meeting::BackendListens, 2)
+}
+
+fn two_pairs_survive_restarts_with_client_back_end(datapath: Datapath) -> Result<()> {
+    check_restarts(datapath, Meeting::FrontendListens, 2)
 }

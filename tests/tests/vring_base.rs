@@ -1,5 +1,5 @@
-//! Where a vring stops and goes on: the indices of `GET_VRING_BASE` and `SET_VRING_BASE`, and what happens to a
-//! frame in hand.
+//! Where a vring stops and continues: the indices of `GET_VRING_BASE` and `SET_VRING_BASE`, and what happens to a frame
+//! in hand.
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use std::time::Instant;
@@ -14,25 +14,25 @@ use baton_tests::on_both_datapaths;
 use baton_tests::process::PATIENCE;
 
 on_both_datapaths! {
-    the_base_is_the_next_available_index,
-    the_base_of_a_ring_that_was_never_started_is_the_one_it_was_given,
+    base_is_the_next_available_index,
+    base_of_a_ring_that_never_started_is_the_base_set,
     indices_wrap_around,
-    a_frame_read_but_not_delivered_is_delivered_after_a_restart,
-    a_ring_that_ran_out_of_buffers_goes_on_when_it_is_given_some,
-    a_ring_that_ran_without_work_goes_on_without_a_kick,
-    nothing_is_in_flight_when_the_base_is_given,
-    stopping_a_ring_drops_its_kick_and_call_descriptors,
-    a_reconnecting_front_end_goes_on_from_the_used_index,
-    a_ring_in_use_that_is_given_base_0_goes_on_from_its_used_index,
+    frame_in_hand_is_delivered_after_a_restart,
+    ring_without_buffers_continues_when_it_gets_some,
+    idle_ring_continues_after_a_restart_without_a_kick,
+    no_chain_is_in_flight_when_the_base_is_returned,
+    stopping_a_ring_closes_its_kick_and_call_descriptors,
+    rings_continue_from_the_used_index_after_a_reconnect,
+    used_ring_continues_from_its_used_index_with_base_0,
     frames_that_wait_in_a_ring_survive_a_reconnect,
-    frames_survive_a_reconnect_although_their_kick_is_still_there,
-    completion_in_order_replays_right_after_a_crash,
+    frames_survive_a_reconnect_while_their_kick_is_pending,
+    crash_repeats_at_most_one_batch_in_order,
 }
 
 const RX: u32 = 0;
 const TX: u32 = 1;
 
-fn the_base_is_the_next_available_index(datapath: Datapath) {
+fn base_is_the_next_available_index(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = rig.device(Options::default()).unwrap();
     rig.transmit(&mut device, 0..13, 100).unwrap();
@@ -44,7 +44,7 @@ fn the_base_is_the_next_available_index(datapath: Datapath) {
     assert_eq!(device.stop_ring(RX).unwrap(), 5);
 }
 
-fn the_base_of_a_ring_that_was_never_started_is_the_one_it_was_given(datapath: Datapath) {
+fn base_of_a_ring_that_never_started_is_the_base_set(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let device = Device::new(rig.backend.connect().unwrap(), Options::default()).unwrap();
     device.connection.set_owner().unwrap();
@@ -52,7 +52,7 @@ fn the_base_of_a_ring_that_was_never_started_is_the_one_it_was_given(datapath: D
     device.connection.set_vring_num(RX, 256).unwrap();
     device.connection.set_vring_base(RX, 42).unwrap();
     assert_eq!(device.stop_ring(RX).unwrap(), 42);
-    // Nor does asking change it.
+    // GET_VRING_BASE does not change it.
     assert_eq!(device.stop_ring(RX).unwrap(), 42);
 }
 
@@ -76,13 +76,13 @@ fn indices_wrap_around(datapath: Datapath) {
     assert_eq!(device.stop_ring(RX).unwrap(), 14);
 }
 
-fn a_frame_read_but_not_delivered_is_delivered_after_a_restart(datapath: Datapath) {
+fn frame_in_hand_is_delivered_after_a_restart(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     netns::set_mtu(TAP, 9000).unwrap();
     let mut device = Device::new(rig.backend.connect().unwrap(), Options::default()).unwrap();
     device.negotiate().unwrap();
     device.set_up().unwrap();
-    // One buffer, where this frame needs two.
+    // The frame needs two buffers, and there is one.
     device.post_receive_buffers(0, 1).unwrap();
     device.pairs[0].receive.kick().unwrap();
     rig.inject(0..1, 3000).unwrap();
@@ -98,7 +98,7 @@ fn a_frame_read_but_not_delivered_is_delivered_after_a_restart(datapath: Datapat
     assert_eq!(rig.backend.pair_stats(0).unwrap().rx.dropped.unwrap_or_default(), 0);
 }
 
-fn a_ring_that_ran_out_of_buffers_goes_on_when_it_is_given_some(datapath: Datapath) {
+fn ring_without_buffers_continues_when_it_gets_some(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = Device::new(rig.backend.connect().unwrap(), Options::default()).unwrap();
     device.negotiate().unwrap();
@@ -111,9 +111,9 @@ fn a_ring_that_ran_out_of_buffers_goes_on_when_it_is_given_some(datapath: Datapa
     rig.expect_in_guest(&mut device, 0..100).unwrap();
 }
 
-fn a_ring_that_ran_without_work_goes_on_without_a_kick(datapath: Datapath) {
+fn idle_ring_continues_after_a_restart_without_a_kick(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
-    // With event indices nothing in memory tells that the driver was asked not to kick.
+    // With event indices nothing in memory says that the device suppressed kicks.
     let features = Options::default().features | features::EVENT_IDX;
     let mut device = rig.device(Options { features, ..Options::default() }).unwrap();
     rig.backend.wait_started(RX).unwrap();
@@ -124,7 +124,7 @@ fn a_ring_that_ran_without_work_goes_on_without_a_kick(datapath: Datapath) {
     rig.expect_in_guest(&mut device, 0..3).unwrap();
 }
 
-fn nothing_is_in_flight_when_the_base_is_given(datapath: Datapath) {
+fn no_chain_is_in_flight_when_the_base_is_returned(datapath: Datapath) {
     const ROUNDS: u32 = 100;
     const BURST: u32 = 40;
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
@@ -133,17 +133,17 @@ fn nothing_is_in_flight_when_the_base_is_given(datapath: Datapath) {
         let numbers = round * BURST..(round + 1) * BURST;
         rig.inject(numbers.clone(), 100).unwrap();
         rig.transmit(&mut device, numbers.clone(), 100).unwrap();
-        // In the middle of it all.
+        // Stops the rings under traffic.
         for index in [RX, TX] {
             let base = device.stop_ring(index).unwrap();
             let before = device.ring(index).queue.raw()[2].to_vec();
             assert_eq!(
                 base,
                 device.ring(index).queue.used_index(),
-                "vring {index} stopped with chains in hand"
+                "vring {index} stopped with chains in flight"
             );
             device.connection.get_features().unwrap();
-            assert!(device.ring(index).queue.raw()[2].to_vec() == before, "vring {index} went on");
+            assert!(device.ring(index).queue.raw()[2].to_vec() == before, "vring {index} continued");
             device.restart_ring(index, base).unwrap();
         }
         rig.expect_in_guest(&mut device, numbers.clone()).unwrap();
@@ -152,7 +152,7 @@ fn nothing_is_in_flight_when_the_base_is_given(datapath: Datapath) {
     }
 }
 
-fn stopping_a_ring_drops_its_kick_and_call_descriptors(datapath: Datapath) {
+fn stopping_a_ring_closes_its_kick_and_call_descriptors(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = rig.device(Options::default()).unwrap();
     rig.check_traffic(&mut device).unwrap();
@@ -162,7 +162,7 @@ fn stopping_a_ring_drops_its_kick_and_call_descriptors(datapath: Datapath) {
     let base = device.stop_ring(TX).unwrap();
     rig.backend.process.wait_open_fds(running - 4).unwrap();
 
-    // Nobody listens to the old kick any more.
+    // The back-end no longer watches the old kick descriptor.
     device.ring(TX).kick().unwrap();
     rig.transmit(&mut device, 0..1, 100).unwrap();
     device.connection.get_features().unwrap();
@@ -172,9 +172,9 @@ fn stopping_a_ring_drops_its_kick_and_call_descriptors(datapath: Datapath) {
     rig.expect_on_network(0..1).unwrap();
 }
 
-/// A device that has received and sent something, and has given frames to a back-end which is not there any more.
+/// A device whose rings have been in use.
 fn used_device(rig: &mut Rig) -> Device {
-    // The kernel does not promise to complete in order, but does so all the same.
+    // vhost-net may not offer IN_ORDER, but completes in order all the same.
     let in_order = if rig.datapath == Datapath::Userspace { features::IN_ORDER } else { 0 };
     let features = Options::default().features | in_order;
     let mut device = rig.device(Options { features, ..Options::default() }).unwrap();
@@ -185,11 +185,11 @@ fn used_device(rig: &mut Rig) -> Device {
     device
 }
 
-fn a_reconnecting_front_end_goes_on_from_the_used_index(datapath: Datapath) {
+fn rings_continue_from_the_used_index_after_a_reconnect(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = used_device(&mut rig);
     for round in 0..10 {
-        // It waits in the backlog until the old connection has gone.
+        // The new connection waits in the backlog until the old one is closed.
         let connection = rig.backend.connect().unwrap();
         device.reconnect(connection).unwrap();
         rig.inject(round * 10..(round + 1) * 10, 100).unwrap();
@@ -198,10 +198,10 @@ fn a_reconnecting_front_end_goes_on_from_the_used_index(datapath: Datapath) {
     }
 }
 
-fn a_ring_in_use_that_is_given_base_0_goes_on_from_its_used_index(datapath: Datapath) {
+fn used_ring_continues_from_its_used_index_with_base_0(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = used_device(&mut rig);
-    // A virtio-user front-end whose back-end comes back: these first, then the handshake.
+    // As virtio-user when its back-end returns: these messages first, then the handshake.
     device.connection = rig.backend.connect().unwrap();
     for index in [RX, TX] {
         device.connection.set_vring_enable(index, false).unwrap();
@@ -220,14 +220,14 @@ fn a_ring_in_use_that_is_given_base_0_goes_on_from_its_used_index(datapath: Data
 }
 
 fn frames_that_wait_in_a_ring_survive_a_reconnect(datapath: Datapath) {
-    frames_wait_for_a_reconnect(datapath, false);
+    check_frames_survive_a_reconnect(datapath, false);
 }
 
-fn frames_survive_a_reconnect_although_their_kick_is_still_there(datapath: Datapath) {
-    frames_wait_for_a_reconnect(datapath, true);
+fn frames_survive_a_reconnect_while_their_kick_is_pending(datapath: Datapath) {
+    check_frames_survive_a_reconnect(datapath, true);
 }
 
-fn frames_wait_for_a_reconnect(datapath: Datapath, kicked: bool) {
+fn check_frames_survive_a_reconnect(datapath: Datapath, kicked: bool) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = used_device(&mut rig);
     rig.kill_backend().unwrap();
@@ -244,7 +244,7 @@ fn frames_wait_for_a_reconnect(datapath: Datapath, kicked: bool) {
     device.connection = rig.backend.connect().unwrap();
     device.negotiate().unwrap();
     device.connection.set_memory_table(&device.memory).unwrap();
-    // virtio-user enables when all is set up, and kicks no more.
+    // virtio-user enables the rings when all are set up, and does not kick again.
     for index in [RX, TX] {
         if !kicked {
             device.ring_mut(index).renew_events().unwrap();
@@ -258,10 +258,10 @@ fn frames_wait_for_a_reconnect(datapath: Datapath, kicked: bool) {
     rig.check_traffic(&mut device).unwrap();
 }
 
-fn completion_in_order_replays_right_after_a_crash(datapath: Datapath) {
+fn crash_repeats_at_most_one_batch_in_order(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = used_device(&mut rig);
-    // Killed somewhere in the middle of these.
+    // The back-end is killed while it sends these.
     for number in 0..200 {
         let frame = frames::numbered(number, 100);
         assert!(device.enqueue(0, &NetHeader::default(), &frame).unwrap());
@@ -283,7 +283,7 @@ fn completion_in_order_replays_right_after_a_crash(datapath: Datapath) {
     while received.last() != Some(&199) {
         received.push(frames::number_of(&rig.network.receive().unwrap().1).unwrap());
     }
-    // At most the batch in hand came twice, and that in order.
+    // At most one batch arrives twice, and in order.
     let mut distinct = received.clone();
     distinct.sort_unstable();
     distinct.dedup();

@@ -1,6 +1,6 @@
-//! A driver is called when its device goes on: the call for what was used before may have been lost, with the back-end
-//! that was killed between the used index and the eventfd, or with the descriptor that it went to. A driver that waits for
-//! it makes nothing available meanwhile, and so is not called otherwise (Cloud Hypervisor issues 8004 and 341).
+//! A driver is called when its rings run again, because the last call may be lost: the back-end may be killed between
+//! the used index and the eventfd, or the call may go to a replaced descriptor. A driver that waits for this call makes
+//! nothing available, so no other call follows (Cloud Hypervisor issues 8004 and 341).
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use std::os::fd::AsFd;
@@ -14,15 +14,15 @@ use baton_tests::on_both_datapaths;
 use baton_tests::process::PATIENCE;
 
 on_both_datapaths! {
-    a_driver_is_called_after_a_reconnect,
-    a_driver_is_called_by_the_next_back_end,
-    a_driver_is_called_when_its_rings_are_enabled_last,
-    a_driver_is_called_when_its_rings_are_enabled_again,
-    a_driver_is_called_when_its_rings_are_started_again,
-    a_driver_is_called_on_a_new_call_descriptor,
-    a_driver_is_called_when_the_memory_of_its_rings_returns,
-    a_call_that_is_due_outlasts_the_next_message,
-    a_driver_is_called_once_and_not_for_each_message,
+    driver_is_called_after_a_reconnect,
+    driver_is_called_by_the_next_back_end,
+    driver_is_called_when_its_rings_are_enabled_last,
+    driver_is_called_when_its_rings_are_enabled_again,
+    driver_is_called_when_its_rings_are_restarted,
+    driver_is_called_on_a_new_call_descriptor,
+    driver_is_called_when_the_memory_of_its_rings_returns,
+    due_call_survives_the_next_message,
+    driver_is_not_called_for_each_message,
 }
 
 const RX: u32 = 0;
@@ -37,7 +37,7 @@ enum Call {
 
 const ORDERS: [Call; 2] = [Call::BeforeKick, Call::AfterKick];
 
-/// A device whose driver has seen nothing of what was used last, and is called no more for that.
+/// A device whose driver has not looked at the last used buffers and gets no further call for them.
 fn waiting_device(rig: &mut Rig) -> Device {
     let mut device = rig.device(Options::default()).unwrap();
     rig.check_traffic(&mut device).unwrap();
@@ -51,14 +51,14 @@ fn waiting_device(rig: &mut Rig) -> Device {
     device
 }
 
-/// Loses the calls so far.
+/// Discards the calls made so far.
 fn lose_calls(device: &mut Device) {
     for index in [RX, TX] {
         device.ring_mut(index).renew_events().unwrap();
     }
 }
 
-/// Says everything of a ring, but does not enable it. Nothing is kicked.
+/// Sets up a ring, but neither enables nor kicks it.
 fn set_up(device: &Device, index: u32, order: Call) {
     let (connection, ring) = (&device.connection, device.ring(index));
     connection.set_vring_num(index, ring.queue.size()).unwrap();
@@ -80,8 +80,8 @@ fn expect_calls(device: &Device) {
     }
 }
 
-/// The driver hears of the ten frames, and goes on.
-fn expect_goes_on(rig: &mut Rig, device: &mut Device) {
+/// Expects a call for the ten frames, and checks that traffic continues.
+fn expect_driver_continues(rig: &mut Rig, device: &mut Device) {
     expect_calls(device);
     rig.expect_in_guest(device, 0..10).unwrap();
     rig.check_traffic(device).unwrap();
@@ -98,27 +98,27 @@ fn reconnect(rig: &mut Rig, device: &mut Device, order: Call) {
     }
 }
 
-fn a_driver_is_called_after_a_reconnect(datapath: Datapath) {
+fn driver_is_called_after_a_reconnect(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     for order in ORDERS {
         let mut device = waiting_device(&mut rig);
         reconnect(&mut rig, &mut device, order);
-        expect_goes_on(&mut rig, &mut device);
+        expect_driver_continues(&mut rig, &mut device);
     }
 }
 
-fn a_driver_is_called_by_the_next_back_end(datapath: Datapath) {
+fn driver_is_called_by_the_next_back_end(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     for order in ORDERS {
         let mut device = waiting_device(&mut rig);
         rig.kill_backend().unwrap();
         rig.restart_backend().unwrap();
         reconnect(&mut rig, &mut device, order);
-        expect_goes_on(&mut rig, &mut device);
+        expect_driver_continues(&mut rig, &mut device);
     }
 }
 
-fn a_driver_is_called_when_its_rings_are_enabled_last(datapath: Datapath) {
+fn driver_is_called_when_its_rings_are_enabled_last(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     for order in ORDERS {
         let mut device = waiting_device(&mut rig);
@@ -132,11 +132,11 @@ fn a_driver_is_called_when_its_rings_are_enabled_last(datapath: Datapath) {
         for index in [RX, TX] {
             device.connection.set_vring_enable(index, true).unwrap();
         }
-        expect_goes_on(&mut rig, &mut device);
+        expect_driver_continues(&mut rig, &mut device);
     }
 }
 
-fn a_driver_is_called_when_its_rings_are_enabled_again(datapath: Datapath) {
+fn driver_is_called_when_its_rings_are_enabled_again(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = waiting_device(&mut rig);
     for index in [RX, TX] {
@@ -146,10 +146,10 @@ fn a_driver_is_called_when_its_rings_are_enabled_again(datapath: Datapath) {
         device.ring(index).take_calls().unwrap();
         device.connection.set_vring_enable(index, true).unwrap();
     }
-    expect_goes_on(&mut rig, &mut device);
+    expect_driver_continues(&mut rig, &mut device);
 }
 
-fn a_driver_is_called_when_its_rings_are_started_again(datapath: Datapath) {
+fn driver_is_called_when_its_rings_are_restarted(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     for order in ORDERS {
         let mut device = waiting_device(&mut rig);
@@ -160,11 +160,11 @@ fn a_driver_is_called_when_its_rings_are_started_again(datapath: Datapath) {
         for index in [RX, TX] {
             set_up(&device, index, order);
         }
-        expect_goes_on(&mut rig, &mut device);
+        expect_driver_continues(&mut rig, &mut device);
     }
 }
 
-fn a_driver_is_called_on_a_new_call_descriptor(datapath: Datapath) {
+fn driver_is_called_on_a_new_call_descriptor(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = waiting_device(&mut rig);
     lose_calls(&mut device);
@@ -173,11 +173,11 @@ fn a_driver_is_called_on_a_new_call_descriptor(datapath: Datapath) {
         device.connection.set_vring_kick(index, Some(ring.kick.as_fd())).unwrap();
         device.connection.set_vring_call(index, Some(ring.call.as_fd())).unwrap();
     }
-    expect_goes_on(&mut rig, &mut device);
+    expect_driver_continues(&mut rig, &mut device);
 }
 
-/// A ring whose memory is gone is not started. A call descriptor that comes meanwhile is signalled when the ring runs again.
-fn a_driver_is_called_when_the_memory_of_its_rings_returns(datapath: Datapath) {
+/// Without its memory a ring is not started. A call descriptor that arrives meanwhile is signalled when the ring runs.
+fn driver_is_called_when_the_memory_of_its_rings_returns(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = waiting_device(&mut rig);
     let elsewhere =
@@ -194,11 +194,11 @@ fn a_driver_is_called_when_the_memory_of_its_rings_returns(datapath: Datapath) {
     }
     device.connection.set_memory_table(&device.memory).unwrap();
     assert!(rig.backend.status().unwrap().vrings.iter().all(|vring| vring.started));
-    expect_goes_on(&mut rig, &mut device);
+    expect_driver_continues(&mut rig, &mut device);
 }
 
-/// Both messages come at once, and stop the ring once.
-fn a_call_that_is_due_outlasts_the_next_message(datapath: Datapath) {
+/// The back-end gets both messages at once, and stops the ring once.
+fn due_call_survives_the_next_message(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = waiting_device(&mut rig);
     lose_calls(&mut device);
@@ -209,16 +209,16 @@ fn a_call_that_is_due_outlasts_the_next_message(datapath: Datapath) {
         let enable = Message::vring_state(request::SET_VRING_ENABLE, index, 1).encode();
         device.connection.send_bytes(&[call, enable].concat(), &[ring.call.as_fd()]).unwrap();
     }
-    expect_goes_on(&mut rig, &mut device);
+    expect_driver_continues(&mut rig, &mut device);
 }
 
-fn a_driver_is_called_once_and_not_for_each_message(datapath: Datapath) {
+fn driver_is_not_called_for_each_message(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = rig.device(Options::default()).unwrap();
     for index in [RX, TX] {
         device.ring_mut(index).queue.disable_calls();
     }
-    // All calls that are due have been made then.
+    // After this the worker has made all due calls.
     rig.worker_rounds(&mut device, 0).unwrap();
     rig.worker_rounds(&mut device, 0).unwrap();
     for index in [RX, TX] {

@@ -1,8 +1,9 @@
-//! Where a vring goes on: one test for each row of the table in `backend/src/vring_setup.rs`. Front-ends disagree about
-//! the base of a ring in use, but completion is in order, and so the used index says how far the last device came.
+//! Where a vring continues: one test for each rule of `VringSetup::place` (`backend/src/vring_setup.rs`). Front-ends
+//! disagree about the base of a ring in use, but completion is in order, so the used index says how far the last device
+//! was.
 //!
-//! libvhost-user does the same for devices that complete in order (`vu_set_vring_addr_exec`, "resuming"), and else adds
-//! what the inflight region has in flight to the used index (`vu_check_queue_inflights`).
+//! libvhost-user does the same for devices that complete in order (`vu_set_vring_addr_exec`, "resuming"). For others it
+//! adds the number of chains in flight in the inflight region to the used index (`vu_check_queue_inflights`).
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use std::time::Instant;
@@ -17,19 +18,19 @@ use baton_tests::on_both_datapaths;
 use baton_tests::process::PATIENCE;
 
 on_both_datapaths! {
-    a_base_ahead_of_the_used_index_gives_way_to_it,
-    a_base_ahead_of_a_used_index_of_0_gives_way_to_it,
-    a_base_behind_the_used_index_gives_way_to_it,
-    a_base_that_is_the_used_index_is_taken,
-    without_a_base_a_used_ring_goes_on_from_its_used_index,
-    without_a_base_a_fresh_ring_begins_at_0,
-    without_a_base_a_used_index_that_cannot_be_counts_for_nothing,
-    a_fresh_ring_begins_at_its_base_although_its_used_index_is_0,
-    a_ring_keeps_its_place_whatever_is_said_of_it_while_it_is_set_up,
-    a_ring_goes_on_from_the_base_at_which_it_stopped,
-    a_ring_that_the_driver_emptied_begins_anew_with_base_0,
-    a_ring_that_the_driver_emptied_begins_anew_without_a_base,
-    a_ring_that_the_driver_emptied_begins_anew_although_its_old_base_is_given,
+    used_index_overrides_a_base_ahead_of_it,
+    used_index_0_overrides_a_base_ahead_of_it,
+    used_index_overrides_a_base_behind_it,
+    base_equal_to_the_used_index_is_used,
+    used_ring_without_a_base_continues_from_its_used_index,
+    fresh_ring_without_a_base_starts_at_0,
+    impossible_used_index_is_ignored_without_a_base,
+    fresh_ring_starts_at_its_base_despite_used_index_0,
+    started_ring_keeps_its_place_through_other_messages,
+    stopped_ring_continues_from_its_base,
+    ring_that_the_driver_reset_starts_over_with_base_0,
+    ring_that_the_driver_reset_starts_over_without_a_base,
+    ring_that_the_driver_reset_starts_over_despite_its_old_base,
 }
 
 const RX: u32 = 0;
@@ -46,7 +47,7 @@ fn used_device(rig: &mut Rig) -> Device {
     device
 }
 
-/// Gives the device to a new process, with these bases.
+/// Connects the device to a new back-end, with these bases.
 fn move_to_new_process(rig: &mut Rig, device: &mut Device, base: impl Fn(&Ring) -> Option<u16>) {
     rig.kill_backend().unwrap();
     rig.restart_backend().unwrap();
@@ -61,8 +62,8 @@ fn move_to_new_process(rig: &mut Rig, device: &mut Device, base: impl Fn(&Ring) 
     }
 }
 
-/// Checks that both rings work, and lie where their used index is.
-fn check_goes_on(rig: &mut Rig, device: &mut Device) {
+/// Checks that both rings work, and stop at their used index.
+fn check_continues(rig: &mut Rig, device: &mut Device) {
     for _ in 0..10 {
         rig.check_traffic(device).unwrap();
     }
@@ -73,19 +74,19 @@ fn check_goes_on(rig: &mut Rig, device: &mut Device) {
     }
 }
 
-fn a_used_ring_goes_on(datapath: Datapath, base: impl Fn(&Ring) -> Option<u16>) {
+fn check_used_ring_continues(datapath: Datapath, base: impl Fn(&Ring) -> Option<u16>) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = used_device(&mut rig);
     move_to_new_process(&mut rig, &mut device, base);
-    check_goes_on(&mut rig, &mut device);
+    check_continues(&mut rig, &mut device);
 }
 
-/// What Cloud Hypervisor gives: the available index.
-fn a_base_ahead_of_the_used_index_gives_way_to_it(datapath: Datapath) {
-    a_used_ring_goes_on(datapath, |ring| Some(ring.queue.next_available()));
+/// Cloud Hypervisor sets the available index.
+fn used_index_overrides_a_base_ahead_of_it(datapath: Datapath) {
+    check_used_ring_continues(datapath, |ring| Some(ring.queue.next_available()));
 }
 
-fn a_base_ahead_of_a_used_index_of_0_gives_way_to_it(datapath: Datapath) {
+fn used_index_0_overrides_a_base_ahead_of_it(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = rig.device(Options::default()).unwrap();
     rig.backend.wait_started(RX).unwrap();
@@ -106,21 +107,21 @@ fn a_base_ahead_of_a_used_index_of_0_gives_way_to_it(datapath: Datapath) {
         device.ring(index).kick().unwrap();
     }
     rig.expect_on_network(0..50).unwrap();
-    check_goes_on(&mut rig, &mut device);
+    check_continues(&mut rig, &mut device);
 }
 
-/// What DPDK's virtio-user gives is 0 (`vring_base.rs`); this is less wrong.
-fn a_base_behind_the_used_index_gives_way_to_it(datapath: Datapath) {
-    a_used_ring_goes_on(datapath, |ring| Some(ring.queue.used_index() - 3));
+/// DPDK's virtio-user sets 0 (see `vring_base.rs`); this base is less wrong.
+fn used_index_overrides_a_base_behind_it(datapath: Datapath) {
+    check_used_ring_continues(datapath, |ring| Some(ring.queue.used_index() - 3));
 }
 
-/// What QEMU gives.
-fn a_base_that_is_the_used_index_is_taken(datapath: Datapath) {
-    a_used_ring_goes_on(datapath, |ring| Some(ring.queue.used_index()));
+/// QEMU sets the used index.
+fn base_equal_to_the_used_index_is_used(datapath: Datapath) {
+    check_used_ring_continues(datapath, |ring| Some(ring.queue.used_index()));
 }
 
-fn without_a_base_a_used_ring_goes_on_from_its_used_index(datapath: Datapath) {
-    a_used_ring_goes_on(datapath, |_| None);
+fn used_ring_without_a_base_continues_from_its_used_index(datapath: Datapath) {
+    check_used_ring_continues(datapath, |_| None);
 }
 
 /// A device whose rings begin at these available and used indices, and are set up with this base.
@@ -140,8 +141,8 @@ fn fresh_device(rig: &mut Rig, available: u16, used: u16, base: Option<u16>) -> 
     device
 }
 
-/// Checks that both rings work, and lie so far behind their used index.
-fn check_begins(rig: &mut Rig, device: &mut Device, apart: u16) {
+/// Checks that both rings work, and stop `apart` ahead of their used index.
+fn check_starts(rig: &mut Rig, device: &mut Device, apart: u16) {
     for _ in 0..10 {
         rig.check_traffic(device).unwrap();
     }
@@ -153,26 +154,26 @@ fn check_begins(rig: &mut Rig, device: &mut Device, apart: u16) {
     }
 }
 
-fn without_a_base_a_fresh_ring_begins_at_0(datapath: Datapath) {
+fn fresh_ring_without_a_base_starts_at_0(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = fresh_device(&mut rig, 0, 0, None);
-    check_begins(&mut rig, &mut device, 0);
+    check_starts(&mut rig, &mut device, 0);
 }
 
-fn without_a_base_a_used_index_that_cannot_be_counts_for_nothing(datapath: Datapath) {
+fn impossible_used_index_is_ignored_without_a_base(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = fresh_device(&mut rig, 0, 5000, None);
-    check_begins(&mut rig, &mut device, 0u16.wrapping_sub(5000));
+    check_starts(&mut rig, &mut device, 0u16.wrapping_sub(5000));
 }
 
-fn a_fresh_ring_begins_at_its_base_although_its_used_index_is_0(datapath: Datapath) {
+fn fresh_ring_starts_at_its_base_despite_used_index_0(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = fresh_device(&mut rig, 40_000, 0, Some(40_000));
-    check_begins(&mut rig, &mut device, 40_000);
+    check_starts(&mut rig, &mut device, 40_000);
 }
 
-/// A device whose receive ring began 100 ahead of a used index that was too far behind to be believed then. Since the ring
-/// has run dry but for few buffers, that alone would not tell any more.
+/// A device whose receive ring started 100 ahead of its used index, which did not fit then. The ring now has fewer
+/// buffers, so the used index fits and would be taken for the ring's place.
 fn nearly_dry_device(rig: &mut Rig) -> Device {
     let device = fresh_device(rig, 100, 0, Some(100));
     rig.inject(0..200, 100).unwrap();
@@ -185,16 +186,16 @@ fn wait_used(device: &Device, index: u16) {
     while device.ring(RX).queue.used_index() != index {
         assert!(
             Instant::now() < deadline,
-            "the receive ring is used up to {}",
+            "the receive ring's used index is {}, not {index}",
             device.ring(RX).queue.used_index()
         );
         std::thread::yield_now();
     }
 }
 
-fn a_ring_keeps_its_place_whatever_is_said_of_it_while_it_is_set_up(datapath: Datapath) {
+fn started_ring_keeps_its_place_through_other_messages(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
-    // The transmit ring is left out of it.
+    // The test does not touch the transmit ring.
     let mut device = nearly_dry_device(&mut rig);
     let connection = &device.connection;
     connection.set_features(device.options.features).unwrap();
@@ -208,7 +209,7 @@ fn a_ring_keeps_its_place_whatever_is_said_of_it_while_it_is_set_up(datapath: Da
     rig.expect_in_guest(&mut device, 0..210).unwrap();
 }
 
-fn a_ring_goes_on_from_the_base_at_which_it_stopped(datapath: Datapath) {
+fn stopped_ring_continues_from_its_base(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = nearly_dry_device(&mut rig);
     assert_eq!(device.stop_ring(RX).unwrap(), 300);
@@ -219,8 +220,8 @@ fn a_ring_goes_on_from_the_base_at_which_it_stopped(datapath: Datapath) {
     rig.expect_in_guest(&mut device, 0..210).unwrap();
 }
 
-/// The driver resets its rings, and fills one, between a stop and a start on one connection.
-fn an_emptied_ring_begins_anew(datapath: Datapath, base: impl Fn(u16) -> Option<u16>) {
+/// The driver resets both rings and fills the receive ring between a stop and a start on one connection.
+fn check_reset_ring_starts_over(datapath: Datapath, base: impl Fn(u16) -> Option<u16>) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = used_device(&mut rig);
     let stopped = [RX, TX].map(|index| device.stop_ring(index).unwrap());
@@ -236,17 +237,17 @@ fn an_emptied_ring_begins_anew(datapath: Datapath, base: impl Fn(u16) -> Option<
         device.set_up_ring_with(index, base(stopped)).unwrap();
         device.ring(index).kick().unwrap();
     }
-    check_goes_on(&mut rig, &mut device);
+    check_continues(&mut rig, &mut device);
 }
 
-fn a_ring_that_the_driver_emptied_begins_anew_with_base_0(datapath: Datapath) {
-    an_emptied_ring_begins_anew(datapath, |_| Some(0));
+fn ring_that_the_driver_reset_starts_over_with_base_0(datapath: Datapath) {
+    check_reset_ring_starts_over(datapath, |_| Some(0));
 }
 
-fn a_ring_that_the_driver_emptied_begins_anew_without_a_base(datapath: Datapath) {
-    an_emptied_ring_begins_anew(datapath, |_| None);
+fn ring_that_the_driver_reset_starts_over_without_a_base(datapath: Datapath) {
+    check_reset_ring_starts_over(datapath, |_| None);
 }
 
-fn a_ring_that_the_driver_emptied_begins_anew_although_its_old_base_is_given(datapath: Datapath) {
-    an_emptied_ring_begins_anew(datapath, Some);
+fn ring_that_the_driver_reset_starts_over_despite_its_old_base(datapath: Datapath) {
+    check_reset_ring_starts_over(datapath, Some);
 }

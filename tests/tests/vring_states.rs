@@ -1,5 +1,5 @@
-//! When a vring runs, and what a running one does (vhost-user: "Ring states"): the states are independent, and a
-//! worker never touches what it must not.
+//! When a vring runs, and what the back-end does with it in each state (vhost-user: "Ring states"). Started and enabled
+//! are independent of each other.
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
 use std::os::fd::AsFd;
@@ -16,29 +16,29 @@ use baton_tests::process::PATIENCE;
 on_both_datapaths! {
     enabling_is_remembered_while_a_ring_is_stopped,
     disabling_is_remembered_while_a_ring_is_stopped,
-    a_ring_starts_without_a_kick_when_its_kick_descriptor_comes,
-    a_ring_starts_without_a_kick_when_it_is_enabled_last,
-    a_ring_whose_used_index_wrapped_to_0_goes_on_without_a_kick,
-    nothing_is_discarded_before_a_ring_is_enabled_for_the_first_time,
-    a_ring_without_a_kick_descriptor_runs_at_once_and_is_polled,
-    a_started_and_disabled_transmit_ring_is_consumed_and_discarded,
-    what_is_available_when_a_transmit_ring_is_disabled_is_sent,
-    frames_sent_while_a_transmit_ring_is_disabled_and_enabled_again_keep_their_order,
-    a_started_and_disabled_receive_ring_receives_nothing_new,
+    set_vring_kick_starts_a_ring_without_a_kick,
+    ring_that_is_enabled_last_runs_without_a_kick,
+    ring_with_used_index_wrapped_to_0_continues_without_a_kick,
+    no_frame_is_discarded_before_a_ring_is_first_enabled,
+    ring_without_a_kick_descriptor_is_polled,
+    frames_in_a_started_and_disabled_transmit_ring_are_discarded,
+    available_frames_are_sent_when_a_transmit_ring_is_disabled,
+    frames_keep_their_order_while_a_transmit_ring_is_disabled_and_enabled,
+    started_and_disabled_receive_ring_receives_nothing,
     without_protocol_features_set_features_enables_all_rings,
-    with_protocol_features_set_features_leaves_the_rings_alone,
+    with_protocol_features_set_features_keeps_ring_states,
     nothing_is_written_to_guest_memory_while_all_rings_are_disabled,
-    set_features_may_come_while_rings_run,
-    set_mem_table_may_come_while_rings_run,
-    set_vring_addr_may_come_while_rings_run,
+    set_features_may_arrive_while_rings_run,
+    set_mem_table_may_arrive_while_rings_run,
+    set_vring_addr_may_arrive_while_rings_run,
     kick_and_call_descriptors_may_be_replaced_while_rings_run,
-    a_suspended_device_is_silent_and_still_answers,
+    suspended_device_writes_nothing_and_still_answers,
 }
 
 const RX: u32 = 0;
 const TX: u32 = 1;
 
-/// A device that is set up but for `SET_VRING_ENABLE` and kicks.
+/// A device that is set up except for `SET_VRING_ENABLE` and kicks.
 fn prepared(rig: &mut Rig, options: Options) -> Device {
     let mut device = Device::new(rig.backend.connect().unwrap(), options).unwrap();
     device.negotiate().unwrap();
@@ -53,7 +53,7 @@ fn enabling_is_remembered_while_a_ring_is_stopped(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = Device::new(rig.backend.connect().unwrap(), Options::default()).unwrap();
     device.negotiate().unwrap();
-    // Before there is anything to enable.
+    // Enables the rings before they are set up.
     for index in [RX, TX] {
         device.connection.set_vring_enable(index, true).unwrap();
     }
@@ -81,12 +81,12 @@ fn disabling_is_remembered_while_a_ring_is_stopped(datapath: Datapath) {
 
     rig.inject(0..3, 100).unwrap();
     rig.worker_rounds(&mut device, 0).unwrap();
-    assert!(!device.pairs[0].receive.queue.has_used(), "a disabled ring received");
+    assert!(!device.pairs[0].receive.queue.has_used(), "a disabled ring received a frame");
     device.connection.set_vring_enable(RX, true).unwrap();
     rig.expect_in_guest(&mut device, 0..3).unwrap();
 }
 
-/// Makes a frame available to the device, and buffers for frames from the network, and kicks nothing.
+/// Makes a frame and receive buffers available to the device, without a kick.
 fn make_available_without_kicks(device: &mut Device, number: u32) {
     device.post_receive_buffers(0, 16).unwrap();
     let frame = frames::numbered(number, 100);
@@ -94,9 +94,10 @@ fn make_available_without_kicks(device: &mut Device, number: u32) {
     device.pairs[0].transmit.queue.publish();
 }
 
-/// The specification's text of May 2026 (its author's, under review): `SET_VRING_KICK` starts a ring, what is
-/// available is processed at once, and a back-end should not expect a kick. QEMU, crosvm, rust-vmm and DPDK do so.
-fn a_ring_starts_without_a_kick_when_its_kick_descriptor_comes(datapath: Datapath) {
+/// The specification's text of May 2026 (proposed by its author, under review): `SET_VRING_KICK` starts a ring,
+/// available chains are processed at once, and a back-end should not expect a kick. QEMU, crosvm, rust-vmm and DPDK do
+/// so.
+fn set_vring_kick_starts_a_ring_without_a_kick(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let features = Options::default().features | features::EVENT_IDX;
     for features in [Options::default().features, features] {
@@ -118,7 +119,7 @@ fn a_ring_starts_without_a_kick_when_its_kick_descriptor_comes(datapath: Datapat
     }
 }
 
-fn a_ring_starts_without_a_kick_when_it_is_enabled_last(datapath: Datapath) {
+fn ring_that_is_enabled_last_runs_without_a_kick(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = prepared(&mut rig, Options::default());
     make_available_without_kicks(&mut device, 7);
@@ -131,8 +132,8 @@ fn a_ring_starts_without_a_kick_when_it_is_enabled_last(datapath: Datapath) {
     rig.check_traffic(&mut device).unwrap();
 }
 
-/// Nothing in such a ring tells that it was ever used, and its front-end kicks it no more.
-fn a_ring_whose_used_index_wrapped_to_0_goes_on_without_a_kick(datapath: Datapath) {
+/// Nothing in such a ring shows that it was ever used, and its front-end does not kick it again.
+fn ring_with_used_index_wrapped_to_0_continues_without_a_kick(datapath: Datapath) {
     const FRAMES: u16 = 20;
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let start = 0u16.wrapping_sub(FRAMES);
@@ -174,12 +175,12 @@ fn a_ring_whose_used_index_wrapped_to_0_goes_on_without_a_kick(datapath: Datapat
     rig.check_traffic(&mut device).unwrap();
 }
 
-fn nothing_is_discarded_before_a_ring_is_enabled_for_the_first_time(datapath: Datapath) {
+fn no_frame_is_discarded_before_a_ring_is_first_enabled(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = prepared(&mut rig, Options::default());
     rig.transmit(&mut device, 0..50, 100).unwrap();
     device.ring(TX).kick().unwrap();
-    // Disabling what is disabled makes it no different, nor does a restart.
+    // Neither disabling a disabled ring nor a restart changes that.
     device.connection.set_vring_enable(TX, false).unwrap();
     assert_eq!(device.stop_ring(TX).unwrap(), 0);
     device.restart_ring(TX, 0).unwrap();
@@ -193,7 +194,7 @@ fn nothing_is_discarded_before_a_ring_is_enabled_for_the_first_time(datapath: Da
     rig.backend.wait_pair_stats(0, |stats| stats.tx.discarded == 10).unwrap();
 }
 
-fn a_ring_without_a_kick_descriptor_runs_at_once_and_is_polled(datapath: Datapath) {
+fn ring_without_a_kick_descriptor_is_polled(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = Device::new(rig.backend.connect().unwrap(), Options::default()).unwrap();
     device.negotiate().unwrap();
@@ -208,17 +209,17 @@ fn a_ring_without_a_kick_descriptor_runs_at_once_and_is_polled(datapath: Datapat
         device.connection.set_vring_enable(index, true).unwrap();
         device.connection.set_vring_kick(index, None).unwrap();
     }
-    // Nobody reads these kicks.
+    // These kicks do not reach the back-end.
     rig.transmit(&mut device, 0..5, 100).unwrap();
     rig.expect_on_network(0..5).unwrap();
     rig.inject(0..16, 100).unwrap();
     rig.expect_in_guest(&mut device, 0..16).unwrap();
-    // The buffers given back are found without a kick, too.
+    // The back-end finds the reposted buffers without a kick, too.
     rig.inject(16..32, 100).unwrap();
     rig.expect_in_guest(&mut device, 16..32).unwrap();
 }
 
-fn a_started_and_disabled_transmit_ring_is_consumed_and_discarded(datapath: Datapath) {
+fn frames_in_a_started_and_disabled_transmit_ring_are_discarded(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = rig.device(Options::default()).unwrap();
     device.connection.set_vring_enable(TX, false).unwrap();
@@ -230,12 +231,13 @@ fn a_started_and_disabled_transmit_ring_is_consumed_and_discarded(datapath: Data
     rig.transmit(&mut device, 1000..1003, 100).unwrap();
     rig.expect_on_network(1000..1003).unwrap();
     assert_eq!(rig.network.drain().unwrap(), 0, "a discarded frame reached the TAP");
-    // Where they are counted.
+    // The kernel's datapath does not count frames.
     rig.backend.wait_pair_stats(0, |stats| stats.tx.frames.is_none_or(|frames| frames == 3)).unwrap();
 }
 
-/// Cloud Hypervisor pauses its VM so: the vCPUs first, then `SET_VRING_ENABLE` 0 for each ring, and no base is asked for.
-fn what_is_available_when_a_transmit_ring_is_disabled_is_sent(datapath: Datapath) {
+/// Cloud Hypervisor pauses its VM like this: the vCPUs first, then `SET_VRING_ENABLE` 0 for each ring, without
+/// `GET_VRING_BASE`.
+fn available_frames_are_sent_when_a_transmit_ring_is_disabled(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = rig.device(Options::default()).unwrap();
     rig.check_traffic(&mut device).unwrap();
@@ -246,7 +248,7 @@ fn what_is_available_when_a_transmit_ring_is_disabled_is_sent(datapath: Datapath
             assert!(device.enqueue(0, &NetHeader::default(), &frames::numbered(number, 100)).unwrap());
         }
         device.pairs[0].transmit.queue.publish();
-        // The back-end has heard of them, or has not yet.
+        // With a kick in every other round.
         if round % 2 == 0 {
             device.ring(TX).kick().unwrap();
         }
@@ -254,7 +256,7 @@ fn what_is_available_when_a_transmit_ring_is_disabled_is_sent(datapath: Datapath
             device.connection.set_vring_enable(index, false).unwrap();
         }
         rig.expect_on_network(numbers).unwrap();
-        // What comes later is discarded.
+        // Later frames are discarded.
         rig.transmit(&mut device, 0..10, 100).unwrap();
         device.wait_transmitted(0).unwrap();
         let discarded = u64::from(round + 1) * 10;
@@ -268,7 +270,7 @@ fn what_is_available_when_a_transmit_ring_is_disabled_is_sent(datapath: Datapath
     assert_eq!(base, device.ring(TX).queue.used_index());
 }
 
-fn frames_sent_while_a_transmit_ring_is_disabled_and_enabled_again_keep_their_order(datapath: Datapath) {
+fn frames_keep_their_order_while_a_transmit_ring_is_disabled_and_enabled(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = rig.device(Options::default()).unwrap();
     for round in 0..100 {
@@ -283,13 +285,13 @@ fn frames_sent_while_a_transmit_ring_is_disabled_and_enabled_again_keep_their_or
     assert_eq!(rig.backend.pair_stats(0).unwrap().tx.discarded, 0);
 }
 
-fn a_started_and_disabled_receive_ring_receives_nothing_new(datapath: Datapath) {
+fn started_and_disabled_receive_ring_receives_nothing(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = rig.device(Options::default()).unwrap();
     device.connection.set_vring_enable(RX, false).unwrap();
     rig.inject(0..50, 100).unwrap();
     rig.worker_rounds(&mut device, 0).unwrap();
-    assert!(!device.pairs[0].receive.queue.has_used(), "a disabled ring received");
+    assert!(!device.pairs[0].receive.queue.has_used(), "a disabled ring received a frame");
     device.connection.set_vring_enable(RX, true).unwrap();
     rig.expect_in_guest(&mut device, 0..50).unwrap();
 }
@@ -302,18 +304,18 @@ fn without_protocol_features_set_features_enables_all_rings(datapath: Datapath) 
     rig.check_traffic(&mut device).unwrap();
 }
 
-fn with_protocol_features_set_features_leaves_the_rings_alone(datapath: Datapath) {
+fn with_protocol_features_set_features_keeps_ring_states(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let mut device = prepared(&mut rig, Options::default());
     device.fill_receive_rings().unwrap();
-    // Neither was enabled.
+    // Neither ring is enabled.
     rig.inject(0..1, 100).unwrap();
     rig.transmit(&mut device, 0..1, 100).unwrap();
     device.connection.set_features(device.options.features).unwrap();
     assert!(!device.pairs[0].receive.queue.has_used());
     assert!(!device.pairs[0].transmit.queue.has_used());
 
-    // Each stays as it is.
+    // SET_FEATURES leaves each ring as it is.
     device.connection.set_vring_enable(TX, true).unwrap();
     device.connection.set_features(device.options.features).unwrap();
     rig.expect_on_network(0..1).unwrap();
@@ -332,19 +334,19 @@ fn nothing_is_written_to_guest_memory_while_all_rings_are_disabled(datapath: Dat
     for index in [RX, TX] {
         device.connection.set_vring_enable(index, false).unwrap();
     }
-    // The worker has nothing left to write once it has discarded this one.
+    // The worker has nothing left to write once it has discarded this frame.
     rig.transmit(&mut device, 0..1, 100).unwrap();
     device.wait_transmitted(0).unwrap();
     let deadline = Instant::now() + PATIENCE;
     while !device.ring(TX).queue.wants_kicks() {
-        assert!(Instant::now() < deadline, "no kick is asked for");
+        assert!(Instant::now() < deadline, "the device does not ask for a kick");
         std::thread::yield_now();
     }
     let before = device.memory.snapshot();
     device.pairs[0].receive.take_calls().unwrap();
 
     rig.inject(0..100, 100).unwrap();
-    // A notification without a buffer makes the worker look around.
+    // A kick without a buffer makes the worker look at its rings.
     for index in [RX, TX] {
         device.ring(index).kick().unwrap();
     }
@@ -361,7 +363,7 @@ fn nothing_is_written_to_guest_memory_while_all_rings_are_disabled(datapath: Dat
     rig.expect_in_guest(&mut device, 0..100).unwrap();
 }
 
-/// Sends `change` again and again while frames are on their way in both directions: none may be lost or reordered.
+/// Sends `change` again and again while frames go both ways: no frame may be lost or reordered.
 fn under_traffic(datapath: Datapath, change: impl Fn(&Device)) {
     const ROUNDS: u32 = 100;
     const BURST: u32 = 20;
@@ -378,15 +380,15 @@ fn under_traffic(datapath: Datapath, change: impl Fn(&Device)) {
     assert_eq!(rig.network.drain().unwrap(), 0);
 }
 
-fn set_features_may_come_while_rings_run(datapath: Datapath) {
+fn set_features_may_arrive_while_rings_run(datapath: Datapath) {
     under_traffic(datapath, |device| device.connection.set_features(device.options.features).unwrap());
 }
 
-fn set_mem_table_may_come_while_rings_run(datapath: Datapath) {
+fn set_mem_table_may_arrive_while_rings_run(datapath: Datapath) {
     under_traffic(datapath, |device| device.connection.set_memory_table(&device.memory).unwrap());
 }
 
-fn set_vring_addr_may_come_while_rings_run(datapath: Datapath) {
+fn set_vring_addr_may_arrive_while_rings_run(datapath: Datapath) {
     under_traffic(datapath, |device| {
         for index in [RX, TX] {
             let addresses = device.ring(index).queue.addresses();
@@ -405,7 +407,7 @@ fn kick_and_call_descriptors_may_be_replaced_while_rings_run(datapath: Datapath)
     });
 }
 
-fn a_suspended_device_is_silent_and_still_answers(datapath: Datapath) {
+fn suspended_device_writes_nothing_and_still_answers(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 2, &[]).unwrap();
     let features = Options::default().features | features::MQ;
     let options = Options { queue_pairs: 2, features, ..Options::default() };
@@ -422,7 +424,7 @@ fn a_suspended_device_is_silent_and_still_answers(datapath: Datapath) {
         device.ring(index).kick().unwrap();
     }
     for _ in 0..20 {
-        // Each would fail if the back-end had said anything by itself.
+        // Each of these fails if the back-end sends an unsolicited message.
         device.connection.get_features().unwrap();
         device.connection.get_protocol_features().unwrap();
         assert_eq!(device.connection.get_queue_num().unwrap(), 4);
@@ -436,7 +438,7 @@ fn a_suspended_device_is_silent_and_still_answers(datapath: Datapath) {
     for (index, &base) in (0..).zip(&bases) {
         device.restart_ring(index, base).unwrap();
     }
-    // Nobody has taken the frames from the TAP meanwhile. They are all of one flow, and so in one queue.
+    // The frames have waited in the TAP. They are of one flow, and so in one queue.
     for number in 0..50 {
         let (_, frame) = rig.receive_on_any(&mut device).unwrap();
         assert_eq!(frames::number_of(&frame), Some(number));

@@ -1,4 +1,4 @@
-//! Hand-overs of a test's back-end: asks for them, waits for their states, and lets the target take the source's place.
+//! Hand-overs of a test's back-end: requests them, waits for their states, and puts the target in the source's place.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -13,25 +13,25 @@ impl Backend {
     /// Asks the back-end to hand its session over to a target that waits at `path`.
     ///
     /// # Errors
-    /// If it refuses.
+    /// Returns an error if the back-end refuses.
     pub fn hand_over_to(&mut self, path: &Path, dry_run: bool) -> Result<serde_json::Value> {
         let path = Some(path.display().to_string());
         self.ask(&Request::Handover { path, on_suspend: false, dry_run, cancel: false })
     }
 
-    /// Hands the session over to a waiting target, which takes the place of this back-end; returns the report.
+    /// Hands the session over to a waiting target, which replaces this back-end. Returns the report.
     ///
     /// # Errors
-    /// If the hand-over fails, or the source does not end by itself.
+    /// Returns an error if the hand-over fails or the source does not exit.
     pub fn become_target(&mut self, target: Self) -> Result<SessionReport> {
         let report = self.ask_hand_over_to(&target)?;
         self.succeed(target, report)
     }
 
-    /// The same on a machine so busy that the target may be too slow; see [`in_time`].
+    /// As [`Self::become_target`], for a machine so busy that the target may answer too late; see [`in_time`].
     ///
     /// # Errors
-    /// As [`Self::become_target`].
+    /// Returns the errors of [`Self::become_target`].
     pub fn become_busy_target(&mut self, target: Self) -> Result<SessionReport> {
         let report = in_time(|| self.ask_hand_over_to(&target))?;
         self.succeed(target, report)
@@ -52,19 +52,22 @@ impl Backend {
         Ok(report)
     }
 
-    /// Waits until this back-end ends after a hand-over; the target takes its place.
+    /// Waits until this back-end exits after a hand-over and puts the target in its place.
     ///
     /// # Errors
-    /// If it does not end by itself.
+    /// Returns an error if the back-end does not exit, or exits with a failure.
     pub fn is_succeeded_by(&mut self, target: Self) -> Result<()> {
         let status = self.process.wait()?;
         ensure!(status.code() == Some(0), "{status}; log:\n{}", self.process.log());
-        ensure!(!self.control.exists() || self.control == target.control, "its control socket is left");
+        ensure!(
+            !self.control.exists() || self.control == target.control,
+            "the source left its control socket behind"
+        );
         drop(self.succeeded_by(target));
         Ok(())
     }
 
-    /// Lets the target, which has the session, take the place of this back-end; returns the process of the source.
+    /// Puts the target, which has the session, in the place of this back-end. Returns the process of the source.
     pub fn succeeded_by(&mut self, mut target: Self) -> Process {
         target.socket.clone_from(&self.socket);
         let source = std::mem::replace(self, target);
@@ -72,7 +75,7 @@ impl Backend {
         source.process
     }
 
-    /// The path of the socket on which a target waits.
+    /// The path of the socket on which this target waits.
     pub fn incoming(&self) -> PathBuf {
         self.directory().join(INCOMING)
     }
@@ -80,7 +83,7 @@ impl Backend {
     /// Arms the back-end: when its rings stop, it hands its device over to a target that waits at `path`.
     ///
     /// # Errors
-    /// If it refuses.
+    /// Returns an error if the back-end refuses.
     pub fn arm(&mut self, path: &Path) -> Result<serde_json::Value> {
         self.ask(&Request::Handover {
             path: Some(path.display().to_string()),
@@ -93,23 +96,23 @@ impl Backend {
     /// Cancels the hand-over.
     ///
     /// # Errors
-    /// If it refuses.
+    /// Returns an error if the back-end refuses.
     pub fn cancel(&mut self) -> Result<serde_json::Value> {
         self.ask(&Request::Handover { path: None, on_suspend: false, dry_run: false, cancel: true })
     }
 
-    /// Waits until no hand-over is under way.
+    /// Waits until no hand-over is in progress.
     ///
     /// # Errors
-    /// If a hand-over stays under way.
+    /// Returns an error if a hand-over remains in progress.
     pub fn wait_no_handover(&mut self) -> Result<()> {
-        until("nothing was handed over", || Ok(self.status()?.handover.is_none()))
+        until("no hand-over was in progress", || Ok(self.status()?.handover.is_none()))
     }
 
-    /// Waits until a hand-over reaches this state; returns its status.
+    /// Waits until a hand-over reaches this state. Returns its status.
     ///
     /// # Errors
-    /// If it never does.
+    /// Returns an error if no hand-over reaches the state in time.
     pub fn wait_handover(&mut self, state: HandoverState) -> Result<HandoverStatus> {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -119,18 +122,18 @@ impl Backend {
             }
             ensure!(
                 Instant::now() < deadline,
-                "the hand-over stays {handover:?}; log:\n{}",
+                "the hand-over remains {handover:?}; log:\n{}",
                 self.process.log()
             );
         }
     }
 }
 
-/// Repeats an attempt to hand a session over that the source rolls back because the target does not answer in time, as may
-/// happen on an emulated machine. Each repetition is logged; a rollback must lose nothing either.
+/// Retries a session hand-over that the source rolls back because the target does not answer in time, as may happen on
+/// an emulated machine. Logs each retry. No rollback may lose a frame either.
 ///
 /// # Errors
-/// Those of `attempt`.
+/// Returns the errors of `attempt`.
 pub fn in_time(mut attempt: impl FnMut() -> Result<SessionReport>) -> Result<SessionReport> {
     const ATTEMPTS: usize = 3;
     for _ in 1..ATTEMPTS {
@@ -139,7 +142,7 @@ pub fn in_time(mut attempt: impl FnMut() -> Result<SessionReport>) -> Result<Ses
         if !matches!(&report, SessionReport::RolledBack { reason, .. } if is_slow(reason)) {
             return Ok(report);
         }
-        eprintln!("asked again: {report:?}");
+        eprintln!("retrying the hand-over: {report:?}");
     }
     attempt()
 }

@@ -1,4 +1,4 @@
-//! A back-end with a TAP and the network's side of it, all in a namespace of their own.
+//! A back-end, its TAP and a socket on the network side of the TAP, in a private network namespace.
 
 use std::os::fd::AsFd;
 use std::time::Instant;
@@ -18,17 +18,17 @@ use crate::process::PATIENCE;
 /// The TAP of a [`Rig`].
 pub const TAP: &str = "tap0";
 
-/// A listening back-end with a TAP, and a packet socket on the network's side of the TAP, in a namespace of their own.
+/// A listening back-end with a TAP, and a packet socket on the network side of the TAP, in a private network namespace.
 #[derive(Debug)]
 pub struct Rig {
-    /// The network's side of the TAP.
+    /// The network side of the TAP.
     pub network: PacketSocket,
     /// The back-end.
     pub backend: Backend,
     /// The back-end's datapath.
     pub datapath: Datapath,
     arguments: Vec<String>,
-    /// The namespace, which is dropped last.
+    /// The namespace. Declared last because it must be dropped last.
     pub netns: Netns,
 }
 
@@ -36,7 +36,7 @@ impl Rig {
     /// Starts a back-end with this many queue pairs and these further arguments.
     ///
     /// # Errors
-    /// If anything cannot be set up.
+    /// Returns an error if the namespace, the TAP or the back-end cannot be set up.
     pub fn new(datapath: Datapath, queue_pairs: u16, arguments: &[&str]) -> Result<Self> {
         let netns = Netns::enter()?;
         netns.create_persistent_tap(TAP, queue_pairs > 1)?;
@@ -58,7 +58,7 @@ impl Rig {
     /// Kills the back-end.
     ///
     /// # Errors
-    /// If it has ended by itself.
+    /// Returns an error if the back-end has already ended.
     pub fn kill_backend(&mut self) -> Result<()> {
         self.backend.process.signal(Signal::SIGKILL)?;
         self.backend.process.wait()?;
@@ -68,25 +68,25 @@ impl Rig {
     /// Starts a back-end in place of a killed one.
     ///
     /// # Errors
-    /// If it does not start.
+    /// Returns an error if the back-end does not start.
     pub fn restart_backend(&mut self) -> Result<()> {
         self.backend = Self::start_backend(self.datapath, &self.arguments)?;
         Ok(())
     }
 
-    /// Connects and brings a device up.
+    /// Connects as a front-end and brings a device up.
     ///
     /// # Errors
-    /// If it does not work.
+    /// Returns the errors of [`Backend::device`].
     pub fn device(&mut self, options: Options) -> Result<Device> {
         self.backend.device(options)
     }
 
-    /// Sends frames through a device's transmit ring and sees them arrive: after that, the pair's worker has looked at
-    /// everything that was there before.
+    /// Sends frames through a device's transmit ring and waits for them. When they have arrived, the pair's worker has
+    /// handled everything that was pending before.
     ///
     /// # Errors
-    /// If they do not arrive.
+    /// Returns an error if a frame does not arrive.
     pub fn worker_rounds(&mut self, device: &mut Device, pair: usize) -> Result<()> {
         for round in 0..10 {
             let frame = frames::numbered(round, 60);
@@ -100,7 +100,7 @@ impl Rig {
     /// Sends numbered frames from the network.
     ///
     /// # Errors
-    /// If the TAP takes no more.
+    /// Returns an error if the TAP accepts no more frames.
     pub fn inject(&self, numbers: std::ops::Range<u32>, length: usize) -> Result<()> {
         for number in numbers {
             self.network.send(&frames::numbered(number, length))?;
@@ -108,10 +108,10 @@ impl Rig {
         Ok(())
     }
 
-    /// Sends numbered frames from the guest, without waiting for the device to take them.
+    /// Sends numbered frames from the guest. Waits for the device only while the ring is full.
     ///
     /// # Errors
-    /// If it does not take as many as the ring has no room for.
+    /// Returns an error if the ring stays full.
     pub fn transmit(&self, device: &mut Device, numbers: std::ops::Range<u32>, length: usize) -> Result<()> {
         for number in numbers {
             device.send(0, &NetHeader::default(), &frames::numbered(number, length))?;
@@ -119,42 +119,42 @@ impl Rig {
         Ok(())
     }
 
-    /// Checks that exactly these numbered frames are the next ones to arrive in the guest.
+    /// Checks that exactly these numbered frames arrive next in the guest.
     ///
     /// # Errors
-    /// If others arrive, or none.
+    /// Returns an error if a different frame arrives, or none.
     pub fn expect_in_guest(&self, device: &mut Device, numbers: std::ops::Range<u32>) -> Result<()> {
         for number in numbers {
             let (_, frame) = device.receive(0).with_context(|| format!("waiting for frame {number}"))?;
             ensure!(
                 frames::number_of(&frame) == Some(number),
-                "frame {number} is {:?}",
+                "received frame {:?} instead of {number}",
                 frames::number_of(&frame)
             );
         }
         Ok(())
     }
 
-    /// Checks that exactly these numbered frames are the next ones to arrive on the network.
+    /// Checks that exactly these numbered frames arrive next on the network.
     ///
     /// # Errors
-    /// If others arrive, or none.
+    /// Returns an error if a different frame arrives, or none.
     pub fn expect_on_network(&mut self, numbers: std::ops::Range<u32>) -> Result<()> {
         for number in numbers {
             let (_, frame) = self.network.receive().with_context(|| format!("waiting for frame {number}"))?;
             ensure!(
                 frames::number_of(&frame) == Some(number),
-                "frame {number} is {:?}",
+                "received frame {:?} instead of {number}",
                 frames::number_of(&frame)
             );
         }
         Ok(())
     }
 
-    /// Waits for a frame on any queue pair; returns the pair and the frame.
+    /// Waits for a frame on any queue pair. Returns the pair and the frame.
     ///
     /// # Errors
-    /// If none arrives.
+    /// Returns an error if no frame arrives.
     pub fn receive_on_any(&self, device: &mut Device) -> Result<(usize, Vec<u8>)> {
         let deadline = Instant::now() + PATIENCE;
         let mut frame = Vec::new();
@@ -178,10 +178,10 @@ impl Rig {
         }
     }
 
-    /// Sends a frame each way through a device, and checks that it arrives.
+    /// Sends a frame from every queue pair of a device and one from the network, and checks that each arrives.
     ///
     /// # Errors
-    /// If it does not.
+    /// Returns an error if a frame does not arrive unchanged.
     pub fn check_traffic(&mut self, device: &mut Device) -> Result<()> {
         for pair in 0..device.pairs.len() {
             let frame = frames::numbered(u32::try_from(pair)?, 100 + pair);

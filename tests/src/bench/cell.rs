@@ -1,4 +1,4 @@
-//! One cell of the table: a session of one size under one load, handed on again and again.
+//! Measures one cell of the table: a session of one size under one load, handed over repeatedly.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -18,20 +18,20 @@ use crate::netns::Netns;
 use crate::process::Process;
 use crate::programs;
 
-/// The shortest interval.
+/// The minimum length of an interval.
 const INTERVAL: Duration = Duration::from_millis(10);
-/// How long a back-end that has just started or ended is given to be out of the way.
+/// How long to wait after a back-end starts or ends, until it no longer competes for processors.
 const REST: Duration = Duration::from_millis(5);
 
-/// The phases of a blackout, in their order.
+/// The phases of a blackout, in order.
 pub const PHASES: [&str; 5] = ["stop", "commit", "pass", "take", "start"];
 
-/// What is handed on, under which load.
+/// The size of the session that is handed over, and the load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cell {
     /// Queue pairs.
     pub pairs: u16,
-    /// How many of them have frames.
+    /// How many of them carry frames.
     pub busy: u16,
     /// The guest's memory, in MiB.
     pub memory: u64,
@@ -39,29 +39,29 @@ pub struct Cell {
     pub rate: u32,
 }
 
-/// What came of it, all times in microseconds.
+/// The measurements of a cell. All times are in microseconds.
 #[derive(Clone, Debug)]
 pub struct Measured {
     /// The cell.
     pub cell: Cell,
-    /// The worst gap of each interval with a hand-over.
+    /// The longest gap of each interval with a hand-over.
     pub gaps: Vec<i64>,
-    /// And without.
+    /// The longest gap of each control interval.
     pub control_gaps: Vec<i64>,
-    /// The slowest frame of each interval with a hand-over.
+    /// The longest delay of a frame in each interval with a hand-over.
     pub delays: Vec<i64>,
-    /// And without.
+    /// The longest delay of a frame in each control interval.
     pub control_delays: Vec<i64>,
-    /// As it was reported.
+    /// The blackout that each hand-over reported.
     pub blackouts: Vec<i64>,
-    /// Each of the [`PHASES`], as it was reported.
+    /// The duration of each of the [`PHASES`] that each hand-over reported.
     pub phases: [Vec<i64>; PHASES.len()],
-    /// What became of the frames.
+    /// The frames sent, lost, duplicated and reordered.
     pub count: Count,
 }
 
 impl Measured {
-    /// Nothing yet of `cell`.
+    /// Measurements of `cell` before the first hand-over.
     pub fn nothing(cell: Cell) -> Self {
         Self {
             cell,
@@ -75,7 +75,7 @@ impl Measured {
         }
     }
 
-    /// A quantile of the gaps less the control's, and the same for the slowest frames.
+    /// The quantiles of the gaps minus those of the control's, and the same for the delays.
     pub fn excess(&self) -> [Quantiles; 2] {
         let less = |with: &[i64], without: &[i64]| {
             let (with, without) =
@@ -90,36 +90,36 @@ impl Measured {
     }
 }
 
-/// A back-end, and who drives it, in a namespace of their own.
+/// A back-end and the process that drives it, in a private network namespace.
 #[derive(Debug)]
 pub struct Bench {
-    /// Who serves.
+    /// The back-end that has the session.
     pub backend: Backend,
     driver: Process,
     line: Line,
     _netns: Netns,
 }
 
-/// Leaves the last processor to the driver: everything else that this thread starts is kept off it. With one processor
-/// nothing is changed.
+/// Keeps this thread, and everything that it starts, off the last processor, which is reserved for the driver. Has no
+/// effect on a machine with one processor.
 ///
 /// # Errors
-/// The system's.
+/// Returns an error if the affinity cannot be set.
 pub fn leave_processor() -> Result<()> {
     let (others, _) = processors()?;
     Ok(sched_setaffinity(Pid::from_raw(0), &others)?)
 }
 
-/// Takes this thread, and those that it starts, to the processor that was left to it.
+/// Binds this thread, and those that it starts, to the processor reserved by [`leave_processor`].
 ///
 /// # Errors
-/// The system's.
+/// Returns an error if the affinity cannot be set.
 pub fn take_processor() -> Result<()> {
     let (_, last) = processors()?;
     Ok(sched_setaffinity(Pid::from_raw(0), &last)?)
 }
 
-/// All processors but the last, and that.
+/// Returns the set of all processors but the last, and the set of the last one.
 fn processors() -> Result<(CpuSet, CpuSet)> {
     let count = nix::unistd::sysconf(nix::unistd::SysconfVar::_NPROCESSORS_ONLN)?.context("no processors")?;
     let last = usize::try_from(count)?.saturating_sub(1);
@@ -130,10 +130,10 @@ fn processors() -> Result<(CpuSet, CpuSet)> {
 }
 
 impl Bench {
-    /// Under the load of `cell`. A `restful` driver lets others have its processor.
+    /// Starts a back-end and a driver with the load of `cell`. A `restful` driver shares its processor.
     ///
     /// # Errors
-    /// If anything cannot be set up.
+    /// Returns an error if the namespace, the back-end or the driver cannot be set up.
     pub fn new(cell: Cell, restful: bool) -> Result<Self> {
         let netns = Netns::enter()?;
         netns.create_persistent_tap(TAP, cell.pairs > 1)?;
@@ -167,62 +167,63 @@ impl Bench {
             Some(answer) => Ok(answer),
             None => {
                 let status = self.driver.wait()?;
-                bail!("the driver ended ({status}); its log:\n{}", self.driver.log())
+                bail!("the driver exited with {status}; log:\n{}", self.driver.log())
             }
         }
     }
 
-    /// Ends an interval and begins the next one.
+    /// Ends an interval and begins the next one. Returns the longest gap and delay of the one that ended.
     ///
     /// # Errors
-    /// If the driver has ended.
+    /// Returns an error if the driver has ended.
     pub fn mark(&mut self) -> Result<Worst> {
         self.order(Order::Mark)
     }
 
-    /// Sends at this rate from now on.
+    /// Changes the rate of the load, in frames a second each way.
     ///
     /// # Errors
-    /// If the driver has ended.
+    /// Returns an error if the driver has ended.
     pub fn set_rate(&mut self, rate: u32) -> Result<()> {
         self.order::<Worst>(Order::Rate(rate)).map(drop)
     }
 
-    /// Lets all arrive that is to come, and counts it.
+    /// Pauses the load until all frames in flight have arrived. Returns the counts since the last call.
     ///
     /// # Errors
-    /// If the driver has ended.
+    /// Returns an error if the driver has ended.
     pub fn settle(&mut self) -> Result<Count> {
         self.order(Order::Settle)
     }
 
-    /// Starts a back-end that waits, and gives it a moment to be quiet.
+    /// Starts a back-end that waits for a session, and waits for [`REST`].
     fn target() -> Result<Backend> {
         let target = Backend::waiting_for_session(Datapath::Userspace, &[])?;
         sleep(REST);
         Ok(target)
     }
 
-    /// Hands the session on to another process.
+    /// Hands the session over to a new back-end.
     ///
     /// # Errors
-    /// If that fails.
+    /// Returns an error if the hand-over fails.
     pub fn hand_on(&mut self) -> Result<SessionReport> {
         self.backend.become_target(Self::target()?)
     }
 
-    /// Starts a back-end and ends it again, with nothing handed over: what else a hand-over costs a machine.
+    /// Starts a back-end and ends it without a hand-over, as the control of [`super::row`]: the load that comes with a
+    /// hand-over but is not part of it.
     ///
     /// # Errors
-    /// If it cannot be started.
+    /// Returns an error if the back-end cannot be started.
     pub fn start_another() -> Result<()> {
         Self::target().map(drop)
     }
 
-    /// Measures so many hand-overs under the load that runs, and as many intervals without; adds them to `measured`.
+    /// Measures `handovers` hand-overs and as many control intervals under the current load. Adds them to `measured`.
     ///
     /// # Errors
-    /// If a hand-over fails.
+    /// Returns an error if a hand-over fails.
     pub fn measure(&mut self, measured: &mut Measured, handovers: usize) -> Result<()> {
         self.settle()?;
         for handover in 0..handovers {
@@ -239,7 +240,7 @@ impl Bench {
             let SessionReport::Completed { blackout_us, phases } = report else { bail!("{report:?}") };
             measured.blackouts.push(i64::try_from(blackout_us)?);
             for (all, name) in measured.phases.iter_mut().zip(PHASES) {
-                all.push(i64::try_from(*phases.get(name).context("a phase is missing")?)?);
+                all.push(i64::try_from(*phases.get(name).with_context(|| format!("no phase {name}"))?)?);
             }
             sleep(REST);
             self.mark()?;

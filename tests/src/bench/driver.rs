@@ -1,7 +1,6 @@
-//! The load: front-end, guest and network of one back-end, in one thread that never waits, so that what it sees of a
-//! frame's time is the frame's.
-//!
-//! A second thread hears the orders. The traffic's thread looks for them between frames.
+//! The load generator: front-end, guest and network of one back-end in a single thread. Unless it is restful the thread
+//! never sleeps, so its wake-up latency does not add to the measured times. A second thread receives the orders; the
+//! traffic thread polls for them between frames.
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -20,38 +19,38 @@ use crate::fake_frontend::{Device, Options};
 use crate::numbered_frames::Flows;
 use crate::packet_socket::PacketSocket;
 
-/// The first UDP port of the flows, one a queue pair: the same both ways, since the kernel steers what comes back to where
-/// it went out.
+/// The UDP port of the first flow; each queue pair has one flow. Both directions use the same ports, because the kernel
+/// steers a flow to the queue on which its other direction went out.
 const PORT: u16 = 20_000;
-/// The most frames of one direction that are sent at once: who could not run for a while does not make up for it.
+/// The most frames of one direction that are sent at once. After a longer stall the driver does not catch up.
 const BURST: u64 = 64;
-/// How long a driver that lets others have its processor does so.
+/// How long a restful driver sleeps when no frame has arrived.
 const REST: Duration = Duration::from_micros(50);
-/// How long a frame may take that is not lost.
+/// How long to wait without progress before the outstanding frames count as lost.
 const SETTLED: Duration = Duration::from_millis(500);
 
-/// What to drive.
+/// The back-end to drive, and the load.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Arguments {
-    /// The back-end's socket.
+    /// vhost-user socket of the back-end
     #[arg(long)]
     pub socket: PathBuf,
-    /// Its TAP.
+    /// TAP of the back-end
     #[arg(long)]
     pub tap: String,
-    /// Queue pairs.
+    /// Number of queue pairs
     #[arg(long)]
     pub pairs: u16,
-    /// How many of them have frames
+    /// Number of queue pairs that carry frames
     #[arg(long)]
     pub busy: u16,
-    /// The guest's memory, in bytes.
+    /// Guest memory in bytes
     #[arg(long)]
     pub memory: u64,
-    /// Frames a second each way.
+    /// Frames a second each way, over all queue pairs
     #[arg(long)]
     pub rate: u32,
-    /// Let others have the processor now and then.
+    /// Sleep when there is nothing to do, and share the processor
     #[arg(long)]
     pub restful: bool,
 }
@@ -64,10 +63,10 @@ enum Answer {
     Count(Count),
 }
 
-/// Connects, and drives until nobody gives orders any more.
+/// Connects to the back-end and runs the load until the other end of `line` is closed.
 ///
 /// # Errors
-/// If the back-end does what it must not.
+/// Returns an error if the back-end or the TAP cannot be used, or if a malformed frame or order arrives.
 pub fn run(arguments: &Arguments, line: OwnedFd) -> Result<()> {
     if !arguments.restful {
         take_processor()?;
@@ -112,7 +111,7 @@ pub fn run(arguments: &Arguments, line: OwnedFd) -> Result<()> {
 
 fn hear(mut line: Line, orders: &Sender<Order>, answers: &Receiver<Answer>) -> Result<()> {
     while let Some(order) = line.hear::<Order>()? {
-        // Without the other end it has failed, and says so itself.
+        // If the receiver is gone, the traffic thread has failed and returns the error itself.
         if orders.send(order).is_err() {
             break;
         }
@@ -122,7 +121,7 @@ fn hear(mut line: Line, orders: &Sender<Order>, answers: &Receiver<Answer>) -> R
     Ok(())
 }
 
-/// Nanoseconds between two frames.
+/// The time between two frames of one direction, in nanoseconds.
 fn interval(rate: u32) -> u64 {
     1_000_000_000 / u64::from(rate.max(1))
 }
@@ -138,7 +137,7 @@ struct Traffic {
     interval: u64,
     /// When the next frame each way is due.
     due: u64,
-    /// When the count began.
+    /// When the current count began.
     counted: u64,
     restful: bool,
 }
@@ -168,13 +167,13 @@ impl Traffic {
                 }
                 Err(std::sync::mpsc::TryRecvError::Disconnected) => return Ok(()),
             };
-            // Who asked may be gone.
+            // The receiver may be gone; the next iteration then ends the loop.
             let _ = answers.send(answer);
         }
     }
 
-    /// Sends a frame of each flow out before any comes in: a flow that the kernel learns of later is steered elsewhere
-    /// from then on, and overtakes itself.
+    /// Sends one frame of each flow to the network before any arrives from it. If the kernel learned of a flow later,
+    /// it would steer the flow to another queue from then on, and frames could overtake each other.
     fn introduce(&mut self, frame: &mut Vec<u8>) -> Result<()> {
         for _ in 0..self.up.count() {
             let now = self.now();
@@ -189,7 +188,7 @@ impl Traffic {
         self.down_times.take_worst().or(self.up_times.take_worst())
     }
 
-    /// How many frames have not arrived.
+    /// How many frames have not arrived yet.
     fn outstanding(&self) -> u64 {
         let of = |flows: &Flows| flows.in_flight() + flows.tally().lost;
         of(&self.down) + of(&self.up)
@@ -222,7 +221,7 @@ impl Traffic {
         })
     }
 
-    /// Sends what is due.
+    /// Sends the frames that are due.
     fn send(&mut self) -> Result<()> {
         let now = self.now();
         self.due = self.due.max(now.saturating_sub(BURST * self.interval));
@@ -235,7 +234,7 @@ impl Traffic {
             self.network.try_send(frame)?;
             self.down.sent();
             let (pair, frame) = self.up.next(now);
-            // A guest waits where its queue is full.
+            // If the transmit queue is full, the guest keeps the frame for the next turn.
             if self.device.enqueue(pair, &NetHeader::default(), frame)? {
                 self.up.sent();
                 pairs |= 1 << pair;
@@ -249,7 +248,7 @@ impl Traffic {
         Ok(())
     }
 
-    /// Takes what has come. Gives whether anything had.
+    /// Receives all frames that have arrived. Returns whether there were any.
     fn receive(&mut self, frame: &mut Vec<u8>) -> Result<bool> {
         let mut any = false;
         for pair in 0..self.device.pairs.len() {

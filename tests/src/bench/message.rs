@@ -1,4 +1,4 @@
-//! What is said to the driver, one JSON object a line, and what it answers.
+//! The protocol between the benchmark and its driver: orders and answers, one JSON value per line.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
@@ -8,54 +8,54 @@ use anyhow::{Result, ensure};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-/// What the driver is to do.
+/// A request to the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Order {
-    /// End the interval, and begin the next one. Answered by a [`Worst`].
+    /// End the interval and begin the next one. The answer is a [`Worst`].
     Mark,
-    /// Send so many frames a second each way. Answered by a [`Worst`], too.
+    /// Send this many frames a second each way. Also ends the interval; the answer is a [`Worst`].
     Rate(u32),
-    /// Send nothing until all is there that is to come, and count anew. Answered by a [`Count`].
+    /// Send nothing until all frames in flight have arrived, and restart the counts. The answer is a [`Count`].
     Settle,
 }
 
-/// The worst of an interval, in one direction.
+/// The longest gap and the longest delay of an interval.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Worst {
-    /// The longest time between two frames that arrived in one direction, in nanoseconds.
+    /// The longest time between the arrivals of two consecutive frames of one direction, in nanoseconds.
     pub gap: u64,
-    /// The longest time that a frame was on its way, in nanoseconds.
+    /// The longest time from sending to receiving a frame, in nanoseconds.
     pub delay: u64,
 }
 
 impl Worst {
-    /// The worse of two directions.
+    /// The maximum of each value.
     #[must_use]
     pub fn or(self, other: Self) -> Self {
         Self { gap: self.gap.max(other.gap), delay: self.delay.max(other.delay) }
     }
 }
 
-/// What became of all frames since the last count.
+/// The frames sent since the last count, and how many of them went wrong.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Count {
-    /// Frames sent each way, on average, a second.
+    /// Frames sent a second each way, on average.
     pub rate: u32,
-    /// Frames sent.
+    /// Frames sent, both ways together.
     pub sent: u64,
-    /// Of them, those that did not arrive.
+    /// Frames that did not arrive.
     pub lost: u64,
-    /// Those that arrived more than once.
+    /// Frames that arrived again.
     pub doubled: u64,
-    /// Those that others of their flow, sent later, had overtaken.
+    /// Frames that arrived after later ones of their flow.
     pub reordered: u64,
-    /// The back-end said nothing to the front-end, and did not leave it.
+    /// Whether the back-end sent the front-end nothing and kept the connection open.
     pub quiet: bool,
 }
 
 impl Count {
-    /// With what came before it.
+    /// Adds this count to an earlier one; the rate is this one's.
     #[must_use]
     pub fn and(self, before: Self) -> Self {
         Self {
@@ -68,13 +68,13 @@ impl Count {
         }
     }
 
-    /// Whether all arrived as it should, and the front-end heard nothing.
+    /// Whether every frame arrived once and in order, and the front-end's socket was quiet.
     pub fn is_clean(&self) -> bool {
         (self.lost, self.doubled, self.reordered, self.quiet) == (0, 0, 0, true)
     }
 }
 
-/// One end of the line.
+/// One end of the connection between benchmark and driver.
 #[derive(Debug)]
 pub struct Line(BufReader<UnixStream>);
 
@@ -85,26 +85,26 @@ impl From<OwnedFd> for Line {
 }
 
 impl Line {
-    /// Says something.
+    /// Sends a message.
     ///
     /// # Errors
-    /// If nobody hears it.
+    /// Returns an error if the other end is closed.
     pub fn say(&mut self, message: &impl Serialize) -> Result<()> {
         let mut line = serde_json::to_vec(message)?;
         line.push(b'\n');
         Ok(self.0.get_mut().write_all(&line)?)
     }
 
-    /// Hears something. `None`: the other end is gone.
+    /// Waits for a message. Returns `None` if the other end is closed.
     ///
     /// # Errors
-    /// If it makes no sense.
+    /// Returns an error if the message is incomplete or malformed.
     pub fn hear<M: DeserializeOwned>(&mut self) -> Result<Option<M>> {
         let mut line = String::new();
         if self.0.read_line(&mut line)? == 0 {
             return Ok(None);
         }
-        ensure!(line.ends_with('\n'), "half a line: {line}");
+        ensure!(line.ends_with('\n'), "incomplete message: {line}");
         Ok(Some(serde_json::from_str(&line)?))
     }
 }

@@ -1,9 +1,10 @@
-//! How long the network stands still while a session is handed over, and whether a frame is lost by it.
+//! Measures how long the network stops while a session is handed over, and whether any frame is lost.
 //!
-//! The load comes from a process of its own ([`driver`]), which is front-end, guest and network in one: numbered and
-//! stamped frames both ways ([`crate::numbered_frames`], [`timing`]). It notes the worst of each interval that it is told of ([`message`]); half of
-//! these hold a hand-over, the others nothing ([`cell`]). [`row`] looks for the rate that the machine bears, and hands a
-//! session on many times in a row near that. [`numbers`] sums up, [`page`] writes it all down, with a [`plot`].
+//! A separate process, the [`driver`], acts as front-end, guest and network. It sends numbered, time-stamped frames
+//! both ways ([`crate::numbered_frames`]) and records the longest gap and delay ([`timing`]) of each interval that the
+//! benchmark marks ([`message`]). Half of the intervals contain a hand-over; the others are the control ([`cell`]).
+//! [`row`] finds the highest rate without drops and runs many consecutive hand-overs near it. [`numbers`] computes
+//! quantiles; [`page`] and [`plot`] write the results.
 
 pub mod cell;
 pub mod dataplane;

@@ -1,24 +1,24 @@
-//! Many measured values in three.
+//! Summarises measured values as quantiles.
 
 use std::fmt;
 
-/// Half, nearly all, and all of the values are no larger.
+/// The median, the 99th percentile and the maximum of a set of values.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Quantiles {
-    /// Of which half are no larger.
+    /// The median.
     pub p50: i64,
-    /// 99 of 100.
+    /// The 99th percentile.
     pub p99: i64,
-    /// All.
+    /// The maximum.
     pub max: i64,
 }
 
 impl Quantiles {
-    /// Of these values; zeroes without any.
+    /// Computes the quantiles of these values. Returns zeroes if there are none.
     pub fn of(values: impl IntoIterator<Item = i64>) -> Self {
         let mut values: Vec<_> = values.into_iter().collect();
         values.sort_unstable();
-        // The nearest rank.
+        // The nearest-rank method: no interpolation.
         let at = |percent: usize| {
             let rank = (values.len() * percent).div_ceil(100);
             values.get(rank.saturating_sub(1)).copied().unwrap_or_default()

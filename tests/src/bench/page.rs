@@ -1,4 +1,4 @@
-//! The measured part of the documentation's page: tables between two marks.
+//! Writes the measured part of `docs/handover-blackout.md`: the tables between two marks.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -11,27 +11,27 @@ use super::message::Count;
 use super::numbers::Quantiles;
 use super::row::Row;
 
-/// Where the measured part begins in the page.
+/// The mark at the start of the measured part.
 const BEGIN: &str = "<!-- measured: what follows is written by make bench -->\n";
-/// Where it ends.
+/// The mark at its end.
 const END: &str = "<!-- /measured -->\n";
 
-/// What the page calls the machine.
+/// The machine, as the page describes it.
 #[derive(Clone, Debug)]
 pub struct Machine {
-    /// Its processors.
+    /// The number and model of its processors.
     pub processors: String,
-    /// Its kernel.
+    /// The kernel release.
     pub kernel: String,
-    /// The processes that were ready to run when it began, on average.
+    /// The one-minute load average before the benchmark.
     pub load: String,
 }
 
 impl Machine {
-    /// This one.
+    /// Describes this machine.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if `/proc` cannot be read.
     pub fn this() -> Result<Self> {
         let info = fs::read_to_string("/proc/cpuinfo")?;
         let models = info.lines().filter_map(|line| line.strip_prefix("model name")?.split_once(": "));
@@ -39,15 +39,15 @@ impl Machine {
         let processors = format!("{} × {}", models.len(), models.first().unwrap_or(&"?"));
         let kernel = fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned();
         let load = fs::read_to_string("/proc/loadavg")?;
-        let load = load.split_whitespace().next().context("no load")?.to_owned();
+        let load = load.split_whitespace().next().context("no load average")?.to_owned();
         Ok(Self { processors, kernel, load })
     }
 }
 
-/// The measured part, in Markdown.
+/// Formats the measured part as Markdown.
 pub fn text(machine: &Machine, cells: &[Measured], row: Option<&Row>, plot: &str) -> String {
     let mut text = String::new();
-    // Writing to a string does not fail.
+    // Writing to a string cannot fail.
     let _ = write(&mut text, machine, cells, row, plot);
     text
 }
@@ -61,12 +61,18 @@ fn write(
 ) -> std::fmt::Result {
     let Machine { processors, kernel, load } = machine;
     let handovers = cells.first().map_or(0, |cell| cell.blackouts.len());
-    writeln!(text, "Measured on {processors}, Linux {kernel}, load {load} before it began; {handovers}")?;
-    writeln!(text, "hand-overs a line, and as many intervals without. Times in µs: p50 / p99 / max.\n")?;
-    writeln!(text, "![Blackout and gap by queue pairs, memory and rate]({plot})\n")?;
     writeln!(
         text,
-        "| queue pairs | busy | memory | kpps each way | gap, excess | slowest frame, excess | blackout as reported | frames | lost / doubled / reordered |"
+        "Measured on {processors}, Linux {kernel}, at a load average of {load} before the start. Each row of the"
+    )?;
+    writeln!(
+        text,
+        "tables covers {handovers} hand-overs and as many control intervals. Times are p50 / p99 / max in µs.\n"
+    )?;
+    writeln!(text, "![Blackout and excess gap by queue pairs, memory and rate]({plot})\n")?;
+    writeln!(
+        text,
+        "| queue pairs | busy | memory | kpps each way | excess gap | excess delay | reported blackout | frames | lost / duplicated / reordered |"
     )?;
     writeln!(text, "|---|---|---|---|---|---|---|---|---|")?;
     for measured in cells {
@@ -77,10 +83,10 @@ fn write(
         writeln!(text, "| {} | {gap} | {delay} | {blackout} | {sent} | {fate} |", name(measured))?;
     }
     write_slopes(text, cells)?;
-    writeln!(text, "\nWhat the gaps are made of, with and without a hand-over:\n")?;
+    writeln!(text, "\nGaps and delays with a hand-over, and in the control intervals:\n")?;
     writeln!(
         text,
-        "| queue pairs | busy | memory | kpps each way | gap with | gap without | slowest with | slowest without |"
+        "| queue pairs | busy | memory | kpps each way | gap | gap, control | delay | delay, control |"
     )?;
     writeln!(text, "|---|---|---|---|---|---|---|---|")?;
     for measured in cells {
@@ -90,7 +96,7 @@ fn write(
         let name = name(measured);
         writeln!(text, "| {name} | {gaps} | {control_gaps} | {delays} | {control_delays} |")?;
     }
-    writeln!(text, "\nThe blackout by phase:\n")?;
+    writeln!(text, "\nThe phases of the blackout:\n")?;
     writeln!(text, "| queue pairs | busy | memory | kpps each way | {} |", PHASES.join(" | "))?;
     writeln!(text, "|---|---|---|---|{}", "---|".repeat(PHASES.len()))?;
     for measured in cells {
@@ -103,7 +109,7 @@ fn write(
     Ok(())
 }
 
-/// What the blackout's median does along the axes of pairs and memory, if they were measured.
+/// Writes how the median blackout depends on the queue pairs and on the memory, if these were varied.
 fn write_slopes(text: &mut String, cells: &[Measured]) -> std::fmt::Result {
     let Some(Measured { cell: base, .. }) = cells.first() else { return Ok(()) };
     let median = |measured: &Measured| Quantiles::of(measured.blackouts.iter().copied()).p50;
@@ -113,8 +119,8 @@ fn write_slopes(text: &mut String, cells: &[Measured]) -> std::fmt::Result {
     };
     type Axis = (&'static str, fn(Cell, Cell) -> Cell);
     const PAIRS: [Axis; 2] = [
-        ("with frames", |base, Cell { pairs, .. }| Cell { pairs, busy: pairs, ..base }),
-        ("without", |base, Cell { pairs, .. }| Cell { pairs, ..base }),
+        ("busy", |base, Cell { pairs, .. }| Cell { pairs, busy: pairs, ..base }),
+        ("idle", |base, Cell { pairs, .. }| Cell { pairs, ..base }),
     ];
     for (what, moved) in PAIRS {
         let cells = || medians(moved);
@@ -130,7 +136,7 @@ fn write_slopes(text: &mut String, cells: &[Measured]) -> std::fmt::Result {
         let (sign, tenths) = (if tenths < 0 { "-" } else { "" }, tenths.abs());
         writeln!(
             text,
-            "\nThe blackout's median grows by {sign}{}.{} µs for each further queue pair {what}, up to {}.",
+            "\nThe median blackout grows by {sign}{}.{} µs per additional {what} queue pair, up to {} queue pairs.",
             tenths / 10,
             tenths % 10,
             most.pairs
@@ -144,7 +150,7 @@ fn write_slopes(text: &mut String, cells: &[Measured]) -> std::fmt::Result {
     {
         writeln!(
             text,
-            "\nIt is {low} to {high} µs from {least} to {largest} MiB, with pairs as in the first line."
+            "\nThe median blackout is {low} to {high} µs with {least} to {largest} MiB of guest memory, otherwise as in the first row."
         )?;
     }
     Ok(())
@@ -154,22 +160,25 @@ fn write_row(text: &mut String, row: &Row) -> std::fmt::Result {
     let Row { limit, rate, handovers, with, control, before, after, given_up } = row;
     write!(
         text,
-        "\n{handovers} hand-overs in a row, at 0.8 of the {limit} frames a second each way that this machine bears without a drop"
+        "\n{handovers} consecutive hand-overs at 80 % of {limit} frames a second each way, the highest rate that this machine sustains without drops"
     )?;
     if !given_up.is_empty() {
         let given_up: Vec<_> = given_up.iter().map(u32::to_string).collect();
-        write!(text, " (not of {}: at 0.8 of that not even the control was clean)", given_up.join(", "))?;
+        write!(text, " (rejected, because the control failed at 80 %: {})", given_up.join(", "))?;
     }
     writeln!(text, ":\n")?;
-    writeln!(text, "| | frames | a second each way | lost / doubled / reordered | the front-end's socket |")?;
+    writeln!(
+        text,
+        "| | frames | frames a second each way | lost / duplicated / reordered | front-end's socket |"
+    )?;
     writeln!(text, "|---|---|---|---|---|")?;
-    for (name, count) in [("with hand-overs", with), ("control: back-ends started and ended", control)] {
+    for (name, count) in [("hand-overs", with), ("control: back-ends started and ended only", control)] {
         let socket = if count.quiet { "silent" } else { "an event" };
         writeln!(text, "| {name} | {} | {rate} | {} | {socket} |", count.sent, fate(count))?;
     }
     writeln!(
         text,
-        "\nThe back-end after the first of them, and after the last: {} and {} KiB of its own, {} and {} descriptors, {} and {} threads.",
+        "\nThe back-end early in this run, and at its end: {} and {} KiB of anonymous memory, {} and {} descriptors, {} and {} threads.",
         before.memory, after.memory, before.fds, after.fds, before.threads, after.threads
     )
 }
@@ -188,15 +197,15 @@ fn fate(count: &Count) -> String {
     format!("{} / {} / {}", count.lost, count.doubled, count.reordered)
 }
 
-/// Puts the measured part into the page at `path`: between its marks, or into a page of its own where there is none.
+/// Replaces the measured part of the page at `path`. Creates a page with only this part if there is none.
 ///
 /// # Errors
-/// If it cannot be written, or has no marks.
+/// Returns an error if the page cannot be read or written, or has no marks.
 pub fn update(path: &Path, measured: &str) -> Result<()> {
     let page = if path.exists() { fs::read_to_string(path)? } else { format!("{BEGIN}{END}") };
-    let page =
-        replaced(&page, measured).with_context(|| format!("{}: its marks are gone", path.display()))?;
-    fs::write(path, page).with_context(|| format!("write {}", path.display()))
+    let page = replaced(&page, measured)
+        .with_context(|| format!("{} has no marks for the measured part", path.display()))?;
+    fs::write(path, page).with_context(|| format!("cannot write {}", path.display()))
 }
 
 fn replaced(page: &str, measured: &str) -> Option<String> {
@@ -210,7 +219,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_is_between_the_marks_is_replaced() {
+    fn only_the_text_between_the_marks_is_replaced() {
         let page = format!("# Title\n{BEGIN}old\n{END}The end.\n");
         assert_eq!(replaced(&page, "new\n"), Some(format!("# Title\n{BEGIN}new\n{END}The end.\n")));
         assert_eq!(replaced("# Title\n", "new\n"), None);

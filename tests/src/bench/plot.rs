@@ -1,4 +1,4 @@
-//! Blackout and gap by what they might depend on, as SVG.
+//! Plots the blackout and the gap along each axis of the sweep, as SVG.
 
 use std::path::Path;
 
@@ -11,13 +11,14 @@ use plotters::prelude::{
 use super::cell::{Cell, Measured};
 use super::numbers::Quantiles;
 
-/// The picture's size.
+/// The size of the picture in pixels.
 const SIZE: (u32, u32) = (1280, 320);
 
-/// An axis of the sweep: its name, where a cell is on it, and the first cell moved along it to where another is.
+/// An axis of the sweep: its name, the coordinate of a cell on it, and a function that moves the base cell along it to
+/// the coordinate of another cell.
 type Axis = (&'static str, fn(&Cell) -> f64, fn(Cell, Cell) -> Cell);
 
-#[expect(clippy::cast_precision_loss, reason = "a place in a picture")]
+#[expect(clippy::cast_precision_loss, reason = "a coordinate in a picture")]
 const AXES: [Axis; 4] = [
     (
         "queue pairs, all busy",
@@ -33,7 +34,7 @@ const AXES: [Axis; 4] = [
     ("kpps each way", |cell| f64::from(cell.rate) / 1000.0, |base, Cell { rate, .. }| Cell { rate, ..base }),
 ];
 
-/// A line: its name, colour, and value of a cell in microseconds.
+/// A line: its name, its colour and its value for a cell, in microseconds.
 type Line = (&'static str, RGBColor, fn(&Measured) -> i64);
 
 const GREY: RGBColor = RGBColor(110, 110, 110);
@@ -44,10 +45,10 @@ const LINES: [Line; 3] = [
     ("excess gap p50", RED, |measured| measured.excess()[0].p50),
 ];
 
-/// Draws all cells that differ from `base` in one thing only.
+/// Draws a panel per axis, with the cells that differ from `base` only along that axis.
 ///
 /// # Errors
-/// If the file cannot be written.
+/// Returns an error if the file cannot be written.
 pub fn draw(path: &Path, base: Cell, cells: &[Measured]) -> Result<()> {
     let area = SVGBackend::new(path, SIZE).into_drawing_area();
     area.fill(&WHITE).map_err(|error| anyhow!("{error}"))?;
@@ -55,7 +56,7 @@ pub fn draw(path: &Path, base: Cell, cells: &[Measured]) -> Result<()> {
         let cells = cells.iter().filter(|measured| moved(base, measured.cell) == measured.cell).collect();
         chart(panel, name, place, cells).map_err(|error| anyhow!("{error}"))?;
     }
-    area.present().map_err(|error| anyhow!("write {}: {error}", path.display()))
+    area.present().map_err(|error| anyhow!("cannot write {}: {error}", path.display()))
 }
 
 fn chart(
@@ -68,7 +69,7 @@ fn chart(
     let places = cells.iter().map(|measured| place(&measured.cell));
     let (least, most) =
         places.fold((f64::MAX, f64::MIN), |(least, most), place| (least.min(place), most.max(place)));
-    #[expect(clippy::cast_precision_loss, reason = "a place in a picture")]
+    #[expect(clippy::cast_precision_loss, reason = "a coordinate in a picture")]
     let value = |line: fn(&Measured) -> i64, measured: &Measured| line(measured).max(1) as f64;
     let values = cells.iter().flat_map(|measured| LINES.map(|(_, _, line)| value(line, measured)));
     let highest = values.fold(100.0_f64, f64::max);

@@ -1,4 +1,4 @@
-//! Many hand-overs in a row near the rate that the machine bears, and what that rate is.
+//! Finds the highest rate that the machine sustains without drops, and runs many consecutive hand-overs near it.
 
 use std::time::{Duration, Instant};
 
@@ -7,49 +7,49 @@ use anyhow::Result;
 use super::cell::{Bench, Cell};
 use super::message::Count;
 
-/// How long a rate is tried.
+/// How long to try a rate.
 const TRIAL: Duration = Duration::from_secs(1);
-/// Where the search begins.
+/// The lower bound of the search, in frames a second.
 const LOWEST: u32 = 10_000;
-/// Where it ends in any case.
+/// The upper bound of the search, in frames a second.
 const HIGHEST: u32 = 2_000_000;
-/// Hand-overs, or intervals of the control, that are counted together.
+/// The number of hand-overs, or of steps of the control, that are counted together.
 const BLOCK: usize = 50;
 
-/// What a back-end's process uses.
+/// The resources of a back-end's process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Size {
-    /// Memory of its own, in KiB.
+    /// Anonymous resident memory in KiB.
     pub memory: u64,
-    /// Descriptors.
+    /// Open descriptors.
     pub fds: usize,
     /// Threads.
     pub threads: usize,
 }
 
-/// What came of it.
+/// The result.
 #[derive(Clone, Debug)]
 pub struct Row {
-    /// The rate that the machine bears each way.
+    /// The highest rate that the machine sustains, in frames a second each way.
     pub limit: u32,
-    /// Higher ones, that were taken for it until not even the control was clean.
+    /// Higher rates that were rejected because the control was not clean.
     pub given_up: Vec<u32>,
-    /// The rate of the load.
+    /// The rate of the load, in frames a second each way.
     pub rate: u32,
-    /// How many hand-overs, and intervals of the control.
+    /// The number of hand-overs, and of steps of the control.
     pub handovers: usize,
-    /// What became of the frames under hand-overs.
+    /// The frames of the blocks with hand-overs.
     pub with: Count,
-    /// And without, with as many back-ends started and ended.
+    /// The frames of the control, in which as many back-ends are started and ended.
     pub control: Count,
-    /// The size of the back-end after the first hand-overs.
+    /// The resources of the back-end after the first block of hand-overs.
     pub before: Size,
-    /// And after the last one.
+    /// The resources of the back-end after the last hand-over.
     pub after: Size,
 }
 
 impl Row {
-    /// Whether nothing was lost by it, and nothing grew.
+    /// Whether the hand-overs harmed no frame, and the back-end did not grow.
     pub fn is_clean(&self) -> bool {
         let Size { memory, fds, threads } = self.after;
         self.with.is_clean()
@@ -58,11 +58,11 @@ impl Row {
     }
 }
 
-/// Finds the limit, and hands a session on so many times in a row at 0.8 of that. A rate that shows itself to be too high,
-/// by frames that are lost without any hand-over, is given up for a lower one, and all begins anew.
+/// Finds the limit and runs `handovers` consecutive hand-overs at 80 % of it. If the control is not clean, the rate is
+/// too high for the machine: starts again with a lower limit.
 ///
 /// # Errors
-/// If a hand-over fails.
+/// Returns an error if a hand-over fails.
 pub fn run(cell: Cell, handovers: usize, restful: bool) -> Result<Row> {
     let mut bench = Bench::new(cell, restful)?;
     let mut limit = if restful { cell.rate } else { limit(&mut bench)? };
@@ -84,7 +84,7 @@ fn at(bench: &mut Bench, limit: u32, handovers: usize) -> Result<Row> {
     let clean = Count { quiet: true, ..Count::default() };
     let (mut with, mut control, mut before) = (clean, clean, None);
     let mut done = 0;
-    // By turns, so that both meet the machine's moods.
+    // Alternates, so that changes of the machine's speed affect both.
     while done < handovers {
         let block = BLOCK.min(handovers - done);
         (0..block).try_for_each(|_| Bench::start_another())?;
@@ -101,18 +101,18 @@ fn at(bench: &mut Bench, limit: u32, handovers: usize) -> Result<Row> {
 }
 
 fn size(bench: &mut Bench) -> Result<Size> {
-    // Whoever answers has tidied up.
+    // Once the back-end answers, it has released what it used for the hand-over.
     bench.backend.status()?;
     let process = &bench.backend.process;
     let memory = process.resident_bytes()? / 1024;
     Ok(Size { memory, fds: process.open_fds()?, threads: process.threads()? })
 }
 
-/// The highest rate at which nothing is dropped, though back-ends are started and ended beside it: within 5 %.
+/// Finds the highest rate, within 5 %, at which no frame is dropped while back-ends are started and ended.
 fn limit(bench: &mut Bench) -> Result<u32> {
     let (mut low, mut high) = (LOWEST, HIGHEST);
     while high > low + low / 20 {
-        // Upwards in leaps until one fails.
+        // Doubles the rate until one fails, then bisects.
         let middle = if high == HIGHEST { low.saturating_mul(2).min(high - 1) } else { low.midpoint(high) };
         if holds(bench, middle)? {
             low = middle;

@@ -1,8 +1,8 @@
-//! The worst gap between two frames of one direction, and the worst delay of a frame.
+//! Records the longest gap between two frames of one direction, and the longest delay of a frame.
 
 use super::message::Worst;
 
-/// The times of a direction.
+/// The times of one direction.
 #[derive(Debug, Default)]
 pub struct Timing {
     /// When the last frame arrived.
@@ -11,18 +11,18 @@ pub struct Timing {
 }
 
 impl Timing {
-    /// Notes that a frame arrived that was sent at `stamp`.
+    /// Records the arrival at `now` of a frame that was sent at `stamp`, both in nanoseconds.
     pub fn arrive(&mut self, stamp: u64, now: u64) {
         let gap = self.arrived.replace(now).map_or(0, |before| now.saturating_sub(before));
         self.worst = self.worst.or(Worst { gap, delay: now.saturating_sub(stamp) });
     }
 
-    /// The worst since the last call.
+    /// Returns the longest gap and delay since the last call.
     pub fn take_worst(&mut self) -> Worst {
         std::mem::take(&mut self.worst)
     }
 
-    /// Lets the next gap begin at the next frame.
+    /// Forgets the last arrival: the next gap begins at the next frame.
     pub fn restart(&mut self) {
         self.arrived = None;
     }
@@ -33,7 +33,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_worst_of_an_interval_is_kept() {
+    fn the_longest_gap_and_delay_of_an_interval_are_kept() {
         let mut timing = Timing::default();
         for (sent, arrived) in [(10, 15), (20, 45), (50, 55)] {
             timing.arrive(sent, arrived);

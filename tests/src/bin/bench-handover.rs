@@ -1,6 +1,6 @@
-//! `bench-handover`: how long the network stands still while a session is handed over under load, by the number of queue
-//! pairs, the guest's memory and the load; and whether a thousand hand-overs in a row lose anything.
-#![expect(unsafe_code, reason = "takes a descriptor that it was started with")]
+//! `bench-handover`: measures how long the network stops while a session is handed over under load, for different
+//! numbers of queue pairs, sizes of guest memory and loads. Also checks that a thousand hand-overs lose nothing.
+#![expect(unsafe_code, reason = "takes ownership of an inherited descriptor")]
 
 use std::fs;
 use std::io::{self, Write};
@@ -16,45 +16,45 @@ use baton_tests::bench::row::{self, Row};
 use baton_tests::bench::{driver, plot};
 use clap::{Parser, Subcommand};
 
-/// What is varied, one thing at a time; of several queue pairs one is busy, or all are.
+/// The cell from which all others differ in one parameter. With several queue pairs, either one or all are busy.
 const BASE: Cell = Cell { pairs: 1, busy: 1, memory: 1024, rate: 50_000 };
 const PAIRS: [u16; 3] = [4, 16, 64];
 const MEMORY: [u64; 2] = [128, 8192];
 const RATES: [u32; 2] = [10_000, 100_000];
 
-/// Hand-overs in a cell.
+/// The number of hand-overs in each cell.
 const HANDOVERS: usize = 200;
-/// Hand-overs in a row.
+/// The number of consecutive hand-overs.
 const IN_A_ROW: usize = 1000;
-/// Each cell is measured this many times, all others in between.
+/// How often each cell is measured. A round covers all cells.
 const ROUNDS: usize = 2;
 
-/// How much less of all a quick run does: it shows that all works, and measures nothing.
+/// The divisor of the rates in a quick run, which only shows that the benchmark works.
 const QUICK: u32 = 20;
 
-/// Measure how long the network stands still while a session is handed over under load
+/// Measure how long the network stops while a session is handed over under load
 #[derive(Debug, Parser)]
 struct Arguments {
     #[command(subcommand)]
     command: Option<Command>,
-    /// A little of everything, to see that it works
+    /// Run a little of everything, to check that the benchmark works
     #[arg(long)]
     quick: bool,
-    /// Where handover-blackout.md and handover-blackout.svg are
+    /// Directory of handover-blackout.md and handover-blackout.svg
     #[arg(long, default_value = "docs")]
     output: PathBuf,
-    /// Measure only this, and write nothing: queue pairs, how many of them have frames, MiB of guest memory, thousand
-    /// frames a second each way
+    /// Measure only this cell, and write no files: queue pairs, how many of them carry frames, MiB of guest memory,
+    /// thousand frames a second each way
     #[arg(long, value_name = "PAIRS,BUSY,MIB,KPPS")]
     cell: Vec<CellArgument>,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Be the load
+    /// Generate the load
     #[command(hide = true)]
     Drive {
-        /// Where orders come from
+        /// The descriptor of the socket from which commands arrive
         #[arg(long)]
         line: RawFd,
         #[command(flatten)]
@@ -62,7 +62,7 @@ enum Command {
     },
 }
 
-/// A cell on the command line.
+/// A cell given on the command line.
 #[derive(Clone, Copy, Debug)]
 struct CellArgument(Cell);
 
@@ -71,10 +71,10 @@ impl FromStr for CellArgument {
 
     fn from_str(text: &str) -> Result<Self> {
         let mut parts = text.split(',');
-        let mut next = || parts.next().context("four numbers: PAIRS,BUSY,MIB,KPPS");
+        let mut next = || parts.next().context("expected four numbers: PAIRS,BUSY,MIB,KPPS");
         let (pairs, busy) = (next()?.parse()?, next()?.parse()?);
         let (memory, rate) = (next()?.parse()?, next()?.parse::<u32>()?);
-        ensure!((1..=pairs).contains(&busy), "from 1 to {pairs} queue pairs have frames");
+        ensure!((1..=pairs).contains(&busy), "BUSY must be from 1 to {pairs}");
         Ok(Self(Cell { pairs, busy, memory, rate: rate.saturating_mul(1000) }))
     }
 }
@@ -83,7 +83,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let result = match &arguments.command {
         Some(Command::Drive { line, arguments }) => {
-            // SAFETY: whoever started this process has given it the descriptor.
+            // SAFETY: the parent process passed this descriptor, and nothing else here owns it.
             driver::run(arguments, unsafe { OwnedFd::from_raw_fd(*line) }).map(|()| true)
         }
         None => measure(&arguments),
@@ -91,7 +91,9 @@ fn main() -> ExitCode {
     match result {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => {
-            eprintln!("bench-handover: frames did not arrive as they should, or something has grown");
+            eprintln!(
+                "bench-handover: frames were lost, duplicated or reordered, or a process leaks resources"
+            );
             ExitCode::FAILURE
         }
         Err(error) => {
@@ -101,7 +103,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Whether nothing was lost.
+/// Runs the benchmark. Returns whether all frames arrived as required and no process leaks resources.
 fn measure(arguments: &Arguments) -> Result<bool> {
     let machine = Machine::this()?;
     if !arguments.quick {
@@ -117,7 +119,7 @@ fn measure(arguments: &Arguments) -> Result<bool> {
     let rates = RATES.map(|rate| Cell { rate, ..BASE });
     let cells = [BASE].into_iter().chain(pairs).chain(busy).chain(memory).chain(rates);
     let cells = sweep(cells, arguments.quick)?;
-    say("hand-overs in a row")?;
+    say("consecutive hand-overs")?;
     let row = row::run(quickened(BASE, arguments.quick), less(IN_A_ROW, arguments.quick), arguments.quick)?;
     let clean = report(&machine, &cells, Some(&row))?;
 
@@ -129,7 +131,7 @@ fn measure(arguments: &Arguments) -> Result<bool> {
     Ok(clean)
 }
 
-/// Measures all cells in turn, and once more in the opposite order.
+/// Measures all cells in each round, in alternating order.
 fn sweep(cells: impl IntoIterator<Item = Cell>, quick: bool) -> Result<Vec<Measured>> {
     let cells = cells.into_iter().map(|cell| quickened(cell, quick));
     let mut measured: Vec<_> = cells.map(Measured::nothing).collect();
@@ -138,7 +140,7 @@ fn sweep(cells: impl IntoIterator<Item = Cell>, quick: bool) -> Result<Vec<Measu
         for measured in &mut measured {
             let cell = measured.cell;
             say(&format!(
-                "{} pairs ({} with frames), {} MiB, {} frames/s: round {}",
+                "{} queue pairs ({} busy), {} MiB, {} frames/s: round {}",
                 cell.pairs,
                 cell.busy,
                 cell.memory,

@@ -1,4 +1,4 @@
-//! `lab`: starts the lab for the tests, or runs a program in it.
+//! `lab`: starts the lab for the tests, or runs a program in the lab.
 
 use std::env;
 use std::fs::OpenOptions;
@@ -12,7 +12,7 @@ use baton_tests::images;
 use baton_tests::lab::{self, Job, Outcome, Place, Running};
 use clap::{Parser, Subcommand};
 
-/// Starts the lab for the tests, or runs a program in it.
+/// Start the lab for the tests, or run a program in the lab
 #[derive(Debug, Parser)]
 struct Arguments {
     #[command(subcommand)]
@@ -21,17 +21,17 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Prepare a run of nextest, as its set-up script: start labs if this machine needs them.
+    /// Prepare a run of nextest, as its set-up script: start the lab if this machine needs it
     Up,
-    /// Run a program in a lab of its own, as root.
+    /// Run a program as root in a new lab
     Run {
-        /// The program's path.
+        /// Path of the program
         program: PathBuf,
-        /// What it is started with.
+        /// Arguments of the program
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
-    /// Be the lab's supervisor.
+    /// Run the supervisor of the lab
     #[command(hide = true)]
     Supervise {
         #[arg(long)]
@@ -41,7 +41,7 @@ enum Command {
         #[arg(long)]
         folder: PathBuf,
     },
-    /// Be the first process of the lab's machine.
+    /// Run the first process of the lab's machine
     #[command(hide = true)]
     Agent,
 }
@@ -61,11 +61,11 @@ fn main() -> ExitCode {
     })
 }
 
-/// nextest tells its set-up scripts where to say what the tests' environment is to be.
+/// Prepares a run of nextest. Passes variables to the tests through the file that nextest names in `NEXTEST_ENV`.
 fn up() -> Result<ExitCode> {
     let place = Place::prepare(parent_id())?;
     let path = env::var_os("NEXTEST_ENV")
-        .context("NEXTEST_ENV is not set: nextest runs this, see .config/nextest.toml")?;
+        .context("NEXTEST_ENV is not set: only nextest runs this, see .config/nextest.toml")?;
     let mut file = OpenOptions::new().append(true).open(path).context("cannot write to NEXTEST_ENV")?;
     let initramfs = images::guest_initramfs()?;
     writeln!(file, "{}={place}\n{}={}", lab::PLACE, images::GUEST_INITRAMFS, initramfs.display())

@@ -1,4 +1,4 @@
-//! `reference-backend`: a network back-end written with rust-vmm's crates, without Baton's code.
+//! `reference-backend`: a network back-end built on the rust-vmm crates, without Baton's code.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use baton_tests::reference_backend;
 use clap::Parser;
 
-/// Serve one vhost-user front-end after another with a TAP, by means of rust-vmm's crates
+/// A vhost-user network back-end built on the rust-vmm crates, which serves one front-end at a time
 #[derive(Debug, Parser)]
 struct Arguments {
     /// Listen for front-ends on this socket

@@ -1,5 +1,5 @@
-//! `traffic`: sends and checks network traffic between two machines. Prints one line of JSON; exits with 0 only if
-//! all arrived as it should.
+//! `traffic`: sends and checks network traffic between two machines. Prints one line of JSON. Exits with 0 only if all
+//! traffic arrived as required.
 
 use std::io::{self, Write};
 use std::net::{SocketAddr, TcpListener};
@@ -15,7 +15,7 @@ use clap::{Parser, Subcommand};
 use nix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
 
-/// Sends and checks network traffic between two machines.
+/// Send and check network traffic between two machines
 #[derive(Debug, Parser)]
 struct Arguments {
     #[command(subcommand)]
@@ -24,72 +24,72 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Be the other end of the checks, until ended.
+    /// Serve as the other end of the checks, until killed
     Serve {
-        /// Where to listen.
+        /// Address to listen on
         #[arg(long, default_value = "0.0.0.0:7000")]
         listen: SocketAddr,
-        /// Go on in the background as soon as it listens.
+        /// Continue in the background once the server listens
         #[arg(long)]
         background: bool,
-        /// Listen on standard input, a listening socket.
+        /// Use standard input as the listening socket
         #[arg(long, hide = true)]
         inherited: bool,
     },
-    /// Much data over TCP, its sum compared.
+    /// Send bulk data over TCP and compare checksums
     Bulk {
-        /// Where `traffic serve` listens.
+        /// Address of `traffic serve`
         server: SocketAddr,
-        /// Who sends.
+        /// Which end sends
         #[arg(long)]
         direction: Direction,
-        /// How much each stream carries.
+        /// Bytes on each connection
         #[arg(long, default_value_t = 64 << 20)]
         bytes: u64,
-        /// How many connections at once.
+        /// Number of parallel connections
         #[arg(long, default_value_t = 1)]
         streams: u16,
     },
-    /// Numbered datagrams, none of which may be lost, doubled or overtaken in its flow.
+    /// Send numbered datagrams, none of which may be lost, duplicated or reordered within its flow
     Flows {
-        /// Where `traffic serve` listens.
+        /// Address of `traffic serve`
         server: SocketAddr,
-        /// Who sends.
+        /// Which end sends
         #[arg(long)]
         direction: Direction,
-        /// How many over all flows.
+        /// Datagrams over all flows
         #[arg(long, default_value_t = 10_000)]
         count: u32,
-        /// From how many ports.
+        /// Number of flows, each from its own port
         #[arg(long, default_value_t = 1)]
         flows: u16,
-        /// How many a second.
+        /// Datagrams a second
         #[arg(long, default_value_t = 2_000)]
         rate: u32,
-        /// UDP payload in bytes.
+        /// UDP payload in bytes
         #[arg(long, default_value_t = 64)]
         size: u16,
-        /// Seconds without a datagram after which the rest is lost.
+        /// Seconds without a datagram after which the rest counts as lost
         #[arg(long, default_value_t = 30)]
         silence: u16,
     },
-    /// No traffic: whether this machine's monotonic clock ever goes back.
+    /// Check that the monotonic clock of this machine never goes backwards; sends no traffic
     Clock {
-        /// Looks at it until there is a file of this name.
+        /// Stop when this file exists
         #[arg(long)]
         until: PathBuf,
     },
-    /// Datagrams of every size, sent back and compared.
+    /// Send datagrams of every size, and compare what the server echoes
     Sizes {
-        /// Where `traffic serve` listens.
+        /// Address of `traffic serve`
         server: SocketAddr,
-        /// The smallest UDP payload in bytes: 18 makes an Ethernet frame of 60.
+        /// Smallest UDP payload in bytes; 18 bytes make an Ethernet frame of 60
         #[arg(long, default_value_t = 18)]
         from: usize,
-        /// The largest: 1472 fill an MTU of 1500.
+        /// Largest UDP payload in bytes; 1472 bytes fill an MTU of 1500
         #[arg(long, default_value_t = 1472)]
         to: usize,
-        /// How much larger each is than the one before it.
+        /// Difference between consecutive sizes
         #[arg(long, default_value_t = 1)]
         step: usize,
     },
@@ -111,10 +111,10 @@ fn main() -> ExitCode {
     }
 }
 
-/// How often the clock is looked at.
+/// How often the clock is read.
 const TICK: Duration = Duration::from_millis(2);
 
-/// Looks at the clock until there is such a file. How often it was looked at, and how often it had gone back since.
+/// Reads the clock until the file `until` exists. Returns how often it was read, and how often it had gone backwards.
 fn watch_clock(until: &Path) -> Result<(u64, u64)> {
     let now = || clock_gettime(ClockId::CLOCK_MONOTONIC);
     let (mut looks, mut back, mut last) = (0, 0, now()?);
@@ -163,7 +163,7 @@ fn run(command: &Command) -> Result<(Value, bool)> {
     }
 }
 
-/// Leaves the listening socket to a process of its own, so that whoever waits for this one knows that it listens.
+/// Passes the listening socket to a new process. When this process exits, its parent knows that the server listens.
 fn go_on(listener: TcpListener) -> Result<Value> {
     let address = listener.local_addr()?;
     let server = process::Command::new(std::env::current_exe()?)

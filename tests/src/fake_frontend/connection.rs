@@ -1,5 +1,5 @@
-//! The front-end's end of a vhost-user socket: any bytes and descriptors out, checked replies in, and a helper for
-//! every message that a well-behaved front-end sends.
+//! The front-end's end of a vhost-user socket. Sends any bytes and descriptors, checks replies, and has a helper for
+//! each message that a well-behaved front-end sends.
 #![expect(unsafe_code, reason = "owns the descriptors that come with replies")]
 
 use std::cell::Cell;
@@ -20,17 +20,17 @@ use super::memory::{GuestMemory, Region};
 use super::queue::RingAddresses;
 use super::wire::{HEADER_SIZE, Message, NEED_REPLY, NO_FD, REPLY, VERSION, request, u16_at, u32_at, u64_at};
 
-/// How long a reply may take. Only catches a back-end that hangs.
+/// How long to wait for a reply. Only catches a back-end that hangs.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// A reply, as it came.
+/// A reply, as received.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reply {
     /// The request that it answers.
     pub request: u32,
     /// Its flags.
     pub flags: u32,
-    /// What is behind its header.
+    /// The bytes after its header.
     pub payload: Vec<u8>,
 }
 
@@ -38,9 +38,9 @@ pub struct Reply {
 #[derive(Debug)]
 pub struct Connection {
     stream: UnixStream,
-    /// Ask for an acknowledgement of every request that has no reply of its own, and check it.
+    /// Request an acknowledgement of every message that has no reply, and check it (`NEED_REPLY`).
     pub acknowledged: bool,
-    /// Close the socket once so many more bytes have been sent, in the middle of a message or not.
+    /// Close the socket after this many more bytes are sent, even in the middle of a message.
     pub cut_after: Cell<Option<usize>>,
 }
 
@@ -48,16 +48,17 @@ impl Connection {
     /// Connects to a listening back-end.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if the back-end does not listen at `path`.
     pub fn connect(path: &Path) -> Result<Self> {
-        let stream = UnixStream::connect(path).with_context(|| format!("connect to {}", path.display()))?;
+        let stream =
+            UnixStream::connect(path).with_context(|| format!("cannot connect to {}", path.display()))?;
         Self::new(stream)
     }
 
-    /// Speaks on a connected socket.
+    /// Uses a connected socket.
     ///
     /// # Errors
-    /// If the socket takes no time-out.
+    /// Returns an error if the timeouts of the socket cannot be set.
     pub fn new(stream: UnixStream) -> Result<Self> {
         stream.set_nonblocking(false)?;
         stream.set_read_timeout(Some(PATIENCE))?;
@@ -73,17 +74,22 @@ impl Connection {
     /// Checks that the back-end has sent nothing and has not closed the connection.
     ///
     /// # Errors
-    /// If it has.
+    /// Returns an error if the back-end has done either.
     pub fn check_quiet(&self) -> Result<()> {
         let mut fds = [PollFd::new(self.stream.as_fd(), PollFlags::POLLIN)];
-        ensure!(poll(&mut fds, PollTimeout::ZERO)? == 0, "the front-end's socket: {:?}", fds[0].revents());
+        ensure!(
+            poll(&mut fds, PollTimeout::ZERO)? == 0,
+            "unexpected event on the front-end's socket: {:?}",
+            fds[0].revents()
+        );
         Ok(())
     }
 
-    /// Sends these bytes, with descriptors on the first of them.
+    /// Sends these bytes, with descriptors attached to the first of them.
     ///
     /// # Errors
-    /// The system's: in particular `EPIPE` and `ECONNRESET`, when the back-end has closed the connection.
+    /// Returns an error if the socket cannot be written: `EPIPE` or `ECONNRESET` if the back-end has closed the
+    /// connection.
     pub fn send_bytes(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         let fds: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         let rights = [ControlMessage::ScmRights(&fds)];
@@ -112,7 +118,7 @@ impl Connection {
     /// Sends a message.
     ///
     /// # Errors
-    /// Those of [`Self::send_bytes`].
+    /// Returns the errors of [`Self::send_bytes`].
     pub fn send(&self, message: &Message, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         self.send_bytes(&message.encode(), fds)
     }
@@ -120,50 +126,50 @@ impl Connection {
     /// Waits for the next reply.
     ///
     /// # Errors
-    /// If the back-end closes the connection, or what it says is no reply.
+    /// Returns an error if the back-end closes the connection or sends anything but a valid reply.
     pub fn receive(&self) -> Result<Reply> {
         self.try_receive()?.context("the back-end has closed the connection")
     }
 
-    /// Waits for the next reply; `None` if the back-end has closed the connection instead.
+    /// Waits for the next reply. Returns `None` if the back-end closes the connection instead.
     ///
     /// # Errors
-    /// If what it says is no reply.
+    /// Returns an error if the back-end sends anything but a valid reply.
     pub fn try_receive(&self) -> Result<Option<Reply>> {
         let mut header = [0; HEADER_SIZE];
         match (&self.stream).read_exact(&mut header) {
             Ok(()) => {}
             Err(error) if is_closed(&error) => return Ok(None),
-            Err(error) => return Err(error).context("no reply"),
+            Err(error) => return Err(error).context("cannot read a reply"),
         }
         let number = |offset| u32_at(&header, offset).unwrap_or_default();
         let (request, flags, size) = (number(0), number(4), number(8));
-        ensure!(flags & !NEED_REPLY == VERSION | REPLY, "a reply with flags {flags:#x}");
-        ensure!(size <= 4096, "a reply of {size} bytes");
+        ensure!(flags & !NEED_REPLY == VERSION | REPLY, "reply with flags {flags:#x}");
+        ensure!(size <= 4096, "reply of {size} bytes");
         let mut payload = vec![0; usize::try_from(size)?];
-        (&self.stream).read_exact(&mut payload).context("a reply was cut off")?;
+        (&self.stream).read_exact(&mut payload).context("truncated reply")?;
         Ok(Some(Reply { request, flags, payload }))
     }
 
-    /// Sends a message whose reply comes with a descriptor, and gives the reply's payload and that.
+    /// Sends a message whose reply comes with a descriptor. Returns the reply's payload and the descriptor.
     ///
     /// # Errors
-    /// If there is none, or another.
+    /// Returns an error if there is no reply, a reply to another request, or no descriptor.
     pub fn ask_fd(&self, message: &Message) -> Result<(Vec<u8>, OwnedFd)> {
         self.send(message, &[])?;
         let mut header = [0; HEADER_SIZE];
         let mut space = nix::cmsg_space!(RawFd);
         let mut parts = [IoSliceMut::new(&mut header)];
         let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_PEEK;
-        // The descriptor comes with the first byte; what is looked at is read below, without it.
+        // Peeking takes the descriptor, which comes with the first byte. The bytes are read below.
         let received = recvmsg::<UnixAddr>(self.stream.as_raw_fd(), &mut parts, Some(&mut space), flags)
-            .context("no reply")?;
+            .context("cannot read a reply")?;
         let mut fds = received.cmsgs()?.filter_map(|message| match message {
             ControlMessageOwned::ScmRights(fds) => Some(fds),
             _ => None,
         });
-        let fd = fds.next().and_then(|fds| fds.first().copied()).context("a reply without a descriptor")?;
-        // SAFETY: the descriptor was just received and belongs to nobody else.
+        let fd = fds.next().and_then(|fds| fds.first().copied()).context("reply without a descriptor")?;
+        // SAFETY: the descriptor was just received and has no other owner.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         let reply = self.receive()?;
         ensure!(reply.request == message.request, "{reply:?} to request {}", message.request);
@@ -173,7 +179,7 @@ impl Connection {
     /// Waits until the back-end closes the connection.
     ///
     /// # Errors
-    /// If it says something first.
+    /// Returns an error if the back-end sends something first.
     pub fn wait_closed(&self) -> Result<()> {
         match self.try_receive()? {
             None => Ok(()),
@@ -181,18 +187,18 @@ impl Connection {
         }
     }
 
-    /// Sends a message that has a reply of its own, and gives the reply's payload.
+    /// Sends a message that has a reply. Returns the reply's payload.
     ///
     /// # Errors
-    /// If there is none, or another.
+    /// Returns an error if there is no reply, or a reply to another request.
     pub fn ask(&self, message: &Message) -> Result<Vec<u8>> {
         self.ask_with(message, &[])
     }
 
-    /// The same, with descriptors.
+    /// As [`Self::ask`], with descriptors.
     ///
     /// # Errors
-    /// Those of [`Self::ask`].
+    /// Returns the errors of [`Self::ask`].
     pub fn ask_with(&self, message: &Message, fds: &[BorrowedFd<'_>]) -> Result<Vec<u8>> {
         self.send(message, fds)?;
         let reply = self.receive().with_context(|| format!("request {}", message.request))?;
@@ -200,32 +206,32 @@ impl Connection {
         Ok(reply.payload)
     }
 
-    /// Sends a message that has a 64-bit number as its reply.
+    /// Sends a message whose reply is a 64-bit number. Returns that number.
     ///
     /// # Errors
-    /// Those of [`Self::ask`].
+    /// Returns the errors of [`Self::ask`].
     pub fn ask_u64(&self, message: &Message) -> Result<u64> {
         let payload = self.ask(message)?;
-        ensure!(payload.len() == 8, "a reply of {} bytes to request {}", payload.len(), message.request);
-        u64_at(&payload, 0).context("a short reply")
+        ensure!(payload.len() == 8, "reply of {} bytes to request {}", payload.len(), message.request);
+        u64_at(&payload, 0).context("short reply")
     }
 
-    /// Sends a message and asks for its acknowledgement; gives the acknowledgement's number, of which 0 is success.
+    /// Sends a message and requests its acknowledgement. Returns the acknowledgement's value: 0 means success.
     ///
     /// # Errors
-    /// If there is none.
+    /// Returns an error if there is no acknowledgement.
     pub fn acknowledge(&self, message: &Message, fds: &[BorrowedFd<'_>]) -> Result<u64> {
         self.send(&message.clone().with_need_reply(), fds)?;
         let reply = self.receive().with_context(|| format!("request {}", message.request))?;
         ensure!(reply.request == message.request, "{reply:?} to request {}", message.request);
-        ensure!(reply.payload.len() == 8, "{reply:?} is no acknowledgement");
-        u64_at(&reply.payload, 0).context("a short reply")
+        ensure!(reply.payload.len() == 8, "{reply:?} is not an acknowledgement");
+        u64_at(&reply.payload, 0).context("short reply")
     }
 
-    /// Sends a message that has no reply of its own. With [`Self::acknowledged`], its acknowledgement is awaited.
+    /// Sends a message that has no reply. With [`Self::acknowledged`], waits for its acknowledgement.
     ///
     /// # Errors
-    /// If the message is not acknowledged or refused.
+    /// Returns an error if the message cannot be sent, is not acknowledged, or is refused.
     pub fn tell(&self, message: &Message, fds: &[BorrowedFd<'_>]) -> Result<()> {
         if self.acknowledged {
             let answer = self.acknowledge(message, fds)?;
@@ -236,10 +242,10 @@ impl Connection {
         Ok(())
     }
 
-    /// `GET_FEATURES`. Also a barrier: everything sent before has been dealt with when it returns.
+    /// `GET_FEATURES`. Also serves as a barrier: when it returns, the back-end has handled all earlier messages.
     ///
     /// # Errors
-    /// Those of [`Self::ask`].
+    /// Returns the errors of [`Self::ask`].
     pub fn get_features(&self) -> Result<u64> {
         self.ask_u64(&Message::empty(request::GET_FEATURES))
     }
@@ -247,7 +253,7 @@ impl Connection {
     /// `SET_FEATURES`
     ///
     /// # Errors
-    /// Those of [`Self::tell`].
+    /// Returns the errors of [`Self::tell`].
     pub fn set_features(&self, features: u64) -> Result<()> {
         self.tell(&Message::u64(request::SET_FEATURES, features), &[])
     }
@@ -255,7 +261,7 @@ impl Connection {
     /// `GET_PROTOCOL_FEATURES`
     ///
     /// # Errors
-    /// Those of [`Self::ask`].
+    /// Returns the errors of [`Self::ask`].
     pub fn get_protocol_features(&self) -> Result<u64> {
         self.ask_u64(&Message::empty(request::GET_PROTOCOL_FEATURES))
     }
@@ -263,7 +269,7 @@ impl Connection {
     /// `SET_PROTOCOL_FEATURES`
     ///
     /// # Errors
-    /// Those of [`Self::tell`].
+    /// Returns the errors of [`Self::tell`].
     pub fn set_protocol_features(&self, features: u64) -> Result<()> {
         self.tell(&Message::u64(request::SET_PROTOCOL_FEATURES, features), &[])
     }
@@ -271,7 +277,7 @@ impl Connection {
     /// `SET_OWNER`
     ///
     /// # Errors
-    /// Those of [`Self::tell`].
+    /// Returns the errors of [`Self::tell`].
     pub fn set_owner(&self) -> Result<()> {
         self.tell(&Message::empty(request::SET_OWNER), &[])
     }
@@ -279,7 +285,7 @@ impl Connection {
     /// `GET_QUEUE_NUM`
     ///
     /// # Errors
-    /// Those of [`Self::ask`].
+    /// Returns the errors of [`Self::ask`].
     pub fn get_queue_num(&self) -> Result<u64> {
         self.ask_u64(&Message::empty(request::GET_QUEUE_NUM))
     }
@@ -287,18 +293,18 @@ impl Connection {
     /// `GET_CONFIG`: `length` bytes of the configuration space from `offset`.
     ///
     /// # Errors
-    /// If the reply is of another size.
+    /// Returns an error if the reply has another size or another range.
     pub fn get_config(&self, offset: u32, length: u32) -> Result<Vec<u8>> {
         let payload = self.ask(&Message::get_config(offset, length))?;
-        ensure!(payload.len() == 12 + usize::try_from(length)?, "a config of {} bytes", payload.len());
-        ensure!(u32_at(&payload, 0) == Some(offset) && u32_at(&payload, 4) == Some(length), "another range");
+        ensure!(payload.len() == 12 + usize::try_from(length)?, "configuration of {} bytes", payload.len());
+        ensure!(u32_at(&payload, 0) == Some(offset) && u32_at(&payload, 4) == Some(length), "wrong range");
         Ok(payload[12..].to_vec())
     }
 
-    /// `SET_MEM_TABLE` with all of a guest's regions.
+    /// `SET_MEM_TABLE` with all regions of a guest's memory.
     ///
     /// # Errors
-    /// Those of [`Self::tell`].
+    /// Returns the errors of [`Self::tell`].
     pub fn set_memory_table(&self, memory: &GuestMemory) -> Result<()> {
         let places: Vec<_> = memory.regions().iter().map(|region| region.place).collect();
         let fds: Vec<_> = memory.regions().iter().map(Region::file).collect();
@@ -308,7 +314,7 @@ impl Connection {
     /// `ADD_MEM_REG`
     ///
     /// # Errors
-    /// Those of [`Self::tell`].
+    /// Returns the errors of [`Self::tell`].
     pub fn add_memory_region(&self, region: &Region) -> Result<()> {
         self.tell(&Message::single_region(request::ADD_MEM_REG, &region.place), &[region.file()])
     }
@@ -316,7 +322,7 @@ impl Connection {
     /// `REM_MEM_REG`
     ///
     /// # Errors
-    /// Those of [`Self::tell`].
+    /// Returns the errors of [`Self::tell`].
     pub fn remove_memory_region(&self, region: &Region) -> Result<()> {
         self.tell(&Message::single_region(request::REM_MEM_REG, &region.place), &[])
     }
@@ -324,23 +330,23 @@ impl Connection {
     /// `SET_VRING_NUM`
     ///
     /// # Errors
-    /// Those of [`Self::tell`].
+    /// Returns the errors of [`Self::tell`].
     pub fn set_vring_num(&self, index: u32, size: u16) -> Result<()> {
         self.tell(&Message::vring_state(request::SET_VRING_NUM, index, size.into()), &[])
     }
 
-    /// `SET_VRING_ADDR`, from guest addresses.
+    /// `SET_VRING_ADDR`, for guest addresses.
     ///
     /// # Errors
-    /// Those of [`Self::tell`].
+    /// Returns the errors of [`Self::tell`].
     pub fn set_vring_addresses(&self, index: u32, memory: &GuestMemory, rings: RingAddresses) -> Result<()> {
         self.set_logged_vring_addresses(index, memory, rings, None)
     }
 
-    /// `SET_VRING_ADDR`, from guest addresses, with `VRING_F_LOG` where writes to the used ring are to be noted.
+    /// `SET_VRING_ADDR`, for guest addresses; with `VRING_F_LOG` if the back-end shall log its writes to the used ring.
     ///
     /// # Errors
-    /// Those of [`Self::tell`].
+    /// Returns the errors of [`Self::tell`].
     pub fn set_logged_vring_addresses(
         &self,
         index: u32,
@@ -353,23 +359,23 @@ impl Connection {
         self.tell(&Message::logged_vring_addresses(index, rings, log), &[])
     }
 
-    /// `GET_INFLIGHT_FD`: a region for so many vrings of so many descriptors.
+    /// `GET_INFLIGHT_FD`: requests a region for `queues` vrings of `entries` descriptors.
     ///
     /// # Errors
-    /// Those of [`Self::ask_fd`], and if the region is for something else, or cannot be mapped.
+    /// Returns the errors of [`Self::ask_fd`], and an error if the region has other dimensions or cannot be mapped.
     pub fn get_inflight(&self, queues: u16, entries: u16) -> Result<Inflight> {
         let request = request::GET_INFLIGHT_FD;
         let (payload, file) = self.ask_fd(&Message::inflight(request, 0, 0, queues, entries))?;
-        let number = |offset| u64_at(&payload, offset).context("a short reply");
-        let for_what = (u16_at(&payload, 16), u16_at(&payload, 18));
-        ensure!(for_what == (Some(queues), Some(entries)), "a region for {for_what:?}");
+        let number = |offset| u64_at(&payload, offset).context("short reply");
+        let dimensions = (u16_at(&payload, 16), u16_at(&payload, 18));
+        ensure!(dimensions == (Some(queues), Some(entries)), "region for {dimensions:?}");
         Inflight::new(file, number(0)?, number(8)?, queues, entries)
     }
 
     /// `SET_INFLIGHT_FD`
     ///
     /// # Errors
-    /// Those of [`Self::tell`].
+    /// Returns the errors of [`Self::tell`].
     pub fn set_inflight(&self, inflight: &Inflight) -> Result<()> {
         self.tell(&inflight.message(), &[inflight.file()])
     }
@@ -377,7 +383,7 @@ impl Connection {
     /// `SET_LOG_BASE`
     ///
     /// # Errors
-    /// If there is no reply, or another.
+    /// Returns the errors of [`Self::ask`].
     pub fn set_log_base(&self, log: &DirtyLog) -> Result<()> {
         self.ask_with(&log.message(), &[log.file()])?;
         Ok(())
@@ -386,36 +392,36 @@ impl Connection {
     /// `SET_VRING_BASE`
     ///
     /// # Errors
-    /// Those of [`Self::tell`].
+    /// Returns the errors of [`Self::tell`].
     pub fn set_vring_base(&self, index: u32, base: u16) -> Result<()> {
         self.tell(&Message::vring_state(request::SET_VRING_BASE, index, base.into()), &[])
     }
 
-    /// `GET_VRING_BASE`: stops the vring and gives its next available index.
+    /// `GET_VRING_BASE`: stops the vring. Returns its next available index.
     ///
     /// # Errors
-    /// Those of [`Self::ask`], and if the reply is about another vring.
+    /// Returns the errors of [`Self::ask`], and an error if the reply is about another vring.
     pub fn get_vring_base(&self, index: u32) -> Result<u32> {
         let payload = self.ask(&Message::vring_state(request::GET_VRING_BASE, index, 0))?;
         ensure!(
             payload.len() == 8 && u32_at(&payload, 0) == Some(index),
-            "base of vring {index}: {payload:?}"
+            "invalid base of vring {index}: {payload:?}"
         );
-        u32_at(&payload, 4).context("a short reply")
+        u32_at(&payload, 4).context("short reply")
     }
 
-    /// `SET_VRING_KICK` with an eventfd, or without one: then the back-end polls.
+    /// `SET_VRING_KICK` with an eventfd, or without one, in which case the back-end polls.
     ///
     /// # Errors
-    /// Those of [`Self::tell`].
+    /// Returns the errors of [`Self::tell`].
     pub fn set_vring_kick(&self, index: u32, fd: Option<BorrowedFd<'_>>) -> Result<()> {
         self.set_vring_fd(request::SET_VRING_KICK, index, fd)
     }
 
-    /// `SET_VRING_CALL` with an eventfd, or without one: then the driver polls.
+    /// `SET_VRING_CALL` with an eventfd, or without one, in which case the driver polls.
     ///
     /// # Errors
-    /// Those of [`Self::tell`].
+    /// Returns the errors of [`Self::tell`].
     pub fn set_vring_call(&self, index: u32, fd: Option<BorrowedFd<'_>>) -> Result<()> {
         self.set_vring_fd(request::SET_VRING_CALL, index, fd)
     }
@@ -428,13 +434,13 @@ impl Connection {
     /// `SET_VRING_ENABLE`
     ///
     /// # Errors
-    /// Those of [`Self::tell`].
+    /// Returns the errors of [`Self::tell`].
     pub fn set_vring_enable(&self, index: u32, enabled: bool) -> Result<()> {
         self.tell(&Message::vring_state(request::SET_VRING_ENABLE, index, enabled.into()), &[])
     }
 }
 
-/// Whether an error says that the other side has gone.
+/// Whether an error means that the other end is closed.
 fn is_closed(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe)
 }
@@ -456,7 +462,7 @@ mod tests {
     }
 
     #[test]
-    fn a_question_gets_its_answer() {
+    fn a_request_gets_its_reply() {
         let (connection, mut back_end) = pair();
         let server = thread::spawn(move || {
             let mut request = [0; HEADER_SIZE];
@@ -469,7 +475,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_and_an_answer_to_something_else_are_errors() {
+    fn a_refusal_or_a_reply_to_another_request_is_an_error() {
         let (mut connection, mut back_end) = pair();
         connection.acknowledged = true;
         back_end.write_all(&reply(request::SET_OWNER, &1u64.to_le_bytes())).unwrap();
@@ -479,7 +485,7 @@ mod tests {
     }
 
     #[test]
-    fn a_closed_connection_is_told_from_a_reply() {
+    fn a_closed_connection_is_distinguished_from_a_reply() {
         let (connection, mut back_end) = pair();
         back_end.write_all(&reply(request::SET_OWNER, &[])).unwrap();
         connection.wait_closed().unwrap_err();

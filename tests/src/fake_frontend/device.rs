@@ -1,7 +1,7 @@
-//! A working network device for tests: connects, negotiates and sets all rings up. Its frames are in [`super::frame_io`].
+//! A working network device for tests: connects, negotiates and sets up all rings. [`super::frame_io`] sends and
+//! receives its frames.
 //!
-//! Everything it is made of is public, so that a test can do one step differently. Vring `2 * pair` receives,
-//! `2 * pair + 1` transmits.
+//! All parts are public, so that a test can replace a single step. Vring `2 * pair` receives, `2 * pair + 1` transmits.
 
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -18,29 +18,29 @@ use super::net::features;
 use super::ring::Ring;
 use super::wire::protocol;
 
-/// How long the device may take for anything. Only catches one that hangs.
+/// How long to wait for the device. Only catches a device that hangs.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
-/// How a [`Device`] is to be.
+/// The properties of a [`Device`].
 #[derive(Clone, Debug)]
 pub struct Options {
     /// How many queue pairs to set up.
     pub queue_pairs: u16,
     /// How many descriptors each queue has.
     pub queue_size: u16,
-    /// The virtio features to acknowledge. All must be offered.
+    /// The virtio features to acknowledge. The back-end must offer all of them.
     pub features: u64,
-    /// The vhost-user protocol features to acknowledge. All must be offered.
+    /// The vhost-user protocol features to acknowledge. The back-end must offer all of them.
     pub protocol_features: u64,
     /// The lengths of the descriptors of each receive buffer.
     pub receive_pieces: Vec<u32>,
-    /// The lengths of the descriptors of each transmit buffer; each frame takes as many as it needs.
+    /// The lengths of the descriptors of each transmit buffer. A frame uses as many as it needs.
     pub transmit_pieces: Vec<u32>,
     /// Put the chains into indirect tables.
     pub indirect: bool,
-    /// Check that the device writes nothing behind a frame. Costs a write of the whole buffer a frame.
+    /// Check that the device writes nothing after a frame. Costs a write of the whole buffer per frame.
     pub canaries: bool,
-    /// The guest's memory in bytes, where that is more than everything needs.
+    /// The minimum size of the guest's memory in bytes.
     pub memory: u64,
 }
 
@@ -61,8 +61,8 @@ impl Default for Options {
 }
 
 impl Options {
-    /// Transmit and receive buffers for frames of up to 64 KiB: with mergeable receive buffers of 2 KiB where
-    /// these were negotiated, else in one piece.
+    /// Makes transmit buffers large enough for frames of 64 KiB, in one piece. Receive buffers, too, unless mergeable
+    /// buffers are negotiated: then they have 2 KiB.
     pub fn with_large_frames(self) -> Self {
         let whole = vec![65_536 + 64];
         let receive_pieces =
@@ -80,7 +80,7 @@ pub struct Pair {
     pub transmit: Ring,
 }
 
-/// A network device as its driver and front-end see it.
+/// A network device, seen from its driver and front-end.
 #[derive(Debug)]
 pub struct Device {
     /// The vhost-user socket.
@@ -89,9 +89,9 @@ pub struct Device {
     pub memory: GuestMemory,
     /// The queue pairs.
     pub pairs: Vec<Pair>,
-    /// What was asked for.
+    /// The requested properties.
     pub options: Options,
-    /// The region in which the back-end notes its chains: given to it before the vrings are set up.
+    /// The region in which the back-end tracks its chains. Sent before the vrings are set up.
     pub inflight: Option<Inflight>,
 }
 
@@ -99,7 +99,7 @@ impl Device {
     /// Connects to a listening back-end and brings the device up.
     ///
     /// # Errors
-    /// If anything goes wrong on the way.
+    /// Returns an error if the back-end does not offer the features, refuses a message, or closes the connection.
     pub fn connect(path: &Path, options: Options) -> Result<Self> {
         Self::start(Connection::connect(path)?, options)
     }
@@ -107,7 +107,7 @@ impl Device {
     /// Brings the device up on a connected socket.
     ///
     /// # Errors
-    /// If anything goes wrong on the way.
+    /// Returns an error if the back-end does not offer the features, refuses a message, or closes the connection.
     pub fn on_stream(stream: UnixStream, options: Options) -> Result<Self> {
         Self::start(Connection::new(stream)?, options)
     }
@@ -120,15 +120,15 @@ impl Device {
         Ok(device)
     }
 
-    /// Makes the guest's side, and says nothing to the back-end yet.
+    /// Sets up the guest's side without sending anything to the back-end.
     ///
     /// # Errors
-    /// If memory or descriptors run out.
+    /// Returns an error if there is not enough memory or descriptors.
     pub fn new(connection: Connection, options: Options) -> Result<Self> {
         let buffers = u64::from(options.queue_size) * u64::from(options.queue_pairs);
         let pieces = |pieces: &[u32]| pieces.iter().map(|&length| u64::from(length) + 32).sum::<u64>();
         let slot = pieces(&options.receive_pieces) + pieces(&options.transmit_pieces) + 64;
-        // Room for everything in either region.
+        // Each region has room for everything.
         let size = (buffers * slot + 0x20_0000).max(options.memory / 2).next_multiple_of(0x1000);
         let mut memory = GuestMemory::new(&[size, size])?;
         let pairs = (0..u32::from(options.queue_pairs))
@@ -144,15 +144,19 @@ impl Device {
     /// Negotiates the features.
     ///
     /// # Errors
-    /// If the back-end does not offer what the options want.
+    /// Returns an error if the back-end does not offer the features of the options.
     pub fn negotiate(&mut self) -> Result<()> {
         let wanted = self.options.features;
         let offered = self.connection.get_features()?;
-        ensure!(wanted & !offered == 0, "features {:#x} are not offered", wanted & !offered);
+        ensure!(wanted & !offered == 0, "the back-end does not offer features {:#x}", wanted & !offered);
         if wanted & features::PROTOCOL_FEATURES != 0 {
             let wanted = self.options.protocol_features;
             let offered = self.connection.get_protocol_features()?;
-            ensure!(wanted & !offered == 0, "protocol features {:#x} are not offered", wanted & !offered);
+            ensure!(
+                wanted & !offered == 0,
+                "the back-end does not offer protocol features {:#x}",
+                wanted & !offered
+            );
             self.connection.set_protocol_features(wanted)?;
             self.connection.acknowledged = wanted & protocol::REPLY_ACK != 0;
         }
@@ -167,10 +171,10 @@ impl Device {
         Ok(())
     }
 
-    /// Sends the memory table, and sets every ring up, which starts it, and enables it.
+    /// Sends the memory table, then sets up every ring, which starts it, and enables it.
     ///
     /// # Errors
-    /// If the back-end refuses.
+    /// Returns an error if the back-end refuses.
     pub fn set_up(&mut self) -> Result<()> {
         self.share()?;
         for index in 0..2 * u32::from(self.options.queue_pairs) {
@@ -182,24 +186,24 @@ impl Device {
         Ok(())
     }
 
-    /// Sends the memory table, and the inflight region if there is one.
+    /// Sends the memory table and the inflight region, if there is one.
     fn share(&self) -> Result<()> {
         self.connection.set_memory_table(&self.memory)?;
         self.inflight.as_ref().map_or(Ok(()), |inflight| self.connection.set_inflight(inflight))
     }
 
-    /// Sets one ring up, with the next available index `base`.
+    /// Sets up one ring with the next available index `base`.
     ///
     /// # Errors
-    /// If the back-end refuses.
+    /// Returns an error if the back-end refuses.
     pub fn set_up_ring(&self, index: u32, base: u16) -> Result<()> {
         self.set_up_ring_with(index, Some(base))
     }
 
-    /// The same, with a base or without.
+    /// As [`Self::set_up_ring`]; without a base, sends no `SET_VRING_BASE`.
     ///
     /// # Errors
-    /// If the back-end refuses.
+    /// Returns an error if the back-end refuses.
     pub fn set_up_ring_with(&self, index: u32, base: Option<u16>) -> Result<()> {
         let ring = self.ring(index);
         self.connection.set_vring_num(index, ring.queue.size())?;
@@ -209,22 +213,22 @@ impl Device {
         self.connection.set_vring_call(index, Some(ring.call.as_fd()))
     }
 
-    /// A ring by its vring index.
+    /// The ring with this vring index.
     pub fn ring(&self, index: u32) -> &Ring {
         let pair = &self.pairs[index as usize / 2];
         if index.is_multiple_of(2) { &pair.receive } else { &pair.transmit }
     }
 
-    /// A ring by its vring index, to be changed.
+    /// The ring with this vring index, mutably.
     pub fn ring_mut(&mut self, index: u32) -> &mut Ring {
         let pair = &mut self.pairs[index as usize / 2];
         if index.is_multiple_of(2) { &mut pair.receive } else { &mut pair.transmit }
     }
 
-    /// Stops a ring: gives its next available index.
+    /// Stops a ring. Returns its next available index.
     ///
     /// # Errors
-    /// If there is no answer, or an index that is none.
+    /// Returns an error if there is no reply, or the index has more than 16 bits.
     pub fn stop_ring(&self, index: u32) -> Result<u16> {
         let base = self.connection.get_vring_base(index)?;
         u16::try_from(base).with_context(|| format!("vring {index} stopped at {base:#x}"))
@@ -233,28 +237,29 @@ impl Device {
     /// Starts a stopped ring again, with fresh eventfds.
     ///
     /// # Errors
-    /// If the back-end refuses.
+    /// Returns an error if the back-end refuses.
     pub fn restart_ring(&mut self, index: u32, base: u16) -> Result<()> {
         self.ring_mut(index).renew_events()?;
         self.set_up_ring(index, base)?;
         self.ring(index).kick()
     }
 
-    /// Goes on with another connection, the way QEMU does: everything is negotiated and set up again, each ring at
+    /// Continues on another connection as QEMU does: negotiates and sets up everything again, and starts each ring at
     /// its used index, with the chains that the device has.
     ///
     /// # Errors
-    /// If the back-end refuses.
+    /// Returns an error if the back-end refuses.
     pub fn reconnect(&mut self, connection: Connection) -> Result<()> {
-        // First the old one: a back-end has one front-end at a time.
+        // Closes the old connection first: a back-end serves one front-end at a time.
         self.connection = connection;
         self.begin_again()
     }
 
-    /// The same, with the old connection still open: the device has moved to another back-end. Gives the old one.
+    /// As [`Self::reconnect`], but keeps the old connection open and returns it: the device has moved to another
+    /// back-end.
     ///
     /// # Errors
-    /// If the back-end refuses.
+    /// Returns an error if the back-end refuses.
     pub fn move_to(&mut self, connection: Connection) -> Result<Connection> {
         let old = std::mem::replace(&mut self.connection, connection);
         self.begin_again()?;
@@ -267,10 +272,10 @@ impl Device {
         self.restart_rings()
     }
 
-    /// Stops all rings, as a front-end does whose VM is stopped, and leaves them enabled.
+    /// Stops all rings but leaves them enabled, as a front-end does when its VM is stopped.
     ///
     /// # Errors
-    /// If the back-end refuses.
+    /// Returns an error if the back-end refuses.
     pub fn suspend(&self) -> Result<()> {
         (0..2 * u32::from(self.options.queue_pairs)).try_for_each(|index| self.stop_ring(index).map(drop))
     }
@@ -278,7 +283,7 @@ impl Device {
     /// Starts all rings again, each at its used index, with the chains that the device has.
     ///
     /// # Errors
-    /// If the back-end refuses.
+    /// Returns an error if the back-end refuses.
     pub fn restart_rings(&mut self) -> Result<()> {
         for index in 0..2 * u32::from(self.options.queue_pairs) {
             let base = self.ring(index).queue.used_index();
@@ -288,21 +293,22 @@ impl Device {
         Ok(())
     }
 
-    /// Has the back-end note what it writes from now on, in the order of QEMU's messages: the log, the feature, the
-    /// addresses. Writes to a ring's used ring are noted at the guest address that `used` gives for it, or not at all.
+    /// Makes the back-end log its writes from now on. Sends the messages in QEMU's order: the log, the feature, the
+    /// addresses. Writes to a used ring are logged at the guest address that `used` returns for the ring, or not at
+    /// all.
     ///
     /// # Errors
-    /// If the back-end refuses.
+    /// Returns an error if the back-end refuses.
     pub fn start_log(&self, log: &DirtyLog, used: impl Fn(&Ring) -> Option<u64>) -> Result<()> {
         self.connection.set_log_base(log)?;
         self.connection.set_features(self.options.features | features::LOG_ALL)?;
         self.send_addresses(used)
     }
 
-    /// Has it note nothing any more.
+    /// Makes the back-end stop logging its writes.
     ///
     /// # Errors
-    /// If the back-end refuses.
+    /// Returns an error if the back-end refuses.
     pub fn stop_log(&self) -> Result<()> {
         self.connection.set_features(self.options.features)?;
         self.send_addresses(|_| None)
@@ -314,7 +320,7 @@ impl Device {
             let addresses = ring.queue.addresses();
             self.connection.set_logged_vring_addresses(index, &self.memory, addresses, used(ring))?;
         }
-        // When this is answered, all of it has been done.
+        // Once the back-end replies, it has handled all of these messages.
         self.connection.get_features()?;
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! The log of changed pages that a front-end shares while it migrates its guest (vhost-user: "Migration").
+//! The log of written pages that a front-end shares with the back-end during a migration (vhost-user: "Migration").
 
 use std::collections::BTreeSet;
 use std::io;
@@ -7,10 +7,10 @@ use std::os::fd::BorrowedFd;
 use super::memory::{GuestMemory, Region, SharedSlice};
 use super::wire::{MemoryRegion, Message};
 
-/// What one bit stands for.
+/// The size of the page that one bit stands for, in bytes.
 pub const PAGE: u64 = 4096;
 
-/// A log in a file of its own.
+/// A log in a separate memfd.
 #[derive(Debug)]
 pub struct DirtyLog {
     region: Region,
@@ -18,44 +18,44 @@ pub struct DirtyLog {
 }
 
 impl DirtyLog {
-    /// A log that has a bit for every page of `memory`, and some more.
+    /// Creates a log with a bit for every page of `memory`, and some spare ones.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if the memory cannot be allocated or mapped.
     pub fn new(memory: &GuestMemory) -> io::Result<Self> {
         let ends = memory.regions().iter().map(|region| region.place.guest_address + region.place.size);
         Self::with_size(ends.max().unwrap_or(0).div_ceil(8 * PAGE) + 8)
     }
 
-    /// A log of `size` bytes, which are not the first of its file.
+    /// Creates a log of `size` bytes, at an offset in its file.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if the memory cannot be allocated or mapped.
     pub fn with_size(size: u64) -> io::Result<Self> {
         let region =
             Region::new(MemoryRegion { guest_address: 0, size, user_address: 0, file_offset: PAGE })?;
         Ok(Self { bits: region.bytes(), region })
     }
 
-    /// The `SET_LOG_BASE` that it goes with.
+    /// The `SET_LOG_BASE` message for this log.
     pub fn message(&self) -> Message {
         Message::log_base(self.region.place.size, self.region.place.file_offset)
     }
 
-    /// Its file.
+    /// The file of the log.
     pub fn file(&self) -> BorrowedFd<'_> {
         self.region.file()
     }
 
-    /// Cuts its file off. It must not be touched afterwards.
+    /// Truncates the file to nothing. The log must not be accessed afterwards.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if the file cannot be truncated.
     pub fn truncate(&self) -> io::Result<()> {
         self.region.truncate(0)
     }
 
-    /// Takes the pages that were marked, by their numbers: none of them is marked any more.
+    /// Returns the numbers of the marked pages and clears the marks.
     pub fn take(&self) -> BTreeSet<u64> {
         let mut pages = BTreeSet::new();
         for (first, &seen) in (0u64..).step_by(8).zip(&self.bits.to_vec()) {

@@ -1,8 +1,9 @@
-//! The guest's memory: several regions, each a memfd, at guest addresses, front-end addresses and own addresses that
-//! have nothing to do with each other — so that a back-end that takes one for another is found out.
+//! The guest's memory: several regions, each in a memfd. Their guest addresses, front-end addresses and local addresses
+//! are unrelated, so that a test fails if the back-end confuses them.
 //!
-//! A [`SharedSlice`] is a piece of it that another process reads and writes at any time. It keeps its mapping alive.
-#![expect(unsafe_code, reason = "memory that another process shares is reached through raw pointers")]
+//! A [`SharedSlice`] is a piece of the memory, which another process may read and write at any time. It keeps its
+//! mapping alive.
+#![expect(unsafe_code, reason = "accesses memory shared with another process through raw pointers")]
 
 use std::ffi::c_void;
 use std::io;
@@ -17,20 +18,20 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 use super::wire::MemoryRegion;
 
-/// A memory region: what the front-end says of it, and its file.
+/// A memory region: its description in messages, and its file.
 #[derive(Clone, Debug)]
 pub struct Region {
-    /// Where it is, as the messages say it.
+    /// The region as the front-end's messages describe it.
     pub place: MemoryRegion,
     file: Arc<OwnedFd>,
     mapping: Arc<Mapping>,
 }
 
 impl Region {
-    /// A region backed by a memfd of its own, which begins with `file_offset` bytes that are not part of it.
+    /// Creates a region backed by a new memfd, whose first `file_offset` bytes are not part of the region.
     ///
     /// # Errors
-    /// The system's, for a size that cannot be mapped.
+    /// Returns an error if the memfd cannot be created, or the region cannot be mapped.
     pub fn new(place: MemoryRegion) -> io::Result<Self> {
         let file = memfd_create("guest memory", MFdFlags::MFD_CLOEXEC)?;
         let file_size = i64::try_from(place.file_offset + place.size).map_err(io::Error::other)?;
@@ -38,29 +39,30 @@ impl Region {
         Self::of(place, file)
     }
 
-    /// A region in this file, which is large enough.
+    /// Maps a region in this file, which must be large enough.
     ///
     /// # Errors
-    /// The system's, for one that cannot be mapped.
+    /// Returns an error if the region cannot be mapped.
     pub fn of(place: MemoryRegion, file: OwnedFd) -> io::Result<Self> {
         let mapping = Mapping::new(&file, place.file_offset, place.size)?;
         Ok(Self { place, file: Arc::new(file), mapping: Arc::new(mapping) })
     }
 
-    /// All its bytes.
+    /// All bytes of the region.
     pub fn bytes(&self) -> SharedSlice {
         SharedSlice::new(&self.mapping, 0, self.mapping.length)
     }
 
-    /// Cuts the file off, under everybody who has mapped it. The memory must not be touched afterwards.
+    /// Truncates the file, which affects every process that has mapped it. The memory beyond `length` must not be
+    /// accessed afterwards.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if the file cannot be truncated.
     pub fn truncate(&self, length: i64) -> io::Result<()> {
         Ok(nix::unistd::ftruncate(&self.file, length)?)
     }
 
-    /// The file behind it.
+    /// The file that backs the region.
     pub fn file(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
@@ -70,16 +72,16 @@ impl Region {
 #[derive(Clone, Debug)]
 pub struct GuestMemory {
     regions: Vec<Region>,
-    /// How much of each region has been handed out.
+    /// How many bytes of each region are allocated.
     taken: Vec<u64>,
 }
 
 impl GuestMemory {
-    /// Memory of one region for each of `sizes`: at growing guest addresses with gaps between them, and at
-    /// front-end addresses in the opposite order.
+    /// Creates a region for each of `sizes`, at ascending guest addresses with gaps between them, and at descending
+    /// front-end addresses.
     ///
     /// # Errors
-    /// The system's, if a region cannot be mapped.
+    /// Returns an error if a region cannot be created or mapped.
     pub fn new(sizes: &[u64]) -> io::Result<Self> {
         const GUEST_STEP: u64 = 1 << 32;
         const USER_TOP: u64 = 0x7a00_0000_0000;
@@ -92,10 +94,10 @@ impl GuestMemory {
         Self::from_regions(places.map(Region::new).collect::<io::Result<_>>()?)
     }
 
-    /// Memory of these regions.
+    /// Creates a guest memory from these regions.
     ///
     /// # Errors
-    /// None at present.
+    /// Returns no error at present.
     pub fn from_regions(regions: Vec<Region>) -> io::Result<Self> {
         Ok(Self { taken: vec![0; regions.len()], regions })
     }
@@ -105,10 +107,10 @@ impl GuestMemory {
         &self.regions
     }
 
-    /// A guest address with `length` free bytes behind it in region number `region`, aligned to `alignment`.
+    /// Allocates `length` bytes in region number `region`, aligned to `alignment`. Returns their guest address.
     ///
     /// # Panics
-    /// If the region is full: the test needs a larger one.
+    /// Panics if the region is full; then the test needs a larger one.
     pub fn allocate(&mut self, region: usize, length: usize, alignment: u64) -> u64 {
         let start = self.taken[region].next_multiple_of(alignment);
         let end = start + u64::try_from(length).expect("a length");
@@ -117,16 +119,16 @@ impl GuestMemory {
         self.regions[region].place.guest_address + start
     }
 
-    /// The bytes at a guest address.
+    /// The `length` bytes at a guest address.
     ///
     /// # Panics
-    /// If they are not all in one region.
+    /// Panics if they are not all in one region.
     pub fn slice(&self, guest_address: u64, length: usize) -> SharedSlice {
         let (region, offset) = self.find(guest_address);
         SharedSlice::new(&region.mapping, usize::try_from(offset).expect("an offset"), length)
     }
 
-    /// A copy of everything: what a test compares with later to see that nothing was written.
+    /// A copy of all allocated bytes, with which a test can later check that nothing was written.
     pub fn snapshot(&self) -> Vec<Vec<u8>> {
         self.regions
             .iter()
@@ -138,19 +140,19 @@ impl GuestMemory {
             .collect()
     }
 
-    /// A guest address in the front-end's address space.
+    /// Translates a guest address to the front-end's address space.
     ///
     /// # Panics
-    /// If it is in no region.
+    /// Panics if the address is in no region.
     pub fn user_address(&self, guest_address: u64) -> u64 {
         let (region, offset) = self.find(guest_address);
         region.place.user_address + offset
     }
 
-    /// Where a guest address is: the number of its region, and the offset in that.
+    /// The region number and the offset in the region of a guest address.
     ///
     /// # Panics
-    /// If it is in no region.
+    /// Panics if the address is in no region.
     pub fn offset(&self, guest_address: u64) -> (usize, usize) {
         let (region, offset) = self.find(guest_address);
         let number = self.regions.iter().position(|other| other.place == region.place);
@@ -168,7 +170,7 @@ impl GuestMemory {
     }
 }
 
-/// A file's mapped range.
+/// A mapped range of a file.
 #[derive(Debug)]
 struct Mapping {
     start: NonNull<c_void>,
@@ -177,7 +179,7 @@ struct Mapping {
 
 // SAFETY: a mapping may be used and unmapped from any thread.
 unsafe impl Send for Mapping {}
-// SAFETY: all access goes through `SharedSlice`, whose accesses are to memory that others change at any time anyway.
+// SAFETY: all access goes through `SharedSlice`, which treats the memory as changing at any time.
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
@@ -186,7 +188,7 @@ impl Mapping {
         let nonzero = NonZeroUsize::new(length).ok_or(io::ErrorKind::InvalidInput)?;
         let offset = i64::try_from(offset).map_err(io::Error::other)?;
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: the kernel chooses the place, so no memory in use is replaced.
+        // SAFETY: the kernel chooses the address, so no existing mapping is replaced.
         let start = unsafe { mmap(None, nonzero, protection, MapFlags::MAP_SHARED, file, offset) }?;
         Ok(Self { start, length })
     }
@@ -194,12 +196,12 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the range was mapped by `new`, and no `SharedSlice` is left, since each holds a reference.
+        // SAFETY: `new` mapped the range, and no `SharedSlice` is left, because each holds a reference to this mapping.
         unsafe { munmap(self.start, self.length) }.expect("a mapped range");
     }
 }
 
-/// A piece of guest memory. All offsets are checked; those of numbers must be aligned.
+/// A piece of guest memory. All offsets are checked. Those of 16-bit atomic accesses must be even.
 #[derive(Clone, Debug)]
 pub struct SharedSlice {
     start: NonNull<u8>,
@@ -207,7 +209,7 @@ pub struct SharedSlice {
     _mapping: Arc<Mapping>,
 }
 
-// SAFETY: the memory stays mapped for as long as the slice lives, on whichever thread.
+// SAFETY: the memory stays mapped for as long as the slice lives, on any thread.
 unsafe impl Send for SharedSlice {}
 
 impl SharedSlice {
@@ -219,17 +221,17 @@ impl SharedSlice {
         Self { start, length, _mapping: Arc::clone(mapping) }
     }
 
-    /// How many bytes it has.
+    /// The length in bytes.
     pub fn len(&self) -> usize {
         self.length
     }
 
-    /// Whether it has no bytes.
+    /// Whether the slice is empty.
     pub fn is_empty(&self) -> bool {
         self.length == 0
     }
 
-    /// The place of `length` bytes at `offset`, after checking that they are in the slice.
+    /// Returns the pointer to `offset`, after checking that `length` bytes from there are in the slice.
     fn place(&self, offset: usize, length: usize) -> *mut u8 {
         assert!(
             offset <= self.length && length <= self.length - offset,
@@ -240,28 +242,28 @@ impl SharedSlice {
         unsafe { self.start.as_ptr().add(offset) }
     }
 
-    /// Replaces a byte and gives what it was, in one step.
+    /// Atomically replaces a byte. Returns the old value.
     pub fn swap_u8(&self, offset: usize, value: u8) -> u8 {
         let place = self.place(offset, 1);
-        // SAFETY: `place` checked it; shared with others, hence atomic.
+        // SAFETY: `place` checked the offset. The byte is shared with other processes, hence the atomic access.
         unsafe { AtomicU8::from_ptr(place) }.swap(value, Ordering::SeqCst)
     }
 
     /// Copies bytes out.
     pub fn read(&self, offset: usize, bytes: &mut [u8]) {
         let source = self.place(offset, bytes.len());
-        // SAFETY: `place` checked the source; `bytes` is memory of this process that nobody else shares.
+        // SAFETY: `place` checked the source. `bytes` is private memory of this process, so the ranges do not overlap.
         unsafe { source.copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len()) };
     }
 
     /// Copies bytes in.
     pub fn write(&self, offset: usize, bytes: &[u8]) {
         let target = self.place(offset, bytes.len());
-        // SAFETY: `place` checked the target; `bytes` is memory of this process that nobody else shares.
+        // SAFETY: `place` checked the target. `bytes` is private memory of this process, so the ranges do not overlap.
         unsafe { target.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
     }
 
-    /// Sets every byte.
+    /// Sets every byte to `byte`.
     pub fn fill(&self, byte: u8) {
         let target = self.place(0, self.length);
         // SAFETY: `place` checked the target.
@@ -275,31 +277,31 @@ impl SharedSlice {
         bytes
     }
 
-    /// Appends `length` bytes from `offset` to `bytes`; does not allocate if the capacity is there.
+    /// Appends `length` bytes from `offset` to `bytes`. Does not allocate if the capacity suffices.
     pub fn append_to(&self, offset: usize, length: usize, bytes: &mut Vec<u8>) {
         let start = bytes.len();
         bytes.resize(start + length, 0);
         self.read(offset, &mut bytes[start..]);
     }
 
-    /// Writes a little-endian number of 32 bits.
+    /// Writes a little-endian 32-bit number.
     pub fn write_u32(&self, offset: usize, value: u32) {
         self.write(offset, &value.to_le_bytes());
     }
 
-    /// Reads a little-endian number of 32 bits.
+    /// Reads a little-endian 32-bit number.
     pub fn read_u32(&self, offset: usize) -> u32 {
         let mut bytes = [0; 4];
         self.read(offset, &mut bytes);
         u32::from_le_bytes(bytes)
     }
 
-    /// Reads a little-endian number of 16 bits in one access.
+    /// Reads a little-endian 16-bit number in one access.
     pub fn load_u16(&self, offset: usize, ordering: Ordering) -> u16 {
         u16::from_le(self.atomic_u16(offset).load(ordering))
     }
 
-    /// Writes a little-endian number of 16 bits in one access.
+    /// Writes a little-endian 16-bit number in one access.
     pub fn store_u16(&self, offset: usize, value: u16, ordering: Ordering) {
         self.atomic_u16(offset).store(value.to_le(), ordering);
     }
@@ -307,8 +309,8 @@ impl SharedSlice {
     fn atomic_u16(&self, offset: usize) -> &AtomicU16 {
         let place = self.place(offset, 2).cast::<u16>();
         assert!(place.is_aligned(), "offset {offset} is odd");
-        // SAFETY: `place` checked that the bytes are in the slice, which lives as long as the reference does; they
-        // are aligned; and whoever else writes them while they are used like this does so in one access too.
+        // SAFETY: `place` checked that the bytes are in the slice, which outlives the reference. They are aligned. The
+        // other process, too, writes them in one access.
         unsafe { AtomicU16::from_ptr(place) }
     }
 }
@@ -329,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_in_the_file() {
+    fn written_bytes_are_in_the_file() {
         let memory = GuestMemory::new(&[0x1000, 0x1000]).unwrap();
         let region = &memory.regions()[1];
         memory.slice(region.place.guest_address + 5, 3).write(0, b"abc");
@@ -352,14 +354,14 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "outside a slice")]
-    fn a_slice_has_an_end() {
+    fn reading_beyond_a_slice_panics() {
         let memory = GuestMemory::new(&[0x1000]).unwrap();
         memory.slice(memory.regions()[0].place.guest_address, 8).read(6, &mut [0; 3]);
     }
 
     #[test]
     #[should_panic(expected = "in no region")]
-    fn an_address_between_regions_is_none() {
+    fn an_address_between_regions_panics() {
         let memory = GuestMemory::new(&[0x1000, 0x1000]).unwrap();
         memory.slice(memory.regions()[0].place.guest_address + 0x1000, 1);
     }

@@ -1,12 +1,12 @@
-//! A vhost-user front-end and virtio-net driver for tests, under complete control of what it sends and when.
+//! A vhost-user front-end and virtio-net driver for tests, which control everything that it sends, and when.
 //!
-//! It shares no code with the back-end, so that neither's mistakes hide the other's: [`wire`] encodes messages, also
-//! wrong ones; [`connection`] speaks them; [`memory`] is the guest's memory; [`dirty_log`] is where the back-end notes
-//! what it wrote, [`inflight`] which chains it has; [`queue`] is the driver's side of a split virtqueue, [`ring`] a queue
-//! with its buffers and eventfds; [`net`] has the device's feature bits and frame header; [`device`] and its [`frame_io`]
-//! put it all together for tests that just want a working device.
+//! It shares no code with the back-end, so a mistake in one cannot hide a mistake in the other. [`wire`] encodes
+//! messages, valid or not, and [`connection`] exchanges them. [`memory`] is the guest's memory, [`dirty_log`] the log
+//! of pages that the back-end writes, [`inflight`] the region that tracks its chains. [`queue`] is the driver's side of
+//! a split virtqueue, and [`ring`] a queue with its buffers and eventfds. [`net`] has the feature bits and the frame
+//! header. [`device`] and its [`frame_io`] combine all of them for tests that need a working device.
 //!
-//! The data path does not allocate: it also serves as a load generator.
+//! Sending and receiving frames does not allocate memory: the front-end also serves as a load generator.
 
 pub mod connection;
 pub mod device;

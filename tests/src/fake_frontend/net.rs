@@ -1,4 +1,4 @@
-//! The network device's feature bits and the header in front of every frame (virtio 1.3, §5.1).
+//! The network device's feature bits and the header before every frame (virtio 1.3, §5.1).
 
 /// Feature bits (virtio 1.3, §5.1.3 and §6).
 pub mod features {
@@ -36,7 +36,7 @@ pub mod features {
     pub const GUEST_ANNOUNCE: u64 = 1 << 21;
     /// `VIRTIO_NET_F_MQ`
     pub const MQ: u64 = 1 << 22;
-    /// `VHOST_F_LOG_ALL`: every page that the back-end writes is to be noted.
+    /// `VHOST_F_LOG_ALL`: the back-end logs every page that it writes.
     pub const LOG_ALL: u64 = 1 << 26;
     /// `VIRTIO_F_INDIRECT_DESC`
     pub const INDIRECT_DESC: u64 = 1 << 28;
@@ -71,27 +71,27 @@ pub const GSO_TCPV6: u8 = 4;
 /// [`NetHeader::gso_type`]: UDP segmentation.
 pub const GSO_UDP_L4: u8 = 5;
 
-/// The header in front of every frame (virtio 1.3, §5.1.6), little-endian.
+/// The header before every frame (virtio 1.3, §5.1.6), little-endian.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct NetHeader {
     /// [`NEEDS_CSUM`], [`DATA_VALID`].
     pub flags: u8,
     /// One of the `GSO_` values.
     pub gso_type: u8,
-    /// The length of the headers, to be copied into every segment.
+    /// The length of the headers, which are copied into every segment.
     pub hdr_len: u16,
     /// The largest payload of a segment.
     pub gso_size: u16,
     /// Where the checksummed part begins.
     pub csum_start: u16,
-    /// Where in it the checksum is.
+    /// The offset of the checksum in that part.
     pub csum_offset: u16,
     /// How many receive buffers hold the frame; absent in a header of ten bytes.
     pub num_buffers: u16,
 }
 
 impl NetHeader {
-    /// The header's length with these features: `num_buffers` is there only with one of the two.
+    /// The header's length with these features: `num_buffers` is present only with `VERSION_1` or `MRG_RXBUF`.
     pub fn length(features: u64) -> usize {
         if features & (features::VERSION_1 | features::MRG_RXBUF) == 0 { 10 } else { 12 }
     }
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_old_header_is_short() {
+    fn only_the_legacy_header_is_short() {
         assert_eq!(NetHeader::length(0), 10);
         assert_eq!(NetHeader::length(features::MRG_RXBUF), 12);
         assert_eq!(NetHeader::length(features::VERSION_1), 12);

@@ -1,14 +1,14 @@
 //! The driver's side of a split virtqueue (virtio 1.3, §2.7).
 //!
-//! [`DriverQueue`] keeps the rules — and its raw writers break any of them. What the device puts into the used ring
-//! is checked: only heads that it has been given, each once, and in order where that was negotiated.
+//! [`DriverQueue`] follows the specification; its raw writers can break every rule of it. The used ring is checked: the
+//! device may use only heads that it was given, each once, and in order if `IN_ORDER` is negotiated.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{Ordering, fence};
 
 use super::memory::{GuestMemory, SharedSlice};
 
-/// Descriptor flag: the chain goes on at `next`.
+/// Descriptor flag: the chain continues at `next`.
 pub const NEXT: u16 = 1;
 /// Descriptor flag: the device writes this buffer.
 pub const WRITE: u16 = 2;
@@ -17,12 +17,12 @@ pub const INDIRECT: u16 = 4;
 /// The size of a descriptor.
 pub const DESCRIPTOR_SIZE: usize = 16;
 
-/// Flag in the available ring: no calls, please.
+/// Flag in the available ring: the driver wants no calls.
 const NO_INTERRUPT: u16 = 1;
-/// Flag in the used ring: no kicks, please.
+/// Flag in the used ring: the device wants no kicks.
 const NO_NOTIFY: u16 = 1;
 
-/// Where a queue's three parts are, in guest addresses.
+/// The guest addresses of the three parts of a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingAddresses {
     /// The descriptor table.
@@ -36,18 +36,18 @@ pub struct RingAddresses {
 /// A buffer of a chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Buffer {
-    /// Its guest address.
+    /// The guest address.
     pub address: u64,
-    /// Its length in bytes.
+    /// The length in bytes.
     pub length: u32,
-    /// Whether the device writes it (and does not read it).
+    /// Whether the device may write, rather than read, the buffer.
     pub writable: bool,
 }
 
 /// An entry of the used ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Used {
-    /// The head of the chain that was used.
+    /// The head of the used chain.
     pub head: u16,
     /// How many bytes the device wrote.
     pub length: u32,
@@ -63,25 +63,25 @@ pub struct DriverQueue {
     used: SharedSlice,
     event_idx: bool,
     in_order: bool,
-    /// Descriptors in no chain.
+    /// Descriptors that are in no chain.
     free: Vec<u16>,
-    /// The descriptors behind each one in its chain: our own knowledge, as the table may be written by others.
+    /// The successor of each descriptor in its chain. A private copy, because the table may be overwritten.
     next: Vec<Option<u16>>,
     /// Whether each descriptor is the head of a chain that the device has.
     is_head: Vec<bool>,
     /// The heads that the device has, oldest first.
     outstanding: VecDeque<u16>,
-    /// The available index with the chains that are not published yet.
+    /// The available index, including the chains that are not published yet.
     next_available: u16,
-    /// The available index that the device can see.
+    /// The published available index.
     published: u16,
-    /// The available index at the last kick that was decided on.
+    /// The available index at the last decision on a kick.
     kicked: u16,
     next_used: u16,
 }
 
 impl DriverQueue {
-    /// A queue of `size` descriptors with fresh rings in region `region` of `memory`.
+    /// Creates a queue of `size` descriptors, with new rings in region `region` of `memory`.
     pub fn new(memory: &mut GuestMemory, region: usize, size: u16) -> Self {
         let entries = usize::from(size);
         let addresses = RingAddresses {
@@ -92,7 +92,7 @@ impl DriverQueue {
         Self::at(memory, addresses, size)
     }
 
-    /// A queue at these addresses, whose rings are zeroed.
+    /// Creates a queue at these addresses and zeroes its rings.
     pub fn at(memory: &GuestMemory, addresses: RingAddresses, size: u16) -> Self {
         let entries = usize::from(size);
         let queue = Self {
@@ -118,24 +118,24 @@ impl DriverQueue {
         queue
     }
 
-    /// Says what was negotiated: `EVENT_IDX` and `IN_ORDER`.
+    /// Sets whether `EVENT_IDX` and `IN_ORDER` are negotiated.
     pub fn negotiated(&mut self, event_idx: bool, in_order: bool) {
         self.event_idx = event_idx;
         self.in_order = in_order;
     }
 
-    /// Puts all indices to `index`, as if that many chains had been used. Only while the device has none.
+    /// Sets all indices to `index`, as if that many chains had been used.
     ///
     /// # Panics
-    /// If it has some.
+    /// Panics if the device has chains.
     pub fn start_at(&mut self, index: u16) {
         self.start_apart(index, index);
     }
 
-    /// Puts the available index and the used index to different places. Only while the device has no chains.
+    /// Sets the available index and the used index to different values.
     ///
     /// # Panics
-    /// If it has some.
+    /// Panics if the device has chains.
     pub fn start_apart(&mut self, available: u16, used: u16) {
         assert!(self.outstanding.is_empty(), "the device has chains");
         (self.next_available, self.published, self.kicked) = (available, available, available);
@@ -144,12 +144,12 @@ impl DriverQueue {
         self.used.store_u16(2, used, Ordering::Release);
     }
 
-    /// Where it is.
+    /// The guest addresses of the rings.
     pub fn addresses(&self) -> RingAddresses {
         self.addresses
     }
 
-    /// How many descriptors it has.
+    /// The number of descriptors.
     pub fn size(&self) -> u16 {
         self.size
     }
@@ -164,13 +164,14 @@ impl DriverQueue {
         self.outstanding.len()
     }
 
-    /// The index of the next chain to be published: what `GET_VRING_BASE` gives once all have been used.
+    /// The available index of the next chain: the base that `GET_VRING_BASE` returns once the device has used all
+    /// chains.
     pub fn next_available(&self) -> u16 {
         self.next_available
     }
 
-    /// Makes a chain of these buffers available, once [`Self::publish`] is called. `None` if there are too few
-    /// descriptors; else the chain's head.
+    /// Adds a chain of these buffers to the available ring. The device sees it after [`Self::publish`]. Returns the
+    /// head of the chain, or `None` if there are too few free descriptors.
     pub fn add(&mut self, buffers: &[Buffer]) -> Option<u16> {
         let (last, others) = buffers.split_last()?;
         if self.free.len() < buffers.len() {
@@ -190,7 +191,7 @@ impl DriverQueue {
         Some(head)
     }
 
-    /// The same with the chain in a table of its own at guest address `table`, which takes one descriptor.
+    /// As [`Self::add`], with the chain in an indirect table at guest address `table`. Takes one descriptor.
     pub fn add_indirect(&mut self, memory: &GuestMemory, table: u64, buffers: &[Buffer]) -> Option<u16> {
         let slice = memory.slice(table, DESCRIPTOR_SIZE * buffers.len());
         for (number, buffer) in (0u16..).zip(buffers) {
@@ -207,7 +208,7 @@ impl DriverQueue {
         Some(head)
     }
 
-    /// Puts a chain that has been built already into the available ring.
+    /// Adds a complete chain to the available ring.
     fn give(&mut self, head: u16) {
         self.is_head[usize::from(head)] = true;
         self.outstanding.push_back(head);
@@ -215,11 +216,11 @@ impl DriverQueue {
         self.next_available = self.next_available.wrapping_add(1);
     }
 
-    /// Shows the device the chains added so far. True if it wants a kick for them.
+    /// Publishes the chains added so far. Returns whether the device wants a kick for them.
     pub fn publish(&mut self) -> bool {
         self.published = self.next_available;
         self.set_available_index(self.published);
-        // The device may turn kicks on and look at the index: one of us must see the other's write.
+        // The device may enable kicks and read the index meanwhile: at least one side must see the other's write.
         fence(Ordering::SeqCst);
         let before = std::mem::replace(&mut self.kicked, self.published);
         if self.event_idx {
@@ -230,15 +231,15 @@ impl DriverQueue {
         }
     }
 
-    /// Whether the device wants kicks at all, as its flag says (without `EVENT_IDX`).
+    /// Whether the device wants kicks according to its flag (without `EVENT_IDX`).
     pub fn wants_kicks(&self) -> bool {
         self.used.load_u16(0, Ordering::Relaxed) & NO_NOTIFY == 0
     }
 
-    /// Takes the next used entry, and its chain's descriptors back.
+    /// Takes the next used entry and frees the descriptors of its chain.
     ///
     /// # Panics
-    /// If the device returns what it was not given, or out of order.
+    /// Panics if the device used a head that it does not have, or used one out of order despite `IN_ORDER`.
     pub fn pop(&mut self) -> Option<Used> {
         if !self.has_used() {
             return None;
@@ -266,7 +267,7 @@ impl DriverQueue {
         Some(used)
     }
 
-    /// Whether there is something to pop.
+    /// Whether there is a used entry to take.
     pub fn has_used(&self) -> bool {
         self.used_index() != self.next_used
     }
@@ -279,21 +280,21 @@ impl DriverQueue {
     /// The entry of the used ring at a free-running index.
     pub fn used_entry(&self, index: u16) -> Used {
         let offset = 4 + 8 * usize::from(index % self.size);
-        let head = u16::try_from(self.used.read_u32(offset)).expect("a used id beyond 16 bits");
+        let head = u16::try_from(self.used.read_u32(offset)).expect("a used id of at most 16 bits");
         Used { head, length: self.used.read_u32(offset + 4) }
     }
 
-    /// Asks the device not to call.
+    /// Disables calls.
     pub fn disable_calls(&mut self) {
         if self.event_idx {
-            // Half the ring away from where it can get to.
+            // The used index reaches this value only after all other values.
             self.set_used_event(self.next_used.wrapping_sub(1));
         } else {
             self.available.store_u16(0, NO_INTERRUPT, Ordering::Relaxed);
         }
     }
 
-    /// Asks the device to call for the next used entry. False if there is one already: then no call may come.
+    /// Enables a call for the next used entry. Returns false if there already is one, in which case no call may arrive.
     pub fn enable_calls(&mut self) -> bool {
         if self.event_idx {
             self.set_used_event(self.next_used);
@@ -304,32 +305,32 @@ impl DriverQueue {
         !self.has_used()
     }
 
-    /// Writes `used_event`: a call is wanted when the used index passes it (`EVENT_IDX`).
+    /// Writes `used_event`: the device calls when the used index passes it (`EVENT_IDX`).
     pub fn set_used_event(&self, index: u16) {
         self.available.store_u16(4 + 2 * usize::from(self.size), index, Ordering::Relaxed);
     }
 
-    /// Reads `avail_event`: a kick is wanted when the available index passes it (`EVENT_IDX`).
+    /// Reads `avail_event`: the device wants a kick when the available index passes it (`EVENT_IDX`).
     pub fn available_event(&self) -> u16 {
         self.used.load_u16(4 + 8 * usize::from(self.size), Ordering::Relaxed)
     }
 
-    /// Writes a descriptor, whatever it says.
+    /// Writes a descriptor without checking it.
     pub fn set_descriptor(&self, index: u16, address: u64, length: u32, flags: u16, next: u16) {
         write_descriptor(&self.descriptors, index, address, length, flags, next);
     }
 
-    /// Writes an entry of the available ring at a free-running index, whatever it says.
+    /// Writes the entry of the available ring at a free-running index without checking it.
     pub fn set_available(&self, index: u16, head: u16) {
         self.available.store_u16(4 + 2 * usize::from(index % self.size), head, Ordering::Relaxed);
     }
 
-    /// Writes the available index, whatever it says.
+    /// Writes the available index without checking it.
     pub fn set_available_index(&self, index: u16) {
         self.available.store_u16(2, index, Ordering::Release);
     }
 
-    /// The raw bytes of the rings, for tests that write anything anywhere: descriptors, available, used.
+    /// The bytes of the descriptor table, the available ring and the used ring, for tests that write arbitrary values.
     pub fn raw(&self) -> [&SharedSlice; 3] {
         [&self.descriptors, &self.available, &self.used]
     }
@@ -349,7 +350,7 @@ fn flags(buffer: &Buffer) -> u16 {
     if buffer.writable { WRITE } else { 0 }
 }
 
-/// Whether an index that went from `before` to `after` has passed `event` (virtio 1.3, §2.7.10).
+/// Whether an index that moved from `before` to `after` has passed `event` (virtio 1.3, §2.7.10).
 pub fn needs_event(event: u16, after: u16, before: u16) -> bool {
     after.wrapping_sub(event).wrapping_sub(1) < after.wrapping_sub(before)
 }
@@ -370,7 +371,7 @@ mod tests {
         Buffer { address, length: 100, writable }
     }
 
-    /// Does what a device does when it has used a chain.
+    /// Writes a used entry and the used index, as a device does.
     fn device_uses(queue: &DriverQueue, index: u16, head: u16, length: u32) {
         let used = queue.raw()[2];
         let offset = 4 + 8 * usize::from(index % SIZE);
@@ -380,12 +381,12 @@ mod tests {
     }
 
     #[test]
-    fn a_chain_is_laid_out_as_the_specification_says() {
+    fn a_chain_has_the_layout_of_the_specification() {
         let (_memory, mut queue) = queue();
         let head = queue.add(&[buffer(0x1000, false), buffer(0x2000, true)]).unwrap();
         assert_eq!(head, 0);
         let [descriptors, available, _] = queue.raw();
-        assert_eq!(available.load_u16(2, Ordering::Relaxed), 0, "published too early");
+        assert_eq!(available.load_u16(2, Ordering::Relaxed), 0, "the chain is published too early");
         let table = descriptors.to_vec();
         assert_eq!(table[..16], [0, 0x10, 0, 0, 0, 0, 0, 0, 100, 0, 0, 0, 1, 0, 1, 0]);
         assert_eq!(table[16..32], [0, 0x20, 0, 0, 0, 0, 0, 0, 100, 0, 0, 0, 2, 0, 0, 0]);
@@ -407,7 +408,7 @@ mod tests {
     }
 
     #[test]
-    fn descriptors_come_back_and_go_round() {
+    fn used_descriptors_are_reused() {
         let (_memory, mut queue) = queue();
         for round in 0..100u16 {
             let head = queue.add(&[buffer(1, true), buffer(2, true), buffer(3, true)]).unwrap();
@@ -421,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_queue_says_so() {
+    fn a_full_queue_accepts_no_chain() {
         let (_memory, mut queue) = queue();
         for _ in 0..4 {
             queue.add(&[buffer(1, true), buffer(2, true)]).unwrap();
@@ -431,7 +432,7 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "twice")]
-    fn a_head_used_twice_is_noticed() {
+    fn a_head_used_twice_panics() {
         let (_memory, mut queue) = queue();
         let head = queue.add(&[buffer(1, true)]).unwrap();
         queue.publish();
@@ -443,7 +444,7 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "out of order")]
-    fn disorder_is_noticed_where_order_was_negotiated() {
+    fn a_head_used_out_of_order_panics_with_in_order() {
         let (_memory, mut queue) = queue();
         queue.negotiated(false, true);
         queue.add(&[buffer(1, true)]).unwrap();
@@ -454,7 +455,7 @@ mod tests {
     }
 
     #[test]
-    fn kicks_are_suppressed_as_the_device_asks() {
+    fn kicks_are_suppressed_as_the_device_requests() {
         let (_memory, mut queue) = queue();
         queue.add(&[buffer(1, true)]).unwrap();
         queue.raw()[2].store_u16(0, NO_NOTIFY, Ordering::Relaxed);
@@ -462,7 +463,7 @@ mod tests {
 
         queue.negotiated(true, false);
         queue.add(&[buffer(1, true)]).unwrap();
-        // It waits for index 1, which this one has.
+        // The device wants a kick for the chain at index 1, which is this one.
         queue.raw()[2].store_u16(4 + 64, 1, Ordering::Relaxed);
         assert!(queue.publish());
         queue.add(&[buffer(1, true)]).unwrap();

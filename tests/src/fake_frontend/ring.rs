@@ -1,4 +1,4 @@
-//! One vring of a fake front-end's device: the driver's queue, its eventfds, and the buffers for frames.
+//! One vring of the fake front-end's device: the driver's queue, its eventfds, and the buffers for frames.
 
 use std::os::fd::AsFd;
 use std::time::Instant;
@@ -12,7 +12,7 @@ use super::memory::{GuestMemory, SharedSlice};
 use super::net::features;
 use super::queue::{Buffer, DESCRIPTOR_SIZE, DriverQueue};
 
-/// A buffer of a queue: where a frame of this driver's is, with its header.
+/// A buffer of a queue, for a frame with its header.
 #[derive(Debug)]
 pub(super) struct Slot {
     pub(super) pieces: Vec<(Buffer, SharedSlice)>,
@@ -21,12 +21,12 @@ pub(super) struct Slot {
     pub(super) capacity: usize,
 }
 
-/// One vring and everything that belongs to it.
+/// One vring with its eventfds and buffers.
 #[derive(Debug)]
 pub struct Ring {
-    /// Its vring index.
+    /// The vring index.
     pub index: u32,
-    /// The driver's side.
+    /// The driver's side of the queue.
     pub queue: DriverQueue,
     /// Notifies the device.
     pub kick: EventFd,
@@ -35,7 +35,7 @@ pub struct Ring {
     pub(super) slots: Vec<Slot>,
     pub(super) free: Vec<u16>,
     pub(super) slot_of_head: Vec<u16>,
-    /// The buffers of the chain being built.
+    /// The chain under construction; kept to avoid allocations.
     chain: Vec<Buffer>,
     indirect: bool,
 }
@@ -80,7 +80,8 @@ impl Ring {
         })
     }
 
-    /// Makes `length` bytes of a slot available.
+    /// Makes the first `length` bytes of a slot available. Returns the head of the chain, or `None` if the queue has
+    /// too few descriptors.
     pub(super) fn add(&mut self, memory: &GuestMemory, slot: u16, mut length: usize) -> Option<u16> {
         let Slot { pieces, table, .. } = &self.slots[usize::from(slot)];
         self.chain.clear();
@@ -101,7 +102,7 @@ impl Ring {
         Some(head)
     }
 
-    /// Publishes what was added and kicks if the device wants it.
+    /// Publishes the added chains and kicks if the device wants it.
     pub(super) fn publish(&mut self) -> Result<()> {
         if self.queue.publish() {
             self.kick()?;
@@ -112,16 +113,16 @@ impl Ring {
     /// Kicks, whether the device wants it or not.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if the eventfd cannot be written.
     pub fn kick(&self) -> Result<()> {
-        self.kick.write(1).context("kick")?;
+        self.kick.write(1).context("cannot kick")?;
         Ok(())
     }
 
-    /// Begins anew with an empty queue, as a driver does that resets its device.
+    /// Starts again with an empty queue, as a driver does when it resets its device.
     ///
     /// # Errors
-    /// Never, as the number of slots was checked before.
+    /// Returns no error: the number of slots was checked before.
     pub fn reset(&mut self, memory: &GuestMemory, negotiated: u64) -> Result<()> {
         self.queue = DriverQueue::at(memory, self.queue.addresses(), self.queue.size());
         let has = |feature| negotiated & feature != 0;
@@ -130,31 +131,31 @@ impl Ring {
         Ok(())
     }
 
-    /// Makes fresh eventfds, in which no notification is left.
+    /// Replaces the eventfds by new ones, in which no notification is pending.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if an eventfd cannot be created.
     pub fn renew_events(&mut self) -> Result<()> {
         (self.kick, self.call) = (event_fd()?, event_fd()?);
         Ok(())
     }
 
-    /// Takes the calls so far: how many there were.
+    /// Takes the pending calls. Returns their number.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if the eventfd cannot be read.
     pub fn take_calls(&self) -> Result<u64> {
         match self.call.read() {
             Ok(calls) => Ok(calls),
             Err(nix::errno::Errno::EAGAIN) => Ok(0),
-            Err(errno) => Err(errno).context("read the call eventfd"),
+            Err(errno) => Err(errno).context("cannot read the call eventfd"),
         }
     }
 
-    /// Waits for a call, and takes it. False if none came until `deadline`.
+    /// Waits for a call and takes it. Returns false if none arrives before `deadline`.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if the eventfd cannot be polled or read.
     pub fn wait_call(&self, deadline: Instant) -> Result<bool> {
         let left = deadline.saturating_duration_since(Instant::now());
         let mut fds = [PollFd::new(self.call.as_fd(), PollFlags::POLLIN)];
@@ -162,10 +163,11 @@ impl Ring {
         Ok(self.take_calls()? > 0)
     }
 
-    /// Waits until the device has used something, the way a driver does: asks for a call, and sleeps until it comes.
+    /// Waits as a driver does until the device has used a chain: enables calls and sleeps until one arrives. Returns
+    /// false if the device uses none before `deadline`.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if the eventfd cannot be polled or read.
     pub fn wait_used(&mut self, deadline: Instant) -> Result<bool> {
         while self.queue.enable_calls() {
             if !self.wait_call(deadline)? && Instant::now() >= deadline {
@@ -177,5 +179,5 @@ impl Ring {
 }
 
 fn event_fd() -> Result<EventFd> {
-    EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).context("an eventfd")
+    EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).context("cannot create an eventfd")
 }

@@ -1,6 +1,6 @@
 //! The vhost-user messages as bytes (vhost-user specification: "Message Specification").
 //!
-//! Everything can be said here that the specification forbids: a [`Message`] holds whatever numbers it was given.
+//! A [`Message`] is not checked, so that tests can send what the specification forbids.
 
 /// Request codes (vhost-user: "Front-end message types").
 pub mod request {
@@ -64,7 +64,7 @@ pub mod request {
     pub const SET_DEVICE_STATE_FD: u32 = 42;
     /// `VHOST_USER_CHECK_DEVICE_STATE`
     pub const CHECK_DEVICE_STATE: u32 = 43;
-    /// The highest code that any front-end is known to send; used where all of them are tried.
+    /// The highest code that any known front-end sends, for tests that try all codes.
     pub const LAST: u32 = 44;
 }
 
@@ -74,7 +74,7 @@ pub const VERSION: u32 = 0x1;
 pub const REPLY: u32 = 0x4;
 /// Message flag: the front-end wants an acknowledgement.
 pub const NEED_REPLY: u32 = 0x8;
-/// In the payload of `SET_VRING_KICK`, `_CALL` and `_ERR`: no file descriptor comes with it.
+/// In the payload of `SET_VRING_KICK`, `_CALL` and `_ERR`: the message carries no file descriptor.
 pub const NO_FD: u64 = 0x100;
 /// The length of a message's header.
 pub const HEADER_SIZE: usize = 12;
@@ -99,16 +99,16 @@ pub mod protocol {
     pub const DEVICE_STATE: u64 = 1 << 19;
 }
 
-/// One message, right or wrong.
+/// One message, valid or not.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Message {
     /// The request code.
     pub request: u32,
     /// Version, [`REPLY`] and [`NEED_REPLY`].
     pub flags: u32,
-    /// The size that the header claims.
+    /// The size that the header states.
     pub size: u32,
-    /// The bytes behind the header.
+    /// The bytes after the header.
     pub payload: Vec<u8>,
 }
 
@@ -139,8 +139,8 @@ impl Message {
         Self::logged_vring_addresses(index, [descriptors, used, available], None)
     }
 
-    /// The same, for descriptors, used and available ring; with `VRING_F_LOG` where writes to the used ring are to be
-    /// noted, at this guest address.
+    /// As [`Self::vring_addresses`], for the descriptor table, the used ring and the available ring. With a `log`
+    /// address, sets `VRING_F_LOG`: the back-end logs its writes to the used ring at that guest address.
     pub fn logged_vring_addresses(index: u32, rings: [u64; 3], log: Option<u64>) -> Self {
         let flags = u32::from(log.is_some());
         let mut payload = [index, flags].map(u32::to_le_bytes).concat();
@@ -163,12 +163,12 @@ impl Message {
         Self::new(request::SET_LOG_BASE, [size, offset].map(u64::to_le_bytes).concat())
     }
 
-    /// `GET_INFLIGHT_FD` or `SET_INFLIGHT_FD`, with a region of `size` bytes at `offset` of its file, for `queues` vrings
-    /// of `entries` descriptors.
+    /// `GET_INFLIGHT_FD` or `SET_INFLIGHT_FD`, with a region of `size` bytes at `offset` of its file, for `queues`
+    /// vrings of `entries` descriptors.
     pub fn inflight(request: u32, size: u64, offset: u64, queues: u16, entries: u16) -> Self {
         let mut payload = [size, offset].map(u64::to_le_bytes).concat();
         payload.extend([queues, entries].map(u16::to_le_bytes).concat());
-        // As every implementation sends it: with the padding of the C structure.
+        // All implementations send the padding of the C structure, too.
         payload.extend([0; 4]);
         Self::new(request, payload)
     }
@@ -180,7 +180,8 @@ impl Message {
         Self::new(request, payload)
     }
 
-    /// `SET_DEVICE_STATE_FD` of a stopped device; the back-end is to write its state, or to read one.
+    /// `SET_DEVICE_STATE_FD` in the stopped phase: the back-end saves its state to the descriptor, or loads it from
+    /// there.
     pub fn device_state(save: bool) -> Self {
         Self::new(request::SET_DEVICE_STATE_FD, [u32::from(!save), 0].map(u32::to_le_bytes).concat())
     }
@@ -197,12 +198,12 @@ impl Message {
         Self { flags, ..self }
     }
 
-    /// The same message, asking for an acknowledgement.
+    /// The same message, requesting an acknowledgement.
     pub fn with_need_reply(self) -> Self {
         Self { flags: self.flags | NEED_REPLY, ..self }
     }
 
-    /// The same message, whose header lies about its size.
+    /// The same message, with this size in its header, whatever its payload is.
     pub fn with_size(self, size: u32) -> Self {
         Self { size, ..self }
     }
@@ -218,13 +219,13 @@ impl Message {
 /// A memory region as a message describes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryRegion {
-    /// Its first guest physical address.
+    /// The first guest physical address.
     pub guest_address: u64,
-    /// Its size in bytes.
+    /// The size in bytes.
     pub size: u64,
-    /// Its first address in the front-end's address space, in which ring addresses are given.
+    /// The first address in the front-end's address space, to which ring addresses refer.
     pub user_address: u64,
-    /// Where it begins in its file.
+    /// The offset of the region in its file.
     pub file_offset: u64,
 }
 
@@ -234,17 +235,17 @@ impl MemoryRegion {
     }
 }
 
-/// Reads the little-endian number of two bytes at `offset`.
+/// Reads the little-endian 16-bit number at `offset`. Returns `None` if `bytes` is too short.
 pub fn u16_at(bytes: &[u8], offset: usize) -> Option<u16> {
     Some(u16::from_le_bytes(bytes.get(offset..)?.first_chunk().copied()?))
 }
 
-/// Reads the little-endian number of four bytes at `offset`.
+/// Reads the little-endian 32-bit number at `offset`. Returns `None` if `bytes` is too short.
 pub fn u32_at(bytes: &[u8], offset: usize) -> Option<u32> {
     Some(u32::from_le_bytes(bytes.get(offset..)?.first_chunk().copied()?))
 }
 
-/// Reads the little-endian number of eight bytes at `offset`.
+/// Reads the little-endian 64-bit number at `offset`. Returns `None` if `bytes` is too short.
 pub fn u64_at(bytes: &[u8], offset: usize) -> Option<u64> {
     Some(u64::from_le_bytes(bytes.get(offset..)?.first_chunk().copied()?))
 }
@@ -254,14 +255,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_message_is_header_and_payload() {
+    fn a_message_is_encoded_as_header_and_payload() {
         let message = Message::vring_state(request::SET_VRING_NUM, 2, 0x1234).with_need_reply();
         let expected = [8, 0, 0, 0, 9, 0, 0, 0, 8, 0, 0, 0, 2, 0, 0, 0, 0x34, 0x12, 0, 0];
         assert_eq!(message.encode(), expected);
     }
 
     #[test]
-    fn sizes_are_the_specifications() {
+    fn messages_have_the_sizes_of_the_specification() {
         let region = MemoryRegion { guest_address: 1, size: 2, user_address: 3, file_offset: 4 };
         assert_eq!(Message::memory_table(&[region, region]).size, 8 + 2 * 32);
         assert_eq!(Message::single_region(request::ADD_MEM_REG, &region).size, 40);
@@ -271,12 +272,12 @@ mod tests {
     }
 
     #[test]
-    fn a_header_may_lie() {
+    fn a_header_can_state_a_wrong_size() {
         assert_eq!(Message::empty(1).with_size(0xffff_ffff).encode()[8..], [0xff; 4]);
     }
 
     #[test]
-    fn numbers_are_read_where_they_are() {
+    fn numbers_are_read_at_their_offset() {
         let bytes = [1, 0, 0, 0, 2, 0, 0, 0, 3];
         assert_eq!(u32_at(&bytes, 4), Some(2));
         assert_eq!(u64_at(&bytes, 0), Some(0x2_0000_0001));

@@ -1,7 +1,7 @@
 //! The fault matrix: at each fault point of a hand-over one process is killed, hangs, fails or runs out of descriptors.
 //!
-//! [`device`] moves a VM together with its TAP from one pair of processes to another, [`session`] moves a session from one
-//! back-end to another. A *case* is one attempt with one fault. The cases of a fixture use the same VM, or the same
+//! [`device`] moves a VM together with its TAP from one pair of processes to another, [`session`] moves a session from
+//! one back-end to another. A *case* is one attempt with one fault. The cases of a fixture use the same VM, or the same
 //! front-end, for as long as it lives.
 
 pub mod device;
@@ -20,7 +20,7 @@ use nix::sys::signal::Signal;
 use crate::faults::{Action, Party, Point, has_reached};
 use crate::process::{Process, is_stopped, until};
 
-/// What the source of a hand-over reports.
+/// The report of the source of a hand-over.
 trait Report: Debug + Send + 'static {
     fn is_completed(&self) -> bool;
 
@@ -48,7 +48,7 @@ impl Report for SessionReport {
     }
 }
 
-/// A hand-over under way: a thread that waits for the report of the source.
+/// A hand-over in progress: a thread that waits for the report of the source.
 #[derive(Debug)]
 struct Attempt<R>(JoinHandle<Result<R>>);
 
@@ -70,7 +70,7 @@ impl<R: Report> Attempt<R> {
         Ok((phase.to_owned(), reason.to_owned()))
     }
 
-    /// Expects a hand-over that completes.
+    /// Expects the hand-over to complete.
     fn end_completed(self) -> Result<()> {
         let report = self.end()?;
         ensure!(report.is_completed(), "not completed: {report:?}");

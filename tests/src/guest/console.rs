@@ -1,4 +1,4 @@
-//! What is on a console: read by a thread as it comes, kept in a file, and waited for.
+//! The output of a console. A thread reads it, keeps it in memory and in a file, and wakes waiting threads.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 #[derive(Debug)]
 pub(super) struct Console {
     shared: Arc<Shared>,
-    /// How much has been waited for.
+    /// The end of the text that was waited for last.
     position: usize,
 }
 
@@ -31,15 +31,15 @@ struct Received {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Received> {
-        // What is inside is whole after every statement.
+        // A panic cannot leave the contents inconsistent: they are valid after every statement.
         self.received.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Console {
-    /// Reads all that comes, and keeps it in a file, too.
+    /// Starts a thread that reads from `from` until the end, and also writes everything to the file `log`.
     pub(super) fn read(mut from: impl Read + Send + 'static, log: &Path) -> Result<Self> {
-        let mut log = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
+        let mut log = File::create(log).with_context(|| format!("cannot create {}", log.display()))?;
         let shared = Arc::new(Shared::default());
         let reader = Arc::clone(&shared);
         thread::spawn(move || {
@@ -47,7 +47,7 @@ impl Console {
             while let Ok(length) = from.read(&mut bytes)
                 && length > 0
             {
-                // The file is for people: the test goes on without it.
+                // The file is only for debugging, so the test continues without it.
                 let _ = log.write_all(&bytes[..length]);
                 reader.lock().bytes.extend_from_slice(&bytes[..length]);
                 reader.changed.notify_all();
@@ -58,7 +58,7 @@ impl Console {
         Ok(Self { shared, position: 0 })
     }
 
-    /// Waits for a text behind what was waited for before, and returns what is between.
+    /// Waits for `text` after the text that was waited for last, and returns the output between them.
     pub(super) fn wait_for(&mut self, text: &str, patience: Duration) -> Result<String> {
         let deadline = Instant::now() + patience;
         let mut received = self.shared.lock();
@@ -70,13 +70,13 @@ impl Console {
                 return Ok(before);
             }
             if received.ended {
-                bail!("the console has ended");
+                bail!("the console was closed");
             }
             received = self.wait(received, deadline)?;
         }
     }
 
-    /// Waits until nothing more can come.
+    /// Waits until the console is closed.
     pub(super) fn wait_for_end(&self, patience: Duration) -> Result<()> {
         let deadline = Instant::now() + patience;
         let mut received = self.shared.lock();
@@ -97,7 +97,7 @@ impl Console {
     ) -> Result<MutexGuard<'a, Received>> {
         let left = until.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            bail!("waited in vain");
+            bail!("timed out");
         }
         let waited = self.shared.changed.wait_timeout(received, left);
         Ok(waited.unwrap_or_else(PoisonError::into_inner).0)

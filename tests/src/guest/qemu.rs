@@ -1,4 +1,4 @@
-//! A guest on QEMU: under KVM in the lab, emulated anywhere.
+//! A guest on QEMU: under KVM in the lab, or emulated on any machine.
 
 use std::fs::{self, File};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -15,21 +15,21 @@ use crate::images;
 use crate::link::Meeting;
 use crate::qmp::Qmp;
 
-/// The kind of QEMU's memory objects used here, and the name that it gives to their files.
+/// The type of QEMU's memory object, which is also the name of its memfd.
 const MEMORY: &str = "memory-backend-memfd";
 
-/// What runs the guest's instructions.
+/// What executes the guest's instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Accelerator {
     /// The processor.
     Kvm,
-    /// QEMU itself.
+    /// QEMU's emulation.
     Tcg,
 }
 
 impl Accelerator {
-    /// The one for tests with that datapath: the emulation, which is there without the lab, but for the kernel's
-    /// datapath, which needs the lab anyhow.
+    /// Returns the accelerator for tests with this datapath: emulation, which does not need the lab, or KVM with the
+    /// kernel's datapath, which needs the lab anyway.
     pub fn with(datapath: Datapath) -> Self {
         match datapath {
             Datapath::Userspace => Self::Tcg,
@@ -38,7 +38,7 @@ impl Accelerator {
     }
 }
 
-/// A QEMU about to be started.
+/// A QEMU to be started.
 #[derive(Debug)]
 pub struct Qemu {
     command: Command,
@@ -46,16 +46,15 @@ pub struct Qemu {
 }
 
 impl Qemu {
-    /// With these processors and this memory (as QEMU's `-m`), which other processes can share, and no device but
-    /// the console.
+    /// Creates a QEMU with this number of processors, this size of shared memory (as for `-m`), and only a console.
     pub fn new(accelerator: Accelerator, cpus: u16, memory: &str) -> Result<Self> {
         let object = format!("{MEMORY},id=memory,size={memory},share=on");
         Self::with_memory(accelerator, cpus, memory, &object)
     }
 
-    /// The same with its memory in a file, which another QEMU can have, too.
+    /// Like [`Self::new`], with the memory in a file, which another QEMU can also use.
     pub fn in_file(accelerator: Accelerator, cpus: u16, memory: &str, file: &Path) -> Result<Self> {
-        let file = file.to_str().context("a path that is not UTF-8")?.replace(',', ",,");
+        let file = file.to_str().context("the path of the memory file is not UTF-8")?.replace(',', ",,");
         let object = format!("memory-backend-file,id=memory,size={memory},mem-path={file},share=on");
         Self::with_memory(accelerator, cpus, memory, &object)
     }
@@ -82,15 +81,15 @@ impl Qemu {
         Ok(Self { command, accelerator })
     }
 
-    /// Further options.
+    /// Adds options.
     pub fn args<'a>(mut self, arguments: impl IntoIterator<Item = &'a str>) -> Self {
         self.command.args(arguments);
         self
     }
 
-    /// A network device whose back-end meets QEMU at this socket, and again should it leave.
+    /// Adds a network device whose back-end uses this socket, and reconnects after the back-end has left.
     ///
-    /// Without MSI-X where QEMU emulates: some versions' vhost-user does not work with both.
+    /// An emulated guest has no MSI-X: vhost-user does not work with both in some versions of QEMU.
     pub fn vhost_user(self, id: &str, socket: &str, meeting: Meeting, mac: &str, queue_pairs: u16) -> Self {
         let queues = if queue_pairs > 1 { format!(",queues={queue_pairs}") } else { String::new() };
         let mq = if queue_pairs > 1 { ",mq=on" } else { "" };
@@ -113,55 +112,54 @@ impl Qemu {
         ])
     }
 
-    /// Starts it: [`Guest::start`].
+    /// Starts QEMU with [`Guest::start`].
     pub fn start(self, name: &str) -> Result<Guest> {
         Guest::start(&self.command, name)
     }
 
-    /// Starts it, with a monitor.
+    /// Starts QEMU with a monitor.
     pub fn start_with_monitor(mut self, name: &str) -> Result<(Guest, Qmp)> {
-        let (ours, qemus) = UnixStream::pair().context("cannot make a pair of sockets")?;
+        let (ours, qemus) = UnixStream::pair().context("cannot create a socket pair")?;
         let qemus = OwnedFd::from(qemus);
-        fcntl(&qemus, FcntlArg::F_SETFD(FdFlag::empty())).context("cannot pass a socket on")?;
+        fcntl(&qemus, FcntlArg::F_SETFD(FdFlag::empty())).context("cannot make a socket inheritable")?;
         self.command.arg("-chardev").arg(format!("socket,id=monitor,fd={}", qemus.as_raw_fd()));
         self.command.args(["-mon", "chardev=monitor,mode=control"]);
         let guest = self.start(name)?;
-        // Its end is noticed only if nobody else has its socket.
+        // If this process kept QEMU's end open, it would not notice when QEMU ends.
         drop(qemus);
-        let monitor = Qmp::new(ours).with_context(|| format!("the monitor of {name}: {}", guest.log()))?;
+        let monitor = Qmp::new(ours).with_context(|| format!("no monitor of {name}: {}", guest.log()))?;
         Ok((guest, monitor))
     }
 
-    /// Has it start the guest anew when that reboots, rather than end.
+    /// Makes QEMU reset the guest when it reboots, instead of exiting.
     pub fn rebooting(self) -> Self {
         self.args(["-action", "reboot=reset"])
     }
 
-    /// Has it wait for a guest that comes from elsewhere, and not let it run by itself either.
+    /// Makes QEMU wait for an incoming migration, and keep the guest stopped after it.
     pub fn incoming(self) -> Self {
         self.args(["-incoming", "defer", "-S"])
     }
 }
 
 impl Guest {
-    /// The memory of a guest that QEMU runs, as the process has it.
+    /// Opens the memory of a guest on QEMU, through a descriptor of the process.
     pub fn memory(&self) -> Result<File> {
         let folder = format!("/proc/{}/fd", self.process());
         for entry in fs::read_dir(&folder).with_context(|| folder.clone())? {
             let path = entry?.path();
-            // One that has been closed since is not it.
+            // Fails for a descriptor that was closed in the meantime.
             if fs::read_link(&path).is_ok_and(|target| target.to_string_lossy().contains(MEMORY)) {
                 return File::open(path).context("cannot open a guest's memory");
             }
         }
-        bail!("{folder} has no guest's memory")
+        bail!("no guest memory in {folder}")
     }
 
-    /// Takes the interrupts from a PCI network device: its driver looks at no ring from now on, while the device goes
-    /// on as before.
+    /// Masks the interrupts of a PCI network device: the driver no longer looks at its rings, and the device continues.
     pub fn take_interrupts(&mut self, interface: &str) -> Result<()> {
-        // PCI 3.0 §6.2.2 (bit 10 of the command), §6.7 (capabilities), §6.8.2.3 (MSI-X' message control: on, but masked;
-        // that it is off QEMU tells nobody who has an interrupt already).
+        // PCI 3.0 §6.2.2 (bit 10 of the command), §6.7 (capabilities), §6.8.2.3 (message control of MSI-X). MSI-X stays
+        // enabled but masked, because QEMU does not tell the users of existing interrupts that it was disabled.
         self.check(&format!(
             "cd -P /sys/class/net/{interface}/device/.. && \
              byte() {{ dd if=config bs=1 skip=$1 count=1 2>/dev/null | od -An -tu1; }}; \

@@ -1,8 +1,8 @@
-//! What a guest's network driver has counted, queue by queue: known whoever moves the frames on the other side.
+//! The per-queue counters of the guest's network driver, which are available with either datapath.
 
 use anyhow::{Context, Result};
 
-/// What went through one queue.
+/// The counters of one queue.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Carried {
     /// Frames.
@@ -11,24 +11,24 @@ pub struct Carried {
     pub bytes: u64,
 }
 
-/// The queues of one pair, as the guest names them.
+/// The counters of a queue pair, with directions as the guest names them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct QueuePair {
     /// To the guest.
     pub rx: Carried,
-    /// From it.
+    /// From the guest.
     pub tx: Carried,
 }
 
-/// Reads what `ethtool -S` writes for a virtio-net interface: a line such as `rx_queue_0_packets: 12` for each number.
-/// Gives the queue pairs that are in use, in order.
+/// Parses the output of `ethtool -S` for a virtio-net interface: a line such as `rx_queue_0_packets: 12` for each
+/// counter. Returns the queue pairs in use, in order.
 pub(super) fn parse(text: &str) -> Result<Vec<QueuePair>> {
     let mut pairs: Vec<QueuePair> = Vec::new();
     for line in text.lines() {
         let Some((name, number)) = line.trim().split_once(": ") else { continue };
         let Some((direction, name)) = name.split_once("_queue_") else { continue };
         let Some((queue, what)) = name.split_once('_') else { continue };
-        let queue: usize = queue.parse().with_context(|| format!("which queue is it: {line}"))?;
+        let queue: usize = queue.parse().with_context(|| format!("invalid queue number: {line}"))?;
         if pairs.len() <= queue {
             pairs.resize(queue + 1, QueuePair::default());
         }
@@ -38,7 +38,7 @@ pub(super) fn parse(text: &str) -> Result<Vec<QueuePair>> {
             "bytes" => &mut carried.bytes,
             _ => continue,
         };
-        *counter = number.parse().with_context(|| format!("not a number: {line}"))?;
+        *counter = number.parse().with_context(|| format!("invalid number: {line}"))?;
     }
     Ok(pairs)
 }
@@ -48,7 +48,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn counters_are_found_by_their_names() {
+    fn counters_are_parsed_by_name() {
         let text = "NIC statistics:\n     rx_queue_0_packets: 1\n     rx_queue_0_bytes: 2\n     rx_queue_0_drops: 3\n     \
                     rx_queue_1_packets: 4\n     rx_queue_1_bytes: 5\n     tx_queue_0_packets: 6\n     \
                     tx_queue_0_bytes: 7\n     tx_queue_1_packets: 8\n     tx_queue_1_bytes: 9\n";

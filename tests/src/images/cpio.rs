@@ -1,11 +1,11 @@
 //! Writes an initramfs: a cpio archive in the `newc` format (the kernel's
-//! `Documentation/driver-api/early-userspace/buffer-format.rst`), which needs neither a tool nor root.
+//! `Documentation/driver-api/early-userspace/buffer-format.rst`). Needs neither external tools nor root.
 //!
-//! Not compressed: virtual machines whose processors are emulated read it faster so.
+//! The archive is not compressed, because an emulated processor decompresses slowly.
 
 use std::collections::BTreeSet;
 
-/// An archive under construction. Paths are relative to the root; a path that is added again is ignored.
+/// An archive under construction. Paths are relative to the root. Adding a path again has no effect.
 #[derive(Debug, Default)]
 pub(super) struct Cpio {
     bytes: Vec<u8>,
@@ -26,7 +26,7 @@ impl Cpio {
         self.entry(path, FOLDER | 0o755, &[], (0, 0));
     }
 
-    /// A file, and the folders that it is in.
+    /// Adds a file and its parent directories.
     pub(super) fn file(&mut self, path: &str, mode: u32, contents: &[u8]) {
         for (end, _) in path.match_indices('/') {
             self.folder(&path[..end]);
@@ -42,7 +42,7 @@ impl Cpio {
         self.entry(path, CHARACTER_DEVICE | 0o600, &[], (major, minor));
     }
 
-    /// The archive's bytes.
+    /// Returns the archive.
     pub(super) fn finish(mut self) -> Vec<u8> {
         self.entry("TRAILER!!!", 0, &[], (0, 0));
         self.bytes

@@ -1,4 +1,4 @@
-//! Finds kernel modules and the modules that these depend on.
+//! Finds kernel modules and their dependencies.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -7,13 +7,13 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-/// A kernel module, ready to be loaded.
+/// A kernel module, uncompressed.
 pub(super) struct Module {
     pub(super) name: String,
     pub(super) contents: Vec<u8>,
 }
 
-/// The modules, each after those that it depends on.
+/// Returns the modules and their dependencies, each after those that it depends on.
 pub(super) fn with_dependencies(folder: &Path, names: &[&str]) -> Result<Vec<Module>> {
     let mut paths = HashMap::new();
     list(folder, &mut paths)?;
@@ -43,7 +43,7 @@ fn add(
     Ok(())
 }
 
-/// Every module below a folder, by its name (in which `-` is written `_`).
+/// Lists all modules below a directory by name, with `-` replaced by `_`.
 fn list(folder: &Path, paths: &mut HashMap<String, PathBuf>) -> Result<()> {
     let entries = fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
     for entry in entries {
@@ -63,14 +63,14 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     if path.extension().is_some_and(|extension| extension == "xz") {
         let output = Command::new("xz").arg("-dc").arg(path).output().context("cannot run xz")?;
         if !output.status.success() {
-            bail!("xz cannot unpack {}", path.display());
+            bail!("xz failed on {}", path.display());
         }
         return Ok(output.stdout);
     }
     fs::read(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
-/// What a module's `.modinfo` section says that it depends on: a string `depends=one,two` between zero bytes.
+/// Parses the dependencies from a module's `.modinfo` section: a string `depends=one,two` between zero bytes.
 fn dependencies(module: &[u8]) -> Vec<String> {
     let prefix = b"\0depends=";
     let Some(start) = module.windows(prefix.len()).position(|bytes| bytes == prefix) else {

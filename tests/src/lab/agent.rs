@@ -1,4 +1,5 @@
-//! The agent: the first process of the lab's machine. It does one job at a time, and leaves nothing of it behind.
+//! The agent: the first process of the lab's machine. It runs one job at a time, and kills all processes of a job that
+//! has ended.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Read};
@@ -18,36 +19,36 @@ use nix::unistd::Pid;
 use super::machine::PORT;
 use super::message::{HEARTBEAT, Job, Order, Outcome, Report, Stream, send};
 
-/// What the kernel loads for the tests, beyond what it loads by itself when asked for it.
+/// The kernel modules that the tests need and that the kernel does not load on demand.
 const MODULES: [&str; 4] = ["kvm_amd", "tun", "vhost_net", "veth"];
 
-/// Does what the supervisor orders until it is gone, then switches the machine off.
+/// Serves the supervisor until the supervisor ends, then powers off the machine.
 pub fn agent() -> Result<()> {
     if process::id() != 1 {
-        bail!("only the lab's machine runs this, as its first process");
+        bail!("the agent must be the first process of the lab's machine");
     }
     let result = serve();
     if let Err(error) = &result {
-        // The console is kept.
+        // The output of the console is kept in the lab's logs.
         let _ = fs::write("/dev/console", format!("the lab's agent: {error:#}\n"));
     }
-    reboot(RebootMode::RB_POWER_OFF).context("cannot switch the machine off")?;
+    reboot(RebootMode::RB_POWER_OFF).context("cannot power off the machine")?;
     result
 }
 
-/// Where reports go, whole lines only.
+/// The port to the supervisor. The lock keeps the lines of different threads apart.
 type Port = Arc<Mutex<File>>;
 
 fn serve() -> Result<()> {
     let status =
         Command::new("modprobe").arg("--all").args(MODULES).status().context("cannot run modprobe")?;
     if !status.success() {
-        bail!("cannot load the modules {MODULES:?}");
+        bail!("cannot load the kernel modules {MODULES:?}");
     }
     let path = find_port()?;
     let orders =
         OpenOptions::new().read(true).write(true).open(&path).context("cannot open the supervisor's port")?;
-    let port = Arc::new(Mutex::new(orders.try_clone().context("cannot share the port")?));
+    let port = Arc::new(Mutex::new(orders.try_clone().context("cannot duplicate the port")?));
     report(&port, &Report::Ready);
     let heart = Arc::clone(&port);
     thread::spawn(move || {
@@ -56,10 +57,12 @@ fn serve() -> Result<()> {
             report(&heart, &Report::Alive);
         }
     });
-    // Also for a job that is ordered to end before it has a process.
+    // Ends a job whose process has not been created yet.
     let to_end = Arc::new(AtomicBool::new(false));
     for line in BufReader::new(orders).lines() {
-        match serde_json::from_str(&line.context("the supervisor is gone")?).context("a strange order")? {
+        match serde_json::from_str(&line.context("cannot read from the supervisor")?)
+            .context("invalid order")?
+        {
             Order::Run(job) => {
                 to_end.store(false, Ordering::SeqCst);
                 let (port, to_end) = (Arc::clone(&port), Arc::clone(&to_end));
@@ -77,15 +80,15 @@ fn serve() -> Result<()> {
     Ok(())
 }
 
-/// The device of the port that has our name.
+/// Finds the device of the port named [`PORT`].
 fn find_port() -> Result<PathBuf> {
-    for entry in fs::read_dir("/sys/class/virtio-ports").context("there are no ports")? {
-        let entry = entry.context("cannot list the ports")?;
+    for entry in fs::read_dir("/sys/class/virtio-ports").context("cannot list the virtio ports")? {
+        let entry = entry.context("cannot list the virtio ports")?;
         if fs::read_to_string(entry.path().join("name")).is_ok_and(|name| name.trim_end() == PORT) {
             return Ok(PathBuf::from("/dev").join(entry.file_name()));
         }
     }
-    bail!("there is no port {PORT}")
+    bail!("no virtio port is named {PORT}")
 }
 
 fn run(job: &Job, port: &Port, to_end: &AtomicBool) -> Outcome {
@@ -106,14 +109,14 @@ fn run(job: &Job, port: &Port, to_end: &AtomicBool) -> Outcome {
     let outcome = wait(i32::try_from(child.id()).map_or(Pid::from_raw(-1), Pid::from_raw));
     kill_all();
     while waitpid(None, None) != Err(Errno::ECHILD) {}
-    // Nobody is left to hold the pipes open.
+    // All processes that had the pipes open are dead, so the pumps end.
     for pump in pumps.into_iter().flatten() {
         let _ = pump.join();
     }
     outcome
 }
 
-/// Waits for the job's process, and meanwhile for every orphan, as a first process must.
+/// Waits for the job's process. Meanwhile reaps orphans, as a first process must.
 fn wait(job: Pid) -> Outcome {
     loop {
         match waitpid(None, None) {
@@ -122,18 +125,18 @@ fn wait(job: Pid) -> Outcome {
                 return Outcome::Killed(signal.as_str().to_owned());
             }
             Ok(_) | Err(Errno::EINTR) => (),
-            Err(error) => return Outcome::NotStarted(format!("cannot wait for it: {error}")),
+            Err(error) => return Outcome::NotStarted(format!("cannot wait for the process: {error}")),
         }
     }
 }
 
-/// Ends every process but this one: the first process is spared.
+/// Kills every process but this one: kill(2) spares the first process.
 fn kill_all() {
-    // ESRCH: there was none.
+    // Fails with ESRCH if there is no other process.
     let _ = kill(Pid::from_raw(-1), Signal::SIGKILL);
 }
 
-/// Reports what is written to a pipe, a line at a time, until nobody can write to it any more.
+/// Starts a thread that reports the output in a pipe line by line, until no process can write to the pipe any more.
 fn pump(pipe: impl Read + Send + 'static, stream: Stream, port: &Port) -> thread::JoinHandle<()> {
     let port = Arc::clone(port);
     thread::spawn(move || {
@@ -149,6 +152,6 @@ fn pump(pipe: impl Read + Send + 'static, stream: Stream, port: &Port) -> thread
 
 fn report(port: &Port, report: &Report) {
     let port = port.lock().unwrap_or_else(PoisonError::into_inner);
-    // Without a supervisor the machine ends, as soon as the next order is read.
+    // Fails if the supervisor has ended. `serve` then fails as well, which powers off the machine.
     let _ = send(&*port, report);
 }

@@ -1,4 +1,4 @@
-//! The side of the lab that a test sees: starting a lab, and having a job done.
+//! The client side of the lab: starts a lab and runs jobs in it.
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Write};
@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use super::message::{Job, Outcome, Report, Stream, send};
 use crate::{images, paths, programs};
 
-/// A lab that was started.
+/// A running lab.
 #[derive(Debug)]
 pub struct Running {
     socket: PathBuf,
@@ -21,22 +21,22 @@ pub struct Running {
 }
 
 impl Running {
-    /// The lab whose socket this is.
+    /// Returns the lab that listens on `socket`.
     pub fn at(socket: &Path) -> Result<Self> {
         Ok(Self { socket: socket.to_owned(), logs: paths::logs()? })
     }
 
-    /// Starts a lab that runs as long as the process `owner`. Returns before it is up: clients wait. Labs that run side
-    /// by side have numbers of their own.
+    /// Starts a lab that lives as long as the process `owner`. Returns before the lab is up: its clients wait. Labs
+    /// that run at the same time have different numbers.
     pub fn start(owner: u32, number: usize) -> Result<Self> {
-        // Made once, before any test asks for them.
+        // Creates the image once, before any test needs it.
         images::guest_initramfs()?;
         let logs = paths::logs()?;
-        fs::create_dir_all(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
+        fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;
         let log_path = logs.join(format!("lab-{number}-supervisor.log"));
-        let log = File::create(&log_path).context("cannot write the lab's logs")?;
+        let log = File::create(&log_path).context("cannot create the lab's log")?;
         let folder =
-            tempfile::Builder::new().prefix("baton-lab-").tempdir().context("cannot make a folder")?;
+            tempfile::Builder::new().prefix("baton-lab-").tempdir().context("cannot create a directory")?;
         let socket = folder.path().join("lab.sock");
         let listener =
             UnixListener::bind(&socket).with_context(|| format!("cannot bind {}", socket.display()))?;
@@ -51,47 +51,47 @@ impl Running {
             .context("cannot start the lab's supervisor")?;
         let mut line = String::new();
         if let Some(output) = supervisor.stdout.take() {
-            BufReader::new(output).read_line(&mut line).context("cannot hear the lab's supervisor")?;
+            BufReader::new(output).read_line(&mut line).context("cannot read from the lab's supervisor")?;
         }
         if line != "started\n" {
             bail!("the lab's supervisor did not start; see {}", log_path.display());
         }
-        // It is the supervisor's from now on.
+        // The supervisor now owns the directory.
         let _ = folder.keep();
         Ok(Self { socket, logs })
     }
 
-    /// Where its clients connect.
+    /// Returns the socket for its clients.
     pub fn socket(&self) -> &Path {
         &self.socket
     }
 
-    /// Where its console and its supervisor's messages are kept.
+    /// Returns the directory with the logs of its console and its supervisor.
     pub fn logs(&self) -> &Path {
         &self.logs
     }
 
-    /// Has a job done, when the lab is up and others' jobs are done. What it writes is written here, and each line of
-    /// its standard output is shown to `look`, too.
+    /// Runs a job once the lab is up and idle. Forwards the output of the job, and also passes each line of its
+    /// standard output to `look`.
     pub fn run(&self, job: &Job, look: &mut dyn FnMut(&str)) -> Result<Outcome> {
         let lab = UnixStream::connect(&self.socket)
-            .with_context(|| format!("the lab is gone; see its logs in {}", self.logs.display()))?;
-        send(&lab, job).context("cannot ask the lab")?;
+            .with_context(|| format!("cannot connect to the lab; see its logs in {}", self.logs.display()))?;
+        send(&lab, job).context("cannot send the job to the lab")?;
         for line in BufReader::new(lab).lines() {
-            let line = line.context("cannot hear the lab")?;
-            match serde_json::from_str(&line).context("cannot understand the lab")? {
+            let line = line.context("cannot read from the lab")?;
+            match serde_json::from_str(&line).context("invalid message from the lab")? {
                 Report::Output { stream, text } => {
                     if stream == Stream::Output {
                         look(&text);
                     }
-                    show(stream, &text).context("cannot write what the lab has written")?;
+                    show(stream, &text).context("cannot forward the output of the job")?;
                 }
                 Report::Ended(outcome) => return Ok(outcome),
                 Report::Lost(reason) => bail!("{reason}; see the lab's logs in {}", self.logs.display()),
                 Report::Ready | Report::Alive => (),
             }
         }
-        bail!("the lab has ended; see its logs in {}", self.logs.display())
+        bail!("the lab closed the connection; see its logs in {}", self.logs.display())
     }
 }
 

@@ -1,19 +1,20 @@
-//! How fast this machine's time stamp counter goes, which QEMU's emulated processors show as theirs.
+//! Measures the frequency of this machine's time stamp counter, which QEMU's emulated processors expose unchanged.
 //!
-//! A kernel compares it with other clocks when it boots. Where the machine under it is busy just then that may come out
-//! several times too fast, and so would everything's patience in the lab.
+//! A kernel calibrates the counter against other clocks when it boots. On a busy machine, the result can be several
+//! times too high, and all timeouts in the lab would be wrong by that factor. So the lab's kernel gets the frequency as
+//! a parameter.
 #![expect(unsafe_code, reason = "reads the time stamp counter")]
 
 use std::arch::x86_64::_rdtsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long to look.
+/// The length of the measurement.
 const SPAN: Duration = Duration::from_millis(100);
-/// How often to look at both at each end: the closest look counts.
+/// How often to read both clocks at each end of it. The fastest reading counts.
 const LOOKS: u32 = 100;
 
-/// Its frequency in kHz.
+/// Returns the frequency of the time stamp counter in kHz.
 pub fn tsc_khz() -> u64 {
     let (from, begin) = look();
     thread::sleep(SPAN);
@@ -22,7 +23,7 @@ pub fn tsc_khz() -> u64 {
     end.wrapping_sub(begin).saturating_mul(1000) / microseconds
 }
 
-/// Both clocks, as close together as can be had.
+/// Reads both clocks, as close together as possible.
 fn look() -> (Instant, u64) {
     let once = || {
         let before = Instant::now();
@@ -39,7 +40,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_same_is_measured_twice() {
+    fn two_measurements_agree() {
         let (first, second) = (tsc_khz(), tsc_khz());
         assert!(first.abs_diff(second) < first / 100, "{first}, {second}");
     }

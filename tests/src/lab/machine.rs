@@ -1,4 +1,5 @@
-//! The lab's machine: a QEMU that emulates a processor with virtualization, and shares this machine's files with it.
+//! The lab's machine: a QEMU that emulates a processor with hardware virtualization, and shares this machine's files
+//! with it.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -12,31 +13,32 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use super::clock::tsc_khz;
 use crate::{images, paths, programs};
 
-/// The name of the port by which the agent speaks with the supervisor.
+/// The name of the virtio port between the agent and the supervisor.
 pub(super) const PORT: &str = "baton.agent";
 
-/// One is enough, and the guests have as many as they like. With two, QEMU's threads run into each other in its
-/// emulation of SVM, and now and then the machine resets itself or stands still.
+/// The number of processors. One is enough; guests may have more. With two, races between QEMU's threads in its
+/// emulation of SVM now and then reset or hang the machine.
 const PROCESSORS: &str = "1";
 
-/// All that QEMU can emulate, but for what Linux uses where it is there and makes it slower: a fifth level of page
-/// tables, which count twice where guests run, and protection keys.
+/// Everything that QEMU can emulate, without two features that slow Linux down: a fifth level of page tables, which
+/// costs twice under nested paging, and protection keys.
 const PROCESSOR: &str = "max,-la57,-pku";
 
-/// A machine that runs or has run. It ends when this is dropped, and with the thread that started it.
+/// A QEMU process. It is killed when this is dropped, and when the thread that started it ends.
 #[derive(Debug)]
 pub(super) struct Machine {
     qemu: Child,
 }
 
 impl Machine {
-    /// Starts it, and returns the connection to its agent. Its console is kept in `logs`, under the machine's name.
+    /// Starts the machine, and returns the connection to its agent. Its console output goes to a file in `logs` that
+    /// begins with `name`.
     pub(super) fn start(logs: &Path, name: &str) -> Result<(Self, UnixStream)> {
-        let (port, qemu_port) = UnixStream::pair().context("cannot make a pair of sockets")?;
+        let (port, qemu_port) = UnixStream::pair().context("cannot create a socket pair")?;
         let qemu_port = OwnedFd::from(qemu_port);
-        fcntl(&qemu_port, FcntlArg::F_SETFD(FdFlag::empty())).context("cannot pass a socket on")?;
+        fcntl(&qemu_port, FcntlArg::F_SETFD(FdFlag::empty())).context("cannot make a socket inheritable")?;
         let errors =
-            File::create(logs.join(format!("{name}-qemu.log"))).context("cannot write the lab's logs")?;
+            File::create(logs.join(format!("{name}-qemu.log"))).context("cannot create the log of QEMU")?;
 
         let mut command = Command::new(images::found("setpriv")?);
         command.args(["--pdeathsig", "KILL", "qemu-system-x86_64", "-nodefaults", "-no-user-config"]);
@@ -54,7 +56,7 @@ impl Machine {
         command.args(["-device", &format!("virtserialport,chardev=agent,name={PORT}")]);
         let qemu = command
             .stdin(Stdio::null())
-            .stdout(errors.try_clone().context("cannot write the lab's logs")?)
+            .stdout(errors.try_clone().context("cannot duplicate the log of QEMU")?)
             .stderr(errors)
             .spawn()
             .context("cannot start qemu-system-x86_64")?;
@@ -64,17 +66,17 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        // Both fail only if it has ended already.
+        // Both fail only if QEMU has already ended.
         let _ = self.qemu.kill();
         let _ = self.qemu.wait();
     }
 }
 
-/// What the lab's kernel is told.
+/// The parameters of the lab's kernel.
 ///
-/// QEMU's emulation of SVM may forget an interrupt that comes while another thread raises one (it changes the word of
-/// pending interrupts without a lock), and then nested guests stand still. Whatever comes next mends it, so there is
-/// a periodic tick which does not depend on its last one; and no more of SVM is used than must be.
+/// QEMU's emulation of SVM updates the word of pending interrupts without a lock. An interrupt can get lost when
+/// another thread raises one at the same time, and nested guests then hang until the next interrupt. So the kernel uses
+/// a periodic tick, which does not depend on the previous tick, and no optional features of SVM.
 const KERNEL_PARAMETERS: &str =
     "console=ttyS0 quiet panic=-1 nohz=off highres=off kvm_amd.avic=0 kvm_amd.vgif=0 kvm_amd.vls=0";
 
@@ -85,14 +87,14 @@ fn kernel_command_line(logs: &Path) -> Result<String> {
     for (name, path) in [("agent", agent.as_path()), ("modules", &modules), ("logs", logs)] {
         let path = path.to_str().filter(|path| !path.contains([' ', '"']));
         let Some(path) = path else {
-            bail!("the lab cannot use {}: it has a space in its path", paths::target()?.display());
+            bail!("the lab cannot use {}: its path has a space or a quote", paths::target()?.display());
         };
         line.push_str(&format!(" lab.{name}={path}"));
     }
     Ok(line)
 }
 
-/// An option of QEMU that ends with a path, in which commas are doubled.
+/// Returns an option of QEMU that ends with a path, in which commas are doubled.
 fn option(start: &str, path: &Path) -> Result<String> {
     let path = path.to_str().with_context(|| format!("{} is not UTF-8", path.display()))?;
     Ok(format!("{start}{}", path.replace(',', ",,")))

@@ -1,7 +1,8 @@
-//! What is said to the lab, one JSON object a line.
+//! The messages of the lab: one JSON object a line.
 //!
-//! A client sends a [`Job`] to the supervisor and gets [`Report`]s until one ends it; a client that leaves ends its job.
-//! The supervisor gives the agent [`Order`]s and gets [`Report`]s.
+//! A client sends a [`Job`] to the supervisor, which answers with [`Report`]s until one says that the job has ended. If
+//! the client disconnects, its job is killed. The supervisor sends [`Order`]s to the agent, which answers with
+//! [`Report`]s.
 
 use std::env;
 use std::fmt;
@@ -14,10 +15,10 @@ use serde::{Deserialize, Serialize};
 
 use super::place::Place;
 
-/// How often the agent says that it is alive.
+/// How often the agent reports that it is alive.
 pub(super) const HEARTBEAT: Duration = Duration::from_secs(5);
 
-/// A program to be run in the lab.
+/// A program to run in the lab.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Job {
     program: PathBuf,
@@ -27,9 +28,9 @@ pub struct Job {
 }
 
 impl Job {
-    /// To be run in the same folder and with the same environment as this process.
+    /// Creates a job with the current directory and environment of this process.
     pub fn here(program: PathBuf, arguments: impl IntoIterator<Item = String>) -> Result<Self> {
-        let folder = env::current_dir().context("cannot tell the current folder")?;
+        let folder = env::current_dir().context("cannot determine the current directory")?;
         let mut environment: Vec<_> = env::vars_os()
             .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
             .filter(|(name, _)| name != super::PLACE)
@@ -45,31 +46,31 @@ impl Job {
     }
 }
 
-/// What the supervisor tells the agent.
+/// A message from the supervisor to the agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Order {
-    /// Run this. Only after the last job has ended.
+    /// Runs a job. Sent only if no job is running.
     Run(Job),
-    /// End the job that runs, if one does.
+    /// Kills the running job, if any.
     End,
 }
 
-/// What the agent tells the supervisor, and the supervisor a client.
+/// A message from the agent to the supervisor, or from the supervisor to a client.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Report {
     /// The machine is up.
     Ready,
-    /// It still is, which is said every [`HEARTBEAT`].
+    /// The machine is still up. Sent every [`HEARTBEAT`].
     Alive,
-    /// A line that the job has written, with its end unless it had none.
+    /// A line of the job's output, with its newline if it has one.
     Output { stream: Stream, text: String },
-    /// The job has ended, and nothing that it started is left.
+    /// The job has ended, and all its processes are dead.
     Ended(Outcome),
-    /// The machine is gone, or never came up.
+    /// The machine has ended or hangs, or did not boot.
     Lost(String),
 }
 
-/// Where a job writes.
+/// The output stream of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Stream {
     Output,
@@ -79,11 +80,11 @@ pub(super) enum Stream {
 /// How a job ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Outcome {
-    /// With this exit code.
+    /// It exited with this code.
     Exited(i32),
-    /// By this signal.
+    /// This signal killed it.
     Killed(String),
-    /// It could not be started.
+    /// It could not be started, for this reason.
     NotStarted(String),
 }
 
@@ -91,7 +92,7 @@ impl fmt::Display for Outcome {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Exited(code) => write!(formatter, "exit code {code}"),
-            Self::Killed(signal) => write!(formatter, "ended by {signal}"),
+            Self::Killed(signal) => write!(formatter, "killed by {signal}"),
             Self::NotStarted(reason) => write!(formatter, "not started: {reason}"),
         }
     }

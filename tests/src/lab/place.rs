@@ -1,4 +1,4 @@
-//! Where tests that need the lab are run: decided once, by [`super::PLACE`] or by probing this machine.
+//! Decides where tests that need the lab run: by [`super::PLACE`], or by probing this machine.
 
 use std::env;
 use std::ffi::OsStr;
@@ -9,21 +9,22 @@ use anyhow::{Context, Result};
 use super::client::Running;
 use super::probe;
 
-/// Where tests that need the lab are run.
+/// Where tests that need the lab run.
 #[derive(Debug)]
 pub enum Place {
-    /// In this very process: the machine has all they need, or is the lab's.
+    /// In this process: the machine meets all requirements, or is the lab's machine.
     Here,
     /// In this lab.
     Lab(Running),
 }
 
 impl Place {
-    /// What [`super::PLACE`] is in the lab, and where none is needed; else it is a list, as `PATH` is, of the sockets of
-    /// the labs.
+    /// The value of [`super::PLACE`] in the lab, and where no lab is needed. Otherwise, the value is a list of the
+    /// labs' sockets, separated like `PATH`.
     pub const HERE: &str = "here";
 
-    /// As the environment says; if it says nothing, here or in a lab of this process's own.
+    /// Returns the place that the environment names. If it names none, probes this machine, and starts a lab for this
+    /// process if the machine needs one.
     pub fn find() -> Result<Self> {
         match env::var(super::PLACE) {
             Ok(place) if place == Self::HERE => Ok(Self::Here),
@@ -33,8 +34,8 @@ impl Place {
         }
     }
 
-    /// Probes this machine, starts as many labs as it has room for if it needs one, and returns what [`super::PLACE`] is
-    /// to be. `owner` owns them.
+    /// Probes this machine, and starts as many labs as it has resources for if it needs them. The labs live as long as
+    /// the process `owner`. Returns the value for [`super::PLACE`].
     pub fn prepare(owner: u32) -> Result<String> {
         if probe::has_all() {
             return Ok(Self::HERE.to_owned());
@@ -42,20 +43,20 @@ impl Place {
         let labs: Vec<Running> =
             (0..probe::room()).map(|number| Running::start(owner, number)).collect::<Result<_>>()?;
         let sockets = env::join_paths(labs.iter().map(Running::socket)).context("cannot list the labs")?;
-        sockets.into_string().ok().context("a path that is not UTF-8")
+        sockets.into_string().ok().context("the path of a lab's socket is not UTF-8")
     }
 }
 
-/// Which of the tests that run side by side this one is, as nextest counts within a group.
+/// Returns the slot of this test among those that run at the same time, as numbered by nextest within a group.
 fn slot() -> usize {
     let slot = env::var("NEXTEST_TEST_GROUP_SLOT");
     slot.ok().and_then(|slot| slot.parse().ok()).unwrap_or(0)
 }
 
-/// The lab for that slot. Two get the same where there are fewer labs: the one then waits for the other.
+/// Returns the lab for a slot. Slots share a lab if there are fewer labs: one test then waits for the other.
 fn choose(sockets: &OsStr, slot: usize) -> Result<PathBuf> {
     let sockets: Vec<PathBuf> = env::split_paths(sockets).collect();
-    sockets.get(slot % sockets.len()).cloned().context("there is no lab")
+    sockets.get(slot % sockets.len()).cloned().context("no lab is running")
 }
 
 #[cfg(test)]
@@ -63,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_slot_has_a_lab_of_its_own_as_long_as_there_are_some() {
+    fn slots_share_a_lab_only_if_there_are_fewer_labs() {
         let of = |sockets: &str, slot| choose(OsStr::new(sockets), slot).unwrap();
         assert_eq!([of("/a:/b", 0), of("/a:/b", 1), of("/a:/b", 2)], ["/a", "/b", "/a"].map(PathBuf::from));
         assert_eq!(of("/a", 1), PathBuf::from("/a"));

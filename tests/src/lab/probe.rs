@@ -1,11 +1,10 @@
-//! Finds out whether this machine can do what the lab is for.
+//! Probes whether this machine needs the lab, and how many labs it has resources for.
 //!
-//! A `/dev/kvm` proves little: there are hypervisors without hardware behind it that interpret the guest's kernel, a
-//! thousand times slower and not completely. So a guest counts to a million, and the time it takes tells.
-//!
-//! And for how many labs it has room.
+//! The presence of `/dev/kvm` proves little: some hypervisors provide it without hardware support, and interpret the
+//! guest's instructions, a thousand times slower and incompletely. So the probe measures how long a guest takes to
+//! count down from a million.
 
-#![expect(unsafe_code, reason = "gives KVM its guest memory")]
+#![expect(unsafe_code, reason = "passes guest memory to KVM")]
 
 use std::fs::{self, OpenOptions};
 use std::thread;
@@ -16,10 +15,10 @@ use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Kvm, VcpuExit};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
-/// Hardware takes 1 ms, hardware in a virtual machine or its emulation some 10 ms, an interpreter more than a second.
+/// The limit for counting. Hardware takes 1 ms, nested or emulated hardware some 10 ms, an interpreter over a second.
 const PATIENCE: Duration = Duration::from_millis(300);
 
-/// Whether KVM can run Linux, vhost-net and TAPs are there, and this process may use them all.
+/// Returns whether KVM can run Linux, and whether this process is root and can open vhost-net and TAPs.
 pub(super) fn has_all() -> bool {
     let opens = |path| OpenOptions::new().read(true).write(true).open(path).is_ok();
     nix::unistd::geteuid().is_root()
@@ -28,26 +27,26 @@ pub(super) fn has_all() -> bool {
         && time_to_count().is_ok_and(|time| time < PATIENCE)
 }
 
-/// The most labs at a time: as many tests run in labs side by side (`.config/nextest.toml`).
+/// The maximum number of labs: nextest runs as many tests in labs at a time (`.config/nextest.toml`).
 const MOST: usize = 2;
 
-/// What a lab may come to need of this machine's memory, in KiB: its machine's, and QEMU's own.
+/// The memory that a lab may use, in KiB: that of its machine, and QEMU's own.
 const NEEDED: usize = 6 << 20;
 
-/// How many labs this machine has the processors and the memory for; one that has not enough for one tries.
+/// Returns how many labs this machine has processors and memory for, but at least one.
 pub(super) fn room() -> usize {
     let processors = thread::available_parallelism().map_or(1, usize::from);
     let memory = fs::read_to_string("/proc/meminfo").ok().and_then(|text| available(&text)).unwrap_or(0);
     processors.min(memory / NEEDED).clamp(1, MOST)
 }
 
-/// The line `MemAvailable:    1234 kB` of /proc/meminfo.
+/// Parses the line `MemAvailable:    1234 kB` of /proc/meminfo.
 fn available(meminfo: &str) -> Option<usize> {
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     line.split_whitespace().next()?.parse().ok()
 }
 
-/// How long a guest takes to count from a million down to zero.
+/// Measures how long a guest takes to count from a million down to zero.
 fn time_to_count() -> Result<Duration> {
     const START: u64 = 0x1000;
     const CODE: [u8; 11] = [
@@ -84,6 +83,6 @@ fn time_to_count() -> Result<Duration> {
     let start = Instant::now();
     match vcpu.run()? {
         VcpuExit::Hlt => Ok(start.elapsed()),
-        exit => bail!("the counting guest ended with {exit:?}"),
+        exit => bail!("unexpected exit of the counting guest: {exit:?}"),
     }
 }

@@ -1,14 +1,14 @@
-//! The supervisor: a process that starts the lab's machine, takes one client's job after the other to its agent, and
-//! ends the machine when the lab's owner ends.
+//! The supervisor: a process that starts the lab's machine, passes the jobs of its clients to the agent one by one, and
+//! stops the machine when the owner of the lab ends.
 //!
 //! ```text
-//!  Booting ──Ready──▶ Idle ──a client's job──▶ Busy ──Ended──▶ Idle
-//!     │                                          └──client leaves──▶ Ending ──Ended──▶ Idle
-//!     ├── the machine ends, or is silent ──▶ Lost: every client is told why
-//!  Idle, Busy, Ending ── the machine ends, or is silent ──▶ Booting: another machine; a client is told why
+//!  Booting ──Ready──▶ Idle ──job──▶ Busy ──Ended──▶ Idle
+//!     │                              └──client disconnects──▶ Ending ──Ended──▶ Idle
+//!     └── the machine ends or is silent ──▶ Lost: reports the reason to every client
+//!  Idle, Busy, Ending ── the machine ends or is silent ──▶ Booting: a new machine; reports the reason to the client
 //! ```
 //!
-//! So a machine that breaks down fails the one test that it runs. A test is never run again.
+//! A machine that fails thus fails the one test that it runs. No test is repeated.
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -25,27 +25,27 @@ use super::machine::Machine;
 use super::message::{Job, Order, Report, send};
 use crate::paths;
 
-/// How long the machine may take to come up: it needs some 5 seconds on a machine with nothing else to do.
+/// How long the machine may take to boot: some 5 seconds if the host is idle.
 const BOOT: Duration = Duration::from_secs(180);
 
-/// How long a machine may be silent: a multiple of the agent's heartbeat, since a busy machine may skip some.
+/// How long the machine may be silent: a multiple of the agent's heartbeat, because a busy machine delays it.
 const SILENCE: Duration = Duration::from_secs(90);
 
-/// How long a client may take to say what it wants.
+/// How long a client may take to send its job.
 const REQUEST: Duration = Duration::from_secs(60);
 
-/// Runs the lab of that number for as long as the process `owner` runs. Clients connect to standard input, a listening socket;
-/// "started" is written to standard output when the supervisor watches its owner. The folder, in which the socket is,
-/// goes away with the lab.
+/// Runs lab number `number` for as long as the process `owner` runs. Standard input is the listening socket for
+/// clients. Writes "started" to standard output once the supervisor watches the owner. Removes `folder`, which contains
+/// the socket, when the lab ends.
 pub fn supervise(owner: u32, number: usize, folder: &Path) -> Result<()> {
-    let owner = i32::try_from(owner).ok().and_then(Pid::from_raw).context("no process has such an id")?;
-    let owner = pidfd_open(owner, PidfdFlags::empty()).context("cannot watch the lab's owner")?;
+    let owner = i32::try_from(owner).ok().and_then(Pid::from_raw).context("invalid process id")?;
+    let owner = pidfd_open(owner, PidfdFlags::empty()).context("cannot watch the owner of the lab")?;
     let listener = io::stdin().as_fd().try_clone_to_owned().context("standard input is not open")?;
     let mut output = io::stdout();
     output
         .write_all(b"started\n")
         .and_then(|()| output.flush())
-        .context("cannot tell who started the lab")?;
+        .context("cannot write to standard output")?;
 
     let result = Supervisor::start(UnixListener::from(listener), number).and_then(|mut lab| lab.run(&owner));
     fs::remove_dir_all(folder).with_context(|| format!("cannot remove {}", folder.display()))?;
@@ -53,17 +53,17 @@ pub fn supervise(owner: u32, number: usize, folder: &Path) -> Result<()> {
 }
 
 struct Supervisor {
-    /// The lab's.
+    /// The number of the lab.
     number: usize,
     listener: UnixListener,
     port: UnixStream,
     state: State,
-    /// What has arrived of the agent's next line.
+    /// The received part of the agent's next line.
     line: Vec<u8>,
-    /// When the agent was last heard.
+    /// When the agent last sent something.
     heard: Instant,
     machine: Option<Machine>,
-    /// How many machines there have been.
+    /// How many machines were started.
     machines: u32,
 }
 
@@ -75,7 +75,7 @@ enum State {
     Lost(String),
 }
 
-/// What [`Supervisor::wait`] waited for.
+/// An event that [`Supervisor::wait`] waits for.
 enum Event {
     OwnerEnded,
     Port,
@@ -85,14 +85,14 @@ enum Event {
 
 impl Supervisor {
     fn start(listener: UnixListener, number: usize) -> Result<Self> {
-        let (port, _) = UnixStream::pair().context("cannot make a pair of sockets")?;
+        let (port, _) = UnixStream::pair().context("cannot create a socket pair")?;
         let (state, line, heard) = (State::Booting, Vec::new(), Instant::now());
         let mut supervisor = Self { number, listener, port, state, line, heard, machine: None, machines: 0 };
         supervisor.boot();
         Ok(supervisor)
     }
 
-    /// Starts a machine. One that cannot be started is lost, so that the clients learn why.
+    /// Starts a machine. If that fails, the lab is lost, and every client is told why.
     fn boot(&mut self) {
         self.machines += 1;
         self.line.clear();
@@ -151,19 +151,19 @@ impl Supervisor {
             match poll(&mut fds, timeout) {
                 Ok(_) => break,
                 Err(nix::errno::Errno::EINTR) => (),
-                Err(error) => return Err(error).context("cannot wait"),
+                Err(error) => return Err(error).context("cannot wait for events"),
             }
         }
         let ready = fds.iter().position(|fd| fd.any() != Some(false));
         Ok(ready.map_or(Event::Timeout, |index| events.swap_remove(index)))
     }
 
-    /// Takes what the agent has written, and handles every whole line.
+    /// Reads from the agent, and handles every complete line.
     fn read_port(&mut self) {
         let mut bytes = [0; 65536];
         match self.port.read(&mut bytes) {
             Ok(0) => self.lose("the lab's machine has ended".to_owned()),
-            Err(error) => self.lose(format!("the lab's machine cannot be reached: {error}")),
+            Err(error) => self.lose(format!("cannot read from the lab's machine: {error}")),
             Ok(length) => {
                 self.heard = Instant::now();
                 self.line.extend_from_slice(&bytes[..length]);
@@ -171,7 +171,7 @@ impl Supervisor {
                     let line: Vec<u8> = self.line.drain(..=end).collect();
                     match serde_json::from_slice(&line) {
                         Ok(report) => self.handle(&report),
-                        Err(error) => self.lose(format!("the lab's agent said something strange: {error}")),
+                        Err(error) => self.lose(format!("invalid message from the lab's agent: {error}")),
                     }
                 }
             }
@@ -184,7 +184,7 @@ impl Supervisor {
             _ if *report == Report::Alive => (),
             State::Booting if *report == Report::Ready => self.state = State::Idle,
             State::Busy(client) => {
-                // A client that has gone is noticed when it is read from.
+                // Fails if the client has disconnected, which `hear_client` notices.
                 let _ = send(client, report);
                 if ended {
                     self.state = State::Idle;
@@ -193,16 +193,16 @@ impl Supervisor {
             State::Ending if ended => self.state = State::Idle,
             State::Ending | State::Lost(_) => (),
             State::Booting | State::Idle => {
-                self.lose(format!("the lab's agent said {report:?} unasked"));
+                self.lose(format!("unexpected message from the lab's agent: {report:?}"));
             }
         }
     }
 
-    /// A client connects, or leaves.
+    /// Handles a client that connects or disconnects.
     fn hear_client(&mut self) -> Result<()> {
         match &self.state {
             State::Busy(_) => {
-                // It has nothing more to say.
+                // A client sends nothing after its job, so it has disconnected.
                 self.order(&Order::End);
                 if matches!(self.state, State::Busy(_)) {
                     self.state = State::Ending;
@@ -214,7 +214,7 @@ impl Supervisor {
             }
             State::Booting | State::Idle | State::Ending => {
                 let (client, _) = self.listener.accept().context("cannot accept a client")?;
-                // One that says nothing, or nothing of sense, is no client.
+                // Ignores a client that does not send a valid job.
                 if let Ok(job) = request(&client) {
                     self.state = State::Busy(client);
                     self.order(&Order::Run(job));
@@ -226,11 +226,11 @@ impl Supervisor {
 
     fn order(&mut self, order: &Order) {
         if let Err(error) = send(&self.port, order) {
-            self.lose(format!("the lab's machine cannot be reached: {error}"));
+            self.lose(format!("cannot write to the lab's machine: {error}"));
         }
     }
 
-    /// Gives the machine up. One that had come up is followed by another.
+    /// Stops the machine. Starts a new one, unless it has never booted.
     fn lose(&mut self, reason: String) {
         eprintln!("machine {}: {reason}", self.machines);
         self.machine = None;
@@ -249,7 +249,7 @@ fn request(client: &UnixStream) -> Result<Job> {
     client.set_read_timeout(Some(REQUEST))?;
     let mut line = String::new();
     if BufReader::new(client).read_line(&mut line)? == 0 {
-        bail!("the client left");
+        bail!("the client disconnected");
     }
     Ok(serde_json::from_str(&line)?)
 }

@@ -4,8 +4,8 @@
 //! One thread of the crate handles the front-end's messages. Another one, the worker, waits for kicks and for the TAP,
 //! and copies frames in `NetBackend::move_frames`. The device has one queue pair.
 //!
-//! It does not offer mergeable receive buffers: `Queue::add_used` publishes each buffer by itself, so the driver could see
-//! some of a frame's buffers without the others.
+//! It does not offer mergeable receive buffers: `Queue::add_used` publishes each buffer by itself, so the driver could
+//! see some of a frame's buffers without the others.
 
 mod program;
 mod tap;
@@ -51,7 +51,7 @@ const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
 /// How many vrings there are.
 const VRINGS: usize = 2;
-/// The worker's number for events of the TAP. The crate uses the numbers up to [`VRINGS`].
+/// The event number of the TAP. The crate uses the numbers up to [`VRINGS`].
 const TAP_EVENT: u64 = 3;
 
 /// The largest queue.
@@ -59,10 +59,10 @@ const MAX_QUEUE_SIZE: usize = 1024;
 /// How many frames the worker moves one way before it turns to the other.
 const BATCH: usize = 64;
 
-/// Serves front-ends at a socket, one after the other, with the TAP of this name.
+/// Serves front-ends on a socket, one after the other, with the TAP of this name.
 ///
 /// # Errors
-/// If the TAP cannot be opened, or the socket cannot be listened on.
+/// Returns an error if the TAP cannot be opened or the socket cannot be created.
 pub fn serve(socket: &Path, tap: &str) -> Result<Infallible> {
     let tap = Arc::new(Tap::open(tap)?);
     let listener = Listener::new(socket, true);
@@ -72,7 +72,7 @@ pub fn serve(socket: &Path, tap: &str) -> Result<Infallible> {
     }
 }
 
-/// Waits for a front-end, and serves it until it leaves.
+/// Waits for a front-end and serves it until it disconnects.
 fn serve_front_end(listener: &mut Listener, tap: &Arc<Tap>) -> Result<()> {
     let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
     let backend = NetBackend {
@@ -158,8 +158,8 @@ impl VhostUserBackend for NetBackend {
 }
 
 impl NetBackend {
-    /// Moves frames both ways until neither direction can continue, whatever the event: a vring that starts may find
-    /// frames in the TAP whose event came before.
+    /// Moves frames both ways until neither direction can continue, whatever the event: when a vring starts, the TAP
+    /// may already contain frames whose event is past.
     fn move_frames(&self, vrings: &[VringMutex]) -> Result<()> {
         let mut frame = self.frame.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
@@ -191,8 +191,8 @@ impl NetBackend {
         })
     }
 
-    /// Passes a batch of chains to `use_chain`, which returns how many bytes it wrote to the chain, or `None` to leave it
-    /// available. Returns false once no chain is available, or one was left.
+    /// Passes a batch of chains to `use_chain`, which returns how many bytes it wrote to the chain, or `None` to leave
+    /// it available. Returns false once no chain is available, or one was left.
     fn process(
         &self,
         vring: &VringMutex,

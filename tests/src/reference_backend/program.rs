@@ -19,10 +19,10 @@ pub struct Program {
 }
 
 impl Program {
-    /// Starts it with the TAP of this name, and waits until it listens.
+    /// Starts the program with the TAP of this name and waits until it listens.
     ///
     /// # Errors
-    /// If it cannot be started.
+    /// Returns an error if the program cannot be started or does not listen.
     pub fn start(tap: &str) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         let socket = directory.path().join("vhost-user");

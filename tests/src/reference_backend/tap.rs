@@ -1,4 +1,4 @@
-//! The reference back-end's TAP, which takes and gives frames with their virtio-net headers.
+//! The reference back-end's TAP. Its frames have virtio-net headers.
 #![expect(unsafe_code, reason = "a TAP is configured by ioctl")]
 
 use std::ffi::{c_int, c_uint, c_ulong};
@@ -39,7 +39,7 @@ impl Tap {
         Ok(Self { file: tap.into() })
     }
 
-    /// Sets the offloads that a guest with these virtio features takes.
+    /// Sets the offloads that a guest with these virtio features accepts.
     pub fn set_offloads(&self, features: u64) -> io::Result<()> {
         let offloads = [
             (VIRTIO_NET_F_GUEST_CSUM, libc::TUN_F_CSUM),
@@ -55,7 +55,7 @@ impl Tap {
         Ok(())
     }
 
-    /// Reads a frame, with a header that says that it is in one buffer. Returns its length, or `None` without a frame.
+    /// Reads a frame and sets `num_buffers` in its header to one. Returns its length, or `None` if the TAP is empty.
     pub fn read(&self, frame: &mut [u8]) -> io::Result<Option<usize>> {
         match (&self.file).read(frame) {
             Ok(length) => {

@@ -1,7 +1,7 @@
-//! Much data over TCP: the sender says afterwards what the sum was, the receiver compares.
+//! Bulk data over TCP. Both ends compute a checksum, which they compare afterwards.
 //!
-//! The data comes in chunks, each with its length before it, so that a sender may end whenever it likes; a length of 0
-//! is the end.
+//! The data is sent in chunks, each preceded by its length, so the sender can stop at any time. A length of 0 marks the
+//! end.
 
 use std::io::{Read, Write};
 use std::net::SocketAddr;
@@ -13,29 +13,29 @@ use serde::{Deserialize, Serialize};
 
 use super::{Connection, Direction, Request, Stop};
 
-/// How much is written or read at once, at most; as much as makes the largest frames.
+/// The maximum length of a chunk: enough for the largest frames.
 const CHUNK: usize = 1 << 17;
 
-/// How much is written at once to a stream that somebody ends, and may slow down: that looks at it after each.
+/// The length of a chunk of an endless stream, which can be slowed down or stopped after each chunk.
 const PACED_CHUNK: usize = 1 << 14;
 
-/// The length of a chunk before it, in network byte order.
+/// The size of the length before each chunk, in network byte order.
 const HEADER: usize = size_of::<u32>();
 
-/// More than any stream carries: it goes on until somebody ends it.
+/// The length of an endless stream: more than any stream carries.
 const ENDLESS: u64 = u64::MAX;
 
-/// What one end has counted.
+/// The length and checksum at one end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Sum {
     bytes: u64,
     crc: u32,
 }
 
-/// What a transfer came to, once both ends' sums have been found equal.
+/// The result of a transfer whose checksums are equal at both ends.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Outcome {
-    /// Over all streams.
+    /// Bytes over all streams.
     pub bytes: u64,
     /// The CRC-32 of each stream, in hexadecimal.
     pub sums: Vec<String>,
@@ -43,7 +43,7 @@ pub struct Outcome {
     pub seconds: f64,
 }
 
-/// Moves `bytes` over each of `streams` TCP connections at once.
+/// Transfers `bytes` over each of `streams` TCP connections in parallel.
 pub fn check(server: SocketAddr, direction: Direction, bytes: u64, streams: u16) -> Result<Outcome> {
     let start = Instant::now();
     let threads: Vec<_> = (1..=u64::from(streams))
@@ -51,7 +51,7 @@ pub fn check(server: SocketAddr, direction: Direction, bytes: u64, streams: u16)
         .collect();
     let mut outcome = Outcome { bytes: 0, sums: Vec::new(), seconds: 0.0 };
     for thread in threads {
-        let Ok(sum) = thread.join() else { bail!("a stream's thread panicked") };
+        let Ok(sum) = thread.join() else { bail!("the thread of a stream panicked") };
         let sum = sum?;
         outcome.bytes += sum.bytes;
         outcome.sums.push(format!("{:08x}", sum.crc));
@@ -60,8 +60,8 @@ pub fn check(server: SocketAddr, direction: Direction, bytes: u64, streams: u16)
     Ok(outcome)
 }
 
-/// Moves data over a connection until `go_on`, which is told after each chunk how many bytes it has been, says no.
-/// Returns how many it has been then.
+/// Transfers data over a connection until `go_on`, which gets the number of bytes after each chunk, returns false.
+/// Returns the number of bytes.
 pub(super) fn check_until(
     server: SocketAddr,
     direction: Direction,
@@ -96,18 +96,18 @@ fn stream(
         }
     };
     if sent != received {
-        bail!("sent {sent:?}, received {received:?}");
+        bail!("sent {sent:?}, but received {received:?}");
     }
     Ok(sent)
 }
 
-/// The server's part when it receives.
+/// Serves a client that sends.
 pub(super) fn serve_receive(connection: &mut Connection) -> Result<()> {
     let sum = read(connection, |_, _| Ok(()))?;
     connection.say(&sum)
 }
 
-/// The server's part when it sends.
+/// Serves a client that receives.
 pub(super) fn serve_send(connection: &mut Connection, bytes: u64, seed: u64) -> Result<()> {
     let sum =
         write(connection, bytes, seed, |connection, _| Ok(connection.hear_if_said::<Stop>()?.is_none()))?;
@@ -153,7 +153,7 @@ fn read(
         if length == 0 {
             return Ok(Sum { bytes: received, crc: crc.finalize() });
         }
-        let Some(data) = chunk.get_mut(..length) else { bail!("a chunk of {length} bytes") };
+        let Some(data) = chunk.get_mut(..length) else { bail!("a chunk of {length} bytes is too long") };
         connection.stream.read_exact(data).with_context(fail)?;
         crc.update(data);
         received += length as u64;
@@ -161,12 +161,12 @@ fn read(
     }
 }
 
-/// Bytes without a pattern, the same for the same seed (xorshift64*).
+/// A generator of pseudo-random bytes (xorshift64*).
 pub(super) struct Noise(u64);
 
 impl Noise {
     pub(super) fn new(seed: u64) -> Self {
-        // The generator must not start at 0.
+        // The state must not be 0.
         Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }
 

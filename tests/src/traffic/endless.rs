@@ -1,5 +1,5 @@
-//! Traffic that goes on until it is told to end, whatever becomes of the guest meanwhile: each check in a thread of its
-//! own, at the asking end.
+//! Traffic that continues until it is stopped, for example while the guest migrates. Each check runs in its own thread
+//! at the client.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -12,10 +12,10 @@ use anyhow::{Result, anyhow, ensure};
 use super::flows::{self, Outcome, Plan};
 use super::{Direction, PATIENCE, bulk};
 
-/// How often is looked at what a thread has done.
+/// How often to check the progress of a thread.
 const TICK: Duration = Duration::from_millis(5);
 
-/// A check under way.
+/// A running check.
 #[derive(Debug)]
 pub struct Endless<T> {
     shared: Arc<Shared>,
@@ -29,7 +29,7 @@ struct Shared {
 }
 
 impl Shared {
-    /// Notes how much was done; says whether to go on.
+    /// Records the progress. Returns whether to continue.
     fn go_on(&self, done: u64) -> bool {
         self.done.store(done, Ordering::Relaxed);
         !self.ended.load(Ordering::Relaxed)
@@ -43,37 +43,37 @@ impl<T: Send + 'static> Endless<T> {
         Self { shared, thread: thread::spawn(move || check(&of_thread)) }
     }
 
-    /// How much has passed this end: bytes of a stream, datagrams of flows.
+    /// Returns how much was sent or received at this end: bytes of a stream, datagrams of flows.
     pub fn done(&self) -> u64 {
         self.shared.done.load(Ordering::Relaxed)
     }
 
-    /// Waits until so much has passed.
+    /// Waits until [`Self::done`] reaches `until`.
     ///
     /// # Errors
-    /// If it does not, because the check has failed or for long.
+    /// Returns an error if the check fails, or if that does not happen in time.
     pub fn wait_until(&self, until: u64) -> Result<()> {
         let deadline = Instant::now() + PATIENCE;
         while self.done() < until {
-            ensure!(!self.thread.is_finished(), "the traffic has ended by itself");
-            ensure!(Instant::now() < deadline, "the traffic stands still");
+            ensure!(!self.thread.is_finished(), "the traffic has failed");
+            ensure!(Instant::now() < deadline, "timed out at {} of {until}", self.done());
             thread::sleep(TICK);
         }
         Ok(())
     }
 
-    /// Ends the traffic, and returns what it came to.
+    /// Stops the traffic, and returns its result.
     ///
     /// # Errors
-    /// If it has failed.
+    /// Returns an error if the check failed.
     pub fn end(self) -> Result<T> {
         self.shared.ended.store(true, Ordering::Relaxed);
-        self.thread.join().map_err(|_| anyhow!("the traffic's thread panicked"))?
+        self.thread.join().map_err(|_| anyhow!("the thread of the traffic panicked"))?
     }
 }
 
-/// A TCP stream of at most `rate` bytes a second; it ends with the number of bytes, whose sums have been found equal at
-/// both ends.
+/// Starts a TCP stream of at most `rate` bytes a second. Its result is the number of bytes, once the checksums are
+/// equal at both ends.
 pub fn bulk(server: SocketAddr, direction: Direction, seed: u64, rate: u64) -> Endless<u64> {
     Endless::start(move |shared| {
         let (mut since, mut before) = (Instant::now(), 0);
@@ -86,7 +86,8 @@ pub fn bulk(server: SocketAddr, direction: Direction, seed: u64, rate: u64) -> E
     })
 }
 
-/// Numbered datagrams, however many the plan says; they end with what was received, and when they were sent.
+/// Starts numbered datagrams, ignoring the count in `plan`. The result is what was received, and the times at which the
+/// datagrams were sent or received at this end.
 pub fn flows(server: SocketAddr, direction: Direction, plan: Plan) -> Endless<(Outcome, Diary)> {
     let plan = Plan { count: flows::ENDLESS, ..plan };
     Endless::start(move |shared| {
@@ -99,29 +100,29 @@ pub fn flows(server: SocketAddr, direction: Direction, plan: Plan) -> Endless<(O
     })
 }
 
-/// When numbered datagrams have passed this end.
+/// The times at which numbered datagrams were sent or received at this end.
 #[derive(Clone, Debug)]
 pub struct Diary {
     flows: u32,
-    /// How many had passed by then.
+    /// Times, and the number of datagrams up to each.
     entries: Vec<(SystemTime, u32)>,
 }
 
 impl Diary {
-    /// A time when this flow's datagram `number` had not passed yet.
+    /// Returns a time before datagram `number` of a flow was sent or received.
     pub fn before(&self, flow: u32, number: u32) -> SystemTime {
         let earlier = &self.entries[..self.split(flow, number)];
         earlier.last().map_or(SystemTime::UNIX_EPOCH, |(time, _)| *time)
     }
 
-    /// A time when this flow's datagram `number` had passed, if it has.
+    /// Returns a time after datagram `number` of a flow was sent or received, or `None` if it was not.
     pub fn after(&self, flow: u32, number: u32) -> Option<SystemTime> {
         self.entries.get(self.split(flow, number)).map(|(time, _)| *time)
     }
 
-    /// The first entry that counts the datagram.
+    /// Returns the index of the first entry that counts the datagram.
     fn split(&self, flow: u32, number: u32) -> usize {
-        // Flows take turns.
+        // The flows alternate.
         let index = number * self.flows + flow;
         self.entries.partition_point(|(_, count)| *count <= index)
     }

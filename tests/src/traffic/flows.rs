@@ -1,8 +1,8 @@
-//! Numbered datagrams in several flows, each from a port of its own: none may be lost, doubled or overtaken within
-//! its flow.
+//! Numbered datagrams in several flows, each from its own port. None may be lost, duplicated or reordered within its
+//! flow.
 //!
-//! The receiver reports its progress over the connection, and the sender keeps no more than `WINDOW` datagrams on the way:
-//! queues and buffers hold as many. So however slow the machine is, a datagram that does not arrive was lost by a fault.
+//! The receiver reports its progress over the connection, and the sender keeps at most `WINDOW` datagrams in flight,
+//! which fit into all queues and buffers. So a missing datagram was lost by a fault, even on a slow machine.
 
 use std::io::ErrorKind;
 use std::net::{SocketAddr, UdpSocket};
@@ -15,42 +15,43 @@ use serde::{Deserialize, Serialize};
 
 use super::{Connection, Direction, Request};
 
-/// How long a receiver that has everything waits for what should not come.
+/// How long a receiver that has everything waits for duplicates.
 const LINGER: Duration = Duration::from_millis(300);
 
 /// The most datagrams that a sender sends at once.
 const BURST: u32 = 100;
 
-/// The most datagrams on the way: fewer than any queue or buffer there holds.
+/// The most datagrams in flight: fewer than any queue or buffer on the way holds.
 const WINDOW: u32 = 128;
 
-/// How long a sender with a full window waits for progress. Then it sends one datagram more, since the others may be lost.
+/// How long a sender with a full window waits for progress. It then sends one more datagram, because the others may be
+/// lost.
 const PROBE: Duration = Duration::from_millis(200);
 
-/// How often a sender looks at the clock: it sends as many as are due.
+/// How often a sender checks how many datagrams are due.
 const TICK: Duration = Duration::from_millis(2);
 
-/// How often a receiver that does not know how many come looks whether it was told, and reports its progress.
+/// How often a receiver that does not know the total reports its progress and checks for the total.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// The count of a plan whose sender goes on until it is told to end.
+/// The count of a plan whose sender continues until it is stopped.
 pub(super) const ENDLESS: u32 = u32::MAX;
 
-/// Flow and number at a datagram's start.
+/// The length of the flow and number at the start of a datagram.
 const HEADER: usize = 8;
 
-/// What is to be sent.
+/// The datagrams to send.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plan {
     /// Datagrams over all flows.
     pub count: u32,
-    /// Flows, which take turns.
+    /// Flows, which alternate.
     pub flows: u16,
     /// Datagrams a second over all flows.
     pub rate: u32,
     /// UDP payload of each, in bytes, at least 8.
     pub size: u16,
-    /// Seconds without a datagram after which the receiver takes the rest for lost.
+    /// Seconds without a datagram after which the receiver considers the rest lost.
     pub silence: u16,
 }
 
@@ -60,20 +61,20 @@ impl Plan {
     }
 }
 
-/// What a receiver has counted of one flow.
+/// A receiver's counters of one flow.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Flow {
-    /// Different datagrams.
+    /// Datagrams that arrived, without duplicates.
     pub received: u32,
-    /// That never came.
+    /// Datagrams that did not arrive.
     pub lost: u32,
-    /// That came again.
+    /// Datagrams that arrived again.
     pub duplicated: u32,
-    /// That came after one with a higher number.
+    /// Datagrams that arrived after one with a higher number.
     pub reordered: u32,
-    /// The numbers of those that never came, in order.
+    /// The numbers of the lost datagrams, in order.
     pub gaps: Vec<Range<u32>>,
-    /// The number after the highest that came.
+    /// The highest number that arrived, plus one.
     pub next: u32,
 }
 
@@ -96,7 +97,7 @@ impl Flow {
         self.received += 1;
     }
 
-    /// Counts what was sent and has not come.
+    /// Counts the lost datagrams of `sent`.
     fn end(&mut self, sent: u32) {
         if self.next < sent {
             self.gaps.push(self.next..sent);
@@ -105,46 +106,47 @@ impl Flow {
     }
 }
 
-/// What a receiver has counted.
+/// A receiver's counters.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Outcome {
-    /// Different datagrams over all flows.
+    /// Datagrams over all flows, without duplicates.
     pub received: u32,
-    /// Those that are not what was sent.
+    /// Datagrams with unexpected contents.
     pub damaged: u32,
-    /// Every flow.
+    /// The counters of each flow.
     pub flows: Vec<Flow>,
 }
 
 impl Outcome {
-    /// Whether none came twice, late or damaged.
+    /// Returns whether no datagram was duplicated, reordered or damaged.
     pub fn is_sound(&self) -> bool {
         self.damaged == 0 && self.flows.iter().all(|flow| flow.duplicated == 0 && flow.reordered == 0)
     }
 
-    /// Whether all came once, in order and whole.
+    /// Returns whether every datagram arrived exactly once, in order and undamaged.
     pub fn is_perfect(&self) -> bool {
         self.is_sound() && self.flows.iter().all(|flow| flow.lost == 0)
     }
 }
 
-/// What a receiver reports to the sender.
+/// A message from the receiver to the sender.
 #[derive(Debug, Serialize, Deserialize)]
 enum Report {
-    /// So many datagrams have arrived or were overtaken.
+    /// The number of datagrams that have arrived or were overtaken by a later one.
     Progress(u32),
-    /// It wants no more.
+    /// The sender must stop.
     Stop,
-    /// All that it has counted.
+    /// The final counters.
     Outcome(Outcome),
 }
 
-/// Sends the plan's datagrams in a direction, and returns what was received there.
+/// Sends the datagrams of a plan in a direction, and returns the receiver's counters.
 pub fn check(server: SocketAddr, direction: Direction, plan: Plan) -> Result<Outcome> {
     check_until(server, direction, plan, |_| true)
 }
 
-/// Does so until `go_on`, which is told now and then how many datagrams have left or reached this end, says no.
+/// Like [`check`], until `go_on` returns false. It is called repeatedly with the number of datagrams sent or received
+/// at this end.
 pub(super) fn check_until(
     server: SocketAddr,
     direction: Direction,
@@ -152,9 +154,9 @@ pub(super) fn check_until(
     mut go_on: impl FnMut(u32) -> bool,
 ) -> Result<Outcome> {
     if plan.flows == 0 || plan.rate == 0 || usize::from(plan.size) < HEADER {
-        bail!("there must be a flow, a rate, and {HEADER} bytes in a datagram");
+        bail!("invalid plan: needs at least one flow, a rate above 0, and {HEADER} bytes in a datagram");
     }
-    // Bound before the server knows of it; its address is only known once connected.
+    // Bound to any address, because the request to the server names the port and the local address is not known yet.
     let socket = UdpSocket::bind(if server.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" })?;
     let _ = nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::RcvBufForce, &(64 << 20));
     let port = socket.local_addr()?.port();
@@ -175,20 +177,20 @@ pub(super) fn check_until(
             let port: u16 = connection.hear()?;
             let to = SocketAddr::new(server.ip(), port);
             send(&mut connection, &plan, to, go_on)?;
-            // If any is lost, the other end waits for it in vain first.
+            // If a datagram is lost, the other end first waits until its timeout.
             connection.be_patient(plan.patience())?;
             loop {
                 match connection.hear()? {
                     Report::Progress(_) => {}
                     Report::Outcome(outcome) => return Ok(outcome),
-                    Report::Stop => bail!("the receiver wants no more"),
+                    Report::Stop => bail!("the receiver stopped the traffic unexpectedly"),
                 }
             }
         }
     }
 }
 
-/// The server's part when it receives: says where, and afterwards what came.
+/// Serves a client that sends: reports the port to send to, then progress, then the counters.
 pub(super) fn serve_receive(connection: &mut Connection, plan: &Plan) -> Result<()> {
     let socket = connection.datagram_socket()?;
     connection.say(&socket.local_addr()?.port())?;
@@ -199,17 +201,17 @@ pub(super) fn serve_receive(connection: &mut Connection, plan: &Plan) -> Result<
     connection.say(&Report::Outcome(outcome))
 }
 
-/// The server's part when it sends.
+/// Serves a client that receives.
 pub(super) fn serve_send(connection: &mut Connection, plan: &Plan, to: SocketAddr) -> Result<()> {
     send(connection, plan, to, |_| true)?;
-    // The receiver reports its progress until it knows how many there were, and then leaves.
+    // The receiver reports its progress until it knows the total, and disconnects at the end.
     connection.be_patient(plan.patience())?;
     while connection.hear::<Report>().is_ok() {}
     Ok(())
 }
 
-/// Sends the datagrams at the plan's rate, if the window permits, and says how many there were. `go_on` is asked now and
-/// then.
+/// Sends the datagrams at the plan's rate, as far as the window permits, then tells the receiver the total. Calls
+/// `go_on` repeatedly with the number sent so far, and stops when it returns false.
 fn send(
     connection: &mut Connection,
     plan: &Plan,
@@ -219,8 +221,8 @@ fn send(
     let sockets: Vec<UdpSocket> =
         (0..plan.flows).map(|_| connection.datagram_socket()).collect::<Result<_>>()?;
     for socket in &sockets {
-        // A connected socket keeps its transmit queue. Else Linux would choose by processor, and a process that moves
-        // from one to another would overtake itself.
+        // A connected socket keeps its transmit queue. Otherwise, Linux would choose the queue by processor, and
+        // datagrams could be reordered when the process moves to another processor.
         socket.connect(to).with_context(|| format!("cannot send to {to}"))?;
     }
     let mut datagram = vec![0; usize::from(plan.size)];
@@ -244,7 +246,7 @@ fn send(
         }
         due += now.duration_since(last).as_secs_f64() * f64::from(plan.rate);
         last = now;
-        // A sender that could not run for a while does not make up for it at once.
+        // A sender that did not run for a while must not catch up at once.
         due = due.min(f64::from(sent + BURST));
         while sent < window
             && f64::from(sent) < due
@@ -260,8 +262,8 @@ fn send(
     connection.say(&sent)
 }
 
-/// Receives until nothing more can come. `sent` gets, now and then, how many have come, and how many have come or were
-/// overtaken; it gives how many were sent, once that is known.
+/// Receives until no more datagrams can arrive. Calls `sent` repeatedly with the number of datagrams that have arrived,
+/// and the number that have arrived or were overtaken. `sent` returns the total, once it is known.
 fn receive(
     socket: &UdpSocket,
     plan: &Plan,
@@ -288,7 +290,7 @@ fn receive(
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
                 match count {
                     Some(count) if heard.elapsed() >= silence => break count,
-                    None if heard.elapsed() >= silence => bail!("the sender is silent, and does not say why"),
+                    None if heard.elapsed() >= silence => bail!("timed out: the sender sends nothing"),
                     _ => continue,
                 }
             }
@@ -314,7 +316,7 @@ fn receive(
     Ok(outcome)
 }
 
-/// A datagram's contents follow from its flow and number.
+/// Fills a datagram with contents that depend only on its flow and number.
 fn fill(datagram: &mut [u8], flow: u32, number: u32) {
     datagram[..4].copy_from_slice(&flow.to_be_bytes());
     datagram[4..HEADER].copy_from_slice(&number.to_be_bytes());
@@ -334,7 +336,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_comes_late_closes_its_gap_and_what_comes_again_is_counted() {
+    fn late_datagrams_close_gaps_and_duplicates_are_counted() {
         let mut flow = Flow::default();
         for number in [0, 1, 5, 3, 3, 1, 8] {
             flow.count(number);

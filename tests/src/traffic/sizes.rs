@@ -1,4 +1,4 @@
-//! Datagrams of every size of a range, each sent back and compared.
+//! Datagrams of every size in a range, which the server echoes and the client compares.
 
 use std::collections::BTreeSet;
 use std::io::{ErrorKind, Read};
@@ -11,33 +11,33 @@ use serde::{Deserialize, Serialize};
 use super::bulk::Noise;
 use super::{Connection, PATIENCE, Request};
 
-/// How many are under way at once.
+/// The most datagrams in flight.
 const WINDOW: usize = 16;
 
-/// How often the server looks whether it is still needed.
+/// How often the server checks whether the client is still connected.
 const TICK: Duration = Duration::from_millis(100);
 
-/// What came back.
+/// The counters of the client.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Outcome {
-    /// How many sizes were sent.
+    /// Datagrams that were sent.
     pub sent: usize,
-    /// How many came back as they were sent.
+    /// Datagrams that were echoed unchanged.
     pub intact: usize,
-    /// The sizes of UDP payloads that did not come back.
+    /// The sizes of the UDP payloads that were not echoed.
     pub lost: Vec<usize>,
-    /// How many came back that are not what was sent.
+    /// Datagrams that were received with unexpected contents.
     pub damaged: usize,
 }
 
 impl Outcome {
-    /// Whether every one came back whole.
+    /// Returns whether every datagram was echoed unchanged.
     pub fn is_perfect(&self) -> bool {
         self.intact == self.sent && self.damaged == 0
     }
 }
 
-/// Sends datagrams with payloads of these sizes, and checks what comes back.
+/// Sends datagrams with payloads of these sizes, and checks the echoes.
 pub fn check(server: SocketAddr, sizes: impl IntoIterator<Item = usize>) -> Result<Outcome> {
     let mut connection = Connection::open(server, &Request::Echo)?;
     let port: u16 = connection.hear()?;
@@ -76,7 +76,7 @@ pub fn check(server: SocketAddr, sizes: impl IntoIterator<Item = usize>) -> Resu
     }
 }
 
-/// The server's part: sends everything back to whom it came from, until the connection ends.
+/// Serves a client: echoes every datagram to its sender, until the connection ends.
 pub(super) fn serve(connection: &mut Connection) -> Result<()> {
     let socket = connection.datagram_socket()?;
     connection.say(&socket.local_addr()?.port())?;
@@ -92,7 +92,7 @@ fn echo(socket: &UdpSocket) -> Result<()> {
     let mut bytes = vec![0; 65536];
     match socket.recv_from(&mut bytes) {
         Ok((length, from)) => {
-            socket.send_to(&bytes[..length], from).context("cannot send back")?;
+            socket.send_to(&bytes[..length], from).context("cannot send the echo")?;
             Ok(())
         }
         Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => Ok(()),
@@ -103,9 +103,9 @@ fn echo(socket: &UdpSocket) -> Result<()> {
 fn is_open(connection: &mut Connection) -> Result<bool> {
     match connection.stream.read(&mut [0]) {
         Ok(0) => Ok(false),
-        Ok(_) => bail!("the other end has more to say than it should"),
+        Ok(_) => bail!("unexpected data from the other end"),
         Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(true),
-        Err(error) => Err(error).context("cannot hear the other end"),
+        Err(error) => Err(error).context("cannot read from the other end"),
     }
 }
 

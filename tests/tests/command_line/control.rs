@@ -12,10 +12,10 @@ use baton_tests::programs;
 use nix::sys::signal::Signal;
 
 on_both_datapaths! {
-    the_control_socket_tells_what_it_does,
+    control_socket_reports_status_and_statistics,
 }
 
-fn the_control_socket_tells_what_it_does(datapath: Datapath) {
+fn control_socket_reports_status_and_statistics(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 2, &[]).unwrap();
     let status = rig.backend.status().unwrap();
     assert_eq!(
@@ -29,7 +29,7 @@ fn the_control_socket_tells_what_it_does(datapath: Datapath) {
     rig.expect_in_guest(&mut device, 0..5).unwrap();
     let counted = |frames, bytes| match datapath {
         Datapath::Userspace => (Some(frames), Some(bytes), Some(0)),
-        // What the kernel moves nobody counts.
+        // The kernel's datapath does not count frames.
         Datapath::VhostNet => (None, None, None),
     };
     rig.backend
@@ -44,13 +44,13 @@ fn the_control_socket_tells_what_it_does(datapath: Datapath) {
     assert_eq!(status.features, format!("{:#x}", device.options.features));
     assert!(status.vrings[..2].iter().all(|vring| vring.started && vring.enabled && vring.size == 256));
     assert!(status.vrings[2..].iter().all(|vring| !vring.started && vring.size == 0));
-    // A VMM's command.
+    // A command for a VMM.
     let error = rig.backend.ask(&Request::Pause).unwrap_err();
     assert!(error.to_string().contains("back-end"), "{error}");
 }
 
 #[test]
-fn batonctl_ends_it() {
+fn batonctl_quit_ends_the_back_end() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
     let connection = rig.backend.connect().unwrap();
     connection.get_features().unwrap();
@@ -64,10 +64,10 @@ fn batonctl_ends_it() {
 }
 
 #[test]
-fn a_silent_control_client_and_a_silent_front_end_hold_nobody_up() {
+fn silent_control_client_and_silent_front_end_block_no_other_client() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
     let _silent = UnixStream::connect(&rig.backend.control).unwrap();
-    // Half a message, and no more.
+    // An incomplete message.
     let front_end = Connection::connect(&rig.backend.socket).unwrap();
     front_end.send_bytes(&[1, 0, 0, 0, 1, 0], &[]).unwrap();
     for _ in 0..10 {

@@ -39,7 +39,7 @@ fn assert_refuses(mut backend: Backend, code: i32, words: &[&str]) {
 }
 
 #[test]
-fn without_vhost_net_it_says_so() {
+fn missing_or_forbidden_vhost_net_is_reported() {
     let netns = Netns::enter().unwrap();
     netns.hide_devices().unwrap();
     let missing = ["/dev/vhost-net", "load the module vhost_net"];
@@ -48,11 +48,11 @@ fn without_vhost_net_it_says_so() {
     std::fs::set_permissions("/dev/vhost-net", std::fs::Permissions::from_mode(0o600)).unwrap();
     let refused = ["/dev/vhost-net", "not permitted", "--vhost-fds"];
     assert_refuses(Backend::unprivileged(&["--vhost", TAP_OPTION], &[]).unwrap(), 1, &refused);
-    assert!(!netns::exists(TAP), "something was touched");
+    assert!(!netns::exists(TAP), "the TAP was created");
 }
 
 #[test]
-fn wrong_usage_is_one_line_and_exit_code_2() {
+fn usage_errors_are_one_line_with_exit_code_2() {
     let _netns = Netns::enter().unwrap();
     let cases: [&[&str]; 9] = [
         &[],
@@ -72,11 +72,11 @@ fn wrong_usage_is_one_line_and_exit_code_2() {
         assert_eq!(log.lines().count(), 1, "{arguments:?}: {log}");
         assert!(!backend.socket.exists());
     }
-    assert!(!netns::exists(TAP), "something was touched");
+    assert!(!netns::exists(TAP), "the TAP was created");
 }
 
 #[test]
-fn its_capabilities_are_json() {
+fn print_capabilities_prints_json() {
     let output = Command::new(programs::backend().unwrap()).arg("--print-capabilities").output().unwrap();
     assert!(output.status.success());
     let capabilities: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();

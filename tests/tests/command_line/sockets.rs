@@ -1,4 +1,4 @@
-//! The sockets on which front-ends and clients of the control socket come.
+//! The sockets for front-ends, and the control socket.
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::PermissionsExt;
@@ -19,13 +19,13 @@ use nix::sys::signal::Signal;
 use super::{TAP_OPTION, check_traffic};
 
 on_both_datapaths! {
-    it_listens_again_after_a_front_end_has_left,
-    as_a_client_it_connects_and_reconnects,
-    a_connected_socket_is_served_until_it_is_closed,
-    its_sockets_are_for_its_owner_alone_and_go_with_it,
+    next_front_end_is_served_after_the_first_leaves,
+    client_connects_and_reconnects,
+    inherited_connected_socket_is_served_until_it_is_closed,
+    sockets_are_private_to_the_owner_and_removed_at_the_end,
 }
 
-fn it_listens_again_after_a_front_end_has_left(datapath: Datapath) {
+fn next_front_end_is_served_after_the_first_leaves(datapath: Datapath) {
     let mut rig = Rig::new(datapath, 1, &[]).unwrap();
     let pid = rig.backend.process.pid();
     for _ in 0..10 {
@@ -36,7 +36,7 @@ fn it_listens_again_after_a_front_end_has_left(datapath: Datapath) {
     assert_eq!(rig.backend.process.pid(), pid);
 }
 
-fn as_a_client_it_connects_and_reconnects(datapath: Datapath) {
+fn client_connects_and_reconnects(datapath: Datapath) {
     let netns = Netns::enter().unwrap();
     netns.create_persistent_tap(TAP, false).unwrap();
     let mut network = PacketSocket::open(TAP).unwrap();
@@ -44,7 +44,7 @@ fn as_a_client_it_connects_and_reconnects(datapath: Datapath) {
     let path = directory.path().join("front-end");
     let option = format!("--socket-path={}", path.display());
 
-    // Nobody listens there yet.
+    // No front-end listens there yet.
     let mut backend = Backend::with_arguments(datapath, &[TAP_OPTION, &option, "--client"], &[]).unwrap();
     assert_eq!(backend.status().unwrap().state, BackendState::Waiting);
     for _ in 0..2 {
@@ -54,14 +54,14 @@ fn as_a_client_it_connects_and_reconnects(datapath: Datapath) {
             check_traffic(&mut device, &mut network);
             assert_eq!(backend.status().unwrap().state, BackendState::Serving);
         }
-        // The front-end dies and leaves its socket's file behind; another one comes.
+        // The front-end ends; the next one binds its socket at the same path.
         drop(listener);
         std::fs::remove_file(&path).unwrap();
     }
     backend.check_healthy().unwrap();
 }
 
-fn a_connected_socket_is_served_until_it_is_closed(datapath: Datapath) {
+fn inherited_connected_socket_is_served_until_it_is_closed(datapath: Datapath) {
     let netns = Netns::enter().unwrap();
     netns.create_persistent_tap(TAP, false).unwrap();
     let mut network = PacketSocket::open(TAP).unwrap();
@@ -72,12 +72,12 @@ fn a_connected_socket_is_served_until_it_is_closed(datapath: Datapath) {
     let mut device = Device::on_stream(ours, Options::default()).unwrap();
     check_traffic(&mut device, &mut network);
     drop(device);
-    // There can be no other front-end.
+    // No other front-end can connect, so the back-end ends.
     assert_eq!(backend.process.wait().unwrap().code(), Some(0));
 }
 
 #[test]
-fn a_listening_socket_is_served_again_and_again() {
+fn inherited_listening_socket_serves_several_front_ends() {
     let netns = Netns::enter().unwrap();
     netns.create_persistent_tap(TAP, false).unwrap();
     let mut network = PacketSocket::open(TAP).unwrap();
@@ -94,14 +94,14 @@ fn a_listening_socket_is_served_again_and_again() {
     }
     backend.process.signal(Signal::SIGTERM).unwrap();
     assert_eq!(backend.process.wait().unwrap().code(), Some(0));
-    assert!(path.exists(), "a socket that it did not make was removed");
+    assert!(path.exists(), "the back-end removed an inherited socket");
 }
 
 fn mode(path: &Path) -> u32 {
     std::fs::symlink_metadata(path).unwrap().permissions().mode() & 0o7777
 }
 
-fn its_sockets_are_for_its_owner_alone_and_go_with_it(datapath: Datapath) {
+fn sockets_are_private_to_the_owner_and_removed_at_the_end(datapath: Datapath) {
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
         let mut rig = Rig::new(datapath, 1, &[]).unwrap();
         let device = rig.device(Options::default()).unwrap();
@@ -114,7 +114,7 @@ fn its_sockets_are_for_its_owner_alone_and_go_with_it(datapath: Datapath) {
 }
 
 #[test]
-fn a_dead_socket_is_replaced_and_a_live_one_refused() {
+fn stale_socket_is_replaced_and_live_socket_is_refused() {
     let netns = Netns::enter().unwrap();
     let directory = tempfile::tempdir().unwrap();
     for (option, name) in [("--socket-path", "vhost-user"), ("--control-socket", "control")] {
@@ -141,7 +141,7 @@ fn a_dead_socket_is_replaced_and_a_live_one_refused() {
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
         std::fs::remove_file(&path).unwrap();
 
-        // Left behind by one that was killed.
+        // A stale socket, as a killed back-end leaves it.
         drop(UnixListener::bind(&path).unwrap());
         let arguments: Vec<_> = arguments.iter().map(Into::into).collect();
         let program = programs::backend().unwrap();

@@ -16,20 +16,20 @@ use nix::sys::signal::Signal;
 use super::{TAP_OPTION, assert_refuses, check_traffic};
 
 on_both_datapaths! {
-    a_tap_that_is_absent_is_created_and_goes_with_the_back_end,
-    an_existing_tap_is_taken_with_the_flags_it_has,
-    a_tap_keeps_the_flags_that_are_not_the_back_ends,
-    what_its_last_user_filtered_reaches_the_guest,
+    missing_tap_is_created_and_ends_with_the_back_end,
+    existing_tap_is_used_with_its_own_queue_mode,
+    back_end_keeps_foreign_flags_of_a_tap,
+    filters_of_the_last_user_are_dropped,
     inherited_taps_are_used,
 }
 
-fn a_tap_that_is_absent_is_created_and_goes_with_the_back_end(datapath: Datapath) {
+fn missing_tap_is_created_and_ends_with_the_back_end(datapath: Datapath) {
     let netns = Netns::enter().unwrap();
     for queue_pairs in [1, 2] {
         let option = format!("--queue-pairs={queue_pairs}");
         let mut backend = Backend::listening(datapath, &[TAP_OPTION, &option], &[]).unwrap();
         assert_eq!(backend.status().unwrap().queue_pairs, queue_pairs);
-        // Addresses and link state are management's.
+        // Addresses and link state are left to the operator.
         assert!(!netns::is_up(TAP).unwrap());
         netns::set_up(TAP).unwrap();
         let mut network = PacketSocket::open(TAP).unwrap();
@@ -44,7 +44,7 @@ fn a_tap_that_is_absent_is_created_and_goes_with_the_back_end(datapath: Datapath
     drop(netns);
 }
 
-fn an_existing_tap_is_taken_with_the_flags_it_has(datapath: Datapath) {
+fn existing_tap_is_used_with_its_own_queue_mode(datapath: Datapath) {
     let netns = Netns::enter().unwrap();
     // One pair on a multi-queue TAP, and on one of a single queue.
     for (name, multi_queue) in [("tap1", true), ("tap2", false)] {
@@ -56,14 +56,14 @@ fn an_existing_tap_is_taken_with_the_flags_it_has(datapath: Datapath) {
         check_traffic(&mut device, &mut network);
         assert_eq!(backend.status().unwrap().tap, name);
         drop((device, backend));
-        assert!(netns::exists(name), "a TAP that it did not create went with it");
+        assert!(netns::exists(name), "the back-end removed a TAP that it did not create");
     }
 }
 
-/// `IFF_NAPI`, with which the kernel takes what is written to a TAP in batches.
+/// `IFF_NAPI`: the kernel processes frames written to the TAP in batches.
 const IFF_NAPI: libc::c_int = 0x10;
 
-fn a_tap_keeps_the_flags_that_are_not_the_back_ends(datapath: Datapath) {
+fn back_end_keeps_foreign_flags_of_a_tap(datapath: Datapath) {
     let netns = Netns::enter().unwrap();
     netns.mount_sysfs().unwrap();
     let flags = || std::fs::read_to_string(format!("/sys/class/net/{TAP}/tun_flags")).unwrap();
@@ -86,7 +86,7 @@ fn a_tap_keeps_the_flags_that_are_not_the_back_ends(datapath: Datapath) {
     }
 }
 
-fn what_its_last_user_filtered_reaches_the_guest(datapath: Datapath) {
+fn filters_of_the_last_user_are_dropped(datapath: Datapath) {
     let netns = Netns::enter().unwrap();
     netns.create_persistent_tap(TAP, false).unwrap();
     let tap = open_tun(TAP, libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR).unwrap();
@@ -118,7 +118,7 @@ fn inherited_taps_are_used(datapath: Datapath) {
 }
 
 #[test]
-fn what_is_no_suitable_tap_is_refused_by_name() {
+fn unsuitable_tap_is_refused_by_name() {
     let netns = Netns::enter().unwrap();
     let tun = open_tun("tun5", libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR).unwrap();
     let plain = open_tun("plain6", libc::IFF_TAP | libc::IFF_NO_PI).unwrap();
@@ -140,14 +140,14 @@ fn what_is_no_suitable_tap_is_refused_by_name() {
 }
 
 #[test]
-fn a_tap_in_use_is_refused_by_name() {
+fn tap_in_use_is_refused_by_name() {
     let netns = Netns::enter().unwrap();
     let _tap = netns.create_tap(TAP, 1).unwrap();
     assert_refuses(Backend::listening(Datapath::Userspace, &[TAP_OPTION], &[]).unwrap(), 1, &[TAP]);
 }
 
 #[test]
-fn a_multi_queue_tap_that_another_process_holds_is_refused_by_name() {
+fn multi_queue_tap_of_another_process_is_refused_by_name() {
     let netns = Netns::enter().unwrap();
     netns.create_persistent_tap(TAP, true).unwrap();
     for (first, second) in [("1", "1"), ("1", "2"), ("2", "1"), ("2", "2")] {
@@ -163,10 +163,10 @@ fn a_multi_queue_tap_that_another_process_holds_is_refused_by_name() {
 }
 
 #[test]
-fn a_predecessor_that_was_just_killed_is_waited_for() {
+fn back_end_waits_for_a_killed_predecessor_to_release_the_tap() {
     let netns = Netns::enter().unwrap();
     netns.create_persistent_tap(TAP, true).unwrap();
-    // `tap1` is the back-end's own, and of another kind after each kill.
+    // The back-end creates `tap1`: after each kill with another queue mode.
     for (tap, pairs) in [("--tap=tap0", ["1", "2"]), ("--tap=tap1", ["1", "2"])] {
         let pairs = pairs.map(|number| format!("--queue-pairs={number}"));
         let mut backend = Backend::listening(Datapath::Userspace, &[tap], &[]).unwrap();
@@ -180,7 +180,7 @@ fn a_predecessor_that_was_just_killed_is_waited_for() {
 }
 
 #[test]
-fn a_queue_given_twice_is_refused_by_name() {
+fn queue_given_twice_is_refused_by_name() {
     let netns = Netns::enter().unwrap();
     let taps = netns.create_tap(TAP, 2).unwrap();
     let again = taps[0].try_clone().unwrap();
@@ -192,7 +192,7 @@ fn a_queue_given_twice_is_refused_by_name() {
 }
 
 #[test]
-fn an_mtu_above_the_taps_is_warned_of_once() {
+fn mtu_above_that_of_the_tap_is_warned_about_once() {
     let netns = Netns::enter().unwrap();
     netns.create_persistent_tap(TAP, false).unwrap();
     for (mtu, warnings) in [("1500", 0), ("1501", 1), ("9000", 1)] {
@@ -209,14 +209,14 @@ fn an_mtu_above_the_taps_is_warned_of_once() {
 }
 
 #[test]
-fn a_send_buffer_that_would_stay_full_is_refused() {
+fn send_buffer_that_would_stay_full_is_refused() {
     let netns = Netns::enter().unwrap();
     for bytes in 1..=5 {
         let option = format!("--sndbuf={bytes}");
         let backend = Backend::listening(Datapath::Userspace, &[TAP_OPTION, &option], &[]).unwrap();
         assert_refuses(backend, 2, &["--sndbuf", "6"]);
     }
-    // The opener's, unless another is given.
+    // An inherited TAP keeps its opener's send buffer unless `--sndbuf` is given.
     let taps = netns.create_tap(TAP, 2).unwrap();
     netns::set_sndbuf(&taps[1], 5).unwrap();
     let option = format!("--tap-fds={},{}", taps[0].as_raw_fd(), taps[1].as_raw_fd());
@@ -231,7 +231,7 @@ fn a_send_buffer_that_would_stay_full_is_refused() {
 }
 
 #[test]
-fn a_tap_that_is_renamed_while_in_use_goes_by_its_new_name() {
+fn renamed_tap_is_reported_and_handed_over_by_its_new_name() {
     let mut rig = Rig::new(Datapath::Userspace, 2, &[]).unwrap();
     let mut device = rig.device(Options::default()).unwrap();
     rig.check_traffic(&mut device).unwrap();
@@ -247,7 +247,7 @@ fn a_tap_that_is_renamed_while_in_use_goes_by_its_new_name() {
 }
 
 #[test]
-fn scripts_run_with_the_taps_name() {
+fn scripts_get_the_name_of_the_tap() {
     let netns = Netns::enter().unwrap();
     let directory = tempfile::tempdir().unwrap();
     let record = directory.path().join("record");

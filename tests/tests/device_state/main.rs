@@ -1,5 +1,5 @@
-//! Device state that a front-end moves (`SET_DEVICE_STATE_FD`, `CHECK_DEVICE_STATE`): with the TAP over a Unix packet socket,
-//! without the TAP over a pipe or a stream. The back-end whose ring starts first takes the device.
+//! Device state that a front-end moves (`SET_DEVICE_STATE_FD`, `CHECK_DEVICE_STATE`): with the TAP over a Unix packet
+//! socket, without the TAP over a pipe or a stream. The back-end whose ring starts first takes the device.
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
 mod owners;

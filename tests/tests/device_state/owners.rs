@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::SockType;
 
 #[test]
-fn a_source_that_dies_leaves_the_device_to_its_target() {
+fn target_keeps_device_when_source_dies() {
     let (mut rig, mut device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
     transfer(&device, &connection).unwrap();
     rig.backend.process.signal(Signal::SIGKILL).unwrap();
@@ -24,7 +24,7 @@ fn a_source_that_dies_leaves_the_device_to_its_target() {
 }
 
 #[test]
-fn a_target_that_dies_leaves_the_device_to_its_source() {
+fn source_keeps_device_when_target_dies() {
     let (mut rig, mut device, target, connection) = stopped(Datapath::Userspace, 1).unwrap();
     transfer(&device, &connection).unwrap();
     target.process.signal(Signal::SIGKILL).unwrap();
@@ -34,30 +34,30 @@ fn a_target_that_dies_leaves_the_device_to_its_source() {
 }
 
 #[test]
-fn a_front_end_that_was_cut_off_finds_the_device_that_it_brought() {
+fn front_end_that_was_cut_off_finds_its_device_again() {
     let (mut rig, mut device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
     transfer(&device, &connection).unwrap();
     target.wait_handover(HandoverState::Adopted).unwrap();
-    // The descriptor that must come with it did not get through.
+    // As if the message had lost its descriptor on the way.
     connection.send(&Message::u64(request::SET_VRING_KICK, 0), &[]).unwrap();
     wait_log(&mut target, "front-end's session ended").unwrap();
     drop(connection);
     let connection = negotiated(&mut target).unwrap();
-    // The source keeps its front-end, and so goes on to tell.
-    let _old = device.move_to(connection).unwrap();
+    // The source keeps its front-end, so it still reports its state.
+    let _source_connection = device.move_to(connection).unwrap();
     rig.backend.wait_handover(HandoverState::HandedOver).unwrap();
     rig.backend = target;
     rig.check_traffic(&mut device).unwrap();
 }
 
 #[test]
-fn a_device_is_dropped_when_the_front_end_that_brought_it_leaves() {
+fn target_drops_device_when_its_front_end_leaves() {
     let (mut rig, mut device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
     let at_rest = target.process.open_fds().unwrap();
     transfer(&device, &connection).unwrap();
     target.wait_handover(HandoverState::Adopted).unwrap();
     drop(connection);
-    // Whoever had it has it again, and the target waits for another.
+    // The source has the device again, and the target waits for another one.
     rig.backend.wait_handover(HandoverState::Failed).unwrap();
     device.restart_rings().unwrap();
     rig.check_traffic(&mut device).unwrap();
@@ -71,13 +71,13 @@ fn a_device_is_dropped_when_the_front_end_that_brought_it_leaves() {
 }
 
 #[test]
-fn a_front_end_that_leaves_before_it_knows_leaves_the_device_behind() {
+fn source_keeps_device_when_front_end_leaves_without_checking_the_save() {
     let (mut rig, device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
     let (ours, theirs) = pair(SockType::SeqPacket).unwrap();
     assert_eq!(set_state_fd(&device.connection, true, ours).unwrap(), ACCEPTED);
     assert_eq!(set_state_fd(&connection, false, theirs).unwrap(), ACCEPTED);
     target.wait_handover(HandoverState::Adopted).unwrap();
-    // Without an answer to CHECK_DEVICE_STATE no VM moves, so it comes again.
+    // Without an answer to CHECK_DEVICE_STATE no VM moves, so the front-end comes back to the source.
     drop(device);
     let mut device = rig.device(options(1)).unwrap();
     rig.check_traffic(&mut device).unwrap();
@@ -86,13 +86,13 @@ fn a_front_end_that_leaves_before_it_knows_leaves_the_device_behind() {
 }
 
 #[test]
-fn a_source_that_is_told_to_end_leaves_the_device_to_its_target() {
+fn target_keeps_device_when_source_is_told_to_end() {
     let (mut rig, mut device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
     let (ours, theirs) = pair(SockType::SeqPacket).unwrap();
     assert_eq!(set_state_fd(&device.connection, true, ours).unwrap(), ACCEPTED);
     assert_eq!(set_state_fd(&connection, false, theirs).unwrap(), ACCEPTED);
     target.wait_handover(HandoverState::Adopted).unwrap();
-    // Whether the front-end knows of it or not: there is nobody else to have it.
+    // No process but the target can keep the device, whether or not the front-end has checked the save.
     rig.backend.process.signal(Signal::SIGTERM).unwrap();
     assert!(rig.backend.process.wait().unwrap().success());
     device.move_to(connection).unwrap();
@@ -101,12 +101,12 @@ fn a_source_that_is_told_to_end_leaves_the_device_to_its_target() {
 }
 
 #[test]
-fn a_front_end_that_leaves_with_an_answer_leaves_the_device_to_the_target() {
+fn target_keeps_device_when_source_front_end_leaves_after_checking_the_save() {
     let (mut rig, mut device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
     transfer(&device, &connection).unwrap();
     target.wait_handover(HandoverState::Adopted).unwrap();
     device.connection.stream().shutdown(Shutdown::Both).unwrap();
-    // Before the target's first ring.
+    // The source ends before the target's first ring starts.
     assert!(rig.backend.process.wait().unwrap().success());
     device.move_to(connection).unwrap();
     rig.backend = target;
@@ -114,7 +114,7 @@ fn a_front_end_that_leaves_with_an_answer_leaves_the_device_to_the_target() {
 }
 
 #[test]
-fn a_source_that_wakes_to_both_ends_gone_has_the_device() {
+fn source_has_device_when_it_wakes_after_both_front_ends_left() {
     let (mut rig, device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
     let (ours, theirs) = pair(SockType::SeqPacket).unwrap();
     assert_eq!(set_state_fd(&device.connection, true, ours).unwrap(), ACCEPTED);
@@ -122,7 +122,7 @@ fn a_source_that_wakes_to_both_ends_gone_has_the_device() {
     rig.backend.process.signal(Signal::SIGSTOP).unwrap();
     assert_eq!(set_state_fd(&connection, false, theirs).unwrap(), ACCEPTED);
     assert!(check(&connection).unwrap());
-    // The VM has not started there, and both front-ends give their back-ends up.
+    // The VM has not started at the target, and both front-ends leave.
     drop(connection);
     target.wait_no_handover().unwrap();
     drop(device);

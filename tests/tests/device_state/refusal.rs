@@ -1,4 +1,4 @@
-//! Transfers that are refused, fail or hang, and cost nothing else.
+//! Transfers that are refused, fail or hang, without any other effect.
 
 use std::fs::File;
 use std::io::Write;
@@ -22,24 +22,25 @@ use nix::sys::socket::{MsgFlags, SockType, send};
 use super::{load, save};
 
 #[test]
-fn a_feature_that_the_target_does_not_offer_is_refused_by_name() {
+fn feature_that_the_target_does_not_offer_is_refused_by_name() {
     let (_rig, device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
     let state = save(&device, &pipe).unwrap();
     let Ok(handover::wire::message::Message::Device(StateOnly { device: mut state })) =
         handover::wire::message::Message::decode(&state)
     else {
-        panic!("the state is something else")
+        panic!("the saved state is not a device message")
     };
     // `VIRTIO_NET_F_HASH_REPORT`.
     state.features |= 1 << 57;
     let state = handover::wire::message::Message::Device(StateOnly { device: state }).encode().unwrap();
     let error = load(&connection, &state, &pipe).unwrap_err();
     assert!(error.to_string().contains("was not loaded"), "{error}");
-    wait_log(&mut target, "features: negotiated features 0x200000000000000 are not the target's").unwrap();
+    wait_log(&mut target, "features: the target does not support the negotiated features 0x200000000000000")
+        .unwrap();
 }
 
 #[test]
-fn what_may_not_be_asked_is_refused_and_nothing_else_happens() {
+fn invalid_transfers_are_refused_without_side_effects() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
     let plain = Options { protocol_features: Options::default().protocol_features, ..options(1) };
     let mut device = rig.device(plain).unwrap();
@@ -52,11 +53,11 @@ fn what_may_not_be_asked_is_refused_and_nothing_else_happens() {
 
     device = rig.device(options(1)).unwrap();
     assert_eq!(set_state_fd(&device.connection, true, &ours).unwrap(), REFUSED);
-    wait_log(&mut rig.backend, "device state moves only while all rings are stopped").unwrap();
+    wait_log(&mut rig.backend, "device state can be moved only while all rings are stopped").unwrap();
     device.suspend().unwrap();
-    // None was moved yet.
+    // No state has been moved yet.
     assert!(!check(&device.connection).unwrap());
-    // A back-end with a TAP gets no other.
+    // A back-end with a TAP refuses another one.
     assert_eq!(set_state_fd(&device.connection, false, &ours).unwrap(), REFUSED);
     wait_log(&mut rig.backend, "has a TAP already and cannot receive one").unwrap();
     device.restart_rings().unwrap();
@@ -64,21 +65,21 @@ fn what_may_not_be_asked_is_refused_and_nothing_else_happens() {
 }
 
 #[test]
-fn a_save_that_nobody_takes_leaves_the_device_with_its_source() {
+fn source_keeps_device_when_its_save_is_not_loaded() {
     let (mut rig, mut device, ..) = stopped(Datapath::Userspace, 1).unwrap();
     let mut at_rest = None;
     for _ in 0..3 {
         let (ours, theirs) = pair(SockType::SeqPacket).unwrap();
         assert_eq!(set_state_fd(&device.connection, true, ours).unwrap(), ACCEPTED);
         assert!(check(&device.connection).unwrap());
-        // The front-end closes the other end: what was in it is gone.
+        // The front-end closes the other end: the offer is lost.
         drop(theirs);
-        // Nobody asked for a hand-over, so none is reported.
+        // The operator has armed no hand-over, so none is reported.
         rig.backend.wait_no_handover().unwrap();
         device.restart_rings().unwrap();
         rig.check_traffic(&mut device).unwrap();
         device.suspend().unwrap();
-        // Nobody there at all.
+        // The other end is closed before the save.
         let (ours, theirs) = pair(SockType::SeqPacket).unwrap();
         drop(theirs);
         assert_eq!(set_state_fd(&device.connection, true, ours).unwrap(), ACCEPTED);
@@ -86,14 +87,14 @@ fn a_save_that_nobody_takes_leaves_the_device_with_its_source() {
         device.restart_rings().unwrap();
         rig.check_traffic(&mut device).unwrap();
         device.suspend().unwrap();
-        // The last hand-over keeps its word, but no more of them than one.
+        // The back-end keeps the ownership word of the last hand-over, but of no earlier one.
         let open = rig.backend.process.open_fds().unwrap();
         assert_eq!(*at_rest.get_or_insert(open), open);
     }
 }
 
 #[test]
-fn nonsense_costs_the_transfer_only() {
+fn malformed_state_fails_only_the_transfer() {
     let (mut rig, mut device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
     let at_rest = target.process.open_fds().unwrap();
     let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/../protocol/tests/golden/handover-v1");
@@ -103,13 +104,13 @@ fn nonsense_costs_the_transfer_only() {
         packet.truncate(packet.len() - 1);
         all.push(packet);
     }
-    // Whole, but it names descriptors that are not there.
+    // A whole message, which names descriptors that are missing.
     all.push(std::fs::read(format!("{golden}/offer.bin")).unwrap());
     for bytes in all {
         let (read, mut write) = pipe().unwrap();
         assert_eq!(set_state_fd(&connection, false, &read).unwrap(), ACCEPTED);
         drop(read);
-        // The back-end may close it before all is written.
+        // The back-end may close the pipe before everything is written.
         let _ = write.write_all(&bytes);
         drop(write);
         assert!(!check(&connection).unwrap());
@@ -128,16 +129,16 @@ fn nonsense_costs_the_transfer_only() {
 }
 
 #[test]
-fn a_peer_that_hangs_holds_up_neither_the_session_nor_the_next_one() {
+fn hung_transfer_holds_up_neither_its_session_nor_the_next() {
     let (_rig, _device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
     let (read, write) = pipe().unwrap();
     assert_eq!(set_state_fd(&connection, false, &read).unwrap(), ACCEPTED);
-    // Served, though nothing comes.
+    // The session is served although no state arrives.
     connection.get_features().unwrap();
-    // Only one at a time.
+    // Only one transfer at a time.
     let (other, _end) = pipe().unwrap();
     assert_eq!(set_state_fd(&connection, false, &other).unwrap(), REFUSED);
-    // The answer waits, and the front-end that asks may leave: nobody waits for its transfer any more.
+    // The answer has to wait for the transfer. If the front-end leaves meanwhile, the next one is served at once.
     connection.send(&Message::empty(request::CHECK_DEVICE_STATE), &[]).unwrap();
     drop(connection);
     let connection = negotiated(&mut target).unwrap();
@@ -149,12 +150,13 @@ fn a_peer_that_hangs_holds_up_neither_the_session_nor_the_next_one() {
     target.check_healthy().unwrap();
 }
 
-/// So many that their state is longer than what a terminal takes that says it is writable.
+/// So many that their state is larger than what a terminal accepts when it reports that it is writable.
 const MANY_PAIRS: u16 = 32;
 
-/// Neither a transfer that waits nor one that the kernel holds up, which no look at the descriptor foresees.
+/// Both a transfer that waits for the descriptor, and one that blocks in the kernel although the descriptor is
+/// writable.
 #[test]
-fn a_front_end_that_leaves_keeps_no_place_for_its_transfer() {
+fn transfer_ends_when_its_front_end_leaves() {
     let (mut rig, mut device, ..) = stopped(Datapath::Userspace, MANY_PAIRS).unwrap();
     let (terminal, _terminal_end) = nearly_full_terminal().unwrap();
     let (_pipe_end, mut full) = pipe().unwrap();
@@ -162,7 +164,7 @@ fn a_front_end_that_leaves_keeps_no_place_for_its_transfer() {
     let at_rest = rig.backend.process.open_fds().unwrap();
     let threads = rig.backend.process.threads().unwrap();
     for write in [terminal, full] {
-        // More often than there may be threads.
+        // More often than the back-end may have such threads.
         for _ in 0..10 {
             assert_eq!(set_state_fd(&device.connection, true, &write).unwrap(), ACCEPTED);
             device.connection.send(&Message::empty(request::CHECK_DEVICE_STATE), &[]).unwrap();
@@ -174,12 +176,12 @@ fn a_front_end_that_leaves_keeps_no_place_for_its_transfer() {
         }
     }
     let ended = |process: &Process| Ok((process.threads()? == threads).then_some(()));
-    rig.backend.process.wait_until("the threads of its transfers have ended", ended).unwrap();
+    rig.backend.process.wait_until("the threads of its transfers ended", ended).unwrap();
     rig.backend.process.wait_open_fds(at_rest).unwrap();
 }
 
 #[test]
-fn a_transfer_that_the_kernel_holds_up_fails_in_time() {
+fn transfer_that_blocks_in_the_kernel_times_out() {
     let (mut rig, mut device, ..) = stopped(Datapath::Userspace, MANY_PAIRS).unwrap();
     let (write, _read) = nearly_full_terminal().unwrap();
     assert_eq!(set_state_fd(&device.connection, true, &write).unwrap(), ACCEPTED);
@@ -190,12 +192,12 @@ fn a_transfer_that_the_kernel_holds_up_fails_in_time() {
 }
 
 #[test]
-fn a_socket_that_the_front_end_has_filled_is_not_waited_for() {
+fn back_end_does_not_wait_for_a_full_socket() {
     let (mut rig, mut device, _target, _connection) = stopped(Datapath::Userspace, 1).unwrap();
     let (ours, _theirs) = pair(SockType::SeqPacket).unwrap();
     let fill = || send(ours.as_raw_fd(), &[0; 1000], MsgFlags::MSG_DONTWAIT);
     while fill().is_ok() {}
-    // A wait of 100 ms for each of them would exhaust the patience.
+    // A wait of 100 ms per transfer would exceed PATIENCE.
     let begin = Instant::now();
     for number in 0..1500 {
         assert_eq!(set_state_fd(&device.connection, true, &ours).unwrap(), ACCEPTED);

@@ -20,24 +20,24 @@ use nix::sys::socket::SockType;
 use super::{load, save};
 
 on_both_datapaths! {
-    a_device_moves_over_a_socket_for_packets,
+    device_moves_over_a_packet_socket,
     state_without_descriptors_moves_over_a_stream,
-    the_sources_ring_takes_the_device_back,
+    ring_start_at_the_source_takes_the_device_back,
     state_without_descriptors_moves_over_a_pipe,
     state_of_the_other_datapath_loads,
 }
 
-fn a_device_moves_over_a_socket_for_packets(datapath: Datapath) -> Result<()> {
+fn device_moves_over_a_packet_socket(datapath: Datapath) -> Result<()> {
     let (mut rig, mut device, mut target, connection) = stopped(datapath, 2)?;
     transfer(&device, &connection)?;
     ensure!(target.status()?.tap.is_empty(), "the target has taken the device without a ring");
     ensure!(rig.backend.status()?.state == BackendState::HandingOver);
     rig.network.send(&frames::numbered(3, 99))?;
-    let old = device.move_to(connection)?;
+    let source_connection = device.move_to(connection)?;
     rig.backend.wait_handover(HandoverState::HandedOver)?;
     let (_, received) = rig.receive_on_any(&mut device)?;
     ensure!(frames::number_of(&received) == Some(3));
-    drop(old);
+    drop(source_connection);
     let status = rig.backend.process.wait()?;
     ensure!(status.success(), "{status}");
     rig.backend = target;
@@ -54,7 +54,7 @@ fn a_device_moves_over_a_socket_for_packets(datapath: Datapath) -> Result<()> {
     rig.backend.check_healthy()
 }
 
-fn the_sources_ring_takes_the_device_back(datapath: Datapath) -> Result<()> {
+fn ring_start_at_the_source_takes_the_device_back(datapath: Datapath) -> Result<()> {
     let (mut rig, mut device, mut target, connection) = stopped(datapath, 2)?;
     for number in 0..3 {
         transfer(&device, &connection)?;
@@ -72,23 +72,23 @@ fn the_sources_ring_takes_the_device_back(datapath: Datapath) -> Result<()> {
 }
 
 fn state_without_descriptors_moves_over_a_pipe(datapath: Datapath) -> Result<()> {
-    state_without_descriptors_moves(datapath, pipe)
+    check_state_without_descriptors_moves(datapath, pipe)
 }
 
-/// Cloud Hypervisor gives one end of a `UnixStream::pair`, and stores what it reads at the other.
+/// Cloud Hypervisor passes one end of a `UnixStream::pair`, and stores what it reads from the other.
 fn state_without_descriptors_moves_over_a_stream(datapath: Datapath) -> Result<()> {
-    state_without_descriptors_moves(datapath, || {
+    check_state_without_descriptors_moves(datapath, || {
         let (ours, theirs) = pair(SockType::Stream)?;
         Ok((ours.into(), theirs.into()))
     })
 }
 
-fn state_without_descriptors_moves(
+fn check_state_without_descriptors_moves(
     datapath: Datapath,
     channel: impl Fn() -> Result<(File, File)>,
 ) -> Result<()> {
     let (mut rig, mut device, mut target, _connection) = stopped(datapath, 1)?;
-    // Without a hand-over, and beside one that the operator armed.
+    // First without a hand-over, then with one that the operator armed.
     save(&device, &channel)?;
     rig.backend.wait_no_handover()?;
     rig.backend.arm(&target.incoming())?;
@@ -100,7 +100,7 @@ fn state_without_descriptors_moves(
     rig.check_traffic(&mut device)?;
     device.suspend()?;
 
-    // A back-end with a TAP of its own takes it, whatever the number of its queue pairs.
+    // A back-end with its own TAP loads the state, whatever the number of its queue pairs.
     for (tap, queue_pairs) in [("tap1", 1), ("tap2", 2)] {
         let (mut other, network) = with_tap(&rig, datapath, tap, queue_pairs)?;
         let connection = negotiated(&mut other)?;
@@ -114,7 +114,7 @@ fn state_without_descriptors_moves(
     Ok(())
 }
 
-/// A back-end with another TAP, and the network's side of that.
+/// A back-end with another TAP, and the network side of that TAP.
 fn with_tap(rig: &Rig, datapath: Datapath, tap: &str, queue_pairs: u16) -> Result<(Backend, PacketSocket)> {
     rig.netns.create_persistent_tap(tap, queue_pairs > 1)?;
     let options = [format!("--tap={tap}"), format!("--queue-pairs={queue_pairs}")];
@@ -123,7 +123,7 @@ fn with_tap(rig: &Rig, datapath: Datapath, tap: &str, queue_pairs: u16) -> Resul
     Ok((backend, PacketSocket::open(tap)?))
 }
 
-/// What the source negotiated for its own connection is no business of a target with another datapath.
+/// The protocol features that the source negotiated on its connection do not concern a target with another datapath.
 fn state_of_the_other_datapath_loads(datapath: Datapath) -> Result<()> {
     let mut rig = Rig::new(Datapath::Userspace, 2, &[])?;
     let mut options = options(2);
@@ -136,13 +136,13 @@ fn state_of_the_other_datapath_loads(datapath: Datapath) -> Result<()> {
     device.options.protocol_features &= !protocol::INFLIGHT_SHMFD;
     let connection = negotiated(&mut other)?;
     load(&connection, &state, &pipe)?;
-    let _old = device.move_to(connection)?;
+    let _source_connection = device.move_to(connection)?;
     (rig.backend, rig.network) = (other, network);
     rig.check_traffic(&mut device)
 }
 
 #[test]
-fn a_pipe_works_after_a_hand_over_on_suspend_too() {
+fn state_moves_over_a_pipe_after_a_hand_over_on_suspend() {
     let (mut rig, mut device, mut target, connection) = stopped(Datapath::Userspace, 1).unwrap();
     rig.backend.arm(&target.incoming()).unwrap();
     target.wait_handover(HandoverState::Adopted).unwrap();
@@ -157,11 +157,11 @@ fn a_pipe_works_after_a_hand_over_on_suspend_too() {
     rig.check_traffic(&mut device).unwrap();
 }
 
-/// The front-end does not know that it has another back-end now, and asks that how the transfer ended.
+/// The front-end does not know that it has another back-end, and asks that one for the result of the transfer.
 #[test]
-fn how_a_transfer_ended_goes_along_with_the_session() {
+fn result_of_a_transfer_is_handed_over_with_the_session() {
     let (mut rig, mut device, ..) = stopped(Datapath::Userspace, 1).unwrap();
-    // Once it is over, and not before.
+    // The hand-over is refused until the transfer is over.
     let hand_over = |rig: &mut Rig| {
         let target = Backend::waiting_for_session(Datapath::Userspace, &[])?;
         let incoming = target.incoming();
@@ -178,7 +178,7 @@ fn how_a_transfer_ended_goes_along_with_the_session() {
     read.read_to_end(&mut Vec::new()).unwrap();
     hand_over(&mut rig).unwrap();
     assert!(check(&device.connection).unwrap());
-    // Once.
+    // The result is reported once.
     assert!(!check(&device.connection).unwrap());
 
     let (read, write) = pipe().unwrap();

@@ -1,5 +1,5 @@
-//! What a front-end may do by device state, and may not: the TAP goes only where the operator lets it, and no front-end
-//! says which program a back-end runs.
+//! What a front-end may do with device state: it may move the TAP only if the operator allows that, and it can never
+//! choose the program that a back-end runs.
 
 use std::io::{Read, Seek, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -27,18 +27,18 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::SockType;
 
 const LONG: Duration = Duration::from_secs(30);
-const STATE_ONLY: &str = "may move device state without the TAP only";
+const STATE_ONLY: &str = "may move device state only without the TAP";
 
-/// Takes the offer that a back-end makes over a socket of the front-end's.
-fn steal(device: &Device) -> Packet<Message> {
+/// Reads the offer that a back-end makes over a front-end's socket.
+fn intercept_offer(device: &Device) -> Packet<Message> {
     let (ours, theirs) = pair(SockType::SeqPacket).unwrap();
     assert_eq!(set_state_fd(&device.connection, true, ours).unwrap(), ACCEPTED);
     assert!(check(&device.connection).unwrap());
     MessageSocket::try_from(theirs).unwrap().receive(LONG).unwrap()
 }
 
-/// A device that a front-end of another user has brought up.
-fn strangers_device(rig: &mut Rig) -> Device {
+/// A device that a front-end of another user has set up.
+fn device_of_another_user(rig: &mut Rig) -> Device {
     let connection = rig.backend.connect_as(UNPRIVILEGED).unwrap();
     let mut device = Device::new(connection, options(1)).unwrap();
     device.negotiate().unwrap();
@@ -48,9 +48,9 @@ fn strangers_device(rig: &mut Rig) -> Device {
 }
 
 #[test]
-fn a_front_end_of_another_user_moves_the_state_without_the_tap() {
+fn front_end_of_another_user_may_move_state_only_without_the_tap() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
-    let mut device = strangers_device(&mut rig);
+    let mut device = device_of_another_user(&mut rig);
     rig.check_traffic(&mut device).unwrap();
     device.suspend().unwrap();
     let (ours, theirs) = pair(SockType::SeqPacket).unwrap();
@@ -62,7 +62,7 @@ fn a_front_end_of_another_user_moves_the_state_without_the_tap() {
     read.read_to_end(&mut state).unwrap();
     assert!(check(&device.connection).unwrap());
 
-    // Nor does it bring one.
+    // It may not load a TAP either.
     let mut target = Backend::waiting(Datapath::Userspace, &[]).unwrap();
     let connection = negotiate(target.connect_as(UNPRIVILEGED).unwrap()).unwrap();
     assert_eq!(set_state_fd(&connection, false, &theirs).unwrap(), REFUSED);
@@ -73,10 +73,10 @@ fn a_front_end_of_another_user_moves_the_state_without_the_tap() {
     drop(write);
     assert!(check(&connection).unwrap());
 
-    // The next back-end to serve it knows who it is.
+    // After a hand-over the target knows the front-end's user, too.
     device.restart_rings().unwrap();
-    let heir = Backend::waiting_for_session(Datapath::Userspace, &[]).unwrap();
-    rig.backend.become_target(heir).unwrap();
+    let target = Backend::waiting_for_session(Datapath::Userspace, &[]).unwrap();
+    rig.backend.become_target(target).unwrap();
     rig.check_traffic(&mut device).unwrap();
     device.suspend().unwrap();
     assert_eq!(set_state_fd(&device.connection, true, &ours).unwrap(), REFUSED);
@@ -84,7 +84,7 @@ fn a_front_end_of_another_user_moves_the_state_without_the_tap() {
 }
 
 #[test]
-fn the_operator_decides_what_device_state_may_do() {
+fn device_state_option_limits_what_a_front_end_may_move() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &["--device-state=pipe"]).unwrap();
     let mut device = rig.device(options(1)).unwrap();
     device.suspend().unwrap();
@@ -96,9 +96,9 @@ fn the_operator_decides_what_device_state_may_do() {
     assert!(check(&device.connection).unwrap());
     device.restart_rings().unwrap();
 
-    // A session goes on where the feature is not offered, with its requests refused.
-    let heir = Backend::waiting_for_session(Datapath::Userspace, &["--device-state=off"]).unwrap();
-    rig.backend.become_target(heir).unwrap();
+    // The session continues at a target that does not offer the feature, which refuses its requests.
+    let target = Backend::waiting_for_session(Datapath::Userspace, &["--device-state=off"]).unwrap();
+    rig.backend.become_target(target).unwrap();
     rig.check_traffic(&mut device).unwrap();
     device.suspend().unwrap();
     assert_eq!(set_state_fd(&device.connection, true, &write).unwrap(), REFUSED);
@@ -111,20 +111,20 @@ fn the_operator_decides_what_device_state_may_do() {
 }
 
 #[test]
-fn an_operator_may_let_a_front_end_of_another_user_move_the_tap() {
+fn device_state_on_lets_a_front_end_of_another_user_move_the_tap() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &["--device-state=on", "--downscript=/bin/true"]).unwrap();
-    let mut device = strangers_device(&mut rig);
+    let mut device = device_of_another_user(&mut rig);
     device.suspend().unwrap();
     let mut target = Backend::waiting(Datapath::Userspace, &["--device-state=on"]).unwrap();
     let connection = negotiate(target.connect_as(UNPRIVILEGED).unwrap()).unwrap();
-    // Who sends the offer counts, not who carries it.
+    // The sender of the offer counts, not the front-end that passes it on.
     transfer(&device, &connection).unwrap();
     device.move_to(connection).unwrap();
     rig.backend = target;
     rig.check_traffic(&mut device).unwrap();
 }
 
-/// How a front-end sends an offer of its own making.
+/// The credentials of an offer that a front-end has made itself.
 #[derive(Clone, Copy, Debug)]
 enum Credentials {
     None,
@@ -132,10 +132,10 @@ enum Credentials {
     Kernels,
 }
 
-/// A front-end of another user offers a TAP and an ownership word of its own with a program to run. Its link is connected
-/// to a listener of the back-end's user: the peer of a socket (`SO_PEERCRED`) is who listens, not who writes.
+/// A front-end of another user offers its own TAP and ownership word with a program to run. Its link is connected to a
+/// listener of the back-end's user, since `SO_PEERCRED` names the process that listens, not the one that writes.
 #[test]
-fn a_front_end_brings_no_program() {
+fn offer_made_by_a_front_end_runs_no_program() {
     let netns = Netns::enter().unwrap();
     let tap = netns.create_tap(TAP, 1).unwrap().remove(0);
     fcntl(&tap, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
@@ -186,7 +186,7 @@ fn a_front_end_brings_no_program() {
         .unwrap();
         assert_eq!(set_state_fd(&connection, false, &theirs).unwrap(), ACCEPTED);
         loaded.push(check(&connection).unwrap());
-        // Its first ring takes what was brought, if anything was.
+        // The first ring takes the device if it was loaded.
         let mut device = Device::new(connection, options(1)).unwrap();
         device.negotiate().unwrap();
         device.set_up().unwrap();
@@ -196,38 +196,33 @@ fn a_front_end_brings_no_program() {
         assert!(target.process.wait().unwrap().success());
         assert_eq!(target.process.log().contains("downscript-user"), !loaded.ends_with(&[true]));
         let none: [&str; 0] = [];
-        assert_eq!(
-            downscript.runs().unwrap(),
-            none,
-            "a program of the front-end's was run ({credentials:?})"
-        );
+        assert_eq!(downscript.runs().unwrap(), none, "the front-end's program was run ({credentials:?})");
     }
     assert_eq!(loaded, [false; 3]);
 }
 
 #[test]
-fn an_offer_that_a_front_end_repeats_brings_no_program() {
+fn offer_replayed_by_a_front_end_runs_no_program() {
     let downscript = Downscript::new().unwrap();
     let mut rig = Rig::new(Datapath::Userspace, 1, &[&downscript.option()]).unwrap();
     let mut device = rig.device(options(1)).unwrap();
     device.suspend().unwrap();
     let mut target = Backend::waiting(Datapath::Userspace, &[]).unwrap();
     let connection = negotiated(&mut target).unwrap();
-    // Read and sent again. The link in it still has the source as its peer.
-    let stolen = steal(&device);
-    let fds: Vec<_> = stolen.fds.iter().map(AsFd::as_fd).collect();
+    // The front-end reads the offer and sends it again. Its link still has the source as its peer.
+    let offer = intercept_offer(&device);
+    let fds: Vec<_> = offer.fds.iter().map(AsFd::as_fd).collect();
     let (ours, theirs) = MessageSocket::pair().unwrap();
-    ours.send(&stolen.message, &fds, LONG).unwrap();
+    ours.send(&offer.message, &fds, LONG).unwrap();
     assert_eq!(set_state_fd(&connection, false, theirs).unwrap(), ACCEPTED);
     assert!(!check(&connection).unwrap());
     wait_log(&mut target, "downscript-user").unwrap();
-    drop(stolen);
+    drop(offer);
     rig.backend.wait_no_handover().unwrap();
 
-    // What the source itself sends brings it, and the last owner runs it.
+    // An offer that the source itself sends carries the program, and the last owner runs it.
     transfer(&device, &connection).unwrap();
-    let old = device.move_to(connection).unwrap();
-    drop(old);
+    drop(device.move_to(connection).unwrap());
     assert!(rig.backend.process.wait().unwrap().success());
     rig.backend = target;
     rig.check_traffic(&mut device).unwrap();
@@ -237,28 +232,28 @@ fn an_offer_that_a_front_end_repeats_brings_no_program() {
 }
 
 #[test]
-fn the_kernel_names_the_sender_of_an_offer_without_credentials_if_asked() {
+fn offer_without_credentials_is_attributed_to_its_sender_by_the_kernel() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &["--downscript=/bin/true"]).unwrap();
     let mut device = rig.device(options(1)).unwrap();
     device.suspend().unwrap();
     let mut target = Backend::waiting(Datapath::Userspace, &[]).unwrap();
     let connection = negotiated(&mut target).unwrap();
-    // As a source of an earlier version sends it, and of the same user.
-    let stolen = steal(&device);
-    let fds: Vec<_> = stolen.fds.iter().map(AsFd::as_fd).collect();
+    // As a source of an earlier version and of the same user sends it.
+    let offer = intercept_offer(&device);
+    let fds: Vec<_> = offer.fds.iter().map(AsFd::as_fd).collect();
     let (ours, theirs) = MessageSocket::pair().unwrap();
     theirs.enable_credentials().unwrap();
-    ours.send(&stolen.message, &fds, LONG).unwrap();
+    ours.send(&offer.message, &fds, LONG).unwrap();
     assert_eq!(set_state_fd(&connection, false, theirs).unwrap(), ACCEPTED);
     assert!(check(&connection).unwrap());
-    drop(stolen);
+    drop(offer);
     device.move_to(connection).unwrap();
     rig.backend = target;
     rig.check_traffic(&mut device).unwrap();
 }
 
 #[test]
-fn state_without_the_tap_says_nothing_of_its_host() {
+fn state_without_the_tap_reveals_nothing_about_its_host() {
     let mut rig =
         Rig::new(Datapath::Userspace, 1, &["--downscript=/bin/true", "--mac=02:00:00:00:00:77"]).unwrap();
     let mut device = rig.device(options(1)).unwrap();

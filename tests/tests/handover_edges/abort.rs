@@ -8,13 +8,13 @@ use baton_tests::backend::{Backend, TAP};
 use baton_tests::datapath::Datapath;
 use baton_tests::downscript::Downscript;
 use baton_tests::fake_frontend::Options;
-use baton_tests::fake_frontend::wire::{Message as Said, request};
+use baton_tests::fake_frontend::wire::{Message, request};
 use nix::sys::signal::Signal;
 
 use super::{Held, at_rest, check_idle, serving};
 
 #[test]
-fn a_hand_over_that_is_cancelled_leaves_no_trace() {
+fn cancelled_hand_over_leaves_no_trace() {
     let (mut rig, mut device) = serving(Datapath::Userspace, Options::default(), &[]).unwrap();
     let before = at_rest(&rig.backend.process).unwrap();
     let mut target = Backend::waiting_for_session(Datapath::Userspace, &[]).unwrap();
@@ -47,9 +47,9 @@ fn a_hand_over_that_is_cancelled_leaves_no_trace() {
     rig.check_traffic(&mut device).unwrap();
 }
 
-/// Waits until a process has as much as before, and nothing under way.
+/// Waits until a process has as many descriptors and threads as before, and no hand-over under way.
 fn wait_rest(backend: &mut Backend, expected: (usize, usize)) -> Result<()> {
-    // Threads that wait for the next session cost nothing.
+    // A thread may remain that waits for the next session.
     backend.process.wait_open_fds(expected.0)?;
     ensure!(at_rest(&backend.process)?.1 <= expected.1 + 1);
     let state = backend.status()?.handover.map(|live| live.state);
@@ -58,11 +58,11 @@ fn wait_rest(backend: &mut Backend, expected: (usize, usize)) -> Result<()> {
 }
 
 #[test]
-fn whoever_is_told_to_end_on_the_way_leaves_the_session_to_the_source() {
+fn session_stays_with_source_when_either_process_is_told_to_end() {
     let downscript = Downscript::new().unwrap();
     let (mut rig, mut device) =
         serving(Datapath::Userspace, Options::default(), &[&downscript.option()]).unwrap();
-    // The target.
+    // The target is told to end.
     let mut held = Held::staged(&rig).unwrap();
     held.target.process.signal(Signal::SIGTERM).unwrap();
     assert_eq!(held.target.process.wait().unwrap().code(), Some(0));
@@ -72,7 +72,7 @@ fn whoever_is_told_to_end_on_the_way_leaves_the_session_to_the_source() {
     assert!(downscript.runs().unwrap().is_empty());
     rig.check_traffic(&mut device).unwrap();
 
-    // The source: its session ends with it, for the target has been told of nothing.
+    // The source is told to end. Its session ends with it, since it has not committed.
     let mut held = Held::staged(&rig).unwrap();
     rig.backend.process.signal(Signal::SIGTERM).unwrap();
     assert_eq!(rig.backend.process.wait().unwrap().code(), Some(0));
@@ -86,7 +86,7 @@ fn whoever_is_told_to_end_on_the_way_leaves_the_session_to_the_source() {
 }
 
 #[test]
-fn a_source_that_fails_on_the_way_ends_it_first() {
+fn source_that_fails_aborts_the_hand_over_first() {
     let downscript = Downscript::new().unwrap();
     let (mut rig, _device) =
         serving(Datapath::Userspace, Options::default(), &[&downscript.option()]).unwrap();
@@ -96,15 +96,15 @@ fn a_source_that_fails_on_the_way_ends_it_first() {
     let status = std::process::Command::new("ip").args(["link", "delete", TAP]).status().unwrap();
     assert!(status.success());
     assert_eq!(rig.backend.process.wait().unwrap().code(), Some(1));
-    // Had it left that open, the target would take what there is no more, and clean up for it, too.
+    // With a word that is not aborted the target would take the session without a TAP, and run the downscript as well.
     assert_eq!(sent.word().unwrap().load().unwrap().owner, Owner::Aborted);
     assert_eq!(downscript.runs().unwrap(), [TAP]);
 }
 
 #[test]
-fn nothing_of_a_hand_over_that_is_past_keeps_a_back_end_busy() {
+fn finished_hand_over_keeps_no_back_end_busy() {
     let (mut rig, mut device) = serving(Datapath::Userspace, Options::default(), &[]).unwrap();
-    // The target dies when it is over.
+    // The target dies after the dry run.
     let mut target = Backend::waiting_for_session(Datapath::Userspace, &[]).unwrap();
     let answer = rig.backend.hand_over_to(&target.incoming(), true).unwrap();
     assert_eq!(answer, serde_json::json!({"result": "possible"}));
@@ -114,12 +114,12 @@ fn nothing_of_a_hand_over_that_is_past_keeps_a_back_end_busy() {
     rig.check_traffic(&mut device).unwrap();
     drop(device);
 
-    // A front-end comes on the way: it is for whoever has the session.
+    // A front-end that connects during a hand-over is served by the back-end that ends up with the session.
     rig.backend.fds_at_rest().unwrap();
     for completed in [false, true] {
         let held = Held::staged(&rig).unwrap();
         let connection = rig.backend.connect().unwrap();
-        connection.send(&Said::empty(request::GET_FEATURES), &[]).unwrap();
+        connection.send(&Message::empty(request::GET_FEATURES), &[]).unwrap();
         check_idle(&rig.backend.process).unwrap();
         connection.check_quiet().unwrap();
         if completed {

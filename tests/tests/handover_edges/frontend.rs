@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use baton_protocol::control::HandoverState;
 use baton_tests::backend::{Backend, Rig};
 use baton_tests::datapath::Datapath;
-use baton_tests::fake_frontend::wire::{Message as Said, request};
+use baton_tests::fake_frontend::wire::{Message, request};
 use baton_tests::fake_frontend::{Device, Options};
 use baton_tests::on_both_datapaths;
 use baton_tests::session_peer::STAGED;
@@ -12,28 +12,28 @@ use baton_tests::session_peer::STAGED;
 use super::{Held, serving};
 
 on_both_datapaths! {
-    what_the_front_end_says_meanwhile_the_target_answers,
-    a_front_end_that_leaves_on_the_way_is_missed_by_whoever_has_the_session,
+    messages_sent_during_a_hand_over_are_answered_by_the_final_owner,
+    final_owner_notices_a_front_end_that_leaves_during_the_hand_over,
 }
 
-/// Several requests at once, of which the last stop the device.
-fn say_a_lot(device: &Device) -> Result<()> {
-    let said = [
-        Said::empty(request::GET_FEATURES),
-        Said::vring_state(request::SET_VRING_ENABLE, 0, 0).with_need_reply(),
-        Said::vring_state(request::SET_VRING_ENABLE, 1, 0).with_need_reply(),
-        Said::empty(request::GET_PROTOCOL_FEATURES),
-        Said::vring_state(request::GET_VRING_BASE, 0, 0),
-        Said::vring_state(request::GET_VRING_BASE, 1, 0),
+/// Sends several requests at once, the last of which stop the device.
+fn send_requests(device: &Device) -> Result<()> {
+    let requests = [
+        Message::empty(request::GET_FEATURES),
+        Message::vring_state(request::SET_VRING_ENABLE, 0, 0).with_need_reply(),
+        Message::vring_state(request::SET_VRING_ENABLE, 1, 0).with_need_reply(),
+        Message::empty(request::GET_PROTOCOL_FEATURES),
+        Message::vring_state(request::GET_VRING_BASE, 0, 0),
+        Message::vring_state(request::GET_VRING_BASE, 1, 0),
     ];
-    for message in &said {
+    for message in &requests {
         device.connection.send(message, &[])?;
     }
     Ok(())
 }
 
-/// The answers to these, in their order.
-fn hear_a_lot(device: &Device) -> Result<()> {
+/// Expects the replies to these, in order.
+fn expect_replies(device: &Device) -> Result<()> {
     let mut payloads = Vec::new();
     for expected in [
         request::GET_FEATURES,
@@ -48,7 +48,7 @@ fn hear_a_lot(device: &Device) -> Result<()> {
         payloads.push(reply.payload);
     }
     ensure!(payloads[1] == [0; 8] && payloads[2] == [0; 8], "{payloads:?}");
-    // Where the driver has seen them used, for the device stood still.
+    // The bases are the used indices that the driver sees, since the device is stopped.
     for (index, payload) in [0, 1].into_iter().zip(&payloads[4..]) {
         let used = device.ring(index).queue.used_index().to_le_bytes();
         ensure!(payload[4..6] == used, "vring {index}: {payload:?} instead of {used:?}");
@@ -56,51 +56,51 @@ fn hear_a_lot(device: &Device) -> Result<()> {
     Ok(())
 }
 
-fn what_the_front_end_says_meanwhile_the_target_answers(datapath: Datapath) -> Result<()> {
+fn messages_sent_during_a_hand_over_are_answered_by_the_final_owner(datapath: Datapath) -> Result<()> {
     let (mut rig, mut device) = serving(datapath, Options::default(), &[])?;
-    // Where nothing comes of it, the source answers.
+    // If the hand-over is cancelled, the source answers.
     let held = Held::staged(&rig)?;
-    say_a_lot(&device)?;
+    send_requests(&device)?;
     rig.backend.status()?;
     device.connection.check_quiet()?;
     ensure!(rig.backend.cancel()? == serde_json::json!({"result": "cancelled"}));
-    hear_a_lot(&device)?;
+    expect_replies(&device)?;
     ensure!(held.asked.failure()? == ("stage".to_owned(), "cancelled".to_owned()));
     device.restart_rings()?;
     rig.check_traffic(&mut device)?;
 
-    // Else the target.
+    // If it completes, the target answers.
     let held = Held::staged(&rig)?;
-    say_a_lot(&device)?;
-    // The source has had every opportunity to answer.
+    send_requests(&device)?;
+    // Gives the source time to answer.
     for _ in 0..20 {
         ensure!(rig.backend.status()?.handover.is_some_and(|live| live.state == HandoverState::Staging));
     }
     device.connection.check_quiet()?;
     held.complete(&mut rig)?;
-    hear_a_lot(&device)?;
+    expect_replies(&device)?;
     device.restart_rings()?;
     rig.check_traffic(&mut device)?;
     rig.backend.check_healthy()
 }
 
-fn a_front_end_that_leaves_on_the_way_is_missed_by_whoever_has_the_session(datapath: Datapath) -> Result<()> {
+fn final_owner_notices_a_front_end_that_leaves_during_the_hand_over(datapath: Datapath) -> Result<()> {
     let mut rig = Rig::new(datapath, 1, &[])?;
     for when in 0..4 {
         let mut device = rig.device(Options::default())?;
         rig.check_traffic(&mut device)?;
         let held = Held::begin(&rig, Backend::waiting_for_session(datapath, &[])?)?;
         match when {
-            // The source hears it still, and hands over what there is then.
+            // The source still notices, and hands over the device without a front-end.
             0 => {
                 held.relay.down()?;
                 drop(device);
                 rig.backend.fds_at_rest()?;
-                for said in [held.relay.up()?, held.relay.down()?, held.relay.up()?] {
-                    ensure!(["HELLO", "PREPARE", "READY"].contains(&said), "{said}");
+                for name in [held.relay.up()?, held.relay.down()?, held.relay.up()?] {
+                    ensure!(["HELLO", "PREPARE", "READY"].contains(&name), "{name}");
                 }
-                for said in [held.relay.down()?, held.relay.up()?] {
-                    ensure!(["STAGE", "STAGED"].contains(&said), "{said}");
+                for name in [held.relay.down()?, held.relay.up()?] {
+                    ensure!(["STAGE", "STAGED"].contains(&name), "{name}");
                 }
             }
             1 => {
@@ -131,7 +131,7 @@ fn a_front_end_that_leaves_on_the_way_is_missed_by_whoever_has_the_session(datap
         rig.backend.fds_at_rest()?;
         rig.backend.check_healthy()?;
     }
-    // And where the source keeps it.
+    // The source notices, too, if it keeps the session.
     let mut device = rig.device(Options::default())?;
     rig.check_traffic(&mut device)?;
     let held = Held::staged(&rig)?;

@@ -1,5 +1,6 @@
-//! Hand-overs of a session in special circumstances: the front-end sends messages or leaves, a frame is in hand, the operator
-//! or a signal ends the hand-over, a process refuses it. Also the sockets, scripts and settings that the target takes.
+//! Hand-overs of a session in special circumstances: the front-end sends messages or leaves, a frame is in hand, the
+//! operator or a signal ends the hand-over, a process refuses it. Also the sockets, scripts and settings that the
+//! target takes.
 
 mod abort;
 mod frame_in_hand;
@@ -32,12 +33,12 @@ struct Held {
     relay: Relay,
     asked: Asked,
     target: Backend,
-    /// Where the source was sent.
+    /// The path to which the source connects.
     path: PathBuf,
 }
 
 impl Held {
-    /// One that has just begun.
+    /// Begins a hand-over.
     fn begin(rig: &Rig, target: Backend) -> Result<Self> {
         let place = FakeTarget::bind(&target.directory().join("held"))?;
         let path = place.path().to_owned();
@@ -46,20 +47,20 @@ impl Held {
         Ok(Self { relay, asked, target, path })
     }
 
-    /// One of which the target has staged the session, and the source does not know.
+    /// Begins a hand-over, and lets the target stage the session. The source has not received STAGED.
     fn staged(rig: &Rig) -> Result<Self> {
         let held = Self::begin(rig, Backend::waiting_for_session(rig.datapath, &[])?)?;
         held.relay.until_staged()?;
         Ok(held)
     }
 
-    /// Lets it go on from there to its end.
+    /// Completes the hand-over from there.
     fn complete(self, rig: &mut Rig) -> Result<()> {
         self.relay.finish()?;
         self.succeed(rig)
     }
 
-    /// It is over, and the session the target's.
+    /// Checks that the hand-over has completed; the target becomes the rig's back-end.
     fn succeed(self, rig: &mut Rig) -> Result<()> {
         drop(self.relay);
         let report = self.asked.report()?;
@@ -85,12 +86,12 @@ fn check_idle(process: &Process) -> Result<()> {
     let before = ticks(process)?;
     std::thread::sleep(Duration::from_millis(400));
     let used = ticks(process)? - before;
-    ensure!(used < 10, "it used {used} ticks in 400 ms");
+    ensure!(used < 10, "the process used {used} ticks in 400 ms");
     Ok(())
 }
 
-/// Hands the rig's session on to a target with these arguments.
-fn hand_on(rig: &mut Rig, arguments: &[&str]) -> Result<SessionReport> {
+/// Hands the rig's session over to a target with these arguments.
+fn hand_over(rig: &mut Rig, arguments: &[&str]) -> Result<SessionReport> {
     let target = Backend::waiting_for_session(rig.datapath, arguments)?;
     rig.backend.become_target(target)
 }

@@ -8,13 +8,13 @@ use baton_protocol::control::HandoverState;
 use baton_tests::backend::Backend;
 use baton_tests::datapath::Datapath;
 use baton_tests::fake_frontend::Options;
-use baton_tests::fake_frontend::wire::{Message as Said, protocol, request};
+use baton_tests::fake_frontend::wire::{Message, protocol, request};
 use baton_tests::session_peer::Asked;
 
 use super::{Held, at_rest, serving};
 
 #[test]
-fn what_cannot_be_handed_over_now_is_said_and_nothing_changes() {
+fn refused_hand_overs_give_the_reason_and_change_nothing() {
     let options = Options {
         protocol_features: Options::default().protocol_features | protocol::DEVICE_STATE,
         ..Options::default()
@@ -23,11 +23,11 @@ fn what_cannot_be_handed_over_now_is_said_and_nothing_changes() {
     let mut target = Backend::waiting(Datapath::Userspace, &[]).unwrap();
     let refused =
         |backend: &mut Backend, path: &Path| backend.hand_over_to(path, false).unwrap_err().to_string();
-    let nobody = rig.backend.directory().join("nobody");
-    assert!(refused(&mut rig.backend, &nobody).contains("cannot connect to"));
-    assert_eq!(refused(&mut target, &nobody), "this back-end has no TAP to hand over");
+    let missing = rig.backend.directory().join("missing");
+    assert!(refused(&mut rig.backend, &missing).contains("cannot connect to"));
+    assert_eq!(refused(&mut target, &missing), "this back-end has no TAP to hand over");
 
-    // Another one is under way, of a session or of a device.
+    // Another hand-over is under way, of a session or of a device.
     let under_way = |path: &Path| {
         format!("a hand-over to {} is under way; end it with handover --cancel", path.display())
     };
@@ -37,47 +37,47 @@ fn what_cannot_be_handed_over_now_is_said_and_nothing_changes() {
     rig.backend.cancel().unwrap();
     drop(held);
     rig.backend.arm(&target.incoming()).unwrap();
-    assert_eq!(refused(&mut rig.backend, &nobody), under_way(&target.incoming()));
+    assert_eq!(refused(&mut rig.backend, &missing), under_way(&target.incoming()));
     rig.backend.cancel().unwrap();
 
     // The front-end is moving device state.
     device.suspend().unwrap();
     let (read, write) = nix::unistd::pipe().unwrap();
-    let answer = device.connection.ask_with(&Said::device_state(false), &[read.as_fd()]).unwrap();
+    let answer = device.connection.ask_with(&Message::device_state(false), &[read.as_fd()]).unwrap();
     assert_eq!(answer, 0x100u64.to_le_bytes());
-    let moving = "the front-end is moving device state; try again when it has";
+    let moving = "the front-end is moving device state; try again later";
     assert_eq!(refused(&mut rig.backend, &target.incoming()), moving);
     drop((read, write));
-    device.connection.ask_u64(&Said::empty(request::CHECK_DEVICE_STATE)).unwrap();
-    // Or begins to while the target makes up its mind.
+    device.connection.ask_u64(&Message::empty(request::CHECK_DEVICE_STATE)).unwrap();
+    // The front-end begins to move device state while the target judges.
     let held = Held::begin(&rig, Backend::waiting_for_session(Datapath::Userspace, &[]).unwrap()).unwrap();
-    let said = [held.relay.down(), held.relay.up(), held.relay.down()].map(Result::unwrap);
-    assert_eq!(said, ["HELLO", "HELLO", "PREPARE"]);
+    let names = [held.relay.down(), held.relay.up(), held.relay.down()].map(Result::unwrap);
+    assert_eq!(names, ["HELLO", "HELLO", "PREPARE"]);
     let (read, write) = nix::unistd::pipe().unwrap();
-    let answer = device.connection.ask_with(&Said::device_state(false), &[read.as_fd()]).unwrap();
+    let answer = device.connection.ask_with(&Message::device_state(false), &[read.as_fd()]).unwrap();
     assert_eq!(answer, 0x100u64.to_le_bytes());
     assert_eq!(held.relay.up().unwrap(), "READY");
     let (phase, reason) = held.asked.failure().unwrap();
     assert_eq!(phase, "stage");
     assert!(reason.ends_with(moving), "{reason}");
     drop((read, write));
-    device.connection.ask_u64(&Said::empty(request::CHECK_DEVICE_STATE)).unwrap();
+    device.connection.ask_u64(&Message::empty(request::CHECK_DEVICE_STATE)).unwrap();
     device.restart_rings().unwrap();
     rig.check_traffic(&mut device).unwrap();
 
-    // To itself.
+    // A hand-over to itself.
     rig.backend.become_target(target).unwrap();
     let own = rig.backend.incoming();
     assert_eq!(
         refused(&mut rig.backend, &own),
-        "this is the same back-end: it cannot hand anything over to itself"
+        "the target is this back-end itself; use the path of another one"
     );
     rig.check_traffic(&mut device).unwrap();
     rig.backend.check_healthy().unwrap();
 }
 
 #[test]
-fn a_dry_run_names_all_that_is_against_it_and_changes_nothing() {
+fn dry_run_names_every_refusal_and_changes_nothing() {
     let (mut rig, mut device) =
         serving(Datapath::Userspace, Options::default(), &["--downscript=no"]).unwrap();
     let mut target = Backend::waiting(Datapath::Userspace, &["--queue-pairs=3"]).unwrap();
@@ -94,9 +94,9 @@ fn a_dry_run_names_all_that_is_against_it_and_changes_nothing() {
         };
         assert_eq!(
             error,
-            "the target refuses: front-end: the target has a front-end of its own and cannot take another's session; \
-             start one without; queue-pairs: the source has 1 queue pairs, the target 3; give it the same \
-             --queue-pairs, or none"
+            "the target refuses: front-end: the target already has a front-end and cannot take another session; \
+             start a target without one; queue-pairs: the source has 1 queue pairs, the target 3; start the target \
+             with the same --queue-pairs, or without the option"
         );
         device.connection.check_quiet().unwrap();
         target.process.wait_open_fds(waiting.0).unwrap();
@@ -104,12 +104,12 @@ fn a_dry_run_names_all_that_is_against_it_and_changes_nothing() {
         assert_eq!(rig.backend.stats().unwrap(), stats);
         assert_eq!(rig.backend.status().unwrap().handover.unwrap().state, HandoverState::Failed);
     }
-    // One that would do.
+    // A target that would accept the session.
     let other = Backend::waiting_for_session(Datapath::Userspace, &[]).unwrap();
     let answer = rig.backend.hand_over_to(&other.incoming(), true).unwrap();
     assert_eq!(answer, serde_json::json!({"result": "possible"}));
     assert_eq!(rig.backend.stats().unwrap(), stats);
-    // The target's own front-end was not disturbed.
+    // The target's own front-end is not disturbed.
     connection.get_protocol_features().unwrap();
     rig.check_traffic(&mut device).unwrap();
 }

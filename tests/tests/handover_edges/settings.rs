@@ -23,18 +23,18 @@ use baton_tests::programs;
 use baton_tests::session_peer::Asked;
 use nix::sys::signal::Signal;
 
-use super::{check_idle, hand_on, serving};
+use super::{check_idle, hand_over, serving};
 
 on_both_datapaths! {
-    the_targets_own_datapath_counts,
+    session_runs_with_the_datapath_of_the_target,
 }
 
-fn the_targets_own_datapath_counts(datapath: Datapath) -> Result<()> {
+fn session_runs_with_the_datapath_of_the_target(datapath: Datapath) -> Result<()> {
     let (mut rig, mut device) = serving(Datapath::Userspace, Options::default(), &[])?;
     // There and back.
     for datapath in [datapath, Datapath::Userspace] {
         rig.datapath = datapath;
-        hand_on(&mut rig, &[])?;
+        hand_over(&mut rig, &[])?;
         ensure!(rig.backend.status()?.datapath == datapath);
         rig.check_traffic(&mut device)?;
     }
@@ -42,33 +42,33 @@ fn the_targets_own_datapath_counts(datapath: Datapath) -> Result<()> {
 }
 
 #[test]
-fn sockets_and_scripts_are_the_last_owners() {
+fn last_owner_removes_the_socket_and_runs_the_downscript() {
     let downscript = Downscript::new().unwrap();
     let (mut rig, mut device) =
         serving(Datapath::Userspace, Options::default(), &[&downscript.option()]).unwrap();
     let socket = rig.backend.socket.clone();
     for _ in 0..5 {
-        hand_on(&mut rig, &[]).unwrap();
+        hand_over(&mut rig, &[]).unwrap();
         assert!(std::fs::metadata(&socket).unwrap().file_type().is_socket());
-        assert!(downscript.runs().unwrap().is_empty(), "a downscript was run while there is an owner");
+        assert!(downscript.runs().unwrap().is_empty(), "the downscript ran while the session has an owner");
     }
     rig.check_traffic(&mut device).unwrap();
     drop(device);
-    // The same listening socket still.
+    // The listening socket is still the same.
     let mut device = rig.device(Options::default()).unwrap();
     rig.check_traffic(&mut device).unwrap();
     rig.backend.process.signal(Signal::SIGTERM).unwrap();
     assert_eq!(rig.backend.process.wait().unwrap().code(), Some(0));
-    assert!(!socket.exists(), "the last owner leaves its socket");
+    assert!(!socket.exists(), "the last owner left its socket behind");
     assert_eq!(downscript.runs().unwrap(), [TAP]);
 }
 
 #[test]
-fn a_target_gives_up_a_socket_of_its_own() {
+fn target_gives_up_its_own_socket() {
     let (mut rig, mut device) = serving(Datapath::Userspace, Options::default(), &[]).unwrap();
     let target = Backend::waiting(Datapath::Userspace, &[]).unwrap();
     let (own, socket) = (target.socket.clone(), rig.backend.socket.clone());
-    // Connected, but without a word: there is no session to lose.
+    // This front-end is connected but has sent nothing: it has no session to lose.
     let silent = UnixStream::connect(&own).unwrap();
     rig.backend.become_target(target).unwrap();
     rig.check_traffic(&mut device).unwrap();
@@ -80,7 +80,7 @@ fn a_target_gives_up_a_socket_of_its_own() {
 }
 
 #[test]
-fn inherited_sockets_go_along() {
+fn inherited_sockets_are_handed_over() {
     let netns = Netns::enter().unwrap();
     netns.create_persistent_tap(TAP, false).unwrap();
     let directory = tempfile::tempdir().unwrap();
@@ -108,27 +108,27 @@ fn inherited_sockets_go_along() {
             assert_eq!(connection.get_features().unwrap(), offered);
             backend.process.signal(Signal::SIGTERM).unwrap();
         } else {
-            // There will be no other.
+            // No other front-end can connect, so the back-end ends.
             ours.shutdown(Shutdown::Both).unwrap();
         }
         assert_eq!(backend.process.wait().unwrap().code(), Some(0));
     }
-    assert!(path.exists(), "somebody else's file was removed");
+    assert!(path.exists(), "the back-end removed an inherited socket");
 }
 
 #[test]
-fn the_control_socket_goes_along_where_the_target_has_the_same_path() {
+fn control_socket_is_taken_over_if_the_target_has_the_same_path() {
     let (mut rig, mut device) = serving(Datapath::Userspace, Options::default(), &[]).unwrap();
     let control = rig.backend.control.clone();
     let ended = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        // Somebody who looks all the time always finds one of the two.
-        let looker = scope.spawn(|| -> Result<u32> {
+        // A client that asks all the time always reaches one of the two.
+        let client = scope.spawn(|| -> Result<u32> {
             let mut looks = 0;
             while !ended.load(Ordering::Relaxed) {
                 match ControlClient::connect(&control)?.call(&Request::Status) {
                     Ok(_) => looks += 1,
-                    // The last one that the old process let in: it may find it ending, or gone.
+                    // The source accepted this connection last: it may be ending, or gone.
                     Err(ClientError::Refused(reason)) if reason == "the back-end is ending" => {}
                     Err(ClientError::Closed | ClientError::Io(_)) => {}
                     Err(error) => return Err(error.into()),
@@ -138,14 +138,14 @@ fn the_control_socket_goes_along_where_the_target_has_the_same_path() {
         });
         let result = (0..5).try_for_each(|hop| hop_with_same_control(&mut rig, hop));
         ended.store(true, Ordering::Relaxed);
-        let looks = looker.join().unwrap().unwrap();
+        let looks = client.join().unwrap().unwrap();
         result.unwrap();
         assert!(looks > 0);
     });
     rig.check_traffic(&mut device).unwrap();
     rig.backend.process.signal(Signal::SIGTERM).unwrap();
     rig.backend.process.wait().unwrap();
-    assert!(!control.exists(), "the last owner leaves its control socket");
+    assert!(!control.exists(), "the last owner left its control socket behind");
 }
 
 fn hop_with_same_control(rig: &mut Rig, hop: u32) -> Result<()> {
@@ -167,27 +167,27 @@ fn hop_with_same_control(rig: &mut Rig, hop: u32) -> Result<()> {
 }
 
 #[test]
-fn the_poll_time_goes_along_unless_the_target_has_its_own() {
+fn poll_time_is_handed_over_unless_the_target_has_its_own() {
     let (mut rig, mut device) =
         serving(Datapath::Userspace, Options::default(), &["--poll-us=1000000"]).unwrap();
-    // Whether its worker looks for work without being told.
+    // Whether the worker finds work without a kick.
     let mut polls = |rig: &mut Rig| {
         let before = rig.backend.pair_stats(0).unwrap().tx.kicks.unwrap();
         for number in 0..50 {
             device.send(0, &NetHeader::default(), &frames::numbered(number, 60)).unwrap();
             rig.expect_on_network(number..number + 1).unwrap();
             if number == 0 {
-                // Then it waits, if it does not look.
+                // A worker that does not poll sleeps now.
                 std::thread::sleep(Duration::from_millis(20));
             }
         }
         rig.backend.pair_stats(0).unwrap().tx.kicks.unwrap() <= before + 2
     };
     assert!(polls(&mut rig));
-    hand_on(&mut rig, &[]).unwrap();
-    assert!(polls(&mut rig), "the poll time did not go along");
-    hand_on(&mut rig, &["--poll-us=0"]).unwrap();
+    hand_over(&mut rig, &[]).unwrap();
+    assert!(polls(&mut rig), "the poll time was not handed over");
+    hand_over(&mut rig, &["--poll-us=0"]).unwrap();
     check_idle(&rig.backend.process).unwrap();
-    hand_on(&mut rig, &[]).unwrap();
+    hand_over(&mut rig, &[]).unwrap();
     check_idle(&rig.backend.process).unwrap();
 }

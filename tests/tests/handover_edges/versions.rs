@@ -14,14 +14,14 @@ use baton_tests::session_peer::{Asked, FakeTarget, Relay};
 
 use super::serving;
 
-/// A packet as a later version would send it: it says so, and has a field that this one does not know.
+/// A packet as a later version would send it: with that version, and with a field that this version does not know.
 fn of_later_version(packet: &[u8]) -> Result<Vec<u8>> {
     let (header, body) = packet.split_at(HEADER);
     let mut later = header.to_vec();
     later[4..6].copy_from_slice(&(PROTOCOL.versions.newest + 1).to_le_bytes());
     // A MessagePack map of up to 15 fields, and one more: "later": [1, nil].
     let fields = *body.first().context("a body")?;
-    ensure!((0x80..0x8f).contains(&fields), "{fields:#x} begins no small map");
+    ensure!((0x80..0x8f).contains(&fields), "{fields:#x} does not start a small map");
     let more = [&[0xa5], b"later".as_slice(), &[0x92, 1, 0xc0]].concat();
     let length = u32::try_from(body.len() + more.len())?;
     later[12..16].copy_from_slice(&length.to_le_bytes());
@@ -32,7 +32,7 @@ fn of_later_version(packet: &[u8]) -> Result<Vec<u8>> {
 }
 
 #[test]
-fn a_session_goes_to_a_later_version_and_back() {
+fn session_moves_to_a_later_version_and_back() {
     let (mut rig, mut device) = serving(Datapath::Userspace, Options::default(), &[]).unwrap();
     let Rig { network, backend, .. } = &mut rig;
     load::run(&mut device, network, 5_000, || {
@@ -42,7 +42,7 @@ fn a_session_goes_to_a_later_version_and_back() {
             let place = FakeTarget::bind(&target.directory().join("later"))?;
             let asked = Asked::of(backend, place.path())?;
             let relay = Relay::join(&place, &target.incoming())?;
-            let mut said = Vec::new();
+            let mut names = Vec::new();
             for down in [true, false, true, false, true, false, true, false] {
                 let (from, to) =
                     if down { (&relay.source, &relay.target) } else { (&relay.target, &relay.source) };
@@ -52,11 +52,11 @@ fn a_session_goes_to_a_later_version_and_back() {
                     if down == (later == Later::Source) { of_later_version(&packet)? } else { packet };
                 let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
                 to.say_bytes(&packet, &fds)?;
-                said.push(message.name());
+                names.push(message.name());
             }
             ensure!(
-                said == ["HELLO", "HELLO", "PREPARE", "READY", "STAGE", "STAGED", "COMMIT", "ACTIVE"],
-                "{said:?}"
+                names == ["HELLO", "HELLO", "PREPARE", "READY", "STAGE", "STAGED", "COMMIT", "ACTIVE"],
+                "{names:?}"
             );
             drop(relay);
             let report = asked.report()?;
@@ -70,7 +70,7 @@ fn a_session_goes_to_a_later_version_and_back() {
     rig.backend.check_healthy().unwrap();
 }
 
-/// Who is of a later version.
+/// The process that speaks the later version.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Later {
     Source,

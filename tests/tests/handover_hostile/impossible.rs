@@ -1,4 +1,4 @@
-//! Sessions that cannot be: each is refused by name.
+//! Invalid sessions: each is refused by name.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -42,14 +42,14 @@ fn region(sent: &mut Sent) -> &mut RegionState {
     &mut sent.stage.session.regions[0]
 }
 
-/// Puts something else in the place of what belongs to a session: the refusal of it.
+/// A name, a change that replaces a descriptor of the session, and the refusal.
 type Swap = (&'static str, fn(&mut Sent) -> Result<()>, &'static str);
 
 /// Descriptors that are not what they should be.
 const SWAPS: &[Swap] = &[
     ("a pipe as guest memory", |sent| sent.replace(&memory_fd(0), pipe()), "unusable"),
     ("a directory as guest memory", |sent| sent.replace(&memory_fd(0), directory()), "unusable"),
-    ("memory that may only be read", |sent| sent.replace(&memory_fd(0), read_only()), "unusable"),
+    ("read-only memory", |sent| sent.replace(&memory_fd(0), read_only()), "unusable"),
     ("a file shorter than its region", |sent| sent.replace(&memory_fd(1), file(4096)), "unusable"),
     ("a file for the word", |sent| sent.replace(OWNERSHIP_FD, file(4096)), "ownership"),
     ("a pipe for the word", |sent| sent.replace(OWNERSHIP_FD, pipe()), "ownership"),
@@ -72,7 +72,7 @@ const SWAPS: &[Swap] = &[
     ("a pipe for the front-end", |sent| sent.replace(FRONTEND_FD, pipe()), "unusable"),
     ("a directory for the front-end", |sent| sent.replace(FRONTEND_FD, directory()), "unusable"),
     (
-        "a socket that is not connected for the front-end",
+        "an unconnected socket for the front-end",
         |sent| {
             let listener = sent.fd(LISTENER_FD)?.try_clone()?;
             sent.replace(FRONTEND_FD, listener)
@@ -98,35 +98,39 @@ const SWAPS: &[Swap] = &[
         "ownership",
     ),
     (
-        "a word that was aborted",
+        "a word that is aborted",
         |sent| replace_word(sent, &[Word::INITIAL.aborted().context("a word")?]),
         "ownership",
     ),
     (
-        "a word that offers something already",
+        "a word that is already offered",
         |sent| replace_word(sent, &[Word::INITIAL.offered().context("a word")?]),
         "ownership",
     ),
 ];
 
-/// Changes what is said of a session: the refusals of it.
+/// A name, a change of what STAGE says of the session, and the refusals.
 type Change = (&'static str, fn(&mut Sent), &'static [&'static str]);
 
-/// What is said of a session that cannot be.
+/// Invalid descriptions of a session.
 const CHANGES: &[Change] = &[
     ("no descriptor", |sent| sent.fds.clear(), &["descriptors"]),
     ("no memory", |sent| sent.fds.retain(|(name, _)| *name != memory_fd(1)), &["descriptors"]),
     ("no kick", |sent| sent.fds.retain(|(name, _)| *name != kick_fd(1)), &["descriptors"]),
     ("no TAP", |sent| sent.fds.retain(|(name, _)| *name != tap_fd(0)), &["descriptors"]),
-    ("one too many", |sent| sent.fds.push(("log".to_owned(), pipe())), &["descriptors"]),
-    ("a name twice", |sent| sent.fds.push((kick_fd(0), pipe())), &["descriptors"]),
-    ("a name that is none", |sent| sent.fds.push(("\n".to_owned(), pipe())), &["descriptors"]),
-    ("a region without end", |sent| region(sent).size = u64::MAX, &["memory-region"]),
-    ("a region that is empty", |sent| region(sent).size = 0, &["memory-region"]),
-    ("a region at the end", |sent| region(sent).guest_address = u64::MAX, &["memory-region"]),
-    ("a region behind its file", |sent| region(sent).file_offset = 1 << 62, &["unusable"]),
-    ("a region from the middle of a page", |sent| region(sent).file_offset += 1, &["unusable"]),
-    ("a region that is there 0 times", |sent| region(sent).count = 0, &["memory-region"]),
+    ("a surplus descriptor", |sent| sent.fds.push(("log".to_owned(), pipe())), &["descriptors"]),
+    ("a descriptor name twice", |sent| sent.fds.push((kick_fd(0), pipe())), &["descriptors"]),
+    ("an invalid descriptor name", |sent| sent.fds.push(("\n".to_owned(), pipe())), &["descriptors"]),
+    ("a region of all memory", |sent| region(sent).size = u64::MAX, &["memory-region"]),
+    ("an empty region", |sent| region(sent).size = 0, &["memory-region"]),
+    (
+        "a region at the end of the address space",
+        |sent| region(sent).guest_address = u64::MAX,
+        &["memory-region"],
+    ),
+    ("a region beyond the end of its file", |sent| region(sent).file_offset = 1 << 62, &["unusable"]),
+    ("a region whose file offset is odd", |sent| region(sent).file_offset += 1, &["unusable"]),
+    ("a region with count 0", |sent| region(sent).count = 0, &["memory-region"]),
     (
         "a region twice",
         |sent| {
@@ -136,7 +140,7 @@ const CHANGES: &[Change] = &[
         &["memory-region"],
     ),
     (
-        "a log without end",
+        "a log that wraps",
         |sent| {
             sent.stage.session.log = Some(LogState { offset: 1, size: u64::MAX });
             sent.fds.push(("log".to_owned(), file(4096)));
@@ -144,7 +148,7 @@ const CHANGES: &[Change] = &[
         &["region"],
     ),
     (
-        "a log behind its file",
+        "a log longer than its file",
         |sent| {
             sent.stage.session.log = Some(LogState { offset: 0, size: 1 << 40 });
             sent.fds.push(("log".to_owned(), file(4096)));
@@ -154,17 +158,17 @@ const CHANGES: &[Change] = &[
     ("a vring of 3", |sent| vring(sent).size = Some(3), &["vring-size"]),
     ("a vring of 0", |sent| vring(sent).size = Some(0), &["vring-size"]),
     ("a vring of 65535", |sent| vring(sent).size = Some(u16::MAX), &["vring-size"]),
-    ("rings at the end of all addresses", |sent| addresses(sent).used = !3, &["vring-address"]),
-    ("rings that are not aligned", |sent| addresses(sent).descriptors += 1, &["vring-address"]),
+    ("rings at the end of the address space", |sent| addresses(sent).used = !3, &["vring-address"]),
+    ("misaligned rings", |sent| addresses(sent).descriptors += 1, &["vring-address"]),
     ("no vring", |sent| sent.stage.session.vrings.clear(), &["vrings"]),
-    ("one vring more", |sent| sent.stage.session.vrings.push(VringState::default()), &["vrings"]),
+    ("a surplus vring", |sent| sent.stage.session.vrings.push(VringState::default()), &["vrings"]),
     (
-        "256 vrings of one queue pair",
+        "256 vrings for one queue pair",
         |sent| sent.stage.session.vrings.resize(256, VringState::default()),
         &["vrings"],
     ),
     (
-        "128 queue pairs that do not agree",
+        "128 queue pairs with different header sizes",
         |sent| {
             let pair = sent.stage.device.queue_pairs[0];
             sent.stage.device.queue_pairs.resize(128, QueuePairState { host_vnet_hdr_len: 11, ..pair });
@@ -172,18 +176,26 @@ const CHANGES: &[Change] = &[
         &["vrings", "mixed-queues"],
     ),
     ("no queue pair", |sent| sent.stage.device.queue_pairs.clear(), &["vrings", "queue-pair-range"]),
-    ("features of nobody", |sent| sent.stage.device.features |= 1 << 63, &["features"]),
-    ("protocol features of nobody", |sent| sent.stage.device.protocol_features = !0, &["protocol-features"]),
-    ("another TAP's name", |sent| sent.stage.device.tap = "lo".to_owned(), &["tap"]),
-    ("a name that no TAP has", |sent| sent.stage.device.tap = "a/b".repeat(9), &["tap-name"]),
-    ("a script of no place", |sent| sent.stage.device.downscript = Some("x".to_owned()), &["downscript"]),
+    ("unknown features", |sent| sent.stage.device.features |= 1 << 63, &["features"]),
+    ("unknown protocol features", |sent| sent.stage.device.protocol_features = !0, &["protocol-features"]),
+    ("the name of another interface", |sent| sent.stage.device.tap = "lo".to_owned(), &["tap"]),
+    ("an invalid TAP name", |sent| sent.stage.device.tap = "a/b".repeat(9), &["tap-name"]),
     (
-        "a path of nobody's socket",
+        "a downscript with a relative path",
+        |sent| sent.stage.device.downscript = Some("x".to_owned()),
+        &["downscript"],
+    ),
+    (
+        "an endpoint path that is not the listener's",
         |sent| sent.stage.session.endpoint.path = Some("/etc/passwd".to_owned()),
         &["endpoint"],
     ),
-    ("a path without a root", |sent| sent.stage.session.endpoint.path = Some("x".to_owned()), &["endpoint"]),
-    ("no path", |sent| sent.stage.session.endpoint.path = None, &["endpoint"]),
+    (
+        "a relative endpoint path",
+        |sent| sent.stage.session.endpoint.path = Some("x".to_owned()),
+        &["endpoint"],
+    ),
+    ("no endpoint path", |sent| sent.stage.session.endpoint.path = None, &["endpoint"]),
     (
         "an endpoint of a later version",
         |sent| sent.stage.session.endpoint.kind = EndpointKind::Other,
@@ -192,7 +204,7 @@ const CHANGES: &[Change] = &[
 ];
 
 #[test]
-fn a_session_that_cannot_be_is_refused_by_name_and_leaves_nothing() {
+fn invalid_session_is_refused_by_name_and_leaves_nothing_behind() {
     let mut target = Backend::waiting_for_session(Datapath::Userspace, &[]).unwrap();
     let rest = Rest::of(&target.process).unwrap();
     let (mut rig, mut device, place) = serving().unwrap();

@@ -1,5 +1,5 @@
-//! Hostile, broken and silent peers of a session's hand-over. Whatever a target does that has not taken the session, the
-//! live back-end serves on and loses nothing; whatever a source does, a waiting target waits on, with nothing left over.
+//! Hostile, broken and silent peers of a session's hand-over. Whatever a target does before it has taken the session,
+//! the source serves on and loses nothing. Whatever a source does, a waiting target waits on and leaks nothing.
 //! Afterwards an honest peer is served.
 
 use std::fs::File;
@@ -28,7 +28,7 @@ mod targets;
 /// Frames a second each way.
 const RATE: u32 = 5_000;
 
-/// A back-end that serves, and a place for targets of the test's own.
+/// A back-end that serves, and a socket on which the test plays targets.
 fn serving() -> Result<(Rig, Device, FakeTarget)> {
     let mut rig = Rig::new(Datapath::Userspace, 1, &[])?;
     let mut device = rig.device(Options::default())?;
@@ -37,7 +37,7 @@ fn serving() -> Result<(Rig, Device, FakeTarget)> {
     Ok((rig, device, place))
 }
 
-/// Does all this under load, then hands the session to a good target, under load still; nothing may be lost.
+/// Attacks under load, then hands the session over to an honest target. No frame may be lost.
 fn while_serving(attack: impl FnOnce(&mut Backend, &FakeTarget) -> Result<()>) -> Result<()> {
     let (mut rig, mut device, place) = serving()?;
     let Rig { network, backend, .. } = &mut rig;
@@ -51,7 +51,7 @@ fn while_serving(attack: impl FnOnce(&mut Backend, &FakeTarget) -> Result<()>) -
     rig.backend.check_healthy()
 }
 
-/// What a waiting target has of its own, and nothing else.
+/// How many descriptors and shared mappings a waiting target has.
 #[derive(Debug, PartialEq)]
 struct Rest {
     fds: usize,
@@ -65,7 +65,7 @@ impl Rest {
         Ok(Self { fds: process.open_fds()?, shared })
     }
 
-    /// That the target is again as it was.
+    /// Waits until the target waits again and has no more than that.
     fn check(&self, target: &mut Backend, what: &str) -> Result<()> {
         let waits = |target: &mut Backend| -> Result<bool> {
             Ok(target.status()?.handover.is_none() && Self::of(&target.process)? == *self)
@@ -90,7 +90,7 @@ fn directory() -> OwnedFd {
     File::open("/").expect("a directory").into()
 }
 
-/// Puts another word in the word's place, which has been through these values.
+/// Replaces the ownership word by another one, which has gone through these values.
 fn replace_word(sent: &mut Sent, values: &[Word]) -> Result<()> {
     let other = SharedWord::create()?;
     let mut now = Word::INITIAL;
@@ -101,7 +101,7 @@ fn replace_word(sent: &mut Sent, values: &[Word]) -> Result<()> {
     sent.replace(OWNERSHIP_FD, other.as_fd().try_clone_to_owned()?)
 }
 
-/// What is no message, and every message there is, well-formed and not.
+/// Packets that are no message, malformed HELLOs, and one valid packet of each message.
 fn packets() -> Result<Vec<Vec<u8>>> {
     let mut packets = vec![vec![0], vec![0; 40], vec![0xff; 16], b"BATH".to_vec(), vec![0; 200_000]];
     let mut messages = Vec::new();
@@ -120,7 +120,7 @@ fn packets() -> Result<Vec<Vec<u8>>> {
         packet
     };
     packets.extend([
-        // Only versions to come, only versions of the past, and a kind, flags, lengths that are none.
+        // Only future versions, only past versions, then invalid kind, flags and lengths.
         header(4, &[9, 0, 9, 0]),
         header(4, &[0, 0, 0, 0]),
         header(8, &[0xe7, 3]),
@@ -135,13 +135,13 @@ fn packets() -> Result<Vec<Vec<u8>>> {
 }
 
 #[test]
-fn another_user_neither_gives_nor_gets_a_session() {
+fn another_user_can_neither_give_nor_get_a_session() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
     let tap = rig.netns.create_tap("tap1", 1).unwrap();
     let option = format!("--tap-fds={}", tap[0].as_raw_fd());
-    let mut nobodys = Backend::unprivileged(&[&option], &[tap[0].as_fd()]).unwrap();
-    nobodys.status().unwrap();
-    // That a socket is somebody's file is not what keeps others away.
+    let mut unprivileged = Backend::unprivileged(&[&option], &[tap[0].as_fd()]).unwrap();
+    unprivileged.status().unwrap();
+    // The permissions of a socket's file are not what keeps other users out.
     let open = |path: &Path| {
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o777)).unwrap();
     };
@@ -149,7 +149,7 @@ fn another_user_neither_gives_nor_gets_a_session() {
     open(target.directory());
     open(&target.incoming());
     let rest = Rest::of(&target.process).unwrap();
-    let (phase, reason) = Asked::of(&nobodys, &target.incoming()).unwrap().failure().unwrap();
+    let (phase, reason) = Asked::of(&unprivileged, &target.incoming()).unwrap().failure().unwrap();
     assert_eq!(
         (phase.as_str(), reason.as_str()),
         (
@@ -159,14 +159,14 @@ fn another_user_neither_gives_nor_gets_a_session() {
     );
     rest.check(&mut target, "another user's source").unwrap();
 
-    // And the other way round.
-    let place = FakeTarget::bind_as(&nobodys.directory().join("fake"), 65533).unwrap();
+    // The other way round.
+    let place = FakeTarget::bind_as(&unprivileged.directory().join("fake"), 65533).unwrap();
     open(place.path());
-    let error = nobodys.hand_over_to(place.path(), false).unwrap_err().to_string();
-    assert_eq!(error, "the peer runs as user 65533; user 65534 gives nothing but to itself and root");
-    nobodys.check_healthy().unwrap();
+    let error = unprivileged.hand_over_to(place.path(), false).unwrap_err().to_string();
+    assert_eq!(error, "the peer runs as user 65533; user 65534 may hand over only to itself and root");
+    unprivileged.check_healthy().unwrap();
 
-    // Root gives to no user at a path that any user could have taken.
+    // Root does not hand over to a user at a path that any user could have created.
     let mut device = rig.device(Options::default()).unwrap();
     rig.check_traffic(&mut device).unwrap();
     let directory = tempfile::tempdir().unwrap();
@@ -176,7 +176,7 @@ fn another_user_neither_gives_nor_gets_a_session() {
         Backend::unprivileged(&[&format!("--incoming-fds={}", incoming.display())], &[]).unwrap();
     target.status().unwrap();
     let rest = Rest::of(&target.process).unwrap();
-    let squatted = format!("the peer runs as user 65534 and may have taken {} without", incoming.display());
+    let squatted = format!("the peer runs as user 65534 and may have created {} without", incoming.display());
     for on_suspend in [false, true] {
         let path = Some(incoming.display().to_string());
         let request = Request::Handover { path, on_suspend, dry_run: false, cancel: false };
@@ -186,7 +186,7 @@ fn another_user_neither_gives_nor_gets_a_session() {
     rest.check(&mut target, "a squatter").unwrap();
     rig.check_traffic(&mut device).unwrap();
 
-    // Where root chose the place, it gives to any user, who then serves without any right.
+    // In a directory that only root may write root hands over to any user, who then serves without privileges.
     std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
     let report = Asked::of(&rig.backend, &incoming).unwrap().report().unwrap();
     assert!(matches!(report, SessionReport::Completed { .. }), "{report:?}");
@@ -197,12 +197,12 @@ fn another_user_neither_gives_nor_gets_a_session() {
 }
 
 #[test]
-fn memory_that_is_truncated_on_the_way_ends_the_session_and_nobody() {
+fn memory_truncated_during_a_hand_over_ends_only_the_session() {
     for staged in [false, true] {
         let (mut rig, device, place) = serving().unwrap();
         let mut target = Backend::waiting_for_session(Datapath::Userspace, &[]).unwrap();
         let rest = Rest::of(&target.process).unwrap();
-        let mut old = None;
+        let mut source_backend = None;
         let asked = Asked::of(&rig.backend, place.path()).unwrap();
         let relay = Relay::join(&place, &target.incoming()).unwrap();
         let truncate = || device.memory.regions().iter().for_each(|region| region.truncate(0).unwrap());
@@ -215,9 +215,9 @@ fn memory_that_is_truncated_on_the_way_ends_the_session_and_nobody() {
             assert!(matches!(report, SessionReport::Completed { .. }), "{report:?}");
             rig.backend.process.wait().unwrap();
             target.socket.clone_from(&rig.backend.socket);
-            // It has the directory of the socket.
-            old = Some(std::mem::replace(&mut rig.backend, target));
-            // The first look at a ring was one at what is not there.
+            // Keeps the directory of the socket.
+            source_backend = Some(std::mem::replace(&mut rig.backend, target));
+            // The target's first access to a ring finds the memory truncated.
             device.connection.wait_closed().unwrap();
         } else {
             relay.until_ready().unwrap();
@@ -232,7 +232,7 @@ fn memory_that_is_truncated_on_the_way_ends_the_session_and_nobody() {
             rest.check(&mut target, "truncated memory").unwrap();
             target.check_healthy().unwrap();
             asked.failure().unwrap();
-            // It had not looked yet.
+            // The source has not accessed the memory yet.
             device.ring(1).kick().unwrap();
             device.connection.wait_closed().unwrap();
         }
@@ -241,6 +241,6 @@ fn memory_that_is_truncated_on_the_way_ends_the_session_and_nobody() {
         rig.check_traffic(&mut device).unwrap();
         rig.backend.check_healthy().unwrap();
         assert!(rig.backend.process.log().contains("truncated the memory"), "{}", rig.backend.process.log());
-        drop(old);
+        drop(source_backend);
     }
 }

@@ -1,4 +1,4 @@
-//! What a source may not do, at every step: its target waits on.
+//! Hostile sources at every step: the target waits on.
 
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -17,24 +17,24 @@ use nix::sys::signal::Signal;
 
 use super::{Rest, directory, file, packets, pipe, replace_word, while_serving};
 
-/// How far a source of the test's own has come with a target.
+/// How far a fake source has come with a target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum At {
     /// It has connected.
     Fresh,
     /// HELLO was answered.
     Greeted,
-    /// PREPARE was.
+    /// PREPARE was answered.
     Ready,
-    /// STAGE has said that more will come.
+    /// STAGE has announced more packets.
     Gathering,
-    /// STAGED has been said.
+    /// STAGED was received.
     Staged,
 }
 
 const ALL: [At; 5] = [At::Fresh, At::Greeted, At::Ready, At::Gathering, At::Staged];
 
-/// A source of the test's own, with a session that another one would have handed over.
+/// A fake source, with a session recorded from a real one.
 #[derive(Debug)]
 struct FakeSource {
     prepare: Message,
@@ -42,7 +42,7 @@ struct FakeSource {
 }
 
 impl FakeSource {
-    /// What `backend` would hand over.
+    /// Records the session that `backend` would hand over.
     fn record(backend: &Backend, place: &FakeTarget) -> Result<Self> {
         let asked = Asked::of(backend, place.path())?;
         let source = place.accept()?;
@@ -56,7 +56,7 @@ impl FakeSource {
         Ok(Self { prepare, sent })
     }
 
-    /// Brings a fresh connection to where it is wanted, with an ownership word of its own.
+    /// Brings a new connection to this step, with a new ownership word.
     fn bring(&mut self, incoming: &Path, at: At) -> Result<Link> {
         let link = Link::connect(incoming)?;
         if at == At::Fresh {
@@ -82,14 +82,14 @@ impl FakeSource {
         Ok(link)
     }
 
-    /// The source has the session for good.
+    /// Aborts the hand-over: the source has the session for good.
     fn abort(&self) -> Result<()> {
         Ok(self.sent.word()?.swap(Word::INITIAL, Word::INITIAL.aborted().context("a word")?).must_win()?)
     }
 }
 
 #[test]
-fn what_a_source_may_not_say_costs_a_waiting_target_nothing() {
+fn unexpected_packets_do_not_disturb_a_waiting_target() {
     while_serving(|backend, place| {
         let mut source = FakeSource::record(backend, place)?;
         let mut target = Backend::waiting_for_session(Datapath::Userspace, &["--log-level=error"])?;
@@ -103,18 +103,19 @@ fn what_a_source_may_not_say_costs_a_waiting_target_nothing() {
                 let link = source.bring(&target.incoming(), at).with_context(|| what.clone())?;
                 let fds = if number % 2 == 0 { &strange[..] } else { &[] };
                 link.say_bytes(packet, fds).with_context(|| what.clone())?;
-                // It is answered, or the connection closed: either way it was heard.
+                // The target has read the packet once it answers or closes the connection.
                 let _ = link.hear();
                 drop(link);
                 if at == At::Staged {
-                    // A commit of what is not offered has shown the target that it has nothing.
+                    // Makes the target drop the session at once. After a COMMIT without an offer it has done so
+                    // already.
                     let _ = source.abort();
                 }
                 rest.check(&mut target, &what)?;
             }
         }
         target.check_healthy()?;
-        // Closed without a word, wherever.
+        // The source closes the connection at each step.
         for at in ALL {
             drop(source.bring(&target.incoming(), at)?);
             if at == At::Staged {
@@ -128,7 +129,7 @@ fn what_a_source_may_not_say_costs_a_waiting_target_nothing() {
 }
 
 #[test]
-fn a_commit_that_cannot_be_is_not_taken() {
+fn invalid_commit_is_refused() {
     while_serving(|backend, place| {
         let mut source = FakeSource::record(backend, place)?;
         let mut target = Backend::waiting_for_session(Datapath::Userspace, &[])?;
@@ -158,11 +159,11 @@ fn a_commit_that_cannot_be_is_not_taken() {
             let last = link.hear_end()?;
             let Some(Message::Refuse(refuse)) = last else { bail!("{what}: {last:?}") };
             ensure!(refuse.reasons.0.iter().any(|reason| reason.name == name), "{what}: {}", refuse.reasons);
-            // Nobody has taken it.
+            // The target has not taken the session.
             source.sent.word()?.swap(offered, offered.aborted().context("a word")?).must_win()?;
             rest.check(&mut target, &what)?;
         }
-        // Not offered, or no more.
+        // A COMMIT before the offer, and one after the offer was aborted.
         for now in [Word::INITIAL, offered] {
             let link = source.bring(&target.incoming(), At::Staged)?;
             if now == offered {
@@ -180,7 +181,7 @@ fn a_commit_that_cannot_be_is_not_taken() {
 }
 
 #[test]
-fn what_was_said_in_an_earlier_hand_over_does_nothing_in_another() {
+fn replayed_messages_have_no_effect() {
     while_serving(|backend, place| {
         let mut b = Backend::waiting_for_session(Datapath::Userspace, &[])?;
         let asked = Asked::of(backend, place.path())?;
@@ -197,7 +198,7 @@ fn what_was_said_in_an_earlier_hand_over_does_nothing_in_another() {
         b.socket.clone_from(&backend.socket);
         let a = std::mem::replace(backend, b);
 
-        // To its source, now another process: at any time.
+        // Replays ACTIVE to the source, now another process, at each step.
         for at in 0..3 {
             let asked = Asked::of(backend, place.path())?;
             let source = place.accept()?;
@@ -214,11 +215,11 @@ fn what_was_said_in_an_earlier_hand_over_does_nothing_in_another() {
             let (_, reason) = asked.failure()?;
             let expected = match at {
                 0 | 1 => "the target sent ACTIVE at the wrong time",
-                _ => "the target said that it had taken over, but had not",
+                _ => "the target claims to have taken over, but the ownership word says otherwise",
             };
             ensure!(reason == expected, "{reason}");
         }
-        // To a target: the whole session with its word, and its COMMIT for another.
+        // Replays to a target: a STAGE with its old ownership word, and a COMMIT in another hand-over.
         let mut target = Backend::waiting_for_session(Datapath::Userspace, &[])?;
         let rest = Rest::of(&target.process)?;
         let mut source = FakeSource::record(backend, place)?;
@@ -239,7 +240,7 @@ fn what_was_said_in_an_earlier_hand_over_does_nothing_in_another() {
 }
 
 #[test]
-fn a_source_that_hangs_is_given_up_wherever() {
+fn hung_source_is_given_up_at_every_step() {
     while_serving(|backend, place| {
         let mut hanging = Vec::new();
         for at in ALL {
@@ -247,14 +248,14 @@ fn a_source_that_hangs_is_given_up_wherever() {
             let rest = Rest::of(&target.process)?;
             let mut source = FakeSource::record(backend, place)?;
             let link = source.bring(&target.incoming(), at)?;
-            // Asked at once: it has not been given up yet.
+            // Asks at once, while the target has not yet given up the first source.
             let (_, reason) = Asked::of(backend, &target.incoming())?.failure()?;
             ensure!(reason.contains("busy"), "{at:?}: {reason}");
             hanging.push((at, target, rest, source, link));
         }
         for (at, mut target, rest, source, link) in hanging {
             if at == At::Staged {
-                // It would be held for longer than a test should take.
+                // The target would hold the session for longer than a test should take.
                 source.abort()?;
                 drop(link);
             } else {
@@ -269,13 +270,13 @@ fn a_source_that_hangs_is_given_up_wherever() {
 }
 
 #[test]
-fn of_two_sources_that_come_at_once_one_is_served() {
+fn one_of_two_simultaneous_sources_is_served() {
     while_serving(|backend, place| {
         let mut target = Backend::waiting_for_session(Datapath::Userspace, &[])?;
         let rest = Rest::of(&target.process)?;
         let mut source = FakeSource::record(backend, place)?;
         for _ in 0..20 {
-            // Both are there when it looks, and the first has spoken.
+            // When the target continues, both sources are connected and the first has sent HELLO.
             target.process.signal(Signal::SIGSTOP)?;
             let first = Link::connect(&target.incoming())?;
             target.process.signal(Signal::SIGCONT)?;
@@ -291,7 +292,7 @@ fn of_two_sources_that_come_at_once_one_is_served() {
             drop((first, second));
             rest.check(&mut target, "two sources")?;
         }
-        // Nor does a second one disturb what is staged.
+        // A second source does not disturb a staged session either.
         let link = source.bring(&target.incoming(), At::Staged)?;
         for _ in 0..3 {
             let second = Link::connect(&target.incoming())?;

@@ -1,4 +1,4 @@
-//! What a target may not do, at every step: its source serves on.
+//! Hostile targets at every step: the source serves on.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -12,7 +12,7 @@ use baton_tests::session_peer::{Asked, Link, STAGED, Sent, greet, hear_stage, pr
 
 use super::{directory, file, packets, pipe, while_serving};
 
-/// How far a target of the test's own lets a source come.
+/// The last message that a fake target lets a source send.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Point {
     /// HELLO.
@@ -21,14 +21,14 @@ enum Point {
     Prepare,
     /// STAGE.
     Stage,
-    /// COMMIT: nobody serves.
+    /// COMMIT: no process serves.
     Commit,
 }
 
 const POINTS: [Point; 4] = [Point::Hello, Point::Prepare, Point::Stage, Point::Commit];
 
 impl Point {
-    /// The phase in which the source is then.
+    /// The phase of the source at this point.
     fn phase(self) -> &'static str {
         match self {
             Self::Hello => "greet",
@@ -38,7 +38,7 @@ impl Point {
         }
     }
 
-    /// Lets the source come so far; gives what it has sent.
+    /// Lets the source come to this point; returns the session that it has sent.
     fn reach(self, source: &Link) -> Result<Option<Sent>> {
         if self == Self::Hello {
             source.hear()?;
@@ -60,7 +60,7 @@ impl Point {
 }
 
 #[test]
-fn whatever_a_target_says_that_has_not_taken_the_session_its_source_serves_on() {
+fn source_serves_on_whatever_a_target_sends_before_it_takes_the_session() {
     while_serving(|backend, place| {
         let at_rest = backend.process.open_fds()?;
         let packets = packets()?;
@@ -74,7 +74,7 @@ fn whatever_a_target_says_that_has_not_taken_the_session_its_source_serves_on() 
                 let sent = point.reach(&source).with_context(|| what.clone())?;
                 let fds = if number % 2 == 0 { &strange[..] } else { &[] };
                 source.say_bytes(packet, fds).with_context(|| what.clone())?;
-                // Had it been what was awaited, it is all that comes.
+                // Even if this was the expected packet, no other follows.
                 drop((source, sent));
                 asked.failure().with_context(|| what.clone())?;
                 backend.process.wait_open_fds(at_rest).context(what)?;
@@ -86,10 +86,10 @@ fn whatever_a_target_says_that_has_not_taken_the_session_its_source_serves_on() 
 }
 
 #[test]
-fn what_a_target_has_done_is_told() {
+fn report_names_what_the_target_did() {
     while_serving(|backend, place| {
         let word = |sent: Option<&Sent>| -> Result<SharedWord> { sent.context("a session")?.word() };
-        let told = |point: Point, act: &dyn Fn(&Link, Option<&Sent>) -> Result<()>| -> Result<String> {
+        let reported = |point: Point, act: &dyn Fn(&Link, Option<&Sent>) -> Result<()>| -> Result<String> {
             let asked = Asked::of(backend, place.path())?;
             let source = place.accept()?;
             let sent = point.reach(&source)?;
@@ -100,28 +100,28 @@ fn what_a_target_has_done_is_told() {
             Ok(reason)
         };
         for point in POINTS {
-            ensure!(told(point, &|_, _| Ok(()))? == "the target closed the connection");
+            ensure!(reported(point, &|_, _| Ok(()))? == "the target closed the connection");
             let reasons = Refusal::Busy.into();
             let refuse = Message::Refuse(Refuse { reasons });
-            let reason = told(point, &|source, _| source.say(&refuse))?;
+            let reason = reported(point, &|source, _| source.say(&refuse))?;
             ensure!(reason == "the target refuses: busy: the target is in another hand-over", "{reason}");
-            // Not even this is believed without its having been done.
+            // The source does not believe ACTIVE without the swap of the word.
             let active = Message::Active(Active { epoch: 1, times: TakeTimes::default() });
-            let reason = told(point, &|source, _| source.say(&active))?;
+            let reason = reported(point, &|source, _| source.say(&active))?;
             ensure!(
-                reason.contains("ACTIVE at the wrong time") || reason.contains("but had not"),
+                reason.contains("ACTIVE at the wrong time") || reason.contains("claims to have taken over"),
                 "{reason}"
             );
             if matches!(point, Point::Hello | Point::Prepare) {
                 continue;
             }
-            // The word is only changed as it may be.
-            let reason = told(point, &|_, sent| {
+            // The source detects an invalid change of the word.
+            let reason = reported(point, &|_, sent| {
                 let fd = sent.context("a session")?.fd(OWNERSHIP_FD)?.try_clone()?;
                 Ok(std::os::unix::fs::FileExt::write_all_at(&File::from(fd), &[0xff; 8], 0)?)
             })?;
             ensure!(reason == "unexpected ownership word", "{reason}");
-            let reason = told(point, &|_, sent| {
+            let reason = reported(point, &|_, sent| {
                 let word = word(sent)?;
                 let now = word.load()?;
                 Ok(word.swap(now, now.aborted().context("a word")?).must_win()?)
@@ -133,8 +133,8 @@ fn what_a_target_has_done_is_told() {
     .unwrap();
 }
 
-/// A target that hangs: how its source ends that, with the session its own.
-fn a_target_that_hangs(point: Point) -> Result<()> {
+/// Checks that the source gives up a target that hangs at this point, and keeps the session.
+fn check_hung_target(point: Point) -> Result<()> {
     while_serving(|backend, place| {
         let asked = Asked::of(backend, place.path())?;
         let source = place.accept()?;
@@ -150,21 +150,21 @@ fn a_target_that_hangs(point: Point) -> Result<()> {
 }
 
 #[test]
-fn a_target_that_hangs_is_given_up_before_it_has_said_anything() {
-    a_target_that_hangs(Point::Hello).unwrap();
+fn target_that_hangs_before_hello_is_given_up() {
+    check_hung_target(Point::Hello).unwrap();
 }
 
 #[test]
-fn a_target_that_hangs_while_it_judges_is_given_up() {
-    a_target_that_hangs(Point::Prepare).unwrap();
+fn target_that_hangs_before_ready_is_given_up() {
+    check_hung_target(Point::Prepare).unwrap();
 }
 
 #[test]
-fn a_target_that_hangs_while_it_stages_is_given_up() {
-    a_target_that_hangs(Point::Stage).unwrap();
+fn target_that_hangs_before_staged_is_given_up() {
+    check_hung_target(Point::Stage).unwrap();
 }
 
 #[test]
-fn a_target_that_hangs_with_a_commit_does_not_get_the_session() {
-    a_target_that_hangs(Point::Commit).unwrap();
+fn target_that_hangs_after_commit_does_not_get_the_session() {
+    check_hung_target(Point::Commit).unwrap();
 }

@@ -1,5 +1,5 @@
-//! A source that the operator has armed hands its device to another back-end when the front-end stops the rings: the target
-//! takes it, or the source takes it back, or it is refused or cancelled, or a process dies.
+//! A source that the operator has armed hands its device to another back-end when the front-end stops the rings: the
+//! target takes it, or the source takes it back, or it is refused or cancelled, or a process dies.
 
 mod owners;
 mod peers;
@@ -47,11 +47,11 @@ fn offered(datapath: Datapath, queue_pairs: u16) -> Result<(Rig, Device, Backend
     Ok((rig, device, target))
 }
 
-/// Moves the device to the target, which is the rig's back-end then; gives the old one, its front-end gone.
+/// Moves the device to the target, which becomes the rig's back-end; returns the source, whose front-end has left.
 fn take(rig: &mut Rig, device: &mut Device, mut target: Backend) -> Result<Backend> {
-    let old = device.move_to(target.connect()?)?;
+    let source_connection = device.move_to(target.connect()?)?;
     rig.backend.wait_handover(HandoverState::HandedOver)?;
-    drop(old);
+    drop(source_connection);
     Ok(std::mem::replace(&mut rig.backend, target))
 }
 

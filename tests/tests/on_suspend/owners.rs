@@ -16,11 +16,11 @@ use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use super::{armed, expect_exit, offered, options, take};
 
 on_both_datapaths! {
-    a_target_that_dies_leaves_the_device_to_its_source,
-    a_source_that_dies_leaves_the_device_to_its_target,
+    source_keeps_device_when_target_dies,
+    target_keeps_device_when_source_dies,
 }
 
-fn a_target_that_dies_leaves_the_device_to_its_source(datapath: Datapath) -> Result<()> {
+fn source_keeps_device_when_target_dies(datapath: Datapath) -> Result<()> {
     let (mut rig, mut device, mut target) = offered(datapath, 2)?;
     target.process.signal(Signal::SIGKILL)?;
     target.process.wait()?;
@@ -28,7 +28,7 @@ fn a_target_that_dies_leaves_the_device_to_its_source(datapath: Datapath) -> Res
     ensure!(failed.reason.as_deref() == Some("the target closed the connection"), "{failed:?}");
     device.restart_rings()?;
     rig.check_traffic(&mut device)?;
-    // Another one may come.
+    // The source can hand over to another target.
     let mut target = Backend::waiting(datapath, &[])?;
     rig.backend.arm(&target.incoming())?;
     device.suspend()?;
@@ -37,7 +37,7 @@ fn a_target_that_dies_leaves_the_device_to_its_source(datapath: Datapath) -> Res
     rig.check_traffic(&mut device)
 }
 
-fn a_source_that_dies_leaves_the_device_to_its_target(datapath: Datapath) -> Result<()> {
+fn target_keeps_device_when_source_dies(datapath: Datapath) -> Result<()> {
     let (mut rig, mut device, mut target) = offered(datapath, 2)?;
     rig.backend.process.signal(Signal::SIGKILL)?;
     rig.backend.process.wait()?;
@@ -50,11 +50,11 @@ fn a_source_that_dies_leaves_the_device_to_its_target(datapath: Datapath) -> Res
 }
 
 #[test]
-fn a_source_whose_front_end_leaves_ends_and_leaves_the_device_to_the_target() {
+fn source_ends_and_target_keeps_device_when_front_end_leaves() {
     let (mut rig, mut device, mut target) = offered(Datapath::Userspace, 1).unwrap();
     let (end, _other) = UnixStream::pair().unwrap();
-    let nobody = Connection::new(end).unwrap();
-    drop(std::mem::replace(&mut device.connection, nobody));
+    let unconnected = Connection::new(end).unwrap();
+    drop(std::mem::replace(&mut device.connection, unconnected));
     expect_exit(&mut rig.backend).unwrap();
     target.wait_handover(HandoverState::Adopted).unwrap();
     device.move_to(target.connect().unwrap()).unwrap();
@@ -80,7 +80,7 @@ fn only_the_last_owner_runs_the_downscript() {
 }
 
 #[test]
-fn a_target_that_a_source_has_left_the_device_to_cleans_up_for_it() {
+fn target_runs_the_downscript_of_a_source_that_ended() {
     let downscript = Downscript::new().unwrap();
     let mut rig = Rig::new(Datapath::Userspace, 1, &[&downscript.option()]).unwrap();
     let device = rig.device(options(1)).unwrap();
@@ -98,7 +98,7 @@ fn a_target_that_a_source_has_left_the_device_to_cleans_up_for_it() {
 }
 
 #[test]
-fn a_target_that_ends_leaves_device_and_downscript_to_its_source() {
+fn source_keeps_device_and_downscript_when_target_ends() {
     let downscript = Downscript::new().unwrap();
     let mut rig = Rig::new(Datapath::Userspace, 1, &[&downscript.option()]).unwrap();
     let mut device = rig.device(options(1)).unwrap();
@@ -115,9 +115,9 @@ fn a_target_that_ends_leaves_device_and_downscript_to_its_source() {
 }
 
 #[test]
-fn a_target_without_descriptors_to_spare_leaves_the_device_to_its_source() {
+fn source_keeps_device_when_target_has_no_spare_descriptors() {
     let (mut rig, mut device, mut target) = armed(Datapath::Userspace, 4).unwrap();
-    // Room for two of the six that come.
+    // Room for two of the six descriptors that the offer carries.
     let pid = Pid::from_raw(i32::try_from(target.process.pid()).unwrap());
     let limit = target.process.open_fds().unwrap() + 2;
     let maximum = Some(limit as u64);
@@ -127,9 +127,9 @@ fn a_target_without_descriptors_to_spare_leaves_the_device_to_its_source() {
     assert_eq!(failed.reason.as_deref(), Some("the target closed the connection"));
     device.restart_rings().unwrap();
     rig.check_traffic(&mut device).unwrap();
-    // Those that had come are closed.
+    // The target has closed the descriptors that it received.
     let open = target.process.open_fds().unwrap();
     assert!(open < limit, "{:?}", target.process.fd_targets());
     target.check_healthy().unwrap();
-    assert!(target.process.log().contains("not all descriptors of a message could be taken"));
+    assert!(target.process.log().contains("cannot receive all descriptors of a message"));
 }

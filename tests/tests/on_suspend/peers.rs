@@ -13,7 +13,7 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, co
 use super::{options, take};
 
 #[test]
-fn a_target_that_is_waited_for_holds_up_no_other_request() {
+fn slow_target_holds_up_no_other_request() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
     let silent = FakeTarget::bind(&rig.backend.directory().join("silent")).unwrap();
     let mut operator = ControlClient::connect(&rig.backend.control).unwrap();
@@ -31,7 +31,7 @@ fn a_target_that_is_waited_for_holds_up_no_other_request() {
 }
 
 #[test]
-fn a_silent_peer_is_given_up() {
+fn silent_peer_is_given_up() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
     let mut device = rig.device(options(1)).unwrap();
     let silent = BoundSocket::bind_packets(&rig.backend.directory().join("silent")).unwrap();
@@ -42,7 +42,7 @@ fn a_silent_peer_is_given_up() {
     let mut target = Backend::waiting(Datapath::Userspace, &[]).unwrap();
     let stranger = stranger(&target);
     target.wait_handover(HandoverState::Checking).unwrap();
-    // Until its time is over nobody else is heard.
+    // Until the silent source times out, the target refuses any other.
     let error = rig.backend.arm(&target.incoming()).unwrap_err();
     assert_eq!(error.to_string(), "the target refuses: busy: the target is in another hand-over");
     target.wait_no_handover().unwrap();
@@ -54,17 +54,17 @@ fn a_silent_peer_is_given_up() {
     rig.check_traffic(&mut device).unwrap();
 }
 
-/// A source that has said nothing yet.
+/// A source that has not sent anything yet.
 fn stranger(target: &Backend) -> OwnedFd {
     let kind = SockType::SeqPacket;
     let stranger = socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC, None).expect("a socket");
     let address = UnixAddr::new(&target.incoming()).expect("a short path");
-    connect(stranger.as_raw_fd(), &address).expect("somebody who listens");
+    connect(stranger.as_raw_fd(), &address).expect("a listening target");
     stranger
 }
 
 #[test]
-fn strangers_cost_a_waiting_target_nothing() {
+fn unknown_peers_do_not_disturb_a_waiting_target() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
     let mut device = rig.device(options(1)).unwrap();
     let mut target = Backend::waiting(Datapath::Userspace, &[]).unwrap();
@@ -77,7 +77,7 @@ fn strangers_cost_a_waiting_target_nothing() {
     for packet in packets {
         let stranger = stranger(&target);
         send(stranger.as_raw_fd(), &packet, MsgFlags::MSG_NOSIGNAL).unwrap();
-        // It is answered, or its connection closed: either way it was heard.
+        // The target has read the packet once it answers or closes the connection.
         let _ = recv(stranger.as_raw_fd(), &mut [0; 1000], MsgFlags::empty());
         drop(stranger);
         target.wait_no_handover().unwrap();

@@ -13,11 +13,11 @@ use baton_tests::on_both_datapaths;
 use super::{expect_exit, options, take};
 
 on_both_datapaths! {
-    the_targets_own_datapath_counts,
-    what_the_targets_datapath_cannot_do_is_refused,
+    device_runs_with_the_datapath_of_the_target,
+    protocol_feature_that_the_targets_datapath_lacks_is_refused,
 }
 
-fn the_targets_own_datapath_counts(datapath: Datapath) -> Result<()> {
+fn device_runs_with_the_datapath_of_the_target(datapath: Datapath) -> Result<()> {
     let mut rig = Rig::new(Datapath::Userspace, 2, &[])?;
     let mut device = rig.device(options(2))?;
     // There and back.
@@ -34,7 +34,7 @@ fn the_targets_own_datapath_counts(datapath: Datapath) -> Result<()> {
     rig.check_traffic(&mut device)
 }
 
-fn what_the_targets_datapath_cannot_do_is_refused(datapath: Datapath) -> Result<()> {
+fn protocol_feature_that_the_targets_datapath_lacks_is_refused(datapath: Datapath) -> Result<()> {
     let mut rig = Rig::new(Datapath::Userspace, 1, &[])?;
     let options =
         Options { protocol_features: options(1).protocol_features | protocol::INFLIGHT_SHMFD, ..options(1) };
@@ -44,8 +44,8 @@ fn what_the_targets_datapath_cannot_do_is_refused(datapath: Datapath) -> Result<
     let expected = match datapath {
         Datapath::Userspace => None,
         Datapath::VhostNet => Some(
-            "the target refuses: protocol-features: negotiated protocol features 0x1000 are not the target's; use a \
-             target with the same datapath and version"
+            "the target refuses: protocol-features: the target does not support the negotiated protocol features \
+             0x1000; use a target with the same datapath and version"
                 .to_owned(),
         ),
     };
@@ -54,12 +54,12 @@ fn what_the_targets_datapath_cannot_do_is_refused(datapath: Datapath) -> Result<
 }
 
 #[test]
-fn a_cancelled_hand_over_leaves_the_device_where_it_is() {
+fn cancelled_hand_over_leaves_device_with_source() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
     let mut device = rig.device(options(1)).unwrap();
     rig.check_traffic(&mut device).unwrap();
     let mut target = Backend::waiting(Datapath::Userspace, &[]).unwrap();
-    // With a client.
+    // The count includes the control client's connection.
     rig.backend.status().unwrap();
     let open = rig.backend.process.open_fds().unwrap();
     rig.backend.arm(&target.incoming()).unwrap();
@@ -85,7 +85,7 @@ fn a_cancelled_hand_over_leaves_the_device_where_it_is() {
 }
 
 #[test]
-fn a_dry_run_changes_nothing() {
+fn dry_run_changes_nothing() {
     let mut rig = Rig::new(Datapath::Userspace, 2, &[]).unwrap();
     let mut device = rig.device(options(2)).unwrap();
     let mut target = Backend::waiting(Datapath::Userspace, &[]).unwrap();
@@ -106,34 +106,34 @@ fn a_dry_run_changes_nothing() {
     let error = rig.backend.ask(&request(other.incoming())).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "the target refuses: queue-pairs: the source has 2 queue pairs, the target 3; give it the same \
-         --queue-pairs, or none"
+        "the target refuses: queue-pairs: the source has 2 queue pairs, the target 3; start the target \
+         with the same --queue-pairs, or without the option"
     );
 }
 
 #[test]
-fn refusals_say_why_and_leave_the_source_serving() {
+fn refusals_give_the_reason_and_leave_the_source_serving() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
     let mut device = rig.device(options(1)).unwrap();
     let refused = |backend: &mut Backend, path: &Path| backend.arm(path).unwrap_err().to_string();
 
-    let nobody = rig.backend.directory().join("nobody");
-    let why = refused(&mut rig.backend, &nobody);
-    assert!(why.starts_with(&format!("cannot connect to {}: ", nobody.display())), "{why}");
+    let missing = rig.backend.directory().join("missing");
+    let why = refused(&mut rig.backend, &missing);
+    assert!(why.starts_with(&format!("cannot connect to {}: ", missing.display())), "{why}");
 
     let wrong = rig.backend.control.clone();
     let why = refused(&mut rig.backend, &wrong);
     assert!(why.contains("cannot connect to"), "{why}");
 
     let mut waiting = Backend::waiting(Datapath::Userspace, &[]).unwrap();
-    let to_itself = waiting.incoming();
-    assert_eq!(refused(&mut waiting, &to_itself), "this back-end has no TAP to hand over");
+    let incoming = waiting.incoming();
+    assert_eq!(refused(&mut waiting, &incoming), "this back-end has no TAP to hand over");
 
-    rig.backend.arm(&to_itself).unwrap();
-    let why = refused(&mut rig.backend, &to_itself);
+    rig.backend.arm(&incoming).unwrap();
+    let why = refused(&mut rig.backend, &incoming);
     assert_eq!(
         why,
-        format!("a hand-over to {} is under way; end it with handover --cancel", to_itself.display())
+        format!("a hand-over to {} is under way; end it with handover --cancel", incoming.display())
     );
     // A second source.
     let tap = rig.netns.create_tap("tap1", 1).unwrap();
@@ -141,22 +141,22 @@ fn refusals_say_why_and_leave_the_source_serving() {
     let mut second = Backend::listening(Datapath::Userspace, &["--tap=tap1"], &[]).unwrap();
     second.status().unwrap();
     assert_eq!(
-        refused(&mut second, &to_itself),
+        refused(&mut second, &incoming),
         "the target refuses: busy: the target is in another hand-over"
     );
 
-    // A target that has its device, and one that is told to hand it to itself.
+    // A target that has a device, and a back-end that is to hand over to itself.
     device.suspend().unwrap();
     waiting.wait_handover(HandoverState::Adopted).unwrap();
     take(&mut rig, &mut device, waiting).unwrap();
     assert_eq!(
-        refused(&mut second, &to_itself),
-        "the target refuses: already-initialised: the target has a TAP already and cannot receive another; start \
-         one with --incoming-fds"
+        refused(&mut second, &incoming),
+        "the target refuses: already-initialised: the target already has a TAP and cannot receive another; start \
+         a target with --incoming-fds"
     );
     assert_eq!(
-        refused(&mut rig.backend, &to_itself),
-        "this is the same back-end: it cannot hand anything over to itself"
+        refused(&mut rig.backend, &incoming),
+        "the target is this back-end itself; use the path of another one"
     );
     rig.check_traffic(&mut device).unwrap();
 }

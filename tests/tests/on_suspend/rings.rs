@@ -1,4 +1,4 @@
-//! The rings of source and target, and the frames on the way, when the device is handed over.
+//! The rings of source and target, and the frames in flight, when the device is handed over.
 
 use std::time::Instant;
 
@@ -16,86 +16,86 @@ use baton_tests::process::PATIENCE;
 use super::{armed, expect_exit, flow, offered, options, take};
 
 on_both_datapaths! {
-    the_targets_first_ring_takes_the_device,
-    rings_that_start_first_wait_for_the_device,
-    rings_that_start_while_the_source_works_go_on_where_it_stops,
-    nothing_is_lost_doubled_or_reordered_over_many_hops,
-    a_guest_that_reboots_keeps_its_device_and_it_can_still_be_handed_over,
+    first_ring_of_the_target_takes_the_device,
+    rings_that_start_before_the_offer_wait_for_the_device,
+    rings_started_early_continue_where_the_source_stops,
+    no_frame_is_lost_doubled_or_reordered_over_many_hops,
+    device_can_be_handed_over_after_the_source_restarts_its_rings,
 }
 
-fn the_targets_first_ring_takes_the_device(datapath: Datapath) -> Result<()> {
+fn first_ring_of_the_target_takes_the_device(datapath: Datapath) -> Result<()> {
     let (mut rig, mut device, mut target) = offered(datapath, 4)?;
     let status = target.status()?;
     ensure!(status.state == BackendState::Waiting && status.tap.is_empty(), "{status:?}");
     ensure!(rig.backend.status()?.state == BackendState::HandingOver);
-    // What comes meanwhile waits in the TAP, whichever queue the kernel chose.
+    // Frames that arrive now wait in the TAP, in whichever queue the kernel chooses.
     let flows: Vec<_> = (2000..2032).map(flow).collect();
     for frame in &flows {
         rig.network.send(frame)?;
     }
 
-    let mut old = device.move_to(target.connect()?)?;
+    let mut source_connection = device.move_to(target.connect()?)?;
     rig.backend.wait_handover(HandoverState::HandedOver)?;
     let mut received = Vec::new();
     for _ in &flows {
         received.push(rig.receive_on_any(&mut device)?.1);
     }
     received.sort();
-    ensure!(received == flows, "the guest received something else");
+    ensure!(received == flows, "the guest received other frames");
     let mut source = std::mem::replace(&mut rig.backend, target);
     rig.check_traffic(&mut device)?;
 
-    // A ring that the source's front-end starts now stays still.
+    // A ring that the source's front-end starts now moves no frames.
     device.suspend()?;
-    std::mem::swap(&mut device.connection, &mut old);
+    std::mem::swap(&mut device.connection, &mut source_connection);
     device.restart_rings()?;
     source.wait_started(0)?;
     device.suspend()?;
-    std::mem::swap(&mut device.connection, &mut old);
+    std::mem::swap(&mut device.connection, &mut source_connection);
     device.restart_rings()?;
     rig.check_traffic(&mut device)?;
     let status = rig.backend.status()?;
     ensure!((status.state, status.tap.as_str(), status.queue_pairs) == (BackendState::Serving, TAP, 4));
     ensure!(source.status()?.state == BackendState::HandedOver);
-    // It stays for as long as its front-end does.
+    // The source runs for as long as its front-end stays.
     ensure!(source.process.is_running()?);
-    drop(old);
+    drop(source_connection);
     expect_exit(&mut source)?;
     rig.check_traffic(&mut device)?;
     rig.backend.check_healthy()
 }
 
-fn rings_that_start_first_wait_for_the_device(datapath: Datapath) -> Result<()> {
+fn rings_that_start_before_the_offer_wait_for_the_device(datapath: Datapath) -> Result<()> {
     let (mut rig, mut device, mut target) = armed(datapath, 2)?;
-    // The source still has a ring, so it is not suspended.
+    // One ring of the source still runs, so the source is not suspended.
     for index in 0..3 {
         device.stop_ring(index)?;
     }
     let frame = frames::numbered(6, 100);
     rig.network.send(&frame)?;
-    let old = device.move_to(target.connect()?)?;
+    let source_connection = device.move_to(target.connect()?)?;
     for index in 0..4 {
         target.wait_started(index)?;
-        // Of a ring that had been in use, when its call was set.
+        // The target may have called the driver when the call descriptor of a used ring was set.
         device.ring(index).take_calls()?;
     }
     ensure!(target.status()?.tap.is_empty());
     ensure!(rig.backend.status()?.state == BackendState::Serving);
-    old.get_vring_base(3)?;
+    source_connection.get_vring_base(3)?;
     rig.backend.wait_handover(HandoverState::HandedOver)?;
     rig.backend = target;
-    // The drivers hear of the new owner, whether or not there is anything for them.
+    // The target calls every driver, whether or not it has used a buffer.
     for index in 0..4 {
         let called = device.ring(index).wait_call(Instant::now() + PATIENCE)?;
         ensure!(called, "vring {index} was not called when the device was taken");
     }
     let (_, received) = rig.receive_on_any(&mut device)?;
-    ensure!(received == frame, "the guest received something else");
+    ensure!(received == frame, "the guest received another frame");
     rig.check_traffic(&mut device)
 }
 
-/// Where such a ring stands is the source's to say, up to its end: the used index that the target saw first is long past.
-fn rings_that_start_while_the_source_works_go_on_where_it_stops(datapath: Datapath) -> Result<()> {
+/// The source determines the place of such a ring until it stops. The used index that the target saw first is outdated.
+fn rings_started_early_continue_where_the_source_stops(datapath: Datapath) -> Result<()> {
     for restarted in [false, true] {
         let (mut rig, mut device, mut target) = armed(datapath, 1)?;
         let mut other = target.connect()?;
@@ -111,7 +111,7 @@ fn rings_that_start_while_the_source_works_go_on_where_it_stops(datapath: Datapa
             rig.check_traffic(&mut device)?;
         }
         if restarted {
-            // As at a stop and a start of the VM: each ring gets the base that the target gave.
+            // As when the VM stops and starts: each ring gets the base that the target returned.
             std::mem::swap(&mut device.connection, &mut other);
             for index in 0..2 {
                 let base = device.stop_ring(index)?;
@@ -137,11 +137,11 @@ fn rings_that_start_while_the_source_works_go_on_where_it_stops(datapath: Datapa
     Ok(())
 }
 
-fn nothing_is_lost_doubled_or_reordered_over_many_hops(datapath: Datapath) -> Result<()> {
+fn no_frame_is_lost_doubled_or_reordered_over_many_hops(datapath: Datapath) -> Result<()> {
     let (mut rig, mut device, mut target) = armed(datapath, 1)?;
     let mut next = 0;
     for _ in 0..10 {
-        // Some arrive before the stop, some while nobody has the device, some after.
+        // Frames arrive before the stop, while no process serves the device, and afterwards.
         rig.inject(next..next + 40, 100)?;
         device.suspend()?;
         rig.inject(next + 40..next + 80, 1400)?;
@@ -164,7 +164,7 @@ fn nothing_is_lost_doubled_or_reordered_over_many_hops(datapath: Datapath) -> Re
     rig.backend.check_healthy()
 }
 
-fn a_guest_that_reboots_keeps_its_device_and_it_can_still_be_handed_over(datapath: Datapath) -> Result<()> {
+fn device_can_be_handed_over_after_the_source_restarts_its_rings(datapath: Datapath) -> Result<()> {
     let (mut rig, mut device, mut target) = offered(datapath, 2)?;
     for epoch in 1..4 {
         rig.network.send(&frames::numbered(epoch, 300))?;
@@ -184,7 +184,7 @@ fn a_guest_that_reboots_keeps_its_device_and_it_can_still_be_handed_over(datapat
 }
 
 #[test]
-fn a_frame_in_hand_is_delivered_first() {
+fn frame_in_hand_is_delivered_first() {
     let mut rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
     let options = Options {
         features: options(1).features | features::GUEST_CSUM | features::GUEST_TSO4,
@@ -194,12 +194,12 @@ fn a_frame_in_hand_is_delivered_first() {
     let mut device = Device::new(rig.backend.connect().unwrap(), options).unwrap();
     device.negotiate().unwrap();
     device.set_up().unwrap();
-    // One buffer: the next frame begins there, and does not fit.
+    // One buffer, which is too small for the large frame.
     device.post_receive_buffers(0, 1).unwrap();
     device.ring(0).kick().unwrap();
     rig.network.send(&frames::numbered(1, 1400)).unwrap();
     rig.expect_in_guest(&mut device, 1..2).unwrap();
-    // Receiving posts nothing by itself but what was received, so there is one again.
+    // The driver has posted the buffer again.
     let large = segment(Network::V4, Transport::Tcp, &vec![7; 9000]);
     let header = large.header(GSO_TCPV4, 1400);
     rig.network.send_with(&header, &large.bytes).unwrap();
@@ -218,6 +218,6 @@ fn a_frame_in_hand_is_delivered_first() {
     let (_, first) = device.receive(0).unwrap();
     assert_eq!(first.len(), large.bytes.len());
     rig.expect_in_guest(&mut device, 2..3).unwrap();
-    // Counted once, wherever.
+    // Each frame is counted once, by the source or by the target.
     rig.backend.wait_pair_stats(0, |stats| stats.rx.frames == Some(3)).unwrap();
 }

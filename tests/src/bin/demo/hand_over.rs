@@ -1,4 +1,4 @@
-//! The guest's back-end is replaced under it, three times; a fourth that is to take its place is killed halfway.
+//! Replaces the back-end of the running guest three times. In a fourth hand-over, the target is killed halfway.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -18,29 +18,32 @@ use super::{batonctl, run_batonctl, say};
 
 const TIMES: usize = 3;
 
-/// What the phases of a hand-over are, in their order.
+/// The phases of the blackout in order, with descriptions.
 const PHASES: [(&str, &str); 5] = [
-    ("stop", "the old one came to a stop"),
-    ("commit", "it offered the session"),
-    ("pass", "its last word reached the new one"),
-    ("take", "that took the session"),
-    ("start", "and its threads ran"),
+    ("stop", "the source stops its rings"),
+    ("commit", "the source offers the session"),
+    ("pass", "the offer reaches the target"),
+    ("take", "the target takes the session"),
+    ("start", "the target starts the rings"),
 ];
 
-/// How the hand-overs went.
+/// The results of the hand-overs.
 pub struct HandedOver {
-    /// For how long nobody served, in microseconds.
+    /// The blackout of each completed hand-over, in microseconds.
     pub blackouts_us: Vec<u64>,
-    /// What became of the one whose target was killed.
+    /// The result of the hand-over whose target was killed.
     pub rolled_back: String,
-    /// Pings that were sent all the while.
+    /// Pings sent during all hand-overs.
     pub pings: usize,
-    /// Those that were not answered.
+    /// Pings that were not answered.
     pub lost: usize,
 }
 
-/// Shows it.
+/// Runs the hand-overs and prints their commands and results.
 pub fn show(link: &mut Link, guest: &mut Guest) -> Result<HandedOver> {
+    say(&format!(
+        "{TIMES} times, a new baton-backend (the target) takes over from the running one (the source)."
+    ))?;
     let pings = ping::Endless::start(GUEST);
     let mut blackouts_us = Vec::new();
     for _ in 0..TIMES {
@@ -49,8 +52,10 @@ pub fn show(link: &mut Link, guest: &mut Guest) -> Result<HandedOver> {
         say(&successor.command_line())?;
         say(&format!("batonctl {} handover {}", link.control().display(), successor.incoming().display()))?;
         let report = in_time(|| ask(link.control(), successor.incoming()))?;
-        let SessionReport::Completed { blackout_us, phases } = report else { bail!("{report:?}") };
-        let mut text = format!("{:>10}  nobody served, of that\n", ms(blackout_us));
+        let SessionReport::Completed { blackout_us, phases } = report else {
+            bail!("the hand-over failed: {report:?}")
+        };
+        let mut text = format!("{:>10}  blackout, of which\n", ms(blackout_us));
         for (name, what) in PHASES {
             let took = phases.get(name).copied().unwrap_or_default();
             writeln!(text, "{:>14}  {what}", ms(took))?;
@@ -66,12 +71,12 @@ pub fn show(link: &mut Link, guest: &mut Guest) -> Result<HandedOver> {
     say(&format!("guest# ping -c 3 {HOST}"))?;
     say(guest.check(&format!("ping -c 3 -i 0.2 {HOST}"))?.trim_end())?;
     let (pings, lost) = pings.end()?;
-    say(&format!("ping  network -> guest   {pings} sent all the while, {} lost", lost.len()))?;
+    say(&format!("ping  network -> guest   {pings} sent during all hand-overs, {} lost", lost.len()))?;
     Ok(HandedOver { blackouts_us, rolled_back, pings, lost: lost.len() })
 }
 
-/// Has the session handed to a back-end that is killed when everything has been made ready for it. So that it is killed
-/// just then, the two back-ends speak through this program, which hands on all that they say.
+/// Hands the session over to a target that is killed once it has staged everything. This program relays all messages
+/// between the two back-ends, so that it can kill the target at that moment.
 fn roll_back(link: &mut Link) -> Result<String> {
     let mut successor = link.successor()?;
     let control = link.control();
@@ -82,25 +87,27 @@ fn roll_back(link: &mut Link) -> Result<String> {
         let asked = scope.spawn(|| ask(control, between.path()));
         let relay = Relay::join(&between, successor.incoming())?;
         relay.until_staged()?;
-        say("kill -9  # the new one, which has everything now but the session's last state")?;
+        say("kill -9  # the target, which has staged everything")?;
         successor.process.signal(Signal::SIGKILL)?;
         successor.process.wait()?;
         relay.source.say(&STAGED)?;
-        // The old one stands still, and says how far it was. Nobody is left to hear it.
+        // The source has stopped its rings and sends COMMIT, but the target is dead.
         let (last, _) = relay.source.hear()?;
-        ensure!(last.name() == "COMMIT", "{} instead of COMMIT", last.name());
+        ensure!(last.name() == "COMMIT", "the source sent {} instead of COMMIT", last.name());
         drop(relay);
-        asked.join().map_err(|_| anyhow::anyhow!("the hand-over's thread panicked"))?
+        asked.join().map_err(|_| anyhow::anyhow!("the hand-over thread panicked"))?
     })?;
-    let SessionReport::RolledBack { phase, reason } = report else { bail!("{report:?}") };
+    let SessionReport::RolledBack { phase, reason } = report else {
+        bail!("the hand-over was not rolled back: {report:?}")
+    };
     let text = format!("rolled back in phase \"{phase}\": {reason}");
-    say(&format!("{text}; the old one serves on"))?;
+    say(&format!("{text}; the source continues to serve"))?;
     Ok(text)
 }
 
 fn ask(control: &Path, incoming: &Path) -> Result<SessionReport> {
     let said = run_batonctl(control, &["handover", &incoming.display().to_string()])?;
-    serde_json::from_str(said.trim()).with_context(|| format!("batonctl said {said:?}"))
+    serde_json::from_str(said.trim()).with_context(|| format!("unexpected output of batonctl: {said:?}"))
 }
 
 fn ms(us: u64) -> String {
@@ -108,12 +115,13 @@ fn ms(us: u64) -> String {
 }
 
 impl HandedOver {
-    /// For the summary.
+    /// Formats the results for the summary.
     pub fn summary(&self) -> String {
         let blackouts: Vec<_> = self.blackouts_us.iter().map(|blackout| ms(*blackout)).collect();
         let Self { rolled_back, pings, lost, .. } = self;
         format!(
-            "hand-overs: nobody served for {}; one {rolled_back}; {lost} of {pings} pings were lost",
+            "hand-overs: blackouts of {}; {lost} of {pings} pings lost\n\
+             hand-over with a killed target: {rolled_back}",
             blackouts.join(", ")
         )
     }

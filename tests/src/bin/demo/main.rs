@@ -1,5 +1,6 @@
-//! `demo`: hands a session on from back-end to back-end on this machine, then boots a Linux guest on `baton-vmm` with its network on `baton-backend` and a TAP, shows it at work, replaces the
-//! back-end under it, moves it to another pair of them, and sums up. In the lab where this machine's KVM cannot run Linux. With `--vhost` the kernel moves the frames.
+//! `demo`: shows hand-overs on this machine, then a Linux guest on `baton-vmm` and `baton-backend`: its network, the
+//! replacement of its back-end, and its migration to another VMM and back-end. The guest runs in the lab if this
+//! machine cannot run it. With `--vhost` the kernel moves the frames.
 
 mod hand_over;
 mod here;
@@ -28,10 +29,10 @@ const PINGS: u16 = 50;
 const BULK: u64 = 32 << 20;
 const MEMORY: &str = "512M";
 
-/// Show a Linux guest's network at work.
+/// Demonstrate hand-overs between back-ends, with and without a Linux guest
 #[derive(Debug, Parser)]
 struct Args {
-    /// Have the kernel's vhost-net move the frames
+    /// Let the kernel move the guest's frames, through /dev/vhost-net
     #[arg(long)]
     vhost: bool,
 }
@@ -47,13 +48,13 @@ fn main() -> ExitCode {
     }
 }
 
-/// Whether all went well.
+/// Runs all parts. Returns whether nothing was lost.
 fn run(args: &Args) -> Result<bool> {
-    // Not again in the lab.
+    // The variable is set in the lab, where this part is not repeated.
     let here = match std::env::var_os(lab::PLACE) {
         Some(_) => None,
         None => {
-            heading("Hand-overs on this machine itself")?;
+            heading("Hand-overs on this machine")?;
             here::show()?
         }
     };
@@ -61,10 +62,12 @@ fn run(args: &Args) -> Result<bool> {
     let shown = match Place::find()? {
         Place::Here => demonstrate(if args.vhost { Datapath::VhostNet } else { Datapath::Userspace })?,
         Place::Lab(lab) => {
+            heading("Starting the lab")?;
             say(
-                "KVM on this machine cannot run Linux, or vhost-net or root's rights are missing: going to the lab, an",
+                "The guest needs root privileges, a KVM that can run Linux, /dev/vhost-net and /dev/net/tun.\n\
+                 This machine lacks one of them. So the guest runs in the lab: an emulated machine that has\n\
+                 them, but is much slower.",
             )?;
-            say("emulated machine that has them. All is real there but the speed.")?;
             let arguments = std::env::args().skip(1);
             let outcome = lab.run(&Job::here(std::env::current_exe()?, arguments)?, &mut |_| ())?;
             outcome == Outcome::Exited(0)
@@ -79,22 +82,22 @@ fn run(args: &Args) -> Result<bool> {
 fn demonstrate(datapath: Datapath) -> Result<bool> {
     let start = Instant::now();
     let logs = paths::logs()?.join("demo");
-    fs::create_dir_all(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
+    fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;
 
     let mut link = Link::new(datapath, Meeting::BackendListens, QUEUE_PAIRS)?;
     let vmm_control = link.control().with_file_name("vmm");
     let vmm = Vmm::new(QUEUE_PAIRS, MEMORY)?.net(link.socket()?, MAC, QUEUE_PAIRS).control(&vmm_control);
-    heading("What runs")?;
+    heading("The back-end and the VMM")?;
     say(&link.command_line())?;
     say(&vmm.command_line())?;
     say(match datapath {
-        Datapath::Userspace => "The frames are moved by baton-backend's own threads.",
+        Datapath::Userspace => "The threads of baton-backend move the frames.",
         Datapath::VhostNet => {
-            "The frames are moved by the kernel: a vhost-net of baton-backend's for each queue pair."
+            "The kernel moves the frames: baton-backend has one vhost-net instance for each queue pair."
         }
     })?;
 
-    heading("The guest's console")?;
+    heading("The guest")?;
     let mut guest = vmm.start_with_logs("guest", &logs)?;
     guest.wait_for_shell()?;
     link.bring_up(&mut guest)?;
@@ -103,7 +106,7 @@ fn demonstrate(datapath: Datapath) -> Result<bool> {
         say(guest.check(command)?.trim_end())?;
     }
 
-    heading("Its network")?;
+    heading("The network of the guest")?;
     let traffic = measure(&mut guest)?;
     say(&traffic.text)?;
     let seen = guest.queue_pairs("eth0")?;
@@ -112,24 +115,24 @@ fn demonstrate(datapath: Datapath) -> Result<bool> {
     say(&batonctl(link.control(), "stats")?)?;
     link.check_healthy()?;
 
-    heading("Its back-end is replaced, while it is pinged")?;
+    heading("Replacing the back-end, under a flood of pings")?;
     let handed_over = hand_over::show(&mut link, &mut guest)?;
 
-    heading("The guest moves, with its TAP, while it is pinged")?;
+    heading("Migrating the guest with its TAP, under a flood of pings")?;
     let moved = migrate(datapath, guest, &vmm_control, &logs)?;
-    link.wait_backend_ended().context("the back-end that the guest has left")?;
+    link.wait_backend_ended().context("the source back-end did not end cleanly")?;
 
     heading("Summary")?;
     say(&summary(&seen, &stats, &traffic)?)?;
     say(&handed_over.summary())?;
     say(&moved.summary())?;
-    say(&format!("in {:.0} s, boot included", start.elapsed().as_secs_f64()))?;
-    heading("The same by hand, as root where KVM can run Linux")?;
+    say(&format!("total time: {:.0} s, including the boot", start.elapsed().as_secs_f64()))?;
+    heading("The same by hand, as root on a machine whose KVM can run Linux")?;
     say(&by_hand(datapath)?)?;
     Ok(traffic.lost == 0 && handed_over.lost == 0 && moved.lost == 0)
 }
 
-/// How the guest has moved.
+/// The result of the migration.
 struct Moved {
     pause_us: u64,
     pings: usize,
@@ -139,15 +142,15 @@ struct Moved {
 impl Moved {
     fn summary(&self) -> String {
         let Self { pause_us, pings, lost } = self;
-        let stood = pause_us / 1000;
-        format!("move: the guest stood still for {stood} ms, {lost} of {pings} pings were lost")
+        let stopped = pause_us / 1000;
+        format!("migration: guest stopped for {stopped} ms; {lost} of {pings} pings lost")
     }
 }
 
-/// Moves the guest to another baton-vmm and baton-backend, and switches it off there.
+/// Migrates the guest to another baton-vmm and baton-backend, and powers it off there.
 fn migrate(datapath: Datapath, guest: Guest, control: &Path, logs: &Path) -> Result<Moved> {
     let mut backend = Backend::waiting(datapath, &["--log-level=debug"])?;
-    let socket = backend.socket.to_str().context("a path that is not UTF-8")?;
+    let socket = backend.socket.to_str().context("the back-end's socket path is not UTF-8")?;
     let (incoming, there) = (backend.directory().join("vm"), backend.directory().join("vmm.ctl"));
     let target = Vmm::incoming(&incoming, QUEUE_PAIRS, MEMORY)?.net(socket, MAC, QUEUE_PAIRS).control(&there);
     let options = datapath::options(datapath).iter().map(|option| format!(" {option}")).collect::<String>();
@@ -158,20 +161,23 @@ fn migrate(datapath: Datapath, guest: Guest, control: &Path, logs: &Path) -> Res
     backend.process.connect(&there)?;
 
     let pings = ping::Endless::start(GUEST);
-    let path = incoming.to_str().context("a path that is not UTF-8")?;
+    let path = incoming.to_str().context("the target's socket path is not UTF-8")?;
     let report = run_batonctl(control, &["migrate", path, "--local"])?;
     say(&format!("batonctl {} migrate {path} --local", control.display()))?;
-    let report: MigrationReport = serde_json::from_str(report.trim()).context("what batonctl said")?;
-    let MigrationReport::Completed { pause_us, phases } = report else { bail!("{report:?}") };
+    let report: MigrationReport = serde_json::from_str(report.trim())
+        .with_context(|| format!("unexpected output of batonctl: {report:?}"))?;
+    let MigrationReport::Completed { pause_us, phases } = report else {
+        bail!("the migration failed: {report:?}")
+    };
     say(&phases_of(pause_us, &phases))?;
     say(&batonctl(control, "status")?)?;
     run_batonctl(control, &["quit"])?;
-    ensure!(guest.wait()?.success(), "the baton-vmm that the guest has left did not end well");
+    ensure!(guest.wait()?.success(), "the source baton-vmm failed");
     say(&batonctl(&there, "status")?)?;
     say(&format!("guest# ping -c 3 {HOST}"))?;
     say(target.check(&format!("ping -c 3 -i 0.2 {HOST}"))?.trim_end())?;
     let (pings, lost) = pings.end()?;
-    ensure!(target.power_off()?.success(), "baton-vmm did not end well");
+    ensure!(target.power_off()?.success(), "the target baton-vmm failed");
     backend.check_healthy()?;
     Ok(Moved { pause_us, pings, lost: lost.len() })
 }
@@ -188,24 +194,24 @@ fn phases_of(pause_us: u64, phases: &MigrationPhases) -> String {
     } = *phases;
     let ms = |us: u64| format!("{}.{} ms", us / 1000, us % 1000 / 100);
     let mut text = format!(
-        "{:>10}  before, while it ran\n{:>10}  it stood still, of that\n",
+        "{:>10}  preparation, while the guest runs\n{:>10}  guest stopped, of which\n",
         ms(prepare_us),
         ms(pause_us)
     );
     for (us, what) in [
-        (stop_vcpus_us, "its vCPUs stopped"),
-        (stop_rings_us, "its rings stopped"),
-        (device_state_us, "the back-end offered the TAP to the other one"),
-        (save_us, "its state was taken"),
-        (restore_us, "its state was put in at the other place"),
-        (start_us, "the other back-end took the TAP, and the guest ran"),
+        (stop_vcpus_us, "the source stops the vCPUs"),
+        (stop_rings_us, "the source stops the rings"),
+        (device_state_us, "the source back-end offers the TAP to the target back-end"),
+        (save_us, "the source saves the state of the VM"),
+        (restore_us, "the target restores it"),
+        (start_us, "the target back-end takes the TAP, and the guest runs"),
     ] {
         text.push_str(&format!("{:>14}  {what}\n", ms(us)));
     }
     text.trim_end().to_owned()
 }
 
-/// What went through the network, as seen by those who sent and received it.
+/// The traffic that went through the network, as measured at both ends.
 struct Traffic {
     text: String,
     lost: u32,
@@ -222,7 +228,8 @@ fn measure(guest: &mut Guest) -> Result<Traffic> {
     for (direction, way) in [("up", "guest -> network"), ("down", "network -> guest")] {
         let command = format!("traffic bulk {HOST}:{PORT} --direction={direction} --bytes={BULK}");
         let outcome = guest.check(&command)?;
-        let outcome: bulk::Outcome = serde_json::from_str(outcome.trim()).context("what traffic wrote")?;
+        let outcome: bulk::Outcome =
+            serde_json::from_str(outcome.trim()).context("unexpected output of traffic")?;
         let (sums, mebibytes) = (outcome.sums.join(" "), outcome.bytes >> 20);
         let seconds = outcome.seconds;
         writeln!(text, "TCP   {way}   {mebibytes} MiB in {seconds:.1} s, CRC-32 {sums} at both ends")?;
@@ -231,39 +238,37 @@ fn measure(guest: &mut Guest) -> Result<Traffic> {
     Ok(Traffic { text: text.trim_end().to_owned(), lost: to_guest + from_guest, bytes })
 }
 
-/// How many pings were lost, by the words of busybox' ping: `50 packets transmitted, 50 packets received`.
+/// Parses how many pings were lost from the output of busybox' ping: `50 packets transmitted, 50 packets received`.
 fn lost(text: &str) -> Result<u32> {
     let line = text.lines().find(|line| line.contains("packets transmitted"));
-    let line = line.with_context(|| format!("ping said: {text}"))?;
+    let line = line.with_context(|| format!("unexpected output of ping: {text}"))?;
     let mut numbers = line.split(", ").filter_map(|part| part.split_whitespace().next()?.parse::<u32>().ok());
-    let (Some(sent), Some(received)) = (numbers.next(), numbers.next()) else { bail!("ping said: {line}") };
+    let (Some(sent), Some(received)) = (numbers.next(), numbers.next()) else {
+        bail!("unexpected output of ping: {line}")
+    };
     Ok(sent.saturating_sub(received))
 }
 
 fn summary(seen: &[QueuePair], stats: &BackendStats, traffic: &Traffic) -> Result<String> {
     let mut text = String::new();
     for (pair, QueuePair { rx, tx }) in seen.iter().enumerate() {
-        writeln!(
-            text,
-            "queue pair {pair}: the guest counted {} frames to it, {} from it",
-            rx.frames, tx.frames
-        )?;
+        writeln!(text, "queue pair {pair}: guest received {} frames, sent {}", rx.frames, tx.frames)?;
     }
     for (pair, counters) in stats.queue_pairs.iter().enumerate() {
-        writeln!(text, "queue pair {pair}: the back-end counted {}", counted(&counters.rx, &counters.tx))?;
+        writeln!(text, "queue pair {pair}: back-end counted {}", counted(&counters.rx, &counters.tx))?;
     }
-    writeln!(text, "lost pings: {} of {}", traffic.lost, 2 * PINGS)?;
-    write!(text, "TCP: {} bytes, all sums equal", traffic.bytes)?;
+    writeln!(text, "ping: {} of {} lost", traffic.lost, 2 * PINGS)?;
+    write!(text, "TCP: {} bytes, all checksums equal", traffic.bytes)?;
     Ok(text)
 }
 
-/// What the back-end has counted of a queue pair: only what it has discarded where the kernel moves the frames.
+/// Formats the counters of a queue pair. Where the kernel moves the frames, the back-end counts only discarded ones.
 fn counted(rx: &DirectionStats, tx: &DirectionStats) -> String {
     let both = |to: Option<u64>, from: Option<u64>| Some(to? + from?);
     let numbers = [
         (rx.frames, "frames to the guest"),
-        (tx.frames, "from it"),
-        (both(rx.large_frames, tx.large_frames), "of them larger than an Ethernet frame"),
+        (tx.frames, "from the guest"),
+        (both(rx.large_frames, tx.large_frames), "of them larger than 1518 bytes"),
         (both(rx.dropped, tx.dropped), "dropped"),
         (Some(tx.discarded), "discarded"),
     ];
@@ -296,13 +301,13 @@ fn by_hand(datapath: Datapath) -> Result<String> {
     Ok(text)
 }
 
-/// What batonctl says for people, below its command line.
+/// Runs batonctl and returns its command line, followed by its output for people.
 fn batonctl(control: &Path, command: &str) -> Result<String> {
     let said = ask(&[control.as_os_str(), command.as_ref()])?;
     Ok(format!("batonctl {} {command}\n{}", control.display(), said.trim_end()))
 }
 
-/// The reply as it came.
+/// Runs batonctl and returns the reply as JSON.
 fn run_batonctl(control: &Path, command: &[&str]) -> Result<String> {
     let words = ["--json".as_ref(), control.as_os_str()].into_iter();
     ask(&words.chain(command.iter().map(AsRef::as_ref)).collect::<Vec<_>>())
@@ -312,8 +317,8 @@ fn ask(arguments: &[&OsStr]) -> Result<String> {
     let output =
         Command::new(programs::batonctl()?).args(arguments).output().context("cannot run batonctl")?;
     let (said, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    // It also fails when it reports that something was tried and not done.
-    ensure!(output.status.success() || !said.is_empty(), "batonctl: {errors}");
+    // batonctl also fails if it prints that the request was rolled back or refused.
+    ensure!(output.status.success() || !said.is_empty(), "batonctl failed: {errors}");
     Ok(said.into_owned())
 }
 

@@ -16,16 +16,16 @@ use crate::process::{is_stopped, until};
 /// Stops each process at each of its fault points.
 ///
 /// # Errors
-/// If a process does not do what the matrix expects.
+/// Returns an error if a process does not do what the matrix expects.
 pub fn hang_everywhere(kind: Kind) -> Result<()> {
     everywhere(kind, Fixture::hang)
 }
 
 impl Fixture {
-    /// Stops the process that reaches the point, and continues it when the others have given it up.
+    /// Stops the process that reaches the point, and continues it once the others have given it up.
     ///
     /// # Errors
-    /// If a process does not do what the matrix expects.
+    /// Returns an error if a process does not do what the matrix expects.
     pub fn hang(&mut self, point: Point) -> Result<()> {
         self.case(point, Action::Stop, |fixture, target| {
             if rolls_back(point) {
@@ -49,9 +49,9 @@ impl Fixture {
         let attempt = self.attempt(target);
         let hanging = self.wait_hanging(point, target)?;
         if point.party() == Party::SourceVmm {
-            // The guest hangs too. The target gives the source up, and must not run the guest.
+            // The guest hangs, too. The target gives up the attempt and must not run the guest.
             check_waits(target)?;
-            ensure!(is_stopped(hanging)?, "{} goes on", point.name());
+            ensure!(is_stopped(hanging)?, "the process at {} is not stopped any more", point.name());
             signal(hanging, Signal::SIGCONT)?;
             attempt.end_rolled_back()?;
             self.check_network()?;
@@ -59,9 +59,9 @@ impl Fixture {
             return check_waits(target);
         }
         let (phase, reason) = attempt.end_rolled_back()?;
-        let silent = ["the target does not answer", "no answer within"];
+        let silent = ["the target does not answer", "no reply within"];
         ensure!(silent.iter().any(|text| reason.contains(text)), "{phase}: {reason}");
-        ensure!(is_stopped(hanging)?, "{} goes on", point.name());
+        ensure!(is_stopped(hanging)?, "the process at {} is not stopped any more", point.name());
         if is_source(point.party()) {
             // The guest runs; only its network hangs.
             ensure!(self.traveller.stay.status()?.state == VmmState::Running);
@@ -70,7 +70,7 @@ impl Fixture {
         }
         signal(hanging, Signal::SIGCONT)?;
         match point.party() {
-            // Its VMM cannot accept a guest without it, and may have ended.
+            // The target's VMM cannot accept a guest without this back-end, and may have ended.
             Party::TargetBackend => check_no_tap(&target.stay)?,
             _ => check_waits(target)?,
         }
@@ -86,7 +86,7 @@ impl Fixture {
             until("the target ran", || Ok(target.stay.status()?.state == VmmState::Running))?;
             let source = self.exchange(target);
             self.check_network()?;
-            ensure!(is_stopped(hanging)?, "{} goes on", point.name());
+            ensure!(is_stopped(hanging)?, "the process at {} is not stopped any more", point.name());
             signal(hanging, Signal::SIGCONT)?;
             attempt.end_completed()?;
             quit_left(source)?;
@@ -94,7 +94,7 @@ impl Fixture {
             return self.check_network();
         }
         attempt.end_completed()?;
-        ensure!(is_stopped(hanging)?, "{} goes on", point.name());
+        ensure!(is_stopped(hanging)?, "the process at {} is not stopped any more", point.name());
         let source = self.exchange(target);
         match point.party() {
             Party::SourceBackend => {

@@ -1,4 +1,4 @@
-//! Kills a process.
+//! Kills a process at a fault point.
 
 use anyhow::{Result, ensure};
 use baton_protocol::control::VmmState;
@@ -12,11 +12,11 @@ use crate::faults::{Action, Faults, Party, Point};
 use crate::local_migration::Kind;
 use crate::process::until;
 
-/// Kills each process except the VMM that has the guest, at each of its fault points: first where the guest stays at the
-/// source, then where it moves on to the target. Last, kills the VMM that has the guest.
+/// Kills each process except the VMM that has the guest, at each of its fault points: first where the guest stays at
+/// the source, then where it moves to the target. Finally kills the VMM that has the guest.
 ///
 /// # Errors
-/// If a process does not do what the matrix expects.
+/// Returns an error if a process does not do what the matrix expects.
 pub fn kill_others(kind: Kind) -> Result<()> {
     let mut fixture = Fixture::new(kind, 1, Faults::default())?;
     for party in [Party::TargetVmm, Party::TargetBackend, Party::SourceBackend] {
@@ -28,10 +28,10 @@ pub fn kill_others(kind: Kind) -> Result<()> {
     fixture.kill_guest(Point::TargetVmmTaken)
 }
 
-/// Kills the VMM that has the guest, at each of its fault points. Boots a guest for each.
+/// Kills the VMM that has the guest, at each of its fault points. Boots a new guest for each.
 ///
 /// # Errors
-/// If a process does not do what the matrix expects.
+/// Returns an error if a process does not do what the matrix expects.
 pub fn kill_guests(kind: Kind) -> Result<()> {
     for point in points(Party::SourceVmm).filter(|point| rolls_back(*point)) {
         Fixture::new(kind, 1, Faults::at(point, Action::Kill))?.kill_guest(point)?;
@@ -56,7 +56,7 @@ impl Fixture {
     /// Kills the process that reaches the point, which is not the VMM that has the guest.
     ///
     /// # Errors
-    /// If a process does not do what the matrix expects.
+    /// Returns an error if a process does not do what the matrix expects.
     pub fn kill(&mut self, point: Point) -> Result<()> {
         self.case(point, Action::Kill, |fixture, target| {
             if rolls_back(point) {
@@ -88,7 +88,7 @@ impl Fixture {
     fn kill_and_move(&mut self, point: Point, target: &mut Target) -> Result<()> {
         let attempt = self.attempt(target);
         if point.party() == Party::SourceVmm {
-            ensure!(attempt.end().is_err(), "a killed VMM has reported");
+            ensure!(attempt.end().is_err(), "a killed VMM sent a report");
         } else {
             attempt.end_completed()?;
         }
@@ -98,7 +98,7 @@ impl Fixture {
             quit_left(source)?;
         }
         if point.party() != Party::SourceBackend {
-            // If the target's back-end had not taken the TAP, the source's has it back and must be told to end.
+            // If the target's back-end did not take the TAP, the source's has it back and exits only on a signal.
             end_backend(source, point == Point::TargetBackendTaking)?;
         }
         if point.party() == Party::TargetBackend {
@@ -110,16 +110,16 @@ impl Fixture {
     /// The last case of a fixture: kills the VMM that has the guest. No other process runs the guest.
     ///
     /// # Errors
-    /// If a process does not do what the matrix expects.
+    /// Returns an error if a process does not do what the matrix expects.
     pub fn kill_guest(mut self, point: Point) -> Result<()> {
         self.case(point, Action::Kill, |fixture, target| {
             let report = fixture.attempt(target).end();
             fixture.expect_killed(target, point)?;
             if is_source(point.party()) {
-                ensure!(report.is_err(), "a killed VMM has reported {report:?}");
-                ensure!(!target.stay.guest.log().contains("the VM is taken"), "{}", target.stay.guest.log());
+                ensure!(report.is_err(), "a killed VMM reported {report:?}");
+                ensure!(!target.stay.guest.log().contains("took the VM"), "{}", target.stay.guest.log());
                 check_waits(target)?;
-                // A VMM that starts the VM anew finds the TAP with the back-end that had it, or free.
+                // A VMM that boots the guest again can use the TAP through the back-end that had it, or finds it free.
                 return end_backend(&mut fixture.traveller.stay, true);
             }
             let source = &mut fixture.traveller.stay;

@@ -1,8 +1,8 @@
-//! The part of the fault matrix where a VM moves with its TAP from one baton-vmm and baton-backend to another of each, and
-//! one of the four processes fails.
+//! The part of the fault matrix where a VM moves with its TAP from one baton-vmm and baton-backend to another of each,
+//! and one of the four processes fails.
 //!
-//! After each case of [`mod@kill`], [`hang`], [`starve`] and [`refuse`] exactly one VM runs and has its network, no other
-//! process holds its TAP, and every process that lives has closed what it took for the attempt.
+//! After each case of [`mod@kill`], [`hang`], [`starve`] and [`refuse`] exactly one VM runs and has its network, no
+//! other process holds its TAP, and every process that lives has closed what it took for the attempt.
 
 pub mod hang;
 pub mod kill;
@@ -27,18 +27,18 @@ use crate::process::{open_fds, until};
 /// All parties, in the order in which they fail.
 const PARTIES: [Party; 4] = [Party::TargetVmm, Party::TargetBackend, Party::SourceBackend, Party::SourceVmm];
 
-/// By what the timeouts are divided where a process hangs. In the lab a process that does not hang needs time, too.
+/// The divisor of the timeouts in cases where a process hangs. In the lab the other processes need some time, too.
 pub const HURRY: u32 = 4;
 
 /// A guest that moves from case to case.
 #[derive(Debug)]
 pub struct Fixture {
     kind: Kind,
-    /// By what all timeouts are divided.
+    /// The divisor of all timeouts.
     hurry: u32,
     traveller: Traveller,
-    /// The fewest descriptors that each process had after a case, and after a case in which it put the TAP aside: the
-    /// back-end keeps the ownership word of the last hand-over.
+    /// The fewest descriptors that each process had after a case. Counted separately once the back-end has put the TAP
+    /// aside, because it then keeps the ownership word of the last hand-over.
     held: HashMap<(u32, bool), usize>,
 }
 
@@ -70,8 +70,9 @@ fn is_source(party: Party) -> bool {
     matches!(party, Party::SourceVmm | Party::SourceBackend)
 }
 
-/// Whether the VM stays at the source when a process dies or hangs at this point. The source's back-end is no longer needed
-/// once it has sent its offer, and the target's back-end takes the device only after the target has taken the VM.
+/// Whether the VM stays at the source when a process dies or hangs at this point. The source's back-end is no longer
+/// needed once it has sent its offer, and the target's back-end takes the device only after the target has taken the
+/// VM.
 fn rolls_back(point: Point) -> bool {
     !matches!(
         point,
@@ -99,7 +100,7 @@ impl Fixture {
     /// Boots a guest on a VMM and a back-end with these faults.
     ///
     /// # Errors
-    /// If anything cannot be set up.
+    /// Returns an error if the VMM or the back-end cannot be set up, or the guest's network does not work.
     pub fn new(kind: Kind, hurry: u32, faults: Faults) -> Result<Self> {
         let traveller = Traveller::with_faults(kind, &faults.hurried(hurry))?;
         let mut fixture = Self { kind, hurry, traveller, held: HashMap::new() };
@@ -110,7 +111,7 @@ impl Fixture {
     /// Switches the guest off.
     ///
     /// # Errors
-    /// If the VMM or the back-end does not end well.
+    /// Returns an error if the VMM or the back-end fails.
     pub fn end(self) -> Result<()> {
         self.traveller.end()
     }
@@ -125,7 +126,7 @@ impl Fixture {
             let mut target = None;
             let result = self.prepare(point, action).and_then(|place| body(self, target.insert(place)));
             if let (Err(_), Some(target), Action::Stop) = (&result, &target, action) {
-                // A stopped process answers nothing. It may have ended.
+                // A stopped process cannot answer the queries below. It may also have ended.
                 let _ = signal(self.process_at(target, point).0, Signal::SIGCONT);
             }
             result.with_context(|| {
@@ -135,16 +136,16 @@ impl Fixture {
         })
     }
 
-    /// Arms the fault point in the process that reaches it; returns a target to move to.
+    /// Arms the fault point in the process that reaches it. Returns a target to move to.
     fn prepare(&mut self, point: Point, action: Action) -> Result<Target> {
         let (faults, none) = (Faults::at(point, action), Faults::default());
         match point.party() {
             Party::TargetVmm | Party::TargetBackend => return self.place(faults),
             Party::SourceBackend => self.replace_backend(faults)?,
-            // A VMM that was started with the fault has it.
+            // The VMM was started with the fault.
             Party::SourceVmm if self.traveller.stay.faults.has(point) => {}
             Party::SourceVmm => self.move_to(faults)?,
-            Party::SourceSession | Party::TargetSession => bail!("no session is handed over here"),
+            Party::SourceSession | Party::TargetSession => bail!("a migration hands over no session"),
         }
         self.place(none)
     }
@@ -197,7 +198,11 @@ impl Fixture {
     /// Checks that the process reached the point; otherwise the case has shown nothing.
     fn check_reached(&self, target: &Target, point: Point, action: Action) -> Result<()> {
         let (_, log) = self.process_at(target, point);
-        ensure!(has_reached(&log, point, action), "{} was not reached: {log}", point.name());
+        ensure!(
+            has_reached(&log, point, action),
+            "fault point {} was not reached; log:\n{log}",
+            point.name()
+        );
         Ok(())
     }
 
@@ -221,7 +226,7 @@ impl Fixture {
             let least = self.held.entry((process, offered)).or_insert(open_fds(process)?);
             let what = format!("process {process} had {least} descriptors open");
             until(&what, || {
-                // After the first case a process may still have been about to close some.
+                // After the first case a process may still have had descriptors to close.
                 let open = open_fds(process)?;
                 let enough = open <= *least;
                 *least = open.min(*least);
@@ -231,7 +236,7 @@ impl Fixture {
         Ok(())
     }
 
-    /// Notes that the guest has moved; returns the place that it left.
+    /// Records that the guest has moved. Returns the place that it left.
     fn exchange<'a>(&mut self, target: &'a mut Target) -> &'a mut Stay {
         std::mem::swap(&mut self.traveller.stay, &mut target.stay);
         &mut target.stay
@@ -254,22 +259,25 @@ fn check_waits(target: &mut Target) -> Result<()> {
 /// Waits until a back-end has no TAP.
 fn check_no_tap(stay: &Stay) -> Result<()> {
     let process = stay.backend.process.pid();
-    // A back-end that has ended has none.
-    until("it had no TAP", || Ok(queues_held(process, stay.tap).unwrap_or(0) == 0))
+    // A back-end that has ended has no TAP.
+    until("the back-end had no TAP", || Ok(queues_held(process, stay.tap).unwrap_or(0) == 0))
 }
 
-/// Checks that a VMM whose guest has moved refuses to resume it, and ends well.
+/// Checks that a VMM whose guest has moved refuses to resume it, and exits successfully.
 fn quit_left(source: &mut Stay) -> Result<()> {
-    until("the source knew", || Ok(source.status()?.state == VmmState::Postmigrate))?;
+    until(
+        "the source knew that the guest had moved",
+        || Ok(source.status()?.state == VmmState::Postmigrate),
+    )?;
     let refused = source.ask(&Request::Resume).err().context("the source resumed")?;
     ensure!(refused.to_string().contains("the target's"), "{refused}");
     source.ask(&Request::Quit)?;
     let status = source.guest.wait_end()?;
-    ensure!(status.success(), "the VMM that the guest has left ended with {status}: {}", source.guest.log());
+    ensure!(status.success(), "the source VMM ended with {status}: {}", source.guest.log());
     Ok(())
 }
 
-/// Ends a back-end, by a signal if `told`, and checks that it succeeds.
+/// Waits until a back-end ends, after a signal if `told`, and checks that it succeeds.
 fn end_backend(stay: &mut Stay, told: bool) -> Result<()> {
     let process = &mut stay.backend.process;
     if told && process.is_running()? {
@@ -279,5 +287,6 @@ fn end_backend(stay: &mut Stay, told: bool) -> Result<()> {
 }
 
 fn signal(process: u32, signal: Signal) -> Result<()> {
-    kill(Pid::from_raw(i32::try_from(process)?), signal).with_context(|| format!("{signal} to {process}"))
+    kill(Pid::from_raw(i32::try_from(process)?), signal)
+        .with_context(|| format!("cannot send {signal} to process {process}"))
 }

@@ -1,4 +1,4 @@
-//! Lets every step fail that can fail, one after the other, in the same four processes.
+//! Makes each step that can fail do so, one after the other, in the same processes.
 
 use anyhow::{Context, Result, ensure};
 use baton_protocol::control::VmmState;
@@ -7,7 +7,7 @@ use super::{Fixture, Target, check_waits};
 use crate::faults::{Action, Faults, Party, Point};
 use crate::local_migration::Kind;
 
-/// The points where a step can fail, in the order of an attempt, and the start of what the source reports.
+/// The points where a step can fail, in the order of an attempt, and the start of the source's report.
 const FAILURES: [(Point, &str); 19] = [
     (Point::SourceVmmConnected, "hello: "),
     (Point::TargetVmmConnected, "hello: the target closed"),
@@ -30,20 +30,26 @@ const FAILURES: [(Point, &str); 19] = [
     (Point::SourceVmmOffered, "commit: "),
 ];
 
-/// Lets each step fail once, then lets the guest move.
+/// Makes each step fail once, then lets the guest move.
 ///
 /// # Errors
-/// If a process does not do what the matrix expects.
+/// Returns an error if a process does not do what the matrix expects.
 pub fn refuse_everywhere(kind: Kind) -> Result<()> {
     let last = (Point::TargetVmmCommitting, "commit: the target closed");
     let failures: Vec<_> = FAILURES.into_iter().chain([last]).collect();
-    // Any attempt that ends after the offer was sent may bring it to the target's back-end: it has a case of its own.
+    // The offer has a separate case, because any attempt that ends after it was sent may deliver it to the target's
+    // back-end.
     let offer = Point::TargetBackendOfferReceived;
     let sessions = [Party::SourceSession, Party::TargetSession];
     let of_migrations = |point: &&Point| !sessions.contains(&point.party());
     let could = Point::ALL.iter().filter(of_migrations).filter(|point| point.fails()).count();
-    ensure!(failures.len() + 1 == could, "of {could} points these are only {}", failures.len());
-    // The target also reaches its points where the source fails after it connected or sent the state, and twice at the end.
+    ensure!(
+        failures.len() + 1 == could,
+        "the list has {} points and the offer, but {could} points can fail",
+        failures.len()
+    );
+    // The target reaches some of its points again: when the source fails after it connected or sent the state, and
+    // twice at the end.
     let again = [
         Point::TargetVmmConnected,
         Point::TargetVmmStateReceived,

@@ -1,4 +1,4 @@
-//! Lets a process run out of descriptors.
+//! Makes a process run out of descriptors.
 
 use anyhow::{Result, bail};
 use baton_protocol::control::MigrationReport;
@@ -8,20 +8,20 @@ use crate::faults::{Action, Point};
 use crate::local_migration::Kind;
 use crate::process::{limit_descriptors, until};
 
-/// Lets each process run out of descriptors at each of its fault points.
+/// Makes each process run out of descriptors at each of its fault points.
 ///
 /// # Errors
-/// If a process does not do what the matrix expects.
+/// Returns an error if a process does not do what the matrix expects.
 pub fn starve_everywhere(kind: Kind) -> Result<()> {
     everywhere(kind, Fixture::starve)
 }
 
 impl Fixture {
-    /// Lets the process that reaches the point open no further descriptor until the attempt ends. The VM moves if the rest
-    /// of the attempt needs none.
+    /// Prevents the process that reaches the point from opening descriptors until the attempt ends. The VM moves if the
+    /// rest of the attempt needs none.
     ///
     /// # Errors
-    /// If a process does not do what the matrix expects.
+    /// Returns an error if a process does not do what the matrix expects.
     pub fn starve(&mut self, point: Point) -> Result<()> {
         self.case(point, Action::NoFile, |fixture, target| {
             let report = fixture.attempt(target).end()?;
@@ -54,7 +54,7 @@ impl Fixture {
         })
     }
 
-    /// Lets the process open descriptors again.
+    /// Allows the process to open descriptors again.
     fn restore_limit(&self, target: &Target, point: Point) {
         let (process, _) = self.process_at(target, point);
         // It may have ended.

@@ -13,27 +13,27 @@ use crate::load::Demand;
 use crate::netns;
 use crate::process::{is_stopped, until};
 
-/// By what the timeouts of the process that does not hang are divided. The other process must still have enough time.
+/// The divisor of the timeouts of the process that does not hang. It must leave the other process enough time.
 const HURRY: u32 = 8;
 
 /// Stops each process at each of its fault points.
 ///
 /// # Errors
-/// If a process does not do what the matrix expects.
+/// Returns an error if a process does not do what the matrix expects.
 pub fn hang_everywhere(datapath: Datapath, queue_pairs: u16) -> Result<()> {
     everywhere(datapath, queue_pairs, Fixture::hang)
 }
 
-/// Stops the source at each of its fault points before the commit, until the target gives it up.
+/// Stops the source at each of its fault points before the commit, until the target gives up the attempt.
 ///
 /// # Errors
-/// If a process does not do what the matrix expects.
+/// Returns an error if a process does not do what the matrix expects.
 pub fn oversleep_everywhere(datapath: Datapath, queue_pairs: u16) -> Result<()> {
     let points = points(Party::SourceSession).filter(|point| is_before_commit(*point));
     at_each(points, datapath, queue_pairs, Fixture::oversleep)
 }
 
-/// Whether the ownership word cannot be the target's yet, if both processes live.
+/// Whether the target cannot own the session yet, as long as both processes live.
 fn is_before_commit(point: Point) -> bool {
     !matches!(
         point,
@@ -48,7 +48,7 @@ fn is_before_commit(point: Point) -> bool {
 }
 
 impl Case<'_> {
-    /// Waits until the process hangs.
+    /// Waits until the process is stopped at the point.
     fn wait_hanging(&mut self) -> Result<()> {
         let point = self.point;
         self.faulty().wait_until("it hung", |process| {
@@ -58,7 +58,7 @@ impl Case<'_> {
 
     /// Continues the process, which must still be stopped.
     fn wake(&mut self) -> Result<()> {
-        ensure!(is_stopped(self.faulty().pid())?, "it does not hang any more");
+        ensure!(is_stopped(self.faulty().pid())?, "the process is not stopped any more");
         self.faulty().signal(Signal::SIGCONT)
     }
 
@@ -71,11 +71,11 @@ impl Case<'_> {
 }
 
 impl Fixture {
-    /// Stops the process that reaches the point. A target continues after the source has given it up, if the source can do
-    /// that; a source continues while the target still waits for it.
+    /// Stops the process that reaches the point. Continues a target after the source has given it up, if the source can
+    /// do so at this point; continues a source while the target still waits for it.
     ///
     /// # Errors
-    /// If a process does not do what the matrix expects.
+    /// Returns an error if a process does not do what the matrix expects.
     pub fn hang(&mut self, point: Point) -> Result<()> {
         // A source must not give up a target that takes the session.
         let hurry = if is_source(point) || !is_before_commit(point) { 1 } else { HURRY };
@@ -105,12 +105,12 @@ impl Fixture {
                     match point {
                         Point::TargetSessionTaken | Point::TargetSessionRunning => {
                             case.source.process.wait_until("it had given the session up", |process| {
-                                Ok(process.log().contains("it has it while it lives").then_some(()))
+                                Ok(process.log().contains("it keeps the session until it dies").then_some(()))
                             })?;
                             case.wake()?;
                             attempt.end_completed()?;
                         }
-                        // The source needs nothing more of the target.
+                        // The source needs nothing more from the target.
                         Point::TargetSessionSettled => {
                             attempt.end_completed()?;
                             check_ends(&mut case.source.process)?;
@@ -129,10 +129,10 @@ impl Fixture {
         Ok(())
     }
 
-    /// Stops the source at the point until the target has given it up.
+    /// Stops the source at the point until the target has given up the attempt.
     ///
     /// # Errors
-    /// If a process does not do what the matrix expects.
+    /// Returns an error if a process does not do what the matrix expects.
     pub fn oversleep(&mut self, point: Point) -> Result<()> {
         self.case(point, Action::Stop, HURRY, LOSSLESS, |case| {
             let attempt = case.attempt();
@@ -140,7 +140,7 @@ impl Fixture {
             case.target.check_waits()?;
             case.wake()?;
             let reason = match point {
-                // The hand-over has not begun, where the kernel cannot tell which process was connected (before Linux 6.5).
+                // Before Linux 6.5 the kernel cannot tell which process is connected, so the hand-over does not begin.
                 Point::SourceSessionConnected => attempt.end_refused()?,
                 _ => attempt.end_rolled_back()?.1,
             };
@@ -150,11 +150,11 @@ impl Fixture {
         Ok(())
     }
 
-    /// Stops the source at the point while more frames arrive than the TAP can queue. Only the frames that the TAP drops are
-    /// lost.
+    /// Stops the source at the point while more frames arrive than the TAP can queue. Only the frames that the TAP
+    /// drops are lost.
     ///
     /// # Errors
-    /// If a process does not do what the matrix expects.
+    /// Returns an error if a process does not do what the matrix expects.
     pub fn overflow(&mut self, point: Point) -> Result<()> {
         let before = self.dropped;
         let demand = Demand { in_flight: [u64::MAX, LOSSLESS.in_flight[1]], may_lose: u64::MAX, ..LOSSLESS };

@@ -1,4 +1,4 @@
-//! Kills a process.
+//! Kills a process at a fault point.
 
 use anyhow::{Result, ensure};
 
@@ -14,24 +14,24 @@ const BATCH: u64 = 64;
 /// Kills each process at each of its fault points.
 ///
 /// # Errors
-/// If a process does not do what the matrix expects.
+/// Returns an error if a process does not do what the matrix expects.
 pub fn kill_everywhere(datapath: Datapath, queue_pairs: u16) -> Result<()> {
     everywhere(datapath, queue_pairs, Fixture::kill)
 }
 
-/// Kills each process within a batch of frames, at each point where its rings run: the frames that it has moved and not yet
-/// reported to the driver are lost, or sent twice.
+/// Kills each process within a batch of frames, at each point where its rings run: the frames that it has moved and not
+/// yet reported to the driver are lost, or sent twice.
 ///
 /// # Errors
-/// If a process does not do what the matrix expects.
+/// Returns an error if a process does not do what the matrix expects.
 pub fn kill_in_batches(queue_pairs: u16) -> Result<()> {
     // With vhost-net the kernel moves the batches.
     let points = Point::ALL.iter().copied().filter(|point| rings_run(*point));
     at_each(points, Datapath::Userspace, queue_pairs, |fixture, point| {
         let received = fixture.kill_by(point, Action::Receiving, fate(point))?;
-        ensure!(received.lost[0] > 0, "it was not receiving: {received:?}");
+        ensure!(received.lost[0] > 0, "the process was not receiving: {received:?}");
         let sent = fixture.kill_by(point, Action::Sending, fate(point))?;
-        ensure!(sent.doubled[1] > 0, "it was not sending: {sent:?}");
+        ensure!(sent.doubled[1] > 0, "the process was not sending: {sent:?}");
         Ok(())
     })
 }
@@ -39,7 +39,7 @@ pub fn kill_in_batches(queue_pairs: u16) -> Result<()> {
 /// The fate of a session whose descriptors fit in one packet.
 fn fate(point: Point) -> Fate {
     match point {
-        // The target has nothing yet.
+        // The target has received nothing yet.
         Point::SourceSessionConnected | Point::SourceSessionGreeted | Point::SourceSessionReady => Fate::Lost,
         Point::SourceSessionStageSent
         | Point::SourceSessionStaged
@@ -48,7 +48,7 @@ fn fate(point: Point) -> Fate {
         Point::TargetSessionTaken | Point::TargetSessionRunning | Point::TargetSessionActiveSent => {
             Fate::Returns
         }
-        // The dead target may have read messages of the front-end: no process knows the session any more.
+        // The dead target may have read messages from the front-end: no process knows the session's state any more.
         Point::TargetSessionSettled => Fate::Lost,
         _ if is_source(point) => Fate::Moves,
         _ => Fate::Stays,
@@ -80,15 +80,15 @@ impl Fixture {
     /// Kills the process that reaches the point.
     ///
     /// # Errors
-    /// If a process does not do what the matrix expects.
+    /// Returns an error if a process does not do what the matrix expects.
     pub fn kill(&mut self, point: Point) -> Result<()> {
         self.kill_by(point, Action::Kill, fate(point)).map(drop)
     }
 
-    /// Kills the process that reaches the point, where the session has another fate than one of one packet.
+    /// Kills the process that reaches the point, in a session that has this fate because it takes more than one packet.
     ///
     /// # Errors
-    /// If a process does not do what the matrix expects.
+    /// Returns an error if a process does not do what the matrix expects.
     pub fn kill_for(&mut self, point: Point, fate: Fate) -> Result<()> {
         self.kill_by(point, Action::Kill, fate).map(drop)
     }
@@ -106,12 +106,12 @@ impl Fixture {
             match fate {
                 _ if is_source(point) => {
                     let report = attempt.end();
-                    ensure!(report.is_err(), "a killed back-end has reported {report:?}");
+                    ensure!(report.is_err(), "a killed back-end reported {report:?}");
                 }
                 Fate::Stays => {
                     let (at, reason) = attempt.end_rolled_back()?;
-                    // The kernel closes the target's descriptors before the process is dead, and closing those of vhost-net
-                    // may take longer than the commit may.
+                    // The kernel closes the target's descriptors before the process counts as dead, and closing those
+                    // of vhost-net may take longer than the commit timeout.
                     let mut gone = vec!["the target died", "the target closed the connection"];
                     gone.extend((at == "commit").then_some("the target does not answer"));
                     ensure!(at == phase(point) && gone.contains(&reason.as_str()), "{at}: {reason}");

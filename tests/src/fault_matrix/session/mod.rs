@@ -1,8 +1,8 @@
 //! The part of the fault matrix where a session moves from one back-end to another, and one of the two fails.
 //!
-//! After each case of [`mod@kill`], [`hang`], [`starve`] and [`refuse`] the session has the [`Fate`] that the matrix expects:
-//! its owner serves with no more frames lost or duplicated than the case allows, the front-end has received nothing, no
-//! process has more descriptors than before, and the session moves on to the next back-end.
+//! After each case of [`mod@kill`], [`hang`], [`starve`] and [`refuse`] the session has the [`Fate`] that the matrix
+//! expects: its owner serves with no more frames lost or duplicated than the case allows, the front-end has received
+//! nothing, no process has more descriptors than before, and the session moves on to the next back-end.
 
 pub mod hang;
 pub mod kill;
@@ -29,7 +29,7 @@ use crate::process::{Process, until};
 const LOSSLESS: Demand = Demand { rate: RATE, in_flight: [IN_FLIGHT; 2], may_lose: 0, may_double: 0 };
 /// Frames a second each way.
 const RATE: u32 = 20_000;
-/// The most frames of a direction in flight: fewer than a ring or a queue of the TAP holds.
+/// The maximum number of frames in flight per direction: fewer than a ring or a queue of the TAP holds.
 const IN_FLIGHT: u64 = 200;
 
 /// What becomes of a session.
@@ -55,9 +55,9 @@ pub struct Fixture {
     options: Options,
     /// How many descriptors a back-end has after it took the session.
     held: Option<usize>,
-    /// How many frames the TAP has dropped.
+    /// How many frames the TAP has dropped so far.
     dropped: u64,
-    /// Only the last owner of the TAP runs it.
+    /// The downscript, which only the last owner of the TAP may run.
     downscript: Downscript,
 }
 
@@ -128,7 +128,7 @@ impl Target {
         Ok(Self { backend, held })
     }
 
-    /// Waits until it accepts a session again and has no more descriptors than before the attempt.
+    /// Waits until the target accepts a session again and has no more descriptors than before the attempt.
     fn check_waits(&mut self) -> Result<()> {
         let Self { backend, held } = self;
         until("the target had let go of the TAP", || {
@@ -138,7 +138,7 @@ impl Target {
         backend.process.wait_open_fds(*held)
     }
 
-    /// Waits until it serves.
+    /// Waits until the target serves.
     fn wait_serving(&mut self) -> Result<()> {
         until("the target served", || Ok(self.backend.status()?.state == BackendState::Serving))
     }
@@ -172,7 +172,7 @@ impl Fixture {
     /// Starts a back-end and a front-end, and checks that their session works.
     ///
     /// # Errors
-    /// If anything cannot be set up.
+    /// Returns an error if the back-end or the front-end cannot be set up, or the session does not work.
     pub fn new(datapath: Datapath, queue_pairs: u16, queue_size: u16) -> Result<Self> {
         let downscript = Downscript::new()?;
         let mut rig = Rig::new(datapath, queue_pairs, &[&downscript.option()])?;
@@ -188,7 +188,7 @@ impl Fixture {
     /// Restarts the rings, disconnects the front-end and ends the back-end.
     ///
     /// # Errors
-    /// If any of these goes wrong.
+    /// Returns an error if one of these steps fails, or the downscript was not run exactly once.
     pub fn end(mut self) -> Result<()> {
         self.device.suspend()?;
         self.device.restart_rings()?;
@@ -203,8 +203,8 @@ impl Fixture {
         Ok(())
     }
 
-    /// Runs a case under the load `demand`, whose outcome is returned; `body` returns the fate of the session. The process
-    /// that reaches the point has the fault, and `hurry` divides the timeouts of the other one.
+    /// Runs a case under the load `demand`, whose outcome is returned; `body` returns the fate of the session. The
+    /// process that reaches the point has the fault, and `hurry` divides the timeouts of the other one.
     fn case(
         &mut self,
         point: Point,
@@ -257,7 +257,7 @@ impl Fixture {
             }
             Fate::Moves | Fate::Inherited => {
                 let mut source = self.rig.backend.succeeded_by(target.backend);
-                // A killed source has not ended by itself.
+                // A killed source does not exit successfully.
                 if !is_source(point) || !action.kills() {
                     check_ends(&mut source)?;
                 }
@@ -285,7 +285,7 @@ impl Fixture {
         self.rig.check_traffic(&mut self.device)?;
         self.device.connection.check_quiet()?;
         let dropped = netns::counters(TAP)?.tx_dropped;
-        ensure!(self.downscript.runs()?.is_empty(), "the downscript was run while there is an owner");
+        ensure!(self.downscript.runs()?.is_empty(), "the downscript was run while the TAP has an owner");
         ensure!(dropped == self.dropped, "the TAP dropped {dropped} frames instead of {}", self.dropped);
         self.rig.backend.check_healthy()
     }
@@ -298,7 +298,7 @@ impl Fixture {
         };
         self.rig.backend.become_target(target)?;
         self.check()?;
-        // When it answers, it has closed what it used for the hand-over.
+        // Once the back-end answers, it has closed the descriptors that it used for the hand-over.
         self.rig.backend.status()?;
         let held = *self.held.get_or_insert(self.rig.backend.process.open_fds()?);
         self.rig.backend.process.wait_open_fds(held)

@@ -1,4 +1,4 @@
-//! Lets a step fail.
+//! Makes a step of the hand-over fail.
 
 use anyhow::{Result, ensure};
 
@@ -6,19 +6,19 @@ use super::{Fate, Fixture, LOSSLESS};
 use crate::datapath::Datapath;
 use crate::faults::{Action, Point};
 
-/// The points where a step can fail, and the start of what the source reports.
+/// The points where a step can fail, and the start of the source's report.
 const FAILURES: [(Point, &str); 5] = [
     (Point::SourceSessionConnected, "cannot begin a hand-over: fault point"),
     (Point::TargetSessionArrived, "greet: the target refuses: unusable: "),
-    (Point::SourceSessionReady, "stage: source: the source cannot give the session: fault point"),
+    (Point::SourceSessionReady, "stage: source: the source cannot hand over the session: fault point"),
     (Point::TargetSessionGathered, "stage: the target refuses: unusable: "),
-    (Point::SourceSessionFrozen, "freeze: source: the source cannot give the rings: fault point"),
+    (Point::SourceSessionFrozen, "freeze: source: the source cannot hand over the rings: fault point"),
 ];
 
-/// Lets each step fail once.
+/// Makes each step fail once.
 ///
 /// # Errors
-/// If a process does not do what the matrix expects.
+/// Returns an error if a process does not do what the matrix expects.
 pub fn refuse_everywhere(datapath: Datapath, queue_pairs: u16) -> Result<()> {
     let mut fixture = Fixture::new(datapath, queue_pairs, 256)?;
     FAILURES.iter().try_for_each(|(point, said)| fixture.refuse(*point, said))?;

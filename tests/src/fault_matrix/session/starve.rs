@@ -1,4 +1,4 @@
-//! Lets a process run out of descriptors.
+//! Makes a process run out of descriptors.
 
 use anyhow::{Result, ensure};
 
@@ -7,10 +7,10 @@ use crate::datapath::Datapath;
 use crate::faults::{Action, Point};
 use crate::process::limit_descriptors;
 
-/// Lets each process run out of descriptors at each of its fault points.
+/// Makes each process run out of descriptors at each of its fault points.
 ///
 /// # Errors
-/// If a process does not do what the matrix expects.
+/// Returns an error if a process does not do what the matrix expects.
 pub fn starve_everywhere(datapath: Datapath, queue_pairs: u16) -> Result<()> {
     everywhere(datapath, queue_pairs, Fixture::starve)
 }
@@ -20,13 +20,13 @@ fn refusal(point: Point) -> Option<&'static str> {
     Some(match point {
         Point::SourceSessionConnected => "cannot begin a hand-over: Too many open files",
         Point::SourceSessionGreeted | Point::SourceSessionReady => {
-            "stage: source: the source cannot give the session: cannot set up the ownership word: Too many"
+            "stage: source: the source cannot hand over the session: cannot set up the ownership word: Too many"
         }
         Point::TargetSessionArrived => {
             "greet: the target refuses: unusable: the target cannot use the source: "
         }
         Point::TargetSessionJudged | Point::TargetSessionGathering => {
-            "stage: the target refuses: unusable: the target cannot use a message: not all descriptors"
+            "stage: the target refuses: unusable: the target cannot use a message: cannot receive all descriptors"
         }
         Point::TargetSessionGathered => "stage: the target refuses: unusable: the target cannot use ",
         _ => return None,
@@ -34,11 +34,11 @@ fn refusal(point: Point) -> Option<&'static str> {
 }
 
 impl Fixture {
-    /// Lets the process that reaches the point open no further descriptor until the attempt ends. The session moves if the
-    /// rest of the attempt needs none.
+    /// Prevents the process that reaches the point from opening descriptors until the attempt ends. The session moves
+    /// if the rest of the attempt needs none.
     ///
     /// # Errors
-    /// If a process does not do what the matrix expects.
+    /// Returns an error if a process does not do what the matrix expects.
     pub fn starve(&mut self, point: Point) -> Result<()> {
         self.case(point, Action::NoFile, 1, LOSSLESS, |case| {
             let attempt = case.attempt();
@@ -54,7 +54,7 @@ impl Fixture {
                 }
             };
             case.check_reached()?;
-            // A source that has handed the session over ends.
+            // A source that has handed over the session exits by itself.
             if fate == Fate::Stays || !is_source(point) {
                 limit_descriptors(case.faulty().pid(), None)?;
             }

@@ -1,4 +1,4 @@
-//! The cases: messages, and what is wrong with them.
+//! The cases: wrong messages.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -11,8 +11,8 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::Stage::{self, Fresh, Negotiated, Running};
 use super::settle;
 
-/// A name, where it begins, and what is done. What it sends may fail, as the back-end may close the connection at any
-/// time.
+/// A name, the stage where the case begins, and the attack. Sending may fail, since the back-end may close the
+/// connection at any time.
 pub(super) type Case = (&'static str, Stage, fn(&mut Device));
 
 const MEMORY: MemoryRegion =
@@ -27,7 +27,7 @@ pub(super) fn say_with(device: &Device, message: &Message, fds: &[BorrowedFd<'_>
     let _ = device.connection.send(message, fds);
 }
 
-/// Sets a ring up at these front-end addresses, with everything else right, and starts it.
+/// Sets up a ring at these front-end addresses, otherwise correctly, and starts it.
 fn with_ring_at(device: &Device, descriptors: u64, used: u64, available: u64) {
     let _ = device.connection.set_memory_table(&device.memory);
     let ring = device.ring(1);
@@ -38,7 +38,7 @@ fn with_ring_at(device: &Device, descriptors: u64, used: u64, available: u64) {
     ring.kick().unwrap();
 }
 
-/// Sets a ring of this size up and starts it.
+/// Sets up a ring of this size and starts it.
 fn with_ring_of(device: &Device, size: u32) {
     let _ = device.connection.set_memory_table(&device.memory);
     say(device, &Message::vring_state(request::SET_VRING_NUM, 1, size));
@@ -49,7 +49,7 @@ fn with_ring_of(device: &Device, size: u32) {
     ring.kick().unwrap();
 }
 
-/// Sends a memory table of these regions, all of one sound file, and then uses it.
+/// Sends a memory table of these regions, all of one valid file, and then uses it.
 fn with_regions(device: &Device, regions: &[MemoryRegion]) {
     let file = Region::new(MemoryRegion { size: 0x20000, ..MEMORY }).unwrap();
     say_with(device, &Message::memory_table(regions), &vec![file.file(); regions.len()]);
@@ -67,13 +67,13 @@ fn with_regions(device: &Device, regions: &[MemoryRegion]) {
     say(device, &Message::vring_state(request::SET_VRING_ENABLE, 1, 1));
 }
 
-/// Sends a memory table of one region whose file is something else.
+/// Sends a memory table of one region of this file.
 fn with_memory_file(device: &Device, file: BorrowedFd<'_>) {
     say_with(device, &Message::memory_table(&[MEMORY]), &[file]);
     say_with(device, &Message::single_region(request::ADD_MEM_REG, &MEMORY), &[file]);
 }
 
-/// Gives a running device this kick, call and error descriptor, and traffic in both directions.
+/// Gives a running device this file as kick, call and error descriptors, and makes traffic in both directions.
 fn with_events(device: &mut Device, file: BorrowedFd<'_>) {
     for index in [0, 1] {
         for request in [request::SET_VRING_KICK, request::SET_VRING_CALL, request::SET_VRING_ERR] {
@@ -104,7 +104,7 @@ fn null() -> OwnedFd {
 }
 
 pub(super) const CASES: &[Case] = &[
-    ("nothing is said", Fresh, |_| {}),
+    ("no message", Fresh, |_| {}),
     ("ring size 0", Negotiated, |device| with_ring_of(device, 0)),
     ("ring size 3", Negotiated, |device| with_ring_of(device, 3)),
     ("ring size 65535", Negotiated, |device| with_ring_of(device, 65535)),
@@ -113,7 +113,7 @@ pub(super) const CASES: &[Case] = &[
     ("ring size 0 while running", Running, |device| with_ring_of(device, 0)),
     ("ring size 1 while running", Running, |device| with_ring_of(device, 1)),
     ("another ring size while running", Running, |device| with_ring_of(device, 16384)),
-    ("rings nowhere", Negotiated, |device| with_ring_at(device, 0, 0, 0)),
+    ("rings at address 0", Negotiated, |device| with_ring_at(device, 0, 0, 0)),
     ("rings outside memory", Negotiated, |device| with_ring_at(device, 0x1000, 0x2000, 0x3000)),
     ("rings at the end of the address space", Negotiated, |device| {
         with_ring_at(device, u64::MAX - 15, u64::MAX - 3, u64::MAX - 1);
@@ -126,16 +126,16 @@ pub(super) const CASES: &[Case] = &[
         let address = device.memory.regions()[0].place.user_address;
         with_ring_at(device, address, address, address);
     }),
-    ("rings that are not aligned", Negotiated, |device| {
+    ("misaligned rings", Negotiated, |device| {
         let address = device.memory.regions()[0].place.user_address;
         with_ring_at(device, address + 1, address + 0x2001, address + 0x4001);
     }),
-    ("rings that end one byte behind their region", Negotiated, |device| {
+    ("rings that end beyond their region", Negotiated, |device| {
         let MemoryRegion { user_address, size, .. } = device.memory.regions()[0].place;
         let end = user_address + size;
         with_ring_at(device, end - 16 * 256 + 16, end - 2052 + 4, end - 518 + 2);
     }),
-    ("rings elsewhere while running", Running, |device| with_ring_at(device, 0x1000, 0x2000, 0x3000)),
+    ("rings outside memory while running", Running, |device| with_ring_at(device, 0x1000, 0x2000, 0x3000)),
     ("no memory region", Negotiated, |device| with_regions(device, &[])),
     ("no memory region while running", Running, |device| with_regions(device, &[])),
     ("an empty region", Negotiated, |device| with_regions(device, &[MemoryRegion { size: 0, ..MEMORY }])),
@@ -160,7 +160,7 @@ pub(super) const CASES: &[Case] = &[
     ("a region longer than its file", Negotiated, |device| {
         with_regions(device, &[MemoryRegion { size: 0x100_0000, ..MEMORY }]);
     }),
-    ("a region behind the end of its file", Negotiated, |device| {
+    ("a region beyond the end of its file", Negotiated, |device| {
         with_regions(device, &[MemoryRegion { file_offset: 0x100_0000, ..MEMORY }]);
     }),
     ("regions that overlap in guest addresses", Negotiated, |device| {
@@ -195,7 +195,7 @@ pub(super) const CASES: &[Case] = &[
             say_with(device, &Message::single_region(request::ADD_MEM_REG, &region), &[file.file()]);
         }
     }),
-    ("a region removed that never was", Running, |device| {
+    ("an unknown region removed", Running, |device| {
         say(device, &Message::single_region(request::REM_MEM_REG, &MEMORY));
     }),
     ("regions removed under traffic", Running, |device| {
@@ -220,18 +220,18 @@ pub(super) const CASES: &[Case] = &[
         let file = Region::new(MEMORY).unwrap();
         say_with(device, &Message::memory_table(&[MEMORY]), &[file.file(); 8]);
     }),
-    ("memory of /dev/null", Negotiated, |device| with_memory_file(device, null().as_fd())),
-    ("memory of an eventfd", Negotiated, |device| with_memory_file(device, eventfd().as_fd())),
-    ("memory of a socket", Negotiated, |device| {
+    ("/dev/null as memory", Negotiated, |device| with_memory_file(device, null().as_fd())),
+    ("an eventfd as memory", Negotiated, |device| with_memory_file(device, eventfd().as_fd())),
+    ("a socket as memory", Negotiated, |device| {
         with_memory_file(device, UnixStream::pair().unwrap().0.as_fd());
     }),
-    ("memory of a pipe", Negotiated, |device| {
+    ("a pipe as memory", Negotiated, |device| {
         with_memory_file(device, nix::unistd::pipe().unwrap().0.as_fd());
     }),
-    ("memory of a directory", Negotiated, |device| {
+    ("a directory as memory", Negotiated, |device| {
         with_memory_file(device, File::open("/").unwrap().as_fd());
     }),
-    ("memory of a file that may only be read", Negotiated, |device| {
+    ("a read-only file as memory", Negotiated, |device| {
         with_memory_file(device, File::open("/proc/self/exe").unwrap().as_fd());
     }),
     ("memory tables swapped under traffic", Running, |device| {
@@ -258,27 +258,27 @@ pub(super) const CASES: &[Case] = &[
         device.ring(1).kick().unwrap();
         device.ring(0).kick().unwrap();
     }),
-    ("notifications by /dev/null", Running, |device| with_events(device, null().as_fd())),
-    ("notifications by a pipe's reading end", Running, |device| {
+    ("/dev/null for notifications", Running, |device| with_events(device, null().as_fd())),
+    ("the read end of a pipe for notifications", Running, |device| {
         with_events(device, nix::unistd::pipe().unwrap().0.as_fd());
     }),
-    ("notifications by a socket whose other end is closed", Running, |device| {
+    ("a socket with a closed peer for notifications", Running, |device| {
         with_events(device, UnixStream::pair().unwrap().0.as_fd());
     }),
-    ("notifications by a memory file", Running, |device| {
+    ("a memory file for notifications", Running, |device| {
         with_events(device, Region::new(MEMORY).unwrap().file());
     }),
-    ("notifications by a full eventfd that blocks", Running, |device| {
+    ("a full, blocking eventfd for notifications", Running, |device| {
         let full = eventfd();
         full.write(u64::MAX - 1).unwrap();
         with_events(device, full.as_fd());
     }),
-    ("kicks and calls by one and the same eventfd", Running, |device| {
+    ("the same eventfd for kicks and calls", Running, |device| {
         with_events(device, eventfd().as_fd());
         settle(&device.connection);
         traffic(device);
     }),
-    ("notifications with and without descriptors, wrongly", Running, |device| {
+    ("notifications with surplus, missing and too many descriptors", Running, |device| {
         let event = eventfd();
         for request in [request::SET_VRING_KICK, request::SET_VRING_CALL, request::SET_VRING_ERR] {
             say_with(device, &Message::u64(request, NO_FD), &[event.as_fd()]);
@@ -294,14 +294,14 @@ pub(super) const CASES: &[Case] = &[
             }
         }
     }),
-    ("rings before anything else", Fresh, |device| {
+    ("ring messages first", Fresh, |device| {
         say_with(device, &Message::u64(request::SET_VRING_KICK, 0), &[eventfd().as_fd()]);
         say(device, &Message::vring_state(request::SET_VRING_ENABLE, 0, 1));
         say(device, &Message::vring_state(request::GET_VRING_BASE, 0, 0));
         say(device, &Message::vring_addresses(0, 0x1000, 0x2000, 0x3000));
         say(device, &Message::vring_state(request::SET_VRING_NUM, 0, 256));
     }),
-    ("everything backwards", Fresh, |device| {
+    ("set-up in reverse order", Fresh, |device| {
         device.ring(1).kick().unwrap();
         for index in [1, 0] {
             say(device, &Message::vring_state(request::SET_VRING_ENABLE, index, 1));
@@ -333,7 +333,7 @@ pub(super) const CASES: &[Case] = &[
         }
         traffic(device);
     }),
-    ("indices beyond what a ring has", Running, |device| {
+    ("bases beyond the ring's indices", Running, |device| {
         for base in [1, 255, 257, 65535, 65536, u32::MAX] {
             say(device, &Message::vring_state(request::SET_VRING_BASE, 1, base));
             traffic(device);
@@ -344,14 +344,14 @@ pub(super) const CASES: &[Case] = &[
             say(device, &Message::empty(request::GET_FEATURES).with_flags(flags));
         }
     }),
-    ("a reply where none is awaited", Running, |device| {
+    ("an unexpected reply", Running, |device| {
         say(device, &Message::u64(request::GET_FEATURES, 5).with_flags(VERSION | REPLY));
     }),
     ("a message of 4 GiB", Running, |device| {
         say(device, &Message::empty(request::SET_FEATURES).with_size(u32::MAX));
         let _ = device.connection.send_bytes(&[0; 65536], &[]);
     }),
-    ("a message a little too large", Running, |device| {
+    ("a message slightly too large", Running, |device| {
         say(device, &Message::new(request::SET_CONFIG, vec![0; 4097]));
         say(device, &Message::new(request::SET_MEM_TABLE, vec![0xff; 4096]));
     }),
@@ -379,7 +379,7 @@ pub(super) const CASES: &[Case] = &[
             let _ = device.connection.send_bytes(&[byte], &[event.as_fd()]);
         }
     }),
-    ("questions whose answers nobody reads", Running, |device| {
+    ("requests whose replies are never read", Running, |device| {
         device.connection.stream().set_nonblocking(true).unwrap();
         for _ in 0..100_000 {
             if device.connection.send(&Message::empty(request::GET_FEATURES), &[]).is_err() {
@@ -387,7 +387,7 @@ pub(super) const CASES: &[Case] = &[
             }
         }
     }),
-    ("configuration written", Running, |device| {
+    ("SET_CONFIG", Running, |device| {
         say(device, &Message::new(request::SET_CONFIG, vec![0xff; 24]));
         say(device, &Message::new(request::SET_CONFIG, vec![0; 268]));
     }),

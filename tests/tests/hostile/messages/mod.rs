@@ -17,11 +17,11 @@ use nix::sys::socket::{setsockopt, sockopt};
 use self::cases::{CASES, eventfd, say_with};
 
 on_both_datapaths! {
-    wrong_messages_harm_nobody,
-    every_request_of_every_size_harms_nobody,
-    a_socket_closed_at_any_point_harms_nobody,
-    more_descriptors_than_a_message_has_hold_up_nothing,
-    a_socket_whose_close_lingers_holds_up_nothing,
+    back_end_survives_wrong_messages,
+    back_end_survives_every_request_of_every_size,
+    back_end_survives_a_socket_closed_at_any_point,
+    surplus_descriptors_do_not_hold_up_the_back_end,
+    lingering_close_does_not_hold_up_the_back_end,
 }
 
 /// The state of the connection when a case begins.
@@ -45,7 +45,7 @@ fn options() -> Options {
     Options { protocol_features, ..Options::default() }
 }
 
-/// Waits until the back-end has dealt with what was said, or closed the connection. Replies to it are passed over.
+/// Waits until the back-end has processed all messages or closed the connection. Discards the other replies.
 fn settle(connection: &Connection) {
     if connection.send(&Message::empty(request::GET_FEATURES), &[]).is_err() {
         return;
@@ -74,7 +74,7 @@ fn prepare(connection: Connection, stage: Stage) -> Device {
     device
 }
 
-fn wrong_messages_harm_nobody(datapath: Datapath) {
+fn back_end_survives_wrong_messages(datapath: Datapath) {
     let mut victim = Victim::new(datapath).unwrap();
     for (name, stage, attack) in CASES {
         eprintln!("{name}");
@@ -87,7 +87,7 @@ fn wrong_messages_harm_nobody(datapath: Datapath) {
     }
 }
 
-fn every_request_of_every_size_harms_nobody(datapath: Datapath) {
+fn back_end_survives_every_request_of_every_size(datapath: Datapath) {
     let mut victim = Victim::new(datapath).unwrap();
     let event = eventfd();
     for request in (0..request::LAST + 10).chain([u32::MAX]) {
@@ -96,7 +96,8 @@ fn every_request_of_every_size_harms_nobody(datapath: Datapath) {
                 let device = prepare(victim.rig.backend.connect().unwrap(), Negotiated);
                 let message = Message::new(request, vec![0; size]).with_need_reply();
                 say_with(&device, &message, &vec![event.as_fd(); fds]);
-                // All of it has been read once the connection's end is seen; what becomes of it is the back-end's.
+                // At the end of the connection the back-end has read everything. What it does with it is up to the
+                // back-end.
                 device.connection.stream().shutdown(std::net::Shutdown::Write).unwrap();
                 while let Ok(Some(_)) = device.connection.try_receive() {}
             }
@@ -105,7 +106,7 @@ fn every_request_of_every_size_harms_nobody(datapath: Datapath) {
     }
 }
 
-fn a_socket_closed_at_any_point_harms_nobody(datapath: Datapath) {
+fn back_end_survives_a_socket_closed_at_any_point(datapath: Datapath) {
     let mut victim = Victim::new(datapath).unwrap();
     for cut in 0.. {
         let connection = victim.rig.backend.connect().unwrap();
@@ -123,8 +124,8 @@ fn a_socket_closed_at_any_point_harms_nobody(datapath: Datapath) {
     }
 }
 
-/// The `vhost` crate takes 32, and with more goes on to read what has not been sent.
-fn more_descriptors_than_a_message_has_hold_up_nothing(datapath: Datapath) {
+/// The `vhost` crate accepts 32. With more it goes on to read what has not been sent.
+fn surplus_descriptors_do_not_hold_up_the_back_end(datapath: Datapath) {
     let mut victim = Victim::new(datapath).unwrap();
     let event = eventfd();
     for fds in [32, 33, 253] {
@@ -138,8 +139,8 @@ fn more_descriptors_than_a_message_has_hold_up_nothing(datapath: Datapath) {
     victim.check().unwrap();
 }
 
-/// The last close of a TCP socket waits for what it has not sent (socket(7), `SO_LINGER`).
-fn a_socket_whose_close_lingers_holds_up_nothing(datapath: Datapath) {
+/// The last close of a TCP socket waits until its data is sent (socket(7), `SO_LINGER`).
+fn lingering_close_does_not_hold_up_the_back_end(datapath: Datapath) {
     let mut victim = Victim::new(datapath).unwrap();
     netns::set_up("lo").unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -154,7 +155,7 @@ fn a_socket_whose_close_lingers_holds_up_nothing(datapath: Datapath) {
         setsockopt(&stream, sockopt::Linger, &linger).unwrap();
         let device = prepare(victim.rig.backend.connect().unwrap(), Negotiated);
         let message = Message::u64(number, 0).encode();
-        // Not handled before the front-end has closed its own, so that the back-end's close is the last.
+        // The back-end handles the message after the front-end has closed its descriptor, so its close is the last.
         let (header, body) = message.split_at(12);
         device.connection.send_bytes(header, &[stream.as_fd()]).unwrap();
         drop(stream);

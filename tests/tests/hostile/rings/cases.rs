@@ -1,4 +1,4 @@
-//! The cases: rings, and what is wrong with them.
+//! The cases: wrong rings.
 
 use baton_tests::fake_frontend::net::NetHeader;
 use baton_tests::fake_frontend::queue::{INDIRECT, NEXT, WRITE, write_descriptor};
@@ -26,13 +26,13 @@ pub(super) const CASES: &[Case] = &[
         }
         attack.give(TX, 5);
     }),
-    ("a loop of buffers to receive into", |attack| {
+    ("a loop of receive buffers", |attack| {
         let buffer = attack.buffer;
         attack.queue(RX).set_descriptor(0, buffer, 100, NEXT | WRITE, 1);
         attack.queue(RX).set_descriptor(1, buffer, 100, NEXT | WRITE, 0);
         attack.give(RX, 0);
     }),
-    ("a next that does not exist", |attack| {
+    ("a next descriptor that does not exist", |attack| {
         let buffer = attack.buffer;
         attack.queue(TX).set_descriptor(0, buffer, 60, NEXT, SIZE);
         attack.give(TX, 0);
@@ -40,18 +40,18 @@ pub(super) const CASES: &[Case] = &[
         attack.give(RX, 0);
     }),
     ("a head that does not exist", |attack| attack.give(TX, SIZE)),
-    ("a head far away", |attack| attack.give(TX, u16::MAX)),
-    ("a head to receive into that does not exist", |attack| attack.give(RX, SIZE)),
+    ("a head far beyond the table", |attack| attack.give(TX, u16::MAX)),
+    ("a receive head that does not exist", |attack| attack.give(RX, SIZE)),
     ("an available index one ahead of what fits", |attack| attack.give_at(TX, 0, SIZE + 1)),
     ("an available index far ahead", |attack| attack.give_at(TX, 0, 0x8000)),
     ("an available index that goes back", |attack| attack.give_at(TX, 0, u16::MAX)),
-    ("an available index to receive with that goes back", |attack| attack.give_at(RX, 0, u16::MAX)),
+    ("a receive ring's available index that goes back", |attack| attack.give_at(RX, 0, u16::MAX)),
     ("the whole ring at once, all the same head", |attack| {
         let buffer = attack.buffer;
         attack.queue(TX).set_descriptor(0, buffer, 100, 0, 0);
         attack.give_at(TX, 0, SIZE);
     }),
-    ("a chain without a byte", |attack| attack.transmit(0, 0, 0)),
+    ("an empty chain", |attack| attack.transmit(0, 0, 0)),
     ("a chain of a thousand empty descriptors", |attack| {
         for number in 0..SIZE - 1 {
             attack.queue(TX).set_descriptor(number, 0, 0, NEXT, number + 1);
@@ -59,12 +59,12 @@ pub(super) const CASES: &[Case] = &[
         attack.queue(TX).set_descriptor(SIZE - 1, 0, 0, 0, 0);
         attack.give(TX, 0);
     }),
-    ("empty buffers to receive into", |attack| {
+    ("empty receive buffers", |attack| {
         let buffer = attack.buffer;
         attack.queue(RX).set_descriptor(0, buffer, 0, WRITE, 0);
         attack.give_at(RX, 0, SIZE);
     }),
-    ("a header and no frame", |attack| {
+    ("a header without a frame", |attack| {
         for length in 1..=12 + 14 {
             let buffer = attack.buffer;
             attack.transmit(buffer, length, 0);
@@ -72,9 +72,9 @@ pub(super) const CASES: &[Case] = &[
         }
     }),
     ("a buffer outside memory", |attack| attack.transmit(0xdead_0000_0000, 1500, 0)),
-    ("a buffer to receive into outside memory", |attack| attack.receive(0xdead_0000_0000, 1500, WRITE)),
+    ("a receive buffer outside memory", |attack| attack.receive(0xdead_0000_0000, 1500, WRITE)),
     ("a buffer that wraps", |attack| attack.transmit(u64::MAX - 10, 1500, 0)),
-    ("a buffer to receive into that wraps", |attack| attack.receive(u64::MAX - 10, 1500, WRITE)),
+    ("a receive buffer that wraps", |attack| attack.receive(u64::MAX - 10, 1500, WRITE)),
     ("a buffer that leaves its region", |attack| {
         let place = attack.device.memory.regions()[0].place;
         attack.transmit(place.guest_address + place.size - 10, 1500, 0);
@@ -85,7 +85,7 @@ pub(super) const CASES: &[Case] = &[
         attack.transmit(buffer, u32::MAX, 0);
         attack.receive(buffer, u32::MAX, WRITE);
     }),
-    ("a frame larger than any", |attack| {
+    ("a frame larger than the maximum", |attack| {
         let buffer = attack.buffer;
         for number in 0..3 {
             attack.queue(TX).set_descriptor(number, buffer, 60_000, NEXT, number + 1);
@@ -93,16 +93,16 @@ pub(super) const CASES: &[Case] = &[
         attack.queue(TX).set_descriptor(3, buffer, 60_000, 0, 0);
         attack.give(TX, 0);
     }),
-    ("a front-end's address where a guest's belongs", |attack| {
+    ("a front-end address instead of a guest address", |attack| {
         let address = attack.device.memory.user_address(attack.buffer);
         attack.transmit(address, 1500, 0);
         attack.receive(address, 1500, WRITE);
     }),
-    ("a writable buffer to transmit", |attack| {
+    ("a writable transmit buffer", |attack| {
         let buffer = attack.buffer;
         attack.transmit(buffer, 1500, WRITE);
     }),
-    ("a readable buffer to receive into", |attack| {
+    ("a readable receive buffer", |attack| {
         let buffer = attack.buffer;
         attack.receive(buffer, 1500, 0);
     }),
@@ -134,7 +134,7 @@ pub(super) const CASES: &[Case] = &[
             }
         }
     }),
-    ("chains of every length to transmit", |attack| {
+    ("transmit chains of many lengths", |attack| {
         for length in [1, 2, 3, 17, 18, 19, 20, 63, 64, 65, 127, 255, 256, 511, 512, 1022, 1023, 1024] {
             let buffer = attack.buffer;
             for number in 0..length {
@@ -151,7 +151,7 @@ pub(super) const CASES: &[Case] = &[
             attack.device.connection.get_features().unwrap();
         }
     }),
-    ("chains of every length to receive into", |attack| {
+    ("receive chains of many lengths", |attack| {
         for length in [2, 18, 19, 20, 64, 65, 256, 1023, 1024] {
             let buffer = attack.buffer;
             for number in 0..length {
@@ -162,7 +162,7 @@ pub(super) const CASES: &[Case] = &[
             attack.device.connection.get_features().unwrap();
         }
     }),
-    ("indirect tables of silly lengths", |attack| {
+    ("indirect tables of extreme lengths", |attack| {
         for length in [0, 1, 15, 17, 31, 16 * 1024, 16 * 1025, 16 * 2048, 0xffff_fff0, u32::MAX] {
             attack.indirect(length);
             attack.device.connection.get_features().unwrap();
@@ -246,7 +246,7 @@ pub(super) const CASES: &[Case] = &[
             attack.receive(buffer, 1500, WRITE);
         }
     }),
-    ("a broken ring that is set up anew works", |attack| {
+    ("a broken ring that works after it is set up again", |attack| {
         attack.give(TX, u16::MAX);
         attack.device.connection.get_features().unwrap();
         attack.device.stop_ring(TX).unwrap();
@@ -257,7 +257,7 @@ pub(super) const CASES: &[Case] = &[
         attack.device.send(0, &NetHeader::default(), &baton_tests::frames::numbered(1, 100)).unwrap();
         attack.device.wait_transmitted(0).unwrap();
     }),
-    ("stopped while it is fed", |attack| {
+    ("a ring stopped under load", |attack| {
         let buffer = attack.buffer;
         for _ in 0..50 {
             attack.queue(TX).set_descriptor(0, buffer, 100, 0, 0);

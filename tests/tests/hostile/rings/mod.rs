@@ -14,16 +14,16 @@ use baton_tests::{netns, on_both_datapaths};
 use self::cases::CASES;
 
 on_both_datapaths! {
-    wrong_rings_harm_nobody,
-    wrong_rings_harm_nobody_without_optional_features,
-    a_ring_gone_wrong_leaves_the_others_alone,
-    a_buffer_too_small_for_its_frame_loses_that_frame_alone,
+    back_end_survives_wrong_rings,
+    back_end_survives_wrong_rings_without_optional_features,
+    broken_ring_does_not_affect_the_others,
+    buffer_too_small_for_its_frame_loses_only_that_frame,
 }
 
 /// How many descriptors the queues have.
 const SIZE: u16 = 1024;
 
-/// What a case works with: a running device whose rings are empty.
+/// What a case works with: a running device with empty rings.
 struct Attack {
     device: Device,
     /// A guest address with 64 KiB behind it.
@@ -43,7 +43,7 @@ impl Attack {
         self.give_at(vring, head, 1);
     }
 
-    /// Puts a head at the next place of the available ring, and moves the index on by `step`.
+    /// Puts a head at the next place of the available ring, and advances the index by `step`.
     fn give_at(&mut self, vring: u32, head: u16, step: u16) {
         let next = self.queue(vring).used_index();
         self.queue(vring).set_available(next, head);
@@ -51,19 +51,19 @@ impl Attack {
         self.device.ring(vring).kick().unwrap();
     }
 
-    /// One chain of one descriptor on the transmit ring.
+    /// Makes a chain of one descriptor available on the transmit ring.
     fn transmit(&mut self, address: u64, length: u32, flags: u16) {
         self.queue(TX).set_descriptor(0, address, length, flags, 0);
         self.give(TX, 0);
     }
 
-    /// One buffer on the receive ring.
+    /// Makes one buffer available on the receive ring.
     fn receive(&mut self, address: u64, length: u32, flags: u16) {
         self.queue(RX).set_descriptor(0, address, length, flags, 0);
         self.give(RX, 0);
     }
 
-    /// An indirect table of `length` bytes on the transmit ring, whose descriptors are all sound.
+    /// Makes an indirect table of `length` bytes available on the transmit ring. All its descriptors are valid.
     fn indirect(&mut self, length: u32) {
         for number in 0..2047 {
             write_descriptor(&self.table_slice, number, self.buffer, 60, NEXT, number + 1);
@@ -73,7 +73,7 @@ impl Attack {
         self.transmit(table, length, INDIRECT);
     }
 
-    /// A sound frame with this header.
+    /// Transmits a valid frame with this header.
     fn header(&mut self, header: NetHeader) {
         self.device.memory.slice(self.buffer, 12).write(0, &header.encode());
         let buffer = self.buffer;
@@ -104,29 +104,29 @@ fn attack_with(datapath: Datapath, features: u64) {
         let table_slice = device.memory.slice(table, 16 * 2048);
         let mut attack = Attack { device, buffer, table, table_slice };
         case(&mut attack);
-        // Frames for whatever there is to receive into.
+        // Frames for the receive buffers, if there are any.
         victim.rig.inject(0..20, 1000).unwrap();
         attack.device.connection.get_features().unwrap_or_else(|error| panic!("{name}: {error:#}"));
-        // The rest of the process is not held up either.
+        // The back-end still answers on its control socket.
         victim.rig.backend.status().unwrap();
         drop(attack);
         victim.check().unwrap_or_else(|error| panic!("{name}: {error:#}"));
     }
 }
 
-fn wrong_rings_harm_nobody(datapath: Datapath) {
+fn back_end_survives_wrong_rings(datapath: Datapath) {
     let features = features::VERSION_1 | features::MRG_RXBUF | features::INDIRECT_DESC | features::EVENT_IDX;
     attack_with(datapath, features);
 }
 
-fn wrong_rings_harm_nobody_without_optional_features(datapath: Datapath) {
+fn back_end_survives_wrong_rings_without_optional_features(datapath: Datapath) {
     attack_with(datapath, 0);
 }
 
-fn a_ring_gone_wrong_leaves_the_others_alone(datapath: Datapath) {
+fn broken_ring_does_not_affect_the_others(datapath: Datapath) {
     let mut victim = Victim::new(datapath).unwrap();
     let mut device = victim.rig.device(Options::default()).unwrap();
-    // The transmit ring is broken; frames are received all the same.
+    // Breaks the transmit ring. Frames are still received.
     let queue = &device.pairs[0].transmit.queue;
     queue.set_available(queue.used_index(), u16::MAX);
     queue.set_available_index(queue.used_index().wrapping_add(1));
@@ -137,13 +137,13 @@ fn a_ring_gone_wrong_leaves_the_others_alone(datapath: Datapath) {
     victim.check().unwrap();
 }
 
-fn a_buffer_too_small_for_its_frame_loses_that_frame_alone(datapath: Datapath) {
+fn buffer_too_small_for_its_frame_loses_only_that_frame(datapath: Datapath) {
     let mut victim = Victim::new(datapath).unwrap();
     let features = features::PROTOCOL_FEATURES | features::VERSION_1;
     let mut device = victim.rig.device(Options { features, ..Options::default() }).unwrap();
     let base = device.stop_ring(RX).unwrap();
     let address = device.memory.allocate(0, 64, 16);
-    // Instead of all the others.
+    // Replaces all other buffers.
     let addresses = device.ring(RX).queue.addresses();
     let queue = DriverQueue::at(&device.memory, addresses, 256);
     device.ring_mut(RX).queue = queue;
@@ -163,9 +163,9 @@ fn a_buffer_too_small_for_its_frame_loses_that_frame_alone(datapath: Datapath) {
     victim.check().unwrap();
 }
 
-/// In user space: the kernel's vhost-net stops at a bad chain.
+/// User space only: vhost-net stops a ring at a malformed chain.
 #[test]
-fn an_unusable_receive_buffer_costs_only_itself() -> TestResult {
+fn unusable_receive_buffer_loses_no_frame() -> TestResult {
     datapath::run(Datapath::Userspace, |datapath| {
         let mut rig = Rig::new(datapath, 1, &[]).unwrap();
         netns::set_mtu(TAP, 9000).unwrap();
@@ -180,7 +180,7 @@ fn an_unusable_receive_buffer_costs_only_itself() -> TestResult {
             let base = device.stop_ring(RX).unwrap();
             let (buffer, _) = device.receive_buffers().nth(1).unwrap();
             let address = if elsewhere { 0xdead_0000_0000 } else { buffer };
-            // The second of the buffers that are available.
+            // The second available buffer.
             device.ring(RX).queue.set_descriptor(1, address, length, flags, 0);
             device.restart_ring(RX, base).unwrap();
             rig.inject(0..50, 3000).unwrap();
@@ -189,9 +189,9 @@ fn an_unusable_receive_buffer_costs_only_itself() -> TestResult {
     })
 }
 
-/// In user space, as above. What is too large for the one good buffer is lost; the ring is not.
+/// User space only, as above. A frame that is too large for the only usable buffer is lost; the ring continues.
 #[test]
-fn a_ring_with_one_usable_receive_buffer_goes_on() -> TestResult {
+fn ring_with_one_usable_receive_buffer_continues() -> TestResult {
     datapath::run(Datapath::Userspace, |datapath| {
         let mut rig = Rig::new(datapath, 1, &[]).unwrap();
         netns::set_mtu(TAP, 9000).unwrap();
@@ -205,17 +205,17 @@ fn a_ring_with_one_usable_receive_buffer_goes_on() -> TestResult {
         }
         device.restart_ring(RX, base).unwrap();
         rig.inject(0..1, 3000).unwrap();
-        // All buffers come back, for the driver to make usable ones of them.
+        // All buffers come back, so the driver can replace them.
         let all = base.wrapping_add(size);
         until("all buffers are used", || Ok(device.ring(RX).queue.used_index() == all)).unwrap();
         rig.backend.check_healthy().unwrap();
     })
 }
 
-/// In user space, as above: the good buffer is the first, and then behind all bad ones. After large frames the device
-/// looks for room for another one, and so at every chain.
+/// User space only, as above. The usable buffer is the first, and then behind all unusable ones. After large frames the
+/// device looks for room for another large one, and so at every chain.
 #[test]
-fn a_small_frame_takes_the_one_usable_receive_buffer() -> TestResult {
+fn small_frame_uses_the_only_usable_receive_buffer() -> TestResult {
     datapath::run(Datapath::Userspace, |datapath| {
         let mut rig = Rig::new(datapath, 1, &[]).unwrap();
         netns::set_mtu(TAP, 9000).unwrap();
@@ -244,9 +244,9 @@ fn a_small_frame_takes_the_one_usable_receive_buffer() -> TestResult {
     })
 }
 
-/// In user space: the kernel's vhost-net gives the TAP the driver's header as it is.
+/// User space only: vhost-net gives the TAP the driver's header unchanged.
 #[test]
-fn a_header_length_beyond_the_frame_loses_nothing() -> TestResult {
+fn header_length_beyond_the_frame_loses_no_frame() -> TestResult {
     datapath::run(Datapath::Userspace, |datapath| {
         let mut rig = Rig::new(datapath, 1, &[]).unwrap();
         let mut device =
