@@ -1,10 +1,15 @@
 //! The network device: its TAP, its workers, and the state of the session that drives it.
 //!
 //! [`SessionState`] has everything that a front-end sets, as plain, movable data, and the device makes the dataplane
-//! follow it. Every change goes through [`Device::change`]: it parks the pairs concerned, takes their vrings out and
-//! records their positions, changes the state, puts the vrings that are set up completely back in, and resumes the
-//! pairs. So no worker ever sees a change, and the front-end is answered after a change has taken effect. Changes that
-//! arrive together stop and start a pair once: between [`Device::hold`] and [`Device::release`] the pairs stay parked.
+//! follow it. The front-end's messages change it by [`Device::change`], which parks the pairs concerned, takes their
+//! vrings out and records their positions, changes the state, puts the vrings that are set up completely back in, and
+//! resumes the pairs. So no worker ever sees a change. Between [`Device::hold`] and [`Device::release`] the pairs stay
+//! parked: messages that arrive together stop and start a pair once, and the answer to a message follows what it stops
+//! or changes and precedes what it starts.
+//!
+//! A hand-over of a session does not use it: [`Device::freeze`] stops the pairs with their rings in place, and
+//! [`Device::stage`] sets up rings that another process still serves. [`Device::follow_pairs`] attaches and detaches
+//! queues of the TAP, and parks no pair.
 //!
 //! The device has the TAP while this process owns it. Without the TAP, before a hand-over or while it is offered to
 //! another process, everything else works as usual, and the rings wait.
@@ -304,7 +309,8 @@ impl Device {
 
     /// Changes the session's state while the pairs in `pairs` are parked.
     ///
-    /// A vring that cannot be mapped after the change does not run until the front-end sets it up again.
+    /// A vring that cannot be mapped after the change does not run until it can be mapped after a later change, for
+    /// example because its memory has returned.
     ///
     /// # Errors
     /// Returns [`DeviceError::Dataplane`] if a pair cannot be set up again, or [`DeviceError::Dead`] if a worker does

@@ -1,8 +1,9 @@
 //! Applies the front-end's messages to the device: the `vhost` crate's request handler calls one method per message.
 //!
-//! A method that returns an error has changed nothing. After the method, the crate sends the acknowledgement, positive
-//! or negative, if the front-end asked for one. [`Dispatch::take_rejection`] tells the session that the error came from
-//! a method, and that the connection is still usable.
+//! A method that rejects a message has changed nothing. A method that fails with an error of the device
+//! ([`Rejection::Device`]) may have changed a part, and the session cannot continue. After the method, the crate sends
+//! the acknowledgement, positive or negative, if the front-end asked for one. [`Dispatch::take_rejection`] tells the
+//! session that an error came from a method and not from the crate: the stream of messages is intact.
 
 mod rejection;
 
@@ -157,7 +158,7 @@ impl VhostUserBackendReqHandler for Dispatch {
     }
 
     fn reset_owner(&self) -> Result<()> {
-        // Deprecated: the specification recommends that back-ends ignore it, or disable all rings.
+        // Deprecated: the specification recommends that back-ends ignore it, or use it to disable all rings.
         self.request(|device| {
             (0..device.session().vrings.len()).try_for_each(|vring| device.set_enabled(vring, false))?;
             Ok(())

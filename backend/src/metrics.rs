@@ -1,27 +1,27 @@
-//! Counters of a queue pair, written by its worker and read by the control socket. They run on across sessions.
+//! Counters of a queue pair. The worker writes them and the control socket reports them. They continue across sessions.
 //!
-//! Where the kernel moves the frames nobody here sees them: what was not counted is not told.
+//! Frames that the kernel moves are not counted, so with vhost-net most counters are absent from the report.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use baton_protocol::control::{Datapath, DirectionStats, QueuePairStats};
 use baton_protocol::handover::wire::device::DirectionCounters;
 
-/// The largest frame that is sent as it is: Ethernet header, 1500 bytes, VLAN tag.
+/// The largest frame that needs no segmentation: Ethernet header, 1500 bytes, VLAN tag.
 const LARGEST_PLAIN: usize = 1518;
 
-/// One counter, written by a single thread.
+/// A counter with a single writer.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
 
 impl Counter {
-    /// Adds `amount`. There is only one writer, hence no locked instruction.
+    /// Adds `amount`, without a locked instruction, since there is only one writer.
     #[inline]
     pub fn add(&self, amount: u64) {
         self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(amount), Ordering::Relaxed);
     }
 
-    /// Makes it `value` if it is less.
+    /// Raises the counter to `value`, if it is less.
     #[inline]
     fn raise(&self, value: u64) {
         if self.get() < value {
@@ -45,18 +45,18 @@ pub struct Direction {
     bytes: Counter,
     large_frames: Counter,
     largest_frame: Counter,
-    /// Frames given up.
+    /// Frames or chains that were dropped.
     pub dropped: Counter,
-    /// Frames discarded because the vring is disabled.
+    /// Chains that were discarded because the vring is disabled.
     pub discarded: Counter,
-    /// Notifications received.
+    /// Kicks received.
     pub kicks: Counter,
-    /// Notifications sent.
+    /// Calls made.
     pub calls: Counter,
 }
 
 impl Direction {
-    /// Counts one frame of `length` bytes, its header excluded.
+    /// Counts a frame of `length` bytes, without the virtio-net header.
     #[inline]
     pub fn frame(&self, length: usize) {
         self.frames.add(1);
@@ -67,7 +67,7 @@ impl Direction {
         self.largest_frame.raise(length as u64);
     }
 
-    /// What was counted so far, for another process to go on from.
+    /// Returns the counters, for another process to continue from.
     pub fn save(&self) -> DirectionCounters {
         DirectionCounters {
             frames: self.frames.get(),
@@ -81,7 +81,7 @@ impl Direction {
         }
     }
 
-    /// Goes on from what another process counted. The worker must be parked.
+    /// Continues from the counters of another process. The worker must be parked.
     pub fn restore(&self, saved: &DirectionCounters) {
         let DirectionCounters {
             frames,
@@ -131,7 +131,7 @@ pub struct PairCounters {
 }
 
 impl PairCounters {
-    /// All of them now that are known with this datapath.
+    /// Returns the counters that are known with this datapath.
     pub fn snapshot(&self, datapath: Datapath) -> QueuePairStats {
         QueuePairStats { rx: self.rx.snapshot(datapath), tx: self.tx.snapshot(datapath) }
     }

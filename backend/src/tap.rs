@@ -150,8 +150,8 @@ impl Tap {
         self.offloads = Some(offloads);
     }
 
-    /// Restores all settings, since another process that shares the descriptors may have changed them. Tries every
-    /// setting, even after an error.
+    /// Restores the settings, since another process that shares the descriptors may have changed them; the send buffer
+    /// only if `sndbuf` is given. Tries every setting, even after an error.
     ///
     /// # Errors
     /// Returns the first [`TapError`].

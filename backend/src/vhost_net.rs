@@ -3,7 +3,7 @@
 //!
 //! The kernel works in the address space of the process that owns the instance. So while a ring runs, its memory stays
 //! mapped and none of its settings change: a change requires a stop, which returns the ring's position, and a start.
-//! An instance has an owner, and thus a kernel thread, only during a session.
+//! An instance has an owner, and thus a kernel thread, only during a session or while one is staged.
 
 mod ioctl;
 

@@ -1,9 +1,10 @@
 //! One vring as the front-end has set it up so far: plain data, part of the state of a session.
 //!
 //! ```text
-//!   incomplete ──SET_VRING_KICK, the rest being set────▶ started
-//!       ▲                                                   │
-//!       └───── GET_VRING_BASE, RESET_DEVICE, end of session─┘
+//!   incomplete ──SET_VRING_KICK, the rest being set──▶ started ──its memory disappears──▶ unmapped
+//!       ▲                                                 │ ▲                                │ │
+//!       │                                                 │ └────────its memory returns──────┘ │
+//!       └── GET_VRING_BASE, RESET_DEVICE, end of session──┴────────────────────────────────────┘
 //! ```
 //! `enabled` is independent of this (vhost-user: "Ring states"). The device processes the available chains of a started
 //! ring at once, without waiting for a kick. The specification's text of 2026 says so, and other back-ends always did:
@@ -71,7 +72,8 @@ pub struct VringSetup {
     pub resumes: bool,
     /// Whether the ring has been enabled in this session.
     pub was_enabled: bool,
-    /// Whether the ring is started: it has been mapped since the front-end sent `kick`.
+    /// Whether the ring is started: it has been mapped since the front-end sent `kick`, and has not become
+    /// [unmapped](Self::unmapped).
     pub started: bool,
     /// Whether the front-end sent `base`, rather than this session having recorded it.
     pub base_is_given: bool,

@@ -16,7 +16,7 @@ use crate::{Batch, Point};
 
 /// The environment variable that lists the faults.
 const FAULTS: &str = "BATON_FAULT";
-/// The environment variable with the divisor of all timeouts.
+/// The environment variable with the divisor of the timeouts that pass through [`patience`].
 const HURRY: &str = "BATON_HURRY";
 
 /// An environment variable is invalid.

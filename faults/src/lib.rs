@@ -8,7 +8,8 @@
 //! BATON_FAULT=target-vmm/restored:kill,target-vmm/greeted:fail
 //! ```
 //! Each fault happens once, when the program first reaches its point. If a point is listed several times, each visit
-//! takes the next fault. A line on standard error announces each fault. `BATON_HURRY=N` divides all timeouts by N.
+//! takes the next fault. A line on standard error announces each fault. `BATON_HURRY=N` divides by N the timers of
+//! hand-overs, the waits of a migration for a message, and the VMM's limit for a back-end's reply.
 //!
 //! The workers call [`batch`] when the frames of a batch have moved but their chains are not yet published as used.
 //! With the action `receiving` or `sending`, the thread that reaches the point waits there, and the process dies in the

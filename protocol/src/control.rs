@@ -1,8 +1,8 @@
 //! The control socket's protocol: newline-delimited JSON over a Unix stream socket, one request or reply per line.
 //!
 //! A request is an object with a `command`: `{"command":"status"}`. A reply is an object specific to the command, or
-//! `{"error":"…"}`. Later versions may add commands and fields. A client ignores unknown fields of a reply; a request
-//! with an unknown field is refused.
+//! `{"error":"…"}`. Later versions may add commands and fields. A client ignores unknown fields of a reply. In the
+//! requests `handover` and `migrate` an unknown field is refused; in the others it is ignored.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

@@ -52,23 +52,24 @@ impl Default for Faults {
 }
 
 impl Faults {
-    /// One action at one point.
+    /// Returns one action at one point.
     pub fn at(point: Point, action: Action) -> Self {
         Self { orders: vec![(point, action)], hurry: 1 }
     }
 
-    /// The same action at each of these points.
+    /// Returns the same action at each of these points.
     pub fn at_each(points: impl IntoIterator<Item = Point>, action: Action) -> Self {
         Self { orders: points.into_iter().map(|point| (point, action)).collect(), hurry: 1 }
     }
 
-    /// Divides every timeout of the process by `hurry`.
+    /// Divides by `hurry` the process's timers of hand-overs, waits of a migration for a message, and limit for a
+    /// back-end's reply (`BATON_HURRY`).
     #[must_use]
     pub fn hurried(self, hurry: u32) -> Self {
         Self { hurry, ..self }
     }
 
-    /// The orders for the points of these parties, with the same timeouts.
+    /// Returns the orders for the points of these parties, with the same divisor of timeouts.
     #[must_use]
     pub fn of(&self, parties: &[Party]) -> Self {
         let orders = self.orders.iter().copied().filter(|(point, _)| parties.contains(&point.party()));

@@ -1,7 +1,7 @@
-//! A guest and the network, joined by a back-end and its TAP: addresses at both ends, and checks of the traffic.
+//! Connects a guest and the network by a back-end and its TAP, and checks the traffic between them.
 //!
-//! The same checks serve every front-end that runs a Linux guest. The network's end is the TAP's own interface, in the
-//! namespace of the test; `traffic serve` runs at both ends.
+//! The checks suit every front-end that runs a Linux guest. The network's end is the TAP's interface in the test's
+//! namespace. `traffic serve` runs at both ends.
 
 mod checks;
 mod handover;
@@ -30,24 +30,24 @@ pub const HOST: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 1);
 pub const GUEST: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 2);
 /// The guest's MAC address.
 pub const MAC: &str = "02:ba:70:00:00:02";
-/// Where `traffic serve` listens at both ends.
+/// The port on which `traffic serve` listens at both ends.
 pub const PORT: u16 = 7000;
 
-/// How many segments TCP puts into a frame at least; on a slow machine it would be few.
+/// The minimum number of segments that TCP puts into a frame. On a slow machine TCP would use few.
 const SEGMENTS: &str = "/proc/sys/net/ipv4/tcp_min_tso_segs";
-/// As many as make 64 KiB.
+/// The number of segments that make 64 KiB.
 const FULL_SEGMENTS: &str = "45";
 
-/// How back-end and front-end find each other.
+/// How back-end and front-end connect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Meeting {
     /// The back-end listens.
     BackendListens,
-    /// The front-end listens; the back-end is a client.
+    /// The front-end listens and the back-end connects.
     FrontendListens,
 }
 
-/// A back-end on a TAP that outlives it, with the network's end ready.
+/// A back-end on a TAP that outlives it, with the network's end set up.
 #[derive(Debug)]
 pub struct Link {
     /// The running back-end.
@@ -59,13 +59,13 @@ pub struct Link {
     meeting: Meeting,
     queue_pairs: u16,
     hand_overs: u32,
-    /// Kept, so that it is among the back-end's descriptors always.
+    /// Stays connected, so that the number of the back-end's descriptors does not change.
     client: Option<ControlClient>,
     _directory: tempfile::TempDir,
     _network: Network,
 }
 
-/// The network's end of a link, and its TAP, which outlives the back-ends.
+/// The network's end of a link with its TAP, which outlives the back-ends.
 #[derive(Debug)]
 pub struct Network {
     _server: Process,
@@ -73,17 +73,17 @@ pub struct Network {
 }
 
 impl Network {
-    /// Sets up both in a namespace that this thread enters.
+    /// Sets up both in a new namespace, which this thread enters.
     ///
     /// # Errors
-    /// If anything cannot be set up.
+    /// Returns an error if anything cannot be set up.
     pub fn new(multi_queue: bool) -> Result<Self> {
         let netns = Netns::enter()?;
         netns.create_persistent_tap(TAP, multi_queue)?;
         ip(&["addr", "add", &format!("{HOST}/24"), "dev", TAP])?;
         ip(&["link", "set", "lo", "up"])?;
         std::fs::write(SEGMENTS, FULL_SEGMENTS).context(SEGMENTS)?;
-        // What the guest resolves once it need not again, however slow it is.
+        // A permanent neighbour entry: a slow guest may not answer ARP in time.
         ip(&["neigh", "add", &GUEST.to_string(), "lladdr", MAC, "dev", TAP])?;
         let listen = format!("--listen={HOST}:{PORT}");
         let server = Process::start(&programs::traffic()?, &["serve".into(), listen.into()], &[])?;
@@ -92,10 +92,10 @@ impl Network {
 }
 
 impl Link {
-    /// Sets up the network and starts a back-end of so many queue pairs.
+    /// Sets up the network and starts a back-end with so many queue pairs.
     ///
     /// # Errors
-    /// If anything cannot be set up.
+    /// Returns an error if anything cannot be set up.
     pub fn new(datapath: Datapath, meeting: Meeting, queue_pairs: u16) -> Result<Self> {
         let network = Network::new(queue_pairs > 1)?;
         let directory = tempfile::tempdir()?;
@@ -130,30 +130,30 @@ impl Link {
         Ok(link)
     }
 
-    /// Who moves the frames.
+    /// Returns what moves the frames.
     pub fn datapath(&self) -> Datapath {
         self.datapath
     }
 
-    /// How many queue pairs the device has.
+    /// Returns the number of the device's queue pairs.
     pub fn queue_pairs(&self) -> u16 {
         self.queue_pairs
     }
 
-    /// The vhost-user socket.
+    /// Returns the path of the vhost-user socket.
     ///
     /// # Errors
-    /// If its path is not UTF-8.
+    /// Returns an error if the path is not UTF-8.
     pub fn socket(&self) -> Result<&str> {
-        self.socket.to_str().context("a path that is not UTF-8")
+        self.socket.to_str().context("the path of the socket is not UTF-8")
     }
 
-    /// The back-end's control socket.
+    /// Returns the path of the back-end's control socket.
     pub fn control(&self) -> &Path {
         &self.control
     }
 
-    /// The back-end's command line, for people.
+    /// Returns the back-end's command line, for a person to read.
     pub fn command_line(&self) -> String {
         command_line(&self.arguments)
     }
@@ -161,7 +161,7 @@ impl Link {
     /// Kills the back-end and starts another one in its place.
     ///
     /// # Errors
-    /// If that does not start.
+    /// Returns an error if the new back-end does not start.
     pub fn restart_backend(&mut self) -> Result<()> {
         self.backend.signal(nix::sys::signal::Signal::SIGKILL)?;
         self.backend.wait()?;
@@ -179,30 +179,30 @@ impl Link {
                 self.client.insert(ControlClient::connect(&self.control)?)
             }
         };
-        serde_json::from_value(client.call(request)?).context("the back-end's answer")
+        serde_json::from_value(client.call(request)?).context("the back-end sent an invalid answer")
     }
 
-    /// The back-end's status.
+    /// Returns the back-end's status.
     ///
     /// # Errors
-    /// If it does not answer.
+    /// Returns an error if the back-end does not answer.
     pub fn status(&mut self) -> Result<BackendStatus> {
         self.ask(&Request::Status)
     }
 
-    /// The back-end's counters.
+    /// Returns the back-end's counters.
     ///
     /// # Errors
-    /// If it does not answer.
+    /// Returns an error if the back-end does not answer.
     pub fn stats(&mut self) -> Result<BackendStats> {
         self.ask(&Request::Stats)
     }
 
-    /// Waits until the front-end's first rings run, and the kernel lets frames through to the TAP: it notices some time
-    /// after a back-end has taken it.
+    /// Waits until the front-end's first rings run and the kernel lets frames through to the TAP, which it does some
+    /// time after a back-end has opened the TAP.
     ///
     /// # Errors
-    /// If they never do.
+    /// Returns an error if this does not happen in time.
     pub fn wait_serving(&mut self) -> Result<()> {
         self.wait_status("a front-end's rings ran", |status| {
             status.vrings[..2].iter().all(|vring| vring.started && vring.enabled)
@@ -210,41 +210,41 @@ impl Link {
         netns::wait_running(TAP)
     }
 
-    /// Waits until there is no front-end.
+    /// Waits until the back-end has no front-end.
     ///
     /// # Errors
-    /// If there always is.
+    /// Returns an error if the front-end stays connected.
     pub fn wait_left(&mut self) -> Result<()> {
         self.wait_status("the front-end had left", |status| status.frontend == Frontend::Disconnected)
     }
 
-    /// Waits until the back-end's status is as it should be.
+    /// Waits until the back-end's status meets `condition`.
     ///
     /// # Errors
-    /// If it never is.
+    /// Returns an error if it does not in time.
     pub fn wait_status(&mut self, what: &str, condition: impl Fn(&BackendStatus) -> bool) -> Result<()> {
-        // Not by a client of its own: the back-end would hold a descriptor for that until it notices that it has gone.
+        // Uses the existing client: the back-end would keep a descriptor for a new one until it notices its end.
         self.status()?;
-        let client = self.client.as_mut().context("a client that has asked")?;
+        let client = self.client.as_mut().context("no control client")?;
         self.backend.wait_until(what, |_| {
             let status: BackendStatus = serde_json::from_value(client.call(&Request::Status)?)?;
             Ok(condition(&status).then_some(()))
         })
     }
 
-    /// Boots a guest on `baton-vmm`, with a processor for each queue pair, and brings its network up.
+    /// Boots a guest on `baton-vmm`, with a processor for each queue pair, and brings up its network.
     ///
     /// # Errors
-    /// If it cannot be.
+    /// Returns an error if the guest does not boot or its network cannot be brought up.
     pub fn boot_vmm(&self, name: &str) -> Result<Guest> {
         let vmm = Vmm::new(self.queue_pairs, "512M")?.net(self.socket()?, MAC, self.queue_pairs);
         self.brought_up(vmm.start(name)?)
     }
 
-    /// The same on QEMU.
+    /// Like [`Self::boot_vmm`], on QEMU.
     ///
     /// # Errors
-    /// If it cannot be.
+    /// As for [`Self::boot_vmm`].
     pub fn boot_qemu(&self, accelerator: Accelerator, name: &str) -> Result<Guest> {
         let qemu = Qemu::new(accelerator, self.queue_pairs, "512M")?.rebooting();
         let qemu = qemu.vhost_user("net0", self.socket()?, self.meeting, MAC, self.queue_pairs);
@@ -257,51 +257,51 @@ impl Link {
         Ok(guest)
     }
 
-    /// As [`bring_up`], with this link's queue pairs.
+    /// Calls [`bring_up`] with this link's queue pairs.
     ///
     /// # Errors
-    /// If it cannot be.
+    /// As for [`bring_up`].
     pub fn bring_up(&self, guest: &mut Guest) -> Result<()> {
         bring_up(guest, self.queue_pairs)
     }
 
-    /// What to look at when a check has failed.
+    /// Returns the back-end's status, counters and log, for the message of a failed check.
     pub fn evidence(&mut self) -> String {
         format!("status: {:?}\nstats: {:?}\nlog:\n{}", self.status(), self.stats(), self.backend.log())
     }
 
-    /// Waits until the back-end, whose device is another one's, has ended; it must be well.
+    /// Waits until the back-end, which has handed its device over, has ended.
     ///
     /// # Errors
-    /// If it is not, or does not end.
+    /// Returns an error if it does not end, or fails.
     pub fn wait_backend_ended(&mut self) -> Result<()> {
         let status = self.backend.wait()?;
-        ensure!(status.success(), "it ended with {status}:\n{}", self.backend.log());
+        ensure!(status.success(), "the back-end ended with {status}:\n{}", self.backend.log());
         Ok(())
     }
 
-    /// That the back-end runs and has not panicked.
+    /// Checks that the back-end runs and has not panicked.
     ///
     /// # Errors
-    /// If not so.
+    /// Returns an error if it has ended or panicked.
     pub fn check_healthy(&mut self) -> Result<()> {
         let log = self.backend.log();
-        ensure!(self.backend.is_running()?, "the back-end has ended:\n{log}");
-        ensure!(!log.contains("panicked"), "the back-end has panicked:\n{log}");
+        ensure!(self.backend.is_running()?, "the back-end ended:\n{log}");
+        ensure!(!log.contains("panicked"), "the back-end panicked:\n{log}");
         Ok(())
     }
 }
 
-/// Gives a guest that has just booted its address and its end of the checks.
+/// Sets up the network and the `traffic` server of a guest that has just booted.
 ///
 /// # Errors
-/// If it cannot be.
+/// Returns an error if a command in the guest fails.
 pub fn bring_up(guest: &mut Guest, queue_pairs: u16) -> Result<()> {
     guest.check("ip link set lo up; ip link set eth0 up")?;
     guest.check(&format!("echo {FULL_SEGMENTS} > {SEGMENTS}"))?;
     guest.check(&format!("ip addr add {GUEST}/24 dev eth0"))?;
     if queue_pairs > 1 {
-        // Linux begins with as many as it has processors.
+        // Linux begins with a queue pair for each processor, at most.
         let command = format!("ethtool -L eth0 combined {queue_pairs}");
         guest.check(&format!("{command} || ethtool -l eth0 | grep -q 'Combined:.*{queue_pairs}'"))?;
     }
@@ -312,7 +312,7 @@ pub fn bring_up(guest: &mut Guest, queue_pairs: u16) -> Result<()> {
 /// Runs `ip`.
 ///
 /// # Errors
-/// If it fails.
+/// Returns an error if it fails.
 pub fn ip(arguments: &[&str]) -> Result<()> {
     let output = Command::new("ip").args(arguments).output().context("cannot run ip")?;
     let text = String::from_utf8_lossy(&output.stderr);

@@ -33,9 +33,10 @@ fn quick_run_fills_every_cell_of_the_page() {
         assert_eq!(count(cell, "|"), 3, "{cell} in\n{page}");
         assert_eq!(count(cell, " | 0 / 0 / 0 |"), 1, "{cell} in\n{page}");
     }
-    assert_eq!(count("The blackout's median grows by ", "up to 64."), 2, "{page}");
-    assert_eq!(count("It is ", " from 128 to 8192 MiB, with pairs as in the first line."), 1, "{page}");
-    assert_eq!(count("| with hand-overs |", " | 0 / 0 / 0 | silent |"), 1, "{page}");
+    assert_eq!(count("The median blackout grows by ", "up to 64 queue pairs."), 2, "{page}");
+    let memory = " with 128 to 8192 MiB of guest memory, otherwise as in the first row.";
+    assert_eq!(count("The median blackout is ", memory), 1, "{page}");
+    assert_eq!(count("| hand-overs |", " | 0 / 0 / 0 | silent |"), 1, "{page}");
     assert_eq!(count("| control: ", " | 0 / 0 / 0 | silent |"), 1, "{page}");
     let plot = std::fs::read_to_string(output.path().join("handover-blackout.svg")).unwrap();
     assert!(plot.starts_with("<svg") && plot.trim_end().ends_with("</svg>"), "{plot}");

@@ -22,7 +22,7 @@ fn missing_kernel_is_an_error() -> Result<()> {
 /// Problems with the operator's files and sockets are reported first, also on hosts without KVM.
 #[test]
 fn errors_in_files_and_sockets_are_reported_before_kvm() -> Result<()> {
-    fails(&["--kernel=/dev/null"], 1, "/dev/null is no kernel")?;
+    fails(&["--kernel=/dev/null"], 1, "cannot load kernel /dev/null")?;
     let place = tempfile::tempdir()?;
     let taken = place.path().join("taken");
     std::fs::write(&taken, "")?;

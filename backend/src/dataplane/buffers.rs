@@ -1,7 +1,7 @@
-//! The guest's receive buffers: chains of the receive ring that are I/O vectors already, before a frame comes.
+//! The guest's receive buffers: chains of the receive ring, turned into I/O vectors before a frame arrives.
 //!
-//! [`Buffers`] holds the chains from the ring's next available one on. A frame goes into the first of them. The bytes of a
-//! frame are addressed by their offset from the first chain.
+//! [`Buffers`] holds chains in the order of the ring, from the next available one on. The next frame goes into the
+//! first of them. Offsets count bytes from the start of the first chain.
 #![expect(unsafe_code, reason = "reads and writes bytes of guest memory")]
 
 use super::BATCH;
@@ -11,28 +11,28 @@ use crate::vring::{RingError, Vring};
 /// A chain that a frame can be read into.
 #[derive(Clone, Copy, Debug)]
 pub struct Buffer {
-    /// The chain's first descriptor.
+    /// Index of the chain's first descriptor.
     pub head: u16,
-    /// Its first vector.
+    /// Index of its first vector.
     pub first: usize,
-    /// The vector after its last one.
+    /// Index after its last vector.
     pub end: usize,
-    /// Its bytes. An unusable chain has 0, and no vectors.
+    /// Length in bytes; 0 for an unusable chain, which has no vectors.
     pub length: u32,
 }
 
-/// Chains at the front of [`Buffers`].
+/// A number of chains, counted from the first of [`Buffers`].
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Room {
-    /// How many chains.
+    /// Number of chains.
     pub chains: usize,
-    /// How many bytes they hold.
+    /// Their length in bytes.
     pub bytes: usize,
-    /// The guest has no more, and was asked to kick.
+    /// The guest has made no more available, and kicks are enabled.
     pub all: bool,
 }
 
-/// Which chains can be used.
+/// Which chains are usable.
 #[derive(Clone, Copy, Debug)]
 pub struct Usable {
     /// Length of the virtio-net header.
@@ -42,18 +42,18 @@ pub struct Usable {
 }
 
 impl Usable {
-    /// Whether a chain of `length` bytes is usable. Mergeable, a buffer of the header's size is legal (virtio 1.3
-    /// §5.1.6.3.1). Alone it holds no frame.
+    /// Returns whether a chain of `length` bytes is usable. With mergeable buffers, one as long as the header is legal
+    /// (virtio 1.3 §5.1.6.3.1). Without, it can hold no frame.
     fn accepts(self, length: u32) -> bool {
         let length = length as usize;
         length > self.header || (self.mergeable && length == self.header)
     }
 }
 
-/// Receive buffers, in the ring's order.
+/// Receive buffers, in the order of the ring.
 #[derive(Debug, Default)]
 pub struct Buffers {
-    /// Those before `next` are used up.
+    /// The chains before `next` are consumed.
     chains: Vec<Buffer>,
     next: usize,
     vectors: Vectors,
@@ -69,7 +69,7 @@ impl Buffers {
         self.hint = 0;
     }
 
-    /// Touches the memory that the first frames need. There must be no chains.
+    /// Touches the memory that the first frames need. Must be called without chains.
     pub fn prefault(&mut self) {
         self.vectors.prefault();
         let unused = Buffer { head: 0, first: 0, end: 0, length: 0 };
@@ -77,13 +77,13 @@ impl Buffers {
         self.chains.clear();
     }
 
-    /// The first chain.
+    /// Returns the first chain.
     #[inline]
     pub fn front(&self) -> Option<Buffer> {
         self.chains.get(self.next).copied()
     }
 
-    /// All chains, the first one first.
+    /// Returns all chains, from the first one on.
     #[inline]
     pub fn chains(&self) -> &[Buffer] {
         &self.chains[self.next..]
@@ -95,7 +95,7 @@ impl Buffers {
         self.next += count;
     }
 
-    /// Vectors by their numbers, as a [`Buffer`] gives them.
+    /// Returns the vectors in `range`, in indices as in [`Buffer`].
     #[inline]
     pub fn vectors(&self, range: std::ops::Range<usize>) -> &[libc::iovec] {
         &self.vectors.0[range]
@@ -110,7 +110,7 @@ impl Buffers {
         action: impl FnOnce(&[libc::iovec]) -> T,
     ) -> T {
         let std::ops::Range { start, end } = range;
-        // The next chain's first vector is there. It gets its place back.
+        // If the next chain's first vector is at `end`, `spill` replaces it during the call.
         let behind = self.vectors.0.get_mut(end).map(|place| std::mem::replace(place, spill));
         if behind.is_none() {
             self.vectors.0.push(spill);
@@ -126,7 +126,7 @@ impl Buffers {
     /// Appends the `count` next available chains of `vring`, at most a batch.
     ///
     /// # Errors
-    /// [`RingError`] if the first of them is invalid. An invalid later one ends the batch.
+    /// Returns an error if the head of the first of them is invalid. An invalid later one ends the batch.
     pub fn append(&mut self, vring: &Vring, count: u16, usable: Usable) -> Result<(), RingError> {
         let taken = self.taken();
         let before = self.vectors.0.len();
@@ -154,12 +154,12 @@ impl Buffers {
         Ok(())
     }
 
-    /// How many chains there are.
+    /// Returns the number of chains.
     pub fn taken(&self) -> u16 {
         u16::try_from(self.chains.len() - self.next).unwrap_or(u16::MAX)
     }
 
-    /// Frees the place of the chains that are used up, if these are all or many.
+    /// Removes the consumed chains, if they are all or many.
     pub fn compact(&mut self) {
         if self.next == self.chains.len() {
             self.chains.clear();
@@ -179,8 +179,8 @@ impl Buffers {
         }
     }
 
-    /// Adds chains to `room` until it has `wanted` bytes. Several only with `mergeable` buffers, and only as long as all
-    /// of them have less than `most` vectors. Returns false if it needs more chains than there are.
+    /// Adds chains to `room` until it has `wanted` bytes. Adds one chain without `mergeable` buffers, and no further
+    /// chain if all together would have `most` vectors. Returns false if the chains do not suffice.
     #[inline]
     pub fn fill(&self, room: &mut Room, wanted: usize, most: usize, mergeable: bool) -> bool {
         while let Some(chain) = self.chains.get(self.next + room.chains) {
@@ -188,8 +188,8 @@ impl Buffers {
             if room.chains > 0 && vectors >= most {
                 return true;
             }
-            // An unusable chain between others holds no byte of the frame. It is used with a length of 0 in its place, to
-            // keep the ring's order.
+            // An unusable chain between others holds no byte of the frame. It is completed in its place, with length 0,
+            // to keep the order of the ring.
             room.chains += 1;
             room.bytes += chain.length as usize;
             if room.bytes >= wanted || !mergeable {
@@ -199,7 +199,7 @@ impl Buffers {
         false
     }
 
-    /// The vector that byte `offset` is in, and its offset there.
+    /// Returns the index of the vector that contains byte `offset`, and the offset in that vector.
     #[inline]
     fn place(&self, mut offset: usize) -> (usize, usize) {
         let mut vector = self.chains[self.next].first;
@@ -213,46 +213,46 @@ impl Buffers {
     #[inline]
     fn pointer(&self, offset: usize) -> *mut u8 {
         let (vector, offset) = self.place(offset);
-        // SAFETY: `place` gives an offset within the vector.
+        // SAFETY: `place` returns an offset within the vector.
         unsafe { self.vectors.0[vector].iov_base.cast::<u8>().add(offset) }
     }
 
-    /// Byte `offset`.
+    /// Returns the byte at `offset`.
     #[inline]
     pub fn byte(&self, offset: usize) -> u8 {
-        // SAFETY: guest memory that the ring's memory table keeps mapped.
+        // SAFETY: the pointer is into guest memory that the ring's memory table keeps mapped.
         unsafe { self.pointer(offset).read_volatile() }
     }
 
-    /// Sets byte `offset`.
+    /// Sets the byte at `offset`.
     #[inline]
     pub fn set_byte(&self, offset: usize, value: u8) {
-        // SAFETY: guest memory that the ring's memory table keeps mapped, in a buffer that the guest gave us.
+        // SAFETY: the pointer is into a writable buffer of the guest that the ring's memory table keeps mapped.
         unsafe { self.pointer(offset).write_volatile(value) };
     }
 
-    /// Copies `bytes` to byte `offset` and on.
+    /// Copies `bytes` into the chains, from `offset` on.
     pub fn scatter(&self, offset: usize, bytes: &[u8]) {
         let mut done = 0;
         self.each_piece(offset, bytes.len(), |pointer, count| {
-            // SAFETY: `each_piece` gives `count` bytes of guest memory, and the slice is as long.
+            // SAFETY: `each_piece` passes `count` bytes of guest memory, and the slice is as long.
             unsafe { pointer.copy_from_nonoverlapping(bytes[done..][..count].as_ptr(), count) };
             done += count;
         });
     }
 
-    /// Copies the first bytes to `bytes`.
+    /// Copies the first bytes of the chains to `bytes`.
     pub fn gather(&self, bytes: &mut [u8]) {
         let mut done = 0;
         self.each_piece(0, bytes.len(), |pointer, count| {
             let to = &mut bytes[done..][..count];
-            // SAFETY: `each_piece` gives `count` bytes of guest memory, and `to` is as long.
+            // SAFETY: `each_piece` passes `count` bytes of guest memory, and `to` is as long.
             unsafe { pointer.copy_to_nonoverlapping(to.as_mut_ptr(), count) };
             done += count;
         });
     }
 
-    /// Calls `action` with each contiguous piece of `length` bytes from byte `offset` on.
+    /// Calls `action` with each contiguous piece of the `length` bytes from `offset` on.
     pub fn each_piece(&self, offset: usize, length: usize, mut action: impl FnMut(*mut u8, usize)) {
         if length == 0 {
             return;

@@ -24,7 +24,7 @@ mod sync {
     pub use std::sync::{Condvar, Mutex, MutexGuard};
 }
 
-/// The most frames that a direction completes before it publishes them.
+/// The most frames that a direction completes before it publishes them, except in [`pair::QueuePair::receive_last`].
 const BATCH: u16 = 64;
 /// Frames after which the other direction gets its turn.
 const TURN_FRAMES: u32 = 256;

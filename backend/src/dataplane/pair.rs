@@ -1,10 +1,11 @@
-//! A queue pair: all that its worker works on, in one struct that is handed over whole when the worker parks.
+//! A queue pair: everything that its worker works on, in one struct that the worker gives back whole when it parks.
 //!
-//! The worker waits for the pair's own epoll instance, between turns. Everything there is edge-triggered, so kicks need
-//! not be read (a read would take them from whoever shares the eventfd) and nothing has to be switched off while a ring
-//! is full or stopped; to make up for edges that came while nobody looked, every run begins with a look at everything.
+//! Between turns the worker waits on the pair's epoll instance, whose events are edge-triggered. So the worker never
+//! reads a kick, which would take it from another process that shares the eventfd, and no watch is removed while a ring
+//! is full or stopped. When the worker begins with a pair it looks at everything, to make up for edges that it has not
+//! seen.
 //!
-//! A pair has a queue of the TAP while this process owns it. Without one it moves nothing.
+//! A pair has a queue of the TAP while this process owns the TAP or has staged it. Without a queue it moves nothing.
 
 use std::io;
 use std::sync::Arc;
@@ -25,25 +26,25 @@ use crate::notify::Notifier;
 use crate::tap::TapQueue;
 use crate::vhost_net::VhostNet;
 
-/// How long to wait for events at most, in milliseconds, while a ring has no kick and must be polled.
+/// The longest wait for events, in milliseconds, while a ring without a kick must be polled.
 pub(super) const POLLED_WAIT: i32 = 1;
 
-/// How long a transmit ring that is disabled may wait for room in the TAP's send buffer.
+/// How long a transmit ring that is about to be disabled may wait for room in the TAP's send buffer.
 const DRAINING: Duration = Duration::from_millis(100);
 
-/// How many turns it takes at most to deliver what a queue has: more frames than the queue is long.
+/// The most turns that [`QueuePair::receive_last`] takes. They suffice for more frames than a queue can hold.
 const RESCUE: usize = 16;
 
-/// What a TAP is watched for.
+/// The events to watch a TAP for.
 const TAP_EVENTS: Events = Events::EPOLLIN.union(Events::EPOLLOUT).union(Events::EPOLLET);
 
-/// What a kick is watched for.
+/// The events to watch a kick for.
 pub(super) const KICK_EVENTS: Events = Events::EPOLLIN.union(Events::EPOLLET);
 
 const TAP: u64 = 0;
 pub(super) const RX_KICK: u64 = 1;
 pub(super) const TX_KICK: u64 = 2;
-/// The worker's own wake-up, registered by it.
+/// The worker's wake-up, which the worker registers.
 pub(super) const WAKE: u64 = 3;
 
 /// One queue pair.
@@ -55,27 +56,27 @@ pub struct QueuePair {
     pub rx: Rx,
     /// Guest to TAP.
     pub tx: Tx,
-    /// What the kernel moves the frames with, if it does.
+    /// The kernel path, if the kernel moves the frames.
     pub kernel: Option<KernelPath>,
     pub(super) counters: Arc<PairCounters>,
     pub(super) epoll: Arc<Epoll>,
-    /// How long to look for work before waiting for it.
+    /// How long to busy-poll for work before waiting for events.
     pub(super) poll: Duration,
     /// There may be something to receive.
     look_rx: bool,
     /// There may be something to transmit.
     pub(super) look_tx: bool,
-    /// When there was something to do last, while that matters.
-    final_script: Instant,
-    /// When to see next whether the macvtap is still there: unlike a TAP it does not tell.
+    /// When there was work last. Kept up to date only with busy-polling.
+    last_work: Instant,
+    /// When to check next that the macvtap still exists. Unlike a TAP, it does not report its deletion.
     next_watch: Instant,
 }
 
 impl QueuePair {
-    /// A pair without vrings and TAP, whose frames `vhost` is to move or else the worker.
+    /// Creates a pair without vrings and TAP. `vhost` moves its frames, or the worker if that is `None`.
     ///
     /// # Errors
-    /// What making an epoll instance or an eventfd fails with.
+    /// Returns an error if the epoll instance or the eventfd cannot be created.
     pub fn new(
         index: u16,
         vhost: Option<VhostNet>,
@@ -93,46 +94,46 @@ impl QueuePair {
             poll,
             look_rx: false,
             look_tx: false,
-            final_script: Instant::now(),
+            last_work: Instant::now(),
             next_watch: Instant::now(),
         })
     }
 
-    /// Gives it the TAP's queue, of which it has none.
+    /// Gives the pair its queue of the TAP. It must have none.
     ///
     /// # Errors
-    /// What watching the queue fails with.
+    /// Returns an error if the queue cannot be watched.
     pub fn attach(&mut self, tap: &Arc<TapQueue>) -> io::Result<()> {
         if self.kernel.is_none() {
             self.epoll.add(&**tap, TAP_EVENTS, TAP)?;
         }
-        tracing::debug!(pair = self.index, "queue attached: frames are read");
+        tracing::debug!(pair = self.index, "the pair has its queue of the TAP");
         self.tap = Some(Arc::clone(tap));
         Ok(())
     }
 
-    /// Takes the TAP's queue away: nothing reads it any more, nor waits for it.
+    /// Takes the queue of the TAP away, if the pair has one, and stops watching it.
     ///
     /// # Errors
-    /// What ending the watch fails with.
+    /// Returns an error if the watch cannot be removed.
     pub fn detach(&mut self) -> io::Result<()> {
         let Some(tap) = self.tap.take() else { return Ok(()) };
-        tracing::debug!(pair = self.index, "queue let go: no frame is read");
-        // Another process may hold the open file, and with it the watch.
+        tracing::debug!(pair = self.index, "the pair has no queue of the TAP");
+        // The watch would outlive our descriptor, because another process may hold the open file.
         if self.kernel.is_none() { self.epoll.remove(&*tap) } else { Ok(()) }
     }
 
-    /// How long to look for work before waiting for it.
+    /// Sets how long to busy-poll for work before waiting for events.
     pub fn set_poll(&mut self, poll: Duration) {
         self.poll = poll;
     }
 
-    /// What its events come from: all it watches, and the worker's own wake-up.
+    /// Returns the epoll instance that watches the pair's kicks and TAP, and the worker's wake-up.
     pub(super) fn events(&self) -> Arc<Epoll> {
         Arc::clone(&self.epoll)
     }
 
-    /// Whether a worker has anything to do here.
+    /// Returns whether the pair has a ring.
     pub fn has_rings(&self) -> bool {
         self.rx.ring.is_some() || self.tx.ring.is_some()
     }
@@ -140,7 +141,7 @@ impl QueuePair {
     /// Puts a vring in. There must be none on that side.
     ///
     /// # Errors
-    /// What watching its kick fails with; the ring is dropped then.
+    /// Returns an error if the kick cannot be watched. The ring is dropped.
     pub fn put_ring(&mut self, side: Side, ring: Ring) -> io::Result<()> {
         let token = match side {
             Side::Rx => RX_KICK,
@@ -156,7 +157,7 @@ impl QueuePair {
         Ok(())
     }
 
-    /// The vring of a side, which stays in.
+    /// Returns the vring of a side, which stays in the pair.
     pub fn ring_mut(&mut self, side: Side) -> Option<&mut Ring> {
         match side {
             Side::Rx => self.rx.ring.as_mut(),
@@ -164,7 +165,7 @@ impl QueuePair {
         }
     }
 
-    /// Takes a vring out, with all its chains completed and published or still available.
+    /// Takes a vring out. Each of its chains is either completed and published, or still available.
     pub fn take_ring(&mut self, side: Side) -> Option<Ring> {
         let ring = match side {
             Side::Rx => {
@@ -184,8 +185,8 @@ impl QueuePair {
         Some(ring)
     }
 
-    /// Sends what the driver has made available by now in a transmit ring that is about to be disabled; what it makes
-    /// available later is discarded. The driver, who does not know, may never stop: what is there now is the bound.
+    /// Sends the chains that are available now in a transmit ring that is about to be disabled. Chains that come later
+    /// are discarded: the driver does not know of the change, and may never stop.
     pub fn drain(&mut self) {
         let (Some(tap), Some(ring)) = (self.tap.clone(), &self.tx.ring) else { return };
         if !ring.runs() || !ring.enabled {
@@ -195,7 +196,7 @@ impl QueuePair {
         let deadline = Instant::now() + DRAINING;
         self.tx.writable();
         while let Some(ring) = &self.tx.ring {
-            // A turn may go further. An index that makes no sense is found by the first one.
+            // A turn may go beyond `end`. The first turn detects an invalid index.
             let left = end.wrapping_sub(ring.vring.next_available());
             if left == 0 || left > ring.vring.size() {
                 return;
@@ -210,25 +211,26 @@ impl QueuePair {
         }
     }
 
-    /// Delivers what another queue of the TAP has, as far as the guest has room for it; that is `detached` before the
-    /// guest sees any of it, for what answers come would be put there.
-    pub fn receive_last<T>(&mut self, queue: &TapQueue, detached: impl FnOnce() -> T) -> T {
+    /// Delivers the frames of another queue of the TAP, as far as the guest has buffers, and calls `detach` to detach
+    /// that queue. Publishes the frames only then: if the guest replied earlier, the network's next frames would go to
+    /// that queue and be lost.
+    pub fn receive_last<T>(&mut self, queue: &TapQueue, detach: impl FnOnce() -> T) -> T {
         for _ in 0..RESCUE {
             if self.rx.run_hidden(self.index, queue, &self.counters.rx) != Turn::More {
                 break;
             }
         }
-        let result = detached();
+        let result = detach();
         self.rx.show(&self.counters.rx);
         if self.kernel.is_some() {
-            // The kernel goes on with the ring, and knows nothing of what is in hand.
+            // The kernel continues with the ring, and does not know the frame in hand.
             self.rx.unprepare();
             self.rx.in_hand = None;
         }
         result
     }
 
-    /// Has all memory that the first frames need there before they come: the rings are another process' still.
+    /// Touches all memory that the first frames need, while another process still serves the rings.
     pub fn prefault(&mut self) {
         for ring in [&self.rx.ring, &self.tx.ring].into_iter().flatten() {
             ring.vring.prefault();
@@ -240,14 +242,14 @@ impl QueuePair {
         }
     }
 
-    /// Begins to work, whatever was heard before: with a look at everything.
+    /// Begins to work. The next turn looks at everything, whatever events have come.
     pub(super) fn begin(&mut self) {
         self.look_rx = true;
         self.look_tx = true;
-        self.final_script = Instant::now();
+        self.last_work = Instant::now();
     }
 
-    /// Makes the calls that are due on descriptors that are `wanted`.
+    /// Makes the due calls whose eventfd is `wanted`.
     pub(super) fn make_calls(&mut self, wanted: impl Fn(&Notifier) -> bool) {
         for ring in [&mut self.rx.ring, &mut self.tx.ring].into_iter().flatten() {
             if ring.call_due && ring.vring.call().is_none_or(&wanted) {
@@ -257,8 +259,8 @@ impl QueuePair {
         }
     }
 
-    /// Whether there is nothing to do until the TAP has something to read, or the driver kicks, which it is asked for. No
-    /// when in doubt.
+    /// Returns whether there is nothing to do until the TAP has a frame or the driver kicks. Enables kicks.
+    /// Conservatively returns `false`.
     pub(super) fn is_idle(&mut self) -> bool {
         if self.kernel.is_some()
             || !self.poll.is_zero()
@@ -277,8 +279,8 @@ impl QueuePair {
         }
     }
 
-    /// Moves frames, or has them moved, for one turn. Gives for how many milliseconds to wait for events then, −1 being
-    /// for ever; `None` if it cannot go on, which the event loop has been told.
+    /// Moves frames for one turn, or lets the kernel move them. Returns the timeout of the next wait for events in
+    /// milliseconds, −1 for none. If the pair cannot continue, reports that to the event loop and returns `None`.
     pub(super) fn turn(&mut self, failures: &Failures) -> Option<i32> {
         let result = match (self.tap.clone(), self.kernel.is_some()) {
             (None, _) => Ok(-1),
@@ -288,7 +290,7 @@ impl QueuePair {
         result.map_err(|error| failures.report(&error)).ok()
     }
 
-    /// Takes what the kernel has of it: nobody but the caller touches a ring from here on.
+    /// Takes the rings back from the kernel. From then on only the caller touches them.
     pub(super) fn leave(&mut self, failures: &Failures) {
         if self.kernel.is_some() {
             self.take_from_kernel(Side::Rx, failures);
@@ -296,12 +298,12 @@ impl QueuePair {
         }
     }
 
-    /// Whether the kernel works on a ring.
+    /// Returns whether the kernel works on a ring.
     pub(super) fn runs_in_kernel(&self) -> bool {
         self.kernel.as_ref().is_some_and(|kernel| kernel.vhost.runs(Side::Rx) || kernel.vhost.runs(Side::Tx))
     }
 
-    /// An event came.
+    /// Notes the event of `token`.
     pub(super) fn hear(&mut self, token: u64, events: Events) {
         match token {
             TAP => {
@@ -321,15 +323,15 @@ impl QueuePair {
     }
 
     fn turn_here(&mut self, tap: &TapQueue) -> io::Result<i32> {
-        let polling = !self.poll.is_zero() && self.final_script.elapsed() < self.poll;
+        let polling = !self.poll.is_zero() && self.last_work.elapsed() < self.poll;
         let polled = self.polled();
         let mut worked = false;
         if self.look_tx || polling || polled {
             let turn = self.tx.run(self.index, tap, &self.counters.tx, !polling);
             worked |= turn != Turn::Idle;
-            // While polling no kicks are asked for: the last look, before waiting, is the one that does.
+            // Kicks stay disabled while busy-polling. The last look before the wait enables them.
             self.look_tx = turn == Turn::More || polling;
-            // A TAP tells of new room only if it was looked at since it had none: without this there is no edge.
+            // A TAP reports new room only if it was polled after it became full. Without this there is no edge.
             if turn == Turn::Full {
                 self.epoll.rearm(tap, TAP_EVENTS, TAP)?;
             }
@@ -347,7 +349,7 @@ impl QueuePair {
             return Err(io::Error::other("the TAP was deleted"));
         }
         if worked && !self.poll.is_zero() {
-            self.final_script = Instant::now();
+            self.last_work = Instant::now();
         }
         Ok(match (self.look_rx || self.look_tx, polled) {
             (true, _) => 0,
@@ -357,11 +359,12 @@ impl QueuePair {
         })
     }
 
-    /// Whether this pair is the one that sees whether its macvtap was deleted.
+    /// Returns whether this pair checks that its macvtap still exists.
     fn watches_macvtap(&self) -> bool {
         self.index == 0 && self.tap.as_ref().is_some_and(|tap| tap.is_macvtap())
     }
 
+    /// Returns whether a ring has no kick and must be polled.
     pub(super) fn polled(&self) -> bool {
         let polled = |ring: &Option<Ring>| {
             ring.as_ref().is_some_and(|ring| ring.runs() && matches!(ring.kick, Kick::Polled))

@@ -1,10 +1,10 @@
-//! TAP to guest. Chains are turned into vectors before frames come, and the TAP's frame is read straight into them.
+//! TAP to guest. The worker turns chains into vectors before frames arrive, and reads each frame straight into them.
 //!
-//! How large the next frame is cannot be known. While frames are small, a read gets the next chain and, behind it, a
-//! buffer of our own that catches the rest of a larger one; once frames are large, it gets as many chains as the
-//! largest frame needs. Either way no frame is cut off, and none is read while the guest has no buffer at all.
-//! A frame that was read and does not fit into what the guest has made available is kept *in hand* and goes first.
-#![expect(unsafe_code, reason = "gives the kernel vectors into guest memory, and writes headers there")]
+//! The size of a frame is unknown before it is read. A read gets chains for a small frame while frames are small, and
+//! for the largest frame while frames are large. If they cannot hold the largest one, the *spill* follows them: our own
+//! buffer for the rest. So no read cuts a frame off, and no frame is read while the guest has no buffer. A frame that
+//! was read and needs more buffers than the guest has made available becomes the *frame in hand*, delivered first.
+#![expect(unsafe_code, reason = "passes vectors into guest memory to the kernel")]
 
 use baton_faults::Batch;
 
@@ -17,25 +17,25 @@ use crate::net_header::{self, Accepted, Verdict};
 use crate::tap::{MAX_FRAME, Received, TapQueue};
 use crate::vring::RingError;
 
-/// Room that a frame of standard size needs, with its header and a VLAN tag.
+/// Bytes that a frame of standard size needs, with a VLAN tag and the virtio-net header.
 const SMALL: usize = net_header::LONG + 1518;
-/// Room that any frame needs.
+/// Bytes that the largest frame needs, with the virtio-net header.
 const LARGEST: usize = net_header::LONG + MAX_FRAME;
-/// Small frames in a row after which reads are for small frames again.
+/// After so many small frames in a row, reads are for small frames again.
 const CALM: u8 = 32;
 
-/// What the front-end negotiated, as far as receiving is concerned.
+/// The negotiated settings that affect receiving.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RxSettings {
     /// Length of the virtio-net header.
     pub header: usize,
     /// `VIRTIO_NET_F_MRG_RXBUF`.
     pub mergeable: bool,
-    /// Which headers the guest can take.
+    /// The headers that the guest accepts.
     pub accepted: Accepted,
 }
 
-/// A frame that was read from the TAP and not delivered yet. The header is the 10 bytes that every session has.
+/// A frame that was read from the TAP and is not delivered yet. Its header is the 10 bytes that all sessions share.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FrameInHand {
     /// The virtio-net header without `num_buffers`.
@@ -49,7 +49,7 @@ pub struct FrameInHand {
 pub struct Rx {
     /// The vring, while it is set up.
     pub ring: Option<Ring>,
-    /// What was negotiated.
+    /// The negotiated settings.
     pub settings: RxSettings,
     /// The frame in hand.
     pub in_hand: Option<FrameInHand>,
@@ -57,26 +57,26 @@ pub struct Rx {
     spill: Vec<u8>,
     large: bool,
     calm: u8,
-    /// A signal came before the TAP gave a frame; to be tried again once the worker has looked at its gate.
+    /// A signal arrived before the TAP gave a frame. The frame is read after the worker has checked its gate.
     interrupted: bool,
-    /// What was completed is not to be shown to the guest yet.
+    /// Completed chains are not published yet.
     hidden: bool,
 }
 
 impl Rx {
-    /// Forgets the prepared chains, which the ring still counts as available. To be done whenever the ring, its
+    /// Forgets the prepared chains, which the ring still counts as available. Must be called whenever the ring, its
     /// memory or the negotiated features change.
     pub fn unprepare(&mut self) {
         self.buffers.clear();
     }
 
-    /// Has the memory that the first frames need there before they come.
+    /// Touches the memory that the first frames need.
     pub fn prefault(&mut self) {
         self.spill = vec![u8::MAX; LARGEST];
         self.buffers.prefault();
     }
 
-    /// Puts what the TAP has into the ring, for one turn; the guest sees it with [`Self::show`].
+    /// Receives frames for one turn without publishing their chains. [`Self::show`] publishes them.
     pub fn run_hidden(&mut self, pair: u16, tap: &TapQueue, counters: &metrics::Direction) -> Turn {
         self.hidden = true;
         let turn = self.run(pair, tap, counters);
@@ -84,14 +84,14 @@ impl Rx {
         turn
     }
 
-    /// Shows the guest what [`Self::run_hidden`] has delivered.
+    /// Publishes the chains that [`Self::run_hidden`] has completed.
     pub fn show(&mut self, counters: &metrics::Direction) {
         if self.ring.as_mut().is_some_and(|ring| ring.publish(Batch::Received)) {
             counters.calls.add(1);
         }
     }
 
-    /// Delivers what the TAP has, for one turn.
+    /// Delivers the TAP's frames for one turn.
     pub fn run(&mut self, pair: u16, tap: &TapQueue, counters: &metrics::Direction) -> Turn {
         let Some(mut ring) = self.ring.take() else { return Turn::Idle };
         let turn = if !ring.runs() || !ring.enabled || tap.is_gone() {
@@ -124,7 +124,8 @@ impl Rx {
                     ring.vring.complete(head, 0);
                     self.buffers.consume(1);
                     counters.dropped.add(1);
-                    // It counts: a guest that makes nothing else available must not keep the worker from parking.
+                    // Count it as a frame: a guest that makes only unusable chains available must not keep the worker
+                    // from parking.
                     frames += 1;
                     continue;
                 }
@@ -155,7 +156,7 @@ impl Rx {
         Ok(Turn::More)
     }
 
-    /// The first prepared chain. `None`: the guest has given none, and was asked to kick.
+    /// Returns the first prepared chain. If the guest has made none available, enables kicks and returns `None`.
     fn front(&mut self, ring: &mut Ring, counters: &metrics::Direction) -> Result<Option<Buffer>, RingError> {
         if self.buffers.front().is_none() && !self.prepare(ring, counters)? {
             return Ok(None);
@@ -163,13 +164,13 @@ impl Rx {
         Ok(self.buffers.front())
     }
 
-    /// Prepares more chains. False: there are none, and the guest was asked to kick.
+    /// Prepares more chains. If the guest has made none available, enables kicks and returns false.
     fn prepare(&mut self, ring: &mut Ring, counters: &metrics::Direction) -> Result<bool, RingError> {
         self.buffers.compact();
         let taken = self.buffers.taken();
         let mut count = ring.vring.available(taken)?;
         if count == 0 {
-            // The buffers so far must reach the guest before it can give new ones.
+            // The guest may need its used buffers back before it can offer new ones.
             if !self.hidden && ring.vring.publish() {
                 counters.calls.add(1);
             }
@@ -184,8 +185,8 @@ impl Rx {
         Ok(true)
     }
 
-    /// As many chains as are needed for `wanted` bytes, or as there are; one only without mergeable buffers. More than
-    /// one only as long as all have less than `most` vectors.
+    /// Returns as many chains as `wanted` bytes need, or all chains if they are fewer. Returns one chain without
+    /// mergeable buffers, and no further chain if all together would have `most` vectors.
     fn room(
         &mut self,
         ring: &mut Ring,
@@ -203,13 +204,13 @@ impl Rx {
         Ok(room)
     }
 
-    /// Whether a frame that does not fit into `room` will once the guest gives more buffers.
+    /// Returns whether a frame that does not fit into `room` fits once the guest offers more buffers.
     fn worth_waiting(&self, ring: &Ring, room: Room) -> bool {
         self.settings.mergeable && room.all && room.chains < usize::from(ring.vring.size())
     }
 
-    /// Reads one frame and delivers it, or takes it in hand. Gives its length, or `None` when the TAP has no more or
-    /// the frame is in hand.
+    /// Reads one frame and delivers it. Returns its length, or 0 if it was dropped. Returns `None` if the TAP has no
+    /// frame, if a signal arrived, or if the frame is in hand now.
     fn receive(
         &mut self,
         ring: &mut Ring,
@@ -225,21 +226,21 @@ impl Rx {
         let (first, end) = (chains[0].first, chains[room.chains - 1].end);
         let spill = libc::iovec { iov_base: self.spill.as_mut_ptr().cast(), iov_len: self.spill.len() };
         let vectors = end - first + usize::from(room.bytes < LARGEST);
-        // A chain of more pieces than a system call takes gets a copy.
+        // A chain of more pieces than a system call takes: read into the spill and copy.
         let aside = vectors > MAX_VECTORS;
         let received = if aside {
-            // SAFETY: the spill buffer, which nobody else uses.
+            // SAFETY: the vector is the spill buffer, which nothing else uses during the call.
             unsafe { tap.receive(&[spill]) }
         } else if room.bytes >= LARGEST {
-            // SAFETY: guest memory that the ring's memory table keeps mapped, in buffers that the guest gave us.
+            // SAFETY: the vectors are writable buffers of the guest that the ring's memory table keeps mapped.
             unsafe { tap.receive(self.buffers.vectors(first..end)) }
         } else {
-            // SAFETY: as above, and the spill buffer, which nobody else uses.
+            // SAFETY: as above, and the spill buffer, which nothing else uses during the call.
             self.buffers.with_spill(first..end, spill, |vectors| unsafe { tap.receive(vectors) })
         };
         let length = match received {
             Received::Frame(length) if length > self.settings.header => length,
-            // Lost or too short.
+            // The read failed, or the frame is too short.
             Received::Frame(_) | Received::Failed => {
                 self.log(ring, if aside { 0 } else { room.bytes });
                 counters.dropped.add(1);
@@ -249,7 +250,7 @@ impl Rx {
                 self.interrupted = true;
                 return Ok(None);
             }
-            // That it is gone is for the pair to report.
+            // The pair reports a TAP that is gone.
             Received::Empty | Received::Gone => return Ok(None),
         };
         self.adapt(length);
@@ -260,12 +261,12 @@ impl Rx {
             self.deliver(ring, length, counters);
             return Ok(Some(length));
         }
-        // Whatever becomes of the frame.
+        // These chains were written, even if the frame is dropped.
         self.log(ring, room.bytes);
         self.deliver_spilled(ring, length, room.bytes, counters)
     }
 
-    /// Chooses between reads for small and for large frames.
+    /// Chooses whether the next read is for a small or a large frame.
     fn adapt(&mut self, length: usize) {
         if length > SMALL {
             self.large = true;
@@ -276,7 +277,7 @@ impl Rx {
         }
     }
 
-    /// Part of the frame is in the spill buffer: finds more chains for it, or takes it in hand.
+    /// Delivers a frame whose end is in the spill: copies that into more chains, or takes the whole frame in hand.
     fn deliver_spilled(
         &mut self,
         ring: &mut Ring,
@@ -304,7 +305,7 @@ impl Rx {
         Ok(None)
     }
 
-    /// Delivers the frame in hand, or gives it back if there is no room yet.
+    /// Delivers the frame in hand, or returns it if it does not fit yet.
     fn deliver_in_hand(
         &mut self,
         ring: &mut Ring,
@@ -328,7 +329,7 @@ impl Rx {
         Ok(None)
     }
 
-    /// Drops a frame for which there will be no room. Where unusable chains take the place, all go back to the guest:
+    /// Drops a frame that will never fit. If `room` contains unusable chains, gives all its chains back to the guest:
     /// nothing else would move them.
     fn give_up(&mut self, ring: &mut Ring, room: Room, counters: &metrics::Direction) {
         counters.dropped.add(1);
@@ -339,13 +340,13 @@ impl Rx {
         }
     }
 
-    /// Completes as many chains as `length` bytes fill, which are in place but for the header.
+    /// Delivers a frame of `length` bytes that is in the chains already: fills in its header and completes its chains.
     fn deliver(&mut self, ring: &mut Ring, length: usize, counters: &metrics::Direction) {
         let (flags, gso_type) =
             (self.buffers.byte(net_header::FLAGS), self.buffers.byte(net_header::GSO_TYPE));
         let verdict = self.settings.accepted.judge(flags, gso_type);
         if verdict == Verdict::Drop {
-            // The chains stay; the next frame overwrites them.
+            // The chains stay prepared; the next frame overwrites them.
             self.log(ring, length);
             counters.dropped.add(1);
             return;
@@ -369,13 +370,13 @@ impl Rx {
         for chain in &chains[..count - 1] {
             ring.vring.complete(chain.head, chain.length);
         }
-        // `last` is at most a chain's length, a u32.
+        // `last` is at most the length of a chain, which is a u32.
         ring.vring.complete(chains[count - 1].head, u32::try_from(last).unwrap_or(u32::MAX));
         self.buffers.consume(count);
         counters.frame(length - self.settings.header);
     }
 
-    /// Notes, while the front-end keeps a log, that the first `length` bytes of the chains at the front were written.
+    /// Marks the first `length` bytes of the chains as written, if the front-end keeps a log.
     #[inline]
     fn log(&self, ring: &Ring, length: usize) {
         if let Some(log) = ring.vring.log() {

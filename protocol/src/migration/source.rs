@@ -113,7 +113,7 @@ pub enum Source {
         /// When to give up.
         deadline: Duration,
     },
-    /// COMMIT was sent.
+    /// The VM is offered: the swap and COMMIT are under way or done.
     Offered {
         /// The ownership word, offered.
         word: Word,

@@ -1,5 +1,6 @@
-//! `bench-dataplane`: how many frames back-ends move, what these cost, and how long they take.
-#![expect(unsafe_code, reason = "takes a descriptor that it was started with")]
+//! `bench-dataplane`: measures how many frames back-ends move, how much processor time the frames cost, and how long
+//! they take.
+#![expect(unsafe_code, reason = "takes ownership of an inherited descriptor")]
 
 use std::fs;
 use std::io::{self, Write};
@@ -17,51 +18,51 @@ use clap::{Parser, Subcommand};
 
 /// How often each cell is measured.
 const ROUNDS: usize = 5;
-/// For how long, in milliseconds.
+/// The duration of each measurement in milliseconds.
 const MILLISECONDS: u64 = 1000;
-/// The same for a quick run, which shows that all works, and measures nothing.
+/// The duration in a quick run, which only shows that the benchmark works.
 const QUICK: u64 = 50;
 
-/// Measure how many frames back-ends move, what these cost, and how long they take
+/// Measure how many frames back-ends move, how much processor time the frames cost, and how long they take
 #[derive(Debug, Parser)]
 struct Arguments {
     #[command(subcommand)]
     command: Option<Command>,
-    /// A little of everything, to see that it works
+    /// Run a little of everything, to check that the benchmark works
     #[arg(long)]
     quick: bool,
-    /// The folder of performance.md, dataplane.svg, dataplane-latency.svg and dataplane.json
+    /// Directory of performance.md, dataplane.svg, dataplane-latency.svg and dataplane.json
     #[arg(long, default_value = "docs")]
     output: PathBuf,
     /// Another back-end to compare with: `NAME: PROGRAM ARGUMENT…`, with {sock}, {tap} and {pairs} among the arguments
     #[arg(long, value_name = "PEER")]
     peer: Vec<Peer>,
-    /// Measure only back-ends whose name contains this, and write no page
+    /// Measure only back-ends whose name contains TEXT, and write no files
     #[arg(long, value_name = "TEXT")]
     only: Vec<String>,
-    /// Measure only scenarios whose name contains this, and write no page
+    /// Measure only scenarios whose name contains TEXT, and write no files
     #[arg(long, value_name = "TEXT")]
     scenario: Vec<String>,
-    /// Rounds
+    /// Number of rounds
     #[arg(long)]
     rounds: Option<usize>,
-    /// Milliseconds a cell
+    /// Duration of each measurement in milliseconds
     #[arg(long)]
     milliseconds: Option<u64>,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Be the load
+    /// Generate the load
     #[command(hide = true)]
     Load {
-        /// Where the outcome goes
+        /// The descriptor to write the result to
         #[arg(long)]
         output: RawFd,
         #[command(flatten)]
         arguments: load::Arguments,
     },
-    /// Be a TAP without virtio
+    /// Move frames on a TAP without virtio
     #[command(hide = true)]
     Bare(bare::Arguments),
 }
@@ -70,7 +71,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let result = match &arguments.command {
         Some(Command::Load { output, arguments }) => {
-            // SAFETY: whoever started this process has given it the descriptor.
+            // SAFETY: the parent process passed this descriptor, and nothing else here owns it.
             load::run(arguments, unsafe { OwnedFd::from_raw_fd(*output) })
         }
         Some(Command::Bare(arguments)) => bare::run(arguments),
@@ -115,7 +116,7 @@ fn measure(arguments: &Arguments) -> Result<()> {
     fs::create_dir_all(&arguments.output)?;
     plot::bars(&arguments.output.join(plots[0]), &cells)?;
     plot::times(&arguments.output.join(plots[1]), &cells)?;
-    // Every single time is not for keeping.
+    // The file keeps quantiles, not the time of each frame.
     let cells: Vec<_> = cells.into_iter().map(run::Cell::summarised).collect();
     fs::write(arguments.output.join("dataplane.json"), serde_json::to_vec_pretty(&cells)?)?;
     page::update(&arguments.output.join("performance.md"), &text)

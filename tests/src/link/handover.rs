@@ -1,4 +1,4 @@
-//! The session under a running guest goes from back-end to back-end, and neither the guest nor its front-end notices.
+//! Hands the session of a running guest from back-end to back-end. Neither the guest nor its front-end may notice.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use crate::migration::{Kind, Load};
 use crate::process::{self, Process};
 use crate::{backend, datapath, netns, ping, programs, switching};
 
-/// A back-end that waits for the session of a [`Link`]'s.
+/// A back-end that waits for the session of a [`Link`]'s back-end.
 #[derive(Debug)]
 pub struct Successor {
     /// The process.
@@ -24,22 +24,22 @@ pub struct Successor {
 }
 
 impl Successor {
-    /// Where it waits.
+    /// Returns the socket at which it waits.
     pub fn incoming(&self) -> &Path {
         &self.incoming
     }
 
-    /// Its command line, for people.
+    /// Returns its command line, for a person to read.
     pub fn command_line(&self) -> String {
         command_line(&self.arguments)
     }
 }
 
 impl Link {
-    /// Hands the session over to another back-end, which is this link's from then on, at the same control socket.
+    /// Hands the session over to another back-end, which becomes this link's back-end, at the same control socket.
     ///
     /// # Errors
-    /// If that does not work, or the old one does not end well by itself.
+    /// Returns an error if the hand-over fails, or the old back-end does not end by itself without failure.
     pub fn hand_over(&mut self) -> Result<()> {
         let successor = self.successor()?;
         let path = Some(successor.incoming.display().to_string());
@@ -50,12 +50,12 @@ impl Link {
         self.succeeded_by(successor)
     }
 
-    /// Another back-end that waits for this one's session.
+    /// Starts another back-end, which waits for this one's session.
     ///
     /// # Errors
-    /// If it cannot be started.
+    /// Returns an error if it cannot be started.
     pub fn successor(&mut self) -> Result<Successor> {
-        // The last one still has its own.
+        // The last successor still has its socket.
         self.hand_overs += 1;
         let incoming = self.control.with_file_name(format!("incoming-{}", self.hand_overs));
         let mut arguments = vec![
@@ -71,10 +71,10 @@ impl Link {
         Ok(Successor { process, incoming, arguments })
     }
 
-    /// That one has been given the session, and is this link's back-end from now on.
+    /// Makes `successor`, which has the session, this link's back-end.
     ///
     /// # Errors
-    /// If the old one does not end well by itself.
+    /// Returns an error if the old back-end does not end by itself without failure.
     pub fn succeeded_by(&mut self, successor: Successor) -> Result<()> {
         let source = &mut self.backend;
         let status = source.wait()?;
@@ -84,18 +84,18 @@ impl Link {
         Ok(())
     }
 
-    /// Hands the session over so often while pings, TCP streams and numbered datagrams go both ways. Nothing of that is
-    /// lost, doubled or overtaken, and neither the guest nor the program that runs it has anything to tell.
+    /// Hands the session over repeatedly while pings, TCP streams and numbered datagrams go both ways. Checks that none
+    /// of them is lost, doubled or overtaken, and that neither the guest nor its front-end notices.
     ///
     /// # Errors
-    /// If not so.
+    /// Returns an error if one of the checks fails.
     pub fn check_hand_overs(
         &mut self,
         guest: &mut Guest,
         accelerator: Accelerator,
         times: usize,
     ) -> Result<()> {
-        // Its kernel says that the link is up some time after that.
+        // The guest's kernel reports the link as up after a delay.
         guest.check("until grep -q up /sys/class/net/eth0/operstate; do sleep 0.1; done")?;
         self.check_pings(guest, 5)?;
         let before = Appearance::of(guest)?;
@@ -109,19 +109,20 @@ impl Link {
         }
         load.wait_moving()?;
         let (sent, lost) = pings.end()?;
-        ensure!(lost.is_empty(), "of {sent} pings {} were lost", lost.len());
+        ensure!(lost.is_empty(), "{} of {sent} pings were lost", lost.len());
         let balance = load.end(&[])?;
         ensure!(balance.bytes > 0 && balance.datagrams.iter().all(|count| *count > 0), "{balance:?}");
         guest.check_dmesg()?;
         let after = Appearance::of(guest)?;
-        ensure!(after == before, "the guest was {before:?}, is {after:?}");
+        ensure!(after == before, "the guest changed from {before:?} to {after:?}");
         self.check_healthy()
     }
 
-    /// After hand-overs: the guest's driver begins anew, every queue pair works, and the session can be handed over.
+    /// Checks, after hand-overs, that the guest's driver can be bound anew, that every queue pair then works, and that
+    /// the session can be handed over.
     ///
     /// # Errors
-    /// If not so.
+    /// Returns an error if one of these does not work.
     pub fn check_rebound(&mut self, guest: &mut Guest) -> Result<()> {
         switching::rebind_driver(guest)?;
         switching::check_all_pairs(self, guest)?;
@@ -130,16 +131,16 @@ impl Link {
     }
 }
 
-/// What would change if a back-end were not there for a while.
+/// What would change if the guest were without a back-end for a while.
 #[derive(Debug, PartialEq, Eq)]
 struct Appearance {
     /// The front-end's connections.
     sockets: Vec<String>,
-    /// What it has said.
+    /// The front-end's log.
     log: String,
-    /// How often its guest's link went up or down.
+    /// How often the guest's link went up or down.
     carrier_changes: String,
-    /// How many frames the TAP had no room for.
+    /// How many frames the TAP dropped.
     dropped: u64,
 }
 

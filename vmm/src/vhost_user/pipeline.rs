@@ -1,5 +1,5 @@
-//! Pipelines messages about many rings during a guest's blackout. All are sent before the first reply is read, so the
-//! guest waits for one round trip instead of one per ring.
+//! Pipelines messages about many rings during a guest's blackout: sends them without waiting for the reply to each, so
+//! that the guest waits for few round trips instead of one per ring.
 //!
 //! The protocol allows that: the connection is a stream, and a back-end reads messages in order. No more than
 //! [`WINDOW`] replies are outstanding, because a back-end that cannot send its replies stops reading.

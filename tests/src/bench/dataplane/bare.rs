@@ -1,4 +1,4 @@
-//! A TAP without virtio: what the kernel alone allows. It reads into, or writes from, as many buffers as a ring has.
+//! A TAP without virtio: the limit that the kernel sets. Reads into, or writes from, as many buffers as a ring has.
 #![expect(unsafe_code, reason = "readv, writev and io_uring take pointers to buffers")]
 
 use std::io;
@@ -15,32 +15,32 @@ use super::guest::HEADER;
 use super::source::frame;
 use crate::netns::open_tun;
 
-/// Buffers, as of a ring.
+/// Number of buffers, as in a ring.
 const BUFFERS: usize = 256;
-/// Writes that io_uring gets at a time.
+/// Number of writes that are submitted to io_uring together.
 const DEPTH: u32 = 32;
 
-/// How frames move.
+/// How to move frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Mode {
-    /// One `writev` a frame
+    /// One `writev` per frame
     Writev,
-    /// Writes in batches of 32, by io_uring with a fixed file
+    /// Batches of 32 writes through io_uring, with a fixed file
     IoUring,
-    /// One `readv` a frame
+    /// One `readv` per frame
     Readv,
 }
 
-/// What to do.
+/// The options of the process.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Arguments {
-    /// The TAP
+    /// Name of the TAP
     #[arg(long)]
     pub tap: String,
-    /// How frames move
+    /// How to move frames
     #[arg(long)]
     pub mode: Mode,
-    /// The length of a frame
+    /// Length of a frame in bytes
     #[arg(long)]
     pub frame: usize,
     /// Accept large frames
@@ -48,10 +48,10 @@ pub struct Arguments {
     pub offloads: bool,
 }
 
-/// Moves frames until it is killed.
+/// Moves frames until the process is killed.
 ///
 /// # Errors
-/// The system's.
+/// Returns an error if a system call fails.
 pub fn run(arguments: &Arguments) -> Result<()> {
     let tap = open_tun(&arguments.tap, libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR)?;
     let header = libc::c_int::try_from(HEADER)?;
@@ -95,15 +95,15 @@ fn write_by_ring(tap: &(impl AsFd + AsRawFd), bytes: &[u8]) -> Result<()> {
     for batch in buffers.chunks(DEPTH as usize).cycle() {
         for buffer in batch {
             let entry = opcode::Write::new(types::Fixed(0), buffer.as_ptr(), length).build();
-            // SAFETY: the buffer lives until the ring is dropped, and nobody changes it.
-            unsafe { ring.submission().push(&entry) }.context("the submission queue is full")?;
+            // SAFETY: the buffer lives until the ring is dropped, and nothing changes it.
+            unsafe { ring.submission().push(&entry) }.context("io_uring's submission queue is full")?;
         }
         ring.submit_and_wait(batch.len())?;
         for completion in ring.completion() {
             match completion.result() {
                 result if result >= 0 => {}
                 result if result == -libc::EAGAIN => wait(tap, PollFlags::POLLOUT)?,
-                result => bail!("write by io_uring: {}", io::Error::from_raw_os_error(-result)),
+                result => bail!("write through io_uring failed: {}", io::Error::from_raw_os_error(-result)),
             }
         }
     }

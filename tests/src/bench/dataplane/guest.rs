@@ -1,7 +1,7 @@
-//! A guest that costs as little as possible: a virtio driver whose chains are laid out once.
+//! A guest that costs as little as possible: a virtio driver that lays out its chains once.
 //!
 //! Each queue has as many chains as fit, all of the same shape. The driver makes a chain available again as soon as the
-//! device has used it. It checks nothing that the device does: other tests do.
+//! device has used it. It does not check the device, which other tests do.
 
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -20,17 +20,17 @@ use crate::fake_frontend::{Connection, GuestMemory, SharedSlice, features};
 pub const HEADER: usize = 12;
 /// The length of a receive buffer.
 const BUFFER: u32 = 2048;
-/// The same where one buffer takes a frame of 64 KiB.
+/// The length of a receive buffer that holds a frame of 64 KiB.
 const LARGE_BUFFER: u32 = 65_536 + 128;
-/// The length of a transmit descriptor: a driver has one for each page of a frame.
+/// The maximum length of a transmit descriptor: a driver uses one for each page of a frame.
 const PAGE: usize = 4096;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
-/// In the available ring: no calls. In the used ring: no kicks.
+/// Flag of the available ring: no calls. Flag of the used ring: no kicks.
 const SUPPRESSED: u16 = 1;
 
-/// A virtqueue, the driver's side.
+/// The driver's side of a virtqueue.
 #[derive(Debug)]
 pub struct Ring {
     size: u16,
@@ -46,14 +46,14 @@ pub struct Ring {
     seen: u16,
     event_idx: bool,
     kick: EventFd,
-    /// Signalled by the device.
+    /// The device signals it.
     pub call: EventFd,
-    /// Kicks so far.
+    /// Number of kicks so far.
     pub kicks: u64,
 }
 
 impl Ring {
-    /// A queue with chains of `length` bytes, in descriptors of at most `piece` bytes.
+    /// Creates a queue with chains of `length` bytes, in descriptors of at most `piece` bytes.
     fn new(memory: &mut GuestMemory, size: u16, length: usize, piece: usize, writable: bool) -> Result<Self> {
         let entries = usize::from(size);
         let addresses = RingAddresses {
@@ -95,17 +95,17 @@ impl Ring {
         })
     }
 
-    /// A chain that the device does not have.
+    /// Takes a chain that the device does not have, if there is one.
     pub fn take(&mut self) -> Option<u16> {
         self.free.pop()
     }
 
-    /// The buffer of a chain.
+    /// Returns the buffer of a chain.
     ///
     /// # Panics
-    /// If `head` is no chain's head: the device has made it up.
+    /// Panics if `head` is not the head of a chain, because the device reported a wrong one.
     pub fn buffer(&self, head: u16) -> &SharedSlice {
-        self.buffers[usize::from(head)].as_ref().expect("the head of a chain")
+        self.buffers[usize::from(head)].as_ref().expect("not the head of a chain")
     }
 
     /// Makes a chain available. The device sees it with [`Self::publish`].
@@ -115,10 +115,10 @@ impl Ring {
         self.next = self.next.wrapping_add(1);
     }
 
-    /// Shows the device what was added, and kicks if it asks for that.
+    /// Publishes the chains that were added, and kicks if the device asks for it.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if the kick cannot be written.
     pub fn publish(&mut self) -> Result<()> {
         if self.next == self.published {
             return Ok(());
@@ -134,12 +134,12 @@ impl Ring {
         self.published = self.next;
         if wanted {
             self.kicks += 1;
-            self.kick.write(1).context("kick")?;
+            self.kick.write(1).context("cannot kick")?;
         }
         Ok(())
     }
 
-    /// The next chain that the device has used, and how many bytes it wrote. The chain is the caller's.
+    /// Returns the next chain that the device has used, and how many bytes it wrote. The caller owns the chain.
     pub fn pop(&mut self) -> Option<(u16, usize)> {
         if self.used.load_u16(2, Ordering::Acquire) == self.seen {
             return None;
@@ -150,15 +150,15 @@ impl Ring {
         Some((head, usize::try_from(self.used.read_u32(place + 4)).unwrap_or(usize::MAX)))
     }
 
-    /// Gives a used chain back to those that the device does not have.
+    /// Puts a used chain back among those that the device does not have.
     pub fn release(&mut self, head: u16) {
         self.free.push(head);
     }
 
-    /// Asks for no call.
+    /// Asks the device not to call.
     pub fn disable_calls(&self) {
         if self.event_idx {
-            // An index that the device has passed.
+            // The device has passed this index.
             let event = self.seen.wrapping_sub(1);
             self.available.store_u16(4 + 2 * usize::from(self.size), event, Ordering::Relaxed);
         } else {
@@ -166,7 +166,7 @@ impl Ring {
         }
     }
 
-    /// Asks for a call with the next chain. Returns true if the device has used one meanwhile.
+    /// Asks for a call with the next used chain. Returns true if the device has used one meanwhile.
     pub fn enable_calls(&self) -> bool {
         if self.event_idx {
             self.available.store_u16(4 + 2 * usize::from(self.size), self.seen, Ordering::Relaxed);
@@ -177,15 +177,15 @@ impl Ring {
         self.used.load_u16(2, Ordering::Acquire) != self.seen
     }
 
-    /// Takes the calls so far, and returns their number.
+    /// Reads the call eventfd and returns the number of calls.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns an error if the read fails.
     pub fn take_calls(&self) -> Result<u64> {
         match self.call.read() {
             Ok(calls) => Ok(calls),
             Err(Errno::EAGAIN) => Ok(0),
-            Err(errno) => Err(errno).context("read the call eventfd"),
+            Err(errno) => Err(errno).context("cannot read the call eventfd"),
         }
     }
 }
@@ -204,17 +204,18 @@ pub struct Pair {
 pub struct Guest {
     /// The queue pairs.
     pub pairs: Vec<Pair>,
-    /// `MRG_RXBUF` is negotiated.
+    /// Whether `MRG_RXBUF` is negotiated.
     pub mergeable: bool,
     _connection: Connection,
     _memory: GuestMemory,
 }
 
 impl Guest {
-    /// Connects to a back-end and sets the device up. `None` if the back-end does not offer what the scenario needs.
+    /// Connects to a back-end and sets up the device. Returns `None` if the back-end does not offer the features that
+    /// the scenario needs.
     ///
     /// # Errors
-    /// If the back-end refuses.
+    /// Returns an error if the back-end does not offer `VERSION_1`, or refuses a message.
     pub fn connect(socket: &Path, scenario: &Scenario) -> Result<Option<Self>> {
         let mut connection = Connection::connect(socket)?;
         let offered = connection.get_features()?;
@@ -268,7 +269,7 @@ impl Guest {
                 pair.receive.add(head);
             }
             pair.receive.publish()?;
-            // Whatever it asks for: some back-ends begin with a kick only.
+            // Kick even if the device did not ask for it: some back-ends start a ring only with a kick.
             pair.receive.kick.write(1)?;
         }
         let mergeable = negotiated & features::MRG_RXBUF != 0;
@@ -277,5 +278,5 @@ impl Guest {
 }
 
 fn event_fd() -> Result<EventFd> {
-    EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).context("an eventfd")
+    EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).context("cannot create an eventfd")
 }

@@ -1,4 +1,4 @@
-//! The load on a back-end: guest and network in one thread, and what came of it.
+//! The load on a back-end, with guest and network in one thread, and its results.
 
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
@@ -18,34 +18,34 @@ use crate::bench::cell::take_processor;
 use crate::netns;
 use crate::packet_socket::PacketSocket;
 
-/// How long the load runs before it is measured.
+/// How long the load runs before the measurement.
 const WARM_UP: Duration = Duration::from_millis(200);
 /// Frames that the network sends with one system call.
 const BURST: usize = 32;
-/// Chains that the driver shows the device at a time.
+/// Chains that the driver publishes together.
 const BATCH: usize = 32;
-/// How long anything may take. Only catches a back-end that hangs.
+/// The timeout for everything. Only catches a back-end that hangs.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// What to drive, and for how long.
+/// The options of the load's process.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Arguments {
-    /// The scenario, in JSON
+    /// The scenario as JSON
     #[arg(long, value_parser = scenario)]
     pub scenario: Scenario,
-    /// The back-end's socket. Without it there is no guest: the back-end is a TAP without virtio
+    /// The back-end's socket; none for a TAP without virtio, which has no guest
     #[arg(long)]
     pub socket: Option<PathBuf>,
-    /// The TAP
+    /// Name of the TAP
     #[arg(long)]
     pub tap: String,
-    /// The back-end's process number
+    /// The back-end's process ID
     #[arg(long)]
     pub pid: u32,
-    /// How long to measure, in milliseconds
+    /// Duration of the measurement in milliseconds
     #[arg(long)]
     pub milliseconds: u64,
-    /// Keep to the last processor
+    /// Run on the last processor
     #[arg(long)]
     pub pinned: bool,
 }
@@ -54,32 +54,33 @@ fn scenario(text: &str) -> Result<Scenario, serde_json::Error> {
     serde_json::from_str(text)
 }
 
-/// What came of a cell.
+/// The result of a cell.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Outcome {
-    /// How long it was measured, in seconds.
+    /// The duration of the measurement, in seconds.
     pub seconds: f64,
-    /// Frames that arrived. Of those there and back, or of ping-pong, frames that came back.
+    /// Frames that arrived; in the scenarios there and back and ping-pong, those that came back.
     pub frames: u64,
-    /// What the back-end used.
+    /// The resources that the back-end used.
     pub used: Usage,
-    /// Kicks.
+    /// Number of kicks.
     pub kicks: u64,
-    /// Calls that the driver took.
+    /// Number of calls that the driver read.
     pub calls: u64,
-    /// Frames' times in nanoseconds, in ascending order, where they are measured.
+    /// The times of frames in nanoseconds, ascending, if the scenario measures them.
     pub times: Vec<u64>,
 }
 
-/// Drives, and writes the [`Outcome`] to `output` as JSON: `null` if the back-end cannot do the scenario.
+/// Runs the load and writes the [`Outcome`] to `output` as JSON: `null` if the back-end does not offer the features
+/// that the scenario needs.
 ///
 /// # Errors
-/// If the back-end does what it must not.
+/// Returns an error if the back-end refuses a message or moves no frame, or if a system call fails.
 pub fn run(arguments: &Arguments, output: OwnedFd) -> Result<()> {
     if arguments.pinned {
         take_processor()?;
     }
-    // The kernel may else let a sleep of microseconds take 50 µs longer.
+    // By default the kernel may prolong a short sleep by 50 µs.
     nix::sys::prctl::set_timerslack(1)?;
     let outcome = measure(arguments)?;
     let mut output = std::fs::File::from(output);
@@ -106,7 +107,7 @@ fn measure(arguments: &Arguments) -> Result<Option<Outcome>> {
     let after = load.counters()?;
     let mut outcome = load.outcome;
     outcome.times.sort_unstable();
-    // What the TAP has counted is what its owner did, whatever the guest knows of it.
+    // The TAP counts the frames that its owner moved, including those that the guest does not see.
     outcome.frames = match scenario.traffic {
         Traffic::Transmit | Traffic::ThereAndBack => after.rx_packets - before.1.rx_packets,
         Traffic::Receive if load.guest.is_none() => after.tx_packets - before.1.tx_packets,
@@ -115,11 +116,11 @@ fn measure(arguments: &Arguments) -> Result<Option<Outcome>> {
     Ok(Some(Outcome { seconds, used, ..outcome }))
 }
 
-/// Waits for a TAP that the back-end makes, and sets it up.
+/// Waits until the back-end has created the TAP, and brings its interface up.
 fn wait_interface(tap: &str) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     while !netns::exists(tap) {
-        ensure!(Instant::now() < deadline, "{tap} is not there");
+        ensure!(Instant::now() < deadline, "timed out before {tap} existed");
         std::thread::sleep(Duration::from_millis(1));
     }
     netns::set_up(tap)?;
@@ -191,19 +192,19 @@ impl Load {
         while Instant::now() < end {
             match (self.scenario.traffic, self.guest.is_some()) {
                 (Traffic::Transmit, true) => self.transmit(end)?,
-                // The TAP without virtio sends by itself.
+                // The process with the bare TAP sends by itself.
                 (_, false) if self.scenario.traffic == Traffic::Transmit => {
                     std::thread::sleep(end.saturating_duration_since(Instant::now()));
                 }
                 (Traffic::Receive | Traffic::ThereAndBack, _) => self.receive()?,
                 (Traffic::PingPong, _) => self.ping_pong()?,
                 (Traffic::Paced { rate, burst }, _) => self.paced(rate, burst, end)?,
-                (Traffic::Transmit, false) => bail!("no guest"),
+                (Traffic::Transmit, false) => bail!("no guest to transmit"),
             }
             if self.outcome.frames > progress.1 {
                 progress = (Instant::now(), self.outcome.frames);
             }
-            ensure!(self.guest.is_none() || progress.0.elapsed() < PATIENCE, "the back-end moves nothing");
+            ensure!(self.guest.is_none() || progress.0.elapsed() < PATIENCE, "the back-end moves no frames");
         }
         let pairs = self.guest.iter().flat_map(|guest| &guest.pairs);
         self.outcome.kicks = pairs.map(|pair| pair.receive.kicks + pair.transmit.kicks).sum();
@@ -243,14 +244,15 @@ impl Load {
         Ok(())
     }
 
-    /// TAP to guest, and back if the scenario says so.
+    /// TAP to guest, and back if the scenario requires it.
     fn receive(&mut self) -> Result<()> {
         self.burst.send(self.network.as_fd(), BURST)?;
         self.take_received()?;
         Ok(())
     }
 
-    /// Takes what the guest has received, and sends it back where that is the scenario. Returns whether there was any.
+    /// Takes the frames that the guest has received, and sends them back if the scenario requires it. Returns whether
+    /// there were any.
     fn take_received(&mut self) -> Result<bool> {
         let now = self.now();
         let Some(guest) = &mut self.guest else { return Ok(false) };
@@ -303,7 +305,7 @@ impl Load {
         Ok(any)
     }
 
-    /// One frame there and back.
+    /// Sends one frame there and back.
     fn ping_pong(&mut self) -> Result<()> {
         let began = Instant::now();
         let overdue = began + PATIENCE;
@@ -312,24 +314,24 @@ impl Load {
             if self.scenario.sleeps {
                 self.sleep(|pair| [(false, pair)], Some(overdue))?;
             }
-            ensure!(Instant::now() < overdue, "a frame does not arrive in the guest");
+            ensure!(Instant::now() < overdue, "timed out before a frame arrived in the guest");
         }
         while self.network.try_receive()?.is_none() {
             if self.scenario.sleeps {
                 let mut fds = [PollFd::new(self.network.as_fd(), PollFlags::POLLIN)];
                 nix::poll::ppoll(&mut fds, Some(TimeSpec::from_duration(PATIENCE)), None)?;
             }
-            ensure!(Instant::now() < overdue, "a frame does not come back");
+            ensure!(Instant::now() < overdue, "timed out before a frame came back");
         }
         self.outcome.times.push(u64::try_from(began.elapsed().as_nanos())?);
         Ok(())
     }
 
-    /// TAP to guest: what is due now.
+    /// TAP to guest: sends the burst that is due, if any.
     fn paced(&mut self, rate: u32, burst: u32, end: Instant) -> Result<()> {
         let interval = 1_000_000_000 * u64::from(burst) / u64::from(rate);
         let now = self.now();
-        // What could not be sent in time is not made up for.
+        // Do not make up for bursts that were not sent in time.
         self.due = self.due.max(now.saturating_sub(interval));
         if self.due <= now {
             let burst = usize::try_from(burst)?;
@@ -344,8 +346,8 @@ impl Load {
         Ok(())
     }
 
-    /// Sleeps until the device calls, as a guest does, or until `end`. `rings` has the rings to be woken by: of a pair its
-    /// transmit ring (`true`), or its receive ring.
+    /// Sleeps until the device calls, as a guest does, or until `end`. `rings` returns the rings of a pair whose calls
+    /// end the sleep: its transmit ring (`true`) or its receive ring.
     fn sleep<const N: usize>(
         &mut self,
         rings: impl for<'a> Fn(&'a Pair) -> [(bool, &'a Pair); N],
@@ -361,7 +363,7 @@ impl Load {
         let mut fds: Vec<_> =
             rings.iter().map(|ring| PollFd::new(ring.call.as_fd(), PollFlags::POLLIN)).collect();
         let left = end.map(|end| TimeSpec::from_duration(end.saturating_duration_since(Instant::now())));
-        nix::poll::ppoll(&mut fds, left, None).context("wait for a call")?;
+        nix::poll::ppoll(&mut fds, left, None).context("cannot wait for a call")?;
         for ring in rings {
             self.outcome.calls += ring.take_calls()?;
         }

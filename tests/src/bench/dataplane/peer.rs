@@ -1,4 +1,4 @@
-//! The back-ends that are compared, and how each is started.
+//! The back-ends to compare, and how to start each.
 
 use std::ffi::OsString;
 use std::io::PipeWriter;
@@ -23,34 +23,34 @@ pub struct Peer {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Kind {
-    /// A program and its arguments, with `{sock}`, `{tap}` and `{pairs}` in them.
+    /// A program and its arguments, which contain the placeholders `{sock}`, `{tap}` and `{pairs}`.
     Command(Vec<String>),
-    /// DPDK's testpmd between a vhost-user device and a TAP that it makes.
+    /// DPDK's testpmd between a vhost-user device and a TAP that it creates.
     Dpdk,
-    /// No virtio.
+    /// A TAP without virtio.
     Bare { transmit: Mode },
 }
 
-/// A back-end that runs.
+/// A running back-end.
 #[derive(Debug)]
 pub struct Running {
     /// Its process.
     pub process: Process,
-    /// Its socket. Without virtio there is none.
+    /// Its socket; `None` without virtio.
     pub socket: Option<PathBuf>,
-    /// Programs that end when nothing can be written to them.
+    /// Its standard input. Some programs end when that is closed.
     _input: Option<PipeWriter>,
     _directory: tempfile::TempDir,
 }
 
 impl Peer {
-    /// Baton as it is by default, and what it is compared with always.
+    /// Returns Baton with its default options, and the back-ends to compare it with.
     ///
     /// # Errors
-    /// If a program was not built.
+    /// Returns an error if a program was not built.
     pub fn standard() -> Result<Vec<Self>> {
         let program = |name: &str, path: &Path, options: &[&str]| -> Result<Self> {
-            let path = path.to_str().context("a path that is not UTF-8")?;
+            let path = path.to_str().context("the program's path is not UTF-8")?;
             let options = options.iter().map(|option| (*option).to_owned());
             let words = [path.to_owned()].into_iter().chain(options).collect();
             Ok(Self { name: name.to_owned(), kind: Kind::Command(words) })
@@ -65,16 +65,16 @@ impl Peer {
         ])
     }
 
-    /// Whether it is no back-end, but the limit.
+    /// Returns whether it is a TAP without virtio rather than a back-end.
     pub fn is_bare(&self) -> bool {
         matches!(self.kind, Kind::Bare { .. })
     }
 
-    /// Whether it can be tried with this scenario.
+    /// Returns whether it can run this scenario.
     pub fn can(&self, scenario: &Scenario) -> bool {
         match self.kind {
             Kind::Command(_) => true,
-            // Its TAP has one queue, and it does not cut large frames.
+            // Its TAP has one queue, and it does not segment large frames.
             Kind::Dpdk => scenario.pairs == 1 && !scenario.is_large() && !scenario.event_idx,
             Kind::Bare { transmit: Mode::IoUring } => {
                 scenario.has_bare() && scenario.traffic == Traffic::Transmit
@@ -83,19 +83,19 @@ impl Peer {
         }
     }
 
-    /// Whether it makes the TAP itself.
+    /// Returns whether it creates the TAP itself.
     pub fn makes_tap(&self) -> bool {
         self.kind == Kind::Dpdk
     }
 
-    /// Starts it, with a TAP of this name.
+    /// Starts it on the TAP with this name.
     ///
     /// # Errors
-    /// If it cannot be started.
+    /// Returns an error if it cannot be started.
     pub fn start(&self, scenario: &Scenario, tap: &str) -> Result<Running> {
         let directory = tempfile::tempdir()?;
         let socket = directory.path().join("vhost-user");
-        let path = socket.to_str().context("a path that is not UTF-8")?;
+        let path = socket.to_str().context("the socket's path is not UTF-8")?;
         let (reader, input) = std::io::pipe()?;
         let start = |words: &[String]| {
             let (program, arguments) = words.split_first().context("no program")?;
@@ -115,7 +115,7 @@ impl Peer {
                 let mode = match scenario.traffic {
                     Traffic::Transmit => *transmit,
                     Traffic::Receive => Mode::Readv,
-                    other => bail!("{other:?} without virtio"),
+                    other => bail!("{other:?} needs virtio"),
                 };
                 let mode = match mode {
                     Mode::Writev => "writev",
@@ -123,7 +123,10 @@ impl Peer {
                     Mode::Readv => "readv",
                 };
                 let mut words = vec![
-                    programs::bench_dataplane()?.to_str().context("a path that is not UTF-8")?.to_owned(),
+                    programs::bench_dataplane()?
+                        .to_str()
+                        .context("the program's path is not UTF-8")?
+                        .to_owned(),
                     "bare".to_owned(),
                     format!("--tap={tap}"),
                     format!("--mode={mode}"),
@@ -136,7 +139,7 @@ impl Peer {
         let socket = if self.is_bare() {
             None
         } else {
-            process.wait_until("it listens", |_| Ok(socket.exists().then_some(())))?;
+            process.wait_until("it listened", |_| Ok(socket.exists().then_some(())))?;
             Some(socket)
         };
         Ok(Running { process, socket, _input: Some(input), _directory: directory })
@@ -144,7 +147,7 @@ impl Peer {
 }
 
 fn dpdk(socket: &str, tap: &str) -> Vec<String> {
-    // Its own, for several at once.
+    // A prefix for each process, so that several can run at once.
     let prefix = format!("--file-prefix=baton-bench-{}", std::process::id());
     let vhost = format!("--vdev=net_vhost0,iface={socket},queues=1");
     let tap = format!("--vdev=net_tap0,iface={tap}");
@@ -158,9 +161,9 @@ fn dpdk(socket: &str, tap: &str) -> Vec<String> {
 impl FromStr for Peer {
     type Err = anyhow::Error;
 
-    /// A peer from `NAME: PROGRAM ARGUMENT…`, in whose words `{sock}`, `{tap}` and `{pairs}` are filled in.
+    /// Parses `NAME: PROGRAM ARGUMENT…`. In the arguments `{sock}`, `{tap}` and `{pairs}` are placeholders.
     fn from_str(text: &str) -> Result<Self> {
-        let (name, command) = text.split_once(": ").context("not of the form NAME: PROGRAM ARGUMENT…")?;
+        let (name, command) = text.split_once(": ").context("expected NAME: PROGRAM ARGUMENT…")?;
         let words: Vec<_> = command.split_whitespace().map(str::to_owned).collect();
         if !words.iter().any(|word| word.contains("{sock}")) {
             bail!("{name}: {{sock}} must be among the arguments");
@@ -174,7 +177,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_peer_has_a_name_and_a_socket() {
+    fn peer_needs_a_name_and_a_socket() {
         let peer: Peer =
             "crosvm: /opt/crosvm device net --socket-path {sock} --tap-name {tap}".parse().unwrap();
         assert_eq!(peer.name, "crosvm");

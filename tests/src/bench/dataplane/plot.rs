@@ -1,4 +1,4 @@
-//! Pictures of the results, as SVG: bars against the limit, and the distribution of frames' times.
+//! Draws the results as SVG: bars of the back-ends' efficiency, and the distribution of the frames' times.
 
 use std::path::Path;
 
@@ -26,10 +26,11 @@ const COLOURS: [RGBColor; 6] = [
 type Panel<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 type Drawn = Result<(), Box<dyn std::error::Error>>;
 
-/// Draws the work for a second of processor time, for each scenario in which all have the same to do.
+/// Draws the work per second of processor time, for each scenario with a full load, a driver that polls and one queue
+/// pair.
 ///
 /// # Errors
-/// If the file cannot be written.
+/// Returns an error if the file cannot be written.
 pub fn bars(path: &Path, cells: &[Cell]) -> Result<()> {
     let scenarios: Vec<Scenario> = unique(cells)
         .into_iter()
@@ -87,10 +88,10 @@ fn bar_chart(panel: &Panel<'_>, scenario: &Scenario, values: &[(usize, f64)]) ->
     Ok(())
 }
 
-/// Draws what part of the frames takes no longer than a time, for ping-pong.
+/// Draws the cumulative distribution of the frames' times in the ping-pong scenarios.
 ///
 /// # Errors
-/// If the file cannot be written.
+/// Returns an error if the file cannot be written.
 pub fn times(path: &Path, cells: &[Cell]) -> Result<()> {
     let scenarios: Vec<_> = unique(cells).into_iter().filter(Scenario::is_ping_pong).collect();
     draw(path, (1280, 420), |area| {
@@ -103,7 +104,7 @@ pub fn times(path: &Path, cells: &[Cell]) -> Result<()> {
     })
 }
 
-#[expect(clippy::cast_precision_loss, reason = "places in a picture")]
+#[expect(clippy::cast_precision_loss, reason = "coordinates in a picture")]
 fn time_chart(panel: &Panel<'_>, scenario: &Scenario, cells: &[Cell]) -> Drawn {
     let row: Vec<_> = cells.iter().filter(|cell| cell.scenario == *scenario).enumerate().collect();
     let lines: Vec<(usize, Vec<(f64, f64)>)> = row
@@ -131,7 +132,7 @@ fn time_chart(panel: &Panel<'_>, scenario: &Scenario, cells: &[Cell]) -> Drawn {
     chart
         .configure_mesh()
         .x_desc("round trip, µs")
-        .y_desc("part of the frames")
+        .y_desc("fraction of frames")
         .x_label_formatter(&|value| format!("{value:.0}"))
         .light_line_style(WHITE)
         .draw()?;
@@ -141,7 +142,7 @@ fn time_chart(panel: &Panel<'_>, scenario: &Scenario, cells: &[Cell]) -> Drawn {
     Ok(())
 }
 
-/// The names of all back-ends in a row.
+/// Draws the names of all back-ends in a row.
 fn legend(panel: &Panel<'_>, cells: &[Cell]) -> Drawn {
     let mut chart = ChartBuilder::on(panel).build_cartesian_2d(0.0..1.0, 0.0..1.0)?;
     let Some(first) = cells.first() else { return Ok(()) };
@@ -169,5 +170,5 @@ fn draw(path: &Path, size: (u32, u32), action: impl FnOnce(&Panel<'_>) -> Drawn)
     let area = SVGBackend::new(path, size).into_drawing_area();
     area.fill(&WHITE).map_err(|error| anyhow!("{error}"))?;
     action(&area).map_err(|error| anyhow!("{error}"))?;
-    area.present().map_err(|error| anyhow!("write {}: {error}", path.display()))
+    area.present().map_err(|error| anyhow!("cannot write {}: {error}", path.display()))
 }

@@ -1,4 +1,4 @@
-//! The measured part of the page on performance.
+//! Writes the measured part of `docs/performance.md`.
 
 use std::fmt::Write as _;
 
@@ -7,24 +7,24 @@ use super::run::Cell;
 use super::scenario::Scenario;
 use crate::bench::page::Machine;
 
-/// The back-end that all others are compared with: the first one.
+/// The name of the first back-end, which the others are compared with.
 const OWN: &str = "Baton";
-/// How a TAP without virtio is called.
+/// The name of the TAP without virtio, with which the names of its variants begin.
 const BARE: &str = "bare TAP";
 
-/// Median, least and most of a cell's rounds.
+/// The median, minimum and maximum over a cell's rounds.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Spread {
     /// The median.
     pub median: f64,
-    /// The least.
+    /// The minimum.
     pub least: f64,
-    /// The most.
+    /// The maximum.
     pub most: f64,
 }
 
 impl Spread {
-    /// Of these values. `None` without any.
+    /// Computes the spread of these values. Returns `None` if there are none.
     pub fn of(values: impl IntoIterator<Item = f64>) -> Option<Self> {
         let mut values: Vec<_> = values.into_iter().collect();
         values.sort_by(f64::total_cmp);
@@ -41,12 +41,12 @@ impl Spread {
 
 #[expect(clippy::cast_precision_loss, reason = "figures with three digits")]
 impl Outcome {
-    /// Work a second: thousand frames, or gigabits where frames are large.
+    /// Returns the work per second: thousand frames, or gigabits if frames are large.
     pub fn rate(&self, scenario: &Scenario) -> f64 {
         self.work(scenario) / self.seconds
     }
 
-    /// Work for a second of the back-end's processor time.
+    /// Returns the work per second of the back-end's processor time.
     pub fn efficiency(&self, scenario: &Scenario) -> f64 {
         self.work(scenario) / (self.used.cpu.max(1) as f64 / 1e9)
     }
@@ -59,17 +59,17 @@ impl Outcome {
         }
     }
 
-    /// Processor time in percent of one processor.
+    /// Returns the processor time in percent of one processor.
     pub fn load(&self) -> f64 {
         self.used.cpu as f64 / 1e7 / self.seconds
     }
 
-    /// Processor time a frame, in microseconds.
+    /// Returns the processor time per frame in microseconds.
     pub fn cpu_per_frame(&self) -> f64 {
         self.used.cpu as f64 / 1e3 / self.frames.max(1) as f64
     }
 
-    /// A quantile of the frames' times, in microseconds.
+    /// Returns a quantile of the frames' times in microseconds.
     pub fn time(&self, of_thousand: usize) -> f64 {
         let rank = (self.times.len() * of_thousand).div_ceil(1000).saturating_sub(1);
         self.times.get(rank).copied().unwrap_or_default() as f64 / 1e3
@@ -81,16 +81,16 @@ impl Outcome {
 }
 
 impl Cell {
-    /// What `value` gives for each round.
+    /// Returns the spread of `value` over the rounds.
     pub fn spread(&self, value: impl Fn(&Outcome) -> f64) -> Option<Spread> {
         Spread::of(self.outcomes.iter().map(value))
     }
 }
 
-/// The measured part, in Markdown. `plots` are the names of pictures.
+/// Formats the measured part as Markdown. `plots` are the file names of the plots.
 pub fn text(machine: &Machine, cells: &[Cell], rounds: usize, milliseconds: u64, plots: &[&str]) -> String {
     let mut text = String::new();
-    // Writing to a string does not fail.
+    // Writing to a string cannot fail.
     let _ = write(&mut text, machine, cells, rounds, milliseconds, plots);
     text
 }
@@ -106,27 +106,27 @@ fn write(
     let Machine { processors, kernel, load } = machine;
     writeln!(
         text,
-        "Measured on {processors}, Linux {kernel}, load {load} before it began: {rounds} rounds of"
+        "Measured on {processors}, Linux {kernel}, at a load average of {load} before the start. Each cell is the"
     )?;
     writeln!(
         text,
-        "{milliseconds} ms a cell. Each figure is the median, and in brackets the least and the most.\n"
+        "median of {rounds} rounds of {milliseconds} ms, with the minimum and the maximum in brackets.\n"
     )?;
     for plot in plots {
         writeln!(text, "![{plot}]({plot})\n")?;
     }
     let rows = rows(cells);
-    writeln!(text, "### Work for a second of the back-end's processor time\n")?;
+    writeln!(text, "### Work per second of the back-end's processor time\n")?;
     writeln!(text, "Thousand frames, or gigabits for frames of 64 KiB.\n")?;
     let flood = |scenario: &Scenario| !scenario.is_ping_pong();
     compared(text, &rows, flood, |scenario, outcome| outcome.efficiency(scenario))?;
-    writeln!(text, "\n### Work a second\n")?;
+    writeln!(text, "\n### Work per second\n")?;
     writeln!(text, "Thousand frames, or gigabits for frames of 64 KiB.\n")?;
     let flood = |scenario: &Scenario| !scenario.is_ping_pong() && !scenario.is_paced();
     compared(text, &rows, flood, |scenario, outcome| outcome.rate(scenario))?;
     writeln!(text, "\n### Frames' times\n")?;
-    writeln!(text, "Microseconds, of a round trip where the row says ping-pong, else of one way.\n")?;
-    writeln!(text, "| | back-end | p50 | p99 | p99.9 | processor, µs a frame | processor, % |")?;
+    writeln!(text, "Microseconds: of a round trip for ping-pong, of one way otherwise.\n")?;
+    writeln!(text, "| | back-end | p50 | p99 | p99.9 | processor, µs per frame | processor, % |")?;
     writeln!(text, "|---|---|---|---|---|---|---|")?;
     for (scenario, row) in rows.iter().filter(|(scenario, _)| scenario.is_ping_pong() || scenario.is_paced())
     {
@@ -139,10 +139,10 @@ fn write(
             writeln!(text, " {per_frame} | {} |", figure(cell.spread(Outcome::load)))?;
         }
     }
-    writeln!(text, "\n### What the back-end does for a thousand frames\n")?;
+    writeln!(text, "\n### System calls and notifications per thousand frames\n")?;
     writeln!(
         text,
-        "Reads and writes are system calls of the back-end; sleeps are waits of its threads. Medians.\n"
+        "Medians. Reads and writes are system calls of the back-end, sleeps are waits of its threads.\n"
     )?;
     writeln!(text, "| | back-end | reads and writes | sleeps | kicks | calls |")?;
     writeln!(text, "|---|---|---|---|---|---|")?;
@@ -165,7 +165,7 @@ fn write(
     Ok(())
 }
 
-/// The cells of each scenario.
+/// Groups the cells by scenario.
 fn rows(cells: &[Cell]) -> Vec<(Scenario, Vec<&Cell>)> {
     let mut rows: Vec<(Scenario, Vec<&Cell>)> = Vec::new();
     for cell in cells {
@@ -177,7 +177,8 @@ fn rows(cells: &[Cell]) -> Vec<(Scenario, Vec<&Cell>)> {
     rows
 }
 
-/// A table of one value: a column for each back-end, then how the first one stands against the best and the limit.
+/// Writes a table of one value: a column for each back-end, then the ratios of Baton to the best other one and to the
+/// bare TAP.
 fn compared(
     text: &mut String,
     rows: &[(Scenario, Vec<&Cell>)],
@@ -220,7 +221,7 @@ fn figure(spread: Option<Spread>) -> String {
     }
 }
 
-/// With three digits, or all that are before the point.
+/// Formats a value with three digits, or with all digits before the point if those are more.
 fn digits(value: f64) -> String {
     match value {
         value if value >= 100.0 => format!("{value:.0}"),
@@ -234,7 +235,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_median_is_in_the_middle() {
+    fn median_is_the_middle_value() {
         let spread = Spread::of([3.0, 1.0, 2.0, 10.0]);
         assert_eq!(spread, Some(Spread { median: 2.5, least: 1.0, most: 10.0 }));
         assert_eq!(Spread::of([]), None);
@@ -242,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn quantiles_are_of_sorted_times() {
+    fn quantiles_are_taken_from_sorted_times() {
         let outcome = Outcome { times: (1..=1000).map(|time| time * 1000).collect(), ..Outcome::default() };
         assert_eq!([500, 990, 999, 1000].map(|of| outcome.time(of)), [500.0, 990.0, 999.0, 1000.0]);
     }

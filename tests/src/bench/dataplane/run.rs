@@ -1,4 +1,4 @@
-//! The rounds: each scenario with each back-end, one after the other, in an order that rotates.
+//! Runs the rounds: each scenario with each back-end, one after the other, in an order that rotates.
 
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -13,17 +13,17 @@ use crate::netns::Netns;
 use crate::process::Process;
 use crate::programs;
 
-/// The TAP of each cell, in a namespace of its own.
+/// The TAP of each cell, in the cell's namespace.
 const TAP: &str = "tap0";
 
-/// How to measure.
+/// The settings of the benchmark.
 #[derive(Clone, Copy, Debug)]
 pub struct Settings {
-    /// How often each cell is measured.
+    /// Number of rounds.
     pub rounds: usize,
-    /// For how long, in milliseconds.
+    /// Duration of each measurement in milliseconds.
     pub milliseconds: u64,
-    /// Give the load the last processor, and the back-end the others.
+    /// Whether the load has the last processor, and the back-end the others.
     pub pinned: bool,
 }
 
@@ -34,12 +34,12 @@ pub struct Cell {
     pub scenario: Scenario,
     /// The back-end's name.
     pub peer: String,
-    /// What came of each round. Empty if the back-end cannot do the scenario.
+    /// The result of each round. Empty if the back-end does not support the scenario.
     pub outcomes: Vec<Outcome>,
 }
 
 impl Cell {
-    /// With the quantiles of frames' times instead of all of these.
+    /// Replaces the times of all frames by their quantiles.
     #[must_use]
     pub fn summarised(mut self) -> Self {
         for outcome in &mut self.outcomes {
@@ -52,10 +52,10 @@ impl Cell {
     }
 }
 
-/// Measures all `scenarios` with all `peers`. `say` hears what is done.
+/// Measures all `scenarios` with all `peers`. Reports progress to `say`.
 ///
 /// # Errors
-/// If a cell fails.
+/// Returns an error if a measurement fails.
 pub fn run(
     scenarios: &[Scenario],
     peers: &[Peer],
@@ -112,7 +112,7 @@ fn measure(scenario: &Scenario, peer: &Peer, settings: Settings) -> Result<Optio
     let status = load.wait()?;
     ensure!(
         status.success(),
-        "the load ended ({status}):\n{}\nthe back-end's log:\n{}",
+        "the load failed ({status}):\n{}\nlog of the back-end:\n{}",
         load.log(),
         running.process.log()
     );

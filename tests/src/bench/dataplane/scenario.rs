@@ -1,4 +1,4 @@
-//! What is measured: which frames go where, and how the driver behaves.
+//! The scenarios: which frames go where, and how the driver behaves.
 
 use serde::{Deserialize, Serialize};
 
@@ -9,23 +9,23 @@ const FULL: usize = 1514;
 /// A TCP frame of 45 segments: Ethernet, IPv4 and TCP headers, and 45 × 1448 bytes.
 pub const LARGE: usize = 54 + 45 * 1448;
 
-/// Which way frames go.
+/// The direction of the frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Traffic {
-    /// Guest to TAP, as many as the back-end takes.
+    /// Guest to TAP, as many frames as the back-end takes.
     Transmit,
-    /// TAP to guest, more than the back-end takes.
+    /// TAP to guest, more frames than the back-end takes.
     Receive,
-    /// TAP to guest, and from there back.
+    /// TAP to guest and back.
     ThereAndBack,
-    /// One frame there and back, then the next one.
+    /// One frame at a time, there and back.
     PingPong,
     /// TAP to guest, at a steady rate.
     Paced {
-        /// Frames a second.
+        /// Frames per second.
         rate: u32,
-        /// Frames that come together.
+        /// Frames that are sent together.
         burst: u32,
     },
 }
@@ -33,17 +33,17 @@ pub enum Traffic {
 /// A row of the tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Scenario {
-    /// Which way frames go.
+    /// The direction of the frames.
     pub traffic: Traffic,
-    /// The length of a frame, without the virtio-net header.
+    /// Length of a frame, without the virtio-net header.
     pub frame: usize,
-    /// Queue pairs.
+    /// Number of queue pairs.
     pub pairs: u16,
-    /// The driver waits for calls instead of polling its rings.
+    /// Whether the driver waits for calls instead of polling its rings.
     pub sleeps: bool,
-    /// The driver negotiates `EVENT_IDX`.
+    /// Whether the driver negotiates `EVENT_IDX`.
     pub event_idx: bool,
-    /// Large frames go into mergeable receive buffers of 2 KiB, instead of 64 KiB each.
+    /// Whether receive buffers are mergeable. If so, a large frame goes into many of 2 KiB, else into one of 64 KiB.
     pub mergeable: bool,
 }
 
@@ -64,12 +64,12 @@ const fn receive(frame: usize) -> Scenario {
     Scenario { traffic: Traffic::Receive, frame, ..BASE }
 }
 
-/// At a steady rate, to a driver that sleeps as a guest does.
+/// Returns a steady rate to a driver that sleeps, as a guest does.
 const fn paced(rate: u32) -> Scenario {
     Scenario { traffic: Traffic::Paced { rate, burst: 1 }, sleeps: true, event_idx: true, ..BASE }
 }
 
-/// All of them.
+/// All scenarios.
 pub const ALL: [Scenario; 23] = [
     transmit(64),
     transmit(512),
@@ -97,28 +97,28 @@ pub const ALL: [Scenario; 23] = [
 ];
 
 impl Scenario {
-    /// Whether frames are of many segments.
+    /// Returns whether frames consist of many segments.
     pub fn is_large(&self) -> bool {
         self.frame > FULL
     }
 
-    /// Whether one thing counts: a frame's time.
+    /// Returns whether only one frame is under way at a time.
     pub fn is_ping_pong(&self) -> bool {
         self.traffic == Traffic::PingPong
     }
 
-    /// Whether the load is the same for all back-ends.
+    /// Returns whether frames are sent at a fixed rate.
     pub fn is_paced(&self) -> bool {
         matches!(self.traffic, Traffic::Paced { .. })
     }
 
-    /// Whether a TAP without virtio can do it.
+    /// Returns whether a TAP without virtio can run it.
     pub fn has_bare(&self) -> bool {
         let one_way = matches!(self.traffic, Traffic::Transmit | Traffic::Receive);
         one_way && !self.sleeps && self.pairs == 1
     }
 
-    /// What the driver accepts of what is offered.
+    /// Returns the features that the driver accepts if they are offered.
     pub fn features(&self) -> u64 {
         let mut wanted = features::VERSION_1 | features::PROTOCOL_FEATURES | features::IN_ORDER;
         if self.mergeable {
@@ -130,7 +130,7 @@ impl Scenario {
         wanted | self.needed_features()
     }
 
-    /// What the scenario makes no sense without.
+    /// Returns the features that the scenario requires.
     pub fn needed_features(&self) -> u64 {
         let mut needed = 0;
         if self.is_large() {
@@ -151,12 +151,12 @@ impl Scenario {
         needed
     }
 
-    /// Descriptors of each queue. A large frame takes many.
+    /// Returns the number of descriptors in each queue. A large frame needs many.
     pub fn queue_size(&self) -> u16 {
         if self.is_large() && self.mergeable { 1024 } else { 256 }
     }
 
-    /// Its name in tables.
+    /// Returns its name in tables.
     pub fn name(&self) -> String {
         let mut name = match self.traffic {
             Traffic::Transmit => "guest → TAP".to_owned(),

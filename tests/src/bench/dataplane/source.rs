@@ -1,4 +1,4 @@
-//! The network: frames that are sent to the TAP's owner, many with one system call.
+//! The network: sends frames to the TAP's owner, many with one system call.
 #![expect(unsafe_code, reason = "sendmmsg takes structures that point to each other")]
 
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -13,13 +13,13 @@ use crate::fake_frontend::net::{GSO_TCPV4, NEEDS_CSUM};
 const HEADER: usize = 10;
 /// An Ethernet type for local experiments: no protocol of the kernel takes it.
 const EXPERIMENT: [u8; 2] = [0x88, 0xb5];
-/// Where a frame has its time stamp.
+/// Offset of a frame's time stamp.
 pub const STAMP: usize = 14;
 
-/// A frame of `length` bytes with its virtio-net header. A large one is to be cut into TCP segments.
+/// Returns a frame of `length` bytes and its virtio-net header, which asks to cut a large frame into TCP segments.
 pub fn frame(length: usize) -> (NetHeader, Vec<u8>) {
     let mut bytes = vec![0; length];
-    // To another host than the TAP's, and from one.
+    // The addresses of two other hosts, not the TAP's.
     bytes[..12].copy_from_slice(&[2, 0xba, 0x70, 0, 0, 2, 2, 0xba, 0x70, 0, 0, 3]);
     if length <= 1514 {
         bytes[12..14].copy_from_slice(&EXPERIMENT);
@@ -55,7 +55,8 @@ pub struct Burst {
 }
 
 impl Burst {
-    /// So many frames of `length` bytes each. Their source addresses differ, so that the kernel spreads them over queues.
+    /// Creates `count` frames of `length` bytes. Their source addresses differ, so that the kernel spreads them over
+    /// the queues.
     pub fn new(count: usize, length: usize) -> Self {
         let (header, bytes) = frame(length);
         let frames = (0..count)
@@ -73,10 +74,10 @@ impl Burst {
         self.frames[nth][HEADER + STAMP..][..8].copy_from_slice(&stamp.to_le_bytes());
     }
 
-    /// Sends the first `count` frames on a packet socket. The interface may drop some, and nothing tells.
+    /// Sends the first `count` frames on a packet socket. The interface may drop some without an error.
     ///
     /// # Errors
-    /// The system's, but for a full interface.
+    /// Returns an error if a system call fails, except because the interface is full.
     pub fn send(&mut self, socket: BorrowedFd<'_>, count: usize) -> Result<()> {
         let mut vectors: Vec<libc::iovec> = self.frames[..count]
             .iter_mut()
@@ -101,7 +102,7 @@ impl Burst {
             match Errno::result(result) {
                 Ok(0) => bail!("sendmmsg sent nothing"),
                 Ok(count) => sent += usize::try_from(count)?,
-                // The interface has dropped this one.
+                // The interface dropped this frame.
                 Err(Errno::ENOBUFS) => sent += 1,
                 Err(Errno::EAGAIN) => return Ok(()),
                 Err(errno) => return Err(errno).context("sendmmsg"),
@@ -116,7 +117,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_large_frame_has_the_checksum_of_its_ip_header() {
+    fn large_frame_has_a_valid_ip_header_checksum() {
         let (_, bytes) = frame(super::super::scenario::LARGE);
         let sum: u32 =
             bytes[14..34].chunks_exact(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();

@@ -1,4 +1,4 @@
-//! What a process has used so far.
+//! The resources that a process has used.
 
 use std::fs;
 
@@ -7,22 +7,22 @@ use nix::time::{ClockId, clock_getcpuclockid};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
-/// What a process has used, or used between two moments.
+/// The resources that a process has used, in all or between two moments.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Usage {
     /// Processor time of all its threads, in nanoseconds.
     pub cpu: u64,
-    /// System calls that read or wrote.
+    /// Number of system calls that read or write.
     pub transfers: u64,
     /// How often a thread went to sleep.
     pub sleeps: u64,
 }
 
 impl Usage {
-    /// What process `pid` has used so far.
+    /// Returns what process `pid` has used so far.
     ///
     /// # Errors
-    /// If there is no such process, or the kernel does not tell.
+    /// Returns an error if the process does not exist, or the kernel does not report its usage.
     pub fn of(pid: u32) -> Result<Self> {
         let clock: ClockId = clock_getcpuclockid(Pid::from_raw(i32::try_from(pid)?))?;
         let cpu = std::time::Duration::from(clock.now()?);
@@ -36,7 +36,7 @@ impl Usage {
         Ok(Self { cpu: u64::try_from(cpu.as_nanos())?, transfers, sleeps })
     }
 
-    /// What it has used since it had used `before`.
+    /// Returns what it has used since `before`.
     #[must_use]
     pub fn since(self, before: Self) -> Self {
         Self {
@@ -49,7 +49,7 @@ impl Usage {
 
 fn field(text: &str, name: &str) -> Result<u64> {
     let value = text.lines().find_map(|line| line.strip_prefix(name));
-    Ok(value.with_context(|| format!("no {name}"))?.trim().parse()?)
+    Ok(value.with_context(|| format!("{name} is missing"))?.trim().parse()?)
 }
 
 #[cfg(test)]
@@ -57,7 +57,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn work_shows_in_the_usage() {
+    fn work_increases_usage() {
         let before = Usage::of(std::process::id()).unwrap();
         let until = before.cpu + 1_000_000;
         while Usage::of(std::process::id()).unwrap().cpu < until {}

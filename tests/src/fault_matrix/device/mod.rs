@@ -34,7 +34,7 @@ pub const HURRY: u32 = 4;
 #[derive(Debug)]
 pub struct Fixture {
     kind: Kind,
-    /// The divisor of all timeouts.
+    /// The divisor of the timeouts that `BATON_HURRY` shortens.
     hurry: u32,
     traveller: Traveller,
     /// The fewest descriptors that each process had after a case. Counted separately once the back-end has put the TAP

@@ -118,7 +118,7 @@ impl Fixture {
                 }
                 Fate::Returns => {
                     let (at, reason) = attempt.end_rolled_back()?;
-                    ensure!(at == "commit" && reason.ends_with("has taken it back"), "{at}: {reason}");
+                    ensure!(at == "commit" && reason.ends_with("took it back"), "{at}: {reason}");
                 }
                 _ => {
                     attempt.end_completed()?;

@@ -96,8 +96,7 @@ fn back_end_survives_every_request_of_every_size(datapath: Datapath) {
                 let device = prepare(victim.rig.backend.connect().unwrap(), Negotiated);
                 let message = Message::new(request, vec![0; size]).with_need_reply();
                 say_with(&device, &message, &vec![event.as_fd(); fds]);
-                // At the end of the connection the back-end has read everything. What it does with it is up to the
-                // back-end.
+                // The connection ends when the back-end has read everything. The test does not judge the replies.
                 device.connection.stream().shutdown(std::net::Shutdown::Write).unwrap();
                 while let Ok(Some(_)) = device.connection.try_receive() {}
             }
@@ -124,7 +123,7 @@ fn back_end_survives_a_socket_closed_at_any_point(datapath: Datapath) {
     }
 }
 
-/// The `vhost` crate accepts 32. With more it goes on to read what has not been sent.
+/// The `vhost` crate accepts 32 descriptors. If a message has more, it continues to read bytes that were not sent.
 fn surplus_descriptors_do_not_hold_up_the_back_end(datapath: Datapath) {
     let mut victim = Victim::new(datapath).unwrap();
     let event = eventfd();
@@ -139,7 +138,8 @@ fn surplus_descriptors_do_not_hold_up_the_back_end(datapath: Datapath) {
     victim.check().unwrap();
 }
 
-/// The last close of a TCP socket waits until its data is sent (socket(7), `SO_LINGER`).
+/// A front-end passes a TCP socket with `SO_LINGER` and unsent data. The last close of it waits until the data is sent
+/// (socket(7)).
 fn lingering_close_does_not_hold_up_the_back_end(datapath: Datapath) {
     let mut victim = Victim::new(datapath).unwrap();
     netns::set_up("lo").unwrap();
