@@ -1,6 +1,6 @@
 # The developer's commands. Each first installs what it needs: see tests/setup.
 
-.PHONY: help setup demo test soak bench bench-handover check clean
+.PHONY: help setup demo test soak bench bench-handover bench-dataplane check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -9,8 +9,9 @@ help:
 	@echo 'make test    run all the tests'
 	@echo 'make soak    inject every fault at every step, then run the tests while back-ends are briefly stopped;'
 	@echo '             SOAK_ROUNDS=N repeats both N times'
-	@echo 'make bench   run all benchmarks; needs an otherwise idle machine. bench-handover (about ten minutes) writes'
-	@echo '             docs/handover-blackout.md and .svg'
+	@echo 'make bench   run both benchmarks; needs an otherwise idle machine. bench-handover (about ten minutes) writes'
+	@echo '             docs/handover-blackout.md and .svg, bench-dataplane (about 20 minutes) docs/performance.md.'
+	@echo '             PEER="NAME: PROGRAM ... {sock} ... {tap}; ..." compares further back-ends'
 	@echo 'make check   check format, lints and documentation'
 	@echo 'make setup   install what these commands need; they also do so themselves'
 	@echo 'make clean   remove all build output'
@@ -37,12 +38,18 @@ test: setup
 	cargo nextest run --workspace
 	cargo test --workspace --doc
 
-bench: bench-handover
+bench: bench-handover bench-dataplane
 
 # Measures the blackout of a session's hand-over. QUICK=1 only checks that the benchmark works, and writes to target/.
 bench-handover: setup
 	cargo build --release -p baton-backend --bin baton-backend -p baton-tests --bin bench-handover
 	target/release/bench-handover $(if $(filter 1,$(QUICK)),--quick --output target/bench)
+
+# Measures how many frames back-ends move, what these cost, and how long they take. PEER='NAME: PROGRAM ARGUMENTS' adds a
+# back-end, with {sock}, {tap} and {pairs} among the arguments; `;` separates several. QUICK=1 as above.
+bench-dataplane: setup
+	cargo build --release -p baton-backend --bin baton-backend -p baton-tests --bin bench-dataplane --bin reference-backend
+	target/release/bench-dataplane $(if $(PEER),--peer='$(PEER)') $(if $(filter 1,$(QUICK)),--quick --output target/bench)
 
 check:
 	cargo fmt --all --check

@@ -35,7 +35,7 @@ struct Arguments {
     #[arg(long, default_value = "docs")]
     output: PathBuf,
     /// Another back-end to compare with: `NAME: PROGRAM ARGUMENT…`, with {sock}, {tap} and {pairs} among the arguments
-    #[arg(long, value_name = "PEER")]
+    #[arg(long, value_name = "PEER", value_delimiter = ';')]
     peer: Vec<Peer>,
     /// Measure only back-ends whose name contains TEXT, and write no files
     #[arg(long, value_name = "TEXT")]

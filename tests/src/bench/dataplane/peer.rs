@@ -72,8 +72,9 @@ impl Peer {
 
     /// Returns whether it can run this scenario.
     pub fn can(&self, scenario: &Scenario) -> bool {
-        match self.kind {
-            Kind::Command(_) => true,
+        match &self.kind {
+            // Without `{pairs}` it has one.
+            Kind::Command(words) => scenario.pairs == 1 || words.iter().any(|word| word.contains("{pairs}")),
             // Its TAP has one queue, and it does not segment large frames.
             Kind::Dpdk => scenario.pairs == 1 && !scenario.is_large() && !scenario.event_idx,
             Kind::Bare { transmit: Mode::IoUring } => {
