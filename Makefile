@@ -1,6 +1,6 @@
 # The developer's commands. Each first installs what it needs: see tests/setup.
 
-.PHONY: help setup demo test soak bench bench-handover bench-dataplane check clean
+.PHONY: help setup demo test soak bench bench-handover bench-dataplane man check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo 'make bench   run both benchmarks; needs an otherwise idle machine. bench-handover (about ten minutes) writes'
 	@echo '             docs/handover-blackout.md and .svg, bench-dataplane (about 20 minutes) docs/performance.md.'
 	@echo '             PEER="NAME: PROGRAM ... {sock} ... {tap}; ..." compares further back-ends'
+	@echo 'make man     write man pages and shell completions to target/man'
 	@echo 'make check   check format, lints and documentation'
 	@echo 'make setup   install what these commands need; they also do so themselves'
 	@echo 'make clean   remove all build output'
@@ -50,6 +51,10 @@ bench-handover: setup
 bench-dataplane: setup
 	cargo build --release -p baton-backend --bin baton-backend -p baton-tests --bin bench-dataplane --bin reference-backend
 	target/release/bench-dataplane $(if $(PEER),--peer='$(PEER)') $(if $(filter 1,$(QUICK)),--quick --output target/bench)
+
+# Man pages and completions come from the command-line definitions.
+man:
+	cargo run --package baton-manual -- target/man
 
 check:
 	cargo fmt --all --check

@@ -1,6 +1,7 @@
-//! The control socket: its server, its client, and the output format of `batonctl`. Also the rate limits for logs.
+//! The control socket: its server, its client, and the command line and output format of `batonctl`. Also the rate limits for logs.
 
 pub mod client;
+pub mod command_line;
 mod error_chain;
 pub mod listing;
 pub mod log_limit;
