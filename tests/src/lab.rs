@@ -45,6 +45,15 @@ pub fn run(body: impl FnOnce() -> Result<()>) -> Result<()> {
     }
 }
 
+/// Runs the body of a test that needs root, TAPs and a KVM that can create VMs, and that runs no guest: on this machine
+/// if it has them, else in the lab. If it runs in the lab, prints why.
+pub fn run_without_guest(body: impl FnOnce() -> Result<()>) -> Result<()> {
+    match Place::find_without_guest()? {
+        Place::Here => body(),
+        Place::Lab(lab) => run_in(&lab),
+    }
+}
+
 /// Runs the current test in the lab.
 fn run_in(lab: &Running) -> Result<()> {
     let name = paths::test_name()?;

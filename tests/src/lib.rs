@@ -5,7 +5,8 @@
 //! or a [`guest`], which boots from [`images`] and generates [`traffic`]. A [`link`] combines all of these with checks.
 //! Most tests run with both [`datapath`]s.
 //!
-//! In [`local_migration`], a guest migrates from one baton-vmm to another, or fails to at a [`fake_target`]. The
+//! In [`local_migration`], a guest migrates from one baton-vmm to another, or fails to at a [`fake_target`]. A
+//! [`fake_source`] sends a baton-vmm anything. The
 //! [`fault_matrix`] makes the processes of migrations and hand-overs die, hang and run out of descriptors. A
 //! [`downscript`] records its runs. A front-end moves [`device_state`], and other [`users`] attempt forbidden requests.
 //! A [`mod@bench`] measures hand-overs. A [`reference_backend`] replaces `baton-backend` without sharing its code. The
@@ -17,6 +18,7 @@ pub mod datapath;
 pub mod device_state;
 pub mod downscript;
 pub mod fake_frontend;
+pub mod fake_source;
 pub mod fake_target;
 pub mod fault_matrix;
 pub mod faults;

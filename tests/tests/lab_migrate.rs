@@ -185,12 +185,16 @@ fn guest_stays_when_migration_is_refused_or_fails() -> Result<()> {
             ensure!(rolled_back(&report)?.contains("--incoming"), "{report:?}");
 
             // A back-end that has a TAP refuses another; the guest runs on.
-            let owner = traveller.place(Way::NewTap, |wanted| wanted)?;
+            let mut owner = traveller.place(Way::NewTap, |wanted| wanted)?;
             let text = rolled_back(&traveller.stay.migrate(&owner, Way::SameTap)?)?;
             ensure!(text.starts_with("prepare: the target refuses: tap: "), "{text}");
             ensure!(text.contains("start it with --incoming-fds"), "{text}");
             ensure!(traveller.stay.status()?.state == VmmState::Running);
             traveller.check_pings(5)?;
+            // It waits on, and would take the guest without the TAP.
+            let report = traveller.stay.ask_migrate(&owner, Way::NewTap)?;
+            ensure!(report == MigrationReport::Possible, "{report:?}\n{}", owner.guest.log());
+            ensure!(owner.status()?.state == VmmState::Incoming);
             drop(owner);
 
             // A guest that can run nested guests.

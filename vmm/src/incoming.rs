@@ -2,7 +2,8 @@
 //!
 //! A separate thread listens, and serves one source after the other until a VM arrives. It then removes the socket. The
 //! machine is created before any source is served, so a missing back-end is reported at the start. A machine that a
-//! failed migration has used is replaced by a new one.
+//! failed migration has used is replaced by a new one, which is created once the old one is gone: both would use the
+//! same console and the same back-ends.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -39,6 +40,9 @@ pub enum IncomingError {
     /// A thread or an eventfd cannot be created, or the wait fails.
     #[error("cannot wait for an incoming VM")]
     System(#[from] std::io::Error),
+    /// The thread panicked.
+    #[error("the thread that waits for a VM panicked")]
+    Panicked,
 }
 
 impl From<Errno> for IncomingError {
@@ -51,7 +55,7 @@ impl From<Errno> for IncomingError {
 #[derive(Debug)]
 pub struct Incoming {
     stop: EventFd,
-    thread: JoinHandle<()>,
+    thread: JoinHandle<Result<(), IncomingError>>,
 }
 
 /// What an incoming VM is created from.
@@ -75,7 +79,7 @@ impl IncomingParts {
 
 impl Incoming {
     /// Creates a machine, and starts the thread that waits at `path` for the VM to run on it. The thread signals
-    /// `failed` if it cannot go on.
+    /// `failed` if it cannot go on; [`Self::stop`] then returns the error.
     pub fn start(path: &Path, parts: IncomingParts, failed: EventFd) -> Result<Self, IncomingError> {
         // Bind first: an early source waits in the backlog, and a bad path is reported on a host without KVM, too.
         let socket = BoundSocket::bind(path)?;
@@ -84,21 +88,40 @@ impl Incoming {
         let stop = event::new()?;
         let mut listener = Listener { parts, socket, stop: stop.try_clone()? };
         listener.parts.lifecycle.set_incoming(&machine);
+        Ok(Self::spawn(stop, failed, move || listener.run(machine))?)
+    }
+
+    /// Starts a thread that does `work`, which ends when `stop` is signalled.
+    fn spawn(
+        stop: EventFd,
+        failed: EventFd,
+        work: impl FnOnce() -> Result<(), IncomingError> + Send + 'static,
+    ) -> std::io::Result<Self> {
         let thread = Builder::new().name("incoming".to_owned()).spawn(move || {
-            if let Err(error) = listener.run(machine) {
-                tracing::error!("{}", error_chain(&error));
-                event::signal(&failed);
-            }
+            let mut alarm = Alarm(Some(failed));
+            work()?;
+            alarm.0 = None;
+            Ok(())
         })?;
         Ok(Self { stop, thread })
     }
 
     /// Ends the thread. The caller must first shut down the connection of a source that is being served.
-    pub fn stop(self) {
+    ///
+    /// # Errors
+    /// Returns why the thread has failed, if it has.
+    pub fn stop(self) -> Result<(), IncomingError> {
         event::signal(&self.stop);
-        if self.thread.join().is_err() {
-            tracing::error!("the thread that waits for a VM panicked");
-        }
+        self.thread.join().unwrap_or(Err(IncomingError::Panicked))
+    }
+}
+
+/// Signals the event when it is dropped, also by a panic, which would leave a VMM that waits for ever.
+struct Alarm(Option<EventFd>);
+
+impl Drop for Alarm {
+    fn drop(&mut self) {
+        self.0.iter().for_each(event::signal);
     }
 }
 
@@ -124,10 +147,11 @@ impl Listener {
                 }
                 Ok(Outcome::Failed { reusable: true }) => {}
                 Ok(Outcome::Failed { reusable: false }) => {
-                    machine.stop();
-                    if event::take(&self.stop) {
+                    if !lifecycle.drop_incoming() {
                         return Ok(());
                     }
+                    // The last reference. KVM lets only one VM at a time have the console's interrupt.
+                    drop(machine);
                     machine = self.parts.create_machine()?;
                     if !lifecycle.set_incoming(&machine) {
                         return Ok(());
@@ -164,5 +188,34 @@ impl Listener {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs `work` as the thread. Returns how it ended, and whether it signalled a failure.
+    fn ends(
+        work: impl FnOnce() -> Result<(), IncomingError> + Send + 'static,
+    ) -> (Result<(), IncomingError>, bool) {
+        let failed = event::new().unwrap();
+        let incoming = Incoming::spawn(event::new().unwrap(), failed.try_clone().unwrap(), work).unwrap();
+        (incoming.stop(), event::take(&failed))
+    }
+
+    #[test]
+    fn failure_of_the_thread_is_signalled_and_returned() {
+        let (outcome, signalled) = ends(|| Err(Errno::EMFILE.into()));
+        assert!(signalled && matches!(outcome, Err(IncomingError::System(_))), "{outcome:?}");
+        let (outcome, signalled) = ends(|| panic!("as a test"));
+        assert!(signalled && matches!(outcome, Err(IncomingError::Panicked)), "{outcome:?}");
+    }
+
+    #[test]
+    fn thread_that_has_done_its_work_signals_no_failure() {
+        let (outcome, signalled) = ends(|| Ok(()));
+        outcome.unwrap();
+        assert!(!signalled);
     }
 }

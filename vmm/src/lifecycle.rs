@@ -16,11 +16,11 @@ use std::thread::{Builder, JoinHandle};
 
 use baton_control::{Outcome, Reply, error_chain};
 use baton_faults::Point;
-use baton_protocol::control::{Done, MigrationReport, NetStatus, Refusal, VmmState, VmmStatus};
+use baton_protocol::control::{Done, Frontend, MigrationReport, NetStatus, Refusal, VmmState, VmmStatus};
 use serde::Serialize;
 use thiserror::Error;
 
-use crate::config::Config;
+use crate::config::{Config, NetConfig};
 use crate::machine::{Machine, MachineError};
 use crate::migration::source::{MigrationRequest, migrate};
 use crate::migration::target::Arrival;
@@ -163,6 +163,8 @@ impl<M> Inner<M> {
 pub struct Lifecycle<M = Machine> {
     cpus: u8,
     memory: u64,
+    /// The devices' status while there is no machine.
+    absent: Vec<NetStatus>,
     inner: Mutex<Inner<M>>,
 }
 
@@ -179,7 +181,8 @@ impl<M: Guest> Lifecycle<M> {
             last_migration: None,
             ending: false,
         };
-        Self { cpus: config.cpus, memory: config.memory.0, inner: Mutex::new(inner) }
+        let absent = config.net.iter().map(absent).collect();
+        Self { cpus: config.cpus, memory: config.memory.0, absent, inner: Mutex::new(inner) }
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner<M>> {
@@ -205,6 +208,18 @@ impl<M: Guest> Lifecycle<M> {
             machine.stop();
         }
         !ending
+    }
+
+    /// Drops the reference to the machine for an incoming VM. Returns false, and keeps the machine, if the VMM is
+    /// shutting down.
+    pub fn drop_incoming(&self) -> bool {
+        let mut inner = self.inner();
+        // The caller has another reference, so this does not stop the machine, which would wait with the lock held.
+        let drops = !inner.ending;
+        if drops {
+            inner.machine = None;
+        }
+        drops
     }
 
     /// Resumes a VM that has arrived, if it ran at the source and `paused` is false.
@@ -241,7 +256,7 @@ impl<M: Guest> Lifecycle<M> {
     /// Returns the status for the control socket.
     pub fn status(&self) -> VmmStatus {
         let inner = self.inner();
-        let net = inner.machine.as_deref().map(Guest::net_status).unwrap_or_default();
+        let net = inner.machine.as_deref().map_or_else(|| self.absent.clone(), Guest::net_status);
         let migration = inner.last_migration.clone();
         VmmStatus { state: inner.state, cpus: self.cpus, memory: self.memory, net, migration }
     }
@@ -349,6 +364,17 @@ impl<M: Guest> Lifecycle<M> {
         }
         work.into_iter().for_each(join);
         stop();
+    }
+}
+
+/// Returns the status of a device that does not exist yet.
+fn absent(config: &NetConfig) -> NetStatus {
+    NetStatus {
+        socket: config.socket.display().to_string(),
+        backend: Frontend::Disconnected,
+        queue_pairs: config.queue_pairs,
+        active_queue_pairs: 1,
+        features: "0x0".to_owned(),
     }
 }
 

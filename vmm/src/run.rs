@@ -101,10 +101,12 @@ pub fn run(config: &Config) -> Result<(), RunError> {
     };
     let waker = Wakers { signals: &signals, end: &end, quit: &quit };
     let ended = waker.wait_for_end(interactive.then_some(&*console));
-    running.end();
+    let received = running.end();
     drop(control_server);
     drop(terminal);
-    match ended? {
+    let ended = ended?;
+    received?;
+    match ended {
         Some(GuestEnd::Crash(crash)) => Err(crash.into()),
         Some(GuestEnd::PowerOff) => {
             tracing::info!("the guest powered off");
@@ -125,17 +127,17 @@ struct Running<'a> {
 }
 
 impl Running<'_> {
-    fn end(&mut self) {
+    /// Returns why the thread that waits for a VM has failed, if it has.
+    fn end(&mut self) -> Result<(), IncomingError> {
         self.lifecycle.stop();
-        if let Some(incoming) = self.incoming.take() {
-            incoming.stop();
-        }
+        self.incoming.take().map_or(Ok(()), Incoming::stop)
     }
 }
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
-        self.end();
+        // Dropped after `end`, or because of another error, which is the one to report.
+        let _ = self.end();
     }
 }
 

@@ -34,6 +34,20 @@ impl Place {
         }
     }
 
+    /// As [`Self::find`], for a test that creates VMs and runs no guest. Prints why this machine is not the place.
+    pub fn find_without_guest() -> Result<Self> {
+        if env::var(super::PLACE).is_ok_and(|place| place == Self::HERE) {
+            return Ok(Self::Here);
+        }
+        match probe::creates_vms() {
+            Ok(()) => Ok(Self::Here),
+            Err(error) => {
+                eprintln!("runs in the lab, since this machine cannot create VMs: {error:#}");
+                Self::find()
+            }
+        }
+    }
+
     /// Probes this machine, and starts as many labs as it has resources for if it needs them. The labs live as long as
     /// the process `owner`. Returns the value for [`super::PLACE`].
     pub fn prepare(owner: u32) -> Result<String> {

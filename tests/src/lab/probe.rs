@@ -10,9 +10,11 @@ use std::fs::{self, OpenOptions};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
-use kvm_bindings::kvm_userspace_memory_region;
-use kvm_ioctls::{Kvm, VcpuExit};
+use anyhow::{Context, Result, bail, ensure};
+use kvm_bindings::{
+    KVM_CAP_VCPU_ATTRIBUTES, KVM_MAX_CPUID_ENTRIES, kvm_pit_config, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, Kvm, VcpuExit};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
 /// The limit for counting. Hardware takes 1 ms, nested or emulated hardware some 10 ms, an interpreter over a second.
@@ -25,6 +27,26 @@ pub(super) fn has_all() -> bool {
         && opens("/dev/vhost-net")
         && opens("/dev/net/tun")
         && time_to_count().is_ok_and(|time| time < PATIENCE)
+}
+
+/// Checks that this process is root and can open TAPs, and that KVM can create a VM as baton-vmm does. It may be unable
+/// to run one.
+pub(super) fn creates_vms() -> Result<()> {
+    ensure!(nix::unistd::geteuid().is_root(), "not root");
+    OpenOptions::new().read(true).write(true).open("/dev/net/tun").context("cannot open /dev/net/tun")?;
+    let kvm = Kvm::new().context("cannot open /dev/kvm")?;
+    for capability in [Cap::UserMemory, Cap::Ioeventfd, Cap::Irqfd, Cap::ImmediateExit] {
+        ensure!(kvm.check_extension(capability), "KVM lacks {capability:?}");
+    }
+    let vm = kvm.create_vm().context("cannot create a VM")?;
+    vm.create_irq_chip().context("cannot create interrupt controllers")?;
+    vm.create_pit2(kvm_pit_config::default()).context("cannot create a timer")?;
+    let vcpu = vm.create_vcpu(0).context("cannot create a vCPU")?;
+    let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("cannot read the CPUID")?;
+    vcpu.set_cpuid2(&cpuid).context("cannot set the CPUID")?;
+    let attributes = vm.check_extension_raw(KVM_CAP_VCPU_ATTRIBUTES.into());
+    ensure!(attributes > 0, "KVM cannot move the time stamp counter");
+    Ok(())
 }
 
 /// The maximum number of labs: nextest runs as many tests in labs at a time (`.config/nextest.toml`).
