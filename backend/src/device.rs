@@ -40,7 +40,7 @@ use crate::memory::GuestMemory;
 use crate::metrics::PairCounters;
 use crate::net_header::{self, Accepted};
 use crate::sigbus::MAX_REGIONS;
-use crate::tap::{Offloads, Tap, TapError};
+use crate::tap::{Tap, TapError};
 use crate::vhost_net::{self, VhostNet};
 use crate::vring::LayoutError;
 use crate::vring_setup::{Surroundings, VringSetup};
@@ -470,7 +470,7 @@ impl Device {
     fn set_tap_features(&mut self, features: Features) -> Result<(), DeviceError> {
         let Some(tap) = &mut self.tap else { return Ok(()) };
         tap.set_header_size(header_size(features))?;
-        tap.set_offloads(offloads(features))?;
+        tap.set_offloads(features.into())?;
         Ok(())
     }
 }
@@ -483,27 +483,4 @@ fn sides(pair: usize) -> [(Side, usize); 2] {
 /// Returns the length of the virtio-net header with these features.
 fn header_size(features: Features) -> usize {
     if features.long_header() { net_header::LONG } else { net_header::SHORT }
-}
-
-/// Returns the offloads that the guest accepts, from the negotiated features.
-fn offloads(features: Features) -> Offloads {
-    if !features.has(virtio_net::VIRTIO_NET_F_GUEST_CSUM) {
-        return Offloads::default();
-    }
-    let tso4 = features.has(virtio_net::VIRTIO_NET_F_GUEST_TSO4);
-    let tso6 = features.has(virtio_net::VIRTIO_NET_F_GUEST_TSO6);
-    let uso = features.has(virtio_net::VIRTIO_NET_F_GUEST_USO4)
-        && features.has(virtio_net::VIRTIO_NET_F_GUEST_USO6);
-    let ecn = features.has(virtio_net::VIRTIO_NET_F_GUEST_ECN) && (tso4 || tso6);
-    let ufo = features.has(virtio_net::VIRTIO_NET_F_GUEST_UFO);
-    [
-        (tso4, Offloads::TSO4),
-        (tso6, Offloads::TSO6),
-        (ecn, Offloads::ECN),
-        (ufo, Offloads::UFO),
-        (uso, Offloads::USO),
-    ]
-    .into_iter()
-    .filter(|(on, _)| *on)
-    .fold(Offloads::CSUM, |offloads, (_, more)| offloads.and(more))
 }

@@ -16,11 +16,13 @@ pub mod adopted;
 mod error;
 mod interface;
 mod ioctl;
+mod offloads;
 mod open;
 mod queue;
 mod shared;
 
 pub use error::TapError;
+pub use offloads::Offloads;
 pub use queue::{Received, Sent, TapQueue};
 
 /// The largest frame that a TAP delivers, header excluded: 64 KiB of IP, an Ethernet header, a VLAN tag.
@@ -29,31 +31,6 @@ pub const MAX_FRAME: usize = 65535 + 14 + 4;
 /// The smallest usable send buffer. The kernel reports room when less than half of the buffer is in use, and counts two
 /// bytes as in use at that moment (`sock_wfree`, `sock_writeable`). With a smaller buffer it never reports room.
 pub const SMALLEST_SNDBUF: u32 = 6;
-
-/// `TUN_F_*`: the offloads that the reader of a TAP accepts.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Offloads(u32);
-
-impl Offloads {
-    /// `TUN_F_CSUM`.
-    pub const CSUM: Self = Self(0x01);
-    /// `TUN_F_TSO4`.
-    pub const TSO4: Self = Self(0x02);
-    /// `TUN_F_TSO6`.
-    pub const TSO6: Self = Self(0x04);
-    /// `TUN_F_TSO_ECN`.
-    pub const ECN: Self = Self(0x08);
-    /// `TUN_F_UFO`.
-    pub const UFO: Self = Self(0x10);
-    /// `TUN_F_USO4` and `TUN_F_USO6`. The kernel accepts only both together.
-    pub const USO: Self = Self(0x60);
-
-    /// Returns the union of both sets.
-    #[must_use]
-    pub const fn and(self, other: Self) -> Self {
-        Self(self.0 | other.0)
-    }
-}
 
 /// A TAP with all its queues.
 #[derive(Debug)]

@@ -10,7 +10,7 @@ use baton_protocol::handover::wire::session::{PairNow, VringNow};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::freeze::place_by_used;
-use super::{Device, DeviceConfig, DeviceError, SessionState, header_size, offloads, sides};
+use super::{Device, DeviceConfig, DeviceError, SessionState, header_size, sides};
 use crate::dataplane::ring::Ring;
 use crate::dataplane::rx::FrameInHand;
 use crate::dataplane::worker::Worker;
@@ -64,7 +64,7 @@ impl Device {
         let before = Before { config: self.config.clone(), offer: self.offer, pairs: self.pairs };
         let at = pairs.min(self.workers.len());
         let surplus = (self.workers.split_off(at), self.counters.split_off(at));
-        tap.settled(header_size(session.features), offloads(session.features));
+        tap.settled(header_size(session.features), session.features.into());
         self.describe(config, offer, pairs);
         self.session = session;
         self.staged = Some(Staged { tap, before, surplus });
