@@ -21,9 +21,7 @@ use proptest::prelude::*;
 /// An operation on the two ends or the link between them.
 #[derive(Clone, Copy, Debug)]
 enum Operation {
-    /// The source performs its next action.
     SourceActs,
-    /// The target performs its next action.
     TargetActs,
     DeliverToTarget,
     DeliverToSource,
@@ -34,11 +32,8 @@ enum Operation {
     Disconnect,
     KillSource,
     KillTarget,
-    /// The source hangs from now on.
     SourceHangs,
-    /// The source's next action fails.
     SourceFails,
-    /// The target's next action fails.
     TargetFails,
 }
 
