@@ -117,7 +117,8 @@ fn measure(arguments: &Arguments) -> Result<()> {
     plot::bars(&arguments.output.join(plots[0]), &cells)?;
     plot::times(&arguments.output.join(plots[1]), &cells)?;
     // The file keeps quantiles, not the time of each frame.
-    let cells: Vec<_> = cells.into_iter().map(run::Cell::summarised).collect();
-    fs::write(arguments.output.join("dataplane.json"), serde_json::to_vec_pretty(&cells)?)?;
+    let cells = cells.into_iter().map(|cell| serde_json::to_string(&cell.summarised()));
+    let cells = cells.collect::<Result<Vec<_>, _>>()?.join(",\n");
+    fs::write(arguments.output.join("dataplane.json"), format!("[\n{cells}\n]\n"))?;
     page::update(&arguments.output.join("performance.md"), &text)
 }
