@@ -75,18 +75,10 @@ impl Measured {
         }
     }
 
-    /// The quantiles of the gaps minus those of the control's, and the same for the delays.
-    pub fn excess(&self) -> [Quantiles; 2] {
-        let less = |with: &[i64], without: &[i64]| {
-            let (with, without) =
-                (Quantiles::of(with.iter().copied()), Quantiles::of(without.iter().copied()));
-            Quantiles {
-                p50: with.p50 - without.p50,
-                p99: with.p99 - without.p99,
-                max: with.max - without.max,
-            }
-        };
-        [less(&self.gaps, &self.control_gaps), less(&self.delays, &self.control_delays)]
+    /// How much longer the median gap is with a hand-over than without.
+    pub fn excess_gap(&self) -> i64 {
+        let median = |gaps: &[i64]| Quantiles::of(gaps.iter().copied()).p50;
+        median(&self.gaps) - median(&self.control_gaps)
     }
 }
 

@@ -72,30 +72,18 @@ fn write(
     writeln!(text, "![Blackout and excess gap by queue pairs, memory and rate]({plot})\n")?;
     writeln!(
         text,
-        "| queue pairs | busy | memory | kpps each way | excess gap | excess delay | reported blackout | frames | lost / duplicated / reordered |"
+        "| queue pairs | busy | memory | kpps each way | reported blackout | gap | gap, control | delay | delay, control | frames | lost / duplicated / reordered |"
     )?;
-    writeln!(text, "|---|---|---|---|---|---|---|---|---|")?;
+    writeln!(text, "|---|---|---|---|---|---|---|---|---|---|---|")?;
     for measured in cells {
-        let [gap, delay] = measured.excess();
-        let blackout = Quantiles::of(measured.blackouts.iter().copied());
-        let Count { sent, .. } = measured.count;
-        let fate = fate(&measured.count);
-        writeln!(text, "| {} | {gap} | {delay} | {blackout} | {sent} | {fate} |", name(measured))?;
+        let Measured { blackouts, gaps, control_gaps, delays, control_delays, .. } = measured;
+        let times = [blackouts, gaps, control_gaps, delays, control_delays]
+            .map(|values| Quantiles::of(values.iter().copied()).to_string())
+            .join(" | ");
+        let (name, sent, fate) = (name(measured), measured.count.sent, fate(&measured.count));
+        writeln!(text, "| {name} | {times} | {sent} | {fate} |")?;
     }
     write_slopes(text, cells)?;
-    writeln!(text, "\nGaps and delays with a hand-over, and in the control intervals:\n")?;
-    writeln!(
-        text,
-        "| queue pairs | busy | memory | kpps each way | gap | gap, control | delay | delay, control |"
-    )?;
-    writeln!(text, "|---|---|---|---|---|---|---|---|")?;
-    for measured in cells {
-        let Measured { gaps, control_gaps, delays, control_delays, .. } = measured;
-        let [gaps, control_gaps, delays, control_delays] =
-            [gaps, control_gaps, delays, control_delays].map(|values| Quantiles::of(values.iter().copied()));
-        let name = name(measured);
-        writeln!(text, "| {name} | {gaps} | {control_gaps} | {delays} | {control_delays} |")?;
-    }
     writeln!(text, "\nThe phases of the blackout:\n")?;
     writeln!(text, "| queue pairs | busy | memory | kpps each way | {} |", PHASES.join(" | "))?;
     writeln!(text, "|---|---|---|---|{}", "---|".repeat(PHASES.len()))?;

@@ -42,7 +42,7 @@ const GREY: RGBColor = RGBColor(110, 110, 110);
 const LINES: [Line; 3] = [
     ("blackout p50", BLUE, |measured| Quantiles::of(measured.blackouts.iter().copied()).p50),
     ("blackout p99", GREY, |measured| Quantiles::of(measured.blackouts.iter().copied()).p99),
-    ("excess gap p50", RED, |measured| measured.excess()[0].p50),
+    ("excess gap p50", RED, Measured::excess_gap),
 ];
 
 /// Draws a panel per axis, with the cells that differ from `base` only along that axis.
