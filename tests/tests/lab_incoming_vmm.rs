@@ -21,7 +21,7 @@ use baton_tests::datapath::Datapath;
 use baton_tests::fake_source::{MEMORY, Source, Waiting, hello, hello_of, memory, state, valid_fds, word};
 use baton_tests::lab;
 use baton_tests::netns::Netns;
-use baton_tests::process::limit_descriptors;
+use baton_tests::process::{limit_descriptors, until};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 
@@ -232,6 +232,32 @@ fn target_whose_back_end_refuses_the_tap_waits_for_the_next_source() -> Result<(
         connected.waiting.ask(&Request::Quit)?;
         let status = connected.waiting.process.wait()?;
         ensure!(status.success(), "{status}: {}", connected.waiting.process.log());
+        Ok(())
+    })
+}
+
+#[test]
+fn status_is_answered_while_the_next_machine_waits_for_its_back_end() -> Result<()> {
+    lab::run_without_guest(|| {
+        let directory = tempfile::tempdir()?;
+        let mut connected = Connected::start(directory.path())?;
+        let before = connected.waiting.check()?;
+        ensure!(before.net[0].backend == Frontend::Connected, "{before:?}");
+        let source = connected.waiting.greeted_by(&hello_of(false, device(false)))?;
+        source.prepare(valid_fds()?)?;
+        source.expect("PREPARED")?;
+        // The next machine connects to this back-end, which does not answer.
+        connected.backend.process.signal(Signal::SIGSTOP)?;
+        drop(source);
+        until("the used machine was gone", || Ok(connected.waiting.check()? != before))?;
+        let mut absent = before.clone();
+        absent.net[0].backend = Frontend::Disconnected;
+        let status = connected.waiting.check()?;
+        ensure!(status == absent, "{status:?} instead of {absent:?}");
+        connected.backend.process.signal(Signal::SIGCONT)?;
+        connected.waiting.check_waits_for(&hello_of(false, device(false)))?;
+        let status = connected.waiting.check()?;
+        ensure!(status == before, "{status:?} instead of {before:?}");
         Ok(())
     })
 }

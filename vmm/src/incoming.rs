@@ -19,7 +19,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::Config;
 use crate::event;
-use crate::lifecycle::Lifecycle;
+use crate::lifecycle::{Guest, Lifecycle};
 use crate::machine::{Machine, MachineError};
 use crate::migration::target::{Outcome, serve};
 use crate::power::EndSignal;
@@ -147,14 +147,9 @@ impl Listener {
                 }
                 Ok(Outcome::Failed { reusable: true }) => {}
                 Ok(Outcome::Failed { reusable: false }) => {
-                    if !lifecycle.drop_incoming() {
-                        return Ok(());
-                    }
-                    // The last reference. KVM lets only one VM at a time have the console's interrupt.
-                    drop(machine);
-                    machine = self.parts.create_machine()?;
-                    if !lifecycle.set_incoming(&machine) {
-                        return Ok(());
+                    match replace(&lifecycle, machine, || self.parts.create_machine())? {
+                        Some(next) => machine = next,
+                        None => return Ok(()),
                     }
                 }
                 Err(error) => limited!(warn, "migration: {}", error_chain(&error)),
@@ -191,9 +186,38 @@ impl Listener {
     }
 }
 
+/// Replaces the machine that a failed migration has used. `used` must be the last reference besides the lifecycle's.
+/// Returns `None` if the VMM is shutting down.
+fn replace<M: Guest>(
+    lifecycle: &Lifecycle<M>,
+    used: Arc<M>,
+    create: impl FnOnce() -> Result<Arc<M>, MachineError>,
+) -> Result<Option<Arc<M>>, MachineError> {
+    if !lifecycle.drop_incoming() {
+        return Ok(None);
+    }
+    // KVM lets only one VM at a time have the console's interrupt.
+    drop(used);
+    let machine = create()?;
+    Ok(lifecycle.set_incoming(&machine).then_some(machine))
+}
+
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::sync::{Mutex, PoisonError};
+    use std::time::Duration;
+
+    use baton_control::ControlClient;
+    use baton_protocol::control::{Frontend, MigrationReport, NetStatus, Request, VmmState, VmmStatus};
+
     use super::*;
+    use crate::control::{self, ControlHandler};
+    use crate::migration::source::MigrationRequest;
+    use crate::shutdown::ShutdownHandle;
+
+    /// Limits the wait of a test that hangs.
+    const LIMIT: Duration = Duration::from_secs(60);
 
     /// Runs `work` as the thread. Returns how it ended, and whether it signalled a failure.
     fn ends(
@@ -217,5 +241,123 @@ mod tests {
         let (outcome, signalled) = ends(|| Ok(()));
         outcome.unwrap();
         assert!(!signalled);
+    }
+
+    /// A step that ends when the test says so.
+    #[derive(Debug)]
+    struct Wait {
+        what: &'static str,
+        begun: Sender<&'static str>,
+        end: Mutex<Receiver<()>>,
+    }
+
+    impl Wait {
+        fn new(what: &'static str, begun: &Sender<&'static str>) -> (Self, Sender<()>) {
+            let (sender, end) = channel();
+            (Self { what, begun: begun.clone(), end: Mutex::new(end) }, sender)
+        }
+
+        fn wait(&self) {
+            // A test that has failed waits for nothing.
+            let _ = self.begun.send(self.what);
+            let _ = self.end.lock().unwrap_or_else(PoisonError::into_inner).recv_timeout(LIMIT);
+        }
+    }
+
+    /// A machine with a connected device. Its end may be a step that waits for the test.
+    #[derive(Debug)]
+    struct Fake {
+        features: &'static str,
+        end: Option<Wait>,
+    }
+
+    impl Fake {
+        fn status(&self) -> NetStatus {
+            let features = self.features.to_owned();
+            NetStatus { backend: Frontend::Connected, features, ..absent() }
+        }
+    }
+
+    impl Drop for Fake {
+        fn drop(&mut self) {
+            self.end.iter().for_each(Wait::wait);
+        }
+    }
+
+    impl Guest for Fake {
+        fn net_status(&self) -> Vec<NetStatus> {
+            vec![self.status()]
+        }
+
+        fn start(&self) {}
+
+        fn pause(&self) -> Result<(), MachineError> {
+            Ok(())
+        }
+
+        fn resume(&self) {}
+
+        fn migrate(&self, _: &MigrationRequest, _: impl FnOnce(ShutdownHandle)) -> MigrationReport {
+            MigrationReport::Possible
+        }
+
+        fn stop(&self) {}
+    }
+
+    /// The device's status while there is no machine.
+    fn absent() -> NetStatus {
+        NetStatus {
+            socket: "/net".to_owned(),
+            backend: Frontend::Disconnected,
+            queue_pairs: 4,
+            active_queue_pairs: 1,
+            features: "0x0".to_owned(),
+        }
+    }
+
+    #[test]
+    fn status_is_answered_while_a_used_machine_is_replaced() {
+        let arguments = ["baton-vmm", "--incoming=i", "--cpus=2", "--net=socket=/net,queue-pairs=4"];
+        let config = Config::from_arguments(arguments.map(Into::into)).unwrap();
+        let lifecycle = Arc::new(Lifecycle::new(&config));
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("control");
+        let handler = ControlHandler { lifecycle: Arc::clone(&lifecycle), quit: event::new().unwrap() };
+        let _server = control::serve(control::bind(&path).unwrap(), handler).unwrap();
+        let status_has = |net: NetStatus| {
+            let (path, (sender, answer)) = (path.clone(), channel());
+            std::thread::spawn(move || {
+                let _ = sender.send(ControlClient::connect(&path).unwrap().call(&Request::Status).unwrap());
+            });
+            let status: VmmStatus = serde_json::from_value(answer.recv_timeout(LIMIT).unwrap()).unwrap();
+            let memory = config.memory.0;
+            let state = VmmState::Incoming;
+            assert_eq!(status, VmmStatus { state, cpus: 2, memory, net: vec![net], migration: None });
+        };
+        let (sender, begun) = channel();
+        let (end, ended) = Wait::new("end", &sender);
+        let (creation, created) = Wait::new("creation", &sender);
+        let used = Arc::new(Fake { features: "0x1", end: Some(end) });
+        let next = Fake { features: "0x2", end: None };
+        let (before, after) = (used.status(), next.status());
+        assert!(lifecycle.set_incoming(&used));
+        status_has(before);
+
+        let thread = {
+            let lifecycle = Arc::clone(&lifecycle);
+            std::thread::spawn(move || {
+                replace(&lifecycle, used, || {
+                    creation.wait();
+                    Ok(Arc::new(next))
+                })
+            })
+        };
+        for (step, done) in [("end", ended), ("creation", created)] {
+            assert_eq!(begun.recv_timeout(LIMIT), Ok(step));
+            status_has(absent());
+            done.send(()).unwrap();
+        }
+        assert!(thread.join().unwrap().unwrap().is_some());
+        status_has(after);
     }
 }
