@@ -19,7 +19,6 @@ use nix::sys::timer::Expiration;
 use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags, TimerSetTimeFlags};
 
 use crate::dataplane::interrupt;
-use crate::inherited;
 
 /// The shortest time between two attempts to connect.
 const REDIAL: Duration = Duration::from_millis(100);
@@ -89,20 +88,18 @@ impl Endpoint {
         Ok(Self::Client { path, redial, dialled: None, told: false })
     }
 
-    /// Uses the inherited socket `fd`.
+    /// Uses an inherited socket.
     ///
     /// # Errors
-    /// Returns an error if `fd` is not a connected or listening Unix stream socket.
-    pub fn inherited(fd: RawFd) -> Result<Self, EndpointError> {
-        let refused = || EndpointError::Inherited(fd);
-        let socket: OwnedFd = inherited::claim(fd).ok_or_else(refused)?;
+    /// Returns an error if `socket` is not a connected or listening Unix stream socket.
+    pub fn inherited(socket: OwnedFd) -> Result<Self, EndpointError> {
         if listens(&socket) {
             let listener = UnixListener::from(socket);
             listener.set_nonblocking(true)?;
             return Ok(Self::InheritedListener(listener));
         }
         if !is_connection(&socket) {
-            return Err(refused());
+            return Err(EndpointError::Inherited(socket.as_raw_fd()));
         }
         Ok(Self::InheritedConnection(Some(UnixStream::from(socket))))
     }

@@ -1,6 +1,7 @@
 //! The back-end program: parses the command line, opens the TAP and the sockets, serves until told to end, cleans up.
 
 use std::io::{self, Write};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -13,6 +14,7 @@ use baton_backend::endpoint::Endpoint;
 use baton_backend::event_channel::{EventSender, event_channel};
 use baton_backend::handover::options::TargetOptions;
 use baton_backend::handover::{FinalScript, Handovers};
+use baton_backend::inherited::Inherited;
 use baton_backend::script;
 use baton_backend::server::control_socket::ControlSocket;
 use baton_backend::server::{self, Server};
@@ -59,10 +61,11 @@ fn usage(error: &clap::Error) -> ExitCode {
 }
 
 fn serve(args: &Args) -> Result<()> {
-    // Before this process opens a descriptor that could get the same number.
-    let inherited = args.fd.map(Endpoint::inherited).transpose()?;
-    let vhost = vhost(args)?;
-    let tap = match (&args.tap, &args.tap_fds) {
+    // Before this process opens a file, which could get a number that the operator named by mistake.
+    let inherited = Inherited::claim(args)?;
+    let endpoint = inherited.socket.map(Endpoint::inherited).transpose()?;
+    let vhost = vhost(args, inherited.vhost)?;
+    let tap = match (&args.tap, inherited.tap) {
         (_, Some(fds)) => Some(Tap::from_fds(fds)?),
         (Some(name), None) => Some(Tap::open(name, args.queue_pairs.unwrap_or(1))?),
         // `args::parse` allows this only with --incoming-fds.
@@ -79,7 +82,7 @@ fn serve(args: &Args) -> Result<()> {
     let signals = server::signals().context("cannot set up signal handling")?;
     let (sender, calls) = event_channel().context("cannot create an event channel")?;
     let control = control_socket(args, sender)?;
-    let endpoint = match (inherited, &args.socket_path) {
+    let endpoint = match (endpoint, &args.socket_path) {
         (Some(endpoint), _) => endpoint,
         (None, Some(path)) if args.client => Endpoint::client(path.clone())?,
         (None, Some(path)) => Endpoint::listen(path)?,
@@ -147,10 +150,10 @@ fn control_socket(args: &Args, calls: EventSender<Call>) -> Result<ControlSocket
     }
 }
 
-/// Opens the vhost-net instances, one for each queue pair, if the kernel is to move the frames.
-fn vhost(args: &Args) -> Result<Vhost, VhostNetError> {
+/// Opens the vhost-net instances, one for each queue pair, if the kernel is to move the frames and none are `inherited`.
+fn vhost(args: &Args, inherited: Option<Vec<OwnedFd>>) -> Result<Vhost, VhostNetError> {
     let pairs_known = args.incoming_fds.is_none() || args.queue_pairs.is_some();
-    if let Some(fds) = &args.vhost_fds {
+    if let Some(fds) = inherited {
         return Ok(Vhost::Given(VhostNet::from_fds(fds)?));
     }
     if !args.vhost {

@@ -9,7 +9,7 @@ mod ioctl;
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,7 +25,6 @@ use self::ioctl::{Kernel, Wire, io_error};
 use crate::dataplane::ring::Side;
 use crate::dirty_log::DirtyLog;
 use crate::features::{Features, LOG_ALL};
-use crate::inherited::claim;
 use crate::memory::GuestMemory;
 use crate::notify::Notifier;
 use crate::tap::TapQueue;
@@ -58,9 +57,6 @@ pub enum VhostNetError {
         #[source]
         source: io::Error,
     },
-    /// Not open, given twice, or a standard descriptor.
-    #[error("--vhost-fds: descriptor {0} is not open, or was given twice")]
-    NotOpen(RawFd),
     /// Not a vhost-net descriptor.
     #[error("--vhost-fds: descriptor {0} is not an open {DEVICE}")]
     NotVhostNet(RawFd),
@@ -134,15 +130,14 @@ impl VhostNet {
         Ok(Self::new(kernel, features))
     }
 
-    /// Takes ownership of descriptors that the parent process opened, one per queue pair.
+    /// Uses descriptors that the parent process opened, one per queue pair.
     ///
     /// # Errors
     /// Returns a [`VhostNetError`] if a descriptor is not an unowned vhost-net instance.
-    pub fn from_fds(fds: &[RawFd]) -> Result<Vec<Self>, VhostNetError> {
+    pub fn from_fds(fds: Vec<OwnedFd>) -> Result<Vec<Self>, VhostNetError> {
         let mut instances = Vec::new();
-        for (position, &fd) in fds.iter().enumerate() {
-            let twice = fds[..position].contains(&fd);
-            let owned = if twice { None } else { claim(fd) }.ok_or(VhostNetError::NotOpen(fd))?;
+        for owned in fds {
+            let fd = owned.as_raw_fd();
             let kernel = Kernel::from(File::from(owned));
             // vhost-net is the only vhost device with mergeable buffers.
             let features = kernel

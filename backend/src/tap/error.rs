@@ -23,9 +23,9 @@ pub enum TapError {
         #[source]
         source: io::Error,
     },
-    /// Not an open descriptor.
-    #[error("--tap-fds: descriptor {0} is not open, or was given twice")]
-    NotOpen(RawFd),
+    /// An empty list of descriptors.
+    #[error("--tap-fds: no descriptor given")]
+    NoDescriptor,
     /// Not a TUN/TAP file.
     #[error("--tap-fds: descriptor {0} is not a TAP that is attached to an interface")]
     NotTap(RawFd),

@@ -2,7 +2,7 @@
 #![expect(unsafe_code, reason = "TAP ioctls")]
 
 use std::fs::{File, OpenOptions};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use baton_channel::retry::retry_while_in_use;
@@ -12,7 +12,6 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use super::{
     Tap, TapError, empty_request, flags_word, interface, interface_name, ioctl, is_macvtap, set_name,
 };
-use crate::inherited;
 
 impl Tap {
     /// Attaches `pairs` queues to TAP `name` in this network namespace and keeps its flags, or creates the TAP. Removes
@@ -70,19 +69,20 @@ impl Tap {
         Ok(tap)
     }
 
-    /// Takes ownership of TAP descriptors that the parent process opened, one per queue pair.
+    /// Uses TAP descriptors that the parent process opened, one per queue pair.
     ///
     /// # Errors
     /// Returns a [`TapError`] that names the descriptor, if one is not a usable queue of a common TAP.
-    pub fn from_fds(fds: &[RawFd]) -> Result<Self, TapError> {
-        let mut queues = Vec::new();
+    pub fn from_fds(fds: Vec<OwnedFd>) -> Result<Self, TapError> {
+        let mut queues: Vec<File> = Vec::new();
         let mut attached = Vec::new();
         let mut multi_queue = false;
         let mut first: Option<String> = None;
-        for (position, &fd) in fds.iter().enumerate() {
-            let twice = fds[..position].contains(&fd);
-            let file = if twice { None } else { claim(fd) }.ok_or(TapError::NotOpen(fd))?;
-            if let Some(&first) = fds[..position].iter().find(|&&first| is_same_file(first, fd)) {
+        for owned in fds {
+            let fd = owned.as_raw_fd();
+            let file = without_blocking(owned).ok_or(TapError::NotTap(fd))?;
+            if let Some(first) = queues.iter().map(AsRawFd::as_raw_fd).find(|first| is_same_file(*first, fd))
+            {
                 return Err(TapError::SameQueue { fd, first });
             }
             let mut request = empty_request();
@@ -108,7 +108,7 @@ impl Tap {
             attached.push(flags & libc::IFF_DETACH_QUEUE == 0);
             queues.push(file);
         }
-        let name = first.ok_or(TapError::NotOpen(-1))?;
+        let name = first.ok_or(TapError::NoDescriptor)?;
         let mut tap = Self::from_queues(name, queues, multi_queue, attached)?;
         for pair in 0..tap.pairs() {
             // Pair 0 must be attached, and a macvtap does not report whether a queue is.
@@ -172,9 +172,8 @@ fn is_same_file(one: RawFd, other: RawFd) -> bool {
     unsafe { libc::syscall(libc::SYS_kcmp, pid, pid, kind, one, other) == 0 }
 }
 
-/// Takes ownership of an inherited descriptor, and makes it close-on-exec and non-blocking.
-fn claim(fd: RawFd) -> Option<File> {
-    let owned = inherited::claim(fd)?;
+/// Makes an inherited descriptor non-blocking. Returns `None` for one that was opened with `O_PATH`.
+fn without_blocking(owned: OwnedFd) -> Option<File> {
     let flags = OFlag::from_bits_retain(fcntl(&owned, FcntlArg::F_GETFL).ok()?);
     fcntl(&owned, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).ok()?;
     Some(File::from(owned))

@@ -1,7 +1,8 @@
-//! The back-end's command line: its sockets, its TAPs, its usage errors.
+//! The back-end's command line: its sockets, its TAPs, its inherited descriptors, its usage errors.
 #![expect(clippy::unwrap_used, reason = "these are tests")]
 
 mod control;
+mod inherited;
 mod sockets;
 mod taps;
 
