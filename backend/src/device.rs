@@ -45,6 +45,7 @@ use crate::vhost_net::{self, VhostNet};
 use crate::vring::LayoutError;
 use crate::vring_setup::{Surroundings, VringSetup};
 pub use freeze::Frozen;
+pub use stage::SavedCounters;
 use stage::{Staged, Surplus};
 
 /// The operator's configuration of the device. It is handed over with the device.

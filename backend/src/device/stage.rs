@@ -43,6 +43,9 @@ struct Before {
     pairs: usize,
 }
 
+/// The counters of a pair that another process sent: receiving, transmitting.
+pub type SavedCounters = (DirectionCounters, DirectionCounters);
+
 /// Workers that are not needed, and their counters.
 pub(super) type Surplus = (Vec<Worker>, Vec<Arc<PairCounters>>);
 
@@ -116,10 +119,7 @@ impl Device {
         pairs: &[PairNow],
         frames: Vec<(usize, FrameInHand)>,
     ) -> Result<(), DeviceError> {
-        for (counters, now) in self.counters.iter().zip(pairs) {
-            counters.rx.restore(&DirectionCounters::from(&now.rx));
-            counters.tx.restore(&DirectionCounters::from(&now.tx));
-        }
+        self.restore_counters(pairs.iter().map(|now| ((&now.rx).into(), (&now.tx).into())));
         for (pair, frame) in frames {
             let worker = self.workers.get_mut(pair).ok_or(DeviceError::Dead(pair))?;
             worker.park().ok_or(DeviceError::Dead(pair))?.rx.in_hand = Some(frame);
@@ -138,11 +138,13 @@ impl Device {
         })
     }
 
-    /// Takes the staged session from a source that died without sending its current state.
+    /// Takes the staged session from a source that died without sending its current state. Continues from `counters`,
+    /// which the source sent with the session, for each pair.
     ///
     /// # Errors
     /// As for [`Self::take_over`].
-    pub fn inherit(&mut self) -> Result<(), DeviceError> {
+    pub fn inherit(&mut self, counters: &[SavedCounters]) -> Result<(), DeviceError> {
+        self.restore_counters(counters.iter().copied());
         let inflight = self.session.inflight.clone();
         let inflight = inflight.as_ref();
         self.take_rings(|index, setup, ring| {
@@ -150,6 +152,14 @@ impl Device {
                 place_by_used(index, setup, ring, inflight);
             }
         })
+    }
+
+    /// Continues from another process' counters, one item for each pair. The workers are parked.
+    fn restore_counters(&self, saved: impl Iterator<Item = SavedCounters>) {
+        for (counters, (rx, tx)) in self.counters.iter().zip(saved) {
+            counters.rx.restore(&rx);
+            counters.tx.restore(&tx);
+        }
     }
 
     /// Calls `place` for each ring, and starts all workers.

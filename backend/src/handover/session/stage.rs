@@ -23,7 +23,7 @@ use baton_protocol::reasons::Reasons;
 use super::Negotiated;
 use super::frames::FrameSlots;
 use crate::dataplane::ring::Kick;
-use crate::device::SessionState;
+use crate::device::{SavedCounters, SessionState};
 use crate::dirty_log::DirtyLog;
 use crate::endpoint::{self, Endpoint};
 use crate::features::Features;
@@ -43,6 +43,8 @@ use crate::vring_setup::VringSetup;
 pub struct Staged {
     /// Whether the last transfer of device state succeeded, if the front-end has not asked yet.
     pub device_state_moved: Option<bool>,
+    /// The counters of each pair when the source sent STAGE, for a survivor: COMMIT replaces them.
+    pub counters: Vec<SavedCounters>,
     /// The slots for the frames in hand, which the source fills before COMMIT.
     pub frames: FrameSlots,
 }
@@ -129,7 +131,8 @@ pub fn stage(
     match staged {
         Ok(()) => {
             let device_state_moved = state.frontend.and_then(|frontend| frontend.device_state_moved);
-            Ok((word, Staged { device_state_moved, frames }, checked.shape()))
+            let counters = device_state.queue_pairs.iter().map(|pair| (pair.rx, pair.tx)).collect();
+            Ok((word, Staged { device_state_moved, counters, frames }, checked.shape()))
         }
         Err(reasons) => {
             cx.front.unstage();

@@ -235,7 +235,7 @@ impl SessionTarget {
                 }
                 Action::Recover(staged) => {
                     baton_faults::pass(Point::TargetSessionTaken);
-                    cx.device.inherit()?;
+                    cx.device.inherit(&staged.counters)?;
                     self.taken = Some(staged);
                     baton_faults::pass(Point::TargetSessionRunning);
                     self.tell(cx, Event::Activated)?;

@@ -163,7 +163,8 @@ pub struct StateOnly {
 /// The device and the session, which still run, with the first descriptors.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stage {
-    /// The device, without the frames in hand, which COMMIT carries. COMMIT also replaces the counters.
+    /// The device, without the frames in hand, which COMMIT carries. COMMIT also replaces the counters. A survivor has no
+    /// COMMIT and continues from these.
     pub device: DeviceState,
     /// The session, without the values that COMMIT carries.
     pub session: SessionState,
