@@ -67,9 +67,8 @@ pub struct Args {
 
     /// Attach to this TAP, or create it
     ///
-    /// A TAP that the back-end creates exists only as long as the back-end runs. The back-end
-    /// sets neither addresses nor the link state. For several queue pairs, an existing TAP must
-    /// be multi-queue.
+    /// A TAP that the back-end creates vanishes when its last owner ends. The back-end sets neither
+    /// addresses nor the link state. For several queue pairs, an existing TAP must be multi-queue.
     #[arg(
         long,
         value_name = "IFNAME",

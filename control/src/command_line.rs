@@ -64,7 +64,7 @@ pub enum Command {
     /// this back-end continues to serve the front-end.
     #[command(verbatim_doc_comment)]
     Handover {
-        /// The socket on which the other back-end waits (its --incoming-fds)
+        /// The socket on which the other back-end waits (its --incoming-fds); not with --cancel
         #[arg(required_unless_present = "cancel", conflicts_with = "cancel")]
         path: Option<String>,
         /// Hand over only the device, when the front-end stops all rings

@@ -30,15 +30,29 @@ Repeatable. The guest sees the devices in the order given.
   queue-pairs      the number of queue pairs, 1 to 128; by default 1
   local-migration  whether \"batonctl migrate --local\" hands over the TAP; by default on";
 
-/// A minimal KVM virtual machine monitor with vhost-user network devices.
+/// Exit status and examples, for `--help`.
+const AFTER_HELP: &str = "\
+Exit status:
+  0  The guest powered off or reset, or the VMM ended on SIGTERM or \"batonctl quit\"
+  1  Failed; one line on stderr says why
+  2  Invalid command line
+
+Examples:
+  Boot a guest whose network a baton-backend serves:
+    baton-vmm --kernel=vmlinuz --initrd=initrd.img --control-socket=/run/vm1/vmm.ctl \\
+        --net socket=/run/vm1/net.sock,mac=02:ba:70:00:00:02
+
+  Receive that VM, whose new back-end listens on net-b.sock:
+    baton-vmm --incoming=/run/vm1/vm-b.sock --control-socket=/run/vm1/vmm-b.ctl \\
+        --net socket=/run/vm1/net-b.sock,mac=02:ba:70:00:00:02 &
+    batonctl /run/vm1/vmm.ctl migrate /run/vm1/vm-b.sock --local";
+
+/// A minimal KVM virtual machine monitor with vhost-user network devices
 ///
 /// Boots a Linux guest whose network devices are vhost-user back-ends, such as baton-backend,
 /// or receives a running VM from another baton-vmm on this host.
-///
-/// Exits with code 0 when the guest powers off or resets, on SIGTERM, and on "batonctl quit";
-/// with code 1 on a failure, and with code 2 on a usage error.
 #[derive(Clone, Debug, Parser)]
-#[command(name = "baton-vmm", version, verbatim_doc_comment)]
+#[command(name = "baton-vmm", version, verbatim_doc_comment, after_long_help = AFTER_HELP)]
 pub struct Config {
     /// Boot this kernel: a bzImage or an uncompressed ELF vmlinux; required without --incoming
     #[arg(long, value_name = "PATH", required_unless_present = "incoming")]
@@ -65,7 +79,7 @@ pub struct Config {
         long_help = NET_HELP
     )]
     pub net: Vec<NetConfig>,
-    /// Listen on this Unix socket for batonctl
+    /// Listen for batonctl on this Unix socket
     #[arg(long, value_name = "PATH")]
     pub control_socket: Option<PathBuf>,
     /// Receive a running VM on this Unix socket instead of booting a kernel
