@@ -73,7 +73,7 @@ pub fn mtu(file: &impl AsRawFd, name: &str) -> Option<i32> {
 
 /// Returns the flags that TAP `name` was created with. No ioctl reads them without attaching, which replaces them.
 ///
-/// `/sys` may show another network namespace, so index and address are checked to be those of the same interface.
+/// `/sys` may show another network namespace, so its index and address must match the interface's.
 pub fn tun_flags(name: &str) -> Option<libc::c_int> {
     let read = |file: &str| std::fs::read_to_string(format!("/sys/class/net/{name}/{file}")).ok();
     let index = if_nametoindex(name).ok()?;

@@ -1,5 +1,5 @@
-//! The region in which a back-end tracks the chains that it has (vhost-user: "Inflight I/O tracking"). The front-end
-//! keeps it. A test can write any values to it, to imitate another back-end that left them.
+//! The region in which a back-end tracks its descriptor chains in flight (vhost-user: "Inflight I/O tracking"). The
+//! front-end keeps it. A test can write any values to it, to imitate another back-end that left them.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 
