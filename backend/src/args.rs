@@ -8,6 +8,7 @@ use std::str::FromStr;
 use baton_protocol::handover::wire::device::MAX_QUEUE_PAIRS;
 use clap::{ArgGroup, Parser};
 
+use crate::dataplane::polling::PollTime;
 use crate::tap::SMALLEST_SNDBUF;
 
 /// Signals, exit status and examples, for `--help`.
@@ -119,12 +120,14 @@ pub struct Args {
     #[arg(long, value_name = "N[,N...]", value_delimiter = ',', help_heading = "Dataplane")]
     pub vhost_fds: Option<Vec<RawFd>>,
 
-    /// Busy-poll for up to N microseconds before sleeping
+    /// Poll for work for up to N microseconds before sleeping
     ///
-    /// The default is 0; with --incoming-fds, it is the other back-end's value.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
-    #[arg(help_heading = "Dataplane", verbatim_doc_comment)]
-    pub poll_us: Option<u32>,
+    /// With "auto", a worker polls while that costs less processor time than it saves: it measures
+    /// what a sleep costs, and polls for at most as long. 0 means never. With --vhost the kernel
+    /// polls for a fixed time, and auto means 0. The default is auto; with --incoming-fds, it is
+    /// the other back-end's value.
+    #[arg(long, value_name = "auto|N", help_heading = "Dataplane", verbatim_doc_comment)]
+    pub poll_us: Option<PollTime>,
 
     /// Size of the TAP's send buffer in bytes; 0 for no limit
     ///

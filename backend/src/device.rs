@@ -21,7 +21,7 @@ mod stage;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use baton_control::limited;
 use baton_protocol::control::Datapath;
@@ -29,6 +29,7 @@ use virtio_bindings::virtio_net;
 
 use crate::dataplane::failures::WorkerFailure;
 use crate::dataplane::pair::QueuePair;
+use crate::dataplane::polling::PollTime;
 use crate::dataplane::ring::Side;
 use crate::dataplane::rx::RxSettings;
 use crate::dataplane::worker::Worker;
@@ -59,8 +60,8 @@ pub struct DeviceConfig {
     pub sndbuf: Option<u32>,
     /// Absolute path of the program that the last owner of the TAP runs when it ends.
     pub downscript: Option<PathBuf>,
-    /// How long a worker busy-polls before it sleeps.
-    pub poll: Duration,
+    /// How long a worker polls before it sleeps.
+    pub poll: PollTime,
 }
 
 /// Whether the workers or the kernel's vhost-net move the frames, and where its instances come from.

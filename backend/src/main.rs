@@ -4,7 +4,6 @@ use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
 
 use anyhow::{Context, Result};
 use baton_backend::args::{self, Args, Command, DeviceState, Script};
@@ -89,11 +88,10 @@ fn serve(args: &Args) -> Result<()> {
         // `args::parse` allows this only with --incoming-fds.
         (None, None) => Endpoint::Nowhere,
     };
-    let poll = args.poll_us.map(|poll| Duration::from_micros(u64::from(poll)));
     let options = TargetOptions {
         queue_pairs: args.queue_pairs.map(usize::from),
         vhost_fds: args.vhost_fds.as_ref().map(Vec::len),
-        poll,
+        poll: args.poll_us,
         device_state: args.device_state,
         vhost_from_source: matches!(vhost, Vhost::Coming),
     };
@@ -117,7 +115,7 @@ fn serve(args: &Args) -> Result<()> {
         mtu: args.mtu,
         sndbuf: args.sndbuf,
         downscript: absolute(&args.downscript)?,
-        poll: poll.unwrap_or_default(),
+        poll: args.poll_us.unwrap_or_default(),
     };
     let (sender, failures) = event_channel().context("cannot create an event channel")?;
     let name = tap.as_ref().map(Tap::name);

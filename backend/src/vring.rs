@@ -401,6 +401,21 @@ impl Vring {
         }
     }
 
+    /// Asks the driver not to kick even for the next buffer, after [`Self::enable_kicks`]. With `EVENT_IDX` the event
+    /// index moves behind that buffer.
+    pub fn suppress_kicks(&mut self) {
+        if self.event_idx && self.kicks_wanted == Some(true) {
+            self.set_event_index(self.next_available.wrapping_sub(1));
+        }
+        self.disable_kicks();
+    }
+
+    /// Returns whether the driver was last asked to kick.
+    #[inline]
+    pub fn wants_kicks(&self) -> bool {
+        self.kicks_wanted == Some(true)
+    }
+
     /// Asks the driver to kick for the next buffer, checks again, and returns how many buffers are available from
     /// `next_available` + `taken` on.
     ///
@@ -409,13 +424,7 @@ impl Vring {
     pub fn enable_kicks(&mut self, taken: u16) -> Result<u16, RingError> {
         self.kicks_wanted = Some(true);
         if self.event_idx {
-            let event = self.next_available.wrapping_add(taken);
-            let offset = USED_ELEMENTS + 8 * usize::from(self.size);
-            // SAFETY: the used ring ends with 2 bytes of event index after `size` elements of 8 bytes.
-            let pointer = unsafe { self.used.byte_add(offset) };
-            // SAFETY: within the mapping and 2-byte aligned; shared with the guest, hence atomic.
-            unsafe { AtomicU16::from_ptr(pointer) }.store(event, Ordering::Relaxed);
-            self.log_used(offset, 2);
+            self.set_event_index(self.next_available.wrapping_add(taken));
         } else {
             self.used_word(0).store(0, Ordering::Relaxed);
             self.log_used(USED_FLAGS, 2);
@@ -423,6 +432,16 @@ impl Vring {
         // The request must be visible before the index is read again (virtio 1.2 §2.7.10).
         fence(Ordering::SeqCst);
         self.available(taken)
+    }
+
+    /// Sets the event index: the driver kicks when it makes the buffer with this available index available.
+    fn set_event_index(&self, index: u16) {
+        let offset = USED_ELEMENTS + 8 * usize::from(self.size);
+        // SAFETY: the used ring ends with 2 bytes of event index after `size` elements of 8 bytes.
+        let pointer = unsafe { self.used.byte_add(offset) };
+        // SAFETY: within the mapping and 2-byte aligned; shared with the guest, hence atomic.
+        unsafe { AtomicU16::from_ptr(pointer) }.store(index, Ordering::Relaxed);
+        self.log_used(offset, 2);
     }
 
     /// Returns a word of the available ring: flags (0), index (1), entries (2…) or event index (2 + size).

@@ -18,8 +18,8 @@ fn pass(rig: &mut Rig, device: &mut baton_tests::fake_frontend::Device, number: 
     rig.expect_on_network(number..number + 1).unwrap();
 }
 
-fn check_asks_for_kicks(more: u64) {
-    let mut rig = Rig::new(Datapath::Userspace, 1, &["--poll-us=300"]).unwrap();
+fn check_asks_for_kicks(poll: &str, more: u64) {
+    let mut rig = Rig::new(Datapath::Userspace, 1, &[poll]).unwrap();
     let options = Options::default();
     let mut device = rig.device(Options { features: options.features | more, ..options }).unwrap();
     for round in 0..1000 {
@@ -33,12 +33,22 @@ fn check_asks_for_kicks(more: u64) {
 
 #[test]
 fn worker_asks_for_kicks_before_it_sleeps() {
-    check_asks_for_kicks(0);
+    check_asks_for_kicks("--poll-us=300", 0);
 }
 
 #[test]
 fn worker_asks_for_kicks_before_it_sleeps_with_event_idx() {
-    check_asks_for_kicks(features::EVENT_IDX);
+    check_asks_for_kicks("--poll-us=300", features::EVENT_IDX);
+}
+
+#[test]
+fn adaptive_worker_asks_for_kicks_before_it_sleeps() {
+    check_asks_for_kicks("--poll-us=auto", 0);
+}
+
+#[test]
+fn adaptive_worker_asks_for_kicks_before_it_sleeps_with_event_idx() {
+    check_asks_for_kicks("--poll-us=auto", features::EVENT_IDX);
 }
 
 #[test]

@@ -3,7 +3,8 @@
 //!
 //! [`worker`] owns the threads and [`gate`] is where they park. [`pair`] holds everything that a worker works on; the
 //! worker gives it back whole when it parks. [`interrupt`] ends a system call that blocks a worker. [`rx`] and [`tx`]
-//! move the frames. [`buffers`] keeps the guest's receive buffers ready, and [`chain`] turns descriptor chains into I/O
+//! move the frames. [`polling`] decides when a worker
+//! polls before it sleeps. [`buffers`] keeps the guest's receive buffers ready, and [`chain`] turns descriptor chains into I/O
 //! vectors.
 
 pub mod buffers;
@@ -12,6 +13,7 @@ pub mod failures;
 pub mod gate;
 pub mod interrupt;
 pub mod pair;
+pub mod polling;
 pub mod ring;
 pub mod rx;
 pub mod tx;

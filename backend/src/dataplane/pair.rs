@@ -16,6 +16,7 @@ use baton_control::limited;
 use super::Turn;
 use super::chain;
 use super::failures::Failures;
+use super::polling::{PollTime, Polling, Work};
 use super::ring::{Kick, Ring, Side};
 use super::rx::Rx;
 use super::tx::Tx;
@@ -60,14 +61,11 @@ pub struct QueuePair {
     pub kernel: Option<KernelPath>,
     pub(super) counters: Arc<PairCounters>,
     pub(super) epoll: Arc<Epoll>,
-    /// How long to busy-poll for work before waiting for events.
-    pub(super) poll: Duration,
+    pub(super) polling: Polling,
     /// There may be something to receive.
     look_rx: bool,
     /// There may be something to transmit.
     pub(super) look_tx: bool,
-    /// When there was work last. Kept up to date only with busy-polling.
-    last_work: Instant,
     /// When to check next that the macvtap still exists. Unlike a TAP, it does not report its deletion.
     next_watch: Instant,
 }
@@ -81,7 +79,7 @@ impl QueuePair {
         index: u16,
         vhost: Option<VhostNet>,
         counters: Arc<PairCounters>,
-        poll: Duration,
+        poll: PollTime,
     ) -> io::Result<Self> {
         Ok(Self {
             index,
@@ -91,10 +89,9 @@ impl QueuePair {
             kernel: vhost.map(KernelPath::new).transpose()?,
             counters,
             epoll: Arc::new(Epoll::new()?),
-            poll,
+            polling: Polling::new(poll),
             look_rx: false,
             look_tx: false,
-            last_work: Instant::now(),
             next_watch: Instant::now(),
         })
     }
@@ -123,9 +120,9 @@ impl QueuePair {
         if self.kernel.is_none() { self.epoll.remove(&*tap) } else { Ok(()) }
     }
 
-    /// Sets how long to busy-poll for work before waiting for events.
-    pub fn set_poll(&mut self, poll: Duration) {
-        self.poll = poll;
+    /// Sets how long to poll for work before waiting for events.
+    pub fn set_poll(&mut self, poll: PollTime) {
+        self.polling = Polling::new(poll);
     }
 
     /// Returns the epoll instance that watches the pair's kicks and TAP, and the worker's wake-up.
@@ -201,7 +198,7 @@ impl QueuePair {
             if left == 0 || left > ring.vring.size() {
                 return;
             }
-            match self.tx.run(self.index, &tap, &self.counters.tx, false) {
+            match self.tx.run(self.index, &tap, &self.counters.tx) {
                 Turn::More | Turn::Done => {}
                 Turn::Full if tap.wait_writable(deadline) => {
                     self.tx.writable();
@@ -246,7 +243,7 @@ impl QueuePair {
     pub(super) fn begin(&mut self) {
         self.look_rx = true;
         self.look_tx = true;
-        self.last_work = Instant::now();
+        self.polling.begin();
     }
 
     /// Makes the due calls whose eventfd is `wanted`.
@@ -263,7 +260,7 @@ impl QueuePair {
     /// Conservatively returns `false`.
     pub(super) fn is_idle(&mut self) -> bool {
         if self.kernel.is_some()
-            || !self.poll.is_zero()
+            || self.polling.is_fixed()
             || self.rx.in_hand.is_some()
             || self.watches_macvtap()
         {
@@ -273,10 +270,7 @@ impl QueuePair {
         if rings.into_iter().flatten().any(|ring| !matches!(ring.kick, Kick::Eventfd(_))) {
             return false;
         }
-        match &mut self.tx.ring {
-            Some(ring) if ring.runs() => ring.vring.enable_kicks(0) == Ok(0),
-            _ => true,
-        }
+        self.tx.enable_kicks()
     }
 
     /// Moves frames for one turn, or lets the kernel move them. Returns the timeout of the next wait for events in
@@ -323,22 +317,21 @@ impl QueuePair {
     }
 
     fn turn_here(&mut self, tap: &TapQueue) -> io::Result<i32> {
-        let polling = !self.poll.is_zero() && self.last_work.elapsed() < self.poll;
         let polled = self.polled();
-        let mut worked = false;
-        if self.look_tx || polling || polled {
-            let turn = self.tx.run(self.index, tap, &self.counters.tx, !polling);
-            worked |= turn != Turn::Idle;
-            // Kicks stay disabled while busy-polling. The last look before the wait enables them.
-            self.look_tx = turn == Turn::More || polling;
+        let (mut received, mut sent) = (false, false);
+        if self.look_tx || polled {
+            // Kicks stay disabled until it is clear that the worker sleeps.
+            let turn = self.tx.run(self.index, tap, &self.counters.tx);
+            sent = turn != Turn::Idle;
+            self.look_tx = turn == Turn::More;
             // A TAP reports new room only if it was polled after it became full. Without this there is no edge.
             if turn == Turn::Full {
                 self.epoll.rearm(tap, TAP_EVENTS, TAP)?;
             }
         }
-        if self.look_rx || polling || polled {
+        if self.look_rx || polled {
             let turn = self.rx.run(self.index, tap, &self.counters.rx);
-            worked |= turn != Turn::Idle;
+            received = turn != Turn::Idle;
             self.look_rx = turn == Turn::More;
         }
         if self.watches_macvtap() && Instant::now() >= self.next_watch {
@@ -348,8 +341,17 @@ impl QueuePair {
         if tap.is_gone() {
             return Err(io::Error::other("the TAP was deleted"));
         }
-        if worked && !self.poll.is_zero() {
-            self.last_work = Instant::now();
+        if let Some(work) = Work::of(received, sent) {
+            self.polling.worked(work);
+        }
+        if !self.look_rx && !self.look_tx {
+            // The wait for events, with timeout 0, tells whether the TAP has a frame.
+            self.look_tx = if self.polling.goes_on() {
+                self.tx.suppress_kicks();
+                true
+            } else {
+                !self.tx.wants_kicks() && !self.tx.enable_kicks()
+            };
         }
         Ok(match (self.look_rx || self.look_tx, polled) {
             (true, _) => 0,

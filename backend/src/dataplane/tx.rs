@@ -56,14 +56,35 @@ impl Tx {
         self.batch.clear();
     }
 
-    /// Sends the chains that the driver has made available, for one turn. If `arm` is set, enables kicks before it
-    /// reports that there is nothing to do.
-    pub fn run(&mut self, pair: u16, tap: &TapQueue, counters: &metrics::Direction, arm: bool) -> Turn {
+    /// Enables kicks, unless that has no use now. Returns whether there is nothing to do until a kick or other event.
+    pub fn enable_kicks(&mut self) -> bool {
+        match &mut self.ring {
+            Some(ring) if ring.runs() && !(self.full && ring.enabled) => ring.vring.enable_kicks(0) == Ok(0),
+            _ => true,
+        }
+    }
+
+    /// Returns whether the driver was last asked to kick.
+    pub fn wants_kicks(&self) -> bool {
+        self.ring.as_ref().is_some_and(|ring| ring.vring.wants_kicks())
+    }
+
+    /// Asks the driver not to kick, since the worker polls.
+    pub fn suppress_kicks(&mut self) {
+        if let Some(ring) = &mut self.ring
+            && ring.runs()
+        {
+            ring.vring.suppress_kicks();
+        }
+    }
+
+    /// Sends the chains that the driver has made available, for one turn. Leaves kicks disabled if it sent any.
+    pub fn run(&mut self, pair: u16, tap: &TapQueue, counters: &metrics::Direction) -> Turn {
         let Some(mut ring) = self.ring.take() else { return Turn::Idle };
         let turn = if !ring.runs() {
             Turn::Idle
         } else {
-            self.turn(&mut ring, tap, counters, arm).unwrap_or_else(|error| {
+            self.turn(&mut ring, tap, counters).unwrap_or_else(|error| {
                 ring.fail("transmit", pair, &error);
                 Turn::Idle
             })
@@ -77,14 +98,13 @@ impl Tx {
         ring: &mut Ring,
         tap: &TapQueue,
         counters: &metrics::Direction,
-        arm: bool,
     ) -> Result<Turn, RingError> {
         if self.full && ring.enabled {
             return Ok(Turn::Idle);
         }
         let (mut frames, mut bytes) = (0, 0);
         while frames < TURN_FRAMES && bytes < TURN_BYTES {
-            if ring.vring.available(0)? == 0 && (!arm || ring.vring.enable_kicks(0)? == 0) {
+            if ring.vring.available(0)? == 0 {
                 return Ok(Turn::ended(frames > 0));
             }
             ring.vring.disable_kicks();

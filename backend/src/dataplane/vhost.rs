@@ -86,7 +86,7 @@ impl QueuePair {
         let (Some(kernel), Some(tap)) = (&mut self.kernel, self.tap.clone()) else { return Ok(()) };
         for (side, ring) in [(Side::Rx, &self.rx.ring), (Side::Tx, &self.tx.ring)] {
             if let Some(ring) = ring {
-                kernel.prepare(side, ring, &tap, self.poll)?;
+                kernel.prepare(side, ring, &tap, self.polling.fixed())?;
             }
         }
         Ok(())
@@ -98,7 +98,8 @@ impl QueuePair {
         self.give(Side::Tx, tap);
         let polled = self.polled();
         if (self.look_tx || polled) && self.tx.ring.as_ref().is_some_and(|ring| !ring.enabled) {
-            self.look_tx = self.tx.run(self.index, tap, &self.counters.tx, true) == Turn::More;
+            let turn = self.tx.run(self.index, tap, &self.counters.tx);
+            self.look_tx = turn == Turn::More || !self.tx.enable_kicks();
         } else {
             self.look_tx = false;
         }
@@ -126,7 +127,7 @@ impl QueuePair {
         if !ring.runs() || !ring.enabled || kernel.vhost.runs(side) {
             return;
         }
-        if let Err(error) = kernel.start(side, ring, tap, self.poll) {
+        if let Err(error) = kernel.start(side, ring, tap, self.polling.fixed()) {
             ring.fail(name, self.index, &error);
             return;
         }

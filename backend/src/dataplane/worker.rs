@@ -261,6 +261,7 @@ fn work(shared: &Arc<Shared>) {
     }
     loop {
         let mut timeout = -1;
+        let mut sleeps = None;
         if let Some(mut pair) = held.take() {
             // Make due calls before moving frames, so that a driver that sees a frame has been called. A call that may
             // block, since the front-end filled its eventfd, comes after the frames.
@@ -275,7 +276,10 @@ fn work(shared: &Arc<Shared>) {
                     gate.park(pair);
                 }
                 Some(timeout) if timeout == 0 || pair.runs_in_kernel() => held = Some(pair),
-                Some(_) => gate.wait_with(pair),
+                Some(_) => {
+                    sleeps = pair.polling.sleeps();
+                    gate.wait_with(pair);
+                }
             }
         }
         let events = match shared.events.wait(timeout, &mut ready) {
@@ -294,6 +298,9 @@ fn work(shared: &Arc<Shared>) {
             }
         }
         if let Some(pair) = &mut held {
+            if let Some(before) = sleeps {
+                pair.polling.slept(before);
+            }
             for (token, events) in events {
                 pair.hear(token, events);
             }
@@ -326,6 +333,7 @@ mod tests {
     use nix::sys::memfd::{MFdFlags, memfd_create};
 
     use super::*;
+    use crate::dataplane::polling::PollTime;
     use crate::dataplane::ring::{Kick, Ring, Side};
     use crate::event_channel::event_channel;
     use crate::memory::{GuestMemory, RegionLayout};
@@ -375,7 +383,7 @@ mod tests {
             let (near, _far) = UnixDatagram::pair().unwrap();
             let peer = near.try_clone().unwrap();
             let mut pair =
-                QueuePair::new(0, None, Arc::new(PairCounters::default()), Duration::ZERO).unwrap();
+                QueuePair::new(0, None, Arc::new(PairCounters::default()), PollTime::default()).unwrap();
             pair.put_ring(Side::Rx, ring(eventfd(), 1)).unwrap();
             pair.attach(&Arc::new(as_queue(File::from(OwnedFd::from(near))))).unwrap();
             let (mailer, _news) = event_channel().unwrap();
@@ -410,7 +418,7 @@ mod tests {
     #[test]
     fn worker_that_does_not_park_is_given_up() {
         let (mailer, _news) = event_channel().unwrap();
-        let pair = QueuePair::new(0, None, Arc::new(PairCounters::default()), Duration::ZERO).unwrap();
+        let pair = QueuePair::new(0, None, Arc::new(PairCounters::default()), PollTime::default()).unwrap();
         let mut worker = Worker::new(0, pair, mailer).unwrap();
         // As if a thread had the pair.
         worker.here = None;

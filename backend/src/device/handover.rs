@@ -2,13 +2,13 @@
 //! again, and the frames in hand.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use baton_control::limited;
 use baton_protocol::control::Datapath;
 
 use super::{Device, DeviceConfig, DeviceError};
 use crate::dataplane::pair::QueuePair;
+use crate::dataplane::polling::PollTime;
 use crate::dataplane::rx::FrameInHand;
 use crate::dataplane::vhost::KernelPath;
 use crate::dataplane::worker::Worker;
@@ -174,11 +174,11 @@ impl Device {
         Ok(())
     }
 
-    /// Sets how long the workers busy-poll before they sleep.
+    /// Sets how long the workers poll before they sleep.
     ///
     /// # Errors
     /// As for [`Self::change`].
-    pub fn set_poll(&mut self, poll: Duration) -> Result<(), DeviceError> {
+    pub fn set_poll(&mut self, poll: PollTime) -> Result<(), DeviceError> {
         self.park_each(|parked| {
             parked.set_poll(poll);
             Ok(())

@@ -50,6 +50,7 @@ fn device() -> DeviceState {
         downscript_place: None,
         datapath: Datapath::VhostNet,
         poll_us: 50,
+        poll_auto: false,
     }
 }
 
@@ -99,6 +100,13 @@ fn every_packet_of_every_version_so_far_is_read() {
 #[test]
 fn the_place_of_a_downscript_goes_along() {
     let device = DeviceState { downscript_place: Some(PLACE), ..device() };
+    let message = Message::Device(StateOnly { device });
+    assert_eq!(Message::decode(&message.encode().unwrap()).unwrap(), message);
+}
+
+#[test]
+fn adaptive_polling_goes_along() {
+    let device = DeviceState { poll_us: 0, poll_auto: true, ..device() };
     let message = Message::Device(StateOnly { device });
     assert_eq!(Message::decode(&message.encode().unwrap()).unwrap(), message);
 }

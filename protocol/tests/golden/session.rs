@@ -31,6 +31,7 @@ fn device() -> DeviceState {
         downscript_place: None,
         datapath: Datapath::Userspace,
         poll_us: 50,
+        poll_auto: false,
     }
 }
 

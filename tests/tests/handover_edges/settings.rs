@@ -190,4 +190,23 @@ fn poll_time_is_handed_over_unless_the_target_has_its_own() {
     check_idle(&rig.backend.process).unwrap();
     hand_over(&mut rig, &[]).unwrap();
     check_idle(&rig.backend.process).unwrap();
+    let setting = |rig: &Rig| {
+        let log = rig.backend.process.log();
+        let (_, setting) = log.split_once("took the session").unwrap().1.split_once("poll_us=").unwrap();
+        setting.split_whitespace().next().unwrap().to_owned()
+    };
+    assert_eq!(setting(&rig), "0");
+    hand_over(&mut rig, &["--poll-us=auto"]).unwrap();
+    assert_eq!(setting(&rig), "auto");
+    hand_over(&mut rig, &[]).unwrap();
+    assert_eq!(setting(&rig), "auto");
+    check_idle(&rig.backend.process).unwrap();
+}
+
+#[test]
+fn poll_time_is_adaptive_by_default() {
+    let (mut rig, _device) = serving(Datapath::Userspace, Options::default(), &[]).unwrap();
+    check_idle(&rig.backend.process).unwrap();
+    hand_over(&mut rig, &[]).unwrap();
+    assert!(rig.backend.process.log().contains("poll_us=auto"));
 }

@@ -18,6 +18,7 @@ use baton_protocol::ownership::{Offered, Owner, Word};
 use baton_protocol::reasons::Reasons;
 
 use super::frames;
+use crate::dataplane::polling::PollTime;
 use crate::dataplane::rx::FrameInHand;
 use crate::device::{Device, DeviceConfig};
 use crate::features;
@@ -72,7 +73,11 @@ pub fn describe(device: &Device, tap: Option<&Tap>, extents: &[Option<FrameExten
             control::Datapath::Userspace => Datapath::Userspace,
             control::Datapath::VhostNet => Datapath::VhostNet,
         },
-        poll_us: u32::try_from(config.poll.as_micros()).unwrap_or(u32::MAX),
+        poll_us: match config.poll {
+            PollTime::Auto => 0,
+            PollTime::Fixed(time) => u32::try_from(time.as_micros()).unwrap_or(u32::MAX),
+        },
+        poll_auto: config.poll == PollTime::Auto,
     }
 }
 
@@ -127,12 +132,17 @@ pub fn capabilities(
 
 /// Returns the device's configuration: the source's, except for `--poll-us` of the target.
 pub fn config(state: &DeviceState, options: &TargetOptions) -> DeviceConfig {
+    let source = if state.poll_auto {
+        PollTime::Auto
+    } else {
+        PollTime::Fixed(Duration::from_micros(u64::from(state.poll_us)))
+    };
     DeviceConfig {
         mac: state.mac,
         mtu: state.mtu,
         sndbuf: state.sndbuf,
         downscript: state.downscript.as_ref().map(PathBuf::from),
-        poll: options.poll.unwrap_or(Duration::from_micros(u64::from(state.poll_us))),
+        poll: options.poll.unwrap_or(source),
     }
 }
 

@@ -341,11 +341,11 @@ fn activate(device: &mut Device, adopted: Adopted) -> Result<(), DeviceError> {
         counters.rx.restore(&saved.rx);
         counters.tx.restore(&saved.tx);
     }
-    let poll = device.config().poll;
-    device.set_poll(poll)?;
+    let poll_us = device.config().poll;
+    device.set_poll(poll_us)?;
     for (pair, frame) in frames {
         device.set_frame_in_hand(pair, Some(frame))?;
     }
-    limited!(info, tap = tap.name(), queue_pairs = tap.pairs(), "took the device");
+    limited!(info, tap = tap.name(), queue_pairs = tap.pairs(), %poll_us, "took the device");
     device.use_tap(tap)
 }

@@ -301,12 +301,13 @@ impl SessionTarget {
 
     fn listen_to_front(&mut self, cx: &mut Context<'_>) -> Result<(), DeviceError> {
         cx.device.tidy()?;
+        let poll_us = cx.device.config().poll;
         match &self.state {
             Target::Active(Taken::Committed(report)) => {
                 let report = serde_json::to_string(&SessionReport::completed(report.clone()));
-                limited!(info, report = report.unwrap_or_default(), "took the session");
+                limited!(info, report = report.unwrap_or_default(), %poll_us, "took the session");
             }
-            _ => limited!(info, "the source is dead, took the session"),
+            _ => limited!(info, %poll_us, "the source is dead, took the session"),
         }
         if let Some(staged) = self.taken.take() {
             *cx.transfer = Transfer::inherited(staged.device_state_moved);

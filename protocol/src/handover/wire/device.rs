@@ -5,6 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::session::is_default;
 use crate::bounded;
 
 /// The most queue pairs of a device.
@@ -36,8 +37,11 @@ pub struct DeviceState {
     pub downscript_place: Option<Place>,
     /// What moves the frames.
     pub datapath: Datapath,
-    /// How long a worker busy-polls before it sleeps, in microseconds.
+    /// How long a worker polls before it sleeps, in microseconds; 0 with `poll_auto`.
     pub poll_us: u32,
+    /// A worker polls as long as that pays.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub poll_auto: bool,
 }
 
 /// Where a process runs a script: the namespaces and the root that decide which interface and which program a name
