@@ -129,6 +129,14 @@ pub struct Args {
     #[arg(long, value_name = "auto|N", help_heading = "Dataplane", verbatim_doc_comment)]
     pub poll_us: Option<PollTime>,
 
+    /// Whether workers write many frames at once with io_uring
+    ///
+    /// auto: if the kernel allows it (Linux 6.1 and later, see io_uring_disabled in /proc/sys/kernel)
+    /// and the TAP's send buffer is unlimited. off: one system call for each frame.
+    #[arg(long, value_name = "auto|off", default_value = "auto", hide_possible_values = true)]
+    #[arg(help_heading = "Dataplane", verbatim_doc_comment)]
+    pub io_uring: IoUring,
+
     /// Size of the TAP's send buffer in bytes; 0 for no limit
     ///
     /// Limits how much the guest can have queued for the network. 1 to 5 bytes are invalid: the
@@ -207,6 +215,16 @@ pub enum DeviceState {
     /// The device state without the TAP.
     Pipe,
     /// Nothing: the protocol feature DEVICE_STATE is not offered.
+    Off,
+}
+
+/// Whether workers use io_uring.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum IoUring {
+    /// If the kernel allows it.
+    #[default]
+    Auto,
+    /// Never.
     Off,
 }
 

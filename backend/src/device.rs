@@ -27,6 +27,7 @@ use baton_control::limited;
 use baton_protocol::control::Datapath;
 use virtio_bindings::virtio_net;
 
+use crate::args::IoUring;
 use crate::dataplane::failures::WorkerFailure;
 use crate::dataplane::pair::QueuePair;
 use crate::dataplane::polling::PollTime;
@@ -184,9 +185,12 @@ impl Device {
         pairs: usize,
         vhost: Vhost,
         config: DeviceConfig,
+        io_uring: IoUring,
         failures: &EventSender<WorkerFailure>,
     ) -> Result<Self, DeviceError> {
         let everything = Features(u64::MAX);
+        // With vhost-net, the workers write no frames.
+        let io_uring = if matches!(vhost, Vhost::None) { io_uring } else { IoUring::Off };
         let (datapath, given) = match vhost {
             Vhost::None => (Datapath::Userspace, Vec::new()),
             Vhost::Open(first) => (Datapath::VhostNet, vec![first]),
@@ -202,7 +206,7 @@ impl Device {
             let own = Arc::new(PairCounters::default());
             let queue_pair =
                 QueuePair::new(index, given.next(), Arc::clone(&own), config.poll).map_err(failed)?;
-            workers.push(Worker::new(index, queue_pair, failures.clone()).map_err(failed)?);
+            workers.push(Worker::new(index, queue_pair, io_uring, failures.clone()).map_err(failed)?);
             counters.push(own);
         }
         let session = SessionState::default();

@@ -119,7 +119,7 @@ fn serve(args: &Args) -> Result<()> {
     };
     let (sender, failures) = event_channel().context("cannot create an event channel")?;
     let name = tap.as_ref().map(Tap::name);
-    let mut device = Device::new(tap, args.pairs(), vhost, config, &sender)?;
+    let mut device = Device::new(tap, args.pairs(), vhost, config, args.io_uring, &sender)?;
     device.set_offers_device_state(args.device_state != Some(DeviceState::Off));
     let datapath = device.datapath();
     match name {

@@ -1,5 +1,6 @@
 //! `struct virtio_net_hdr` (virtio 1.2 §5.1.6), as the TAP writes and reads it: 10 bytes, or 12 with `num_buffers` if
 //! `VIRTIO_F_VERSION_1` or `VIRTIO_NET_F_MRG_RXBUF` was negotiated.
+#![expect(unsafe_code, reason = "reads a header in guest memory")]
 
 use virtio_bindings::virtio_net;
 
@@ -41,6 +42,24 @@ pub fn mend_length(frame: &mut [u8], header: usize) -> bool {
         field.fill(0);
     }
     beyond
+}
+
+/// Returns whether [`mend_length`] would mend the frame in `vectors`, `length` bytes long with its header. Returns true
+/// if the field is not in the first vector.
+///
+/// # Safety
+/// The first vector must be readable guest memory.
+#[inline]
+pub unsafe fn may_need_mending(vectors: &[libc::iovec], length: usize, header: usize) -> bool {
+    match vectors.first() {
+        Some(first) if first.iov_len >= HDR_LEN + 2 => {
+            let field = first.iov_base.wrapping_byte_add(HDR_LEN).cast::<[u8; 2]>();
+            // SAFETY: the field is inside the vector, and bytes need no alignment.
+            let field = unsafe { field.read_volatile() };
+            usize::from(u16::from_le_bytes(field)) > length.saturating_sub(header)
+        }
+        _ => true,
+    }
 }
 
 /// The headers that the guest accepts, from the negotiated features.

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 
 pub mod adopted;
+pub mod batch;
 mod error;
 mod interface;
 mod ioctl;

@@ -25,6 +25,7 @@ use crate::events::{Epoll, Events};
 use crate::metrics::PairCounters;
 use crate::notify::Notifier;
 use crate::tap::TapQueue;
+use crate::tap::batch::BatchWriter;
 use crate::vhost_net::VhostNet;
 
 /// The longest wait for events, in milliseconds, while a ring without a kick must be polled.
@@ -103,6 +104,7 @@ impl QueuePair {
     pub fn attach(&mut self, tap: &Arc<TapQueue>) -> io::Result<()> {
         if self.kernel.is_none() {
             self.epoll.add(&**tap, TAP_EVENTS, TAP)?;
+            self.tx.unlimited = tap.is_unlimited();
         }
         tracing::debug!(pair = self.index, "the pair has its queue of the TAP");
         self.tap = Some(Arc::clone(tap));
@@ -198,7 +200,7 @@ impl QueuePair {
             if left == 0 || left > ring.vring.size() {
                 return;
             }
-            match self.tx.run(self.index, &tap, &self.counters.tx) {
+            match self.tx.run(self.index, &tap, &self.counters.tx, None) {
                 Turn::More | Turn::Done => {}
                 Turn::Full if tap.wait_writable(deadline) => {
                     self.tx.writable();
@@ -275,11 +277,11 @@ impl QueuePair {
 
     /// Moves frames for one turn, or lets the kernel move them. Returns the timeout of the next wait for events in
     /// milliseconds, −1 for none. If the pair cannot continue, reports that to the event loop and returns `None`.
-    pub(super) fn turn(&mut self, failures: &Failures) -> Option<i32> {
+    pub(super) fn turn(&mut self, failures: &Failures, writer: &mut BatchWriter) -> Option<i32> {
         let result = match (self.tap.clone(), self.kernel.is_some()) {
             (None, _) => Ok(-1),
             (Some(tap), true) => self.turn_of_kernel(&tap),
-            (Some(tap), false) => self.turn_here(&tap),
+            (Some(tap), false) => self.turn_here(&tap, writer),
         };
         result.map_err(|error| failures.report(&error)).ok()
     }
@@ -316,12 +318,12 @@ impl QueuePair {
         }
     }
 
-    fn turn_here(&mut self, tap: &TapQueue) -> io::Result<i32> {
+    fn turn_here(&mut self, tap: &TapQueue, writer: &mut BatchWriter) -> io::Result<i32> {
         let polled = self.polled();
         let (mut received, mut sent) = (false, false);
         if self.look_tx || polled {
             // Kicks stay disabled until it is clear that the worker sleeps.
-            let turn = self.tx.run(self.index, tap, &self.counters.tx);
+            let turn = self.tx.run(self.index, tap, &self.counters.tx, Some(writer));
             sent = turn != Turn::Idle;
             self.look_tx = turn == Turn::More;
             // A TAP reports new room only if it was polled after it became full. Without this there is no edge.

@@ -6,7 +6,7 @@
 //! because what follows differs: a driver that has received a frame may answer within a microsecond, while the network
 //! answers a frame later. A poll that finds work earns what the sleep would have cost, less its own time. One in vain
 //! costs its time. A poll may only spend what its account has, so polling never costs more than it has saved. An attempt
-//! before one in [`SAMPLE`] sleeps is free: it discovers that polling has begun to pay.
+//! before one in `SAMPLE` sleeps is free: it discovers that polling has begun to pay.
 
 use std::fmt;
 use std::str::FromStr;

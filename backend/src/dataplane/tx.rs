@@ -9,11 +9,17 @@ use super::ring::Ring;
 use super::{BATCH, TURN_BYTES, TURN_FRAMES, Turn};
 use crate::metrics;
 use crate::net_header;
+use crate::tap::batch::{BatchWriter, MAX_BATCH};
 use crate::tap::{MAX_FRAME, Sent, TapQueue};
 use crate::vring::RingError;
 
 /// The minimum number of bytes that a piece of a frame counts for in a turn.
 const PIECE: usize = 64;
+
+/// The fewest frames that are worth a [`BatchWriter`]. Fewer cost less one by one.
+const MIN_BATCH: usize = 32;
+
+const _: () = assert!(BATCH <= MAX_BATCH);
 
 /// A chain of the batch.
 #[derive(Clone, Copy, Debug)]
@@ -34,6 +40,9 @@ pub struct Tx {
     pub ring: Option<Ring>,
     /// Length of the virtio-net header.
     pub header: usize,
+    /// The TAP's send buffer is unlimited. Otherwise a frame that does not fit would be overtaken by the rest of its
+    /// batch.
+    pub unlimited: bool,
     batch: Vec<Frame>,
     vectors: Vectors,
     hint: usize,
@@ -78,13 +87,20 @@ impl Tx {
         }
     }
 
-    /// Sends the chains that the driver has made available, for one turn. Leaves kicks disabled if it sent any.
-    pub fn run(&mut self, pair: u16, tap: &TapQueue, counters: &metrics::Direction) -> Turn {
+    /// Sends the chains that the driver has made available, for one turn, with `writer` if there
+    /// are many. Leaves kicks disabled if it sent any.
+    pub fn run(
+        &mut self,
+        pair: u16,
+        tap: &TapQueue,
+        counters: &metrics::Direction,
+        writer: Option<&mut BatchWriter>,
+    ) -> Turn {
         let Some(mut ring) = self.ring.take() else { return Turn::Idle };
         let turn = if !ring.runs() {
             Turn::Idle
         } else {
-            self.turn(&mut ring, tap, counters).unwrap_or_else(|error| {
+            self.turn(&mut ring, tap, counters, writer).unwrap_or_else(|error| {
                 ring.fail("transmit", pair, &error);
                 Turn::Idle
             })
@@ -98,6 +114,7 @@ impl Tx {
         ring: &mut Ring,
         tap: &TapQueue,
         counters: &metrics::Direction,
+        mut writer: Option<&mut BatchWriter>,
     ) -> Result<Turn, RingError> {
         if self.full && ring.enabled {
             return Ok(Turn::Idle);
@@ -109,7 +126,7 @@ impl Tx {
             }
             ring.vring.disable_kicks();
             let result = if ring.enabled {
-                self.fill(ring).map(|()| self.send(ring, tap, counters))
+                self.fill(ring).map(|()| self.send(ring, tap, counters, writer.as_deref_mut()))
             } else {
                 discard(ring, counters).map(|discarded| (discarded, 0))
             };
@@ -165,15 +182,34 @@ impl Tx {
     }
 
     /// Passes the batch to the TAP. Returns how many frames and bytes were sent or dropped.
-    fn send(&mut self, ring: &mut Ring, tap: &TapQueue, counters: &metrics::Direction) -> (u32, usize) {
+    fn send(
+        &mut self,
+        ring: &mut Ring,
+        tap: &TapQueue,
+        counters: &metrics::Direction,
+        writer: Option<&mut BatchWriter>,
+    ) -> (u32, usize) {
         let (mut frames, mut bytes) = (0, 0);
-        for frame in &self.batch {
+        let written = writer.map_or(&[][..], |writer| self.write(tap, writer));
+        // Frames before this one cannot wait, for a later frame was sent.
+        let last = written.iter().rposition(|sent| *sent == Sent::Done).unwrap_or(0);
+        for (position, frame) in self.batch.iter().enumerate() {
             let length = frame.length as usize;
             if length <= self.header {
                 counters.dropped.add(1);
             } else {
                 let vectors = &self.vectors.0[frame.first..frame.end];
-                match send(vectors, length, self.header, tap) {
+                let sent = match written.get(position) {
+                    Some(Sent::Full | Sent::Interrupted) if position < last => {
+                        match send(vectors, length, self.header, tap) {
+                            Sent::Full | Sent::Interrupted => Sent::Refused,
+                            sent => sent,
+                        }
+                    }
+                    Some(Sent::Invalid) | None => send(vectors, length, self.header, tap),
+                    Some(sent) => *sent,
+                };
+                match sent {
                     Sent::Done => counters.frame(length - self.header),
                     Sent::Refused | Sent::Invalid => counters.dropped.add(1),
                     Sent::Full => {
@@ -192,6 +228,29 @@ impl Tx {
             bytes += length.max(PIECE * (frame.end - frame.first));
         }
         (frames, bytes)
+    }
+}
+
+impl Tx {
+    /// Writes the frames at the start of the batch that need no mending, if they are many. Returns their results.
+    fn write<'a>(&self, tap: &TapQueue, writer: &'a mut BatchWriter) -> &'a [Sent] {
+        if self.batch.len() < MIN_BATCH || !self.unlimited || !tap.has_nowait() {
+            return &[];
+        }
+        let vectors = |frame: &Frame| &self.vectors.0[frame.first..frame.end];
+        let plain = |frame: &&Frame| {
+            let (vectors, length) = (vectors(frame), frame.length as usize);
+            length > self.header
+                && vectors.len() <= MAX_VECTORS
+                // SAFETY: the vectors are guest memory that the ring's memory table keeps mapped.
+                && !unsafe { net_header::may_need_mending(vectors, length, self.header) }
+        };
+        let count = self.batch.iter().take_while(plain).count();
+        if count < MIN_BATCH || !writer.is_ready() {
+            return &[];
+        }
+        // SAFETY: as above. The guest may change its memory meanwhile, which affects only its own frames.
+        unsafe { writer.send(tap, self.batch[..count].iter().map(vectors)) }
     }
 }
 

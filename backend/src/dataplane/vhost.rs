@@ -98,7 +98,7 @@ impl QueuePair {
         self.give(Side::Tx, tap);
         let polled = self.polled();
         if (self.look_tx || polled) && self.tx.ring.as_ref().is_some_and(|ring| !ring.enabled) {
-            let turn = self.tx.run(self.index, tap, &self.counters.tx);
+            let turn = self.tx.run(self.index, tap, &self.counters.tx, None);
             self.look_tx = turn == Turn::More || !self.tx.enable_kicks();
         } else {
             self.look_tx = false;

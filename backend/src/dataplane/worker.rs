@@ -25,10 +25,12 @@ use super::failures::{Failures, WorkerFailure};
 use super::gate::{Gate, Wake};
 use super::interrupt;
 use super::pair::{QueuePair, WAKE};
+use crate::args::IoUring;
 use crate::event_channel::EventSender;
 use crate::events::{Epoll, Events, Ready};
 use crate::notify::Notifier;
 use crate::tap::TapQueue;
+use crate::tap::batch::BatchWriter;
 
 /// How long a worker may take to park before it is interrupted. Each interrupt ends one blocking call. The interval
 /// doubles each time, so that a call that is merely slow can complete.
@@ -58,6 +60,7 @@ struct Shared {
     failures: Failures,
     /// The epoll instance for the events of the pair and the bell.
     events: Arc<Epoll>,
+    io_uring: IoUring,
 }
 
 /// Marks the gate as dead if the thread panics, so that the owner does not wait for ever.
@@ -86,18 +89,23 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Creates a parked worker for `pair`. The worker reports failures of its thread to `failures`.
+    /// Creates a parked worker for `pair`, which may use `io_uring`. The worker reports failures of its thread to `failures`.
     ///
     /// # Errors
     /// Returns an error if the signal handler cannot be installed, or the eventfd cannot be created or watched.
-    pub fn new(index: u16, pair: QueuePair, failures: EventSender<WorkerFailure>) -> io::Result<Self> {
+    pub fn new(
+        index: u16,
+        pair: QueuePair,
+        io_uring: IoUring,
+        failures: EventSender<WorkerFailure>,
+    ) -> io::Result<Self> {
         interrupt::install()?;
         let wake = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         let events = pair.events();
         // Edge-triggered: each write is an event, so the eventfd is never read.
         events.add(&wake, Events::EPOLLIN | Events::EPOLLET, WAKE)?;
         let failures = Failures::new(failures, index);
-        let shared = Shared { gate: Gate::new(Bell(wake)), failures, events };
+        let shared = Shared { gate: Gate::new(Bell(wake)), failures, events, io_uring };
         Ok(Self {
             here: Some(Box::new(pair)),
             tap: None,
@@ -250,6 +258,7 @@ fn work(shared: &Arc<Shared>) {
     let gate = &shared.gate;
     let mut ready = Ready::<4>::default();
     let mut held: Option<Box<QueuePair>> = None;
+    let mut writer = BatchWriter::new(shared.io_uring);
     // Discard the initial events: each new registration reports old kicks. If this wait fails, so does the next one,
     // which handles the error.
     drop(shared.events.wait(0, &mut ready));
@@ -267,7 +276,7 @@ fn work(shared: &Arc<Shared>) {
             // block, since the front-end filled its eventfd, comes after the frames.
             pair.make_calls(Notifier::has_room);
             // After a failure, which the turn reports to the event loop, the thread gives the pair back.
-            let turn = if gate.is_closed() { None } else { pair.turn(&shared.failures) };
+            let turn = if gate.is_closed() { None } else { pair.turn(&shared.failures, &mut writer) };
             pair.make_calls(|_| true);
             timeout = turn.unwrap_or(-1);
             match turn {
@@ -387,7 +396,7 @@ mod tests {
             pair.put_ring(Side::Rx, ring(eventfd(), 1)).unwrap();
             pair.attach(&Arc::new(as_queue(File::from(OwnedFd::from(near))))).unwrap();
             let (mailer, _news) = event_channel().unwrap();
-            let mut worker = Worker::new(0, pair, mailer).unwrap();
+            let mut worker = Worker::new(0, pair, IoUring::Auto, mailer).unwrap();
             let end = AtomicBool::new(false);
             std::thread::scope(|scope| {
                 clear_flags(&peer);
@@ -419,7 +428,7 @@ mod tests {
     fn worker_that_does_not_park_is_given_up() {
         let (mailer, _news) = event_channel().unwrap();
         let pair = QueuePair::new(0, None, Arc::new(PairCounters::default()), PollTime::default()).unwrap();
-        let mut worker = Worker::new(0, pair, mailer).unwrap();
+        let mut worker = Worker::new(0, pair, IoUring::Auto, mailer).unwrap();
         // As if a thread had the pair.
         worker.here = None;
         assert!(worker.take_back(PATIENCE).is_none());

@@ -100,14 +100,23 @@ impl TapQueue {
             // SAFETY: as above.
             unsafe { libc::writev(fd, frame.as_ptr(), count(frame)) }
         };
+        let error = if result < 0 { Errno::last_raw() } else { 0 };
+        if error == libc::EOPNOTSUPP && self.do_without_nowait() {
+            // SAFETY: the caller guarantees it.
+            return unsafe { self.send(frame) };
+        }
+        self.sent(-error)
+    }
+
+    /// Returns what the result of a write means: a length, or a negative error number.
+    #[inline]
+    pub(super) fn sent(&self, result: i32) -> Sent {
         if result >= 0 {
             return Sent::Done;
         }
-        match Errno::last() {
+        match Errno::from_raw(-result) {
             Errno::EAGAIN => Sent::Full,
             Errno::EINTR => Sent::Interrupted,
-            // SAFETY: the caller guarantees it.
-            Errno::EOPNOTSUPP if self.do_without_nowait() => unsafe { self.send(frame) },
             Errno::EINVAL => Sent::Invalid,
             Errno::EBADFD => {
                 self.gone.store(true, Ordering::Relaxed);
@@ -115,6 +124,20 @@ impl TapQueue {
             }
             _ => Sent::Refused,
         }
+    }
+
+    /// Returns whether the send buffer is unlimited: no frame then waits for room in it.
+    pub fn is_unlimited(&self) -> bool {
+        let mut bytes: libc::c_int = 0;
+        // SAFETY: TUNGETSNDBUF fills an int.
+        let result = unsafe { ioctl::get_sndbuf(self.file.as_raw_fd(), &raw mut bytes) };
+        result.is_ok() && bytes == libc::c_int::MAX
+    }
+
+    /// Returns whether no call depends on `O_NONBLOCK`, as far as is known.
+    #[inline]
+    pub fn has_nowait(&self) -> bool {
+        self.nowait.load(Ordering::Relaxed)
     }
 
     /// Receives one frame, header first. The kernel truncates a frame that does not fit, so `room` must have space for
@@ -150,7 +173,7 @@ impl TapQueue {
 
     /// Notes that the kernel does not support `RWF_NOWAIT` for a TAP. Returns whether that was not known before.
     #[cold]
-    fn do_without_nowait(&self) -> bool {
+    pub(super) fn do_without_nowait(&self) -> bool {
         let news = self.nowait.swap(false, Ordering::Relaxed);
         if news {
             self.set_nonblocking();
