@@ -7,6 +7,8 @@
 //! polls before it sleeps. [`buffers`] keeps the guest's receive buffers ready, and [`chain`] turns descriptor chains into I/O
 //! vectors.
 
+#[cfg(test)]
+mod allocations;
 pub mod buffers;
 pub mod chain;
 pub mod failures;
