@@ -3,14 +3,18 @@
 //! Each queue has as many chains as fit, all of the same shape. The driver makes a chain available again as soon as the
 //! device has used it. It does not check the device, which other tests do.
 
+use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{Ordering, fence};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::load::PATIENCE;
 use super::scenario::{Scenario, Traffic};
 use crate::fake_frontend::queue::{RingAddresses, needs_event, write_descriptor};
 use crate::fake_frontend::wire::protocol;
@@ -217,7 +221,7 @@ impl Guest {
     /// # Errors
     /// Returns an error if the back-end does not offer `VERSION_1`, or refuses a message.
     pub fn connect(socket: &Path, scenario: &Scenario) -> Result<Option<Self>> {
-        let mut connection = Connection::connect(socket)?;
+        let mut connection = Connection::new(connect(socket)?)?;
         let offered = connection.get_features()?;
         let negotiated = scenario.features() & offered;
         if scenario.needed_features() & !offered != 0 {
@@ -274,6 +278,19 @@ impl Guest {
         }
         let mergeable = negotiated & features::MRG_RXBUF != 0;
         Ok(Some(Self { pairs, mergeable, _connection: connection, _memory: memory }))
+    }
+}
+
+/// Connects to a back-end. Between binding its socket and listening on it, it refuses.
+fn connect(socket: &Path) -> Result<UnixStream> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match UnixStream::connect(socket) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            result => return result.with_context(|| format!("cannot connect to {}", socket.display())),
+        }
     }
 }
 

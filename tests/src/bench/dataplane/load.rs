@@ -25,7 +25,7 @@ const BURST: usize = 32;
 /// Chains that the driver publishes together.
 const BATCH: usize = 32;
 /// The timeout for everything. Only catches a back-end that hangs.
-const PATIENCE: Duration = Duration::from_secs(120);
+pub(super) const PATIENCE: Duration = Duration::from_secs(120);
 /// How long a frame may take there and back before the next one is sent.
 const RESEND: Duration = Duration::from_millis(500);
 
