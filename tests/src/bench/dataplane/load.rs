@@ -63,6 +63,8 @@ pub struct Outcome {
     pub seconds: f64,
     /// Frames that arrived; in the scenarios there and back and ping-pong, those that came back.
     pub frames: u64,
+    /// Of these, the frames that arrived on the network, if both directions are loaded.
+    pub transmitted: u64,
     /// The resources that the back-end used.
     pub used: Usage,
     /// Number of kicks.
@@ -110,6 +112,10 @@ fn measure(arguments: &Arguments) -> Result<Option<Outcome>> {
     let mut outcome = load.outcome;
     outcome.times.sort_unstable();
     // The TAP counts the frames that its owner moved, including those that the guest does not see.
+    if scenario.traffic == Traffic::BothWays {
+        outcome.transmitted = after.rx_packets - before.1.rx_packets;
+        outcome.frames = load.received + outcome.transmitted;
+    }
     outcome.frames = match scenario.traffic {
         Traffic::Transmit | Traffic::ThereAndBack => after.rx_packets - before.1.rx_packets,
         Traffic::Receive if load.guest.is_none() => after.tx_packets - before.1.tx_packets,
@@ -138,6 +144,8 @@ struct Load {
     began: Instant,
     /// When the next burst is due, in nanoseconds.
     due: u64,
+    /// Frames that the guest has received.
+    received: u64,
     outcome: Outcome,
 }
 
@@ -156,6 +164,7 @@ impl Load {
             tap: tap.to_owned(),
             began: Instant::now(),
             due: 0,
+            received: 0,
             outcome: Outcome::default(),
         };
         // All frames that the guest sends are the same.
@@ -174,6 +183,7 @@ impl Load {
 
     fn restart(&mut self) {
         self.outcome = Outcome::default();
+        self.received = 0;
         for pair in self.guest.iter_mut().flat_map(|guest| &mut guest.pairs) {
             pair.receive.kicks = 0;
             pair.transmit.kicks = 0;
@@ -199,6 +209,10 @@ impl Load {
                     std::thread::sleep(end.saturating_duration_since(Instant::now()));
                 }
                 (Traffic::Receive | Traffic::ThereAndBack, _) => self.receive()?,
+                (Traffic::BothWays, _) => {
+                    self.transmit(end)?;
+                    self.receive()?;
+                }
                 (Traffic::PingPong, _) => self.ping_pong()?,
                 (Traffic::Paced { rate, burst }, _) => self.paced(rate, burst, end)?,
                 (Traffic::Transmit, false) => bail!("no guest to transmit"),
@@ -281,6 +295,7 @@ impl Load {
                     }
                     pieces = u16::from_le_bytes(number).max(1);
                     self.outcome.frames += 1;
+                    self.received += 1;
                     if timed {
                         let mut stamp = [0; 8];
                         buffer.read(HEADER + STAMP, &mut stamp);

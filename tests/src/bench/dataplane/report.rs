@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use super::load::Outcome;
 use super::run::Cell;
-use super::scenario::Scenario;
+use super::scenario::{Scenario, Traffic};
 use crate::bench::page::Machine;
 
 /// The name of the first back-end, which the others are compared with.
@@ -124,6 +124,7 @@ fn write(
     writeln!(text, "Thousand frames, or gigabits for frames of 64 KiB.\n")?;
     let flood = |scenario: &Scenario| !scenario.is_ping_pong() && !scenario.is_paced();
     compared(text, &rows, flood, |scenario, outcome| outcome.rate(scenario))?;
+    both_ways(text, &rows)?;
     writeln!(text, "\n### Frames' times\n")?;
     writeln!(text, "Microseconds: of a round trip for ping-pong, of one way otherwise.\n")?;
     writeln!(text, "| | back-end | p50 | p99 | p99.9 | processor, µs per frame | processor, % |")?;
@@ -160,6 +161,26 @@ fn write(
                 write!(text, " {} |", value.map_or_else(String::new, |value| digits(value.median)))?;
             }
             writeln!(text)?;
+        }
+    }
+    Ok(())
+}
+
+/// Writes how the back-ends share their time between the directions when both are loaded.
+#[expect(clippy::cast_precision_loss, reason = "figures with three digits")]
+fn both_ways(text: &mut String, rows: &[(Scenario, Vec<&Cell>)]) -> std::fmt::Result {
+    writeln!(text, "\n### Both directions at once\n")?;
+    writeln!(text, "Thousand frames per second.\n")?;
+    writeln!(text, "| | back-end | guest → TAP | TAP → guest |")?;
+    writeln!(text, "|---|---|---|---|")?;
+    let rows = rows.iter().filter(|(scenario, _)| scenario.traffic == Traffic::BothWays);
+    for (scenario, cell) in rows.flat_map(|(scenario, row)| row.iter().map(move |cell| (scenario, cell))) {
+        let transmitted = cell.spread(|outcome| outcome.transmitted as f64 / 1e3 / outcome.seconds);
+        let received =
+            cell.spread(|outcome| (outcome.frames - outcome.transmitted) as f64 / 1e3 / outcome.seconds);
+        if transmitted.is_some() {
+            let (name, peer) = (scenario.name(), &cell.peer);
+            writeln!(text, "| {name} | {peer} | {} | {} |", figure(transmitted), figure(received))?;
         }
     }
     Ok(())

@@ -19,6 +19,8 @@ pub enum Traffic {
     Receive,
     /// TAP to guest and back.
     ThereAndBack,
+    /// As [`Self::Transmit`] and [`Self::Receive`] at the same time.
+    BothWays,
     /// One frame at a time, there and back.
     PingPong,
     /// TAP to guest, at a steady rate.
@@ -70,7 +72,7 @@ const fn paced(rate: u32) -> Scenario {
 }
 
 /// All scenarios.
-pub const ALL: [Scenario; 23] = [
+pub const ALL: [Scenario; 24] = [
     transmit(64),
     transmit(512),
     transmit(FULL),
@@ -81,6 +83,7 @@ pub const ALL: [Scenario; 23] = [
     receive(LARGE),
     Scenario { mergeable: false, ..receive(LARGE) },
     Scenario { traffic: Traffic::ThereAndBack, ..BASE },
+    Scenario { traffic: Traffic::BothWays, ..BASE },
     Scenario { pairs: 2, ..transmit(64) },
     Scenario { pairs: 2, ..receive(64) },
     Scenario { traffic: Traffic::Paced { rate: 100_000, burst: 4 }, ..BASE },
@@ -162,6 +165,7 @@ impl Scenario {
             Traffic::Transmit => "guest → TAP".to_owned(),
             Traffic::Receive => "TAP → guest".to_owned(),
             Traffic::ThereAndBack => "there and back".to_owned(),
+            Traffic::BothWays => "both ways at once".to_owned(),
             Traffic::PingPong => "ping-pong".to_owned(),
             Traffic::Paced { rate, burst: 1 } => format!("TAP → guest, {} kpps", rate / 1000),
             Traffic::Paced { rate, burst } => {
