@@ -31,7 +31,7 @@ Examples:
 #[command(name = "batonctl", version, max_term_width = 100, verbatim_doc_comment, after_long_help = AFTER_HELP)]
 pub struct Arguments {
     /// Print the reply as one line of JSON
-    #[arg(long)]
+    #[arg(long, global = true)]
     pub json: bool,
     /// The control socket of the process (its --control-socket)
     #[arg(value_name = "SOCKET")]

@@ -3,7 +3,7 @@
 use std::os::unix::net::UnixStream;
 use std::process::Command;
 
-use baton_protocol::control::{BackendState, Done, QueuePairStats, Request};
+use baton_protocol::control::{BackendState, BackendStatus, Done, QueuePairStats, Request};
 use baton_tests::backend::{Rig, TAP};
 use baton_tests::datapath::Datapath;
 use baton_tests::fake_frontend::{Connection, Options};
@@ -47,6 +47,16 @@ fn control_socket_reports_status_and_statistics(datapath: Datapath) {
     // A command for a VMM.
     let error = rig.backend.ask(&Request::Pause).unwrap_err();
     assert!(error.to_string().contains("back-end"), "{error}");
+}
+
+#[test]
+fn json_is_asked_for_before_or_after_the_command() {
+    let rig = Rig::new(Datapath::Userspace, 1, &[]).unwrap();
+    let control = rig.backend.control.to_str().unwrap();
+    for arguments in [["--json", control, "status"], [control, "status", "--json"]] {
+        let output = Command::new(programs::batonctl().unwrap()).args(arguments).output().unwrap();
+        serde_json::from_slice::<BackendStatus>(&output.stdout).unwrap();
+    }
 }
 
 #[test]
