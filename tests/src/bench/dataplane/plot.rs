@@ -45,7 +45,7 @@ pub fn bars(path: &Path, cells: &[Cell]) -> Result<()> {
     let height = u32::try_from(rows)? * 240 + 40;
     draw(path, (1280, height), |area| {
         let (names, area) = area.split_vertically(30);
-        legend(&names, cells)?;
+        legend(&names, cells, &scenarios)?;
         for (panel, scenario) in area.split_evenly((rows, columns)).iter().zip(&scenarios) {
             let row = cells.iter().filter(|cell| cell.scenario == *scenario);
             let values: Vec<_> = row
@@ -67,7 +67,7 @@ fn bar_chart(panel: &Panel<'_>, scenario: &Scenario, values: &[(usize, f64)]) ->
     let mut chart = ChartBuilder::on(panel)
         .margin(6)
         .caption(scenario.name(), ("sans-serif", 12))
-        .y_label_area_size(44)
+        .y_label_area_size(64)
         .build_cartesian_2d((0..count).into_segmented(), 0.0..highest * 1.1)?;
     let unit = if scenario.is_large() { "Gb / CPU-s" } else { "thousand / CPU-s" };
     chart
@@ -96,7 +96,7 @@ pub fn times(path: &Path, cells: &[Cell]) -> Result<()> {
     let scenarios: Vec<_> = unique(cells).into_iter().filter(Scenario::is_ping_pong).collect();
     draw(path, (1280, 420), |area| {
         let (names, area) = area.split_vertically(30);
-        legend(&names, cells)?;
+        legend(&names, cells, &scenarios)?;
         for (panel, scenario) in area.split_evenly((1, scenarios.len().max(1))).iter().zip(&scenarios) {
             time_chart(panel, scenario, cells)?;
         }
@@ -142,13 +142,18 @@ fn time_chart(panel: &Panel<'_>, scenario: &Scenario, cells: &[Cell]) -> Drawn {
     Ok(())
 }
 
-/// Draws the names of all back-ends in a row.
-fn legend(panel: &Panel<'_>, cells: &[Cell]) -> Drawn {
+/// Draws the names of the back-ends that have a result in one of `scenarios` in a row.
+fn legend(panel: &Panel<'_>, cells: &[Cell], scenarios: &[Scenario]) -> Drawn {
     let mut chart = ChartBuilder::on(panel).build_cartesian_2d(0.0..1.0, 0.0..1.0)?;
     let Some(first) = cells.first() else { return Ok(()) };
-    for (nth, cell) in cells.iter().filter(|cell| cell.scenario == first.scenario).enumerate() {
+    let all = cells.iter().filter(|cell| cell.scenario == first.scenario).enumerate();
+    let plotted = |peer: &str| {
+        let mut own = cells.iter().filter(|cell| cell.peer == peer && scenarios.contains(&cell.scenario));
+        own.any(|cell| !cell.outcomes.is_empty())
+    };
+    for (column, (nth, cell)) in (0u32..).zip(all.filter(|(_, cell)| plotted(&cell.peer))) {
         let colour = COLOURS[nth % COLOURS.len()];
-        let place = 0.02 + 0.19 * f64::from(u32::try_from(nth)?);
+        let place = 0.02 + 0.19 * f64::from(column);
         chart.draw_series([Rectangle::new([(place, 0.25), (place + 0.012, 0.75)], colour.filled())])?;
         let style = ("sans-serif", 14);
         chart.draw_series([plotters::prelude::Text::new(cell.peer.clone(), (place + 0.018, 0.75), style)])?;
