@@ -90,7 +90,7 @@ impl Device {
     /// [`Self::change`].
     pub fn set_tap_aside(&mut self) -> Result<Option<Tap>, DeviceError> {
         self.park_each(QueuePair::detach)?;
-        limited!(info, "polling of the TAP is off");
+        limited!(info, "set the TAP aside");
         self.remember_tap();
         let tap = self.tap.take();
         self.change(.., |_| ())?;
@@ -128,7 +128,7 @@ impl Device {
             }
         })?;
         self.follow_pairs()?;
-        limited!(info, "polling of the TAP is on");
+        limited!(info, "uses the TAP");
         Ok(())
     }
 

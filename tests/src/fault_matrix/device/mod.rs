@@ -221,7 +221,7 @@ impl Fixture {
     /// Checks that the guest's VMM and back-end have no more descriptors than after an earlier case.
     fn check_held(&mut self) -> Result<()> {
         let stay = &self.traveller.stay;
-        let offered = stay.backend.process.log().contains("polling of the TAP is off");
+        let offered = stay.backend.process.log().contains("set the TAP aside");
         for process in [stay.guest.process(), stay.backend.process.pid()] {
             let least = self.held.entry((process, offered)).or_insert(open_fds(process)?);
             let what = format!("process {process} had {least} descriptors open");
