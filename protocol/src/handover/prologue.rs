@@ -18,8 +18,9 @@ use crate::end_reason::EndReason;
 use crate::reasons::Reasons;
 use crate::version::VersionError;
 
-/// How long each side waits for an answer.
-pub const PATIENCE: Duration = Duration::from_secs(2);
+/// How long each side waits for an answer. Nothing has stopped yet, and on an overloaded host a process may get no
+/// processor for seconds.
+pub const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What is handed over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,7 +8,7 @@
 //!
 //! | state (source / target) | owner | own ring starts | the peer is gone | a message is lost, late or invalid |
 //! |---|---|---|---|---|
-//! | prologue | source | – | source: failed; target: waits again | the same, after 2 s |
+//! | prologue | source | – | source: failed; target: waits again | the same, after 5 s |
 //! | armed / ready | source | – | source: failed, continues to serve; target: waits again | the same |
 //! | offered / not received yet | undecided | source: takes back, armed | source: takes back, failed | the same |
 //! | offered / adopted | undecided | the first swap wins; the loser drops the device | source: takes back, failed; target: keeps the device and takes it when its first ring starts | the same |

@@ -8,12 +8,12 @@
 //!
 //! | state | the peer is proven dead | the connection ends, or a message is invalid or unexpected | timeout |
 //! |---|---|---|---|
-//! | source: prologue | ends; the rings never stopped | the same | the same, after 2 s |
+//! | source: prologue | ends; the rings never stopped | the same | the same, after 5 s |
 //! | source: staging | swaps to `Aborted`, continues | the same | the same, after 10 s |
 //! | source: freezing | swaps from `Source` to `Aborted`, continues | the same | the same, 500 ms after the freeze began |
 //! | source: committed | swaps from `Offered` to `Aborted`; if it wins, continues; if it loses, swaps from `Target` to `Aborted` and continues from the used indices | if the first swap wins, continues; if it loses, becomes lost | the same, 500 ms after the freeze began |
 //! | source: lost | swaps from `Target` to `Aborted` and continues from the used indices; if the word is settled, the session is handed over | waits until the target settles or dies | reads the word every 100 ms |
-//! | target: prologue, ready, gathering | waits for another source | the same | the same, after 2 s |
+//! | target: prologue, ready, gathering | waits for another source | the same | the same, after 5 s |
 //! | target: staging | finishes staging, then takes the session | finishes staging, then as in staged | none: staging is the target's own work |
 //! | target: staged | swaps from `Source` or `Offered` to `Target` and continues from the used indices; if the word is aborted, drops the session | keeps the session until the word is aborted; reads the word every 100 ms | drops the session after 30 s |
 //! | target: starting, active | nothing | nothing | nothing |

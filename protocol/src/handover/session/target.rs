@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   Ready ─STAGE─▶ Gathering ─all descriptors─▶ Staging ─all there─▶ Staged
-//!     │ 2 s           │ 2 s                        │ refused          │ │
+//!     │ 5 s           │ 5 s                        │ refused          │ │
 //!     └───────┬───────┴────────────────────────────┘   COMMIT: swap,  │ │
 //!             ▼                                         or survive    │ │
 //!           Ended ◀── swap lost, the word aborted, 30 s: drops all ───┘ │

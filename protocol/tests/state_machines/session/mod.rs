@@ -228,14 +228,14 @@ fn overwritten_word_does_not_create_a_second_owner() {
 }
 
 #[test]
-fn target_waits_two_seconds_for_stage_and_descriptors() {
+fn target_waits_five_seconds_for_stage_and_descriptors() {
     type Reached = fn(&Target<world::Fd, world::Held>) -> bool;
     let cases: [Reached; 2] =
         [|state| matches!(state, Target::Ready { .. }), |state| matches!(state, Target::Gathering { .. })];
     for reached in cases {
         let mut world = World::new(false);
         world.until_target(reached);
-        world.target_after(1_999);
+        world.target_after(4_999);
         assert!(world.target.state().is_some_and(reached), "{world:?}");
         world.target_after(1);
         assert!(matches!(world.target.state(), Some(Target::Ended)), "{world:?}");
