@@ -3,8 +3,8 @@
 use anyhow::{Context, Result, ensure};
 use baton_tests::datapath::Datapath;
 use baton_tests::guest::Accelerator;
-use baton_tests::link::{Link, Meeting};
-use baton_tests::{on_both_datapaths, switching};
+use baton_tests::link::{GUEST, Link, Meeting};
+use baton_tests::{on_both_datapaths, ping, switching};
 
 on_both_datapaths! {
     one_pair_survives_restarts_with_listening_back_end,
@@ -31,6 +31,8 @@ fn check_restarts_of(link: &mut Link, queue_pairs: u16) -> Result<()> {
 
     link.restart_backend()?;
     link.wait_serving()?;
+    // The guest's kernel drops what it sends until it notices, up to a second later, that its link is up again.
+    ping::wait_answered(GUEST)?;
     link.check_pings(&mut guest, 50)?;
     link.check_bulk(&mut guest, (4 << 20) / u64::from(queue_pairs), queue_pairs)?;
     link.check_killed_under_load(&mut guest)?;
