@@ -279,12 +279,17 @@ pub fn is_stopped(process: u32) -> Result<bool> {
     Ok(stat.rsplit_once(')').is_some_and(|(_, fields)| fields.trim_start().starts_with('T')))
 }
 
-/// Returns how many descriptors a process has open.
+/// Returns how many descriptors a process has open, without io_uring instances: a worker's thread creates one after
+/// some batches and keeps it, as it keeps itself.
 ///
 /// # Errors
-/// Returns an error if it has ended.
+/// Returns an error if it has ended, or has more io_uring instances than threads.
 pub fn open_fds(process: u32) -> Result<usize> {
-    Ok(std::fs::read_dir(format!("/proc/{process}/fd"))?.count())
+    let (instances, others): (Vec<_>, Vec<_>) =
+        targets(process)?.into_iter().partition(|target| target.contains("[io_uring]"));
+    let threads = std::fs::read_dir(format!("/proc/{process}/task"))?.count();
+    ensure!(instances.len() < threads, "{} io_uring instances, {threads} threads", instances.len());
+    Ok(others.len())
 }
 
 /// Returns the open sockets of a process, by names that are never reused.
